@@ -169,9 +169,11 @@ class Serve:
             )
         if options.host not in LOOPBACK_NAMES and options.api_key is None and not self.no_api_key:
             raise ConfigError(
-                "--host", options.host, f"lets others use the server: give --api-key-file (or {KEY_VARIABLE}), or "
-                "--no-api-key, with which whoever reaches it is answered"
-            )  # fmt: skip
+                "--host",
+                options.host,
+                f"lets others use the server: give --api-key-file (or {KEY_VARIABLE}), or "
+                "--no-api-key, with which whoever reaches it is answered",
+            )
 
     def _names(self) -> dict[str, str]:
         """Returns the models' folders by the names that clients call them."""

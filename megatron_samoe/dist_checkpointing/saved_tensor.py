@@ -131,10 +131,13 @@ def read_saved_tensor_into(target: Tensor, file: io.FileIO, start: int, length: 
 def is_plain(value: object) -> bool:
     """Returns whether a loaded value is a dense CPU tensor with all of its elements in memory."""
     return (
-        isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
-        and not value.is_nested and not value.is_quantized
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_nested
+        and not value.is_quantized
         and value.numel() <= value.untyped_storage().nbytes() // max(value.element_size(), 1)
-    )  # fmt: skip
+    )
 
 
 def refuse_packed(file: Path | BinaryIO) -> None:

@@ -52,9 +52,14 @@ OVERHEAD_BYTES_PER_PART = 4096
 
 
 def save_checkpoint(
-    config: CheckpointConfig, iteration: int, state: WritableState, full_config: Mapping[str, Any],
-    train_state: Mapping[str, Any], parallel: ParallelState, attachments: Mapping[str, bytes] | None = None,
-) -> Path:  # fmt: skip
+    config: CheckpointConfig,
+    iteration: int,
+    state: WritableState,
+    full_config: Mapping[str, Any],
+    train_state: Mapping[str, Any],
+    parallel: ParallelState,
+    attachments: Mapping[str, bytes] | None = None,
+) -> Path:
     """Saves one checkpoint, deletes old ones as retention says, and returns its folder.
 
     All ranks call it together.
@@ -137,10 +142,15 @@ class BackgroundSaver:
         self._error: BaseException | None = None
 
     def start(
-        self, config: CheckpointConfig, iteration: int, state: ShardedState, full_config: Mapping[str, Any],
-        train_state: Mapping[str, Any], done: Callable[[Path], None] = lambda _: None,
+        self,
+        config: CheckpointConfig,
+        iteration: int,
+        state: ShardedState,
+        full_config: Mapping[str, Any],
+        train_state: Mapping[str, Any],
+        done: Callable[[Path], None] = lambda _: None,
         attachments: Mapping[str, bytes] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Copies the state and begins to save it; all ranks call it together.
 
         Args:

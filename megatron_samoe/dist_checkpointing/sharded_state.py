@@ -217,9 +217,12 @@ def write_sharded(state: WritableState, directory: str, parallel: ParallelState)
     """Writes a state into an existing folder and returns the digests of this rank's files; all ranks call it together."""
     writer = StreamingWriter(directory)
     dcp.save(
-        {}, storage_writer=writer, planner=SavePlanner(state), process_group=parallel.world.handle,
+        {},
+        storage_writer=writer,
+        planner=SavePlanner(state),
+        process_group=parallel.world.handle,
         no_dist=parallel.world_size == 1,
-    )  # fmt: skip
+    )
     return writer.digests
 
 
@@ -232,9 +235,12 @@ def read_sharded(state: ShardedState, directory: str, parallel: ParallelState) -
     try:
         read_metadata(directory)  # torch would log a traceback of its own
         dcp.load(
-            {}, storage_reader=Reader(directory), planner=LoadPlanner(state),
-            process_group=parallel.world.handle, no_dist=parallel.world_size == 1,
-        )  # fmt: skip
+            {},
+            storage_reader=Reader(directory),
+            planner=LoadPlanner(state),
+            process_group=parallel.world.handle,
+            no_dist=parallel.world_size == 1,
+        )
     except CheckpointError:
         raise
     except (Exception, CheckpointException) as error:

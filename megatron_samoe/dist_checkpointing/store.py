@@ -269,8 +269,14 @@ def refuse_parts(train_state: Mapping[str, Any], where: str) -> None:
 
 
 #: Values of train_state.json that count something, with the least that each may be.
-_COUNTS = {"format_version": 1, "iteration": 0, "consumed_samples": 0, "consumed_tokens": 0, "vocab_size": 1,
-           "optimizer_steps": 0}  # fmt: skip
+_COUNTS = {
+    "format_version": 1,
+    "iteration": 0,
+    "consumed_samples": 0,
+    "consumed_tokens": 0,
+    "vocab_size": 1,
+    "optimizer_steps": 0,
+}
 
 
 def refuse_wrong_values(content: Mapping[str, Any], where: str) -> None:
@@ -281,8 +287,9 @@ def refuse_wrong_values(content: Mapping[str, Any], where: str) -> None:
         if not (whole and least <= value < (2**31 if key == "vocab_size" else 2**62)):
             raise CheckpointError(f"{where} is damaged: {key} is {shown(value)}, which is no count.")
     scale = content.get("loss_scale", {})
-    if not isinstance(scale, Mapping) or any(finite_float(value) is None or isinstance(value, str)
-                                             for value in scale.values() if not isinstance(value, bool)):  # fmt: skip
+    if not isinstance(scale, Mapping) or any(
+        finite_float(value) is None or isinstance(value, str) for value in scale.values() if not isinstance(value, bool)
+    ):
         raise CheckpointError(f"{where} is damaged: loss_scale is {shown(scale)}.")
     digests = content.get("digests", {})
     if not isinstance(digests, Mapping) or not all(isinstance(digest, str) for digest in digests.values()):

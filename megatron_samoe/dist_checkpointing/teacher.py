@@ -36,8 +36,11 @@ class SavedTeacher:
             ConfigError: its vocabulary is another, or its model does not fit the student's layout or sequences.
         """
         if self.vocab_size != vocab_size:
-            raise ConfigError("--teacher", student.distillation.teacher, f"has a vocabulary of {self.vocab_size} entries; it "
-                              f"must be the student's, which has {vocab_size}")  # fmt: skip
+            raise ConfigError(
+                "--teacher",
+                student.distillation.teacher,
+                f"has a vocabulary of {self.vocab_size} entries; it must be the student's, which has {vocab_size}",
+            )
         return on_ranks_of(student, self.trained, world_size)
 
 

@@ -90,9 +90,15 @@ def loss_curves(groups: Groups) -> bytes | None:
             means = [np.mean(values) for values in at.values()]
             spans = np.array([(m - min(v), max(v) - m) for m, v in zip(means, at.values(), strict=True)]).T
             panels[0].errorbar(
-                [*at], means, yerr=np.maximum(spans, 0.0), fmt="o-", markersize=4, capsize=2, color=colour(place),
+                [*at],
+                means,
+                yerr=np.maximum(spans, 0.0),
+                fmt="o-",
+                markersize=4,
+                capsize=2,
+                color=colour(place),
                 label=f"{group.name}: validation",
-            )  # fmt: skip
+            )
         if len(panels) > 1 and group in trained:
             _difference(panels[1], group, base, colour(place), marker(place))
     panels[0].set(xscale="log", xlabel="training tokens", ylabel="loss (nats per token)")

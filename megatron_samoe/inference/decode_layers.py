@@ -26,7 +26,8 @@ from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
 from megatron_samoe.moe.sharing.combined import combine
 from megatron_samoe.moe.sharing.selected import OneBank, one_bank
 from megatron_samoe.moe.sharing.way import Banks
-from megatron_samoe.ops.decode import PAGE, AttentionLayer, ExpertStack, Norm, Routing, Weight, stored
+from megatron_samoe.ops.decode import stored
+from megatron_samoe.ops.decode_parts import PAGE, AttentionLayer, ExpertStack, Norm, Routing, Weight
 from megatron_samoe.ops.grouped_mlp import ExpertWeights
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.inference.decode_layers import Mixed
-from megatron_samoe.ops.decode import ExpertStack, Routed, combine_rows, experts_block
+from megatron_samoe.ops.decode import Routed, combine_rows, experts_block
+from megatron_samoe.ops.decode_parts import ExpertStack
 
 
 class ExpertCache:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.ops.attention import ScoreRule, attention
-from megatron_samoe.ops.decode import PAGE
+from megatron_samoe.ops.decode_parts import PAGE
 
 
 class Span(NamedTuple):

@@ -18,7 +18,7 @@ from megatron_samoe.models.layer_layout import LayerPlace, all_layers
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.moe.sharing.selected import one_bank
 from megatron_samoe.moe.sharing.way import Banks
-from megatron_samoe.ops.decode import PAGE
+from megatron_samoe.ops.decode_parts import PAGE
 
 #: auto: selected where one bank serves each layer, else folded where it fits into memory, else on the fly.
 Serving = Literal["auto", "folded", "on-the-fly", "selected"]

@@ -17,7 +17,8 @@ from megatron_samoe.inference.kv_cache import StepBatch
 from megatron_samoe.ops import decode, extension
 from megatron_samoe.ops.attention import soft_capped
 from megatron_samoe.ops.cpu_products import product_tokens
-from megatron_samoe.ops.decode import ExpertStack, Places, Routed
+from megatron_samoe.ops.decode import Routed
+from megatron_samoe.ops.decode_parts import ExpertStack, Places
 from megatron_samoe.ops.decode_plan import DecodePlan
 
 

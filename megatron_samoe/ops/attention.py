@@ -51,8 +51,13 @@ PLAIN = ScoreRule()
 
 
 def attention(
-    q_BASD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, rule: ScoreRule, mask_B1SL: Tensor | None = None, dropout: float = 0.0
-) -> Tensor:  # fmt: skip
+    q_BASD: Tensor,
+    k_BGLD: Tensor,
+    v_BGLD: Tensor,
+    rule: ScoreRule,
+    mask_B1SL: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
     """Returns y_BASD.
 
     Args:
@@ -114,9 +119,15 @@ def _sdpa(
 
 
 def _by_scores(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float | None, sinks_A: Tensor | None, scale: float | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    softcap: float | None,
+    sinks_A: Tensor | None,
+    scale: float | None,
     dropout: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Returns y [B, A, queries, D]; scores and their softmax are in fp32 or more."""
     batch, heads, num_queries, head_dim = q.shape
     groups, wide = k.shape[1], torch.promote_types(q.dtype, torch.float32)

@@ -34,9 +34,15 @@ def attention_piece(
 
 
 def attention_piece_backward(
-    dy_BASD: Tensor, q_BASD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, y_BASD: Tensor, lse_BAS: Tensor, is_causal: bool,
+    dy_BASD: Tensor,
+    q_BASD: Tensor,
+    k_BGLD: Tensor,
+    v_BGLD: Tensor,
+    y_BASD: Tensor,
+    lse_BAS: Tensor,
+    is_causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dq_BASD, dk_BGLD and dv_BGLD, as far as they come from these keys.
 
     Args:
@@ -50,9 +56,22 @@ def attention_piece_backward(
         k_BALD, v_BALD = _for_each_head(q_BASD, k_BGLD, v_BGLD)
         none = q_BASD.new_empty(0, dtype=torch.int64)  # no sequences of unlike lengths, and no dropout's generator
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            dy_BASD, q_BASD, k_BALD, v_BALD, y_BASD, lse_BAS.contiguous(), None, None, q_BASD.shape[2], k_BALD.shape[2], 0.0,
-            is_causal, none, none, scale=scale,
-        )  # fmt: skip
+            dy_BASD,
+            q_BASD,
+            k_BALD,
+            v_BALD,
+            y_BASD,
+            lse_BAS.contiguous(),
+            None,
+            None,
+            q_BASD.shape[2],
+            k_BALD.shape[2],
+            0.0,
+            is_causal,
+            none,
+            none,
+            scale=scale,
+        )
         groups = k_BGLD.shape[1]
         return dq, dk.unflatten(1, (groups, -1)).sum(2), dv.unflatten(1, (groups, -1)).sum(2)
     return reference.attention_piece_backward(dy_BASD, q_BASD, k_BGLD, v_BGLD, y_BASD, lse_BAS, is_causal, scale)

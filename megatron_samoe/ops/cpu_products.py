@@ -57,18 +57,49 @@ class Row(NamedTuple):
 
 #: The first row that fits counts.
 TABLE = (
-    Row("", frozenset({"amx_tile", "amx_bf16"}), "amx", 64, 128,
+    Row(
+        "",
+        frozenset({"amx_tile", "amx_bf16"}),
+        "amx",
+        64,
+        128,
         "Xeon with AMX: experts whose counts change 24 ms by tiles with padded counts, 65 native, 53 fp32; a layer of 2048 x 2048 "
-        "over 512 tokens in fp32 47 ms streamed, 28 by the BLAS. The bounds of tokens are estimates from these."),
-    Row("GenuineIntel", frozenset({"avx512f"}), "fp32", 64, 128,
-        "bf16 dot products have half the rate of fp32's multiply-adds; tokens as in the row above, whose fp32 it shares."),
-    Row("AuthenticAMD", frozenset({"avx512_bf16"}), "native", _NEVER, _NEVER,
+        "over 512 tokens in fp32 47 ms streamed, 28 by the BLAS. The bounds of tokens are estimates from these.",
+    ),
+    Row(
+        "GenuineIntel",
+        frozenset({"avx512f"}),
+        "fp32",
+        64,
+        128,
+        "bf16 dot products have half the rate of fp32's multiply-adds; tokens as in the row above, whose fp32 it shares.",
+    ),
+    Row(
+        "AuthenticAMD",
+        frozenset({"avx512_bf16"}),
+        "native",
+        _NEVER,
+        _NEVER,
         "Zen 4: native 0.91 to 0.98 of bare products that torch makes code for; streamed layers of 2048 x 2048 over 32 to 256 "
-        "tokens have 1.2 to 1.5 times the speed of torch's product in fp32."),
-    Row("AuthenticAMD", frozenset({"avx2"}), "fp32", _NEVER, _NEVER,
-        "Zen 4 held to AVX2: streamed layers 1.0 to 1.4 times the speed of torch's product to 128 tokens, 0.94 at 256."),
-    Row("", frozenset(), "blas" if platform.machine() not in ("x86_64", "AMD64") else "fp32", _NEVER, _NEVER, "not measured"),
-)  # fmt: skip
+        "tokens have 1.2 to 1.5 times the speed of torch's product in fp32.",
+    ),
+    Row(
+        "AuthenticAMD",
+        frozenset({"avx2"}),
+        "fp32",
+        _NEVER,
+        _NEVER,
+        "Zen 4 held to AVX2: streamed layers 1.0 to 1.4 times the speed of torch's product to 128 tokens, 0.94 at 256.",
+    ),
+    Row(
+        "",
+        frozenset(),
+        "blas" if platform.machine() not in ("x86_64", "AMD64") else "fp32",
+        _NEVER,
+        _NEVER,
+        "not measured",
+    ),
+)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_samoe.ops.decode import AttentionLayer, ExpertStack, Norm, Places, Routing, Weight
+from megatron_samoe.ops.decode_parts import AttentionLayer, ExpertStack, Norm, Places, Routing, Weight
 
 
 class DecodePlan:
@@ -31,29 +31,65 @@ class DecodePlan:
     """
 
     def __init__(
-        self, words: Weight, positions: Tensor | None, output: Weight, final_norm: Norm, cos_PR: Tensor | None,
-        sin_PR: Tensor | None, x_TH: Tensor, scratch: Tensor, max_logits: int,
-    ):  # fmt: skip
+        self,
+        words: Weight,
+        positions: Tensor | None,
+        output: Weight,
+        final_norm: Norm,
+        cos_PR: Tensor | None,
+        sin_PR: Tensor | None,
+        x_TH: Tensor,
+        scratch: Tensor,
+        max_logits: int,
+    ):
         ops, n = torch.ops.megatron_samoe, final_norm
         self._number = ops.decode_plan(
-            words.data, words.scale, positions, output.data, output.scale, n.weight, n.bias, n.epsilon, n.rms, cos_PR,
-            sin_PR, x_TH, scratch, max_logits,
-        )  # fmt: skip
+            words.data,
+            words.scale,
+            positions,
+            output.data,
+            output.scale,
+            n.weight,
+            n.bias,
+            n.epsilon,
+            n.rms,
+            cos_PR,
+            sin_PR,
+            x_TH,
+            scratch,
+            max_logits,
+        )
         weakref.finalize(self, ops.decode_plan_close, self._number).atexit = False
         self._step = ops.decode_plan_step.default
 
     def add_layer(
-        self, attention: AttentionLayer, mlp_norm: Norm, routing: Routing | None, experts: ExpertStack,
+        self,
+        attention: AttentionLayer,
+        mlp_norm: Norm,
+        routing: Routing | None,
+        experts: ExpertStack,
         shared: ExpertStack | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Adds a layer: attention, the MLP of chosen experts (without routing, of the only one), and a shared expert if
         given.
         """
         ops, a, n = torch.ops.megatron_samoe, attention, attention.norm
         ops.decode_plan_attention(
-            self._number, n.weight, n.bias, n.epsilon, n.rms, a.qkv.data, a.qkv.scale, a.qkv_bias,
-            a.head_norm_tensors(), a.keys, a.values, a.output.data, a.output.scale, a.output_bias,
-        )  # fmt: skip
+            self._number,
+            n.weight,
+            n.bias,
+            n.epsilon,
+            n.rms,
+            a.qkv.data,
+            a.qkv.scale,
+            a.qkv_bias,
+            a.head_norm_tensors(),
+            a.keys,
+            a.values,
+            a.output.data,
+            a.output.scale,
+            a.output_bias,
+        )
         n = mlp_norm
         router = (*[None] * 6, False, False, 0, 0, 1.0, 1) if routing is None else (*routing.arguments(), routing.topk)
         ops.decode_plan_mlp(self._number, n.weight, n.bias, n.epsilon, n.rms, *router, *_stack(experts))
@@ -72,5 +108,16 @@ class DecodePlan:
 
 
 def _stack(e: ExpertStack) -> Sequence[Tensor | bool | None]:
-    return (e.index1_E, e.index2_E, e.w1.data, e.w1.scale, e.b1, e.w2.data, e.w2.scale, e.b2, e.factor1_E, e.factor2_E,
-            e.gated)  # fmt: skip
+    return (
+        e.index1_E,
+        e.index2_E,
+        e.w1.data,
+        e.w1.scale,
+        e.b1,
+        e.w2.data,
+        e.w2.scale,
+        e.b2,
+        e.factor1_E,
+        e.factor2_E,
+        e.gated,
+    )

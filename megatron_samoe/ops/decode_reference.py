@@ -51,10 +51,20 @@ def rotate(x_TAD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 
 
 def attention(
-    qkv: Tensor, head_norms: list[Tensor], epsilon: float, rms: bool, cos_PR: Tensor | None, sin_PR: Tensor | None,
-    positions_T: Tensor, slots_T: Tensor, pages: Tensor, keys: Tensor, values: Tensor, rule: ScoreRule = PLAIN,
+    qkv: Tensor,
+    head_norms: list[Tensor],
+    epsilon: float,
+    rms: bool,
+    cos_PR: Tensor | None,
+    sin_PR: Tensor | None,
+    positions_T: Tensor,
+    slots_T: Tensor,
+    pages: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rule: ScoreRule = PLAIN,
     clip: float | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Stores keys and values of [T, G, Q + 2, D] and returns attention's result, [T, G * Q * D].
 
     Args:
@@ -99,10 +109,13 @@ def attention(
 
 
 def choose(
-    x_TH: Tensor, weight_EH: Tensor, rule: ChoiceRule, norm_scale: Tensor | None = None,
+    x_TH: Tensor,
+    weight_EH: Tensor,
+    rule: ChoiceRule,
+    norm_scale: Tensor | None = None,
     mixing: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Returns ids_TK and probs_TK of a router, and the weight of the MLP beside its experts; see `ops.decode.Routing`."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns ids_TK and probs_TK of a router, and the weight of the MLP beside its experts; see `ops.decode_parts.Routing`."""
     logits_TE = x_TH @ weight_EH.t()
     if norm_scale is not None:
         logits_TE = norm_scale * F.normalize(logits_TE, dim=1)
@@ -123,10 +136,21 @@ def choose(
 
 
 def experts(
-    x_TH: Tensor, ids_TK: Tensor, index1_E: Tensor, index2_E: Tensor, w1: Tensor, scale1: Tensor | None,
-    b1: Tensor | None, w2: Tensor, scale2: Tensor | None, b2: Tensor | None, factor1_E: Tensor | None,
-    factor2_E: Tensor | None, gated: bool, y_TKH: Tensor,
-) -> None:  # fmt: skip
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    index1_E: Tensor,
+    index2_E: Tensor,
+    w1: Tensor,
+    scale1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    scale2: Tensor | None,
+    b2: Tensor | None,
+    factor1_E: Tensor | None,
+    factor2_E: Tensor | None,
+    gated: bool,
+    y_TKH: Tensor,
+) -> None:
     """Writes the MLP of expert ids[t, k], applied to token t, to y[t, k] where the expert has an index."""
 
     def part(stack: Tensor | None, index: int) -> Tensor | None:

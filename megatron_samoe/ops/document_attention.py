@@ -101,7 +101,7 @@ def _cuts(lengths: Sequence[int]) -> list[tuple[int, bool]]:
 
 def document_attention(
     q_BASD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, rule: ScoreRule, documents: Documents, dropout: float = 0.0
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Returns y_BASD of causal attention within documents; see `attention`.
 
     Args:

@@ -68,9 +68,15 @@ def _cross_entropy_backward(
 
 
 def _grouped_mlp(
-    x_RH: Tensor, rows: list[int], w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, gated: bool,
+    x_RH: Tensor,
+    rows: list[int],
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    gated: bool,
     keep_hidden: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     width = w2.shape[2] * (2 if gated else 1)
     return torch.empty_like(x_RH), x_RH.new_empty(x_RH.shape[0] if keep_hidden else 0, width)
 

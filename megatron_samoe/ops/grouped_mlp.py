@@ -108,9 +108,17 @@ def with_backward(x: Tensor) -> Tensor:
 class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x_RH: Tensor, rows: list[int] | ExpertRows, activation: Activation, main_grads: ExpertWeights | None, keep: bool,
-        w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x_RH: Tensor,
+        rows: list[int] | ExpertRows,
+        activation: Activation,
+        main_grads: ExpertWeights | None,
+        keep: bool,
+        w1: Tensor,
+        w2: Tensor,
+        b1: Tensor | None,
+        b2: Tensor | None,
+    ) -> Tensor:
         y_RH, h_RU = grouped_mlp_forward(x_RH, rows, ExpertWeights(w1, w2, b1, b2), activation, keep)
         ctx.save_for_backward(x_RH, h_RU, w1, w2, b1, b2)
         ctx.rows, ctx.activation, ctx.main_grads = rows, activation, main_grads
@@ -156,9 +164,14 @@ def grouped_mlp_forward(
 
 
 def grouped_mlp_backward(
-    dy_RH: Tensor, x_RH: Tensor, h_RU: Tensor, rows: list[int] | ExpertRows, weights: ExpertWeights, activation: Activation,
+    dy_RH: Tensor,
+    x_RH: Tensor,
+    h_RU: Tensor,
+    rows: list[int] | ExpertRows,
+    weights: ExpertWeights,
+    activation: Activation,
     grads: ExpertWeights,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Adds the weights' gradients to `grads` and returns dx_RH; h_RU is the forward's."""
     dy_RH, x_RH = dy_RH.contiguous(), x_RH.contiguous()
     if activation in _COMPILED and _serves_backward(x_RH, weights, grads):

@@ -71,9 +71,13 @@ def kl_divergence_terms(
 
 @torch.no_grad()
 def kl_divergence_backward(
-    student_TV: Tensor, teacher_TV: Tensor, student_lse_T: Tensor, teacher_lse_T: Tensor, temperature: float,
+    student_TV: Tensor,
+    teacher_TV: Tensor,
+    student_lse_T: Tensor,
+    teacher_lse_T: Tensor,
+    temperature: float,
     dkl_T: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Returns dstudent_TV = (q - p) dkl / temperature in the student's dtype.
 
     Args:

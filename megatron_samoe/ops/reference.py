@@ -26,9 +26,15 @@ def attention_piece(
 
 
 def attention_piece_backward(
-    dy_BASD: Tensor, q_BASD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, y_BASD: Tensor, lse_BAS: Tensor, is_causal: bool,
+    dy_BASD: Tensor,
+    q_BASD: Tensor,
+    k_BGLD: Tensor,
+    v_BGLD: Tensor,
+    y_BASD: Tensor,
+    lse_BAS: Tensor,
+    is_causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dq_BASD, dk_BGLD and dv_BGLD in their inputs' dtypes: with probabilities p = exp(score - lse) of the whole,
 
     dv = p^T dy, dscore = p (dy v^T - <dy, y>), dq = dscore k scale, dk = dscore^T q scale, summed over the heads of a group.
@@ -195,9 +201,13 @@ def kl_divergence_terms(
 
 
 def kl_divergence_backward(
-    student_TV: Tensor, teacher_TV: Tensor, student_lse_T: Tensor, teacher_lse_T: Tensor, temperature: float,
+    student_TV: Tensor,
+    teacher_TV: Tensor,
+    student_lse_T: Tensor,
+    teacher_lse_T: Tensor,
+    temperature: float,
     dkl_T: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Returns dstudent_TV = (q - p) dkl / temperature, in the student's dtype."""
     q_TV = (student_TV.to(dkl_T.dtype) / temperature - student_lse_T[:, None]).exp()
     p_TV = (teacher_TV.to(dkl_T.dtype) / temperature - teacher_lse_T[:, None]).exp()
@@ -228,9 +238,18 @@ def grouped_mlp(
 
 
 def adamw(
-    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: float, beta1: float, beta2: float,
-    eps: float, weight_decay: float, step: int, grad_scale: float = 1.0,
-) -> None:  # fmt: skip
+    master: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+) -> None:
     """Makes one AdamW step in place, the first with step = 1 (Loshchilov and Hutter, arXiv:1711.05101)."""
     grad = grad * grad_scale
     exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)

@@ -119,9 +119,13 @@ class _TopkGate(torch.autograd.Function):
 
 
 def topk_gate(
-    logits_TE: Tensor, topk: int, score_function: str = "softmax", pre_softmax: bool = False, num_groups: int = 1,
+    logits_TE: Tensor,
+    topk: int,
+    score_function: str = "softmax",
+    pre_softmax: bool = False,
+    num_groups: int = 1,
     key_TE: Tensor | None = None,
-) -> GateResult:  # fmt: skip
+) -> GateResult:
     """Scores the experts of every token and chooses the best `topk`.
 
     Args:

@@ -15,9 +15,15 @@ from megatron_samoe.row_exchange.all_to_all import all_to_all_rows
 
 @torch.no_grad()
 def reorder_experts(
-    tensors: Sequence[Tensor | None], held: FlatSlice | None, tag: ParameterTag, shape: tuple[int, ...], dim: int,
-    order_E: Tensor, state: ParallelState, like: Tensor,
-) -> None:  # fmt: skip
+    tensors: Sequence[Tensor | None],
+    held: FlatSlice | None,
+    tag: ParameterTag,
+    shape: tuple[int, ...],
+    dim: int,
+    order_E: Tensor,
+    state: ParallelState,
+    like: Tensor,
+) -> None:
     """Gives the experts of a parameter, and of its moments, other places. Ranks call it together.
 
     Args:
@@ -46,8 +52,14 @@ def reorder_experts(
             own.copy_((whole if held is None else _slice_of(whole, held)).view(own.shape))
 
 
-def _gather_shard(own: Tensor | None, held: FlatSlice | None, tag: ParameterTag, shape: tuple[int, ...],
-                 state: ParallelState, like: Tensor) -> Tensor:  # fmt: skip
+def _gather_shard(
+    own: Tensor | None,
+    held: FlatSlice | None,
+    tag: ParameterTag,
+    shape: tuple[int, ...],
+    state: ParallelState,
+    like: Tensor,
+) -> Tensor:
     """Returns a rank's shard of a tensor, gathered from the elements that ranks with the same shard hold; they call it
     together.
 

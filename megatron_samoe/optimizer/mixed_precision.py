@@ -40,9 +40,12 @@ class MixedPrecisionOptimizer:
     """
 
     def __init__(
-        self, buffers: GradBuffers, config: OptimizerConfig, state: ParallelState | None = None,
+        self,
+        buffers: GradBuffers,
+        config: OptimizerConfig,
+        state: ParallelState | None = None,
         rules: tuple[ParamRule, ...] | None = None,
-    ):  # fmt: skip
+    ):
         self.buffers, self.config, self._state = buffers, config, state or single_process_state()
         groups = [g for g in build_param_groups(buffers.parameters, config, rules) if not g.is_frozen]
         self._trained = {name for group in groups for name in group.names}
@@ -130,9 +133,13 @@ class MixedPrecisionOptimizer:
             config = self.config
             for group in self._groups:
                 rates = AdamWRates(
-                    lr * group.lr_mult, config.adam_beta1, config.adam_beta2, config.adam_eps, group.weight_decay,
+                    lr * group.lr_mult,
+                    config.adam_beta1,
+                    config.adam_beta2,
+                    config.adam_eps,
+                    group.weight_decay,
                     grad_scale,
-                )  # fmt: skip
+                )
                 adamw([self._runs[name] for name in group.names], rates, self.num_steps)
         for group, whole in zip(self._others, self._whole, strict=True):
             assert group.update is not None
@@ -210,9 +217,10 @@ def _make_adam(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optim
         except ImportError:
             if config.optimizer_backend == "apex":
                 raise ConfigError(
-                    "--optimizer-backend", "apex",
+                    "--optimizer-backend",
+                    "apex",
                     "NVIDIA's apex with its CUDA extensions is not importable (PyPI's apex is another project); use torch",
-                ) from None  # fmt: skip
+                ) from None
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
 
 

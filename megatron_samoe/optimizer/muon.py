@@ -131,6 +131,11 @@ def muon_of(config: OptimizerConfig, splits_qkv: bool = False) -> Muon:
         splits_qkv: whether it is for fused projections of queries, keys and values.
     """
     return Muon(
-        config.muon_momentum, config.muon_use_nesterov, config.muon_num_ns_steps, config.muon_scale_mode,
-        config.muon_extra_scale_factor, config.muon_ns_dtype == "bf16", splits_qkv and config.muon_split_qkv,
-    )  # fmt: skip
+        config.muon_momentum,
+        config.muon_use_nesterov,
+        config.muon_num_ns_steps,
+        config.muon_scale_mode,
+        config.muon_extra_scale_factor,
+        config.muon_ns_dtype == "bf16",
+        splits_qkv and config.muon_split_qkv,
+    )

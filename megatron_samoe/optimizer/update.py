@@ -45,9 +45,14 @@ class Update(Protocol):
 
 @torch.no_grad()
 def apply_update(
-    update: Update, whole: WholeTensors | None, pieces: Mapping[str, Piece], masters: Mapping[str, Tensor],
-    moments: Mapping[str, Mapping[str, Tensor]], rates: tuple[float, float, float], step: int,
-) -> None:  # fmt: skip
+    update: Update,
+    whole: WholeTensors | None,
+    pieces: Mapping[str, Piece],
+    masters: Mapping[str, Tensor],
+    moments: Mapping[str, Mapping[str, Tensor]],
+    rates: tuple[float, float, float],
+    step: int,
+) -> None:
     """Updates the master weights of a group's parameters. Ranks call it together, also those that hold no element of
     some tensor.
 

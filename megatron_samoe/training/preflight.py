@@ -49,9 +49,13 @@ def _refuse_too_little_memory(config: PretrainConfig, vocab_size: int, parallel:
         total, left = sum(row[1] for row in of_host), min(row[2] for row in of_host)
         logger.info(f"preflight: {len(of_host)} ranks of {host} will need {total / 1e9:.2f} GB of {left / 1e9:.2f} GB")
         if total > left:
-            raise ConfigError("--preflight", True, f"{len(of_host)} ranks of {host} will need {total / 1e9:.2f} GB and it has "
-                              f"{left / 1e9:.2f} GB left; fewer ranks per host, --use-distributed-optimizer, a smaller "
-                              "--micro-batch-size or --recompute-granularity full need less (megatron-samoe plan tells)")  # fmt: skip
+            raise ConfigError(
+                "--preflight",
+                True,
+                f"{len(of_host)} ranks of {host} will need {total / 1e9:.2f} GB and it has "
+                f"{left / 1e9:.2f} GB left; fewer ranks per host, --use-distributed-optimizer, a smaller "
+                "--micro-batch-size or --recompute-granularity full need less (megatron-samoe plan tells)",
+            )
 
 
 def available_bytes() -> int:

@@ -9,7 +9,7 @@ from megatron_samoe.inference.decode_layers import make_decode_model
 from megatron_samoe.inference.serving import Serving
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.ops import decode
-from megatron_samoe.ops.decode import Routing
+from megatron_samoe.ops.decode_parts import Routing
 from megatron_samoe.ops.topk_gate import ChoiceRule
 from tests.harness import decode_checks
 from tests.unit.inference.test_runners import IDS, close, make, tables

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.ops import decode, decode_reference
-from megatron_samoe.ops.decode import AttentionLayer, ExpertStack, Places, Routed, Routing, Weight, stored
+from megatron_samoe.ops.decode import Routed, stored
+from megatron_samoe.ops.decode_parts import PAGE, AttentionLayer, ExpertStack, Places, Routing, Weight
 from megatron_samoe.ops.topk_gate import ChoiceRule
 from tests.unit.ops.test_decode import make_attention, make_experts, make_norm, normal
 
@@ -69,9 +70,9 @@ def check_attention(
 ) -> None:
     """Compares attention over two sequences: prompts, tokens, and parts; `style` as for make_attention."""
     hidden, cache = 48, torch.float32 if kind == "fp32" else torch.bfloat16
-    per_slot = -(-(length + 2) // decode.PAGE)
+    per_slot = -(-(length + 2) // PAGE)
     pages = torch.randperm(2 * per_slot, generator=torch.Generator().manual_seed(1)).view(2, per_slot).int()
-    angles = normal(11, per_slot * decode.PAGE, head_dim // 4 * 2)
+    angles = normal(11, per_slot * PAGE, head_dim // 4 * 2)
     tables = (angles.cos(), angles.sin()) if style == "rope" else (None, None)
     slow = make_attention(hidden, groups, queries, head_dim, kind, style, cache, 2 * per_slot)
     fast = moved(slow, device)

@@ -13,7 +13,7 @@ from megatron_samoe.inference.decode_layers import make_decode_model
 from megatron_samoe.inference.kv_cache import Span, make_batch
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.ops import extension
-from megatron_samoe.ops.decode import Places
+from megatron_samoe.ops.decode_parts import Places
 from megatron_samoe.runtime.load import LoadedModel
 from tests.unit.inference.test_runners import IDS, MODELS, make, tables
 from tests.unit.inference.tiny_models import VOCAB, loaded_tiny, step_logits

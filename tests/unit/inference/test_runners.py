@@ -18,7 +18,7 @@ from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.inference.serving import Serving, choose_serving, needed_bytes
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.inference.weight_memory import ask_for_huge_pages
-from megatron_samoe.ops.decode import ExpertStack
+from megatron_samoe.ops.decode_parts import ExpertStack
 from megatron_samoe.runtime.free_memory import free_in_control_groups
 from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.extension_off import without_extension

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_samoe.ops import decode, extension
-from megatron_samoe.ops.decode import Places, Routing, Weight, stored
+from megatron_samoe.ops.decode import stored
+from megatron_samoe.ops.decode_parts import Places, Routing, Weight
 from megatron_samoe.ops.topk_gate import ChoiceRule
 from tests.harness import decode_checks, emulated_cuda
 from tests.unit.inference.test_runners import IDS, close, make, single, tables

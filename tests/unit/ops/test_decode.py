@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from megatron_samoe.ops import cpu_products, decode, decode_reference, extension
-from megatron_samoe.ops.decode import AttentionLayer, ExpertStack, Norm, Places, Routing, Weight, stored
+from megatron_samoe.ops.decode import stored
+from megatron_samoe.ops.decode_parts import PAGE, AttentionLayer, ExpertStack, Norm, Places, Routing, Weight
 from megatron_samoe.ops.topk_gate import ChoiceRule
 from tests.harness.extension_off import without_extension
 
@@ -54,8 +55,8 @@ def make_attention(hidden: int, groups: int, queries: int, head_dim: int, kind: 
         make_norm(hidden, not gpt, gpt), stored(normal(7, groups, queries + 2, head_dim, hidden) * hidden**-0.5, kind),
         normal(8, groups, queries + 2, head_dim) if gpt else None, None if style == "plain" else (head_norm, head_norm),
         stored(normal(9, hidden, groups * queries * head_dim) * hidden**-0.5, kind), normal(10, hidden) if gpt else None,
-        torch.zeros(pages, groups, head_dim, decode.PAGE, dtype=cache),
-        torch.zeros(pages, groups, decode.PAGE, head_dim, dtype=cache),
+        torch.zeros(pages, groups, head_dim, PAGE, dtype=cache),
+        torch.zeros(pages, groups, PAGE, head_dim, dtype=cache),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_samoe.ops import decode, extension
 from megatron_samoe.ops.asynchronous import taken_for_gpu
-from megatron_samoe.ops.decode import Places
+from megatron_samoe.ops.decode_parts import Places
 from megatron_samoe.ops.grouped_mlp import grouped_mlp
 from megatron_samoe.ops.permute import gather_rows, make_permutation
 from megatron_samoe.ops.topk_gate import ChoiceRule, described
