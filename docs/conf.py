@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 from docutils import nodes
@@ -87,18 +87,24 @@ def options_page() -> list[str]:
     ]
     for group in dataclasses.fields(PretrainConfig):
         kind: Any = type(getattr(PretrainConfig(), group.name))
-        texts = texts_of(kind)
+        texts, hints = texts_of(kind), get_type_hints(kind)
         lines += [f"## {group.name}", "", (inspect.getdoc(kind) or "").split("\n")[0], ""]
         for field in dataclasses.fields(kind):
             # An option of Sphinx's, so that the search leads to it and other pages can.
             lines += [
                 "```{option} " + flag(field.name),
                 "",
-                f"{as_it_stands(texts.get(field.name) or 'See above.')} Default: `{field.default}`.",
+                f"{as_it_stands(texts.get(field.name) or 'See above.')} {choices(hints[field.name])}Default: `{field.default}`.",
                 "```",
                 "",
             ]
     return lines
+
+
+def choices(hint: Any) -> str:
+    """Returns a sentence with the values that an option may have, where they are few words."""
+    named = [value for part in (hint, *get_args(hint)) if get_origin(part) is Literal for value in get_args(part)]
+    return f"One of {', '.join(f'`{value}`' for value in named)}. " if named else ""
 
 
 def megatron_page() -> list[str]:
