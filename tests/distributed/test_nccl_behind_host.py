@@ -139,6 +139,14 @@ def test_a_device_has_one_stream_for_all_exchanges(monkeypatch):
     stream.cache_clear()
 
 
+def _wait_until_it_fails(communicator: nccl_communicator.NcclCommunicator, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    with pytest.raises(CommunicationError):
+        while time.monotonic() < deadline:
+            communicator.check()
+            time.sleep(0.01)
+
+
 def _another_fails(library: str, kind: str) -> tuple[str, float]:
     group = nccl_library.communicator(library, 30.0).group
     waiting = create_shm_communicator(group, 30.0) if kind == "shm" else nccl_library.communicator(library, 30.0)
@@ -150,6 +158,7 @@ def _another_fails(library: str, kind: str) -> tuple[str, float]:
         with pytest.raises(CommunicationError) as caught:
             waiting.exchange(torch.ones(2, 1), [1, 1], [1, 1])
         result = str(caught.value), time.monotonic() - started
+    _wait_until_it_fails(failing)  # what is made before the other rank hears of it ends with it
     dist.barrier()
     later = nccl_library.communicator(library, 30.0)
     assert later.exchange(torch.ones(2, 1), [1, 1], [1, 1]).sum() == 2
