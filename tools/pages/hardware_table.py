@@ -56,9 +56,14 @@ def row(size: str, experts: str) -> Sequence[str]:
         str(gpus),
         ", ".join(map(str, layout)),
         f"{best.memory.total / 1e9:.0f}",
-        f"{best.tokens_per_s:,.0f}",
-        f"{hours:,.0f}",
+        f"{_two_digits(best.tokens_per_s):,}",
+        f"{_two_digits(hours):,}",
     )
+
+
+def _two_digits(number: float) -> int:
+    """Returns a number as exactly as the planner knows it, or better."""
+    return int(float(f"{number:.1e}"))
 
 
 def table(sizes: Sequence[str]) -> Iterator[str]:
