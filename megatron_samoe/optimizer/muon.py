@@ -24,7 +24,7 @@ UpdateScale: TypeAlias = Literal["spectral", "unit_rms_norm", "shape_scaling"]
 #: Of the quintic polynomial a x + b x^3 + c x^5 (Jordan): after five steps singular values lie within 0.7 to 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7
-#: On a CPU the compiled kernel takes matrices of so many elements or fewer, each in a core's cache and its symmetric products
+#: On a CPU the compiled kernel takes matrices of at most this many elements, each in a core's cache and its symmetric products
 #: by half: 1.6 to 1.9 times the speed of torch's batched products.
 COMPILED_ELEMENTS = 1 << 16
 #: On a CPU so many elements for each thread are taken through all steps before the next, in its cache (1.4 times the speed);

@@ -68,7 +68,7 @@ class CheckpointBenchmark(Benchmark):
 
 
 def _ways(folder: Path, count: int, num_bytes: int) -> Variants:
-    """Returns what is timed over a state of so many tensors: each gives the seconds that count."""
+    """Returns what is timed over a state of `count` tensors: each gives the seconds that count."""
     parallel = single_process_state()
     state = {f"weight.{i}": replicated(torch.randn(TENSOR_BYTES // 4), parallel) for i in range(count)}
     config = CheckpointConfig(save=str(folder / "ours"), load=str(folder / "ours"), keep_last=1)
