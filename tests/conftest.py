@@ -15,6 +15,8 @@ import pytest
 from megatron_samoe.start import SPINS
 
 os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+# A worker process has a core; tests of several threads ask for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -70,7 +70,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("model", first_by_day(sorted(MODELS, key=("samoe", "pool").__contains__, reverse=True), 2))
+@pytest.mark.parametrize("model", first_by_day(sorted(MODELS, key=("samoe", "pool").__contains__, reverse=True)))
 def test_every_layout_generates_the_same(tmp_path: Path, model: str) -> None:
     options = {"layout": "moe", "style": "llama", "make_vocab_size_divisible_by": 8, **MODELS[model]}
     base = tiny_config(**options)

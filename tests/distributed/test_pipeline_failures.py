@@ -126,6 +126,7 @@ def test_the_others_end_in_time_and_say_why(case: str, tmp_path: Path) -> None:
         assert all("while computing iteration" in r["message"] for i, r in enumerate(results) if i != victim)
 
 
+@pytest.mark.night  # it waits for a time-out
 def test_the_neighbour_names_who_it_waited_for(tmp_path: Path) -> None:
     config = troubled("dense", {"pp": 2})
     results = run_mortal_ranks(train_with_trouble, 2, str(tmp_path), config, "hang", 0, 2)

@@ -153,7 +153,7 @@ def matrix(
 CASES = [(model, precision) for model in MODELS for precision in LOSS_TOLERANCE]
 
 
-@pytest.mark.parametrize(("model", "precision"), first_by_day(CASES[::-1], 2))
+@pytest.mark.parametrize(("model", "precision"), first_by_day(CASES[::-1]))
 def test_any_layout_goes_on_from_any_other(model: str, precision: str, tmp_path: Path) -> None:
     names, case = list(LAYOUTS), CASES.index((model, precision))
     # Each layout saves or loads for one case or another.
@@ -173,7 +173,7 @@ def test_a_run_goes_on_with_sequences_split_or_whole(saved_by: str, loaded_by: s
     matrix("moe", "fp32", [saved_by], [loaded_by], tmp_path)
 
 
-@pytest.mark.parametrize("model", first_by_day(WAYS, 2))
+@pytest.mark.parametrize("model", first_by_day(WAYS))
 def test_each_way_of_sharing_goes_on(model: str, tmp_path: Path) -> None:
     """In another layout, and bit for bit in its own."""
     names, case = [n for n in LAYOUTS if n != "dp4 zero overlap"], list(WAYS).index(model)

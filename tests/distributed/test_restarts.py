@@ -143,6 +143,7 @@ def outside_store() -> Iterator[int]:
     process.wait()
 
 
+@pytest.mark.night  # tests/hosts loses a host by day
 def test_a_job_goes_on_with_the_hosts_that_are_left(
     corpus: Path, tmp_path: Path, undisturbed: list[float], outside_store: int
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
@@ -33,9 +32,8 @@ from tests.harness.program import (
 
 pytestmark = pytest.mark.distributed
 
-NUM_KILLS = int(os.environ.get("SAMOE_KILLS", "10"))
-#: ranks -> (number of kills, iterations of the run).
-KILLS = {1: (NUM_KILLS * 6 // 10, NUM_KILLS * 3), 2: (NUM_KILLS * 4 // 10, NUM_KILLS * 2)}
+#: Ranks, number of kills, iterations of the run.
+KILLS = [(2, 2, 10), (2, 4, 20), (1, 6, 30)]
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +61,10 @@ def reached(run: ProgramRun) -> int:
     return int(found[-1]) if found else 0
 
 
-@pytest.mark.parametrize("num_ranks", first_by_day(sorted(KILLS, reverse=True)))
-def test_run_killed_at_random_points_ends_as_the_run_that_was_not(num_ranks: int, corpus: Path, tmp_path: Path) -> None:
-    num_kills, num_iterations = KILLS[num_ranks]
+@pytest.mark.parametrize(("num_ranks", "num_kills", "num_iterations"), first_by_day(KILLS))
+def test_run_killed_at_random_points_ends_as_the_run_that_was_not(
+    num_ranks: int, num_kills: int, num_iterations: int, corpus: Path, tmp_path: Path
+) -> None:
     options = {
         "train_iters": num_iterations,
         "save_interval": num_ranks,

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.pairs import first_by_day
 from tests.harness.program import (
     NOISE,
     arguments,
@@ -49,7 +48,8 @@ def taught(corpus: Path, run_dir: Path, teacher: Path, **options: object) -> lis
     return arguments(data_path=corpus, run_dir=run_dir, **{**NOISE, **until, **options})
 
 
-@pytest.mark.parametrize("num_ranks", first_by_day([2, 1]))
+@pytest.mark.night
+@pytest.mark.parametrize("num_ranks", [2, 1])
 def test_killed_runs_end_as_the_run_that_was_not(num_ranks: int, corpus: Path, teacher: Path, tmp_path: Path) -> None:
     """The second kill comes when the teacher has left; then its folder is gone."""
     lent, layout = tmp_path / "lent", {"pipeline_model_parallel_size": num_ranks}

@@ -38,6 +38,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("watches") / "data" / "corpus")
 
 
+@pytest.mark.night  # it waits for a time-out
 def test_a_hang_leaves_stacks_and_collectives(corpus: Path, tmp_path: Path) -> None:
     args = arguments(data_path=corpus, run_dir=tmp_path / "run", train_iters=100_000, eval_iters=0,
                      distributed_timeout_minutes=0.1)  # fmt: skip

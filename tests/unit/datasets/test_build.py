@@ -32,8 +32,8 @@ from megatron_samoe.errors import DataError
 from tests.harness.extension_off import without_extension
 
 BYTES = ByteTokenizer()
-# Kills while an index is built; 100 with SAMOE_KILLS=100.
-NUM_KILLS = min(int(os.environ.get("SAMOE_KILLS", "3")), 100)
+#: Kills while an index is built.
+NUM_KILLS = 3
 
 
 def make(prefix: Path, lengths: list[int], top: int = 257, seed: int = 0) -> str:

@@ -27,8 +27,8 @@ from megatron_samoe.datasets.preprocess.executors import InlineExecutor
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.errors import DataError
 
-# Kills of the preprocessor by signal; 100 with SAMOE_KILLS=100.
-NUM_KILLS = int(os.environ.get("SAMOE_KILLS", "8"))
+#: Kills of the preprocessor by signal.
+NUM_KILLS = 8
 TEXTS = ["Emma Woodhouse, handsome", "", "née – 日本 🙂", "a\nb\r\nc", "x" * 300, " ", 'quote " and \\']
 
 

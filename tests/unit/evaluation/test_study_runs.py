@@ -79,6 +79,7 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path, capfd: pytest.CaptureFi
     assert "No seed is finished for every model" in said.err
 
 
+@pytest.mark.night
 def test_a_signal_to_the_study_ends_its_run_with_a_checkpoint(tmp_path: Path) -> None:
     study = write_study(tmp_path, runs={"only": {"train-iters": 10**6}}, derived=None, baseline=None)
     folder = tmp_path / "runs/only/seed-1"

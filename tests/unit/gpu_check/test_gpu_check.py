@@ -36,6 +36,7 @@ def test_a_dry_run_leaves_a_report_and_goes_on_where_it_stopped(tmp_path: Path, 
     assert capsys.readouterr().out.count("finished before") == 4
 
 
+@pytest.mark.night
 def test_a_piece_that_fails_says_why_and_fails_the_check(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = ["--data-path", str(tmp_path / "nothing"), "--tokenizer-model", str(tmp_path / "nothing.model")]
     assert main([*DRY, "--output-dir", str(tmp_path), "--pieces", "profile", *data]) == 1

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.harness.host_waits import HostWaits, lies_on_host
+from tests.harness.pairs import by_pairs
 from tests.harness.wait_figures import STYLES, WAYS, figures
 
 READS: dict[str, Callable[[torch.Tensor], object]] = {
@@ -53,10 +54,9 @@ def test_what_waits_for_nothing_is_not_counted() -> None:
 CAPACITY: dict[str, Any] = {"moe_expert_capacity_factor": 1.0}
 
 
-@pytest.mark.parametrize("grouped_products", [True, False], ids=["grouped", "blocks"])
-@pytest.mark.parametrize("options", [{}, CAPACITY], ids=["all kept", "capacity"])
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "style", "options", "grouped_products"), by_pairs(WAYS, STYLES, ({}, CAPACITY), (True, False))
+)
 def test_a_layer_waits_for_nothing_and_a_step_once(
     way: str, style: str, options: dict[str, Any], grouped_products: bool
 ) -> None:

@@ -24,7 +24,7 @@ from megatron_samoe.datasets.preprocess.run import preprocess
 from tests.harness.pairs import first_by_day
 
 ROOT = Path(__file__).resolve().parents[3]
-NUM_KILLS = int(os.environ.get("SAMOE_KILLS", "8"))
+NUM_KILLS = 8
 DOCUMENTS = [[1, 2, 3, 256], [256], [7, 8, 256], [9] * 20 + [256]]
 
 
