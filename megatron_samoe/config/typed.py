@@ -29,7 +29,7 @@ def typed(kind: type[T], content: object, source: str, place: str = "") -> T:
     if not isinstance(content, Mapping):
         raise ConfigError(place or source, content, f"must be a mapping in {source}")
     known = {f.name.rstrip("_"): f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    hints, values = _hints_of(kind), {}
+    hints, values = _hints_of(kind), {}  # type: ignore[arg-type]
     for key, value in content.items():
         name, at = str(key).replace("-", "_"), _under(place, key)
         if name not in known:
