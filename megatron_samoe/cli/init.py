@@ -58,7 +58,7 @@ SHOWN: Mapping[str, Mapping[str, Any]] = {
         "bf16": None,
         "recompute_granularity": None,
     },
-    "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "lr_warmup_fraction": 0.1, "weight_decay": 0.1},
+    "optimizer": {"optimizer": "muon", "lr": 1e-3, "min_lr": 1e-4, "lr_warmup_fraction": 0.1, "weight_decay": 0.1},
     "data": {
         "data_path": ["data/corpus_text_document"],
         "split": "95,5,0",

@@ -43,8 +43,8 @@ LOOK_S, SAY_S = 0.5, 60.0
 NOTES = (
     "All models see the same samples in the same order. One seed only: two runs of one model that differ in nothing but "
     "rounding can end 0.02 nats apart, so a smaller difference between the rows says nothing.",
-    "Checkpoints hold weights and Adam's two moments in fp32. Memory is the process's resident peak, "
-    "of which the Python process with torch loaded is a large part at this size.",
+    "Checkpoints hold weights and moments in fp32: one moment for what Muon updates, two for all else. Memory is the "
+    "process's resident peak, of which the Python process with torch loaded is a large part at this size.",
 )
 
 
