@@ -124,7 +124,7 @@ class ModelConfig:
     init_method_std: float = model_option(0.02, READERS, range=ABOVE_ZERO, may_differ=True)
     """Standard deviation of initial weights; output projections use it divided by sqrt(2 * num_layers)."""
     attention_dropout: float = model_option(0.0, READERS, range=BELOW_ONE, may_differ=True)
-    """Dropout probability of attention weights."""
+    """Dropout probability of attention weights: the only noise that depends on the layout, since fused kernels draw it."""
     hidden_dropout: float = model_option(0.0, READERS, range=BELOW_ONE, may_differ=True)
     """Dropout probability of embeddings and of each sub-layer's output."""
     make_vocab_size_divisible_by: int = model_option(128, READERS, range=POSITIVE)

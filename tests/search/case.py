@@ -42,6 +42,7 @@ LEFT_OUT = {
     **dict.fromkeys(("train_samples", "rampup_batch_size", "lr_decay_samples", "lr_wsd_decay_samples",
                      "lr_warmup_samples"), "counts samples, which steps of one size do not show"),
     **dict.fromkeys(("fp16", "loss_scale", "initial_loss_scale", "moe_hierarchical_all_to_all"), "needs CUDA"),
+    "attention_dropout": "is drawn by fused kernels, in an order that depends on the layout",
     "adam_eps": "is the harness's own, so that weights can be compared",
     **dict.fromkeys(("bf16", "muon_ns_dtype"), "rounds as coarsely as a fault"),
 }  # fmt: skip
@@ -52,7 +53,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "seq_length": (4, 8, 12, 32), "max_position_embeddings": (16, 40), "rotary_percent": (0.5, 0.25),
     "rope_original_max_positions": (4, 8), "window_attn_skip_freq": (2, 3),
     "kv_lora_rank": (8, 12), "qk_head_dim": (4, 8), "qk_pos_emb_head_dim": (2, 4), "v_head_dim": (4, 8),
-    "init_method_std": (0.05, 0.2), "hidden_dropout": (0.1,), "attention_dropout": (0.1,),
+    "init_method_std": (0.05, 0.2), "hidden_dropout": (0.1,), "sliding_window": (2, 5),
     "expert_sharing": ("combined", "tied", "scaled", "pool", "neighbours", "0,1,1,0", "scaled:0,1,1,0", "own,0,0,own",
                        "combined,0,combined,0", "own,combined*3", "0,0", "own,combined"),
     "num_experts": (2, 3, 6, 8, 16, (4, 4, 8, 8), (2, 4)), "moe_layer_freq": ("2", "3", "[0,1]*2", "0111"),
