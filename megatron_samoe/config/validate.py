@@ -29,14 +29,16 @@ def validate(config: PretrainConfig, world_size: int) -> None:
         config = with_train_iters(config, world_size)
     problems = [*ranges.values(), *_idle(config)]
     for table in TABLES:
-        if groups.isdisjoint(table.groups) and (table.needs is None or table.needs.is_met(config)):
-            problems += broken_rows(table, config, world_size)
+        if groups.isdisjoint(table.groups):
+            problems += _broken(table, config, world_size)
     _raise_if_any(list({str(problem): problem for problem in problems}.values()))
 
 
-def broken_rows(table: Table, config: PretrainConfig, world_size: int) -> list[ConfigError]:
+def _broken(table: Table, config: PretrainConfig, world_size: int) -> list[ConfigError]:
     """Returns what a table refuses: of each option the first row that holds, or what its reading of a text raises."""
     found: dict[str, ConfigError] = {}
+    if table.needs is not None and not table.needs.is_met(config):
+        return []
     try:
         for option, is_refused, allowed, *value in table.rows(config, world_size):
             if is_refused and option not in found:
@@ -51,11 +53,7 @@ def refuse_wrong_numbers(config: PretrainConfig) -> None:
     """Raises ConfigErrors naming each number outside its own range, whatever the other options are."""
     refuse_excess(config)
     problems = list(dict(_ranges(config)).values())
-    moe = config.moe
-    if moe.expert_layout != "dense" and moe.moe_router_topk > moe.fewest_experts:
-        allowed = f"must be at most --num-experts {moe.num_experts}"
-        problems.append(ConfigError("--moe-router-topk", moe.moe_router_topk, allowed))
-    _raise_if_any(problems)
+    _raise_if_any(problems + _broken(moe.CHOICES, config, 1))
 
 
 def _ranges(config: PretrainConfig) -> Iterator[tuple[tuple[str, str], ConfigError]]:
