@@ -118,15 +118,23 @@ def one_number(counts: Sequence[int]) -> int | tuple[int, ...]:
     return counts[0] if len(set(counts)) == 1 else tuple(counts)
 
 
-def begin_edit(source: GlobalTensors, config: PretrainConfig) -> EditedModel:
-    """Returns a model without tensors yet, with a new configuration and without optimizer state.
+def begin_edit(
+    source: GlobalTensors, config: PretrainConfig, is_kept: Callable[[str], bool] = lambda name: True
+) -> EditedModel:
+    """Returns a model with a new configuration, which has a source's tensors so far, and no optimizer state.
+
+    Args:
+        is_kept: whether it has a parameter, by its name.
 
     Raises:
         ConfigErrors: the new configuration is not legal.
     """
     validate_model(config)
     plain = {k: v for k, v in source.train_state.items() if k not in ("optimizer_steps", "digests", "format_version")}
-    return EditedModel(to_mapping(config), plain, attachments=source.attachments)
+    edited = EditedModel(to_mapping(config), plain, attachments=source.attachments)
+    for name in filter(is_kept, model_names(source)):
+        edited.keep(source, name)
+    return edited
 
 
 def validate_model(config: PretrainConfig) -> None:
