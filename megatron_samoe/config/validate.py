@@ -1,7 +1,7 @@
 """The check of a whole configuration, which tells all that is wrong with it at once.
 
-Single options are held to their facts (`option.py`), several together to the tables of `config/rules`: `layout.py` and
-`pipeline.py` refuse layouts, `model.py` and `moe.py` models, and `run.py` anything else of a run.
+Single options are held to their facts (`option.py`), several together to the tables of `config/rules`: `layout.py` refuses
+layouts, `model.py` and `moe.py` models, and `run.py` anything else of a run.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from megatron_samoe.config.derived import with_train_iters
 from megatron_samoe.config.option import LARGEST, all_options, flag
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.rules import Table, layout, model, moe, pipeline, run
+from megatron_samoe.config.rules import Table, layout, model, moe, run
 from megatron_samoe.errors import ConfigError, ConfigErrors
 
-TABLES: tuple[Table, ...] = (*model.TABLES, *moe.TABLES, *layout.TABLES, *pipeline.TABLES, *run.TABLES)
+TABLES: tuple[Table, ...] = (*model.TABLES, *moe.TABLES, *layout.TABLES, *run.TABLES)
 #: Of the tensors of a model: layers times experts.
 _MOST_EXPERTS = 10_000_000
 
