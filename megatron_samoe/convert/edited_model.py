@@ -19,12 +19,11 @@ from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping, to_mapping
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.derived import experts_per_layer, flag
-from megatron_samoe.config.idle import without_idle_options
 from megatron_samoe.config.option import LARGEST
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import Source, written_options
 from megatron_samoe.config.training import TrainingConfig
-from megatron_samoe.config.validate import refuse_wrong_numbers, validate
+from megatron_samoe.config.validate import refuse_wrong_numbers, validate, without_idle_options
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor
 from megatron_samoe.errors import CheckpointError, ConfigError

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_samoe.config.idle import without_idle_options
+from megatron_samoe.config.validate import without_idle_options
 from megatron_samoe.convert.edited_model import EditedModel, begin_edit, source_config
 from megatron_samoe.convert.layer_experts import LayerExperts, stored_experts
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors

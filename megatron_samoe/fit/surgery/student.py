@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 
 from megatron_samoe.config.derived import written_layer_freq
-from megatron_samoe.config.idle import without_idle_options
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import Source, renumbered
+from megatron_samoe.config.validate import without_idle_options
 from megatron_samoe.convert.edited_model import (
     FRACTIONS,
     EditedModel,
