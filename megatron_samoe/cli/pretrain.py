@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ import torch.distributed as dist
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import parse_pretrain_args
-from megatron_samoe.config.derived import data_parallel_size
+from megatron_samoe.config.derived import data_parallel_size, with_train_iters
 from megatron_samoe.config.elastic import fit_layout
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.resolve import Beginning, resolve
 from megatron_samoe.config.training import DistillationConfig
 from megatron_samoe.config.validate import validate
 from megatron_samoe.datasets.carried_tokenizer import read_files, with_carried
@@ -33,13 +32,12 @@ from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE
 from megatron_samoe.planning.accounting import count_parameters, idle_share
 from megatron_samoe.planning.memory import rank_memory
-from megatron_samoe.runtime.gpu import check_gpu
 from megatron_samoe.runtime.kernels import choose_kernels, choose_products
-from megatron_samoe.runtime.ranks import place_in
-from megatron_samoe.training.alike import alike_facts
+from megatron_samoe.runtime.ranks import place_in, prepare_device
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.hook import Hook
 from megatron_samoe.training.hooks import default_hooks
+from megatron_samoe.training.machine import alike_facts
 from megatron_samoe.training.preflight import preflight
 from megatron_samoe.training.setup import Extensions, build_setup
 from megatron_samoe.training.state import BF16_PRODUCTS, CUDA_KERNELS, PLAIN_KEYS
@@ -80,11 +78,9 @@ def pretrain(
 ) -> None:
     """Trains as a legal configuration says, on so many ranks of this torchrun job, or in this process alone."""
     with backend.telling_other_hosts():
-        device = backend.choose_device(config.parallel)
+        device = prepare_device(config.parallel, config.training.num_threads, config.training.bf16)
         if device.type == "cpu":
             backend.keep_freed_memory()
-        check_gpu(device, config.training.bf16)
-        backend.set_num_threads(config.training.num_threads)
         if config.training.fp16 and device.type != "cuda":
             raise ConfigError("--fp16", True, "needs a CUDA device; use --bf16 or fp32 on a CPU")
     facts = alike_facts(config, device) if launcher.world_size() > launcher.local_world_size() else {}
@@ -145,6 +141,42 @@ def _train(asked: PretrainConfig, device: torch.device, extensions: Extensions |
     Trainer(setup, run_data, [*default_hooks(config), *hooks]).run()
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: the options of checkpoints, with what --pretrained-checkpoint means for this start.
+        iteration, samples: that the run has behind it.
+        kernels: CUDA kernels that it has used so far, and products how CPUs multiplied experts in bf16; None for a run that
+            has none behind it.
+    """
+
+    checkpoint: CheckpointConfig
+    iteration: int = 0
+    samples: int = 0
+    kernels: Sequence[str] | None = None
+    products: str | None = None
+
+
+def _beginning(options: CheckpointConfig) -> Beginning:
+    """Returns where training will go on, as this rank sees it."""
+    checkpoint = store.with_start(options)
+    directory = None if checkpoint.finetune else store.find_checkpoint(checkpoint)
+    if directory is None:
+        return Beginning(checkpoint)
+    saved = store.read_train_state(directory, PLAIN_KEYS)
+    return Beginning(
+        checkpoint, saved["iteration"], saved["consumed_samples"], saved.get(CUDA_KERNELS), saved.get(BF16_PRODUCTS)
+    )
+
+
+def resolve(asked: PretrainConfig, world_size: int, beginning: Beginning) -> PretrainConfig:
+    """Returns what a run trains with: the steps that --train-samples makes from here, and the checkpoint to go on from."""
+    config = with_train_iters(asked, world_size, (beginning.iteration, beginning.samples))
+    return replace(config, checkpoint=beginning.checkpoint)
+
+
 def _tokenizer(config: PretrainConfig) -> tuple[Tokenizer, dict[str, bytes], int]:
     """Returns the tokenizer, its files for checkpoints to carry, and the size of the vocabulary."""
     data = config.data
@@ -177,18 +209,6 @@ def _enough_memory(config: PretrainConfig, vocab_size: int, parallel: ParallelSt
             f"the model does not fit in the memory of rank {parallel.rank}, which needs {needed / 1e9:,.1f} GB. More tensor, "
             "pipeline or expert parallelism, --use-distributed-optimizer or a smaller model need less.",
         ) from error
-
-
-def _beginning(options: CheckpointConfig) -> Beginning:
-    """Returns where training will go on, as this rank sees it."""
-    checkpoint = store.with_start(options)
-    directory = None if checkpoint.finetune else store.find_checkpoint(checkpoint)
-    if directory is None:
-        return Beginning(checkpoint)
-    saved = store.read_train_state(directory, PLAIN_KEYS)
-    return Beginning(
-        checkpoint, saved["iteration"], saved["consumed_samples"], saved.get(CUDA_KERNELS), saved.get(BF16_PRODUCTS)
-    )
 
 
 def _saved_config(config: PretrainConfig) -> Mapping[str, Any] | None:

@@ -8,30 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-from megatron_samoe.config.idle import (
-    idle_options,
-    refuse_idle,
-    stated_in_args,
-    stated_in_file,
-    with_implied_layout,
-    without_idle_options,
-)
 from megatron_samoe.config.option import all_options, flag
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.typed import convert
+from megatron_samoe.config.validate import idle_options, refuse_idle, without_idle_options
 from megatron_samoe.errors import ConfigError, ConfigErrors, nearest
 from megatron_samoe.parsing import parse_yaml
 
 #: Groups, and single fields of other groups, that describe the model rather than a run of it.
 CHECKPOINT_GROUPS = ("model", "moe")
 CHECKPOINT_FIELDS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
+_GROUPS = tuple(f.name for f in dataclasses.fields(PretrainConfig))
 
 
 def parse_pretrain_args(
@@ -75,6 +69,27 @@ def parse_pretrain_args(
         refuse_idle(config, in_args | of_itself.keys())
         config = without_idle_options(config, vars(config), in_file - in_args)
     return config
+
+
+def stated_in_args(args: Sequence[str]) -> frozenset[str]:
+    """Returns the fields that flags name, those of booleans in either form."""
+    names = {arg.partition("=")[0][2:].replace("-", "_") for arg in args if arg.startswith("--")}
+    return frozenset(names | {name.removeprefix("no_") for name in names})
+
+
+def stated_in_file(mapping: Mapping[str, Any]) -> frozenset[str]:
+    """Returns the fields that a YAML file names; none of a whole saved configuration, which holds every default."""
+    if all(isinstance(mapping.get(group), Mapping) for group in _GROUPS):
+        return frozenset()
+    inner = [key for group in mapping.values() if isinstance(group, Mapping) for key in group]
+    return frozenset(str(key).replace("-", "_").lstrip("_") for key in [*mapping, *inner])
+
+
+def with_implied_layout(config: PretrainConfig, stated: Collection[str]) -> PretrainConfig:
+    """Returns the configuration with experts of each layer's own where their number is stated and no layout is."""
+    if "num_experts" not in stated or "expert_layout" in stated:
+        return config
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, expert_layout="moe"))
 
 
 def _refuse_foreign_names(args: Sequence[str]) -> None:

@@ -8,11 +8,10 @@ from dataclasses import replace
 from itertools import product
 
 from megatron_samoe.config.derived import divisors
-from megatron_samoe.config.idle import without_idle_options
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.teacher import on_ranks_of
 from megatron_samoe.config.training import LoggingConfig
-from megatron_samoe.config.validate import validate
+from megatron_samoe.config.validate import validate, without_idle_options
 from megatron_samoe.errors import ConfigError
 
 

@@ -185,6 +185,15 @@ class MoEConfig:
         """Routed experts of the layer that has fewest."""
         return min(self.expert_counts, default=1)
 
+    def ffn_size(self, mlp_size: int) -> int:
+        """Returns the width of one expert, beside a dense MLP of so much."""
+        return self.moe_ffn_hidden_size or mlp_size // max(self.moe_router_topk, 1)
+
+    @property
+    def choices_of_group(self) -> int:
+        """Experts that a token uses of each of its groups; of all where there are none."""
+        return self.moe_router_topk // (self.moe_router_group_topk or 1)
+
     @property
     def pre_softmax(self) -> bool:
         """Whether weights are scores among all experts."""

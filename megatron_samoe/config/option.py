@@ -70,6 +70,10 @@ class Facts:
         """Returns whether a value other than the default would have no effect, and be an error."""
         return self.needs is not None and not self.may_be_idle and not self.needs.is_met(config)
 
+    def what_is_missing(self, config: Any) -> str:
+        """Returns what an option that has no effect lacks, for a user."""
+        return "" if self.needs is None else self.needs.words.format(c=config)
+
     def readers_of(self, value: Value) -> frozenset[str]:
         """Returns the readers that know a value."""
         return self.read_by if isinstance(self.read_by, frozenset) else self.read_by(value)

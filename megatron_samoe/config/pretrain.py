@@ -39,7 +39,7 @@ class PretrainConfig:
     @property
     def expert_ffn_size(self) -> int:
         """F of one routed expert."""
-        return self.moe.moe_ffn_hidden_size or self.model.mlp_size // max(self.moe.moe_router_topk, 1)
+        return self.moe.ffn_size(self.model.mlp_size)
 
     @property
     def shared_expert_size(self) -> int | None:

@@ -1,21 +1,22 @@
 """The check of a whole configuration, which tells all that is wrong with it at once.
 
-Single options are held to their facts (`option.py`), several together to the tables of `config/rules`: `layout.py` and
-`pipeline.py` refuse layouts, `model.py` and `moe.py` models, and `run.py` anything else of a run.
+Single options are held to their facts (`option.py`), several together to the tables of `config/rules`: `layout.py` refuses
+layouts, `model.py` and `moe.py` models, and `run.py` anything else of a run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 from megatron_samoe.config.derived import with_train_iters
-from megatron_samoe.config.option import LARGEST, all_options, flag
+from megatron_samoe.config.option import LARGEST, Value, all_options, flag
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.rules import Table, layout, model, moe, pipeline, run
+from megatron_samoe.config.rules import Table, layout, model, moe, run
 from megatron_samoe.errors import ConfigError, ConfigErrors
 
-TABLES: tuple[Table, ...] = (*model.TABLES, *moe.TABLES, *layout.TABLES, *pipeline.TABLES, *run.TABLES)
+TABLES: tuple[Table, ...] = (*model.TABLES, *moe.TABLES, *layout.TABLES, *run.TABLES)
 #: Of the tensors of a model: layers times experts.
 _MOST_EXPERTS = 10_000_000
 
@@ -27,16 +28,18 @@ def validate(config: PretrainConfig, world_size: int) -> None:
     groups = {group for group, _ in ranges}
     if groups.isdisjoint(("training", "parallel")):
         config = with_train_iters(config, world_size)
-    problems = [*ranges.values(), *_idle(config)]
+    problems = [*ranges.values(), *(error for *_, error in _idle(config))]
     for table in TABLES:
-        if groups.isdisjoint(table.groups) and (table.needs is None or table.needs.is_met(config)):
-            problems += broken_rows(table, config, world_size)
+        if groups.isdisjoint(table.groups):
+            problems += _broken(table, config, world_size)
     _raise_if_any(list({str(problem): problem for problem in problems}.values()))
 
 
-def broken_rows(table: Table, config: PretrainConfig, world_size: int) -> list[ConfigError]:
+def _broken(table: Table, config: PretrainConfig, world_size: int) -> list[ConfigError]:
     """Returns what a table refuses: of each option the first row that holds, or what its reading of a text raises."""
     found: dict[str, ConfigError] = {}
+    if table.needs is not None and not table.needs.is_met(config):
+        return []
     try:
         for option, is_refused, allowed, *value in table.rows(config, world_size):
             if is_refused and option not in found:
@@ -51,11 +54,7 @@ def refuse_wrong_numbers(config: PretrainConfig) -> None:
     """Raises ConfigErrors naming each number outside its own range, whatever the other options are."""
     refuse_excess(config)
     problems = list(dict(_ranges(config)).values())
-    moe = config.moe
-    if moe.expert_layout != "dense" and moe.moe_router_topk > moe.fewest_experts:
-        allowed = f"must be at most --num-experts {moe.num_experts}"
-        problems.append(ConfigError("--moe-router-topk", moe.moe_router_topk, allowed))
-    _raise_if_any(problems)
+    _raise_if_any(problems + _broken(moe.CHOICES, config, 1))
 
 
 def _ranges(config: PretrainConfig) -> Iterator[tuple[tuple[str, str], ConfigError]]:
@@ -67,10 +66,45 @@ def _ranges(config: PretrainConfig) -> Iterator[tuple[tuple[str, str], ConfigErr
             yield (group, name), ConfigError(flag(name), value, facts.range.words)
 
 
-def _idle(config: PretrainConfig) -> Iterator[ConfigError]:
-    for _, name, value, default, facts in all_options(config):
-        if value != default and facts.needs is not None and facts.is_idle(config):
-            yield ConfigError(flag(name), value, facts.needs.words.format(c=config))
+def _idle(config: PretrainConfig) -> Iterator[tuple[str, str, Value, ConfigError]]:
+    """Yields group, name and default of each option that has no effect, because what it needs was not chosen, and its error."""
+    for group, name, value, default, facts in all_options(config):
+        if value != default and facts.is_idle(config):
+            yield group, name, default, ConfigError(flag(name), value, facts.what_is_missing(config))
+
+
+def idle_options(config: PretrainConfig, stated: Collection[str]) -> dict[str, ConfigError]:
+    """Returns the errors of stated options that have no effect, at their default or not: whoever wrote one meant something by it.
+
+    None takes a file's value back and is no option.
+    """
+    return {
+        name: ConfigError(flag(name), value, facts.what_is_missing(config))
+        for _, name, value, _, facts in all_options(config)
+        if name in stated and value is not None and facts.needs is not None and not facts.needs.is_met(config)
+    }
+
+
+def refuse_idle(config: PretrainConfig, stated: Collection[str]) -> None:
+    """Raises ConfigErrors naming each stated option that has no effect."""
+    _raise_if_any(list(idle_options(config, stated).values()))
+
+
+def without_idle_options(
+    config: PretrainConfig, groups: Collection[str] = ("moe", "optimizer"), names: Collection[str] | None = None
+) -> PretrainConfig:
+    """Returns the configuration with each option of the groups, or of these names alone, at its default that has no effect."""
+    while True:
+        idle = [
+            (group, name, default)
+            for group, name, default, _ in _idle(config)
+            if group in groups and (names is None or name in names)
+        ]
+        if not idle:
+            return config
+        for group, name, default in idle:
+            options = replace(getattr(config, group), **{name: default})
+            config = replace(config, **{group: options})
 
 
 def refuse_excess(config: PretrainConfig) -> None:

@@ -19,12 +19,11 @@ from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping, to_mapping
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.derived import experts_per_layer, flag
-from megatron_samoe.config.idle import without_idle_options
 from megatron_samoe.config.option import LARGEST
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import Source, written_options
 from megatron_samoe.config.training import TrainingConfig
-from megatron_samoe.config.validate import refuse_wrong_numbers, validate
+from megatron_samoe.config.validate import refuse_wrong_numbers, validate, without_idle_options
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor
 from megatron_samoe.errors import CheckpointError, ConfigError
@@ -118,15 +117,23 @@ def one_number(counts: Sequence[int]) -> int | tuple[int, ...]:
     return counts[0] if len(set(counts)) == 1 else tuple(counts)
 
 
-def begin_edit(source: GlobalTensors, config: PretrainConfig) -> EditedModel:
-    """Returns a model without tensors yet, with a new configuration and without optimizer state.
+def begin_edit(
+    source: GlobalTensors, config: PretrainConfig, is_kept: Callable[[str], bool] = lambda name: True
+) -> EditedModel:
+    """Returns a model with a new configuration, which has a source's tensors so far, and no optimizer state.
+
+    Args:
+        is_kept: whether it has a parameter, by its name.
 
     Raises:
         ConfigErrors: the new configuration is not legal.
     """
     validate_model(config)
     plain = {k: v for k, v in source.train_state.items() if k not in ("optimizer_steps", "digests", "format_version")}
-    return EditedModel(to_mapping(config), plain, attachments=source.attachments)
+    edited = EditedModel(to_mapping(config), plain, attachments=source.attachments)
+    for name in filter(is_kept, model_names(source)):
+        edited.keep(source, name)
+    return edited
 
 
 def validate_model(config: PretrainConfig) -> None:

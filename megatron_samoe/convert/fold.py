@@ -8,16 +8,8 @@ from __future__ import annotations
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import OWN, Source
-from megatron_samoe.convert.edited_model import (
-    EditedModel,
-    add_fractions,
-    begin_edit,
-    model_names,
-    require,
-    source_config,
-    with_sharing,
-)
-from megatron_samoe.convert.layer_experts import LayerExperts, is_experts, source_of, stored_experts
+from megatron_samoe.convert.edited_model import EditedModel, require, source_config, with_sharing
+from megatron_samoe.convert.layer_experts import LayerExperts, source_of, stored_experts
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 
 
@@ -31,13 +23,7 @@ def fold_shared(source: GlobalTensors) -> EditedModel:
     require(config.moe.shares_experts, config, "experts that layers share", "fold")
     experts = LayerExperts(source)
     own = [Source(OWN)] * len(experts.layers)
-    edited = begin_edit(source, with_sharing(config, own))
-    for name in model_names(source):
-        if not is_experts(name):
-            edited.keep(source, name)
-    indices = [place.index for place in experts.layers]
-    experts.add_to(edited, list(zip(experts.layers, own, indices, strict=True)), lambda p, k: experts.read(p, k)[None])
-    add_fractions(edited, source, [place.num_experts for place in experts.layers])
+    edited = experts.reshared(with_sharing(config, own), own, lambda place, kind: experts.read(place, kind)[None])
     edited.report.append(_folded(config, experts))
     return edited
 

@@ -48,6 +48,11 @@ class BankFit:
     power_LG: Tensor
 
     @property
+    def is_mixture(self) -> bool:
+        """Whether the banks are told as mixtures of the layers' experts."""
+        return self.banks.dim() == 3
+
+    @property
     def relative_L(self) -> Tensor:
         """Root of the lost share of each layer's power."""
         return (self.lost_LG.sum(1) / self.power_LG.sum(1).clamp_min(1e-300)).sqrt()

@@ -5,22 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_samoe.convert.layer_experts import LayerExperts
-from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
-from megatron_samoe.models.layer_layout import LayerPlace
-from megatron_samoe.models.mlp import activation_of
 from megatron_samoe.ops.grouped_mlp import Activation, ExpertWeights, activate
-
-
-def read_experts(experts: LayerExperts, place: LayerPlace) -> ExpertWeights:
-    """Returns a layer's experts in fp32."""
-    return ExpertWeights(**{kind: experts.read(place, kind).float() for kind in experts.kinds})
-
-
-def layer_experts(source: GlobalTensors) -> tuple[LayerExperts, Activation]:
-    """Returns the reader of a model's experts, and their activation."""
-    experts = LayerExperts(source)
-    return experts, activation_of(experts.config.model)
 
 
 def matrices(weights: ExpertWeights) -> tuple[Tensor, Tensor]:

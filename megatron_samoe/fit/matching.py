@@ -8,7 +8,7 @@ neurons of matched experts, by what each adds to the output there. The best of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -79,7 +79,7 @@ def best_numbering(
         num_groups: consecutive groups of experts, which stay together.
     """
     E, F = len(layers[0].weights.w1), layers[0].ffn_size
-    own = [Numbering.own(E, F) for _ in layers]
+    own = [Numbering.of_experts(torch.arange(E), F)] * len(layers)
     if what == "none":
         return own
     grams = [
@@ -87,7 +87,7 @@ def best_numbering(
         for row in (0, 1)
     ]
     order_LE = match_by_weights(grams, way, num_banks, num_groups)
-    by_weights = [Numbering(order_E, numbers.neurons_EF) for order_E, numbers in zip(order_LE, own, strict=True)]
+    by_weights = [Numbering.of_experts(order_E, F) for order_E in order_LE]
 
     def loss(numberings: list[Numbering]) -> float:
         ordered = [in_order(layer, numbers) for layer, numbers in zip(layers, numberings, strict=True)]
@@ -121,19 +121,16 @@ def match(
     """
     numberings: list[Numbering] = []
     for layer in layers:
-        numbers = Numbering.own(len(layer.weights.w1), layer.ffn_size)
+        numbers = Numbering.of_experts(torch.arange(len(layer.weights.w1)), layer.ffn_size)
         before = list(zip(layers, numberings, strict=False))
         if before and what != "none":
             cost_EE = torch.stack(
                 [output_distances(other, layer, activation)[order.experts_E] for other, order in before]
             )
-            experts_E = assigned_in_groups(-cost_EE.sum(0), num_groups)
-            neurons_EF = numbers.neurons_EF
+            numbers = Numbering.of_experts(assigned_in_groups(-cost_EE.sum(0), num_groups), layer.ffn_size)
             if what == "neurons":
-                neurons_EF = torch.stack(
-                    [_neurons(before, layer, role, int(e), activation) for role, e in enumerate(experts_E)]
-                )
-            numbers = Numbering(experts_E, neurons_EF)
+                found = [_neurons(before, layer, r, int(e), activation) for r, e in enumerate(numbers.experts_E)]
+                numbers = replace(numbers, neurons_EF=torch.stack(found))
         numberings.append(numbers)
     return numberings
 

@@ -21,9 +21,14 @@ class Numbering:
     neurons_EF: Tensor
 
     @staticmethod
-    def own(num_experts: int, ffn_size: int) -> Numbering:
-        """Returns the order that changes nothing."""
-        return Numbering(torch.arange(num_experts), torch.arange(ffn_size).repeat(num_experts, 1))
+    def of_experts(experts_E: Tensor, ffn_size: int) -> Numbering:
+        """Returns an order of experts alone, each with its F neurons as they are."""
+        return Numbering(experts_E, torch.arange(ffn_size).repeat(len(experts_E), 1))
+
+    @property
+    def num_moved(self) -> int:
+        """Experts that have another number than before."""
+        return int((self.experts_E != torch.arange(len(self.experts_E))).sum())
 
     def applied(self, kind: str, weights_E: Tensor) -> Tensor:
         """Returns a layer's tensor of experts (w1, b1, w2 or b2) in this order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,13 +11,64 @@ from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import Source
-from megatron_samoe.convert.edited_model import EditedModel, add_fractions, begin_edit, model_names, source_config
-from megatron_samoe.convert.layer_experts import LayerExperts, is_experts, layer_of
+from megatron_samoe.convert.edited_model import EditedModel, add_fractions, begin_edit
+from megatron_samoe.convert.layer_experts import LayerExperts, is_experts, stored_experts
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.fit.bank_fit import BankFit
 from megatron_samoe.fit.numbering import Numbering
+from megatron_samoe.models.layer_layout import LayerPlace
 from megatron_samoe.moe.router import Router
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
+
+
+@dataclass(frozen=True)
+class SharedGroup:
+    """MoE layers that share one source.
+
+    Attributes:
+        layers: their numbers among the MoE layers.
+        num_banks: that they mix; a set is one.
+    """
+
+    source: Source
+    layers: Sequence[int]
+    num_banks: int = 1
+
+
+def shared_groups(sources: Sequence[Source], num_banks: int) -> list[SharedGroup]:
+    """Returns the layers that share, by what they share, in the order of first use.
+
+    Args:
+        sources: of each MoE layer.
+    """
+    return [
+        SharedGroup(source, [n for n, s in enumerate(sources) if s == source], num_banks if source.way.combines else 1)
+        for source in dict.fromkeys(sources)
+        if source.way.is_shared
+    ]
+
+
+def with_numberings(source: GlobalTensors, config: PretrainConfig, numberings: Mapping[int, Numbering]) -> EditedModel:
+    """Returns a MoE whose experts, their neurons and routers are in a new order, or some of them.
+
+    Args:
+        config: of the new model.
+        numberings: by MoE layer; others stay as they are.
+    """
+    edited, experts = begin_edit(source, config), LayerExperts(source)
+    for index, numbers in numberings.items():
+        place = experts.layers[index]
+        names = [f"layers.{place.index}.moe.router.{kind}" for kind in Router.by_expert]
+        for name in [*names, *(stored_experts(place) + kind for kind in experts.kinds)]:
+            if stored := source.tensors.get(name):
+                shape = (len(numbers.experts_E), *stored.shape[1:])
+                edited.add(name, shape, stored.dtype, partial(_numbered, source, name, numbers))
+    return edited
+
+
+def _numbered(source: GlobalTensors, name: str, numbers: Numbering) -> Tensor:
+    values_E = source.read(name)
+    return numbers.applied(name.rpartition(".")[2], values_E) if is_experts(name) else values_E[numbers.experts_E]
 
 
 def renumbered_model(source: GlobalTensors, numberings: Mapping[int, Numbering]) -> EditedModel:
@@ -27,17 +78,7 @@ def renumbered_model(source: GlobalTensors, numberings: Mapping[int, Numbering])
         numberings: by MoE layer; others stay as they are.
     """
     experts = LayerExperts(source)
-    edited = begin_edit(source, source_config(source))
-    of_layer = {experts.layers[index].index: numbers for index, numbers in numberings.items()}
-    for name in model_names(source):
-        layer, last = layer_of(name), name.rpartition(".")[2]
-        numbers = None if layer is None else of_layer.get(layer)
-        is_by_expert = ".moe.router." in name and last in Router.by_expert
-        if numbers is not None and (is_by_expert or is_experts(name)):
-            stored = source.tensors[name]
-            edited.add(name, stored.shape, stored.dtype, partial(_renumbered, source, name, numbers))
-        else:
-            edited.keep(source, name)
+    edited = with_numberings(source, experts.config, numberings)
     counts = [place.num_experts for place in experts.layers]
     order_LE = torch.arange(max(counts)).repeat(len(counts), 1)
     for index, numbers in numberings.items():
@@ -46,28 +87,26 @@ def renumbered_model(source: GlobalTensors, numberings: Mapping[int, Numbering])
     return edited
 
 
-def _renumbered(source: GlobalTensors, name: str, numbers: Numbering) -> Tensor:
-    values_E = source.read(name)
-    return numbers.applied(name.rpartition(".")[2], values_E) if is_experts(name) else values_E[numbers.experts_E]
-
-
 @dataclass(frozen=True)
 class FittedGroup:
-    """MoE layers that share one source, with the fits of w1 and b1, and of w2 and b2.
+    """MoE layers that share, with the fits of w1 and b1, and of w2 and b2."""
 
-    Attributes:
-        layers: their numbers among the MoE layers.
-        bank: gives a kind of tensor of what is shared, [P, E, ...]: `mixed_bank` or `fitted_bank`.
-    """
-
-    source: Source
-    layers: Sequence[int]
+    group: SharedGroup
     fits: Sequence[BankFit]
-    bank: Callable[[FittedGroup, LayerExperts, str], Tensor]
+
+    def bank(self, experts: LayerExperts, kind: str) -> Tensor:
+        """Returns a kind of tensor of what is shared, [P, E, ...]."""
+        fit, places = self.fits[ROW_OF_WEIGHT[kind]], [experts.layers[index] for index in self.group.layers]
+        if fit.is_mixture:
+            return _mixed(fit.banks, experts, places, kind)
+        shape = experts.shape(places[0], kind)
+        # A bias is the last column of its matrix.
+        part = fit.banks[..., : shape[-1]] if kind[0] == "w" else fit.banks[..., -1]
+        return part.reshape(len(fit.banks), *shape).float()
 
 
 def shared_model(
-    source: GlobalTensors, config: PretrainConfig, sources: Sequence[Source], groups: Sequence[FittedGroup]
+    source: GlobalTensors, config: PretrainConfig, sources: Sequence[Source], fitted: Sequence[FittedGroup]
 ) -> EditedModel:
     """Returns a MoE with banks and sets in place of the experts of layers that share.
 
@@ -76,48 +115,29 @@ def shared_model(
         config: of the new model.
         sources: of each MoE layer.
     """
-    edited, experts = begin_edit(source, config), LayerExperts(source)
-    own = {place.index for place, s in zip(experts.layers, sources, strict=True) if not s.way.is_shared}
-    for name in model_names(source):
-        if not is_experts(name) or layer_of(name) in own:
-            edited.keep(source, name)
-    for group in groups:
-        add_group(edited, experts, group)
-    add_fractions(edited, source, [place.num_experts for place in experts.layers])
+    experts = LayerExperts(source)
+    of_layer = {experts.layers[index].index: one for one in fitted for index in one.group.layers}
+
+    def whole(place: LayerPlace, kind: str) -> Tensor:
+        found = of_layer.get(place.index)
+        return experts.whole(place, kind) if found is None else found.bank(experts, kind)
+
+    edited = experts.reshared(config, sources, whole)
+    for one in fitted:
+        for number, index in enumerate(one.group.layers if one.group.source.way.mixes else ()):
+            a_2GP = torch.stack([fit.coefficients_LGP[number] for fit in one.fits]).float()
+            edited.add_value(f"layers.{experts.layers[index].index}.moe.combination", a_2GP)
     return edited
 
 
-def add_group(edited: EditedModel, experts: LayerExperts, group: FittedGroup) -> None:
-    """Adds the coefficients of a group's layers, and its banks or its set."""
-    places = [experts.layers[index] for index in group.layers]
-    if group.source.way.mixes:
-        for number, place in enumerate(places):
-            a_2GP = torch.stack([fit.coefficients_LGP[number] for fit in group.fits]).float()
-            edited.add_value(f"layers.{place.index}.moe.combination", a_2GP)
-    num_banks = group.fits[0].coefficients_LGP.shape[2]
-    for kind in experts.kinds:
-        shape = (num_banks, *experts.shape(places[0], kind))
-        # What is shared is its own master weight, fp32 in every precision.
-        edited.add(group.source.stored(0) + kind, shape, torch.float32, partial(group.bank, group, experts, kind))
-
-
-def fitted_bank(group: FittedGroup, experts: LayerExperts, kind: str) -> Tensor:
-    """Returns banks of a fit with moments; a bias is the last column of its matrix."""
-    bank_PEUD = group.fits[ROW_OF_WEIGHT[kind]].banks
-    shape = experts.shape(experts.layers[group.layers[0]], kind)
-    part = bank_PEUD[..., : shape[-1]] if kind[0] == "w" else bank_PEUD[..., -1]
-    return part.reshape(len(bank_PEUD), *shape).float()
-
-
-def mixed_bank(group: FittedGroup, experts: LayerExperts, kind: str) -> Tensor:
-    """Returns banks of a fit without moments, mixtures of the layers' experts, which are read one after the other."""
-    mixture_PGL = group.fits[ROW_OF_WEIGHT[kind]].banks
-    bank = torch.zeros(len(mixture_PGL), *experts.shape(experts.layers[group.layers[0]], kind))
-    for number, index in enumerate(group.layers):
+def _mixed(mixture_PGL: Tensor, experts: LayerExperts, places: Sequence[LayerPlace], kind: str) -> Tensor:
+    """Returns mixtures of layers' experts, which are read one after the other."""
+    bank_PE = torch.zeros(len(mixture_PGL), *experts.shape(places[0], kind))
+    for number, place in enumerate(places):
         factor_PG = mixture_PGL[:, :, number]
         if factor_PG.any():
-            _add_mixed(bank, factor_PG, experts.read(experts.layers[index], kind).float())
-    return bank
+            _add_mixed(bank_PE, factor_PG, experts.read(place, kind).float())
+    return bank_PE
 
 
 def _add_mixed(bank_PE: Tensor, factor_PG: Tensor, weights_E: Tensor) -> None:

@@ -16,6 +16,7 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.layer_layout import LayerPlace, all_layers
 from megatron_samoe.models.rank_model import RankModel
+from megatron_samoe.moe.scores import score_of
 from megatron_samoe.moe.sharing.selected import one_bank
 from megatron_samoe.moe.sharing.way import Banks
 from megatron_samoe.ops.decode_parts import PAGE
@@ -80,7 +81,8 @@ def needed_bytes(model: RankModel, dtype: Precision, cache_experts: int, num_pag
 
 def default_cache_experts(config: PretrainConfig) -> int:
     """Returns the experts that an on-the-fly cache holds by default: for each combined layer those of two tokens, or all."""
-    return sum(min(place.num_experts, 2 * config.moe.moe_router_topk) for place in combined_layers(config))
+    of_two = 2 * score_of(config.moe).topk
+    return sum(min(place.num_experts, of_two) for place in combined_layers(config))
 
 
 def combined_layers(config: PretrainConfig) -> list[LayerPlace]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.moe.scores import score_of
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops.topk_gate import GateResult
 from megatron_samoe.parallel_state.state import Group
@@ -45,13 +46,12 @@ class AuxiliaryLosses:
     statistics: Mapping[str, int] = {"balance": 1}
 
     def __init__(self, config: MoEConfig, dp: Group):
-        self._config, self._dp = config, dp
+        self._config, self._topk, self._dp = config, score_of(config).topk, dp
 
     def __call__(self, gate: GateResult, context: ForwardContext) -> tuple[Tensor | None, dict[str, Tensor]]:
         """See `BalanceStrategy`; "balance" is the sum over sequences of E * sum_e f_e P_e."""
-        balance = balance_sum(
-            gate, self._config.moe_router_topk, self._config.balance_group_size if context.training else 1, self._dp
-        )
+        group_size = self._config.balance_group_size if context.training else 1
+        balance = balance_sum(gate, self._topk, group_size, self._dp)
         loss = auxiliary_loss(gate, balance, self._config, context) if context.training else None
         return loss, {"balance": balance.detach()}
 

@@ -57,8 +57,16 @@ class TopkScore:
 
     def mean_squares(self, num_experts: int, logit_std: float) -> float:
         """Returns sum_k E[p_k^2] of a token's weights at the start."""
-        is_sigmoid = self.config.moe_router_score_function == "sigmoid"
-        return _topk_squares(num_experts, self.topk, is_sigmoid, self.config.pre_softmax, logit_std)
+        return _topk_squares(num_experts, self.topk, self._is_sigmoid, self.config.pre_softmax, logit_std)
+
+    def undecided_sum(self, num_experts: int) -> float:
+        """Returns the sum of a token's weights where all logits are 0."""
+        share = 0.5 if self._is_sigmoid else 1 / num_experts
+        return self.topk * share if self.config.pre_softmax else 1.0
+
+    @property
+    def _is_sigmoid(self) -> bool:
+        return self.config.moe_router_score_function == "sigmoid"
 
 
 class ExpertChoiceScore(TopkScore):

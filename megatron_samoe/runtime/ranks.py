@@ -1,18 +1,32 @@
-"""The start of this process as a rank of a job: device, threads, groups, and transport of tokens."""
+"""The start of this process as a rank of a job: a device that can do what is asked, threads, groups, and transport of tokens."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state import backend, launcher
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.parallel_state.state import ParallelState, initialize_model_parallel
 from megatron_samoe.row_exchange.exchange import with_exchange
-from megatron_samoe.runtime.gpu import check_gpu
+
+
+def prepare_device(layout: ParallelConfig, num_threads: int | None, bf16: bool = False) -> torch.device:
+    """Returns this rank's device, checked, with so many CPU threads beside it; the host's cores over its ranks if None.
+
+    Raises:
+        ConfigError: see `check_gpu`.
+    """
+    device = backend.choose_device(layout)
+    check_gpu(device, bf16)
+    backend.set_num_threads(num_threads)
+    return device
 
 
 def place_in(layout: ParallelConfig, device: torch.device, shares_experts: bool = False) -> ParallelState:
@@ -53,8 +67,69 @@ def join_ranks(layout: ParallelConfig, num_threads: int | None = None) -> Parall
         raise ConfigError(
             "layout", given, f"must divide the {launcher.world_size()} processes that were started: {error}"
         ) from None
-    device = backend.choose_device(layout)
-    check_gpu(device)
-    backend.set_num_threads(num_threads)
+    device = prepare_device(layout, num_threads)
     backend.initialize_distributed(layout, device)
     return place_in(layout, device)
+
+
+def check_gpu(device: torch.device, bf16: bool = False) -> None:
+    """Checks that torch, our kernels and the precision fit this rank's GPU; a CPU always fits.
+
+    Raises:
+        ConfigError: the GPU has no bf16 and that is asked for, or torch or the kernels in use hold no code for it. Other
+            ranks may have other GPUs, so the error is this rank's.
+    """
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    name = f"{torch.cuda.get_device_name(device)} ({device}, compute capability {capability[0]}.{capability[1]})"
+    torch_archs = torch.cuda.get_arch_list()
+    if torch_archs and not has_code(torch_archs, capability):
+        _refuse(
+            "torch",
+            torch.__version__,
+            f"has no code for {name}, only for {', '.join(torch_archs)}; install a torch that is built for this GPU",
+        )
+    if bf16 and capability < (8, 0):
+        _refuse("--bf16", True, f"needs compute capability 8.0 or more, and this is {name}; use --fp16 or fp32 there")
+    if not extension.cuda_kernels_are_chosen() and extension.cuda_kernels_in_use():
+        archs = extension.build_info()["cuda_archs"]
+        if not has_code(_as_torch_names(archs), capability):
+            wanted = ";".join([*archs, f"{capability[0]}.{capability[1]}"])
+            _refuse(
+                extension.CUDA_ENVIRONMENT_VARIABLE,
+                "1",
+                f"asks for kernels that were compiled for {', '.join(archs)} and not for {name}: build them again with "
+                f"TORCH_CUDA_ARCH_LIST='{wanted}', or leave the variable at 0 for torch's",
+            )
+
+
+def has_code(archs: Iterable[str], capability: tuple[int, int]) -> bool:
+    """Returns whether code for these architectures runs on a GPU: sm_80 on 8.x from 8.0 on, sm_90a on 9.0 alone, and
+    compute_80, which the driver compiles, on all from 8.0 on.
+    """
+    for arch in archs:
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
+        if match is None:
+            continue
+        kind, own, exact = match[1], (int(match[2]), int(match[3])), match[4] == "a"
+        if own == capability or (not exact and own < capability and (kind == "compute" or own[0] == capability[0])):
+            return True
+    return False
+
+
+def _as_torch_names(archs: Iterable[str]) -> list[str]:
+    """Returns architectures as torch lists them, from TORCH_CUDA_ARCH_LIST's 9.0+PTX."""
+    names = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        names.append(f"sm_{number}")
+        if arch.endswith("+PTX"):
+            names.append(f"compute_{number}")
+    return names
+
+
+def _refuse(field: str, value: object, allowed: str) -> None:
+    error = ConfigError(field, value, allowed)
+    error.collective = False
+    raise error

@@ -1,13 +1,23 @@
-"""Where a run ran, for whoever reads its speed later."""
+"""What a host computes with: for whoever reads a run's speed later, and for the error that names a host unlike the others."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import megatron_samoe
+from megatron_samoe.config.option import flag
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.datasets.bin_readers import is_remote
+from megatron_samoe.datasets.build import splits_of
+from megatron_samoe.errors import DataError
 from megatron_samoe.ops import cpu_products, extension
 from megatron_samoe.parallel_state.state import ParallelState
 
@@ -19,6 +29,10 @@ PATHS = (
     "ATEN_CPU_CAPABILITY",
     "MKL_CBWR",
 )
+#: Of a data file this many bytes at either end are compared, besides its size.
+_COMPARED_BYTES = 1 << 16
+#: Options that a host may have of its own. Threads are compared as they come out.
+_OF_A_HOST = ("data_cache_path", "num_threads")
 
 
 def machine_facts(parallel: ParallelState) -> dict[str, Any]:
@@ -59,3 +73,55 @@ def cpu_name() -> str:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.machine()
+
+
+def alike_facts(config: PretrainConfig, device: torch.device) -> dict[str, str]:
+    """Returns versions, builds, options and data of this host, and what it computes with."""
+    facts = {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "torch": torch.__version__,
+        "megatron_samoe": f"{megatron_samoe.__version__}, files {_digest_of_package()}",
+        "compiled extension": "not in use",
+        **{name: os.environ[name] for name in PATHS if name in os.environ},
+        **{
+            flag(name): str(value)
+            for options in asdict(config).values()
+            for name, value in options.items()
+            if name not in _OF_A_HOST
+        },
+        **dict(_data_files(config)),
+    }
+    if extension.available():
+        facts["compiled extension"] = extension.build_identity()["a compiled extension"]
+        facts["instruction set (MEGATRON_SAMOE_ISA)"] = extension.build_info()["instruction_set"]
+    if device.type == "cpu":
+        facts["instruction set of torch (ATEN_CPU_CAPABILITY)"] = torch.backends.cpu.get_cpu_capability()
+        facts["threads of a rank (--num-threads, else by cores)"] = str(torch.get_num_threads())
+    return facts
+
+
+def _digest_of_package() -> str:
+    root, digest = Path(megatron_samoe.__file__).parent, hashlib.blake2b(digest_size=6)
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _data_files(config: PretrainConfig) -> Iterator[tuple[str, str]]:
+    """Yields each file of data that is read from a disk, with its size and a digest of its ends."""
+    try:
+        prefixes = sorted({prefix for split in splits_of(config.data) for prefix in split.blend.prefixes})
+    except DataError:  # which is reported where data are built
+        return
+    for path in (f"{prefix}{end}" for prefix in prefixes if not is_remote(prefix) for end in (".bin", ".idx")):
+        try:
+            with open(path, "rb") as file:
+                size, digest = (
+                    os.fstat(file.fileno()).st_size,
+                    hashlib.blake2b(file.read(_COMPARED_BYTES), digest_size=6),
+                )
+                file.seek(max(0, size - _COMPARED_BYTES))
+                digest.update(file.read(_COMPARED_BYTES))
+            yield path, f"{size:,} bytes, {digest.hexdigest()}"
+        except OSError as error:
+            yield path, f"{error.strerror}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import statistics
 import time
@@ -15,6 +14,7 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import Group, ParallelState
 from megatron_samoe.planning.memory import rank_memory
+from megatron_samoe.runtime.free_memory import free_memory_bytes
 
 #: A rank or a group this much slower than the median is named.
 SLOW = 0.6
@@ -43,7 +43,7 @@ def preflight(config: PretrainConfig, vocab_size: int, parallel: ParallelState) 
 def _refuse_too_little_memory(config: PretrainConfig, vocab_size: int, parallel: ParallelState) -> None:
     """Compares what the ranks of each host need with what the host has left."""
     needed = rank_memory(config, vocab_size, parallel.world_size, parallel.rank).total
-    rows = parallel.world.all_gather_object((socket.gethostname(), needed, available_bytes()))
+    rows = parallel.world.all_gather_object((socket.gethostname(), needed, free_memory_bytes(parallel.device)))
     for host in sorted({row[0] for row in rows}):
         of_host = [row for row in rows if row[0] == host]
         total, left = sum(row[1] for row in of_host), min(row[2] for row in of_host)
@@ -56,21 +56,6 @@ def _refuse_too_little_memory(config: PretrainConfig, vocab_size: int, parallel:
                 f"{left / 1e9:.2f} GB left; fewer ranks per host, --use-distributed-optimizer, a smaller "
                 "--micro-batch-size or --recompute-granularity full need less (megatron-samoe plan tells)",
             )
-
-
-def available_bytes() -> int:
-    """Returns the memory that this host, or this process's control group, has left."""
-    left = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/proc/meminfo") as file:
-            left = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-        with open("/sys/fs/cgroup/memory.stat") as file:  # what was read of files gives way
-            cached = next(int(line.split()[1]) for line in file if line.startswith("inactive_file "))
-        with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as used:
-            left = min(left, int(most.read()) - int(used.read()) + cached)
-    except (OSError, StopIteration, ValueError):  # no such file, or no limit
-        pass
-    return left
 
 
 def _clocks(parallel: ParallelState, ranks: Sequence[str]) -> list[str]:

@@ -25,7 +25,7 @@ from megatron_samoe.row_exchange.all_to_all import all_to_all_rows
 from megatron_samoe.training import preflight
 from megatron_samoe.training.hang_watch import HangWatch
 from megatron_samoe.training.hooks import loggers
-from megatron_samoe.training.spikes import SpikeHistory
+from megatron_samoe.training.state import SpikeHistory
 from tests.harness.program import arguments, records, start, write_corpus
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import tiny_config
@@ -159,7 +159,7 @@ def test_who_waits_is_not_the_slow_one() -> None:
 
 def _preflight(available: int) -> list[str] | str:
     parallel = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=2))
-    preflight.available_bytes = lambda: available
+    preflight.free_memory_bytes = lambda device: available
     try:
         return preflight.preflight(tiny_config("samoe", expert_model_parallel_size=2), 64, parallel)
     except ConfigError as error:
@@ -170,7 +170,7 @@ def test_preflight_refuses_too_little_memory() -> None:
     assert all(isinstance(found, list) for found in run_ranks(_preflight, 2, 1 << 40))
     for found in run_ranks(_preflight, 2, 1000):
         assert "2 ranks of" in found and "GB left" in found
-    assert preflight.available_bytes() > 0
+    assert preflight.free_memory_bytes(torch.device("cpu")) > 0
 
 
 def test_preflight_names_what_is_slow() -> None:

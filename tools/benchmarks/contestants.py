@@ -20,9 +20,8 @@ from megatron_samoe.config import DataConfig, ModelConfig, MoEConfig, PretrainCo
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping, parse_pretrain_args, to_mapping
 from megatron_samoe.config.derived import flag
-from megatron_samoe.config.idle import without_idle_options
 from megatron_samoe.config.option import all_options
-from megatron_samoe.config.validate import validate
+from megatron_samoe.config.validate import validate, without_idle_options
 from megatron_samoe.convert.gguf import export as gguf
 from megatron_samoe.convert.hf.export import plan_export, write_export
 from megatron_samoe.dist_checkpointing import store

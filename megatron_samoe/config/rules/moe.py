@@ -11,12 +11,16 @@ from megatron_samoe.config.rules import Rows, Table
 from megatron_samoe.config.sharing_map import Source, words_with
 
 
+def _choices(config: PretrainConfig, _: int) -> Rows:
+    fewest = config.moe.fewest_experts
+    yield "moe_router_topk", config.moe.moe_router_topk > fewest, f"must be at most --num-experts {fewest}"
+
+
 def _sizes(config: PretrainConfig, _: int) -> Rows:
     moe, width = config.moe, config.model.mlp_size
     topk, fewest = moe.moe_router_topk, moe.fewest_experts
     no_layer = num_moe_layers(config) == 0
     yield "moe_layer_freq", no_layer, "must make at least one layer MoE, or use --expert-layout dense"
-    yield "moe_router_topk", topk > fewest, f"must be at most --num-experts {fewest}"
     is_open = moe.moe_ffn_hidden_size is None and topk <= fewest and width % topk
     allowed = f"must be given where --moe-router-topk {topk} does not divide the dense MLP's width {width}"
     yield "moe_ffn_hidden_size", is_open, allowed
@@ -138,7 +142,10 @@ def _lock(config: PretrainConfig, layers: int, is_new: bool) -> Rows:
     yield "pool_lock_step", is_new and end > steps, allowed
 
 
+#: What a model's sizes must keep, whatever else is wrong with it.
+CHOICES = Table(("moe",), _choices, EXPERTS)
 TABLES = (
+    CHOICES,
     Table(("model", "moe"), _sizes, EXPERTS),
     Table(("moe",), _groups, EXPERTS),
     Table(("moe",), _scores, EXPERTS),

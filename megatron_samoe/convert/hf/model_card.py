@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_samoe.convert.edited_model import moe_layers
 from megatron_samoe.convert.hf.export_plan import ExportPlan
 from megatron_samoe.dist_checkpointing.global_tensors import name_of
+from megatron_samoe.moe.scores import score_of
 from megatron_samoe.planning.accounting import count_parameters
 
 _USE = """```python
@@ -63,4 +64,4 @@ def _experts(plan: ExportPlan) -> str:
     if moe.has_pool:
         shared += f", {moe.num_expert_banks} banks"
     counts = " or ".join(map(str, sorted({place.num_experts for place in moe_layers(plan.native.config)})))
-    return f"{counts} in each of {layers} layers, {moe.moe_router_topk} per token{shared}"
+    return f"{counts} in each of {layers} layers, {score_of(moe).topk} per token{shared}"

@@ -9,12 +9,11 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_samoe.config.cli import from_mapping, parse_pretrain_args
+from megatron_samoe.config.cli import from_mapping, parse_pretrain_args, stated_in_args
 from megatron_samoe.config.elastic import smallest_world
-from megatron_samoe.config.idle import idle_options, stated_in_args
 from megatron_samoe.config.option import flag
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.validate import validate
+from megatron_samoe.config.validate import idle_options, validate
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError, ConfigError, ConfigErrors
 from megatron_samoe.evaluation.run_summary import read_records, read_run, sharing_text

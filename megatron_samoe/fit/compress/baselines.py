@@ -10,23 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_samoe.config.idle import without_idle_options
-from megatron_samoe.convert.edited_model import EditedModel, begin_edit, model_names, source_config
-from megatron_samoe.convert.layer_experts import is_experts, layer_of
+from megatron_samoe.config.validate import without_idle_options
+from megatron_samoe.convert.edited_model import EditedModel, begin_edit, source_config
+from megatron_samoe.convert.layer_experts import LayerExperts, stored_experts
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.fit.assignment import assigned
 from megatron_samoe.fit.calibration import LayerCalibration
 from megatron_samoe.fit.compress.compressible import expert_bytes
-from megatron_samoe.fit.expert_math import hidden_of, layer_experts, output_of, read_experts
+from megatron_samoe.fit.expert_math import hidden_of, output_of
 from megatron_samoe.fit.matching import neuron_products
-from megatron_samoe.moe.router import Router
+from megatron_samoe.fit.numbering import Numbering
+from megatron_samoe.fit.shared_model import with_numberings
 from megatron_samoe.ops.grouped_mlp import Activation, ExpertWeights
 
 
@@ -38,7 +38,7 @@ def experts_in_budget(source: GlobalTensors, num_bytes: int) -> int:
     """
     moe = source_config(source).moe
     assert isinstance(moe.num_experts, int)
-    groups, chosen = moe.moe_router_num_groups or 1, moe.moe_router_topk // (moe.moe_router_group_topk or 1)
+    groups, chosen = moe.moe_router_num_groups or 1, moe.choices_of_group
     kept = moe.num_experts * num_bytes // expert_bytes(source) // groups
     if kept < chosen:
         where = "layer" if groups == 1 else "group"
@@ -51,22 +51,10 @@ def experts_in_budget(source: GlobalTensors, num_bytes: int) -> int:
 def pruned_model(source: GlobalTensors, calibrations: Sequence[LayerCalibration], num_kept: int) -> EditedModel:
     """Returns a MoE of each layer's most salient experts, in their order, with their rows of the router."""
     config = source_config(source)
-    moe = replace(config.moe, num_experts=num_kept)
-    edited = begin_edit(source, without_idle_options(replace(config, moe=moe)))
-    experts, _ = layer_experts(source)
-    groups = moe.moe_router_num_groups or 1
-    kept: dict[int | None, Tensor] = {
-        place.index: _most_salient(calibration.mean_saliency_E, num_kept, groups)
-        for place, calibration in zip(experts.layers, calibrations, strict=True)
-    }
-    for name in model_names(source):
-        order_E, stored = kept.get(layer_of(name)), source.tensors[name]
-        is_by_expert = ".moe.router." in name and name.rpartition(".")[2] in Router.by_expert
-        if order_E is not None and (is_experts(name) or is_by_expert):
-            edited.add(name, (num_kept, *stored.shape[1:]), stored.dtype, partial(_rows, source, name, order_E))
-        else:
-            edited.keep(source, name)
-    return edited
+    moe, groups = replace(config.moe, num_experts=num_kept), config.moe.moe_router_num_groups or 1
+    kept = [_most_salient(calibration.mean_saliency_E, num_kept, groups) for calibration in calibrations]
+    numberings = {index: Numbering.of_experts(kept_E, config.expert_ffn_size) for index, kept_E in enumerate(kept)}
+    return with_numberings(source, without_idle_options(replace(config, moe=moe)), numberings)
 
 
 def _most_salient(saliency_E: Tensor, num_kept: int, groups: int) -> Tensor:
@@ -75,23 +63,13 @@ def _most_salient(saliency_E: Tensor, num_kept: int, groups: int) -> Tensor:
     return (kept_GE + torch.arange(groups)[:, None] * (len(saliency_E) // groups)).flatten()
 
 
-def _rows(source: GlobalTensors, name: str, order_E: Tensor) -> Tensor:
-    return source.read(name)[order_E]
-
-
 def merged_model(source: GlobalTensors, calibrations: Sequence[LayerCalibration], num_kept: int) -> EditedModel:
     """Returns a MoE in which the experts of a layer's cluster are all their mean; E' clusters are counted as E' experts."""
-    edited = begin_edit(source, source_config(source))
-    experts, activation = layer_experts(source)
-    merged = {}
+    experts = LayerExperts(source)
+    edited = begin_edit(source, experts.config)
     for place, calibration in zip(experts.layers, calibrations, strict=True):
-        merged[place.index] = dict(merge(read_experts(experts, place), calibration, num_kept, activation).items())
-    for name in model_names(source):
-        layer, stored = layer_of(name), source.tensors[name]
-        if layer in merged and is_experts(name):
-            edited.add_value(name, merged[layer][name.rpartition(".")[2]].to(stored.dtype))
-        else:
-            edited.keep(source, name)
+        for kind, merged in merge(experts.weights(place), calibration, num_kept, experts.activation).items():
+            edited.add_value(stored_experts(place) + kind, merged.to(experts.dtype))
     return edited
 
 

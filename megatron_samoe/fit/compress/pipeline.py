@@ -16,6 +16,7 @@ import torch
 from megatron_samoe.config.derived import num_moe_layers
 from megatron_samoe.config.sharing_map import Source, parse_sharing, word_of
 from megatron_samoe.convert.edited_model import EditedModel, open_checkpoint, with_sharing
+from megatron_samoe.convert.layer_experts import LayerExperts
 from megatron_samoe.datasets.carried_tokenizer import with_carried
 from megatron_samoe.datasets.tokenizer import tokenizer_of
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
@@ -28,13 +29,13 @@ from megatron_samoe.fit.compress.judge import Verdict, losses
 from megatron_samoe.fit.compress.options import CompressOptions, plan_of, refuse_options, texts
 from megatron_samoe.fit.compress.sharing_plan import SharingPlan, chosen_map, sets_in_budget
 from megatron_samoe.fit.compress.stage_folder import BEGIN, StageFolder
-from megatron_samoe.fit.expert_math import layer_experts, read_experts
 from megatron_samoe.fit.matching import MatchedLayer, best_numbering, in_order
 from megatron_samoe.fit.numbering import Numbering
-from megatron_samoe.fit.shared_model import FittedGroup, fitted_bank, renumbered_model, shared_model
+from megatron_samoe.fit.shared_model import FittedGroup, SharedGroup, renumbered_model, shared_groups, shared_model
 from megatron_samoe.fit.surgery.pool import pool_moe, tie_layers
 from megatron_samoe.log import logger
 from megatron_samoe.models.blueprint import Blueprint
+from megatron_samoe.models.mlp import activation_of
 from megatron_samoe.models.rank_model import RankModel, compute_dtype
 from megatron_samoe.ops.grouped_mlp import Activation
 from megatron_samoe.parallel_state.state import single_process_state
@@ -185,22 +186,16 @@ class Compression:
 
     @property
     def _activation(self) -> Activation:
-        return layer_experts(self.source)[1]
+        return activation_of(self.config.model)
 
     def _layers(self) -> list[MatchedLayer]:
         """Returns the experts of each MoE layer with what they met, in the original's numbering."""
-        experts, _ = layer_experts(self.source)
-        return [
-            MatchedLayer(read_experts(experts, p), c) for p, c in zip(experts.layers, self.calibration, strict=True)
-        ]
+        experts = LayerExperts(self.source)
+        return [MatchedLayer(experts.weights(p), c) for p, c in zip(experts.layers, self.calibration, strict=True)]
 
-    def groups(self) -> dict[Source, list[int]]:
-        """Returns the MoE layers of each source that layers share."""
-        found: dict[Source, list[int]] = {}
-        for index, source in enumerate(self.sources(self.plan)):
-            if source.way.is_shared:
-                found.setdefault(source, []).append(index)
-        return found
+    def groups(self) -> list[SharedGroup]:
+        """Returns the MoE layers that share, by what they share."""
+        return shared_groups(self.sources(self.plan), self.plan.num_banks)
 
     def matched(self) -> CheckpointReader:
         """Returns the original in a common numbering, which computes the same."""
@@ -216,19 +211,13 @@ class Compression:
     def _match(self) -> JsonObject:
         layers, activation = self._layers(), self._activation
         numberings: dict[int, Numbering] = {}
-        for source, members in self.groups().items():
-            found = best_numbering(
-                [layers[i] for i in members],
-                activation,
-                self.options.match,
-                source.way,
-                self._banks(source),
-                self._num_groups,
-            )
-            numberings |= dict(zip(members, found, strict=True))
+        for group in self.groups():
+            members, way = [layers[i] for i in group.layers], group.source.way
+            found = best_numbering(members, activation, self.options.match, way, group.num_banks, self._num_groups)
+            numberings |= dict(zip(group.layers, found, strict=True))
         self.folder.write_tensors("numbering", {i: (n.experts_E, n.neurons_EF) for i, n in numberings.items()})
         self.folder.write_model("matched", renumbered_model(self.source, numberings))
-        moved = {i: int((n.experts_E != torch.arange(len(n.experts_E))).sum()) for i, n in numberings.items()}
+        moved = {i: n.num_moved for i, n in numberings.items()}
         logger.info(f"matched: {sum(moved.values())} experts of {len(moved)} layers renumbered")
         return {"renumbered": moved}
 
@@ -241,35 +230,35 @@ class Compression:
         return self.folder.model("fitted")
 
     def _fit(self) -> JsonObject:
-        matched, num_banks = self.folder.model("matched"), self.plan.num_banks
+        matched, groups = self.folder.model("matched"), self.groups()
         kept = self.folder.read_tensors("numbering")
         numberings = {i: Numbering(*order) for i, order in kept.items()}
         layers = [
             in_order(layer, numberings[i]) if i in numberings else layer for i, layer in enumerate(self._layers())
         ]
-        inputs = {s: fit_inputs([layers[i] for i in m], s.way, self._banks(s)) for s, m in self.groups().items()}
+        inputs = [fit_inputs([layers[i] for i in g.layers], g.source.way, g.num_banks) for g in groups]
         sums = None
         if self.options.refit:
             new = [layer.weights for layer in layers]
-            for source, members in self.groups().items():
-                for number, index in enumerate(members):
-                    new[index] = with_inputs(layers[index], inputs[source], number)
+            for group, fit in zip(groups, inputs, strict=True):
+                for number, index in enumerate(group.layers):
+                    new[index] = with_inputs(layers[index], fit, number)
             sums = output_sums(self._model(matched.directory), self.texts.calibration, new, self._activation)
-        groups = []
-        for source, members in self.groups().items():
-            theirs = None if sums is None else [sums[i] for i in members]
-            outputs = fit_outputs([layers[i] for i in members], source.way, self._banks(source), theirs)
-            groups.append(FittedGroup(source, members, (inputs[source], outputs), fitted_bank))
+        fitted = []
+        for group, fit in zip(groups, inputs, strict=True):
+            theirs = None if sums is None else [sums[i] for i in group.layers]
+            outputs = fit_outputs([layers[i] for i in group.layers], group.source.way, group.num_banks, theirs)
+            fitted.append(FittedGroup(group, (fit, outputs)))
         sources = self.sources(self.plan)
         moe = replace(
-            self.config.moe, num_expert_banks=num_banks, samoe_granularity="layer", samoe_normalization="none"
+            self.config.moe,
+            num_expert_banks=self.plan.num_banks,
+            samoe_granularity="layer",
+            samoe_normalization="none",
         )
         config = with_sharing(replace(self.config, moe=moe), sources)
-        self.folder.write_model("fitted", shared_model(matched, config, sources, groups))
-        return {"lost_of_layer": _losses(groups)}
-
-    def _banks(self, source: Source) -> int:
-        return self.plan.num_banks if source.way.combines else 1
+        self.folder.write_model("fitted", shared_model(matched, config, sources, fitted))
+        return {"lost_of_layer": _losses(fitted)}
 
     # 4. What to compare with
 
@@ -339,10 +328,10 @@ class Compression:
         return expert_bytes(open_checkpoint(folder))
 
 
-def _losses(groups: Sequence[FittedGroup]) -> JsonObject:
+def _losses(fitted: Sequence[FittedGroup]) -> JsonObject:
     """Returns for each layer that shares what w1 and w2 lose: root of the share of their products' power."""
     return {
-        str(index): [float(fit.relative_L[number]) for fit in group.fits]
-        for group in groups
-        for number, index in enumerate(group.layers)
+        str(index): [float(fit.relative_L[number]) for fit in one.fits]
+        for one in fitted
+        for number, index in enumerate(one.group.layers)
     }

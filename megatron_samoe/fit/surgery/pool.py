@@ -15,15 +15,15 @@ as it is. A model whose layers share already is folded first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import COMBINED, Source, parse_sharing
+from megatron_samoe.config.sharing_map import COMBINED, Source, Way, parse_sharing
 from megatron_samoe.convert.edited_model import EditedModel, require, source_config, validate_model, with_sharing
 from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.layer_experts import LayerExperts
@@ -33,8 +33,7 @@ from megatron_samoe.fit.bank_fit import BankFit, fit_banks, fit_set
 from megatron_samoe.fit.gram import gram_of_row
 from megatron_samoe.fit.matching_by_weights import match_by_weights, role_gram
 from megatron_samoe.fit.numbering import Numbering
-from megatron_samoe.fit.shared_model import FittedGroup, mixed_bank, renumbered_model, shared_model
-from megatron_samoe.models.layer_layout import LayerPlace
+from megatron_samoe.fit.shared_model import FittedGroup, SharedGroup, renumbered_model, shared_groups, shared_model
 
 Granularity = Literal["layer", "expert"]
 
@@ -51,26 +50,6 @@ class SetOptions:
     num_sets: int = 1
     untied_ends: int = 0
     layers: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class SharedGroup:
-    """MoE layers that share, and what of.
-
-    Attributes:
-        anchor: place among the layers of the one that a set is taken from.
-    """
-
-    source: Source
-    layers: list[LayerPlace]
-    num_banks: int = 1
-    per_expert: bool = False
-    anchor: int | None = None
-
-    @property
-    def named(self) -> str:
-        """The banks or the set, for a user."""
-        return f"{self.num_banks} banks" if self.source.way.combines else f"set {self.source.number}"
 
 
 def pool_moe(
@@ -113,32 +92,28 @@ def _standard(source: GlobalTensors, action: str) -> tuple[PretrainConfig, Globa
 def _share(
     config: PretrainConfig, source: GlobalTensors, sharing: str, options: SetOptions, action: str, report: Sequence[str]
 ) -> EditedModel:
-    experts = LayerExperts(source)
+    experts, moe = LayerExperts(source), config.moe
     sources = parse_sharing(sharing, len(experts.layers), options.num_sets, options.untied_ends)
-    groups = _groups(config, experts.layers, sources, sharing, options, action)
+    _refuse_ways({source.way for source in sources}, sharing, action)
+    groups = shared_groups(sources, moe.num_expert_banks)
+    groups.sort(key=lambda group: (group.source.way.name, group.source.number))
+    anchors = _anchors(groups, experts, options)
+    for group in groups:
+        _refuse_banks(moe, group)
     new = with_sharing(config, sources)
     validate_model(new)
     numberings: dict[int, Numbering] = {}
     fitted = []
     for group in groups:
-        numbers, fits = _fit(experts, group, config.moe.moe_router_num_groups or 1)
-        members = [place.moe_index or 0 for place in group.layers]
-        numberings |= dict(zip(members, numbers, strict=True))
-        fitted.append(FittedGroup(group.source, members, fits, mixed_bank))
+        found, fits = _fit(experts, group, moe, anchors.get(group.source))
+        numberings |= dict(zip(group.layers, found, strict=True))
+        fitted.append(FittedGroup(group, fits))
     edited = shared_model(renumbered_model(source, numberings), new, sources, fitted)
-    edited.report += [*report, *_report(groups, fitted, numberings, action)]
+    edited.report += [*report, *_report(experts, fitted, numberings, action)]
     return edited
 
 
-def _groups(
-    config: PretrainConfig,
-    layers: Sequence[LayerPlace],
-    sources: Sequence[Source],
-    sharing: str,
-    options: SetOptions,
-    action: str,
-) -> list[SharedGroup]:
-    moe, ways = config.moe, {source.way for source in sources}
+def _refuse_ways(ways: Collection[Way], sharing: str, action: str) -> None:
     if foreign := [way.name for way in ways if way.make is not None]:
         raise ConfigError(
             "--expert-sharing",
@@ -151,66 +126,77 @@ def _groups(
             "combined layers; tie makes sets" if action == "pool" else "sets, and no combined layers, which pool makes"
         )
         raise ConfigError("--expert-sharing", sharing, f"must have {words}")
-    numbers = sorted({source.number for source in sources if source.way.in_sets})
-    if options.layers is not None and len(options.layers) != len(numbers):
+
+
+def _refuse_banks(moe: MoEConfig, group: SharedGroup) -> None:
+    if not group.source.way.combines:
+        return
+    if not 1 <= group.num_banks <= len(group.layers):
+        raise ConfigError(
+            "--num-expert-banks",
+            group.num_banks,
+            f"must be from 1 to the number of MoE layers that combine them, {len(group.layers)}",
+        )
+    if moe.moe_router_num_groups is not None:
+        raise ConfigError(
+            "--moe-router-num-groups",
+            moe.moe_router_num_groups,
+            "cannot be kept by pool, which renumbers experts across groups; tie keeps groups",
+        )
+
+
+def _anchors(groups: Sequence[SharedGroup], experts: LayerExperts, options: SetOptions) -> dict[Source, int]:
+    """Returns for each set that takes a layer's experts the place of that layer among its own."""
+    sets = [group for group in groups if group.source.way.in_sets]
+    if options.layers is None:
+        return {}
+    numbers = [group.source.number for group in sets]
+    if len(options.layers) != len(sets):
         raise ConfigError("--sets-from", list(options.layers), f"must name a layer for each of sets {numbers}")
-    groups = []
-    for source in sorted({s for s in sources if s.way.is_shared}, key=lambda s: (s.way.name, s.number)):
-        used_by = [place for place, own in zip(layers, sources, strict=True) if own == source]
-        if source.way.combines:
-            if not 1 <= moe.num_expert_banks <= len(used_by):
-                raise ConfigError(
-                    "--num-expert-banks",
-                    moe.num_expert_banks,
-                    f"must be from 1 to the number of MoE layers that combine them, {len(used_by)}",
-                )
-            if moe.moe_router_num_groups is not None:
-                raise ConfigError(
-                    "--moe-router-num-groups",
-                    moe.moe_router_num_groups,
-                    "cannot be kept by pool, which renumbers experts across groups; tie keeps groups",
-                )
-            groups.append(SharedGroup(source, used_by, moe.num_expert_banks, moe.samoe_granularity == "expert"))
-            continue
-        anchor = None
-        if options.layers is not None:
-            indices, chosen = [place.index for place in used_by], options.layers[numbers.index(source.number)]
-            if chosen not in indices:
-                raise ConfigError("--sets-from", chosen, f"must be one of set {source.number}'s layers, {indices}")
-            anchor = indices.index(chosen)
-        groups.append(SharedGroup(source, used_by, anchor=anchor))
-    return groups
+    anchors = {}
+    for group, chosen in zip(sets, options.layers, strict=True):
+        indices = [experts.layers[index].index for index in group.layers]
+        if chosen not in indices:
+            raise ConfigError("--sets-from", chosen, f"must be one of set {group.source.number}'s layers, {indices}")
+        anchors[group.source] = indices.index(chosen)
+    return anchors
 
 
-def _fit(experts: LayerExperts, group: SharedGroup, expert_groups: int) -> tuple[list[Numbering], list[BankFit]]:
-    """Returns the common numbering of a group's layers, and the banks of w1 and b1, and of w2 and b2."""
+def _fit(
+    experts: LayerExperts, group: SharedGroup, moe: MoEConfig, anchor: int | None
+) -> tuple[list[Numbering], list[BankFit]]:
+    """Returns the common numbering of a group's layers, and the banks of w1 and b1, and of w2 and b2.
+
+    Args:
+        anchor: place among the layers of the one that a set is taken from.
+    """
+    places, way = [experts.layers[index] for index in group.layers], group.source.way
 
     def read(kind: str, number: int) -> Tensor:
-        return experts.read(group.layers[number], kind).flatten(1)
+        return experts.read(places[number], kind).flatten(1)
 
-    first = group.layers[0]
-    grams = [gram_of_row(read, experts.kinds, row, len(group.layers), first.num_experts) for row in (0, 1)]
-    way = group.source.way
-    order_LE = match_by_weights(grams, way, group.num_banks, expert_groups, group.anchor)
-    own = Numbering.own(first.num_experts, experts.shape(first, "w2")[-1])
+    grams = [gram_of_row(read, experts.kinds, row, len(places), places[0].num_experts) for row in (0, 1)]
+    order_LE = match_by_weights(grams, way, group.num_banks, moe.moe_router_num_groups or 1, anchor)
     fits = []
     for gram in grams:
-        gram_GLL = role_gram(gram, order_LE, group.per_expert)
-        is_best = way.mixes and group.anchor is None
-        fits.append(fit_banks(gram_GLL, group.num_banks) if is_best else fit_set(gram_GLL[0], group.anchor, way.mixes))
-    return [replace(own, experts_E=order_E) for order_E in order_LE], fits
+        gram_GLL = role_gram(gram, order_LE, way.combines and moe.samoe_granularity == "expert")
+        is_best = way.mixes and anchor is None
+        fits.append(fit_banks(gram_GLL, group.num_banks) if is_best else fit_set(gram_GLL[0], anchor, way.mixes))
+    ffn_size = experts.shape(places[0], "w2")[-1]
+    return [Numbering.of_experts(order_E, ffn_size) for order_E in order_LE], fits
 
 
 def _report(
-    groups: Sequence[SharedGroup], fitted: Sequence[FittedGroup], numberings: Mapping[int, Numbering], action: str
+    experts: LayerExperts, fitted: Sequence[FittedGroup], numberings: Mapping[int, Numbering], action: str
 ) -> Iterator[str]:
-    for group, found in zip(groups, fitted, strict=True):
-        count = group.layers[0].num_experts
-        yield f"{action}: {len(group.layers)} layers of {count} experts into {group.named} of as many."
+    for found in fitted:
+        group = found.group
+        named = f"{group.num_banks} banks" if group.source.way.combines else f"set {group.source.number}"
+        count = experts.layers[group.layers[0]].num_experts
+        yield f"{action}: {len(group.layers)} layers of {count} experts into {named} of as many."
         yield f"layer  experts renumbered  {LOST}"
-        for place, index, lost in zip(group.layers, found.layers, losses(found.fits), strict=True):
-            moved = int((numberings[index].experts_E != torch.arange(count)).sum())
-            yield f"{place.index:5}  {moved:18}  {lost}"
+        for index, lost in zip(group.layers, losses(found.fits), strict=True):
+            yield f"{experts.layers[index].index:5}  {numberings[index].num_moved:18}  {lost}"
         total = [fit.relative for fit in found.fits]
         yield f"{'all':>5}  {'':18}  {total[0]:14.2e}  {total[1]:14.2e}"
 

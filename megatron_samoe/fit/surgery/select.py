@@ -20,14 +20,12 @@ from megatron_samoe.config.sharing_map import TIED, Source, renumbered, written_
 from megatron_samoe.convert.edited_model import (
     FRACTIONS,
     EditedModel,
-    add_fractions,
     begin_edit,
-    model_names,
     require,
     source_config,
     with_sharing,
 )
-from megatron_samoe.convert.layer_experts import LayerExperts, is_experts, layer_of, source_of, stored_experts
+from megatron_samoe.convert.layer_experts import LayerExperts, layer_of, source_of, stored_experts
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.fit.gram import bank_inner_products
@@ -98,8 +96,8 @@ def select_samoe(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
     for place in combining:
         a_2GP = experts.coefficients(place)
         chosen[place.index] = [select_bank(a_2GP[row], grams[row], scale) for row in (0, 1)]
-    for name in [*model_names(source), *([FRACTIONS] if FRACTIONS in source.tensors else [])]:
-        edited.keep(source, name)
+    if FRACTIONS in source.tensors:
+        edited.keep(source, FRACTIONS)
     for layer, rows in chosen.items():
         name = f"layers.{layer}.moe.combination"
         a_2GP = torch.stack([row.a_GP for row in rows])
@@ -167,23 +165,15 @@ def tie_selected(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
     taken = [(source_of(p), banks.get(p.index, 0)) for p in experts.layers]
     keys = list(dict.fromkeys(taken))
     sources = renumbered([s if not s.way.is_shared else Source(TIED, keys.index((s, bank))) for s, bank in taken])
-    edited = begin_edit(source, with_sharing(config, sources))
-    for name in model_names(source):
-        factor = factors.get(layer_of(name) or 0, 1.0)
-        if name.endswith(scaled):
-            edited.add(
-                name, source.tensors[name].shape, source.tensors[name].dtype, partial(_times, source, name, factor)
-            )
-        elif not is_experts(name):
-            edited.keep(source, name)
 
     def whole(place: LayerPlace, kind: str) -> Tensor:
         bank = banks.get(place.index, 0)
         return experts.whole(place, kind)[bank : bank + 1]
 
-    indices = [place.index for place in experts.layers]
-    experts.add_to(edited, list(zip(experts.layers, sources, indices, strict=True)), whole)
-    add_fractions(edited, source, [place.num_experts for place in experts.layers])
+    edited = experts.reshared(with_sharing(config, sources), sources, whole)
+    for name in [name for name in edited.tensors if name.endswith(scaled)]:
+        tensor, factor = source.tensors[name], factors.get(layer_of(name) or 0, 1.0)
+        edited.add(name, tensor.shape, tensor.dtype, partial(_times, source, name, factor))
     edited.report += _report(chosen, config.moe.num_expert_banks if config.moe.has_pool else 1, scale)
     edited.report.append(f"The layers become --expert-sharing {written_map(sources)}.")
     return edited

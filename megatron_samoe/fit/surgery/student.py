@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 
 from megatron_samoe.config.derived import written_layer_freq
-from megatron_samoe.config.idle import without_idle_options
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import Source, renumbered
+from megatron_samoe.config.validate import without_idle_options
 from megatron_samoe.convert.edited_model import (
     FRACTIONS,
     EditedModel,
@@ -45,15 +45,12 @@ def keep_layers(source: GlobalTensors, layers: Sequence[int]) -> EditedModel:
     kept = [all_layers(config)[layer] for layer in layers]
     experts, sparse = LayerExperts(source), [place for place in kept if place.moe_index is not None]
     sources = renumbered([source_of(place) for place in sparse])
-    edited = begin_edit(source, _student_config(config, kept, sources))
+    new = _student_config(config, kept, sources)
+    edited = begin_edit(source, new, lambda name: layer_of(name) is None and not is_experts(name))
     for name in model_names(source):
         layer = layer_of(name)
-        if layer in layers:
-            number = layers.index(layer)
-            if not name.startswith(f"layers.{layer}.moe.experts."):
-                edited.keep(source, name, name.replace(f"layers.{layer}.", f"layers.{number}.", 1))
-        elif layer is None and not is_experts(name):
-            edited.keep(source, name)
+        if layer in layers and not name.startswith(f"layers.{layer}.moe.experts."):
+            edited.keep(source, name, name.replace(f"layers.{layer}.", f"layers.{layers.index(layer)}.", 1))
     indices = [layers.index(place.index) for place in sparse]
     experts.add_to(edited, list(zip(sparse, sources, indices, strict=True)))
     if FRACTIONS in source.tensors and sparse:

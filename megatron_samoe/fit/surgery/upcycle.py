@@ -34,16 +34,18 @@ from megatron_samoe.convert.edited_model import (
     moe_layers,
     require,
     source_config,
+    validate_model,
     with_sharing,
 )
-from megatron_samoe.convert.layer_experts import LayerExperts, is_experts
+from megatron_samoe.convert.layer_experts import LayerExperts
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.fit.bank_fit import fit_banks
 from megatron_samoe.fit.gram import gram_of_row
-from megatron_samoe.fit.shared_model import FittedGroup, add_group, mixed_bank
+from megatron_samoe.fit.shared_model import FittedGroup, shared_groups, shared_model
 from megatron_samoe.fit.surgery.pool import LOST, losses
+from megatron_samoe.moe.scores import score_of
 from megatron_samoe.moe.sharing.coefficients import bank_std_factor, initial_coefficients
 from megatron_samoe.tensor_parallel.random import derived_seed
 
@@ -81,14 +83,12 @@ def upcycle_dense(source: GlobalTensors, options: UpcycleOptions) -> EditedModel
     config = source_config(source)
     require(config.moe.expert_layout == "dense", config, "expert_layout dense", "upcycle")
     new = replace(config, moe=_new_moe(config, options))
-    copies = options.dense_mlp == "experts"
-    edited = begin_edit(source, new)
-    if copies and new.moe.has_pool:
+    validate_model(new)
+    if options.dense_mlp == "experts" and new.moe.has_pool:
         own = replace(new, moe=with_sharing(new, [Source(OWN)] * len(moe_layers(new))).moe)
-        _add_banks(edited, _Upcycling(source, own, options), new)
+        edited = _pooled(_Upcycling(source, own, options), new)
     else:
-        _Upcycling(source, new, options).add_to(edited)
-    add_fractions(edited, source, [place.num_experts for place in moe_layers(new)])
+        edited = _Upcycling(source, new, options).model()
     edited.report.insert(0, _summary(new, options))
     return edited
 
@@ -101,7 +101,8 @@ class _Upcycling:
     config: PretrainConfig
     options: UpcycleOptions
 
-    def add_to(self, edited: EditedModel) -> None:
+    def model(self) -> EditedModel:
+        edited = begin_edit(self.source, self.config, lambda name: False)
         model = NativeModel(self.config, int(self.source.train_state["vocab_size"]))
         for name, stored in model.tensors.items():
             old = name.replace(".moe.shared_expert.", ".mlp.")
@@ -111,6 +112,8 @@ class _Upcycling:
             is_fp32 = name.startswith(SHARED) or name.endswith((".router.weight", ".combination"))
             dtype = torch.float32 if is_fp32 else compute_dtype(self.source)
             edited.add(name, stored.shape, dtype, partial(self._new, name, stored.shape))
+        add_fractions(edited, self.source, [place.num_experts for place in moe_layers(self.config)])
+        return edited
 
     def _new(self, name: str, shape: tuple[int, ...]) -> Tensor:
         moe, seed = self.config.moe, derived_seed(self.options.seed, name)
@@ -138,30 +141,28 @@ class _Upcycling:
         return copies
 
 
-def _add_banks(edited: EditedModel, copied: _Upcycling, config: PretrainConfig) -> None:
-    """The MLPs of all layers, as well as P banks can stand for them, copied to the experts of each bank."""
+def _pooled(copied: _Upcycling, config: PretrainConfig) -> EditedModel:
+    """Returns the MLPs of all layers, as well as P banks can stand for them, copied to the experts of each bank."""
     moe, layers = config.moe, moe_layers(config)
     if moe.samoe_normalization != "none":
         raise ConfigError("--samoe-normalization", moe.samoe_normalization, "must be none for copies of MLPs")
     if moe.num_expert_banks > len(layers):
         raise ConfigError("--num-expert-banks", moe.num_expert_banks, f"must be at most the {len(layers)} MoE layers")
-    plain = begin_edit(copied.source, copied.config)
-    copied.add_to(plain)
-    for name in plain.tensors:
-        if not is_experts(name):
-            edited.keep(plain, name)
-    experts = LayerExperts(plain)
+    plain, sources = copied.model(), [Source(COMBINED)] * len(layers)
+    kinds = LayerExperts(plain).kinds
 
     def read_mlp(kind: str, number: int) -> Tensor:
         return copied.source.read(f"layers.{layers[number].index}.mlp.{MLP_TENSOR[kind]}").reshape(1, -1)
 
-    grams = [gram_of_row(read_mlp, experts.kinds, row, len(layers), 1)[:, 0, :, 0] for row in (0, 1)]
+    grams = [gram_of_row(read_mlp, kinds, row, len(layers), 1)[:, 0, :, 0] for row in (0, 1)]
     fits = [fit_banks(gram_LL[None], moe.num_expert_banks) for gram_LL in grams]
     groups = layers[0].num_experts if moe.samoe_granularity == "expert" else 1
     stored = [replace(fit, coefficients_LGP=fit.coefficients_LGP.expand(-1, groups, -1)) for fit in fits]
-    add_group(edited, experts, FittedGroup(Source(COMBINED), range(len(layers)), stored, mixed_bank))
+    fitted = [FittedGroup(group, stored) for group in shared_groups(sources, moe.num_expert_banks)]
+    edited = shared_model(plain, config, sources, fitted)
     edited.report.append(f"layer  {LOST}")
     edited.report += [f"{place.index:5}  {lost}" for place, lost in zip(layers, losses(fits), strict=True)]
+    return edited
 
 
 def _new_moe(config: PretrainConfig, options: UpcycleOptions) -> MoEConfig:
@@ -187,10 +188,7 @@ def _new_moe(config: PretrainConfig, options: UpcycleOptions) -> MoEConfig:
 
 def start_weight_sum(moe: MoEConfig) -> float:
     """Returns the sum of a token's expert weights under a router whose logits are all 0."""
-    if not moe.pre_softmax:
-        return 1.0
-    share = 0.5 if moe.moe_router_score_function == "sigmoid" else 1 / moe.most_experts
-    return moe.moe_router_topk * share
+    return score_of(moe).undecided_sum(moe.most_experts)
 
 
 def _normal(shape: tuple[int, ...], std: float, seed: int) -> Tensor:
@@ -208,7 +206,7 @@ def router_std(config: PretrainConfig, options: UpcycleOptions) -> float:
 
 def _summary(config: PretrainConfig, options: UpcycleOptions) -> str:
     moe = config.moe
-    where = f"{len(moe_layers(config))} of {config.model.num_layers} layers, {moe.num_experts} experts, top-{moe.moe_router_topk}"
+    where = f"{len(moe_layers(config))} of {config.model.num_layers} layers, {moe.num_experts} experts, top-{score_of(moe).topk}"
     pool = f", a pool of {moe.num_expert_banks} banks" if moe.has_pool else ""
     if options.dense_mlp == "shared-expert":
         how = "the MLP stays as shared expert, routed experts begin with w2 = 0"

@@ -14,13 +14,13 @@ import pytest
 from megatron_samoe.config import PretrainConfig, derived
 from megatron_samoe.config import validate as validation
 from megatron_samoe.config.cli import from_mapping, read_yaml
-from megatron_samoe.config.rules import Row, Table, layout, model, moe, pipeline, run
+from megatron_samoe.config.rules import Row, Table, layout, model, moe, run
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError, ConfigErrors
 from tests.harness.tiny import with_options
 
 #: Modules of rules.
-KINDS = (layout, model, moe, pipeline, run)
+KINDS = (layout, model, moe, run)
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples/configs"
 QUICKSTART = Path(__file__).resolve().parents[3] / "megatron_samoe/cli/quickstart_data/config.yaml"
 VALID = with_options(PretrainConfig(), mock_data=True)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from megatron_samoe.config.sharing_map import TIED, parse_sharing
+from megatron_samoe.convert.layer_experts import LayerExperts
 from megatron_samoe.fit.assignment import assigned
 from megatron_samoe.fit.calibration import calibrate
 from megatron_samoe.fit.compress.fitting import pair_errors
 from megatron_samoe.fit.compress.sharing_plan import chosen_map
-from megatron_samoe.fit.expert_math import layer_experts, read_experts
 from megatron_samoe.fit.matching import MatchedLayer, in_order, match
 from megatron_samoe.fit.numbering import Numbering
 from megatron_samoe.fit.shared_model import renumbered_model
@@ -43,9 +43,9 @@ def random_numbering(num_experts: int, ffn_size: int, seed: int) -> Numbering:
 
 
 def layers_of(source: MemorySource) -> list[MatchedLayer]:
-    experts, _ = layer_experts(source)
+    experts = LayerExperts(source)
     found = calibrate(load(source), passes_of(6), 16, 0)
-    return [MatchedLayer(read_experts(experts, p), c) for p, c in zip(experts.layers, found, strict=True)]
+    return [MatchedLayer(experts.weights(p), c) for p, c in zip(experts.layers, found, strict=True)]
 
 
 def test_the_assignment_is_the_best() -> None:
@@ -64,7 +64,7 @@ def test_the_assignment_is_the_best() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_any_renumbering_changes_nothing(case: str) -> None:
     source = made(**CASES[case])
-    experts, _ = layer_experts(source)
+    experts = LayerExperts(source)
     width = experts.shape(experts.layers[0], "w2")[-1]
     numberings = {i: random_numbering(4, width, i) for i in range(len(experts.layers))}
     renumbered = renumbered_model(source, numberings)
@@ -101,7 +101,7 @@ def test_shuffled_experts_and_neurons_are_found(case: str) -> None:
     assert torch.equal(hidden.experts_E[found.experts_E], torch.arange(4))
     experts_only = match([layers[0], replace(layers[1], weights=noisy)], activation, "experts")[1]
     assert torch.equal(experts_only.experts_E, found.experts_E)
-    assert torch.equal(experts_only.neurons_EF, Numbering.own(4, layers[0].ffn_size).neurons_EF)
+    assert torch.equal(experts_only.neurons_EF, Numbering.of_experts(torch.arange(4), layers[0].ffn_size).neurons_EF)
 
 
 def test_moments_follow_their_neurons() -> None:

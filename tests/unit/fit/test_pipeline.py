@@ -18,13 +18,13 @@ from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.derived import sharing_map
 from megatron_samoe.convert.edited_model import open_checkpoint
 from megatron_samoe.convert.fold import fold_shared
+from megatron_samoe.convert.layer_experts import LayerExperts
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.errors import CheckpointError, ConfigError, DataError, MegatronSamoeError
 from megatron_samoe.fit.compress import baselines
 from megatron_samoe.fit.compress.compressible import expert_bytes, require_compressible
 from megatron_samoe.fit.compress.options import CompressOptions
 from megatron_samoe.fit.compress.pipeline import Compression
-from megatron_samoe.fit.expert_math import layer_experts, read_experts
 from tests.harness.pairs import first_by_day
 from tests.harness.program import write_corpus
 from tests.harness.tiny import tiny_config
@@ -215,9 +215,9 @@ def test_equal_experts_merge_without_loss() -> None:
     calibrations = [layer.calibration for layer in layers_of(source)]
     merged = baselines.merged_model(source, calibrations, 3)
     torch.testing.assert_close(logits(merged), logits(source), rtol=1e-4, atol=1e-4)
-    experts, activation = layer_experts(source)
-    weights = read_experts(experts, experts.layers[0])
-    two = baselines.merge(weights, calibrations[0], 2, activation)
+    experts = LayerExperts(source)
+    weights = experts.weights(experts.layers[0])
+    two = baselines.merge(weights, calibrations[0], 2, experts.activation)
     assert len({tuple(row) for row in two.w1.flatten(1).tolist()}) == 2
 
 

@@ -13,7 +13,7 @@ from torch.distributed import HashStore
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.parallel_state.meeting import Meeting
-from megatron_samoe.training.alike import alike_facts
+from megatron_samoe.training.machine import alike_facts
 from tests.harness.program import write_corpus
 from tests.harness.tiny import tiny_config
 

@@ -102,7 +102,7 @@ def _weighs_among_all(native: NativeModel) -> str | None:
 
 def _two_of_a_group(native: NativeModel) -> str | None:
     moe = native.moe
-    if moe.moe_router_group_topk is None or moe.moe_router_topk == 2 * moe.moe_router_group_topk:
+    if moe.moe_router_group_topk is None or moe.choices_of_group == 2:
         return None
     return f"--moe-router-group-topk {moe.moe_router_group_topk} (it needs half of --moe-router-topk)"
 

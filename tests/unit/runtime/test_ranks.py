@@ -11,7 +11,7 @@ from megatron_samoe.config import ParallelConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state import backend
-from megatron_samoe.runtime.gpu import check_gpu, has_code
+from megatron_samoe.runtime.ranks import check_gpu, has_code
 
 T4, A100, H100 = (7, 5), (8, 0), (9, 0)
 GPU = torch.device("cuda", 0)

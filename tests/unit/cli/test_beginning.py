@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron_samoe.cli.pretrain import Beginning, resolve
 from megatron_samoe.config import PretrainConfig
-from megatron_samoe.config.resolve import Beginning, resolve
 from tests.harness.tiny import with_options
 
 
