@@ -29,6 +29,7 @@ PAGES: dict[str, Told] = {
     "docs/performance.md": "tables",
     "docs/results/README.md": "all",
     "docs/routing.md": "tables",
+    "docs/samoe.md": "tables",
     "docs/sharing.md": "tables",
     "docs/which_sharing.md": "tables",
 }
