@@ -44,9 +44,8 @@ myst_enable_extensions = ["deflist"]
 suppress_warnings = ["config.cache"]
 autodoc_default_options = {"members": True, "member-order": "bysource", "special-members": "__call__"}
 autodoc_typehints = "signature"
-toc_object_entries = (
-    False  # every page has the table of contents of all; with each function in it that takes a fifth of the time
-)
+# Every page has the contents of all; with each function in them, that took a fifth of the time.
+toc_object_entries = False
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_ivar = True
 #: Where made pages go; git ignores it.
