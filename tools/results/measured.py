@@ -115,7 +115,9 @@ def _quickstart() -> Figures:
 TABLES: Mapping[tuple[str, str], Callable[[], Figures]] = {
     ("README.md", "|model|parameters|"): _quickstart,
     ("docs/performance.md", "| GELU: experts, top-k |"): partial(_layer, "gelu", (1, 2), "deepspeed"),
-    ("docs/performance.md", "| SwiGLU, top-1: experts, dtype |"): partial(_layer, "swiglu", (1,), "hf_grouped", "torchtitan"),
+    ("docs/performance.md", "| SwiGLU, top-1: experts, dtype |"): partial(
+        _layer, "swiglu", (1,), "hf_grouped", "torchtitan"
+    ),
     ("docs/performance.md", "| model | dtype | tokens/s |"): _train_step,
     ("docs/performance.md", "| op | against |"): _ops,
     ("docs/performance.md", "| ranks | MB a rank |"): _exchanges,
