@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 from docutils import nodes
+from sphinx.domains.python import PythonDomain
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,7 +34,8 @@ project_copyright = author
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 html_theme, html_title = "furo", "megatron_samoe"
-html_static_path, html_css_files = ["static", "images/idea_dark.svg"], ["site.css"]
+html_static_path = ["static", *(f"images/idea_{form}.svg" for form in ("dark", "narrow", "narrow_dark"))]
+html_css_files = ["site.css"]
 html_search_scorer = str(Path(__file__).with_name("static") / "scorer.js")
 smartquotes = False  # two dashes are a flag's
 html_copy_source = False
@@ -42,6 +44,8 @@ myst_enable_extensions = ["deflist"]
 suppress_warnings = ["config.cache"]
 autodoc_default_options = {"members": True, "member-order": "bysource", "special-members": "__call__"}
 autodoc_typehints = "signature"
+# Every page has the contents of all; with each function in them, that took a fifth of the time.
+toc_object_entries = False
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_ivar = True
 #: Where made pages go; git ignores it.
@@ -219,16 +223,34 @@ def make_pages(app: Any) -> None:
         api_pages()
 
 
+class Names(PythonDomain):
+    """Names in signatures. Sphinx compares each with the end of every object's name; most, such as `int`, are the end of none."""
+
+    def find_obj(self, env: Any, modname: str, classname: str, name: str, type: str | None, searchmode: int = 0) -> Any:
+        """Returns the objects that a name may mean."""
+        if len(self.objects) != getattr(self, "_counted", None):
+            self._counted, self._ends = len(self.objects), {found.rpartition(".")[2] for found in self.objects}
+        if name.removesuffix("()").rpartition(".")[2] not in self._ends:
+            return []
+        return super().find_obj(env, modname, classname, name, type, searchmode)
+
+
 def mark_columns(app: Any, tree: Any, page: str) -> None:
-    """Marks code that stands in columns, such as a printed table: it scrolls, where other code wraps."""
+    """Marks code that stands in columns, such as a printed table: it scrolls, where other code wraps. In the text it marks sentences,
+    such as messages, which wrap, and short words, such as most options, which do not.
+    """
     for block in tree.findall(nodes.literal_block):
         lines = [line for line in block.astext().splitlines() if "#" not in line]
         if sum(bool(re.search(r"\S {2,}\S", line)) for line in lines) >= max(2, len(lines) / 2):
             block["classes"].append("columns")
+    for words in tree.findall(nodes.literal):
+        blanks, length = words.astext().count(" "), len(words.astext())
+        words["classes"] += ["sentence"] * (blanks > 3) + ["word"] * (blanks == 0 and length <= 24)
 
 
 def setup(app: Any) -> dict[str, bool]:
     """Called by Sphinx."""
+    app.add_domain(Names, override=True)
     app.connect("doctree-resolved", mark_columns)
     app.connect("builder-inited", make_pages)
     app.connect("autodoc-process-docstring", read_as_text, priority=400)  # before the sections are read

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Recomputes the figures of docs/results/README.md and of other pages from docs/results/store, and compares its runs with the registration.
+"""Recomputes the figures of docs/results/README.md and the tables of other pages from what lies in docs/results, and compares the
+store's runs with the registration.
 
     python tools/results_check.py              # the status is 1 where something differs
     python tools/results_check.py --write      # puts the store's figures into the pages first
@@ -15,15 +16,22 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_samoe.evaluation.study.results_store import read_store  # noqa: E402
-from tools.results.page_figures import models_of, rewritten, sealed, wrong_figures  # noqa: E402
+from tools.results.measured import measured_heads, wrong_tables  # noqa: E402
+from tools.results.page_figures import Told, models_of, rewritten, sealed, wrong_figures  # noqa: E402
 from tools.results.registration import deviations, kept_plan, read_registration  # noqa: E402
 
-#: Pages, and whether something must be said of every figure of theirs.
-PAGES = {
-    "docs/results/README.md": True,
-    "docs/optimizers.md": False,
-    "docs/which_sharing.md": False,
-    "README.md": False,
+#: Pages, and of which of their figures something must be said.
+PAGES: dict[str, Told] = {
+    "README.md": "tables",
+    "docs/compression.md": "tables",
+    "docs/inference.md": "tables",
+    "docs/optimizers.md": "tables",
+    "docs/performance.md": "tables",
+    "docs/results/README.md": "all",
+    "docs/routing.md": "tables",
+    "docs/samoe.md": "tables",
+    "docs/sharing.md": "tables",
+    "docs/which_sharing.md": "tables",
 }
 
 
@@ -44,13 +52,17 @@ def main(write: bool) -> int:
         for name, plan in plans.items():
             every = plan.all_runs()
             print(f"{name}: {sum(map(plan.is_finished, every))} of {len(every)} runs are in the store")
-    for name, is_whole in PAGES.items():
+    for name, told in PAGES.items():
         page = ROOT / name
         text = page.read_text(encoding="utf-8")
         if write:
             page.write_text(text := rewritten(text, models, closed), encoding="utf-8")
-        problems += [f"{name}, {problem}" for problem in wrong_figures(text, models, closed, is_whole)]
-    print("\n".join(problems) or f"Every figure is that of the {len(runs)} runs in {folder / 'store'}.")
+        found = wrong_figures(text, models, closed, told, measured_heads(name)) + wrong_tables(name, text)
+        problems += [f"{name}, {problem}" for problem in found]
+    print(
+        "\n".join(problems)
+        or f"Every figure is that of the {len(runs)} runs in {folder / 'store'}, or of a benchmark's file."
+    )
     return bool(problems)
 
 

@@ -68,7 +68,7 @@ class Plan(HandsOn):
     json: bool = False
     """print JSON instead of tables"""
     plot: Path | None = None
-    """draw the best layout's rank grid as a PNG"""
+    """draw the best layout's rank grid (.png, .svg)"""
 
     def run(self) -> None:
         """Ranks them."""

@@ -4,8 +4,8 @@ Another loss is another `BalanceStrategy`, or a term in `AuxiliaryLosses`, which
 `moe_router_load_balancing_type` of `config/moe.py` chooses among its losses. `set_loads.py` has the loss of a set that
 several layers share.
 
-The balance loss is Switch Transformer's (arXiv:2101.03961, equation 4), E * sum_e f_e P_e over a group of sequences, with
-f_e the share of the group's routed tokens that expert e takes and P_e its mean score. f_e is always that of the tokens
+The balance loss is Switch Transformer's (arXiv:2101.03961, equation 4), E * sum_e f_e s_e over a group of sequences, with
+f_e the share of the group's routed tokens that expert e takes and s_e its mean score. f_e is always that of the tokens
 whose gradient it weighs. Loads of an earlier step would not do: all tokens move to the expert that was empty then, and
 routers swing from expert to expert. So a group lies within what is computed at the same time: a sequence, or several
 consecutive ones of the micro-batches that data-parallel ranks have in hand.
@@ -49,7 +49,7 @@ class AuxiliaryLosses:
         self._config, self._topk, self._dp = config, score_of(config).topk, dp
 
     def __call__(self, gate: GateResult, context: ForwardContext) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """See `BalanceStrategy`; "balance" is the sum over sequences of E * sum_e f_e P_e."""
+        """See `BalanceStrategy`; "balance" is the sum over sequences of E * sum_e f_e s_e."""
         group_size = self._config.balance_group_size if context.training else 1
         balance = balance_sum(gate, self._topk, group_size, self._dp)
         loss = auxiliary_loss(gate, balance, self._config, context) if context.training else None
@@ -57,9 +57,9 @@ class AuxiliaryLosses:
 
 
 def balance_sum(gate: GateResult, topk: int, group_size: int, dp: Group) -> Tensor:
-    """Returns the sum over this rank's sequences of E * sum_e f_e P_e, P within the sequence, f within its group.
+    """Returns the sum over this rank's sequences of E * sum_e f_e s_e, s within the sequence, f within its group.
 
-    Summed over a group's sequences this is group_size times the group's own E * sum_e f_e P_e.
+    Summed over a group's sequences this is group_size times the group's own E * sum_e f_e s_e.
 
     Args:
         gate: of whole sequences; its sums have a row for each.

@@ -12,10 +12,13 @@ from megatron_samoe.parallel_state.rank_grid import RankGrid
 
 #: More cells than this cannot be read; of larger worlds each stage's first ranks are drawn.
 MAX_CELLS = 256
+#: Of each grid the axis that gives the colour, the palette, and how far below a cell's top its band begins.
+DRAWN = {"dense": ("dp", "tab20", 0.25), "expert": ("ep", "Set2", 0.57)}
+LETTERS = {"tp": "t", "cp": "c", "dp": "d", "etp": "t", "ep": "e", "edp": "D"}
 
 
 def draw_layout(path: Path, config: PretrainConfig, world_size: int, title: str, gpus_per_node: int) -> None:
-    """Writes a PNG: every rank's place on the dense and on the expert grid, by pipeline stage and node.
+    """Writes a picture, PNG or what else the name ends with: every rank's place on the dense and on the expert grid, a row for a node.
 
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.
@@ -31,14 +34,14 @@ def draw_layout(path: Path, config: PretrainConfig, world_size: int, title: str,
     shown = _shown_ranks(grid, gpus_per_node)
     columns = min(gpus_per_node, world_size // grid.pp)
     rows = [stage[i : i + columns] for stage in shown for i in range(0, len(stage), columns)]
-    figure, panels = plt.subplots(
-        1, 2, figsize=(2 * (0.95 * columns + 2.4), 0.55 * len(rows) + 2.2), layout="constrained"
-    )
-    for axes, which in zip(panels, ("dense", "expert"), strict=True):
-        _draw_grid(axes, grid, rows, columns, which, config)
+    figure, axes = plt.subplots(figsize=(0.95 * columns + 1.4, 0.72 * len(rows) + 1.9), layout="constrained")
+    for y, ranks in enumerate(rows):
+        for x, rank in enumerate(ranks):
+            _draw_rank(axes, grid, rank, x, y)
+    _name_stages(axes, grid, rows, columns, config)
     figure.suptitle(title)
     try:
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=140)
     except OSError as error:
         raise ConfigError("--plot", str(path), f"cannot be written ({error.strerror})") from None
     finally:
@@ -53,50 +56,44 @@ def _shown_ranks(grid: RankGrid, gpus_per_node: int) -> list[list[int]]:
     return [list(range(s * per_stage, s * per_stage + min(per_stage, room))) for s in stages]
 
 
-def _draw_grid(
-    axes: Any, grid: RankGrid, rows: list[list[int]], columns: int, which: str, config: PretrainConfig
-) -> None:
+def _draw_rank(axes: Any, grid: RankGrid, rank: int, x: int, y: int) -> None:
+    """Draws a rank's number, and below it its place on either grid, in the colour of the part that it holds there."""
     import matplotlib
     from matplotlib.patches import Rectangle
 
-    colored = "dp" if which == "dense" else "ep"
-    palette, sizes = matplotlib.colormaps["tab20"], grid.axes(which)
-    names = {"tp": "t", "cp": "c", "dp": "d", "etp": "t", "ep": "e", "edp": "D"}
+    axes.text(x + 0.48, y + 0.13, str(rank), ha="center", va="center", fontsize=9, fontweight="bold")
+    for which, (colored, palette, top) in DRAWN.items():
+        place, sizes = grid.coordinates(rank, which), grid.axes(which)
+        colors = matplotlib.colormaps[palette]
+        color = (*colors(place[colored] % colors.N)[:3], 0.5)
+        axes.add_patch(Rectangle((x, y + top), 0.96, 0.32, facecolor=color, edgecolor="black", linewidth=0.4))
+        text = " ".join(f"{LETTERS[axis]}{place[axis]}" for axis in sizes if axis != "pp" and sizes[axis] > 1)
+        axes.text(x + 0.48, y + top + 0.17, text, ha="center", va="center", fontsize=9)
+
+
+def _name_stages(axes: Any, grid: RankGrid, rows: list[list[int]], columns: int, config: PretrainConfig) -> None:
+    """Writes beside the rows which stage they are, and above them what is drawn."""
     per_stage, last_stage = grid.world_size // grid.pp, None
     for y, ranks in enumerate(rows):
-        for x, rank in enumerate(ranks):
-            place = grid.coordinates(rank, which)
-            axes.add_patch(
-                Rectangle(
-                    (x, y),
-                    0.96,
-                    0.9,
-                    facecolor=(*palette(place[colored] % 20)[:3], 0.55),
-                    edgecolor="black",
-                    linewidth=0.4,
-                )
-            )
-            text = " ".join(f"{names[axis]}{place[axis]}" for axis in sizes if axis != "pp" and sizes[axis] > 1)
-            axes.text(x + 0.48, y + 0.28, str(rank), ha="center", va="center", fontsize=8, fontweight="bold")
-            axes.text(x + 0.48, y + 0.64, text, ha="center", va="center", fontsize=7)
         stage = ranks[0] // per_stage
         if stage != last_stage:
             axes.axhline(y - 0.05, color="black", linewidth=1.6 if y else 0)
-            axes.text(
-                -0.15, y + 0.45, _stage_name(stage, rank_plans(config, stage)), ha="right", va="center", fontsize=8
-            )
+            name = _stage_name(stage, rank_plans(config, stage))
+            axes.text(-0.1, y + 0.45, name, ha="right", va="center", fontsize=9)
         last_stage = stage
     hidden = grid.world_size - sum(map(len, rows))
     axes.set_xlim(0, columns)
     axes.set_ylim(len(rows), -0.1)
     axes.axis("off")
-    legend = {
-        "dense": "attention, norms, embeddings, dense MLPs\nd: data-parallel place (colour), t: tensor slice, c: part of sequences",
-        "expert": "routed experts and the pool\ne: expert slice (colour), t: expert-tensor slice, D: expert-data place",
-    }
-    more = f"\n{hidden} more ranks are not drawn" if hidden else ""
-    shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-    axes.set_title(f"{which} grid: {shape}\n{legend[which]}{more}", fontsize=9)
+    shapes = {which: " x ".join(f"{axis} {size}" for axis, size in grid.axes(which).items()) for which in DRAWN}
+    axes.set_title(
+        f"upper band: dense grid, {shapes['dense']}\n"
+        "t: tensor slice, c: part of sequences, d: data-parallel place (colour)\n"
+        f"lower band: expert grid, {shapes['expert']}\n"
+        "t: expert-tensor slice, e: expert slice (colour), D: expert-data place"
+        + (f"\n{hidden} more ranks are not drawn" if hidden else ""),
+        fontsize=9,
+    )
 
 
 def _stage_name(stage: int, plans: tuple[StagePlan, ...]) -> str:

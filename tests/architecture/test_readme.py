@@ -42,10 +42,11 @@ def test_what_is_exact_is_what_is_tested() -> None:
     assert said in " ".join(README.split())
 
 
-@pytest.mark.parametrize("name, theme", [("idea.svg", draw_idea.LIGHT), ("idea_dark.svg", draw_idea.DARK)])
-def test_the_drawing_is_what_its_script_draws(name: str, theme: draw_idea.Theme) -> None:
-    assert (draw_idea.IMAGES / name).read_text() == draw_idea.drawing(theme)
+@pytest.mark.parametrize("name", draw_idea.PICTURES)
+def test_the_drawing_is_what_its_script_draws(name: str) -> None:
+    assert (draw_idea.IMAGES / name).read_text() == draw_idea.drawing(*draw_idea.PICTURES[name])
     assert name in README
+    assert name == "idea.svg" or f'content: url("{name}")' in (ROOT / "docs/static/site.css").read_text()
 
 
 @pytest.mark.parametrize("size", first_by_day(list(hardware_table.SIZES)))

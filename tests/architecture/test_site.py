@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -77,12 +79,21 @@ def test_nothing_is_cut_at_the_edge_of_a_screen(site: str, width: int) -> None:
         && !['scroll', 'auto'].includes(getComputedStyle(e).overflowX)).map(e => e.textContent.slice(0, 80))"""
     wrap = """return [...document.querySelectorAll('div.highlight:not(.columns *) pre')].filter(e => e.scrollWidth > e.clientWidth
         && !e.closest('.columns')).map(e => e.textContent.slice(0, 80))"""
+    scrolled = """return [...document.querySelectorAll('article .table-wrapper')].filter(e => e.scrollWidth > e.clientWidth + 2)
+        .map(e => e.textContent.slice(0, 80))"""
     with browser() as page:
         page.resize(width, 900)
         for name in ["index", *(path.stem for path in (ROOT / "docs").glob("*.md"))]:
             page.open(f"{site}/{name}.html")
             assert page.run("return document.documentElement.scrollWidth") <= width, name
             assert page.run(cut) == page.run(wrap) == [], name
+            assert width < 1400 or page.run(scrolled) == [], name
+
+
+@pytest.mark.night
+def test_names_in_signatures_lead_to_their_classes(site: str) -> None:
+    page = urllib.request.urlopen(f"{site}/reference/api/megatron_samoe.inference.html").read().decode()
+    assert re.search(r'<a class="reference internal" href="#megatron_samoe[.\w]*\.SamplingOptions"', page)
 
 
 @pytest.mark.night

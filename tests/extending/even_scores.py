@@ -13,7 +13,7 @@ from megatron_samoe.parallel_state import Group
 
 
 class EvenScores:
-    """Adds coefficient * E * sum_e (P_e - 1/E)^2 for each sequence, P_e its mean score; see `BalanceStrategy`."""
+    """Adds coefficient * E * sum_e (s_e - 1/E)^2 for each sequence, s_e its mean score; see `BalanceStrategy`."""
 
     statistics: Mapping[str, int] = {"score_deviation": 1}
 

@@ -1,4 +1,5 @@
-"""Draws the idea of a shared pool, for README and the site: docs/images/idea.svg, and idea_dark.svg for dark pages.
+"""Draws the idea of a shared pool, for README and the site: docs/images/idea.svg, idea_dark.svg for dark pages, and both narrow,
+for phones.
 
 Run it as `python -m tools.pages.draw_idea`. Banks, coefficients and layers are those of a small model: 6 layers, 2 banks of 6 experts.
 """
@@ -10,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 IMAGES = Path(__file__).resolve().parents[2] / "docs/images"
-WIDTH, HEIGHT = 980, 440
 #: Coefficients of bank 1 and bank 2, by layer.
 COEFFICIENTS = ((0.9, 0.1), (0.2, 0.8), (0.7, 0.3), (0.4, 0.6), (0.8, 0.2), (0.1, 0.9))
 #: The two experts that each layer's router chose for one token.
 CHOSEN = ((1, 4), (0, 3), (2, 5), (1, 2), (0, 5), (3, 4))
 EXPERTS, SIDE, PITCH, ROW, TOP = 6, 21, 28, 44, 100
-MOE_X, BANK_X, LAYER_X = 92, 364, 736
+MOE_X = 92
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,33 @@ class Theme:
     paper: str
 
 
+@dataclass(frozen=True)
+class Format:
+    """Where the pool is: its left edge, how far below the usual MoE, and how far its layers are from its banks.
+
+    Attributes:
+        names: whether its layers are named; the usual MoE's are always.
+    """
+
+    width: int
+    height: int
+    pool: tuple[int, int]
+    reach: int
+    names: bool
+
+    @property
+    def bank_x(self) -> int:
+        """Where a bank's experts begin."""
+        return self.pool[0] + 16
+
+    @property
+    def layer_x(self) -> int:
+        """Where a layer's experts begin."""
+        return self.bank_x + self.reach
+
+
+WIDE = Format(980, 440, (348, 0), 372, True)
+NARROW = Format(524, 880, (24, 410), 308, False)
 LIGHT = Theme("#1c2430", "#56616f", "#c3cad3", "#aab3be", ("#0072b2", "#e07b00"), "#ffffff")
 DARK = Theme("#e6e9ee", "#a3adba", "#4a5462", "#6a7583", ("#56b4e9", "#f0a030"), "#131416")
 
@@ -59,9 +86,9 @@ def experts(x: float, y: float, fills: Sequence[tuple[str, float]], chosen: Sequ
     return "".join(square(x + PITCH * e, y, fills, ring if e in chosen else None) for e in range(EXPERTS))
 
 
-def ribbon(y0: float, y1: float, colour: str, weight: float) -> str:
+def ribbon(form: Format, y0: float, y1: float, colour: str, weight: float) -> str:
     """Returns the way from a bank to a layer, as thick as the coefficient."""
-    x0, x1 = BANK_X + PITCH * EXPERTS, LAYER_X - 84
+    x0, x1 = form.bank_x + PITCH * EXPERTS, form.layer_x - 84
     middle = (x0 + x1) / 2
     return (
         f'<path d="M{x0} {y0:g} C{middle:g} {y0:g} {middle:g} {y1:g} {x1} {y1:g}" fill="none" stroke="{colour}" '
@@ -70,7 +97,7 @@ def ribbon(y0: float, y1: float, colour: str, weight: float) -> str:
 
 
 def moe(theme: Theme) -> list[str]:
-    """Returns the left half: layers with experts of their own."""
+    """Returns layers with experts of their own."""
     drawn = [
         text(24, 34, "Usual MoE", theme.ink, 21, 'font-weight="700"'),
         text(24, 60, "every layer has its own experts", theme.muted),
@@ -84,64 +111,75 @@ def moe(theme: Theme) -> list[str]:
     return [*drawn, text(24, TOP + ROW * 6 + 20, "36 experts stored", theme.ink, 18, 'font-weight="700"')]
 
 
-def samoe(theme: Theme) -> list[str]:
-    """Returns the right half: banks, what each layer takes of them, and what layers compute with."""
+def samoe(theme: Theme, form: Format) -> list[str]:
+    """Returns the pool: banks, what each layer takes of them, and what layers compute with."""
+    left, down = form.pool
     drawn = [
-        text(BANK_X - 16, 34, "Shared pool (SaMoE)", theme.ink, 21, 'font-weight="700"'),
-        text(BANK_X - 16, 60, "banks of experts ...", theme.muted),
-        text(LAYER_X - 96, 60, "... that every layer mixes in its own way", theme.muted),
+        text(left, down + 34, "Shared pool (SaMoE)", theme.ink, 21, 'font-weight="700"'),
+        text(left, down + 60, "banks of experts ...", theme.muted),
+        text(form.layer_x - 96, down + 60, "... that every layer mixes", theme.muted),
     ]
-    middles = [TOP + ROW * (1.5 + 3 * bank - 0.25) + SIDE / 2 for bank in range(2)]
+    middles = [down + TOP + ROW * (1.5 + 3 * bank - 0.25) + SIDE / 2 for bank in range(2)]
     ribbons = []
     for layer, mix in enumerate(COEFFICIENTS):
-        y = TOP + ROW * layer
+        y = down + TOP + ROW * layer
         for bank in sorted((0, 1), key=lambda b: -mix[b]):
-            ribbons.append(ribbon(middles[bank], y + SIDE / 2 + 8 * bank - 4, theme.banks[bank], mix[bank]))
+            ribbons.append(ribbon(form, middles[bank], y + SIDE / 2 + 8 * bank - 4, theme.banks[bank], mix[bank]))
     drawn += ribbons
     for bank, middle in enumerate(middles):
         top = middle - SIDE / 2
         drawn += [
-            f'<rect x="{BANK_X - 16}" y="{top - 36:g}" width="{PITCH * EXPERTS + 27}" height="72" rx="10" '
+            f'<rect x="{left}" y="{top - 36:g}" width="{PITCH * EXPERTS + 27}" height="72" rx="10" '
             f'fill="{theme.paper}" stroke="{theme.banks[bank]}" stroke-width="2"/>',
-            text(BANK_X, top - 12, f"bank {bank + 1}", theme.banks[bank], 16, 'font-weight="700"'),
-            experts(BANK_X, top, [(theme.banks[bank], 1.0)], (), theme.ink),
+            text(form.bank_x, top - 12, f"bank {bank + 1}", theme.banks[bank], 16, 'font-weight="700"'),
+            experts(form.bank_x, top, [(theme.banks[bank], 1.0)], (), theme.ink),
         ]
     for layer, (mix, chosen) in enumerate(zip(COEFFICIENTS, CHOSEN, strict=True)):
-        y = TOP + ROW * layer
+        y = down + TOP + ROW * layer
         for bank, share in enumerate(mix):
             drawn.append(
-                text(LAYER_X - 78 + 36 * bank, y + 16, f"{share:.1f}", theme.banks[bank], 15, 'font-weight="700"')
+                text(form.layer_x - 78 + 36 * bank, y + 16, f"{share:.1f}", theme.banks[bank], 15, 'font-weight="700"')
             )
-        drawn += [
-            experts(LAYER_X, y, list(zip(theme.banks, mix, strict=True)), chosen, theme.ink),
-            text(LAYER_X + PITCH * EXPERTS + 4, y + 16, f"layer {layer + 1}", theme.ink),
-        ]
-    bottom = TOP + ROW * 6 + 20
+        drawn.append(experts(form.layer_x, y, list(zip(theme.banks, mix, strict=True)), chosen, theme.ink))
+        if form.names:
+            drawn.append(text(form.layer_x + PITCH * EXPERTS + 4, y + 16, f"layer {layer + 1}", theme.ink))
+    bottom = down + TOP + ROW * 6 + 20
     return [
         *drawn,
-        text(BANK_X - 16, bottom, "12 experts stored", theme.ink, 18, 'font-weight="700"'),
-        text(LAYER_X - 78, bottom, "coefficients, learned with the experts", theme.muted),
+        text(left, bottom, "12 experts stored", theme.ink, 18, 'font-weight="700"'),
+        text(form.layer_x - 78, bottom, "learned coefficients", theme.muted),
     ]
 
 
-def drawing(theme: Theme) -> str:
+def drawing(theme: Theme, form: Format) -> str:
     """Returns the whole picture as SVG."""
-    divide = f'<path d="M316 24 V{HEIGHT - 60}" stroke="{theme.line}" stroke-width="1.5"/>'
-    ring = square(26, HEIGHT - 34, [(theme.own, 1.0)], theme.ink)
-    key = text(58, HEIGHT - 18, "chosen by the layer's router for one token: the same work in both", theme.muted)
-    shapes = "\n".join([divide, *moe(theme), *samoe(theme), ring, key])
+    left, down = form.pool
+    line = f"M24 {down} H{form.width - 24}" if down else f"M{left - 32} 24 V{form.height - 60}"
+    divide = f'<path d="{line}" stroke="{theme.line}" stroke-width="1.5"/>'
+    ring = square(26, form.height - 34, [(theme.own, 1.0)], theme.ink)
+    key = text(58, form.height - 18, "chosen by a router for one token: the same work in both", theme.muted)
+    shapes = "\n".join([divide, *moe(theme), *samoe(theme, form), ring, key])
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {form.width} {form.height}" role="img" '
         "font-family=\"system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif\">"
-        "<title>Left, six layers with six experts each. Right, two banks of six experts, which six layers mix by "
+        "<title>Six layers with six experts each, and two banks of six experts, which six layers mix by "
         f"learned coefficients.</title>\n{shapes}\n</svg>\n"
     )
 
 
+#: Pictures by their names.
+PICTURES = {
+    "idea.svg": (LIGHT, WIDE),
+    "idea_dark.svg": (DARK, WIDE),
+    "idea_narrow.svg": (LIGHT, NARROW),
+    "idea_narrow_dark.svg": (DARK, NARROW),
+}
+
+
 def main() -> None:
-    """Writes both pictures."""
-    for name, theme in (("idea.svg", LIGHT), ("idea_dark.svg", DARK)):
-        (IMAGES / name).write_text(drawing(theme))
+    """Writes the pictures."""
+    for name, (theme, form) in PICTURES.items():
+        (IMAGES / name).write_text(drawing(theme, form))
 
 
 if __name__ == "__main__":

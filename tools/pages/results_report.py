@@ -18,9 +18,15 @@ from tools.results.page_figures import models_of
 from tools.results.registration import kept_plan, read_registration
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Models as the report of the study names them.
-NAMES = {"samoe": "samoe", "l2": "samoe, length 1", "moe8": "matched moe", "moe32": "moe", "dense": "dense",
-         "select": "samoe, one bank"}  # fmt: skip
+#: Models as the page of results names them.
+NAMES = {
+    "samoe": "SaMoE",
+    "l2": "SaMoE, L2",
+    "moe8": "MoE of 8",
+    "moe32": "MoE of 32",
+    "dense": "dense",
+    "select": "SaMoE, one bank",
+}
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ After a paragraph or a table stands what its figures are, in their order, in a c
     <!-- figures: pool - moe; ± pool - moe -->
 
 Figures are numbers with a point, but for those in code and in links. On the page of results a paragraph or table with a figure of two
-places or more must have such a comment, or one that says where its figures are from: `<!-- figures from decode/decode.json -->`.
+places or more must have such a comment, or one that says where its figures are from: `<!-- figures from records that were not kept -->`.
+On other pages tables alone must; those of speeds are in tools/results/measured.py.
 
 | written | is |
 |---|---|
@@ -31,6 +32,7 @@ import re
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -43,12 +45,15 @@ from megatron_samoe.evaluation.study.statistics import common_spread, difference
 #: Runs of each model by seed.
 Models = Mapping[str, Mapping[int, RunSummary]]
 
+#: Which figures of a page must have a source.
+Told = Literal["all", "tables"]
+
 #: Steps after which routing is no longer that of a beginning.
 SETTLED = 200
 
 _COMMENT = re.compile(r"^<!-- figures(?P<source> from)?:?\s+(?P<text>.*?)\s*-->$", re.MULTILINE | re.DOTALL)
 _NUMBER = re.compile(r"(?<![\w.,])[-+]?\d+\.\d+(?!\.?\d|e-)")
-_NO_FIGURES = re.compile(r"`[^`]*`|\]\([^)]*\)")
+_NO_FIGURES = re.compile(r"`[^`]*`|\]\([^)]*\)|arXiv:\S+")
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,12 @@ class Block:
 
     def numbers(self) -> Iterator[re.Match[str]]:
         """Yields its figures."""
-        blank = _NO_FIGURES.sub(lambda found: " " * len(found[0]), self.text)
-        return _NUMBER.finditer(blank)
+        return _NUMBER.finditer(without_code(self.text))
+
+
+def without_code(text: str) -> str:
+    """Returns a text as long, with blanks in place of code, links and numbers of papers."""
+    return _NO_FIGURES.sub(lambda found: " " * len(found[0]), text)
 
 
 def blocks_of(page: str) -> list[Block]:
@@ -113,11 +122,14 @@ def _name(study: str, run: Run) -> str:
     return name if run.swept is None else f"{name}@{run.swept:g}"
 
 
-def wrong_figures(page: str, models: Models, sealed: Collection[str] = (), is_whole: bool = True) -> list[str]:
+def wrong_figures(
+    page: str, models: Models, sealed: Collection[str] = (), told: Told = "all", measured: Collection[str] = ()
+) -> list[str]:
     """Returns what is wrong with a page: figures that differ from the runs, and losses on the test split of models that are sealed.
 
     Args:
-        is_whole: whether something must be said of every figure.
+        told: of which figures of two places or more something must be said.
+        measured: how tables begin that are recomputed elsewhere.
     """
     problems = []
     for block in blocks_of(page):
@@ -126,7 +138,9 @@ def wrong_figures(page: str, models: Models, sealed: Collection[str] = (), is_wh
             continue
         if block.comment is None:
             long = [n for n in numbers if len(n.partition(".")[2]) > 1]
-            problems += [f"line {block.line}: nothing says what {', '.join(long)} is"] if long and is_whole else []
+            needs = told == "all" or block.text.startswith("|")
+            if long and needs and not block.text.startswith(tuple(measured)):
+                problems.append(f"line {block.line}: nothing says what {', '.join(long)} is")
             continue
         try:
             expected = list(figures(block.comment, models, sealed))
@@ -136,9 +150,9 @@ def wrong_figures(page: str, models: Models, sealed: Collection[str] = (), is_wh
         if len(expected) != len(numbers):
             problems.append(f"line {block.line}: has {len(numbers)} figures, and its comment {len(expected)}")
         problems += [
-            f"line {block.line}: {number} is {_like(number, value)} by the store ({name})"
+            f"line {block.line}: {number} is {like(number, value)} by the store ({name})"
             for number, (name, value) in zip(numbers, expected, strict=False)
-            if _like(number, value) != number
+            if like(number, value) != number
         ]
     return problems
 
@@ -154,15 +168,15 @@ def rewritten(page: str, models: Models, sealed: Collection[str] = ()) -> str:
             text = block.text
             pairs = list(zip(block.numbers(), figures(block.comment, models, sealed), strict=False))
             for number, (_, value) in reversed(pairs):
-                text = f"{text[: number.start()]}{_like(number[0], value)}{text[number.end() :]}"
+                text = f"{text[: number.start()]}{like(number[0], value)}{text[number.end() :]}"
             page = page.replace(block.text, text, 1)
     return page
 
 
-def _like(number: str, value: float) -> str:
-    """Returns a value with as many places as a printed number, and with a sign where that has one."""
-    places = len(number.partition(".")[2])
-    return f"{value:+.{places}f}" if number[0] in "+-" else f"{value:.{places}f}"
+def like(number: str, value: float) -> str:
+    """Returns a value with as many places as a printed number, and with a sign and commas where that has them."""
+    form = ("+" if number[0] in "+-" else "") + ("," if "," in number else "")
+    return f"{value:{form}.{len(number.partition('.')[2])}f}"
 
 
 def figures(comment: str, models: Models, sealed: Collection[str] = ()) -> Iterator[tuple[str, float]]:

@@ -162,7 +162,7 @@ def gradient_of_auxiliary_loss(router: Router, x: Tensor, context: ForwardContex
 
 
 def expected_balance(router: Router, x: Tensor, ids_TK: Tensor, group: int) -> Tensor:
-    """The sum over groups of sequences of group * E * sum_e f_e P_e, written as a loop."""
+    """The sum over groups of sequences of group * E * sum_e f_e s_e, written as a loop."""
     scores, total = distribution(router, x).view(B, S, E), torch.zeros((), dtype=torch.float64)
     for first in range(0, B, group):
         chosen = ids_TK.view(B, -1)[first : first + group].flatten()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -273,6 +275,18 @@ def test_the_picture_is_a_png(world_size: int, tmp_path: Path) -> None:
     assert (tmp_path / "layout.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match="--plot"):
         draw_layout(tmp_path / "none" / "layout.png", config, world_size, "layout", 8)
+
+
+def test_the_picture_has_every_ranks_places_on_both_grids(tmp_path: Path) -> None:
+    config = with_layout(tiny_config("moe", num_layers=4), tp=2, pp=2, ep=2)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        draw_layout(tmp_path / "layout.svg", config, 16, "layout", 8)
+    shown = re.findall(r"<text[^>]*>([^<]+)</text>", (tmp_path / "layout.svg").read_text())
+    grid = RankGrid.of(config.parallel, 16)
+    for rank in range(16):
+        dense, expert = (grid.coordinates(rank, which) for which in ("dense", "expert"))
+        expected = [f"t{dense['tp']} d{dense['dp']}", f"t{expert['etp']} e{expert['ep']} D{expert['edp']}"]
+        assert shown[(at := shown.index(str(rank))) + 1 : at + 3] == expected
 
 
 def run_tool(*words: str) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study import results_store
 from megatron_samoe.planning.accounting import ParameterCount
+from tools.results.measured import wrong_tables
 from tools.results.page_figures import Models, rewritten, wrong_figures
 from tools.results.registration import Registration, deviations, kept_plan, read_registration
 
@@ -95,10 +97,44 @@ def test_what_differs_is_said_with_its_line(right: str, wrong: str, said: str) -
     assert any(said in problem for problem in wrong_figures(PAGE.replace(right, wrong), MODELS))
 
 
-def test_a_page_of_which_not_every_figure_is_told_is_compared_where_it_is() -> None:
+def test_a_page_may_leave_figures_of_its_sentences_unsaid_but_not_those_of_its_tables() -> None:
     page = PAGE.replace("<!-- figures from others.json -->", "")
-    assert wrong_figures(page, MODELS, is_whole=False) == []
-    assert len(wrong_figures(page.replace("0.095", "0.096"), MODELS, is_whole=False)) == 1
+    assert wrong_figures(page, MODELS, told="tables") == []
+    assert len(wrong_figures(page.replace("0.095", "0.096"), MODELS, told="tables")) == 1
+    table = "| op | speed |\n|---|---|\n| arXiv:2606.16825 | 1.25 |\n"
+    assert wrong_figures(table, MODELS, told="tables") == ["line 1: nothing says what 1.25 is"]
+    assert wrong_figures(table, MODELS, told="tables", measured=["| op |"]) == []
+    assert wrong_figures(table.replace("1.25", ""), MODELS, told="tables") == []
+
+
+SPEEDS = """# Speeds
+
+| experts, top-k | tokens/s | of dense, range |
+|---|---|---|
+| 8, 1 | 1,144 | 0.86x (0.8-0.9) |
+| 8, 2 | 980 | 93 % (92-94) |
+"""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("", "", ""),
+        ("1,144", "1,145", "line 5"),
+        ("0.86x", "0.85x", "line 5: ['1,144', '0.85', '0.8', '0.9'] is ['1,144', '0.86', '0.8', '0.9'] by its file"),
+        ("(92-94)", "(92)", "line 6"),
+        ("| 8, 2 | 980 | 93 % (92-94) |\n", "", "line 3: has 1 rows, and its files 2"),
+        ("| experts, top-k", "| experts", "no table begins with '| experts, top-k'"),
+    ],
+)
+def test_a_table_of_speeds_is_compared_with_what_a_benchmark_wrote(right: str, wrong: str, said: str) -> None:
+    def figures() -> Iterator[list[float]]:
+        yield [1144.4, 0.856, 0.80, 0.90]
+        yield [979.9, 92.6, 92.1, 93.7]
+
+    found = wrong_tables("speeds.md", SPEEDS.replace(right, wrong), {("speeds.md", "| experts, top-k"): figures})
+    assert (said in found[0] and len(found) == 1) if said else not found
+    assert wrong_tables("other.md", SPEEDS, {("speeds.md", "| experts, top-k"): figures}) == []
 
 
 def test_a_page_is_rewritten_with_the_runs_figures_and_nothing_else() -> None:
