@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.harness.program import PRETRAIN, REPOSITORY, ProgramRun, arguments, records
+from tests.harness.program import REPOSITORY, ProgramRun, arguments, records
 from tests.hosts.cluster import SHARED, Cluster, Host
 
 STEPS = 40
@@ -52,19 +52,17 @@ class Job:
         hosts: the first one has the store; all of the cluster if not given.
         conf: of torchrun's rendezvous, besides the script's.
         start: whether its agents are started at once.
-        program: in the place of the script's.
         options: of the program.
     """
 
     def __init__(
         self, cluster: Cluster, num_ranks: int = 1, warm: bool = True, hosts: Sequence[Host] = (), conf: str = QUICK,
-        start: bool = True, program: str = PRETRAIN, **options: Any,
+        start: bool = True, **options: Any,
     ):  # fmt: skip
         self.cluster, self._warm, hosts = cluster, warm, hosts or cluster.hosts
         flags = arguments(data_path=SHARED / "data" / "corpus", **{**OPTIONS, **options})
         words = slurm_words(cluster.folder, hosts, num_ranks, flags)
         words[words.index("--rdzv-conf") + 1] += f",{conf}"
-        words[words.index(PRETRAIN)] = program
         self._words = words
         self.agents: dict[str, ProgramRun] = {}
         for host in hosts if start else ():
