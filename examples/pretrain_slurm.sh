@@ -21,4 +21,5 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 srun --kill-on-bad-exit=0 .venv/bin/torchrun \
     --nnodes "1:$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" --max-restarts 100 --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$MASTER:29400" \
+    --rdzv-conf read_timeout=600 \
     -m megatron_samoe.cli.pretrain --config "$CONFIG" --run-dir "$RUN_DIR" --save-interval 500 --keep-last 2 --elastic "$@"

@@ -89,6 +89,10 @@ class JobEndedError(CommunicationError):
     permanent = True
 
 
+class HostsLeftError(MegatronSamoeError):
+    """Other hosts of the job were told to leave, and this one was not."""
+
+
 class ExtensionError(MegatronSamoeError):
     """The compiled extension was demanded and is not usable."""
 

@@ -48,6 +48,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def has_other_hosts() -> bool:
+    """Returns whether torchrun runs on other hosts too, each with ranks of its own."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and local_world_size() < world_size()
+
+
 def is_again() -> bool:
     """Returns whether torchrun has started this job's ranks before, so that ranks of an earlier attempt may still be
     dying.

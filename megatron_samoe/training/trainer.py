@@ -18,8 +18,9 @@ import torch.distributed as dist
 
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver
 from megatron_samoe.dist_checkpointing.store import whole_iterations
-from megatron_samoe.errors import CheckpointError, CommunicationError, MegatronSamoeError
+from megatron_samoe.errors import CheckpointError, CommunicationError, HostsLeftError, MegatronSamoeError
 from megatron_samoe.log import logger
+from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.backend import is_communication_failure
 from megatron_samoe.training.batches import RunData
 from megatron_samoe.training.checkpointing import find_run, load_run, save_run
@@ -85,6 +86,8 @@ class Trainer:
             if reason:
                 self._finish_saving()
                 logger.info(f"exiting after iteration {self.state.iteration}: {reason}")
+                if self.state.iteration < self.config.training.train_iters:
+                    signals.part()
                 return
         self._save()
         self._finish_saving()
@@ -233,6 +236,7 @@ class Trainer:
         if is_unsaved:
             self._finish_saving()  # raises on every rank what the saving has met
         if number:
+            signals.agreed = signal.Signals(number)
             return f"signal {number} received"
         return f"--exit-duration-in-mins {training.exit_duration_in_mins}" if is_late else None
 
@@ -259,11 +263,21 @@ class Trainer:
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
+#: How long the torchrun of another host may take longer to see what this host's has seen.
+PARTING_S = 5.0
+
+
 class ExitSignals:
-    """While active, notes the first of SIGTERM, SIGINT, SIGUSR1 and SIGHUP in place of dying of it. A second SIGINT kills."""
+    """While active, notes the first of SIGTERM, SIGINT, SIGUSR1 and SIGHUP in place of dying of it. A second SIGINT kills.
+
+    Attributes:
+        received: by this rank.
+        agreed: by any rank, and the reason why all leave.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.agreed: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> ExitSignals:
@@ -274,6 +288,25 @@ class ExitSignals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def part(self) -> None:
+        """Waits for the SIGTERM that ranks of other hosts got: torchrun sends it to all, a little sooner or later, where
+        hosts join or the job is to end. It would take a rank that leaves before for one that is done.
+
+        Raises:
+            HostsLeftError: none comes, so it was for those hosts alone.
+        """
+        if self.agreed != signal.SIGTERM or not launcher.has_other_hosts():
+            return
+        until = time.monotonic() + PARTING_S
+        while self.received is None:
+            if time.monotonic() > until:
+                raise HostsLeftError(
+                    "SIGTERM came to other hosts alone, which leave. This one tries again, from the checkpoint that all have "
+                    "saved. SIGUSR1 to any rank ends a job on all hosts.",
+                    collective=launcher.local_rank() > 0,
+                )
+            time.sleep(0.05)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

@@ -177,6 +177,7 @@ def test_preflight_names_what_is_slow() -> None:
     assert preflight._slow([10.0, 9.0, 3.0], ["a", "b", "rank 2"], "GFLOP/s") == [
         "rank 2 has 3.00 GFLOP/s, the median is 9.00"
     ]
+    assert preflight._slow([10.0, 5.0], ["a", "b"], "GB/s") == ["b has 5.00 GB/s, the median is 10.00"]
 
 
 def test_preflight_of_a_run(corpus: Path, tmp_path: Path) -> None:

@@ -106,8 +106,12 @@ class Host:
         """Pulls the host's network cable, or plugs it in again."""
         self._cluster.switch("ip", "link", "set", f"to-{self.name}", "up" if plugged_in else "down")
 
-    def shape(self, rate: str, burst: str = "256kb") -> None:
-        """Limits what the host sends, and what it receives, to a rate such as 1gbit."""
+    def shape(self, rate: str, burst: str = "32kb") -> None:
+        """Limits what the host sends, and what it receives, to a rate such as 1gbit.
+
+        Args:
+            burst: what an idle link lets through at once, as no real one does: so little that it does not count.
+        """
         limit = ("root", "tbf", "rate", rate, "burst", burst, "latency", "100ms")
         self.run("tc", "qdisc", "replace", "dev", "eth0", *limit)
         self._cluster.switch("tc", "qdisc", "replace", "dev", f"to-{self.name}", *limit)
@@ -122,14 +126,16 @@ class Host:
 
     def cores(self, share: float) -> str:
         """Limits the host to a share of one core; returns why that cannot be done, or an empty string."""
+        period = round(max(1e4, 1e3 / share))  # microseconds; long ones would let whole steps pass at full speed
         for root in _CPU_GROUPS:
             group, first = root / f"{_PREFIX}{os.getpid()}-{self.name}", root == _CPU_GROUPS[0]
             with suppress(OSError):
                 group.mkdir(exist_ok=True)
                 if first:
-                    (group / "cpu.cfs_quota_us").write_text(str(round(1e5 * share)))
+                    (group / "cpu.cfs_period_us").write_text(str(period))
+                    (group / "cpu.cfs_quota_us").write_text(str(round(period * share)))
                 else:
-                    (group / "cpu.max").write_text(f"{round(1e5 * share)} 100000")
+                    (group / "cpu.max").write_text(f"{round(period * share)} {period}")
                 for pid in self.processes():
                     (group / "cgroup.procs").write_text(str(pid))
                 self._group = str(group)

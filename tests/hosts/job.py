@@ -50,7 +50,7 @@ class Job:
         num_ranks: of each host.
         warm: see Host.start.
         hosts: the first one has the store; all of the cluster if not given.
-        conf: of torchrun's rendezvous.
+        conf: of torchrun's rendezvous, besides the script's.
         start: whether its agents are started at once.
         options: of the program.
     """
@@ -62,7 +62,8 @@ class Job:
         self.cluster, self._warm, hosts = cluster, warm, hosts or cluster.hosts
         flags = arguments(data_path=SHARED / "data" / "corpus", **{**OPTIONS, **options})
         words = slurm_words(cluster.folder, hosts, num_ranks, flags)
-        self._words = [*words[: words.index("-m")], "--rdzv-conf", conf, *words[words.index("-m") :]]
+        words[words.index("--rdzv-conf") + 1] += f",{conf}"
+        self._words = words
         self.agents: dict[str, ProgramRun] = {}
         for host in hosts if start else ():
             self.start(host)
