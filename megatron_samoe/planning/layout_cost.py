@@ -270,14 +270,12 @@ def _expert_exchanges(
     rows = tokens * moe.router.experts_per_token
     seconds, sent = links.all_to_all("ep", rows * config.model.hidden_size * compute_dtype(config).itemsize)
     # Of parts that travel one behind another's experts, the first has none to travel behind.
-    routed = 2.0 * moe.router.experts_per_token * moe.shape.matrix_elements * (1 - 1 / parallel.moe_dispatch_chunks)
-    shared = 0.0
+    flops = 2.0 * moe.router.experts_per_token * moe.shape.matrix_elements * (1 - 1 / parallel.moe_dispatch_chunks)
     if moe.shared_expert is not None and (parallel.moe_dispatch_chunks > 1 or parallel.moe_shared_expert_overlap):
-        shared = moe.shared_expert.flops_per_token()
-    flop_s = group_tokens(config) / grid.tp / (links.cluster.flops * links.cluster.efficiency)
-    hidden = 0.0
-    for count, times in ((forwards, 1), (backwards, 2)):  # a backward pass computes twice what a forward pass does
-        hidden += count * min(2 * seconds, times * flop_s * routed + min(seconds, times * flop_s * shared))
+        flops += moe.shared_expert.flops_per_token()
+    beside_s = group_tokens(config) * flops / grid.tp / (links.cluster.flops * links.cluster.efficiency)
+    # A backward pass computes twice what a forward pass does.
+    hidden = forwards * min(2 * seconds, beside_s) + backwards * min(2 * seconds, 2 * beside_s)
     cost.add("expert", 2 * (forwards + backwards) * seconds - hidden, 2 * (forwards + backwards) * sent)
 
 

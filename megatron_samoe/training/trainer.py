@@ -264,7 +264,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 #: How long the torchrun of another host may take longer to see what this host's has seen.
-PARTING_S = 5.0
+PARTING_S = 10.0
 
 
 class ExitSignals:

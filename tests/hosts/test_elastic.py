@@ -12,7 +12,8 @@ from tests.harness.program import arguments, losses, start
 from tests.hosts.cluster import Cluster
 from tests.hosts.job import OPTIONS, QUICK, Job
 
-pytestmark = [pytest.mark.distributed, pytest.mark.night]
+pytestmark = pytest.mark.distributed
+night = pytest.mark.night
 
 #: Twenty steps of four samples and twenty of eight.
 RAMP: dict[str, Any] = {
@@ -38,6 +39,7 @@ def repeated(job: Job) -> int:
     return len(steps) - len(set(steps))
 
 
+@night
 @pytest.mark.parametrize("model", MODELS)
 def test_four_hosts_become_two_and_four_again(model: str, cluster: Cluster) -> None:
     """Two lose their power, which costs the steps since the last checkpoint; two come, which costs none."""
