@@ -2,11 +2,10 @@
 
     step = (m + (pp - 1) / chunks) * slowest stage's micro-batch + ramp + gradients + pool + optimizer
 
-A micro-batch's time is its products at a share of the peak, plus the exchanges between tensor-, expert- and
-context-parallel ranks. Products hide a part of the keys' and values' way round a ring, and of the tokens' way to experts
-where they travel in parts. Collectives are rings: all-gather and reduce-scatter of n bytes send n (g - 1) / g, an
-all-reduce twice that. A group inside one node has the node's bandwidth, any other the network's. An all-to-all is split
-between both.
+A micro-batch's time is its products at a share of the peak, plus the exchanges between tensor- and expert-parallel
+ranks, which nothing hides, and between context-parallel ranks. Collectives are rings: all-gather and reduce-scatter of n
+bytes send n (g - 1) / g, an all-reduce twice that. A group inside one node has the node's bandwidth, any other the
+network's. An all-to-all is split between both.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.models.gpt_stage import recomputed_layers
 from megatron_samoe.models.rank_model import compute_dtype
 from megatron_samoe.models.transformer_layer import TransformerLayer
-from megatron_samoe.moe.moe_layer import MoELayer
 from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
 from megatron_samoe.planning.description import PlannedModel
 from megatron_samoe.planning.muon import flops_of_rank, matrices_of
@@ -180,7 +178,7 @@ def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
         _tensor_exchanges(cost, config, layer.is_moe, links, passes)
         _context_exchanges(cost, config, layer, links, count, passes, passes + (0 if again or not selective else count))
         if layer.is_moe:
-            _expert_exchanges(cost, config, layer.moe, links, count, passes - count)
+            _expert_exchanges(cost, config, links, passes)
     heads = sum(description.ends(plan).head_flops_per_token() for plan in plans if plan.has_head)
     if heads:
         _compute(cost, 3.0 * tokens * heads / links.grid.tp, links)
@@ -258,25 +256,15 @@ def _context_exchanges(
         cost.add("context", forwards * seconds, forwards * sent)
 
 
-def _expert_exchanges(
-    cost: Cost, config: PretrainConfig, moe: MoELayer, links: Links, backwards: int, forwards: int
-) -> None:
-    """Adds dispatch and return in each pass, less what is computed meanwhile; with whole experts a tensor-parallel rank sends
-    its share of the tokens."""
-    grid, parallel = links.grid, config.parallel
+def _expert_exchanges(cost: Cost, config: PretrainConfig, links: Links, passes: int) -> None:
+    """Adds dispatch and return in each pass; with whole experts a tensor-parallel rank sends its share of the tokens."""
+    grid = links.grid
     if grid.ep == 1:
         return
     tokens = group_tokens(config) if grid.etp == grid.tp else group_tokens(config) // grid.tp
     rows = tokens * moe.router.experts_per_token
     seconds, sent = links.all_to_all("ep", rows * config.model.hidden_size * compute_dtype(config).itemsize)
-    # Of parts that travel one behind another's experts, the first has none to travel behind.
-    flops = 2.0 * moe.router.experts_per_token * moe.shape.matrix_elements * (1 - 1 / parallel.moe_dispatch_chunks)
-    if moe.shared_expert is not None and (parallel.moe_dispatch_chunks > 1 or parallel.moe_shared_expert_overlap):
-        flops += moe.shared_expert.flops_per_token()
-    beside_s = group_tokens(config) * flops / grid.tp / (links.cluster.flops * links.cluster.efficiency)
-    # A backward pass computes twice what a forward pass does.
-    hidden = forwards * min(2 * seconds, beside_s) + backwards * min(2 * seconds, 2 * beside_s)
-    cost.add("expert", 2 * (forwards + backwards) * seconds - hidden, 2 * (forwards + backwards) * sent)
+    cost.add("expert", 2 * passes * seconds, 2 * passes * sent)
 
 
 def _end_of_step(cost: Cost, planned: PlannedModel, links: Links) -> None:

@@ -244,26 +244,6 @@ def test_volumes_by_hand() -> None:
     assert moe.sent_bytes["expert"] == pytest.approx(2 * 4 * 4 * tokens * hidden * 4 / 2)
 
 
-def test_experts_hide_the_way_of_other_parts() -> None:
-    """Half of the experts' products lie beside the way of two parts, all of a shared expert's; no more than the way itself."""
-    config = plain("moe", moe_ffn_hidden_size=48)
-    tokens, passes = 2 * 16, 2 * 4  # of a micro-batch; micro-batches of a rank, by layers
-    routed = tokens * config.moe.moe_router_topk * 2 * 2 * 32 * 48
-
-    def seconds(flops: float, **options: int | bool) -> float:
-        parts = with_options(with_layout(config, ep=2), **options)
-        return step_cost(parts, 103, with_world(2, flops=flops, efficiency=1.0)).seconds["expert"]
-
-    whole, fast = seconds(1e15), 1e15
-    hidden = whole - seconds(fast, moe_dispatch_chunks=2)
-    assert hidden == pytest.approx(passes * 3 * routed / 2 / fast)
-    assert seconds(1.0, moe_dispatch_chunks=2) == pytest.approx(0.0, abs=1e-12), "products without end hide all"
-    shared = {"moe_shared_expert_intermediate_size": 64}
-    assert seconds(fast, **shared) == whole, "the whole way first"
-    hidden = whole - seconds(fast, moe_shared_expert_overlap=True, **shared)
-    assert hidden == pytest.approx(passes * 3 * tokens * 2 * 2 * 32 * 64 / fast)
-
-
 def test_the_pools_traffic_is_that_of_its_formula() -> None:
     """Gather twice and reduce-scatter once, in fp32: 12 bytes an element over D holders times (D - 1) / D; or, with more
     banks than a stage has layers, weights and gradients of those layers."""
