@@ -178,7 +178,7 @@ def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
         _tensor_exchanges(cost, config, layer.is_moe, links, passes)
         _context_exchanges(cost, config, layer, links, count, passes, passes + (0 if again or not selective else count))
         if layer.is_moe:
-            _expert_exchanges(cost, config, links, passes)
+            _expert_exchanges(cost, config, layer, links, passes)
     heads = sum(description.ends(plan).head_flops_per_token() for plan in plans if plan.has_head)
     if heads:
         _compute(cost, 3.0 * tokens * heads / links.grid.tp, links)
@@ -256,13 +256,13 @@ def _context_exchanges(
         cost.add("context", forwards * seconds, forwards * sent)
 
 
-def _expert_exchanges(cost: Cost, config: PretrainConfig, links: Links, passes: int) -> None:
+def _expert_exchanges(cost: Cost, config: PretrainConfig, layer: TransformerLayer, links: Links, passes: int) -> None:
     """Adds dispatch and return in each pass; with whole experts a tensor-parallel rank sends its share of the tokens."""
     grid = links.grid
     if grid.ep == 1:
         return
     tokens = group_tokens(config) if grid.etp == grid.tp else group_tokens(config) // grid.tp
-    rows = tokens * moe.router.experts_per_token
+    rows = tokens * layer.moe.router.experts_per_token
     seconds, sent = links.all_to_all("ep", rows * config.model.hidden_size * compute_dtype(config).itemsize)
     cost.add("expert", 2 * passes * seconds, 2 * passes * sent)
 
