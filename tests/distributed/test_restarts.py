@@ -70,7 +70,8 @@ def steps_of_two(run: ProgramRun) -> int:
     return since.count("lm loss: ")
 
 
-@pytest.mark.parametrize("kills", first_by_day([([(25, 0)],), ([(25, 0), (120, 1)],)]), ids=["once", "twice"])
+@pytest.mark.night  # by day tests/hosts starts ranks again where a host lost its power
+@pytest.mark.parametrize("kills", [[(25, 0)], [(25, 0), (120, 1)]], ids=["once", "twice"])
 def test_ranks_are_started_again(
     kills: list[tuple[int, int]], corpus: Path, tmp_path: Path, undisturbed: list[float]
 ) -> None:
