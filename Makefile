@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(shell find cpp_ext -type f -not -path '*/__pycache__/*')
+SOURCES := pyproject.toml setup.py megatron_samoe/ops/schemas.txt $(shell find cpp_ext -type f -not -path '*/__pycache__/*')
 PYTEST := $(BIN)/python -m pytest
 # A package's bytecode is made when it is imported; pip would make that of thousands of modules that nothing imports.
 PIP := $(BIN)/python -m pip install --quiet --no-compile

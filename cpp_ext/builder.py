@@ -119,6 +119,7 @@ class Toolchain:
         """Returns what the library says about its own build."""
         return {
             "sources": digest_of_sources(),
+            "schemas": hashlib.sha256((ROOT / "megatron_samoe" / "ops" / "schemas.txt").read_bytes()).hexdigest(),
             "torch": self.torch.__version__,
             "oldest_torch": ".".join(map(str, OLDEST_TORCH)),
             "compiler": self.version,

@@ -67,6 +67,10 @@ def torch_release(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+#: The ops that are defined; they go with it.
+_ops: torch.library.Library | None = None
+
+
 def _load_or_explain() -> str | None:
     """Loads the library and returns None, or returns a sentence that says why not."""
     path = _library_path()
@@ -78,15 +82,17 @@ def _load_or_explain() -> str | None:
         return str(error)
     if torch_release(torch.__version__) < torch_release(info["oldest_torch"]):
         return f"it takes torch {info['oldest_torch']} and later, and torch {torch.__version__} is running."
+    from megatron_samoe.ops import cpu_products, fake, schemas
+
+    if info.get("schemas") != schemas.digest():
+        return f"it was built from other sources than this Python code. {how_to_build()}"
+    global _ops
+    ops = schemas.define()
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}. {how_to_build()}"
-    from megatron_samoe.ops import cpu_products, fake, schemas
-
-    difference = schemas.difference()
-    if difference:
-        return f"it was built from older sources than this Python code ({difference}). {how_to_build()}"
+    _ops = ops
     fake.register()
     cpu_products.use()
     return None

@@ -77,8 +77,7 @@ def build_library(folder: Path) -> Path:
 def load_library(library: Path) -> torch.library.Library:
     """Defines the ops under their namespace, as the package's table has them, and loads the library that fills them."""
     definitions = torch.library.Library(NAMESPACE, "DEF")
-    lines = {line.split("(")[0]: line for line in schemas.SCHEMAS.strip().splitlines()}
     for name in (*TRAINING_OPS, *DECODE_OPS):
-        definitions.define(lines[name])
+        definitions.define(schemas.SCHEMAS[name])
     torch.ops.load_library(str(library))
     return definitions

@@ -1,4 +1,4 @@
-// The index ops of the datasets: schemas, checks, launch. CPU tensors only.
+// The index ops of the datasets: checks, launch. CPU tensors only.
 
 #include <limits>
 #include <tuple>
@@ -119,17 +119,6 @@ std::tuple<int64_t, int64_t> gather_samples(const Tensor& bin, const Tensor& poi
 }
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(megatron_samoe, m) {
-  m.def("shuffle_legacy(Tensor(a!) values, Tensor(b!) key, int position) -> int");
-  m.def("build_sample_index(Tensor lengths, Tensor documents, int seq_length, Tensor(a!) starts) -> ()");
-  m.def(
-      "build_blending_index(Tensor weights, Tensor limits, Tensor(a!) dataset_index, Tensor(b!) dataset_sample_index)"
-      " -> ()");
-  m.def(
-      "gather_samples(Tensor bin, Tensor pointers, Tensor lengths, Tensor documents, Tensor starts, int[] samples,"
-      " int dtype_code, Tensor(a!) out) -> (int, int)");
-}
 
 SAMOE_LIBRARY_IMPL(megatron_samoe, CPU, m) {
   SAMOE_IMPL(m, "shuffle_legacy", shuffle_legacy);

@@ -233,7 +233,5 @@ SAMOE_LIBRARY_IMPL(megatron_samoe, CPU, m) {
   SAMOE_IMPL(m, "decode_plan_step", decode_plan_step);
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(megatron_samoe, m) { m.def("decode_plan_close(int plan) -> ()"); }
-
 // Of no tensors.
 SAMOE_LIBRARY_IMPL(megatron_samoe, CompositeExplicitAutograd, m) { SAMOE_IMPL(m, "decode_plan_close", decode_plan_close);  }

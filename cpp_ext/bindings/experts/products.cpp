@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <string>
 
 namespace samoe {
 namespace {
@@ -40,6 +41,7 @@ void set_products(std::string bf16, int64_t fp32_tokens, int64_t bf16_tokens) {
   chosen_bf16_tokens = bf16_tokens;
 }
 bool has_bf16_product() { return cpu::kernels().has_bf16_product(); }
+std::string instruction_set() { return cpu::kernels().instruction_set; }
 
 // A matrix as torch sees it, or its transpose; a vector may be given as all rows of a matrix, with a stride of 0.
 Tensor view_of(const Matrix& m, bool transposed = false) {
@@ -220,13 +222,9 @@ void add_transposed_times(const Matrix& a, const Matrix& b, const Matrix& c, Wor
 
 }  // namespace samoe
 
-STABLE_TORCH_LIBRARY_FRAGMENT(megatron_samoe, m) {
-  m.def("has_bf16_product() -> bool");
-  m.def("set_products(str bf16, int fp32_tokens, int bf16_tokens) -> ()");
-}
-
 // Of no tensors.
 SAMOE_LIBRARY_IMPL(megatron_samoe, CompositeExplicitAutograd, m) {
   SAMOE_IMPL(m, "has_bf16_product", samoe::has_bf16_product);
   SAMOE_IMPL(m, "set_products", samoe::set_products);
+  SAMOE_IMPL(m, "instruction_set", samoe::instruction_set);
 }

@@ -110,17 +110,6 @@ Communicator find_communicator(int64_t handle) {
 
 }  // namespace samoe
 
-STABLE_TORCH_LIBRARY_FRAGMENT(megatron_samoe, m) {
-  m.def("all_to_all_address(int handle) -> str");
-  m.def("all_to_all_connect(int handle, str[] addresses) -> str");
-  m.def(
-      "all_to_all_start(int handle, Tensor input, Tensor(a!) output, int[] send_offsets, int[] send_bytes,"
-      " int[] recv_offsets, int[] recv_bytes, float seconds) -> (int exchange, str state)");
-  m.def("all_to_all_finish(int handle, int exchange, float seconds) -> str");
-  m.def("all_to_all_abort(int handle, str reason) -> ()");
-  m.def("all_to_all_close(int handle) -> ()");
-}
-
 SAMOE_LIBRARY_IMPL(megatron_samoe, CPU, m) { SAMOE_IMPL(m, "all_to_all_start", samoe::all_to_all_start); }
 SAMOE_LIBRARY_IMPL(megatron_samoe, CUDA, m) { SAMOE_IMPL(m, "all_to_all_start", samoe::all_to_all_start); }
 

@@ -131,19 +131,6 @@ std::tuple<int64_t, int64_t, std::string> nccl_position(int64_t handle) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(megatron_samoe, m) {
-  m.def("nccl_problem() -> str");
-  m.def("nccl_library() -> str");
-  m.def("nccl_create(int rank, int world, Device device, int stream, float timeout_s) -> int");
-  m.def("nccl_start_even(int handle, Tensor input, Tensor(a!) output) -> (int exchange, str state)");
-  m.def(
-      "nccl_start_hops(int handle, Tensor input, Tensor(a!) output, Tensor(b!) staging, int[] first_sends,"
-      " int[] first_receives, int[] second_sends, int[] second_receives) -> (int exchange, str state)");
-  m.def("nccl_use_staging(int handle, Tensor staging, float seconds) -> str");
-  m.def("nccl_enqueue(int handle, float seconds) -> str");
-  m.def("nccl_position(int handle) -> (int started, int waiting, str error)");
-}
-
 #define SAMOE_FOR_DEVICE(device)                          \
   SAMOE_LIBRARY_IMPL(megatron_samoe, device, m) {         \
     SAMOE_IMPL(m, "nccl_start_even", nccl_start_even);           \

@@ -58,13 +58,6 @@ std::tuple<Tensor, std::string> shm_stage_rows(int64_t handle, const Tensor& x, 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(megatron_samoe, m) {
-  m.def("shm_create(int rank, int world, int spins, float timeout_s) -> int");
-  m.def(
-      "shm_stage_rows(int handle, Tensor x, Tensor index, int divisor, float seconds)"
-      " -> (Tensor rows, str state)");
-}
-
 SAMOE_LIBRARY_IMPL(megatron_samoe, CPU, m) { SAMOE_IMPL(m, "shm_stage_rows", shm_stage_rows); }
 
 // Of no tensors.

@@ -24,7 +24,8 @@ def tree(tmp_path):
     for path in (ROOT / "cpp_ext").glob("*.py"):
         shutil.copy(path, tmp_path / "cpp_ext")
     shutil.copy(ROOT / "cpp_ext" / "common" / "build_record.cpp", tmp_path / "cpp_ext" / "common")
-    (tmp_path / "megatron_samoe").mkdir()
+    (tmp_path / "megatron_samoe" / "ops").mkdir(parents=True)
+    shutil.copy(ROOT / "megatron_samoe" / "ops" / "schemas.txt", tmp_path / "megatron_samoe" / "ops")
     (tmp_path / "megatron_samoe" / "__init__.py").write_text('__version__ = "0"\n')
     return tmp_path
 

@@ -85,7 +85,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tree(tmp_path: Path, installed: Path) -> Path:
     """A source tree with a kernel and its binding, and a toolkit beside it."""
-    for name in ("setup.py", "pyproject.toml", "cpp_ext/common/build_record.cpp"):
+    for name in ("setup.py", "pyproject.toml", "cpp_ext/common/build_record.cpp", "megatron_samoe/ops/schemas.txt"):
         write(tmp_path / name, (ROOT / name).read_text())
     for path in (ROOT / "cpp_ext").glob("*.py"):
         shutil.copy(path, tmp_path / "cpp_ext")
