@@ -47,19 +47,18 @@ def linear(x_TK: Tensor, weight: Weight, bias: Tensor | None, out_TN: Tensor, ac
         weight: [.., K] with N rows in all.
     """
     if extension.serves(x_TK, cuda="decoding"):
-        torch.ops.megatron_samoe.decode_linear(x_TK, weight.data, weight.scale, bias, out_TN, accumulate)
+        torch.ops.megatron_samoe.decode_linear(x_TK, *weight.arguments(), bias, out_TN, accumulate)
         return out_TN
-    y_TN = decode_reference.linear(x_TK, weight.data, weight.scale, bias)
+    y_TN = decode_reference.linear(x_TK, *weight.arguments(), bias)
     return out_TN.add_(y_TN) if accumulate else out_TN.copy_(y_TN)
 
 
 def norm(x_TH: Tensor, parameters: Norm, out_TH: Tensor) -> Tensor:
     """Writes the normalised rows to out and returns it."""
-    p = parameters
     if extension.serves(x_TH, cuda="decoding"):
-        torch.ops.megatron_samoe.decode_norm(x_TH, p.weight, p.bias, p.epsilon, p.rms, out_TH)
+        torch.ops.megatron_samoe.decode_norm(x_TH, *parameters.arguments(), out_TH)
         return out_TH
-    return out_TH.copy_(decode_reference.norm(x_TH, p.weight, p.bias, p.epsilon, p.rms))
+    return out_TH.copy_(decode_reference.norm(x_TH, *parameters.arguments()))
 
 
 def attention_block(x_TH: Tensor, layer: AttentionLayer, places: Places, scratch: Tensor) -> None:
@@ -68,50 +67,19 @@ def attention_block(x_TH: Tensor, layer: AttentionLayer, places: Places, scratch
     Args:
         scratch: fp32, `attention_scratch` elements or more.
     """
-    p, n = places, layer.norm
-    epsilon, rms = n.epsilon, n.rms
+    cache = (*places.arguments(), layer.keys, layer.values)
+    qkv, output = (*layer.qkv.arguments(), layer.qkv_bias), (*layer.output.arguments(), layer.output_bias)
+    norms = layer.head_norm_tensors()
     if extension.serves(x_TH, cuda="decoding") and layer.is_plain:
         torch.ops.megatron_samoe.decode_attention_block(
-            x_TH,
-            n.weight,
-            n.bias,
-            epsilon,
-            rms,
-            layer.qkv.data,
-            layer.qkv.scale,
-            layer.qkv_bias,
-            layer.head_norm_tensors(),
-            p.cos_PR,
-            p.sin_PR,
-            p.positions_T,
-            p.slots_T,
-            p.pages,
-            layer.keys,
-            layer.values,
-            layer.output.data,
-            layer.output.scale,
-            layer.output_bias,
-            scratch,
+            x_TH, *layer.norm.arguments(), *qkv, norms, *cache, *output, scratch
         )
         return
-    normed_TH = decode_reference.norm(x_TH, n.weight, n.bias, epsilon, rms)
-    qkv = decode_reference.linear(normed_TH, layer.qkv.data, layer.qkv.scale, layer.qkv_bias)
-    y_TF = decode_reference.attention(
-        qkv.view(-1, *layer.qkv.data.shape[:3]),
-        layer.head_norm_tensors(),
-        epsilon,
-        rms,
-        p.cos_PR,
-        p.sin_PR,
-        p.positions_T,
-        p.slots_T,
-        p.pages,
-        layer.keys,
-        layer.values,
-        layer.rule,
-        layer.clip,
-    )
-    x_TH += decode_reference.linear(y_TF, layer.output.data, layer.output.scale, layer.output_bias)
+    qkv_TX = decode_reference.linear(decode_reference.norm(x_TH, *layer.norm.arguments()), *qkv)
+    qkv_TGAD = qkv_TX.view(-1, *layer.qkv.data.shape[:3])
+    epsilon, rms = layer.norm.epsilon, layer.norm.rms
+    y_TF = decode_reference.attention(qkv_TGAD, norms, epsilon, rms, *cache, layer.rule, layer.clip)
+    x_TH += decode_reference.linear(y_TF, *output)
 
 
 def attention_scratch(num_tokens: int, layer: AttentionLayer) -> int:
@@ -129,7 +97,6 @@ def mlp_block(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, experts: E
     Args:
         scratch: fp32, `mlp_scratch` elements or more.
     """
-    n, e = norm_of_x, experts
     assert routing is None or routing.mixing is None
     if extension.serves(x_TH, cuda="decoding") and (routing is None or routing.is_plain):
         router = (
@@ -137,26 +104,7 @@ def mlp_block(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, experts: E
             if routing is None
             else (routing.weight_EH, routing.topk, routing.rule.score_function == "sigmoid", routing.rule.pre_softmax)
         )
-        torch.ops.megatron_samoe.decode_moe_block(
-            x_TH,
-            n.weight,
-            n.bias,
-            n.epsilon,
-            n.rms,
-            *router,
-            e.index1_E,
-            e.index2_E,
-            e.w1.data,
-            e.w1.scale,
-            e.b1,
-            e.w2.data,
-            e.w2.scale,
-            e.b2,
-            e.factor1_E,
-            e.factor2_E,
-            e.gated,
-            scratch,
-        )
+        torch.ops.megatron_samoe.decode_moe_block(x_TH, *norm_of_x.arguments(), *router, *experts.arguments(), scratch)
         return
     topk = 1 if routing is None else routing.topk
     ids_TK = x_TH.new_empty(x_TH.shape[0], topk, dtype=torch.int64)
@@ -190,28 +138,18 @@ class Routed:
 
 def route(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, out: Routed, scratch: Tensor) -> None:
     """Writes the normalised tokens and their experts to out. Without routing all tokens take expert 0 with weight 1."""
-    n, r = norm_of_x, routing
+    r = routing
     if r is None:
-        norm(x_TH, n, out.normed_TH)
+        norm(x_TH, norm_of_x, out.normed_TH)
         out.ids_TK.zero_()
         out.probs_TK.fill_(1.0)
         return
     if extension.serves(x_TH, cuda="decoding" if r.is_plain else None):
-        torch.ops.megatron_samoe.decode_route(
-            x_TH,
-            n.weight,
-            n.bias,
-            n.epsilon,
-            n.rms,
-            *r.arguments(),
-            out.normed_TH,
-            out.ids_TK,
-            out.probs_TK,
-            None if r.mixing is None else out.shared_T,
-            scratch,
-        )
+        shared_T = None if r.mixing is None else out.shared_T
+        results = (out.normed_TH, out.ids_TK, out.probs_TK, shared_T)
+        torch.ops.megatron_samoe.decode_route(x_TH, *norm_of_x.arguments(), *r.arguments(), *results, scratch)
     else:
-        norm(x_TH, n, out.normed_TH)
+        norm(x_TH, norm_of_x, out.normed_TH)
         ids_TK, probs_TK, shared_T = decode_reference.choose(out.normed_TH, r.weight_EH, r.rule, r.norm_scale, r.mixing)
         out.ids_TK.copy_(ids_TK)
         out.probs_TK.copy_(probs_TK)
@@ -232,45 +170,12 @@ def experts_block(
         combine: False leaves out unchanged. Results of experts that the stack lacks stay in y as they were, so a stack
             can hold some experts at a time.
     """
-    e, r = experts, routed
+    r = routed
     if extension.serves(out_TH, cuda="decoding"):
-        torch.ops.megatron_samoe.decode_experts(
-            r.normed_TH,
-            r.ids_TK,
-            r.probs_TK,
-            e.index1_E,
-            e.index2_E,
-            e.w1.data,
-            e.w1.scale,
-            e.b1,
-            e.w2.data,
-            e.w2.scale,
-            e.b2,
-            e.factor1_E,
-            e.factor2_E,
-            e.gated,
-            y_TKH,
-            combine,
-            out_TH,
-            scratch,
-        )
+        given = (r.normed_TH, r.ids_TK, r.probs_TK, *experts.arguments())
+        torch.ops.megatron_samoe.decode_experts(*given, y_TKH, combine, out_TH, scratch)
         return
-    decode_reference.experts(
-        r.normed_TH,
-        r.ids_TK,
-        e.index1_E,
-        e.index2_E,
-        e.w1.data,
-        e.w1.scale,
-        e.b1,
-        e.w2.data,
-        e.w2.scale,
-        e.b2,
-        e.factor1_E,
-        e.factor2_E,
-        e.gated,
-        y_TKH,
-    )
+    decode_reference.experts(r.normed_TH, r.ids_TK, *experts.arguments(), y_TKH)
     if combine:
         y_TKH.masked_fill_((r.ids_TK < 0)[..., None], 0.0)
         out_TH += (y_TKH * r.probs_TK[..., None]).sum(1)

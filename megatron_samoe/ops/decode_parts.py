@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from megatron_samoe.ops.topk_gate import ChoiceRule
 #: Positions of one page of the key-value cache; the kernels take that many keys at once.
 PAGE = 16
 WeightType = Literal["fp32", "bf16", "int8"]
+_Maybe = Tensor | None
+#: Indices, w1 with its scale and bias, w2 likewise, factors, and whether it is gated.
+StackArguments = tuple[Tensor, Tensor, Tensor, _Maybe, _Maybe, Tensor, _Maybe, _Maybe, _Maybe, _Maybe, bool]
 WEIGHT_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -25,6 +28,10 @@ class Weight:
 
     data: Tensor
     scale: Tensor | None = None
+
+    def arguments(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the weight as the ops take it; so do the methods of this name below."""
+        return self.data, self.scale
 
     @property
     def num_bytes(self) -> int:
@@ -49,6 +56,10 @@ class Norm:
     epsilon: float
     rms: bool
 
+    def arguments(self) -> tuple[Tensor, Tensor | None, float, bool]:
+        """Returns the norm."""
+        return self.weight, self.bias, self.epsilon, self.rms
+
 
 @dataclass(frozen=True)
 class Places:
@@ -65,6 +76,10 @@ class Places:
     pages: Tensor
     cos_PR: Tensor | None = None
     sin_PR: Tensor | None = None
+
+    def arguments(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
+        """Returns the places, rotary tables first."""
+        return self.cos_PR, self.sin_PR, self.positions_T, self.slots_T, self.pages
 
 
 @dataclass(frozen=True)
@@ -129,6 +144,11 @@ class ExpertStack:
     factor1_E: Tensor | None = None
     factor2_E: Tensor | None = None
 
+    def arguments(self) -> StackArguments:
+        """Returns the stack."""
+        first, second = (*self.w1.arguments(), self.b1), (*self.w2.arguments(), self.b2)
+        return self.index1_E, self.index2_E, *first, *second, self.factor1_E, self.factor2_E, self.gated
+
     @property
     def is_own(self) -> bool:
         """Whether every expert e has matrix e, unscaled and in fp32."""
@@ -163,8 +183,8 @@ class Routing:
         """Whether logits decide alone, as the fused block and the CUDA kernels have it."""
         return self.rule.is_plain and self.norm_scale is None and self.mixing is None
 
-    def arguments(self) -> tuple[Tensor | float | None, ...]:
-        """Returns the router as the ops take it."""
+    def arguments(self) -> tuple[Any, ...]:
+        """Returns the router."""
         r, (weight_2H, bias_2) = self.rule, self.mixing or (None, None)
         return (
             self.weight_EH,

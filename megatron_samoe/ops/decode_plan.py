@@ -6,7 +6,6 @@ A step by a plan gives the same bits as the same step by the blocks of ops/decod
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,23 +41,9 @@ class DecodePlan:
         scratch: Tensor,
         max_logits: int,
     ):
-        ops, n = torch.ops.megatron_samoe, final_norm
-        self._number = ops.decode_plan(
-            words.data,
-            words.scale,
-            positions,
-            output.data,
-            output.scale,
-            n.weight,
-            n.bias,
-            n.epsilon,
-            n.rms,
-            cos_PR,
-            sin_PR,
-            x_TH,
-            scratch,
-            max_logits,
-        )
+        ops = torch.ops.megatron_samoe
+        ends = (*words.arguments(), positions, *output.arguments(), *final_norm.arguments())
+        self._number = ops.decode_plan(*ends, cos_PR, sin_PR, x_TH, scratch, max_logits)
         weakref.finalize(self, ops.decode_plan_close, self._number).atexit = False
         self._step = ops.decode_plan_step.default
 
@@ -73,28 +58,13 @@ class DecodePlan:
         """Adds a layer: attention, the MLP of chosen experts (without routing, of the only one), and a shared expert if
         given.
         """
-        ops, a, n = torch.ops.megatron_samoe, attention, attention.norm
-        ops.decode_plan_attention(
-            self._number,
-            n.weight,
-            n.bias,
-            n.epsilon,
-            n.rms,
-            a.qkv.data,
-            a.qkv.scale,
-            a.qkv_bias,
-            a.head_norm_tensors(),
-            a.keys,
-            a.values,
-            a.output.data,
-            a.output.scale,
-            a.output_bias,
-        )
-        n = mlp_norm
+        ops, a = torch.ops.megatron_samoe, attention
+        before = (*a.norm.arguments(), *a.qkv.arguments(), a.qkv_bias, a.head_norm_tensors())
+        ops.decode_plan_attention(self._number, *before, a.keys, a.values, *a.output.arguments(), a.output_bias)
         router = (*[None] * 6, False, False, 0, 0, 1.0, 1) if routing is None else (*routing.arguments(), routing.topk)
-        ops.decode_plan_mlp(self._number, n.weight, n.bias, n.epsilon, n.rms, *router, *_stack(experts))
+        ops.decode_plan_mlp(self._number, *mlp_norm.arguments(), *router, *experts.arguments())
         if shared is not None:
-            ops.decode_plan_shared(self._number, *_stack(shared))
+            ops.decode_plan_shared(self._number, *shared.arguments())
 
     def step(self, tokens_T: Tensor, places: Places, rows_N: Tensor, logits_NV: Tensor) -> None:
         """Runs a step's tokens, keeps their keys and values, and writes the logits of the tokens `rows_N`.
@@ -105,19 +75,3 @@ class DecodePlan:
         """
         p = places
         self._step(self._number, tokens_T, p.positions_T, p.slots_T, p.pages, rows_N, logits_NV)
-
-
-def _stack(e: ExpertStack) -> Sequence[Tensor | bool | None]:
-    return (
-        e.index1_E,
-        e.index2_E,
-        e.w1.data,
-        e.w1.scale,
-        e.b1,
-        e.w2.data,
-        e.w2.scale,
-        e.b2,
-        e.factor1_E,
-        e.factor2_E,
-        e.gated,
-    )
