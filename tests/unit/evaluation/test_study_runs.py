@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -178,12 +179,14 @@ def test_a_study_that_is_held_holds_its_run_until_it_may_go_on(tmp_path: Path) -
     command = program(study, "--output-dir", str(tmp_path / "runs"))
     with subprocess.Popen(command) as process:
         wait_for_records(process, metrics.parent)
-        process.send_signal(signal.SIGTSTP)
-        time.sleep(1)
-        held = metrics.stat().st_size
-        time.sleep(2)
-        assert metrics.stat().st_size == held and process.poll() is None
-        process.send_signal(signal.SIGCONT)
+        try:
+            process.send_signal(signal.SIGTSTP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            held = metrics.stat().st_size
+            time.sleep(2)
+            assert metrics.stat().st_size == held and process.poll() is None
+        finally:  # the end of the block waits for the process, however it is left
+            process.send_signal(signal.SIGCONT)
         assert process.wait(timeout=240) == 0
     assert metrics.stat().st_size > held
 
