@@ -15,11 +15,11 @@ from torch import Tensor
 
 from megatron_samoe.cli.program import Group, program
 from megatron_samoe.convert.edited_model import NOT_MODEL
+from megatron_samoe.convert.hf.parts import VOCABULARY
 from megatron_samoe.convert.inspect.health import Health, as_plain, check_health
 from megatron_samoe.convert.inspect.numbers import Difference, difference, statistics
 from megatron_samoe.convert.inspect.open import Opened, open_any, verify
 from megatron_samoe.convert.inspect.sharing import described_sharing
-from megatron_samoe.convert.megatron.export import VOCABULARY
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.parsing import JsonObject

@@ -147,7 +147,7 @@ def plan_megatron(
     require_new(save_dir / ("release" if iteration is None else f"iter_{iteration:07d}"))
     pp, ep = plan.layout.pipeline_parallel, plan.layout.expert_parallel
     files = {
-        folder_name(place, pp, ep): {t.key: StoredTensor(t.shape, t.dtype) for t in tensors}
+        folder_name(place, pp, ep): {t.part.name: t.stored for t in tensors}
         for place, tensors in plan.files.items()
     }
     described = (
