@@ -174,7 +174,7 @@ def _over_ranks(
     is_stacked = isinstance(index, slice)
 
     def view(whole: Tensor, rank: int) -> Tensor:
-        own = whole[index] if dim is None else whole[index].chunk(size, dim)[rank]
+        own = whole[index] if dim is None else whole[index].tensor_split(size, dim)[rank]
         return own.movedim(-1, 1) if is_stacked else own
 
     parts = []

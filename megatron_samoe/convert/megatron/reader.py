@@ -96,6 +96,11 @@ class MegatronReader:
         if not 0 < vocab <= padded:
             raise ConfigError("--vocab-size", vocab, f"must be from 1 to the {padded} rows of {self.directory}")
         validate_model(config)
+        if config.moe.most_experts % layout.expert_parallel and config.moe.expert_layout != "dense":
+            raise CheckpointError(
+                f"{folders[0]}: its arguments say {config.moe.most_experts} experts on {layout.expert_parallel} expert-parallel "
+                "ranks, which have equal numbers in Megatron."
+            )
         self._native = NativeModel(config, vocab)
         self._padded = padded
         iteration = _count(first, "iteration", 0, folders[0], least=0)
