@@ -43,15 +43,15 @@ class ToMegatron:
 
     def layout(self) -> MegatronLayout:
         """Returns how the files are split, and the names in them."""
-        asked = {
-            "tensor_parallel": self.target_tensor_parallel_size,
-            "pipeline_parallel": self.target_pipeline_parallel_size,
-            "expert_parallel": self.target_expert_parallel_size,
-            "expert_tensor_parallel": self.target_expert_tensor_parallel_size,
-            "virtual_pipeline": self.target_virtual_pipeline_parallel_size,
-        }
+        asked = (
+            self.target_tensor_parallel_size,
+            self.target_pipeline_parallel_size,
+            self.target_expert_parallel_size,
+            self.target_virtual_pipeline_parallel_size,
+        )
+        tp, pp, ep, chunks = (1 if size is None else size for size in asked)
         style = MegatronStyle(self.transformer_impl or "transformer_engine", self.expert_format or "grouped")
-        return MegatronLayout(style=style, **{name: size for name, size in asked.items() if size is not None})
+        return MegatronLayout(tp, pp, ep, self.target_expert_tensor_parallel_size, style, chunks)
 
 
 @dataclass(frozen=True, kw_only=True)
