@@ -118,8 +118,8 @@ def write_export(plan: GGUFPlan, directory: Path, progress: Progress = lambda _:
             plan.vocabulary.write(writer, plan.native.vocab_size)
         for name, stored in plan.stored.items():
             writer.add_tensor_info(name, stored.shape, np.dtype(np.float32), stored.num_bytes, kinds[stored.dtype])
-        for part in ("header", "kv_data", "ti_data"):
-            getattr(writer, f"write_{part}_to_file")()
+        for what in ("header", "kv_data", "ti_data"):
+            getattr(writer, f"write_{what}_to_file")()
         with ReadAhead(plan.source, [native for native, _ in plan.runs]) as source:
             for name, parts in plan.runs:
                 native = source.read(name)

@@ -258,8 +258,8 @@ def _write_stage(
             whole = _with_rows(plan.source.read(native), native, plan.padded_vocab_size) if native else torch.empty(0)
             for file, promise, tensor in wishes:
                 part = tensor.part
-                is_zero = isinstance(part, Constant)
-                file.write(promise, torch.zeros(part.shape, dtype=tensor.dtype) if is_zero else part.take(whole))
+                made = part.take(whole) if isinstance(part, Slice) else torch.zeros(part.shape, dtype=tensor.dtype)
+                file.write(promise, made)
                 progress(tensor.stored.num_bytes)
             del whole  # not two whole tensors at a time
         for file in files:

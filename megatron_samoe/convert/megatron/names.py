@@ -126,10 +126,11 @@ def slices_of(
     module, _, leaf = name.split(".", 2)[2].rpartition(".")
     prefix = f"decoder.layers.{layer}."
     if module != "moe.experts":
-        theirs, *dims = _module(module, is_moe, style)
-        return _over_ranks(name, shape, prefix + theirs.format(leaf), dims[leaf == "bias"], tp)
+        theirs, of_weight, of_bias = _module(module, is_moe, style)
+        return _over_ranks(name, shape, prefix + theirs.format(leaf), of_bias if leaf == "bias" else of_weight, tp)
     kind, number = "weight" if leaf[0] == "w" else "bias", leaf[1]
-    dim, per_rank = _MODULES[f"mlp.fc{number}"][1 + (kind == "bias")], shape[0] // layout.expert_parallel
+    _, of_weight, of_bias = _MODULES[f"mlp.fc{number}"]
+    dim, per_rank = of_bias if kind == "bias" else of_weight, shape[0] // layout.expert_parallel
     # Of each of their tensors the key, and the rank and place of its expert or experts.
     found: list[tuple[str, int, int | slice]]
     if style.experts == "legacy_grouped":
