@@ -1,11 +1,15 @@
-"""YAML and JSON of whoever wrote them: what is wrong with a text is one ValueError of one line, whatever the text."""
+"""YAML and JSON of whoever wrote them: what is wrong with a text is one ValueError of one line, whatever the text. And
+what is written for others to read: whole, and legal JSON.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -139,6 +143,22 @@ def finite_float(value: object) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def without_infinities(value: Any, shown: Callable[[float], Any] = lambda number: None) -> Any:
+    """Returns a value for JSON, which has neither nan nor infinities; None stands for them, or what is given to show them."""
+    if isinstance(value, Mapping):
+        return {name: without_infinities(part, shown) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_infinities(part, shown) for part in value]
+    return shown(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file such that whoever reads it finds all of it, or what was there before."""
+    half = path.with_suffix(f".{os.getpid()}.tmp")
+    half.write_text(text, encoding="utf-8")
+    half.replace(path)
 
 
 def _one_line(error: Exception) -> str:

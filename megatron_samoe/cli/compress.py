@@ -16,6 +16,7 @@ import yaml
 
 from megatron_samoe import children
 from megatron_samoe.cli.program import Count, program
+from megatron_samoe.config.option import flag
 from megatron_samoe.convert.edited_model import open_checkpoint
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table, read_records
@@ -109,12 +110,12 @@ class Compress(CompressOptions):
             raise ConfigError("--heal-iters", self.heal_iters, "must be one or two numbers of steps, 0 or more")
         for name in ("heal_lr", "heal_global_batch_size", "teacher", "no_heal_others", "heal_others_lr"):
             if getattr(self, name) and not sum(iters):
-                raise ConfigError(f"--{name.replace('_', '-')}", getattr(self, name), "needs --heal-iters")
+                raise ConfigError(flag(name), getattr(self, name), "needs --heal-iters")
         if self.heal_others_lr is not None and self.no_heal_others:
             raise ConfigError("--heal-others-lr", self.heal_others_lr, "has no use with --no-heal-others")
         for name in ("heal_lr", "heal_others_lr", "heal_global_batch_size"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ConfigError(f"--{name.replace('_', '-')}", getattr(self, name), "must be above 0")
+                raise ConfigError(flag(name), getattr(self, name), "must be above 0")
         return iters[0], iters[1]
 
 

@@ -16,7 +16,7 @@ from megatron_samoe.convert.hf.target import targets
 from megatron_samoe.convert.megatron import MegatronLayout, MegatronStyle
 from megatron_samoe.convert.megatron.names import ExpertStyle
 from megatron_samoe.convert.source import DTYPES, Kind, Source, TargetKind, open_source
-from megatron_samoe.convert.target import Conversion, HFOptions, plan_gguf, plan_hf, plan_megatron, plan_native
+from megatron_samoe.convert.target import Conversion, plan_gguf, plan_hf, plan_megatron, plan_native
 from megatron_samoe.errors import ConfigError, nearest
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -43,15 +43,15 @@ class ToMegatron:
 
     def layout(self) -> MegatronLayout:
         """Returns how the files are split, and the names in them."""
-        asked = {
-            "tensor_parallel": self.target_tensor_parallel_size,
-            "pipeline_parallel": self.target_pipeline_parallel_size,
-            "expert_parallel": self.target_expert_parallel_size,
-            "expert_tensor_parallel": self.target_expert_tensor_parallel_size,
-            "virtual_pipeline": self.target_virtual_pipeline_parallel_size,
-        }
+        asked = (
+            self.target_tensor_parallel_size,
+            self.target_pipeline_parallel_size,
+            self.target_expert_parallel_size,
+            self.target_virtual_pipeline_parallel_size,
+        )
+        tp, pp, ep, chunks = (1 if size is None else size for size in asked)
         style = MegatronStyle(self.transformer_impl or "transformer_engine", self.expert_format or "grouped")
-        return MegatronLayout(style=style, **{name: size for name, size in asked.items() if size is not None})
+        return MegatronLayout(tp, pp, ep, self.target_expert_tensor_parallel_size, style, chunks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +70,12 @@ class ToHuggingFace:
     max_shard_size: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
     """of one weight file, such as 5GB (default) or 500MiB"""
 
-    def options(self, carries_tokenizer: bool) -> HFOptions:
-        """Returns what is asked of an export."""
+    def options(self) -> dict[str, Any]:
+        """Returns what is asked of `plan_export`."""
         kind, size = self.hf_model_type or "auto", _bytes(self.max_shard_size or "5GB")
         if kind not in targets():
             raise ConfigError("--hf-model-type", kind, f"one of {', '.join(targets())}.{nearest(kind, targets())}")
-        return HFOptions(kind, self.fold, size, carries_tokenizer)
+        return {"wanted": kind, "fold": self.fold, "max_shard_bytes": size}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ class Convert:
             return plan_gguf(source, save_dir, dtype, carries_tokenizer)
         if target == "megatron":
             return plan_megatron(source, save_dir, dtype, self.to_megatron.layout(), self.to_megatron.release)
-        return plan_hf(source, save_dir, dtype, self.to_hugging_face.options(carries_tokenizer))
+        return plan_hf(source, save_dir, dtype, carries_tokenizer, **self.to_hugging_face.options())
 
     def _target(self, source: Source) -> TargetKind:
         """Returns the target's family.

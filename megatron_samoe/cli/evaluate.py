@@ -15,6 +15,7 @@ import tyro
 
 from megatron_samoe.cli.model_arguments import LayoutOptions, ModelOptions, rank_program
 from megatron_samoe.cli.program import Count
+from megatron_samoe.config.option import flag
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError, ConfigError, DataError
 from megatron_samoe.evaluation.zero_shot import tables
@@ -148,21 +149,21 @@ def _refuse(options: Evaluate, names: Sequence[str], why: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value not in (None, False, (), ""):
-            raise ConfigError(f"--{name.replace('_', '-')}", str(value) if isinstance(value, Path) else value, why)
+            raise ConfigError(flag(name), str(value) if isinstance(value, Path) else value, why)
 
 
 def _check_outputs(options: Evaluate) -> None:
     """Raises ConfigError where results could not be written, before hours are spent on them."""
-    for flag, path in (("--json", options.json), ("--samples", options.samples)):
+    for name, path in (("--json", options.json), ("--samples", options.samples)):
         if path is None:
             continue
-        folder = path if flag == "--samples" else path.parent
+        folder = path if name == "--samples" else path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(flag, str(path), f"cannot be written: {error.strerror or error}") from None
-        if (flag == "--json" and path.is_dir()) or not os.access(folder, os.W_OK):
-            raise ConfigError(flag, str(path), "cannot be written: it is a folder, or in one that is write-protected")
+            raise ConfigError(name, str(path), f"cannot be written: {error.strerror or error}") from None
+        if (name == "--json" and path.is_dir()) or not os.access(folder, os.W_OK):
+            raise ConfigError(name, str(path), "cannot be written: it is a folder, or in one that is write-protected")
 
 
 def _evaluate(options: Evaluate) -> None:

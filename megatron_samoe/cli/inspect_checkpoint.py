@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +14,14 @@ from torch import Tensor
 
 from megatron_samoe.cli.program import Group, program
 from megatron_samoe.convert.edited_model import NOT_MODEL
+from megatron_samoe.convert.hf.parts import VOCABULARY
 from megatron_samoe.convert.inspect.health import Health, as_plain, check_health
 from megatron_samoe.convert.inspect.numbers import Difference, difference, statistics
 from megatron_samoe.convert.inspect.open import Opened, open_any, verify
 from megatron_samoe.convert.inspect.sharing import described_sharing
-from megatron_samoe.convert.megatron.export import VOCABULARY
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
-from megatron_samoe.parsing import JsonObject
+from megatron_samoe.parsing import JsonObject, without_infinities
 
 #: Exit statuses, as those of diff and grep.
 FINE, FOUND, TROUBLE = 0, 1, 2
@@ -57,7 +56,7 @@ class Inspect:
         except MegatronSamoeError as error:
             print(f"error: {error}", file=sys.stderr)
             return TROUBLE
-        print(json.dumps(_finite(values), indent=1) if self.json else "\n".join(lines))
+        print(json.dumps(without_infinities(values, str), indent=1) if self.json else "\n".join(lines))
         return status
 
 
@@ -318,15 +317,6 @@ def _health_lines(health: Health) -> Iterator[str]:
         banks = ", ".join(map(str, health.dead_banks))
         if health.has_banks:
             yield f"DEAD BANKS: no layer uses {banks}" if health.dead_banks else "Every bank is used by some layer."
-
-
-def _finite(value: Any) -> Any:
-    """Returns the value with text in place of numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 COMMANDS = {"list": List, "stat": Stat, "diff": Diff, "verify": Verify, "sharing": Sharing, "check": Check}

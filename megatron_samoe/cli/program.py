@@ -20,13 +20,6 @@ from megatron_samoe.cli.command import usage
 from megatron_samoe.errors import DataError, MegatronSamoeError, nearest
 
 
-class Command(Protocol):
-    """What a command line says, by its fields."""
-
-    def run(self) -> int | None:
-        """Does it, and returns the exit status; None is 0."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Group:
     """Commands, by the word that chooses among them.

@@ -195,6 +195,11 @@ class MoEConfig:
         return self.moe_router_topk // (self.moe_router_group_topk or 1)
 
     @property
+    def weight_factor(self) -> float:
+        """The factor on the weights of chosen experts."""
+        return self.moe_router_topk_scaling_factor or 1.0
+
+    @property
     def pre_softmax(self) -> bool:
         """Whether weights are scores among all experts."""
         return self.moe_router_topk == 1 if self.moe_router_pre_softmax is None else self.moe_router_pre_softmax

@@ -68,9 +68,12 @@ class EditedModel:
         """Adds a tensor that is there already."""
         self.add(name, tuple(value.shape), value.dtype, lambda: value)
 
-    def keep(self, source: GlobalTensors, name: str, new_name: str | None = None) -> None:
-        """Adds a tensor as the source has it, maybe under a new name."""
-        self.add(new_name or name, source.tensors[name].shape, source.tensors[name].dtype, lambda: source.read(name))
+    def keep(
+        self, source: GlobalTensors, name: str, new_name: str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Adds a tensor as the source has it, maybe under a new name or in another precision."""
+        stored = source.tensors[name]
+        self.add(new_name or name, stored.shape, dtype or stored.dtype, lambda: source.read(name))
 
 
 class ReadOnce:

@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
 
 from torch import Tensor
 
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
 
-
-class Passed:
-    """A source that hands another one on; see `GlobalTensors`."""
-
-    def __init__(self, source: GlobalTensors, config: Mapping[str, Any] | None = None):
-        self.source = source
-        self.config: Mapping[str, Any] = source.config if config is None else config
-        self.train_state: Mapping[str, Any] = source.train_state
-        self.tensors: Mapping[str, StoredTensor] = source.tensors
-        self.attachments: Mapping[str, bytes] = source.attachments
-
-    def read(self, name: str) -> Tensor:
-        """Returns a tensor as it is."""
-        return self.source.read(name)
+Progress = Callable[[int], object]
 
 
-class ReadAhead(Passed):
-    """A source that reads one tensor ahead in a thread, while the block of its `with` lasts.
+class ReadAhead:
+    """A source that reads one tensor of another ahead in a thread, while the block of its `with` lasts.
 
     Args:
         order: in which tensors will be asked for; other orders work and gain nothing.
+        progress: called with the bytes of each tensor that is given.
     """
 
-    def __init__(self, source: GlobalTensors, order: Sequence[str]):
-        super().__init__(source)
+    def __init__(self, source: GlobalTensors, order: Sequence[str], progress: Progress = lambda num_bytes: None):
+        self.source, self._progress = source, progress
+        self.config, self.train_state, self.attachments = source.config, source.train_state, source.attachments
+        self.tensors: Mapping[str, StoredTensor] = source.tensors
         self._next = dict(itertools.pairwise(order))
         self._ahead: tuple[str, Future[Tensor]] | None = None
         # All reading is done there: sources need not bear several threads.
@@ -61,4 +50,5 @@ class ReadAhead(Passed):
             tensor = ahead[1].result()
         if (following := self._next.get(name)) is not None:
             self._ahead = following, self._reader.submit(self.source.read, following)
+        self._progress(self.tensors[name].num_bytes)
         return tensor

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from megatron_samoe.config.cli import to_mapping
-from megatron_samoe.convert.edited_model import open_checkpoint
+from megatron_samoe.convert.edited_model import EditedModel, open_checkpoint
 from megatron_samoe.convert.hf.export import native_model, refuse_other_tensors
 from megatron_samoe.convert.hf.folder import CONFIG, is_hf_folder
 from megatron_samoe.convert.hf.source import HFSource
 from megatron_samoe.convert.megatron.rank_files import rank_folders
 from megatron_samoe.convert.megatron.reader import MegatronReader
-from megatron_samoe.convert.native import NativeModel
-from megatron_samoe.convert.read_ahead import Passed
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors
 from megatron_samoe.errors import CheckpointError, ConfigError, readable
@@ -114,17 +111,13 @@ def _without_optimizer(reader: CheckpointReader) -> tuple[str, ...]:
     return (f"Its optimizer state ({size / 1e6:,.1f} MB) is left out.",) if size else ()
 
 
-class Recast(Passed):
-    """A source whose weights have another precision; what a run keeps in fp32 whatever its precision stays so."""
-
-    def __init__(self, source: GlobalTensors, dtype: torch.dtype):
-        native = native_model(source)
-        training = replace(native.config.training, bf16=dtype == torch.bfloat16, fp16=False)
-        changed = NativeModel(replace(native.config, training=training), native.vocab_size)
-        super().__init__(source, to_mapping(changed.config))
-        kept = {name: stored for name, stored in source.tensors.items() if not name.startswith("optimizer.")}
-        self.tensors = {name: changed.tensors.get(name, stored) for name, stored in kept.items()}
-
-    def read(self, name: str) -> Tensor:
-        """Returns a tensor in its new precision."""
-        return super().read(name).to(self.tensors[name].dtype)
+def recast(source: GlobalTensors, dtype: torch.dtype) -> EditedModel:
+    """Returns a model in another precision; what a run keeps in fp32 whatever its precision stays so."""
+    native = native_model(source)
+    training = replace(native.config.training, bf16=dtype == torch.bfloat16, fp16=False)
+    changed = replace(native, config=replace(native.config, training=training))
+    edited = EditedModel(to_mapping(changed.config), source.train_state, attachments=source.attachments)
+    for name, stored in source.tensors.items():
+        if not name.startswith("optimizer."):
+            edited.keep(source, name, dtype=changed.tensors.get(name, stored).dtype)
+    return edited

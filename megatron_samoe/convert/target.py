@@ -7,28 +7,27 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.convert import megatron
-from megatron_samoe.convert.edited_model import source_config
+from megatron_samoe.convert.edited_model import EditedModel, source_config
 from megatron_samoe.convert.gguf import export as gguf_export
 from megatron_samoe.convert.hf.export import plan_export, write_export
 from megatron_samoe.convert.hf.tokenizer_files import TOKENIZER, imported_tokenizer, tokenizer_files
 from megatron_samoe.convert.megatron.rank_files import folder_name
 from megatron_samoe.convert.output_folder import require_new, require_space
-from megatron_samoe.convert.read_ahead import Passed, ReadAhead
-from megatron_samoe.convert.source import Recast, Source
+from megatron_samoe.convert.read_ahead import Progress, ReadAhead
+from megatron_samoe.convert.source import Source, recast
 from megatron_samoe.datasets.carried_tokenizer import read_files, with_carried
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor, write_checkpoint
 from megatron_samoe.errors import CheckpointError
 
-Progress = Callable[[int], Any]
 #: A number of a layer or expert in a tensor's name; w1 and w2 are names.
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=weight)\d+$")
 
@@ -70,18 +69,13 @@ class Conversion:
                 yield f"  {name}  {list(tensor.shape)} {tensor.dtype_name}{f'  x {count}' if count > 1 else ''}"
 
 
-@dataclass(frozen=True)
-class HFOptions:
-    """How a Hugging Face folder is written; see `plan_export`."""
-
-    model_type: str
-    fold: bool
-    max_shard_bytes: int
-    with_tokenizer: bool
-
-
-def plan_hf(source: Source, save_dir: Path, dtype: torch.dtype | None, options: HFOptions) -> Conversion:
+def plan_hf(
+    source: Source, save_dir: Path, dtype: torch.dtype | None, with_tokenizer: bool, **options: Any
+) -> Conversion:
     """Returns the plan of writing a Hugging Face folder.
+
+    Args:
+        options: see `plan_export`.
 
     Raises:
         ConfigError: the class cannot compute the model.
@@ -90,26 +84,14 @@ def plan_hf(source: Source, save_dir: Path, dtype: torch.dtype | None, options: 
     """
     require_new(save_dir)
     data = with_carried(source_config(source.tensors).data, source.directory)
-    tokenizer = tokenizer_files(data) if options.with_tokenizer else None
-    plan = plan_export(
-        source.tensors,
-        options.model_type,
-        fold=options.fold,
-        dtype=dtype,
-        max_shard_bytes=options.max_shard_bytes,
-        tokenizer=tokenizer,
-    )
-
-    def write(progress: Progress) -> Path:
-        with ReadAhead(plan.source, list(plan.parts)) as ahead:
-            write_export(replace(plan, source=ahead), save_dir, progress)
-        return save_dir
-
+    tokenizer = tokenizer_files(data) if with_tokenizer else None
+    plan = plan_export(source.tensors, dtype=dtype, tokenizer=tokenizer, **options)
     family = plan.target.family
     lines = (*plan.target.why, *(tokenizer.notes if tokenizer else ("The folder has no tokenizer.",)))
     trust = ", trust_remote_code=True" if family.name == "samoe" else ""
     hint = f'\n  AutoModelForCausalLM.from_pretrained("{save_dir}", dtype="auto"{trust})'
-    return Conversion(f"the Hugging Face class {family.architecture} in {save_dir}", lines, plan.shards, write, hint)
+    described = f"the Hugging Face class {family.architecture} in {save_dir}"
+    return Conversion(described, lines, plan.shards, partial(write_export, plan, save_dir), hint)
 
 
 def plan_gguf(source: Source, save_dir: Path, dtype: torch.dtype | None, with_tokenizer: bool) -> Conversion:
@@ -123,13 +105,8 @@ def plan_gguf(source: Source, save_dir: Path, dtype: torch.dtype | None, with_to
     require_new(save_dir)
     data = with_carried(source_config(source.tensors).data, source.directory)
     plan = gguf_export.plan_export(source.tensors, data if with_tokenizer else None, dtype)
-
-    def write(progress: Progress) -> Path:
-        with ReadAhead(plan.source, plan.reads) as ahead:
-            gguf_export.write_export(replace(plan, source=ahead), save_dir, progress)
-        return save_dir
-
     described = f"llama.cpp's architecture {plan.architecture.name} in {save_dir}/{gguf_export.FILE}"
+    write = partial(gguf_export.write_export, plan, save_dir)
     return Conversion(described, plan.lines, {gguf_export.FILE: plan.stored}, write)
 
 
@@ -147,16 +124,13 @@ def plan_megatron(
     require_new(save_dir / ("release" if iteration is None else f"iter_{iteration:07d}"))
     pp, ep = plan.layout.pipeline_parallel, plan.layout.expert_parallel
     files = {
-        folder_name(place, pp, ep): {t.key: StoredTensor(t.shape, t.dtype) for t in tensors}
-        for place, tensors in plan.files.items()
+        folder_name(place, pp, ep): {t.part.name: t.stored for t in tensors} for place, tensors in plan.files.items()
     }
     described = (
         f"Megatron-LM's format torch in {save_dir}: tensor {plan.layout.tensor_parallel}, pipeline {pp}, expert {ep}, "
         f"expert tensor {plan.layout.etp}, virtual pipeline {plan.layout.virtual_pipeline}"
     )
-    return Conversion(
-        described, plan.notes, files, lambda progress: megatron.write_export(plan, save_dir, iteration, progress)
-    )
+    return Conversion(described, plan.notes, files, partial(megatron.write_export, plan, save_dir, iteration))
 
 
 def plan_native(source: Source, save_dir: Path, dtype: torch.dtype | None, with_tokenizer: bool) -> Conversion:
@@ -182,12 +156,14 @@ def plan_native(source: Source, save_dir: Path, dtype: torch.dtype | None, with_
     # A copied tokenizer is not yet where the configuration says.
     read_now = replace(config.data, tokenizer_model=str(source.directory / TOKENIZER)) if copied else config.data
     carried = read_files(read_now) if with_tokenizer else {}
+    made = EditedModel(to_mapping(config), tensors.train_state, attachments=tensors.attachments or carried)
+    for name in tensors.tensors:
+        made.keep(tensors, name)
 
     def write(progress: Progress) -> Path:
-        require_space(save_dir, sum(t.num_bytes for t in tensors.tensors.values()))
-        with ReadAhead(tensors, list(tensors.tensors)) as ahead:
-            watched = _Watched(ahead, to_mapping(config), progress, source.tensors.attachments or carried)
-            written = write_checkpoint(save_dir, iteration, watched)
+        require_space(save_dir, sum(t.num_bytes for t in made.tensors.values()))
+        with ReadAhead(made, list(made.tensors), progress) as ahead:
+            written = write_checkpoint(save_dir, iteration, ahead)
         if copied:
             shutil.copyfile(source.directory / TOKENIZER, kept_at)
         return written
@@ -197,20 +173,5 @@ def plan_native(source: Source, save_dir: Path, dtype: torch.dtype | None, with_
     return Conversion(f"a checkpoint of this program in {final}", lines, {final.name: tensors.tensors}, write, hint)
 
 
-class _Watched(Passed):
-    """A source with another configuration, which reports the bytes of each tensor that is read."""
-
-    def __init__(
-        self, source: GlobalTensors, config: Mapping[str, Any], progress: Progress, attachments: Mapping[str, bytes]
-    ):
-        super().__init__(source, config)
-        self.attachments, self._progress = attachments, progress
-
-    def read(self, name: str) -> Tensor:
-        tensor = super().read(name)
-        self._progress(self.tensors[name].num_bytes)
-        return tensor
-
-
 def _recast(source: GlobalTensors, dtype: torch.dtype | None) -> GlobalTensors:
-    return source if dtype is None else Recast(source, dtype)
+    return source if dtype is None else recast(source, dtype)

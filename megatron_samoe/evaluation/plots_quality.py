@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from scipy.optimize import isotonic_regression
 
 from megatron_samoe.evaluation.measurements import DecodeTime, of_group
 from megatron_samoe.evaluation.plots import colour, marker, png_of, side_by_side
@@ -45,26 +47,10 @@ def cost_axes(
 
 def spread_apart(wanted: Sequence[float], least: float) -> list[float]:
     """Returns places near the wanted ones, in their order, of which no two are closer than `least`."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    runs: list[list[int]] = []
-    for i in order:
-        runs.append([i])
-        while (
-            len(runs) > 1
-            and _middle(runs[-1], wanted) - _middle(runs[-2], wanted) < least * (len(runs[-1]) + len(runs[-2])) / 2
-        ):
-            last = runs.pop()
-            runs[-1] += last
-    places = [0.0] * len(wanted)
-    for run in runs:
-        first = _middle(run, wanted) - least * (len(run) - 1) / 2
-        for number, i in enumerate(run):
-            places[i] = first + least * number
-    return places
-
-
-def _middle(run: Sequence[int], wanted: Sequence[float]) -> float:
-    return sum(wanted[i] for i in run) / len(run)
+    order, steps = np.argsort(wanted, kind="stable"), least * np.arange(len(wanted))
+    places = np.empty(len(wanted))
+    places[order] = isotonic_regression(np.take(wanted, order) - steps).x + steps
+    return [float(place) for place in places]
 
 
 def _scale_costs(axes: Axes, costs: Sequence[float]) -> None:

@@ -85,10 +85,10 @@ def read_run(run_dir: Path) -> RunSummary:
         CheckpointError: it has no checkpoint or no metrics, or the metrics are damaged.
     """
     metrics = run_dir / "metrics.jsonl"
-    found = _read_run_file(run_dir / RUN_FILE) or _read_checkpoint(run_dir)
-    if found is None or not metrics.is_file():
+    kept = read_run_file(run_dir) or _read_checkpoint(run_dir)
+    if kept is None or not metrics.is_file():
         raise CheckpointError(f"{run_dir} is not the folder of a run: it needs checkpoints/ and metrics.jsonl.")
-    config, vocab_size, checkpoint_bytes = found
+    config, vocab_size = from_mapping(kept["config"], kept["source"]), kept["vocab_size"]
     refuse_wrong_numbers(config)
     records = sorted(read_records(metrics), key=lambda record: record.get("iteration", 0))
     if not any("validation_loss" in r for r in records):
@@ -99,7 +99,7 @@ def read_run(run_dir: Path) -> RunSummary:
         config,
         count_parameters(config, vocab_size),
         records,
-        checkpoint_bytes,
+        kept["checkpoint_bytes"],
         tokens_per_s=statistics.median(speeds) if speeds else None,
         directory=run_dir,
         vocab_size=vocab_size,
@@ -107,25 +107,33 @@ def read_run(run_dir: Path) -> RunSummary:
     )
 
 
-def _read_checkpoint(run_dir: Path) -> tuple[PretrainConfig, int, int] | None:
-    """Returns the configuration, the vocabulary's size and the bytes of a run's last checkpoint; None where none is whole."""
+def _read_checkpoint(run_dir: Path) -> JsonObject | None:
+    """Returns what `read_run_file` does, but for the key, of a run's last checkpoint; None where none is whole."""
     iterations = store.whole_iterations(run_dir / "checkpoints")
     if not iterations:
         return None
     directory = store.iteration_dir(run_dir / "checkpoints", iterations[-1])
-    config = from_mapping(store.read_config(directory), str(directory))
-    vocab_size = store.read_train_state(directory, ("vocab_size",))["vocab_size"]
-    return config, vocab_size, sum(f.stat().st_size for f in directory.iterdir())
+    return {
+        "config": store.read_config(directory),
+        "vocab_size": store.read_train_state(directory, ("vocab_size",))["vocab_size"],
+        "checkpoint_bytes": sum(f.stat().st_size for f in directory.iterdir()),
+        "source": str(directory),
+    }
 
 
-def _read_run_file(path: Path) -> tuple[PretrainConfig, int, int] | None:
-    """Returns the same of a run that a study has finished and whose checkpoints need not be there; None without the file."""
+def read_run_file(run_dir: Path) -> JsonObject | None:
+    """Returns what a study wrote of a run that it has finished, its key, configuration and sizes; None where it has not.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = run_dir / RUN_FILE
     if not path.is_file():
         return None
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
-        config = from_mapping(content["config"], str(path))
-        return config, int(content["vocab_size"]), int(content["checkpoint_bytes"])
+        kinds = {"key": str, "config": dict, "vocab_size": int, "checkpoint_bytes": int}
+        return {**{name: kind(content[name]) for name, kind in kinds.items()}, "source": str(path)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); remove it, and the run is evaluated again.") from None
 

@@ -39,7 +39,7 @@ def branch_scale(config: PretrainConfig, num_experts: int) -> BranchScale:
     # The router sees normalised tokens, of length sqrt(H).
     logit_std = router_init_std(config) * config.model.hidden_size**0.5
     score = score_of(moe)
-    squares = score.mean_squares(num_experts, logit_std) * (moe.moe_router_topk_scaling_factor or 1.0) ** 2
+    squares = score.mean_squares(num_experts, logit_std) * moe.weight_factor**2
     shared_size = config.shared_expert_size or 0
     if moe.moe_residual_mlp:
         # Either side gives half of the variance, weighed by 1/2 at the start.

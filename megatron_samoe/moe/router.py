@@ -101,7 +101,7 @@ class Router(nn.Module):
             self.expert_bias if config.moe_router_enable_expert_bias else None,
             config.moe_router_num_groups or 0,
             config.moe_router_group_topk or 0,
-            config.moe_router_topk_scaling_factor or 1.0,
+            config.weight_factor,
             getattr(self, "candidates", None),
         )
 

@@ -9,7 +9,7 @@ from megatron_samoe.convert.hf.families.base import HEADS, SIZES, Family, Option
 from megatron_samoe.convert.hf.families.entries import Entries, may, only
 from megatron_samoe.convert.hf.families.llama import ATTENTION
 from megatron_samoe.convert.hf.families.reading import rotary, window, written_rope
-from megatron_samoe.convert.hf.parts import Row, below
+from megatron_samoe.convert.hf.parts import Row, module, modules
 
 #: The class's own defaults; entries that are not here are refused.
 ENTRIES = Entries({
@@ -19,28 +19,19 @@ ENTRIES = Entries({
     "attention_dropout": 0.0, "residual_dropout": only(0.0), "embedding_dropout": only(0.0), "sliding_window": may(int),
     "rope_theta": 10000.0, "rope_parameters": may(dict), "rope_scaling": may(dict), "partial_rotary_factor": only(None),
 })  # fmt: skip
-#: Their name | our name | view. A line is for the models that have our tensor.
+#: Their name | our name | view; a module's are two, for its weight and its bias. A line is for the models that have our tensor.
 TENSORS = (
     Row("model.embed_tokens.weight", "embedding.word.weight"),
-    *below(
-        "model.layers.{layer}",
-        "layers.{layer}",
-        ("input_layernorm.weight", "attention_norm.weight"),
-        ("input_layernorm.bias", "attention_norm.bias"),
-    ),
+    *module("model.layers.{layer}.input_layernorm", "layers.{layer}.attention_norm"),
     *ATTENTION,
-    *below(
+    *modules(
         "model.layers.{layer}",
         "layers.{layer}",
-        ("post_attention_layernorm.weight", "mlp_norm.weight"),
-        ("post_attention_layernorm.bias", "mlp_norm.bias"),
-        ("mlp.c_fc.weight", "mlp.fc1.weight"),
-        ("mlp.c_fc.bias", "mlp.fc1.bias"),
-        ("mlp.c_proj.weight", "mlp.fc2.weight"),
-        ("mlp.c_proj.bias", "mlp.fc2.bias"),
+        ("post_attention_layernorm", "mlp_norm"),
+        ("mlp.c_fc", "mlp.fc1"),
+        ("mlp.c_proj", "mlp.fc2"),
     ),
-    Row("model.norm.weight", "final_norm.weight"),
-    Row("model.norm.bias", "final_norm.bias"),
+    *module("model.norm", "final_norm"),
     Row("lm_head.weight", "output.weight"),
 )
 #: Entries of config.json and options of ours.

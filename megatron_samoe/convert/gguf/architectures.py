@@ -11,9 +11,16 @@ from typing import Any
 from torch import Tensor
 
 from megatron_samoe.convert.hf.families.base import Family, Rule, all_layers_are_moe, needs
-from megatron_samoe.convert.hf.families.experts import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE, weighs_among_chosen
+from megatron_samoe.convert.hf.families.experts import (
+    MIXTRAL,
+    OLMOE,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    weighs_among_all,
+    weighs_among_chosen,
+)
 from megatron_samoe.convert.hf.families.gpt import GPT2
-from megatron_samoe.convert.hf.families.llama import LLAMA, QWEN2, QWEN3, gated
+from megatron_samoe.convert.hf.families.llama import LLAMA, QWEN2, QWEN3, gated, plain
 from megatron_samoe.convert.hf.parts import (
     Part,
     Row,
@@ -21,6 +28,7 @@ from megatron_samoe.convert.hf.parts import (
     below,
     in_pairs,
     keys,
+    module,
     parts_by,
     queries,
     stack,
@@ -30,6 +38,7 @@ from megatron_samoe.convert.hf.parts import (
 from megatron_samoe.convert.hf.target import folded_model
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.moe.scores import score_of
 
 
 @dataclass(frozen=True)
@@ -60,11 +69,6 @@ _PLAIN_ROPE = needs("rope_scaling_type", None)
 _NO_WINDOW = needs("sliding_window", None)
 
 
-def _among_all(native: NativeModel) -> str | None:
-    """Experts weigh by their score among all experts."""
-    return None if native.moe.pre_softmax else "no --moe-router-pre-softmax (it weighs by scores among all experts)"
-
-
 ARCHITECTURES = (
     Architecture("llama", LLAMA, (_PLAIN_ROPE, needs("disable_bias_linear", True)), pairs=True),
     Architecture("qwen2", QWEN2, (_PLAIN_ROPE, _NO_WINDOW, needs("disable_bias_linear", True))),
@@ -75,13 +79,13 @@ ARCHITECTURES = (
     Architecture(
         "olmoe",
         OLMOE,
-        (_PLAIN_ROPE, needs("clip_qkv", None), _among_all, needs("group_query_attention", False)),
+        (_PLAIN_ROPE, needs("clip_qkv", None), weighs_among_all, needs("group_query_attention", False)),
         needs_output=True,
     ),
     Architecture(
         "qwen2moe",
         QWEN2_MOE,
-        (_PLAIN_ROPE, all_layers_are_moe, _among_all, needs("moe_shared_expert_gate", True)),
+        (_PLAIN_ROPE, all_layers_are_moe, weighs_among_all, needs("moe_shared_expert_gate", True)),
         needs_output=True,
     ),
 )
@@ -130,7 +134,7 @@ def metadata(one: Architecture, native: NativeModel) -> dict[str, Any]:
         found |= {
             "feed_forward_length": native.expert_size,
             "expert_count": moe.most_experts,
-            "expert_used_count": moe.moe_router_topk,
+            "expert_used_count": score_of(moe).topk,
             "expert_feed_forward_length": native.expert_size,
         }
         if moe.moe_shared_expert_intermediate_size is not None:
@@ -142,15 +146,15 @@ def tensors(one: Architecture, native: NativeModel) -> tuple[Part, ...]:
     """Returns the file's tensors in the order of the layers; shapes are torch's, which the file lists the other way round."""
     untied = native.model.untie_embeddings_and_output_weights
     output = "output.weight" if untied or not one.needs_output else "embedding.word.weight"
-    mlp = gated if native.model.swiglu else _plain_mlp
+    mlp = gated if native.model.swiglu else plain
     theirs, ours = "blk.{layer}", "layers.{layer}"
     table = (
         Row("token_embd.weight", "embedding.word.weight"),
         Row("output.weight", output),
         Row("position_embd.weight", "embedding.position"),
-        *_both(f"{theirs}.attn_norm", f"{ours}.attention_norm"),
+        *module(f"{theirs}.attn_norm", f"{ours}.attention_norm"),
         *_attention(one, native.model.head_dim, theirs, f"{ours}.attention"),
-        *_both(f"{theirs}.ffn_norm", f"{ours}.mlp_norm"),
+        *module(f"{theirs}.ffn_norm", f"{ours}.mlp_norm"),
         *mlp(theirs, f"{ours}.mlp", names=("ffn_gate", "ffn_up", "ffn_down")),
         *below(
             theirs,
@@ -162,7 +166,7 @@ def tensors(one: Architecture, native: NativeModel) -> tuple[Part, ...]:
             ("ffn_gate_inp_shexp.weight", "mixing.weight", lambda t: t.flatten()),
         ),
         *mlp(theirs, f"{ours}.moe.shared_expert", names=("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")),
-        *_both("output_norm", "final_norm"),
+        *module("output_norm", "final_norm"),
     )
     return tuple(part for part in parts_by(table, native) if isinstance(part, Part))
 
@@ -172,28 +176,19 @@ def is_plain(part: Part) -> bool:
     return len(part.shape) == 1 or part.name.endswith("ffn_gate_inp.weight")
 
 
-def _both(theirs: str, ours: str, *more: Any) -> tuple[Row, ...]:
-    """Returns the lines of a weight and a bias; `more` is for both."""
-    return below(theirs, ours, ("weight", "weight", *more), ("bias", "bias", *more))
-
-
 def _attention(one: Architecture, head_dim: int, theirs: str, ours: str) -> tuple[Row, ...]:
     # Channels that turn together are half a head apart in ours.
     order = in_pairs(0, head_dim) if one.pairs else ()
     if one.name == "gpt2":  # all queries, then keys, then values
-        projections = _both(f"{theirs}.attn_qkv", f"{ours}.qkv", lambda t: t.transpose(0, 1))
+        projections = module(f"{theirs}.attn_qkv", f"{ours}.qkv", lambda t: t.transpose(0, 1))
     else:
         projections = (
-            *_both(f"{theirs}.attn_q", f"{ours}.qkv", lambda t: queries(t).flatten(0, 1), None, 1.0, order),
-            *_both(f"{theirs}.attn_k", f"{ours}.qkv", keys, None, 1.0, order),
-            *_both(f"{theirs}.attn_v", f"{ours}.qkv", values),
+            *module(f"{theirs}.attn_q", f"{ours}.qkv", lambda t: queries(t).flatten(0, 1), None, 1.0, order),
+            *module(f"{theirs}.attn_k", f"{ours}.qkv", keys, None, 1.0, order),
+            *module(f"{theirs}.attn_v", f"{ours}.qkv", values),
         )
-    norms = (_both(f"{theirs}.attn_{name}_norm", f"{ours}.{name}_norm") for name in ("q", "k"))
-    return (*projections, *_both(f"{theirs}.attn_output", f"{ours}.output"), *(row for norm in norms for row in norm))
-
-
-def _plain_mlp(theirs: str, ours: str, names: tuple[str, str, str]) -> tuple[Row, ...]:
-    return (*_both(f"{theirs}.{names[1]}", f"{ours}.fc1"), *_both(f"{theirs}.{names[2]}", f"{ours}.fc2"))
+    norms = (module(f"{theirs}.attn_{name}_norm", f"{ours}.{name}_norm") for name in ("q", "k"))
+    return (*projections, *module(f"{theirs}.attn_output", f"{ours}.output"), *(row for norm in norms for row in norm))
 
 
 def _of_each(index: int) -> View:

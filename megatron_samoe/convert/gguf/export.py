@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.convert.fold import fold_shared
@@ -25,6 +25,7 @@ from megatron_samoe.convert.hf.export import native_model
 from megatron_samoe.convert.hf.parts import Part
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.convert.output_folder import new_folder, require_space
+from megatron_samoe.convert.read_ahead import Progress, ReadAhead
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
 from megatron_samoe.errors import ConfigError
 
@@ -51,10 +52,9 @@ class GGUFPlan:
     lines: tuple[str, ...]
 
     @property
-    def reads(self) -> list[str]:
-        """Native tensors in the order of writing, each once for every run of parts that it gives."""
-        names = [tensor.native for tensor in self.tensors]
-        return [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
+    def runs(self) -> list[tuple[str, list[Part]]]:
+        """Native tensors in the order of writing, each with a run of the parts that it gives."""
+        return [(name, list(parts)) for name, parts in groupby(self.tensors, lambda part: part.native)]
 
 
 def plan_export(source: GlobalTensors, data: DataConfig | None, dtype: torch.dtype | None = None) -> GGUFPlan:
@@ -91,8 +91,8 @@ def gguf_package() -> Any:
     return gguf
 
 
-def write_export(plan: GGUFPlan, directory: Path, progress: Callable[[int], object] = lambda _: None) -> None:
-    """Writes a planned export as a new folder, which appears when it is complete.
+def write_export(plan: GGUFPlan, directory: Path, progress: Progress = lambda _: None) -> Path:
+    """Writes a planned export as a new folder, which appears when it is complete, and returns it.
 
     Args:
         progress: called with the bytes of each tensor that is written.
@@ -118,14 +118,18 @@ def write_export(plan: GGUFPlan, directory: Path, progress: Callable[[int], obje
             plan.vocabulary.write(writer, plan.native.vocab_size)
         for name, stored in plan.stored.items():
             writer.add_tensor_info(name, stored.shape, np.dtype(np.float32), stored.num_bytes, kinds[stored.dtype])
-        for part in ("header", "kv_data", "ti_data"):
-            getattr(writer, f"write_{part}_to_file")()
-        read: tuple[str, Tensor] | None = None
-        for tensor in plan.tensors:
-            if read is None or read[0] != tensor.native:
-                read = tensor.native, plan.source.read(tensor.native)
-            stored = plan.stored[tensor.name]
-            made = tensor.take(read[1]).to(stored.dtype).contiguous()
-            writer.write_tensor_data(made.numpy() if made.dtype == torch.float32 else made.view(torch.uint8).numpy())
-            progress(stored.num_bytes)
+        for what in ("header", "kv_data", "ti_data"):
+            getattr(writer, f"write_{what}_to_file")()
+        with ReadAhead(plan.source, [native for native, _ in plan.runs]) as source:
+            for name, parts in plan.runs:
+                native = source.read(name)
+                for part in parts:
+                    stored = plan.stored[part.name]
+                    made = part.take(native).to(stored.dtype).contiguous()
+                    writer.write_tensor_data(
+                        made.numpy() if made.dtype == torch.float32 else made.view(torch.uint8).numpy()
+                    )
+                    progress(stored.num_bytes)
+                del native  # not two at a time
         writer.close()
+    return directory

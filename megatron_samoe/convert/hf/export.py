@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -24,11 +24,10 @@ from megatron_samoe.convert.hf.target import choose_target
 from megatron_samoe.convert.hf.tokenizer_files import TokenizerFiles
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.convert.output_folder import new_folder, require_space
+from megatron_samoe.convert.read_ahead import Progress, ReadAhead
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor, name_of
 from megatron_samoe.dist_checkpointing.store import refuse_parts
 from megatron_samoe.errors import CheckpointError
-
-Progress = Callable[[int], object]
 
 
 def native_model(source: GlobalTensors) -> NativeModel:
@@ -121,8 +120,8 @@ def _shards(tensors: Mapping[str, StoredTensor], max_bytes: int) -> dict[str, di
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def write_export(plan: ExportPlan, directory: Path, progress: Progress = lambda _: None) -> None:
-    """Writes a planned export as a new folder, which appears when it is complete.
+def write_export(plan: ExportPlan, directory: Path, progress: Progress = lambda _: None) -> Path:
+    """Writes a planned export as a new folder, which appears when it is complete, and returns it.
 
     Args:
         progress: called with the bytes of each tensor that is written.
@@ -142,29 +141,31 @@ def write_export(plan: ExportPlan, directory: Path, progress: Progress = lambda 
                 shutil.copyfile(Path(__file__).parent / "remote_code" / name, folder / name)
         (folder / "README.md").write_text(model_card(plan))
         write_sidecar(folder / SIDECAR, _remembered(plan))
+    return directory
 
 
 def _write_weights(plan: ExportPlan, folder: Path, progress: Progress) -> None:
-    written = _elements(plan)
-    for file, contents in plan.shards.items():
-        writer = SafetensorsWriter(folder / file, contents)
-        try:
-            for name, tensor in itertools.islice(written, len(contents)):
-                writer.add(name, tensor)
-                progress(plan.tensors[name].num_bytes)
-            writer.close()
-        except BaseException:
-            writer.abandon()
-            raise
+    with ReadAhead(plan.source, list(plan.parts)) as source:
+        written = _elements(plan, source)
+        for file, contents in plan.shards.items():
+            writer = SafetensorsWriter(folder / file, contents)
+            try:
+                for name, tensor in itertools.islice(written, len(contents)):
+                    writer.add(name, tensor)
+                    progress(plan.tensors[name].num_bytes)
+                writer.close()
+            except BaseException:
+                writer.abandon()
+                raise
     if len(plan.shards) > 1:
         weight_map = {name: file for file, contents in plan.shards.items() for name in contents}
         _write_json(folder / INDEX, {"metadata": {"total_size": plan.num_bytes}, "weight_map": weight_map})
 
 
-def _elements(plan: ExportPlan) -> Iterator[tuple[str, Tensor]]:
+def _elements(plan: ExportPlan, source: GlobalTensors) -> Iterator[tuple[str, Tensor]]:
     """Yields all tensors in the order of writing, with their elements in order; one native tensor is in memory at a time."""
     for native_name, parts in plan.parts.items():
-        native = plan.source.read(native_name)
+        native = source.read(native_name)
         for part in parts:
             yield part.name, part.elements(native)
         del native

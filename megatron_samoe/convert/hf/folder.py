@@ -24,7 +24,7 @@ MAX_JSON_BYTES = 16 << 20
 
 
 class WeightFile(Protocol):
-    """One file of weights."""
+    """Tensors by name, each read when it is asked for."""
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]: ...

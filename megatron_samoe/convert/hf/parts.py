@@ -130,6 +130,16 @@ def below(theirs: str, ours: str, *lines: tuple[Any, ...]) -> tuple[Row, ...]:
     return tuple(Row(f"{theirs}.{their_end}", f"{ours}.{our_end}", *rest) for their_end, our_end, *rest in lines)
 
 
+def module(theirs: str, ours: str, *rest: Any) -> tuple[Row, ...]:
+    """Returns the lines of a module's weight and of its bias."""
+    return below(theirs, ours, ("weight", "weight", *rest), ("bias", "bias", *rest))
+
+
+def modules(theirs: str, ours: str, *lines: tuple[Any, ...]) -> tuple[Row, ...]:
+    """Returns the lines of modules whose names begin alike."""
+    return tuple(row for a, b, *rest in lines for row in module(f"{theirs}.{a}", f"{ours}.{b}", *rest))
+
+
 def parts_by(table: Rows, native: NativeModel) -> Iterator[Part | Constant]:
     """Yields the parts of a model by a family's table: what stands before the layers, the layers, and what stands after."""
     for is_of_layer, lines in groupby(table, _is_of_layer):

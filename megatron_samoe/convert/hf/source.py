@@ -60,10 +60,12 @@ class HFSource:
         shapes = {name: stored.shape for name, stored in self.folder.tensors.items()}
         refuse_other_sizes(sizes, shapes, f"{directory / CONFIG}")
         validate_model(native.config)  # before the model is built without storage
-        self._parts = list(self._named_parts(native))
-        self._stored = self._located(tied=not native.model.untie_embeddings_and_output_weights)
-        self.native = replace(native, config=self._with_precision(native))
-        self._parts_of = parts_of(self._parts)
+        tied = not native.model.untie_embeddings_and_output_weights
+        self._parts_of = parts_of(self._located(self._named_parts(native), tied))
+        stored = [(p.native, p.name, self.folder.tensors[p.name].dtype) for ps in self._parts_of.values() for p in ps]
+        config, wider = lossless_precision(native, stored, str(directory))
+        self.notes += wider
+        self.native = replace(native, config=config)
         self._fractions_LE = self._expert_fractions(remembered)
         self.tensors: dict[str, StoredTensor] = dict(self.native.tensors)
         if self._fractions_LE is not None:
@@ -78,7 +80,7 @@ class HFSource:
             assert self._fractions_LE is not None
             return self._fractions_LE
         stored = self.tensors[name]
-        return join(self._parts_of[name], stored.shape, stored.dtype, self._read_part)
+        return join(self._parts_of[name], stored.shape, stored.dtype, self.folder.read)
 
     def _named_parts(self, native: NativeModel) -> Parts:
         """Returns the parts by the names that the folder has."""
@@ -87,18 +89,15 @@ class HFSource:
             return older(native)
         return self.family.parts(native)
 
-    def _read_part(self, name: str) -> Tensor:
-        return self.folder.read(self._stored[name])
-
-    def _located(self, tied: bool) -> dict[str, str]:
-        """Returns under which name the folder has each part, after checking that it has all of them and no others.
+    def _located(self, parts: Parts, tied: bool) -> list[Part | Constant]:
+        """Returns the parts by the names that they have in the folder, after checking that it has all of them and no others.
 
         Raises:
             CheckpointError: a tensor is missing, of another shape or kind, or has no place in the model.
         """
         have, where = self.folder.tensors, self.folder.directory
-        located: dict[str, str] = {}
-        for part in self._parts:
+        located: list[Part | Constant] = []
+        for part in parts:
             # Older files of a bare model leave out the first word.
             names = [name for name in (part.name, part.name.partition(".")[2]) if name in have]
             if not names:
@@ -106,21 +105,19 @@ class HFSource:
                     f"{where} has no tensor {part.name}, which a {self.family.name} model of its {CONFIG} needs."
                     + nearest(part.name, have)
                 )
-            located[part.name] = names[0]
-            if have[names[0]].shape not in (part.shape, getattr(part, "older_shape", part.shape) or part.shape):
+            name, stored = names[0], have[names[0]]
+            located.append(replace(part, name=name))
+            if stored.shape not in (part.shape, getattr(part, "older_shape", part.shape) or part.shape):
+                raise CheckpointError(f"{where}: {name} is {list(stored.shape)}; its {CONFIG} says {list(part.shape)}.")
+            if not stored.dtype.is_floating_point:
                 raise CheckpointError(
-                    f"{where}: {names[0]} is {list(have[names[0]].shape)}; its {CONFIG} says {list(part.shape)}."
+                    f"{where}: {name} holds {stored.dtype_name} values, which are no weights (quantized weights are not read)."
                 )
-            if not have[names[0]].dtype.is_floating_point:
-                raise CheckpointError(
-                    f"{where}: {names[0]} holds {str(have[names[0]].dtype).removeprefix('torch.')} values, which are no weights "
-                    "(quantized weights are not read)."
-                )
-            if isinstance(part, Constant) and not bool((self.folder.read(names[0]) == part.value).all()):
-                raise CheckpointError(f"{where}: {names[0]} is not {part.value:g} everywhere, and {part.why}.")
+            if isinstance(part, Constant) and not bool((self.folder.read(name) == part.value).all()):
+                raise CheckpointError(f"{where}: {name} is not {part.value:g} everywhere, and {part.why}.")
         if tied:
-            self._refuse_another_head(located)
-        known = set(located.values())
+            self._refuse_another_head(parts_of(located)["embedding.word.weight"][0].name)
+        known = {part.name for part in located}
         others = [
             n for n in have if n not in known and not n.endswith(self.family.ignored) and not (tied and n in _HEADS)
         ]
@@ -131,28 +128,16 @@ class HFSource:
             )
         return located
 
-    def _refuse_another_head(self, located: Mapping[str, str]) -> None:
+    def _refuse_another_head(self, embedding: str) -> None:
         """Raises CheckpointError where files of a tied model hold an output matrix that is not its embedding."""
-        embedding = next(p.name for p in self._parts if isinstance(p, Part) and p.native == "embedding.word.weight")
         for head in _HEADS:
             if head in self.folder.tensors:
-                own, words = self.folder.read(head), self.folder.read(located[embedding])
+                own, words = self.folder.read(head), self.folder.read(embedding)
                 if own.shape != words.shape or not torch.equal(own.float(), words.float()):
                     raise CheckpointError(
-                        f"{self.folder.directory}: {head} differs from {located[embedding]}, though its {CONFIG} ties the two "
+                        f"{self.folder.directory}: {head} differs from {embedding}, though its {CONFIG} ties the two "
                         "(tie_word_embeddings is true). Set it to false if the head is meant, or remove the tensor."
                     )
-
-    def _with_precision(self, native: NativeModel) -> PretrainConfig:
-        """Returns the configuration with the least precision in which no weight is rounded; says where that is not the
-        precision of all."""
-        kinds = {p.name: self.folder.tensors[self._stored[p.name]].dtype for p in self._parts if isinstance(p, Part)}
-        natives = {p.name: p.native for p in self._parts if isinstance(p, Part)}
-        config, wider = lossless_precision(
-            native, [(natives[name], name, dtype) for name, dtype in kinds.items()], str(self.folder.directory)
-        )
-        self.notes += wider
-        return config
 
     def _expert_fractions(self, remembered: Remembered | None) -> Tensor | None:
         """Returns the experts' loads that training goes on from; uniform where they are not known."""

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from megatron_samoe.convert.hf.export import differences
-from megatron_samoe.convert.hf.folder import HFFolder
+from megatron_samoe.convert.hf.folder import HFFolder, WeightFile
 from megatron_samoe.convert.hf.source import HFSource
 from megatron_samoe.convert.megatron.rank_files import FILE_NAME, find_iteration, load_rank_file, rank_folders
 from megatron_samoe.convert.megatron.reader import MegatronReader
@@ -23,19 +23,6 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, StoredTensor
 from megatron_samoe.dist_checkpointing.saved_tensor import is_plain
 from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError, shown
-
-
-class NamedTensors(Protocol):
-    """Tensors by name, each read when it is asked for."""
-
-    @property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        """What there is."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """Returns a tensor."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +36,7 @@ class Opened:
 
     kind: Kind
     directory: Path
-    source: NamedTensors
+    source: WeightFile
     config: Mapping[str, Any] | None = None
     train_state: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
@@ -42,6 +41,11 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_position_embedding": (True, None),
     "glu_linear_offset": (0.0, None),
 }
+#: Of further arguments that are read, the types.
+_OTHERS = {
+    **dict.fromkeys(("add_bias_linear", "bf16", "fp16", "bias_gelu_fusion", "openai_gelu"), bool),
+    "layernorm_epsilon": float,
+}
 #: Options that Megatron has under the same names, with the same meaning.
 _SAME_OF_MODEL = (
     "num_layers",
@@ -71,6 +75,9 @@ _SAME_OF_MOE = (
     "moe_shared_expert_intermediate_size",
     "moe_shared_expert_gate",
 )
+#: More of them, which are not written as they are.
+_READ_OF_MOE = ("moe_expert_capacity_factor", "moe_token_drop_policy", "moe_z_loss_coeff", "moe_input_jitter_eps")
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 _TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 
 
@@ -223,48 +230,39 @@ def _moe_config(get: Any, model: ModelConfig, where: str) -> MoEConfig:
         )
     ffn = get("moe_ffn_hidden_size", model.mlp_size)
     coefficient = get("moe_aux_loss_coeff", 0.0) if balancing != "none" else default.moe_aux_loss_coeff
+    options = {name: get(name, getattr(default, name)) for name in (*_SAME_OF_MOE, *_READ_OF_MOE)}
+    if not options["moe_expert_capacity_factor"]:
+        del options["moe_token_drop_policy"]
     return MoEConfig(
-        expert_layout="moe",
-        num_experts=get("num_experts"),
-        moe_layer_freq=_frequency(get("moe_layer_freq", 1), model.num_layers),
-        moe_ffn_hidden_size=None if ffn * topk == model.mlp_size else ffn,
-        moe_router_topk=topk,
-        moe_router_score_function="sigmoid" if sigmoid else "softmax",
-        moe_router_pre_softmax=None if pre_softmax == (topk == 1) else pre_softmax,
-        moe_router_load_balancing_type=balancing,
-        moe_aux_loss_coeff=coefficient,
-        moe_expert_capacity_factor=get("moe_expert_capacity_factor"),
-        moe_token_drop_policy=get("moe_token_drop_policy", "probs") if get("moe_expert_capacity_factor") else "probs",
-        moe_z_loss_coeff=get("moe_z_loss_coeff", 0.0),
-        moe_input_jitter_eps=get("moe_input_jitter_eps", 0.0),
-        moe_shared_expert_intermediate_size=get("moe_shared_expert_intermediate_size"),
-        moe_shared_expert_gate=get("moe_shared_expert_gate", False),
+        **options
+        | {
+            "expert_layout": "moe",
+            "moe_layer_freq": _frequency(get("moe_layer_freq", 1), model.num_layers),
+            "moe_ffn_hidden_size": None if ffn * topk == model.mlp_size else ffn,
+            "moe_router_score_function": "sigmoid" if sigmoid else "softmax",
+            "moe_router_pre_softmax": None if pre_softmax == (topk == 1) else pre_softmax,
+            "moe_router_load_balancing_type": balancing,
+            "moe_aux_loss_coeff": coefficient,
+        }
     )
 
 
 def _refuse_wrong_types(args: argparse.Namespace, where: str) -> None:
     """Raises CheckpointError naming an argument that is no number, truth value or text where Megatron has one."""
+    hints: dict[str, Any] = {**_OTHERS}
     for group in (ModelConfig, MoEConfig, DataConfig):
-        for name, hint in get_type_hints(group).items():
-            value = getattr(args, name, None)
-            kinds = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
-            allowed = [kind for part in (hint, *get_args(hint)) for kind in kinds.get(part, ())]
-            wrong = type(value) not in allowed or (
-                not isinstance(value, str) and finite_float(value) is None and not isinstance(value, bool)
-            )
-            if value is not None and allowed and name != "moe_layer_freq" and wrong:
-                raise CheckpointError(
-                    f"{where}: the argument {name} is {shown(value)}; it must be {_in_words(allowed)}."
-                )
+        hints |= get_type_hints(group)
+    for name, hint in hints.items():
+        value, kinds = getattr(args, name, None), [kind for kind in (hint, *get_args(hint)) if kind in _WORDS]
+        if value is None or not kinds or name == "moe_layer_freq":
+            continue
+        is_right = type(value) in kinds or (type(value) is int and float in kinds)
+        if not is_right or (type(value) in (int, float) and finite_float(value) is None):
+            raise CheckpointError(f"{where}: the argument {name} is {shown(value)}; it must be {_WORDS[kinds[-1]]}.")
 
 
 def _is(value: object, other: object) -> bool:
     return not isinstance(value, torch.Tensor) and value == other
-
-
-def _in_words(kinds: Sequence[type]) -> str:
-    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
-    return words[kinds[-1]]
 
 
 def _refuse_unsupported(args: argparse.Namespace, where: str) -> None:

@@ -9,7 +9,7 @@ import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import refuse_unknown
 from megatron_samoe.convert.edited_model import model_names
 from megatron_samoe.convert.fold import fold_shared
+from megatron_samoe.convert.hf.parts import VOCABULARY, Constant
 from megatron_samoe.convert.layer_experts import layer_of
 from megatron_samoe.convert.megatron.arguments import to_arguments
-from megatron_samoe.convert.megatron.names import MegatronStyle, Part, ep_rank_of, key_of, parts_of
+from megatron_samoe.convert.megatron.names import MegatronLayout, Slice, slices_of
 from megatron_samoe.convert.megatron.rank_files import CHECKPOINT_VERSION, FILE_NAME, RankPlace, folder_name
 from megatron_samoe.convert.megatron.torch_file import PromisedTensor, TorchFile
 from megatron_samoe.convert.output_folder import new_folder, require_space
@@ -34,68 +35,24 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.layer_layout import all_layers, rank_plans
 from megatron_samoe.tensor_parallel.layers import padded_vocab_size
 
-VOCABULARY = ("embedding.word.weight", "output.weight")
-
-
-@dataclass(frozen=True)
-class MegatronLayout:
-    """The ranks to write for, and the names they expect.
-
-    Attributes:
-        expert_tensor_parallel: ranks that split each expert, 1 or the tensor-parallel size; if None, the latter, but 1
-            for experts with biases, which Megatron does not split.
-        virtual_pipeline: chunks of layers of each pipeline rank.
-    """
-
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    expert_parallel: int = 1
-    expert_tensor_parallel: int | None = None
-    style: MegatronStyle = field(default_factory=MegatronStyle)
-    virtual_pipeline: int = 1
-
-    def for_model(self, config: PretrainConfig) -> MegatronLayout:
-        """Returns the layout with nothing left to derive."""
-        has_bias = config.moe.expert_layout != "dense" and not config.model.disable_bias_linear
-        derived = 1 if has_bias else self.tensor_parallel
-        given = self.expert_tensor_parallel
-        return replace(self, expert_tensor_parallel=derived if given is None else given)
-
-    @property
-    def etp(self) -> int:
-        """Ranks that split each expert."""
-        return self.expert_tensor_parallel or self.tensor_parallel
-
-    def ranks(self) -> list[RankPlace]:
-        """Returns all ranks that have a file: Megatron counts tensor ranks fastest, and expert ranks past `etp`."""
-        tp, ep = self.tensor_parallel, self.expert_parallel
-        pairs = sorted({(rank % tp, rank // self.etp % ep) for rank in range(tp * ep)})
-        return [RankPlace(t, p, e) for p in range(self.pipeline_parallel) for t, e in pairs]
-
 
 @dataclass(frozen=True)
 class PlannedTensor:
     """One tensor of a rank's file.
 
     Attributes:
-        key: Megatron's name in the file.
         chunk: of the rank's chunks the one that has it.
-        source: ours, or an empty name for zeros that Megatron has and we lack.
-        split: ranks that share the part's split dim.
+        part: of ours, or zeros that Megatron has and we lack.
     """
 
-    key: str
     chunk: int
-    source: str
-    part: Part
-    shape: tuple[int, ...]
+    part: Slice | Constant
     dtype: torch.dtype
-    split: int = 1
 
     @property
-    def num_bytes(self) -> int:
-        """Size of the elements."""
-        return StoredTensor(self.shape, self.dtype).num_bytes
+    def stored(self) -> StoredTensor:
+        """What is written."""
+        return StoredTensor(self.part.shape, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -118,7 +75,7 @@ class ExportPlan:
     @property
     def num_bytes(self) -> int:
         """Size of all files' tensors."""
-        return sum(tensor.num_bytes for tensors in self.files.values() for tensor in tensors)
+        return sum(tensor.stored.num_bytes for tensors in self.files.values() for tensor in tensors)
 
 
 def plan_export(source: GlobalTensors, layout: MegatronLayout) -> ExportPlan:
@@ -141,7 +98,7 @@ def plan_export(source: GlobalTensors, layout: MegatronLayout) -> ExportPlan:
     divisor = config.model.make_vocab_size_divisible_by * layout.tensor_parallel
     padded = padded_vocab_size(vocab_size, divisor)
     arguments = vars(to_arguments(config, vocab_size, padded)) | _layout_arguments(source, config, layout)
-    files = {place: _planned(source, config, layout, place, padded) for place in layout.ranks()}
+    files = _planned(source, config, layout, padded)
     if not config.model.swiglu:
         notes += ("GELU here is its tanh form, which Megatron computes with --bias-gelu-fusion only.",)
     if padded > vocab_size:
@@ -215,46 +172,45 @@ def _layout_arguments(source: GlobalTensors, config: PretrainConfig, layout: Meg
 
 
 def _planned(
-    source: GlobalTensors, config: PretrainConfig, layout: MegatronLayout, place: RankPlace, padded: int
-) -> list[PlannedTensor]:
-    tp, pp, ep = layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel
+    source: GlobalTensors, config: PretrainConfig, layout: MegatronLayout, padded: int
+) -> dict[RankPlace, list[PlannedTensor]]:
+    """Returns the tensors of each rank's file."""
+    pp, vpp = layout.pipeline_parallel, layout.virtual_pipeline
     stages = replace(
         ParallelConfig(),
         pipeline_model_parallel_size=pp,
-        num_layers_per_virtual_pipeline_stage=config.model.num_layers // pp // layout.virtual_pipeline,
+        num_layers_per_virtual_pipeline_stage=config.model.num_layers // pp // vpp,
     )
-    plans = rank_plans(replace(config, parallel=stages), place.pp)
-    #: Chunk of each of the rank's layers, and the layer's number in the chunk.
-    places: dict[int | None, tuple[int, int | None]] = {
-        layer.index: (chunk, i) for chunk, plan in enumerate(plans) for i, layer in enumerate(plan.layers)
+    first, last = (0, 0, None), (pp - 1, vpp - 1, None)
+    #: Of each layer the pipeline rank, the chunk and its number there.
+    homes: dict[int | None, tuple[int, int, int | None]] = {
+        layer.index: (stage, chunk, number)
+        for stage in range(pp)
+        for chunk, plan in enumerate(rank_plans(replace(config, parallel=stages), stage))
+        for number, layer in enumerate(plan.layers)
     }
     is_moe = {layer.index: layer.moe_index is not None for layer in all_layers(config)}
-    experts_per_rank = max(config.moe.most_experts // ep, 1)
-    tied = not config.model.untie_embeddings_and_output_weights
-    planned = []
+    files: dict[RankPlace, list[PlannedTensor]] = {place: [] for place in layout.ranks()}
+
+    def add(parts: Sequence[Slice | Constant], stage: int, chunk: int, dtype: torch.dtype) -> None:
+        for place, tensors in files.items():
+            if place.pp == stage:
+                here = [part for part in parts if isinstance(part, Constant) or part.is_on(place.tp, place.ep)]
+                tensors += [PlannedTensor(chunk, part, dtype) for part in here]
+
     for name in model_names(source):
-        stored = source.tensors[name]
+        stored, layer = source.tensors[name], layer_of(name)
         shape = (padded, *stored.shape[1:]) if name in VOCABULARY else stored.shape
-        layer = layer_of(name)
-        outer = place.pp == 0 if name.startswith("embedding.") else place.pp == pp - 1
-        is_here = layer in places if layer is not None else outer
-        chunk, local_layer = places.get(layer, (0 if name.startswith("embedding.") else len(plans) - 1, None))
-        for part in parts_of(name, shape, layout.style, is_moe.get(layer or 0, False), ep):
-            holder = ep_rank_of(part, config.moe.most_experts, ep)
-            if not is_here or holder not in (None, place.ep):
-                continue
-            key = key_of(part, local_layer, experts_per_rank)
-            split = tp if part.experts is None else layout.etp
-            own_shape = part.local_shape(shape, split)
-            planned.append(PlannedTensor(key, chunk, name, part, own_shape, stored.dtype, split))
-            if key.endswith(".mlp.router.weight") and not config.model.disable_bias_linear:
-                bias = Part(key.replace("weight", "bias"))
-                planned.append(PlannedTensor(bias.key, chunk, "", bias, (config.moe.most_experts,), stored.dtype))
-        if name == VOCABULARY[0] and tied and pp > 1 and place.pp == pp - 1:
-            part = Part("output_layer.weight", split_dim=0)
-            own_shape = part.local_shape(shape, tp)
-            planned.append(PlannedTensor(part.key, len(plans) - 1, name, part, own_shape, stored.dtype, tp))
-    return planned
+        stage, chunk, number = homes.get(layer, first if name.startswith("embedding.") else last)
+        parts = slices_of(name, shape, number, is_moe.get(layer or 0, False), layout)
+        add(parts, stage, chunk, stored.dtype)
+        if name.endswith(".moe.router.weight") and not config.model.disable_bias_linear:
+            key = parts[0].name.replace("weight", "bias")
+            add([Constant(key, (config.moe.most_experts,), 0.0, "")], stage, chunk, stored.dtype)
+        if name == VOCABULARY[0] and not config.model.untie_embeddings_and_output_weights and pp > 1:
+            tied = slices_of(VOCABULARY[1], shape, None, False, layout)
+            add([replace(part, native=name) for part in tied], *last[:2], stored.dtype)
+    return files
 
 
 def write_export(
@@ -286,32 +242,28 @@ def _write_stage(
 ) -> None:
     """Writes the files of ranks whose layers are the same."""
     with ExitStack() as stack:
-        wanted: dict[str, list[tuple[TorchFile, PromisedTensor, PlannedTensor, RankPlace]]] = {}
+        wanted: dict[str, list[tuple[TorchFile, PromisedTensor, PlannedTensor]]] = {}
         files = []
         for place in places:
             own = folder / folder_name(place, plan.layout.pipeline_parallel, plan.layout.expert_parallel)
             own.mkdir()
-            promised = [PromisedTensor(tensor.shape, tensor.dtype) for tensor in plan.files[place]]
+            promised = [PromisedTensor(tensor.part.shape, tensor.dtype) for tensor in plan.files[place]]
             file = TorchFile(own / FILE_NAME, _content(plan, place, promised, iteration), promised)
             stack.callback(file.abandon)
             files.append(file)
             for promise, tensor in zip(promised, plan.files[place], strict=True):
-                wanted.setdefault(tensor.source, []).append((file, promise, tensor, place))
-        for source, wishes in wanted.items():
-            whole = _with_rows(plan.source.read(source), source, plan.padded_vocab_size) if source else None
-            for file, promise, tensor, place in wishes:
-                file.write(promise, _cut(whole, tensor, place))
-                progress(tensor.num_bytes)
+                native = "" if isinstance(tensor.part, Constant) else tensor.part.native
+                wanted.setdefault(native, []).append((file, promise, tensor))
+        for native, wishes in wanted.items():
+            whole = _with_rows(plan.source.read(native), native, plan.padded_vocab_size) if native else torch.empty(0)
+            for file, promise, tensor in wishes:
+                part = tensor.part
+                made = part.take(whole) if isinstance(part, Slice) else torch.zeros(part.shape, dtype=tensor.dtype)
+                file.write(promise, made)
+                progress(tensor.stored.num_bytes)
             del whole  # not two whole tensors at a time
         for file in files:
             file.close()
-
-
-def _cut(whole: Tensor | None, tensor: PlannedTensor, place: RankPlace) -> Tensor:
-    if whole is None:
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)
-    # Each expert is whole on one of the ranks, or split over all tensor-parallel ranks.
-    return tensor.part.cut(whole, place.tp if tensor.split > 1 else 0, tensor.split)
 
 
 def _content(plan: ExportPlan, place: RankPlace, promised: list[PromisedTensor], iteration: int) -> dict[str, Any]:
@@ -319,9 +271,10 @@ def _content(plan: ExportPlan, place: RankPlace, promised: list[PromisedTensor],
     num_chunks = plan.layout.virtual_pipeline
     models: list[dict[str, Any]] = [{} for _ in range(num_chunks)]
     for promise, tensor in zip(promised, plan.files[place], strict=True):
-        models[tensor.chunk][tensor.key] = promise
-        if tensor.key.endswith("weight") and _has_extra_state(tensor.key):
-            models[tensor.chunk][tensor.key.removesuffix("weight") + "_extra_state"] = None
+        key, model = tensor.part.name, models[tensor.chunk]
+        model[key] = promise
+        if key.endswith("weight") and _has_extra_state(key):
+            model[key.removesuffix("weight") + "_extra_state"] = None
     names = ["model"] if num_chunks == 1 else [f"model{chunk}" for chunk in range(num_chunks)]
     return {
         "args": argparse.Namespace(**plan.arguments),

@@ -1,4 +1,4 @@
-"""Which tensor of Megatron-core's GPTModel is which part of ours: pure names and shapes.
+"""Which tensor of Megatron-core's GPTModel is which part of ours, on which rank: pure names and views.
 
 Both keep query, key and value of a group together, and [out, in] matrices. Megatron flattens the dims that we keep
 apart, numbers layers within a pipeline stage and experts within a rank, and cuts each matrix over tensor-parallel ranks
@@ -7,12 +7,16 @@ along the same dim as we do; gate and up projections of SwiGLU are each cut, and
 
 from __future__ import annotations
 
-import math
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
+
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.convert.hf.parts import Part, matrix, vector
+from megatron_samoe.convert.megatron.rank_files import RankPlace
 
 ExpertStyle = Literal["grouped", "sequential", "legacy_grouped"]
 
@@ -32,158 +36,153 @@ class MegatronStyle:
 
 
 @dataclass(frozen=True)
-class Part:
+class MegatronLayout:
+    """The ranks that have files, and the names in them.
+
+    Attributes:
+        expert_tensor_parallel: ranks that split each expert, 1 or the tensor-parallel size; if None, the latter, but 1
+            for experts with biases, which Megatron does not split.
+        virtual_pipeline: chunks of layers of each pipeline rank.
+    """
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    expert_parallel: int = 1
+    expert_tensor_parallel: int | None = None
+    style: MegatronStyle = field(default_factory=MegatronStyle)
+    virtual_pipeline: int = 1
+
+    def for_model(self, config: PretrainConfig) -> MegatronLayout:
+        """Returns the layout with nothing left to derive."""
+        has_bias = config.moe.expert_layout != "dense" and not config.model.disable_bias_linear
+        derived = 1 if has_bias else self.tensor_parallel
+        given = self.expert_tensor_parallel
+        return replace(self, expert_tensor_parallel=derived if given is None else given)
+
+    @property
+    def etp(self) -> int:
+        """Ranks that split each expert."""
+        return self.expert_tensor_parallel or self.tensor_parallel
+
+    def ranks(self) -> list[RankPlace]:
+        """Returns all ranks that have a file: Megatron counts tensor ranks fastest, and expert ranks past `etp`."""
+        tp, ep = self.tensor_parallel, self.expert_parallel
+        pairs = sorted({(rank % tp, rank // self.etp % ep) for rank in range(tp * ep)})
+        return [RankPlace(t, p, e) for p in range(self.pipeline_parallel) for t, e in pairs]
+
+
+@dataclass(frozen=True)
+class Slice(Part):
     """One of Megatron's tensors as part of one of ours.
 
     Attributes:
-        key: Megatron's name with {layer}, and {expert} within a rank.
-        layer: in the whole model, or None.
-        experts: run of global expert ids that it holds, or None.
-        split_dim: dim, after the expert's, that tensor-parallel ranks share; None if all hold it whole.
-        num_flat: leading dims, after the expert's, that Megatron has as one.
-        is_stacked: it holds all experts of the run, each transposed.
+        tp, ep: the rank that has it; None where all have.
     """
 
-    key: str
-    layer: int | None = None
-    experts: tuple[int, int] | None = None
-    split_dim: int | None = None
-    num_flat: int = 1
-    is_stacked: bool = False
+    tp: int | None = None
+    ep: int | None = None
 
-    def cut(self, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-        """Returns Megatron's tensor on a tensor-parallel rank, a copy, from our whole tensor."""
-        own = self._own(whole, tp_rank, tp_size)
-        if not self.is_stacked:
-            return own.flatten(0, self.num_flat - 1).clone()
-        matrices = own.flatten(1, self.num_flat).transpose(1, 2).contiguous()  # [e, in, out]
-        wide = "weight1" in self.key
-        return matrices.view(matrices.shape[1], -1) if wide else matrices.view(-1, matrices.shape[2])
-
-    def paste(self, whole: Tensor, local: Tensor, tp_rank: int, tp_size: int) -> None:
-        """Writes a rank's tensor into its place in ours."""
-        own = self._own(whole, tp_rank, tp_size)
-        if self.is_stacked:
-            flat = own.flatten(1, self.num_flat)
-            local = local.contiguous().view(len(flat), flat.shape[2], flat.shape[1]).transpose(1, 2)
-        own.copy_(local.reshape(own.shape))
-
-    def _own(self, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-        """Returns a view of our tensor with what a tensor-parallel rank holds of this part."""
-        dim = self.split_dim
-        if self.is_stacked:
-            assert self.experts is not None and dim is not None
-            whole, dim = whole[self.experts[0] : self.experts[1]], dim + 1
-        elif self.experts is not None:
-            whole = whole[self.experts[0]]
-        return whole if dim is None else whole.chunk(tp_size, dim)[tp_rank]
-
-    def local_shape(self, shape: tuple[int, ...], tp_size: int) -> tuple[int, ...]:
-        """Returns the shape of a rank's tensor; `shape` is our whole tensor's."""
-        inner = self._inner_shape(shape, tp_size)
-        flat = (math.prod(inner[: self.num_flat]), *inner[self.num_flat :])
-        if not self.is_stacked:
-            return flat
-        assert self.experts is not None
-        count = self.experts[1] - self.experts[0]
-        return (flat[1], count * flat[0]) if "weight1" in self.key else (count * flat[1], flat[0])
-
-    def _inner_shape(self, shape: tuple[int, ...], tp_size: int) -> tuple[int, ...]:
-        inner = list(shape if self.experts is None else shape[1:])
-        if self.split_dim is not None:
-            inner[self.split_dim] //= tp_size
-        return tuple(inner)
+    def is_on(self, tp: int, ep: int) -> bool:
+        """Returns whether a rank has it."""
+        return self.tp in (None, tp) and self.ep in (None, ep)
 
 
+#: By our name, of what stands outside layers: theirs, and the dim that tensor-parallel ranks share, if there is one.
 _OUTER = {
-    "embedding.word.weight": Part("embedding.word_embeddings.weight", split_dim=0),
-    "embedding.position": Part("embedding.position_embeddings.weight"),
-    "final_norm.weight": Part("decoder.final_layernorm.weight"),
-    "final_norm.bias": Part("decoder.final_layernorm.bias"),
-    "output.weight": Part("output_layer.weight", split_dim=0),
+    "embedding.word.weight": ("embedding.word_embeddings.weight", 0),
+    "embedding.position": ("embedding.position_embeddings.weight", None),
+    "final_norm.weight": ("decoder.final_layernorm.weight", None),
+    "final_norm.bias": ("decoder.final_layernorm.bias", None),
+    "output.weight": ("output_layer.weight", 0),
 }
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+#: By our module in a layer: theirs, and these dims of the weight and of the bias.
+_MODULES: dict[str, tuple[str, int | None, int | None]] = {
+    "attention.q_norm": ("self_attention.q_layernorm.{}", None, None),
+    "attention.k_norm": ("self_attention.k_layernorm.{}", None, None),
+    "attention.qkv": ("self_attention.linear_qkv.{}", 0, 0),
+    "attention.output": ("self_attention.linear_proj.{}", -1, None),
+    "mlp.fc1": ("mlp.linear_fc1.{}", -2, -1),
+    "mlp.fc2": ("mlp.linear_fc2.{}", -1, None),
+    "moe.router": ("mlp.router.{}", None, None),
+    "moe.mixing": ("mlp.shared_experts.gate_{}", None, None),
+    "moe.shared_expert.fc1": ("mlp.shared_experts.linear_fc1.{}", -2, -1),
+    "moe.shared_expert.fc2": ("mlp.shared_experts.linear_fc2.{}", -1, None),
+}
 
 
-def parts_of(name: str, shape: tuple[int, ...], style: MegatronStyle, is_moe: bool, ep_size: int = 1) -> list[Part]:
-    """Returns the parts that one of our tensors is in Megatron's files; one, or one for each expert or run of experts.
+def slices_of(
+    name: str, shape: tuple[int, ...], layer: int | None, is_moe: bool, layout: MegatronLayout
+) -> list[Slice]:
+    """Returns what one of our tensors is on the ranks of a layout.
 
     Args:
-        is_moe: whether the tensor's layer has experts.
+        shape: of the tensor that the slices are views of.
+        layer: the number that its layer has in the files.
+        is_moe: whether its layer has experts.
     """
+    style, tp, etp = layout.style, layout.tensor_parallel, layout.etp
     if name in _OUTER:
-        return [_OUTER[name]]
-    match = _LAYER.fullmatch(name)
-    assert match is not None, name
-    layer, rest = int(match[1]), match[2]
-    prefix = "decoder.layers.{layer}."
-    module, _, leaf = rest.rpartition(".")
-    if module in ("attention_norm", "mlp_norm"):
-        return [Part(prefix + _norm_key(module, leaf, style, is_moe), layer)]
-    if module in ("attention.q_norm", "attention.k_norm"):
-        return [Part(f"{prefix}self_attention.{module[10]}_layernorm.{leaf}", layer)]
-    if module == "attention.qkv":
-        return [Part(f"{prefix}self_attention.linear_qkv.{leaf}", layer, split_dim=0, num_flat=3)]
-    if module == "attention.output":
-        return [Part(f"{prefix}self_attention.linear_proj.{leaf}", layer, split_dim=1 if leaf == "weight" else None)]
-    if module == "moe.router":
-        return [Part(f"{prefix}mlp.router.{leaf}", layer)]
-    if module == "moe.mixing":
-        return [Part(f"{prefix}mlp.shared_experts.gate_weight", layer)]
-    if module == "moe.experts":
-        return _expert_parts(prefix, layer, leaf, shape, style, ep_size)
-    owner, linear = module.rsplit(".", 1)
-    place = {"mlp": "mlp", "moe.shared_expert": "mlp.shared_experts"}[owner]
-    split_dim, num_flat = _mlp_split(linear, leaf, len(shape))
-    return [Part(f"{prefix}{place}.linear_{linear}.{leaf}", layer, split_dim=split_dim, num_flat=num_flat)]
-
-
-def _norm_key(module: str, leaf: str, style: MegatronStyle, is_moe: bool) -> str:
-    fused = style.transformer_impl == "transformer_engine"
-    if module == "attention_norm":
-        return f"self_attention.linear_qkv.layer_norm_{leaf}" if fused else f"input_layernorm.{leaf}"
-    # The norm before experts stands alone, since router and experts share its result.
-    return f"mlp.linear_fc1.layer_norm_{leaf}" if fused and not is_moe else f"pre_mlp_layernorm.{leaf}"
-
-
-def _mlp_split(linear: str, leaf: str, dims: int) -> tuple[int | None, int]:
-    """Returns (split_dim, num_flat) of an MLP's tensor with so many dims."""
-    if linear == "fc2":
-        return (1 if leaf == "weight" else None), 1
-    num_out = dims - (1 if leaf == "weight" else 0)  # 2 where gate and up are apart
-    return num_out - 1, num_out
-
-
-def _expert_parts(
-    prefix: str, layer: int, kind: str, shape: tuple[int, ...], style: MegatronStyle, ep_size: int
-) -> list[Part]:
-    linear, leaf = f"fc{kind[1]}", "weight" if kind[0] == "w" else "bias"
-    split_dim, num_flat = _mlp_split(linear, leaf, len(shape) - 1)
-    per_rank = shape[0] // ep_size
+        return _over_ranks(name, shape, *_OUTER[name], tp)
+    module, _, leaf = name.split(".", 2)[2].rpartition(".")
+    prefix = f"decoder.layers.{layer}."
+    if module != "moe.experts":
+        theirs, of_weight, of_bias = _module(module, is_moe, style)
+        return _over_ranks(name, shape, prefix + theirs.format(leaf), of_bias if leaf == "bias" else of_weight, tp)
+    kind, number = "weight" if leaf[0] == "w" else "bias", leaf[1]
+    _, of_weight, of_bias = _MODULES[f"mlp.fc{number}"]
+    dim, per_rank = of_bias if kind == "bias" else of_weight, shape[0] // layout.expert_parallel
+    # Of each of their tensors the key, and the rank and place of its expert or experts.
+    found: list[tuple[str, int, int | slice]]
     if style.experts == "legacy_grouped":
-        assert leaf == "weight", "legacy grouped experts have no bias"
-        key = f"{prefix}mlp.experts.weight{kind[1]}"
-        return [
-            Part(key, layer, (rank * per_rank, (rank + 1) * per_rank), split_dim, num_flat, is_stacked=True)
-            for rank in range(ep_size)
-        ]
-    form = {
-        "grouped": f"mlp.experts.linear_{linear}.{leaf}{{expert}}",
-        "sequential": f"mlp.experts.local_experts.{{expert}}.linear_{linear}.{leaf}",
-    }[style.experts]
-    return [Part(prefix + form, layer, (e, e + 1), split_dim, num_flat) for e in range(shape[0])]
+        assert kind == "weight", "legacy grouped experts have no bias"
+        runs = [slice(begin, begin + per_rank) for begin in range(0, shape[0], per_rank)]
+        found = [(f"weight{number}", rank, run) for rank, run in enumerate(runs)]
+    else:
+        form = "linear_fc{}.{}{}" if style.experts == "grouped" else "local_experts.{2}.linear_fc{0}.{1}"
+        found = [(form.format(number, kind, e % per_rank), e // per_rank, e) for e in range(shape[0])]
+    return [
+        part
+        for key, ep, index in found
+        for part in _over_ranks(name, shape, f"{prefix}mlp.experts.{key}", dim, etp, ep, index)
+    ]
 
 
-def ep_rank_of(part: Part, num_experts: int, ep_size: int) -> int | None:
-    """Returns the expert-parallel rank that holds a part; None where all do."""
-    return None if part.experts is None else part.experts[0] // (num_experts // ep_size)
+def _module(module: str, is_moe: bool, style: MegatronStyle) -> tuple[str, int | None, int | None]:
+    is_fused = style.transformer_impl == "transformer_engine"
+    if module == "attention_norm":
+        return "self_attention.linear_qkv.layer_norm_{}" if is_fused else "input_layernorm.{}", None, None
+    if module == "mlp_norm":
+        # The norm before experts stands alone, since router and experts share its result.
+        return "mlp.linear_fc1.layer_norm_{}" if is_fused and not is_moe else "pre_mlp_layernorm.{}", None, None
+    return _MODULES[module]
 
 
-def key_of(part: Part, layer: int | None, experts_per_rank: int) -> str:
-    """Returns a part's name in a file.
+def _over_ranks(
+    name: str,
+    shape: tuple[int, ...],
+    key: str,
+    dim: int | None,
+    size: int,
+    ep: int | None = None,
+    index: int | slice | tuple[()] = (),
+) -> list[Slice]:
+    """Returns one of Megatron's tensors on the tensor-parallel ranks that share it.
 
     Args:
-        layer: its number there.
+        dim: that they share, None if all hold it whole, and `size` how many they are.
+        index: of its expert in ours, or of experts that it holds each transposed.
     """
-    expert = None if part.experts is None else part.experts[0] % experts_per_rank
-    return part.key.format(layer=layer, expert=expert)
+    is_stacked = isinstance(index, slice)
+
+    def view(whole: Tensor, rank: int) -> Tensor:
+        own = whole[index] if dim is None else whole[index].tensor_split(size, dim)[rank]
+        return own.movedim(-1, 1) if is_stacked else own
+
+    parts = []
+    for rank in range(1 if dim is None else size):
+        own = view(torch.empty(shape, device="meta"), rank).shape
+        join = vector if len(own) < 2 or "bias" in key else matrix
+        joined = (own[1], own.numel() // own[1]) if is_stacked and "weight1" in key else join(own)
+        tp = None if dim is None or size == 1 else rank
+        parts.append(Slice(key, name, partial(view, rank=rank), joined, tp=tp, ep=ep))
+    return parts

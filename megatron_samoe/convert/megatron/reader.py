@@ -14,9 +14,10 @@ from torch import Tensor
 
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.convert.edited_model import validate_model
+from megatron_samoe.convert.hf.parts import VOCABULARY
 from megatron_samoe.convert.layer_experts import layer_of
 from megatron_samoe.convert.megatron.arguments import from_arguments
-from megatron_samoe.convert.megatron.names import MegatronStyle, Part, ep_rank_of, key_of, parts_of
+from megatron_samoe.convert.megatron.names import MegatronLayout, MegatronStyle, Slice, slices_of
 from megatron_samoe.convert.megatron.rank_files import (
     RankPlace,
     find_iteration,
@@ -42,7 +43,6 @@ _SAME = (
     "num_layers",
     "hidden_size",
 )
-_VOCABULARY = ("embedding.word.weight", "output.weight")
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class MegatronReader:
         args = first["args"]
         self.arguments: Mapping[str, Any] = vars(args)
         config = from_arguments(args, str(folders[0]))
-        self._tp, self._etp, self._ep = _sizes(args)
-        self._index = _read_index(folders, first)
-        self._style = _style_of(self._index)
+        layout = _layout_of(args, folders[0])
+        self._index = _read_index(folders, first, layout)
+        self._layout = replace(layout, style=_style_of(self._index))
         sizes = {"num_layers": config.model.num_layers, "hidden_size": config.model.hidden_size}
         shapes = {key: entry.shape for entries in self._index.values() for key, entry in entries.items()}
         refuse_other_sizes(sizes, shapes, str(self.directory), "decoder.layers.")
@@ -96,6 +96,11 @@ class MegatronReader:
         if not 0 < vocab <= padded:
             raise ConfigError("--vocab-size", vocab, f"must be from 1 to the {padded} rows of {self.directory}")
         validate_model(config)
+        if config.moe.most_experts % layout.expert_parallel and config.moe.expert_layout != "dense":
+            raise CheckpointError(
+                f"{folders[0]}: its arguments say {config.moe.most_experts} experts on {layout.expert_parallel} expert-parallel "
+                "ranks, which have equal numbers in Megatron."
+            )
         self._native = NativeModel(config, vocab)
         self._padded = padded
         iteration = _count(first, "iteration", 0, folders[0], least=0)
@@ -110,7 +115,7 @@ class MegatronReader:
         self._open = _OpenFiles()
         self._parts = {name: self._find(name, stored) for name, stored in self._native.tensors.items()}
         self._refuse_rest()
-        stored = [(name, e.key, e.dtype) for name, (_, found) in self._parts.items() for e in found.values()]
+        stored = [(name, e.key, e.dtype) for name, found in self._parts.items() for _, e in found]
         config, self.notes = lossless_precision(self._native, stored, str(self.directory))
         self.config: Mapping[str, Any] = to_mapping(config)
         self.attachments: Mapping[str, bytes] = {}
@@ -118,63 +123,42 @@ class MegatronReader:
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor, put together from all ranks' files."""
-        parts, found = self._parts[name]
         stored = self.tensors[name]
         whole = torch.empty(self._file_shape(name, stored.shape), dtype=stored.dtype)
-        folders = sorted({entry.folder for entry in found.values()})
-        for folder in folders:
-            content = self._open.content_of(folder)
-            for (number, tp_rank), entry in found.items():
-                if entry.folder == folder:
-                    size = self._split_size(parts[number])
-                    parts[number].paste(whole, content[entry.model][entry.key], tp_rank, size)
-                    self._open.count(math.prod(entry.shape) * entry.dtype.itemsize)
-        return whole[: stored.shape[0]].clone() if name in _VOCABULARY else whole
+        for part, entry in sorted(self._parts[name], key=lambda pair: pair[1].folder):
+            part.put(whole, self._open.content_of(entry.folder)[entry.model][entry.key])
+            self._open.count(math.prod(entry.shape) * entry.dtype.itemsize)
+        return whole[: stored.shape[0]].clone() if name in VOCABULARY else whole
 
     def _file_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The whole tensor's shape in the files: Megatron's vocabulary may be padded further."""
-        return (self._padded, *shape[1:]) if name in _VOCABULARY else shape
+        return (self._padded, *shape[1:]) if name in VOCABULARY else shape
 
-    def _split_size(self, part: Part) -> int:
-        return self._tp if part.experts is None else self._etp
-
-    def _find(self, name: str, stored: StoredTensor) -> tuple[list[Part], dict[tuple[int, int], _Entry]]:
-        """Returns a tensor's parts, and the entry of each part and rank that shares it.
+    def _find(self, name: str, stored: StoredTensor) -> list[tuple[Slice, _Entry]]:
+        """Returns a tensor's slices, each with the first entry that has it.
 
         Raises:
             CheckpointError: one is missing or of another shape.
         """
-        shape = self._file_shape(name, stored.shape)
         layer = layer_of(name)
         is_moe = layer is not None and self._native.is_moe[layer]
-        parts = parts_of(name, shape, self._style, is_moe, self._ep)
-        found = {}
-        for number, part in enumerate(parts):
-            size = self._split_size(part)
-            holder = ep_rank_of(part, self._native.moe.most_experts, self._ep)
-            key = key_of(part, layer, max(self._native.moe.most_experts // self._ep, 1))
-            for tp_rank in range(size if part.split_dim is not None else 1):
-                entry = self._entry(key, tp_rank, size, holder)
-                if entry is None:
-                    raise CheckpointError(f"{self.directory} has no tensor {key} of tensor rank {tp_rank}, for {name}.")
-                if entry.shape != part.local_shape(shape, size):
-                    raise CheckpointError(
-                        f"{entry.folder}: {entry.key} is {list(entry.shape)}; its arguments say "
-                        f"{list(part.local_shape(shape, size))}."
-                    )
-                found[number, tp_rank] = entry
-        return parts, found
-
-    def _entry(self, key: str, tp_rank: int, size: int, ep_rank: int | None) -> _Entry | None:
-        for (tp, ep), entries in self._index.items():
-            # Experts that tensor-parallel ranks do not split are whole wherever their expert-parallel rank is.
-            fits = (tp == tp_rank or (ep_rank is not None and size == 1)) and ep_rank in (None, ep)
-            if fits and key in entries:
-                return entries[key]
-        return None
+        found = []
+        for part in slices_of(name, self._file_shape(name, stored.shape), layer, is_moe, self._layout):
+            ranks = (entries for rank, entries in self._index.items() if part.is_on(*rank))
+            entry = next((entries[part.name] for entries in ranks if part.name in entries), None)
+            if entry is None:
+                raise CheckpointError(
+                    f"{self.directory} has no tensor {part.name} of tensor rank {part.tp or 0}, for {name}."
+                )
+            if entry.shape != part.shape:
+                raise CheckpointError(
+                    f"{entry.folder}: {entry.key} is {list(entry.shape)}; its arguments say {list(part.shape)}."
+                )
+            found.append((part, entry))
+        return found
 
     def _refuse_rest(self) -> None:
-        used = {(e.folder, e.model, e.key) for _, found in self._parts.values() for e in found.values()}
+        used = {(e.folder, e.model, e.key) for found in self._parts.values() for _, e in found}
         # Megatron's router has a bias wherever linear layers have one; ours never does.
         biases = [
             e for entries in self._index.values() for key, e in entries.items() if key.endswith("mlp.router.bias")
@@ -225,20 +209,20 @@ def _count(holder: Any, name: str, default: int, where: object, least: int = 1) 
     return value
 
 
-def _sizes(args: Any) -> tuple[int, int, int]:
-    """Returns the tensor-parallel, expert-tensor-parallel and expert-parallel sizes."""
-    where = "The checkpoint's arguments"
-    tp = _count(args, "tensor_model_parallel_size", 1, where)
-    etp = _count(args, "expert_tensor_parallel_size", tp, where)
-    ep = _count(args, "expert_model_parallel_size", 1, where)
+def _layout_of(args: Any, where: Path) -> MegatronLayout:
+    """Returns the sizes that a file's arguments say."""
+    pp, told = _count(args, "pipeline_model_parallel_size", 1, where), "The checkpoint's arguments"
+    tp = _count(args, "tensor_model_parallel_size", 1, told)
+    etp = _count(args, "expert_tensor_parallel_size", tp, told)
+    ep = _count(args, "expert_model_parallel_size", 1, told)
     if etp not in (1, tp):
         raise CheckpointError(
             f"expert_tensor_parallel_size is {etp}: only 1 and the tensor-parallel size {tp} are read."
         )
-    return tp, etp, ep
+    return MegatronLayout(tp, pp, ep, etp)
 
 
-def _read_index(folders: list[Path], first: Mapping[str, Any]) -> _Index:
+def _read_index(folders: list[Path], first: Mapping[str, Any], layout: MegatronLayout) -> _Index:
     """Returns what all files hold, with layers numbered over all stages and chunks.
 
     Args:
@@ -247,19 +231,13 @@ def _read_index(folders: list[Path], first: Mapping[str, Any]) -> _Index:
     Raises:
         CheckpointError: a rank's file is missing, or is of another layout or iteration.
     """
-    args = first["args"]
-    pp, (tp, etp, ep) = _count(args, "pipeline_model_parallel_size", 1, folders[0]), _sizes(args)
+    tp, pp, ep = layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel
+    where, sizes = folders[0].parent, f"its arguments say tensor {tp}, pipeline {pp} and expert parallel {ep}"
     if max(pp, tp, ep) > 64 * len(folders):  # before there is a set of that size
-        raise CheckpointError(
-            f"{folders[0].parent} is incomplete: it has {len(folders)} ranks' files; its arguments say tensor {tp}, "
-            f"pipeline {pp} and expert parallel {ep}."
-        )
+        raise CheckpointError(f"{where} is incomplete: it has {len(folders)} ranks' files; {sizes}.")
     by_place = {place_of(folder, pp > 1): folder for folder in folders}
     # With whole experts on each tensor-parallel rank not every pair of ranks exists.
-    pairs = {(rank % tp, rank // etp % ep) for rank in range(tp * ep)}
-    needed = {RankPlace(t, p, e) for t, e in pairs for p in range(pp)}
-    where, sizes = folders[0].parent, f"its arguments say tensor {tp}, pipeline {pp} and expert parallel {ep}"
-    missing = sorted(folder_name(place, pp, ep) for place in needed - set(by_place))
+    missing = sorted(folder_name(place, pp, ep) for place in set(layout.ranks()) - set(by_place))
     if missing:
         raise CheckpointError(f"{where} is incomplete: {some(missing)} missing ({sizes}).")
     known = {RankPlace(t, p, e) for t in range(tp) for p in range(pp) for e in range(ep)}

@@ -7,7 +7,6 @@ set that all such layers share. Other layers get their own, combined while the w
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_samoe.convert.hf.folder import HFFolder
 from megatron_samoe.errors import CheckpointError
 
 _POOL, _SETS = "model.expert_pool.", "model.expert_pool.sets."
 #: Beside the base model, which has no such part.
 SELECTED = "selected."
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -134,23 +133,13 @@ def folder_reader(folder: Path) -> Callable[[str], Tensor]:
     Raises (the function):
         CheckpointError: the folder has no such tensor.
     """
-    from safetensors import safe_open
-
-    index = folder / _INDEX
-    if index.is_file():
-        file_of = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    else:
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            file_of = dict.fromkeys(file.keys(), folder / "model.safetensors")
+    files = HFFolder(folder)
 
     def read(name: str) -> Tensor:
-        if name not in file_of:
-            older = " It has the names of version 0.1: convert the model again." * (
-                "model.embedding.word.weight" in file_of
-            )
+        if name not in files.tensors:
+            is_older = "model.embedding.word.weight" in files.tensors
+            older = " It has the names of version 0.1: convert the model again." * is_older
             raise CheckpointError(f"{folder} has no tensor {name}.{older}")
-        with safe_open(file_of[name], "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+        return files.read(name)
 
     return read

@@ -28,12 +28,9 @@ def problems_of(plan: StudyPlan, gate: Gate) -> list[str]:
 
 
 def _pairs(plan: StudyPlan, gate: Gate) -> list[tuple[Run, Run]]:
-    first = next(iter(plan.study.sizes))
-    done = {
-        (r.variant.name, r.seed): r for r in plan.plan() if r.size == first and r.length is None and plan.is_finished(r)
-    }
-    seeds = [s for s in plan.study.seeds if (gate.arm, s) in done and (gate.baseline, s) in done]
-    return [(done[gate.arm, s], done[gate.baseline, s]) for s in seeds]
+    size = next(iter(plan.study.sizes))
+    pairs = [(plan.full(gate.arm, s, size), plan.full(gate.baseline or gate.arm, s, size)) for s in plan.study.seeds]
+    return [pair for pair in pairs if all(map(plan.is_finished, pair))]
 
 
 def _load_entropy(run: Run, step: int | None) -> float | None:

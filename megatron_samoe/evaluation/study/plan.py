@@ -75,13 +75,13 @@ class StudyPlan:
         if run.seed == first or self.study.give_up is None:
             return False
         if (name, run.size) not in self._behind:
-            own, base = (self._full(variant, first, run.size) for variant in (name, self.study.baseline))
+            own, base = (self.full(variant, first, run.size) for variant in (name, self.study.baseline))
             if not (self.is_finished(own) and self.is_finished(base)):
                 return False
             self._behind[name, run.size] = self._mean_loss([own]) - self._mean_loss([base])
         return self._behind[name, run.size] > self.study.give_up
 
-    def _full(self, variant: str, seed: int, size: str) -> Run:
+    def full(self, variant: str, seed: int, size: str) -> Run:
         """Returns the run of full length of a variant."""
         wanted = (variant, seed, size, None)
         return next(r for r in self._planned if (r.variant.name, r.seed, r.size, r.length) == wanted)
@@ -183,7 +183,7 @@ class StudyPlan:
 
     def trunk_of(self, run: Run) -> Run:
         """Returns the full run that a branch leaves."""
-        return self._full(run.variant.name, run.seed, run.size)
+        return self.full(run.variant.name, run.seed, run.size)
 
     def _check_branch(self, run: Run) -> None:
         full = self.config_of(self.trunk_of(run))
@@ -255,7 +255,7 @@ class StudyPlan:
     def source_of(self, run: Run) -> Run:
         """Returns the run whose checkpoints are edited for another."""
         assert run.variant.edited_from is not None
-        return self._full(run.variant.edited_from, run.seed, run.size)
+        return self.full(run.variant.edited_from, run.seed, run.size)
 
     def _check_edit(self, run: Run) -> None:
         """Raises ConfigError, before hours of training, where an edit needs experts that its source does not have."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import zlib
 from dataclasses import asdict, fields, replace
@@ -19,10 +18,10 @@ from typing import Any, get_args
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import CheckpointError, MegatronSamoeError
-from megatron_samoe.evaluation.run_summary import RUN_FILE, RunSummary, read_run
+from megatron_samoe.evaluation.run_summary import RUN_FILE, RunSummary, read_run, read_run_file
 from megatron_samoe.evaluation.study.definition import Edit
 from megatron_samoe.log import say_once
-from megatron_samoe.parsing import JsonObject, parse_json
+from megatron_samoe.parsing import JsonObject, write_whole
 
 #: Part of every key; to be raised when the program trains otherwise under the same options.
 KEY_VERSION = 1
@@ -86,7 +85,7 @@ def write_run_file(run_dir: Path, key: str, config: PretrainConfig) -> None:
         "vocab_size": run.vocab_size,
         "checkpoint_bytes": run.checkpoint_bytes,
     }
-    _write(run_dir / RUN_FILE, json.dumps(content, indent=1) + "\n")
+    write_whole(run_dir / RUN_FILE, json.dumps(content, indent=1) + "\n")
 
 
 def _without_places(config: PretrainConfig) -> PretrainConfig:
@@ -113,14 +112,8 @@ def key_of(run_dir: Path) -> str | None:
     Raises:
         CheckpointError: the file is damaged.
     """
-    path = run_dir / RUN_FILE
-    if not path.is_file():
-        return None
-    try:
-        content: JsonObject = parse_json(path.read_text(encoding="utf-8"))
-        return str(content["key"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); remove it, and the run is evaluated again.") from None
+    kept = read_run_file(run_dir)
+    return None if kept is None else str(kept["key"])
 
 
 def put(store: Path, run_dir: Path) -> None:
@@ -172,13 +165,13 @@ def _copy(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     if (source / "metrics.jsonl").is_file():
         rows = [json.loads(row) for row in (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        _write(
+        write_whole(
             target / "metrics.jsonl",
             "".join(json.dumps(_short(row), separators=(",", ":")) + "\n" for row in _thinned(rows)),
         )
     if (source / "machine.json").is_file():
         shutil.copyfile(source / "machine.json", target / "machine.json")
-    _write(
+    write_whole(
         target / RUN_FILE, (source / RUN_FILE).read_text(encoding="utf-8")
     )  # last: it says that the others are whole
 
@@ -202,9 +195,3 @@ def _short(value: Any, in_list: bool = False) -> Any:
     if isinstance(value, list):
         return [_short(v, in_list=True) for v in value]
     return float(f"{value:.3g}") if in_list and isinstance(value, float) else value
-
-
-def _write(path: Path, text: str) -> None:
-    half = path.with_suffix(f".{os.getpid()}.tmp")
-    half.write_text(text, encoding="utf-8")
-    half.replace(path)

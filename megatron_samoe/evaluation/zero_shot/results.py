@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from megatron_samoe.evaluation.zero_shot.metrics import CORPUS_METRICS, METRICS,
 from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor, Predictor
 from megatron_samoe.evaluation.zero_shot.statistics import binomial_stderr, bootstrap_stderr
 from megatron_samoe.evaluation.zero_shot.task import Task
-from megatron_samoe.parsing import JsonObject
+from megatron_samoe.parsing import JsonObject, without_infinities
 
 
 @dataclass(frozen=True)
@@ -109,15 +108,6 @@ def result_record(result: TaskResult) -> JsonObject:
         "metrics": metrics,
     }
     return without_infinities(record)
-
-
-def without_infinities(record: Any) -> Any:
-    """Returns a record with None for nan and infinities, which JSON does not have."""
-    if isinstance(record, dict):
-        return {name: without_infinities(value) for name, value in record.items()}
-    if isinstance(record, (list, tuple)):
-        return [without_infinities(value) for value in record]
-    return None if isinstance(record, float) and not math.isfinite(record) else record
 
 
 def sample_records(result: TaskResult) -> list[JsonObject]:

@@ -9,9 +9,9 @@ import numpy as np
 
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.evaluation.run_groups import mean_sd
-from megatron_samoe.evaluation.zero_shot.results import TaskResult, without_infinities
+from megatron_samoe.evaluation.zero_shot.results import TaskResult
 from megatron_samoe.evaluation.zero_shot.statistics import McNemar, PairedDifference, mcnemar, paired_bootstrap
-from megatron_samoe.parsing import JsonObject
+from megatron_samoe.parsing import JsonObject, without_infinities
 
 
 def choose_iterations(wanted: str, available: Sequence[int], folder: str) -> list[int]:

@@ -227,5 +227,5 @@ def _with_factors(config: PretrainConfig, factors: Mapping[int, float]) -> tuple
             f"w2's factors are {smallest} in different layers, which only routers of "
             f"--moe-router-score-function norm or relu can hold, not {moe.moe_router_score_function}; {advice}",
         )
-    factor = sum(values) / len(values) * (moe.moe_router_topk_scaling_factor or 1.0)
+    factor = sum(values) / len(values) * moe.weight_factor
     return replace(config, moe=replace(moe, moe_router_topk_scaling_factor=factor)), ()

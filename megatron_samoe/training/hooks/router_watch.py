@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.log import logger
+from megatron_samoe.moe.scores import score_of
 from megatron_samoe.optimizer.schedule import training_length, warmup_length
 from megatron_samoe.training.hook import Hook, Run
 from megatron_samoe.training.router_health import RouterHealth
@@ -55,7 +56,7 @@ class RouterWatch(Hook):
             advice.append("--moe-router-load-balancing-type seq_aux_loss with --moe-aux-loss-coeff 0.01")
         else:
             advice.append(f"a larger --moe-aux-loss-coeff (now {moe.moe_aux_loss_coeff:g})")
-        if moe.moe_router_topk == 1:
+        if score_of(moe).topk == 1:
             advice.append("--moe-router-topk 2 with experts of half the width")
         if moe.moe_z_loss_coeff == 0:
             advice.append("--moe-z-loss-coeff 0.001")

@@ -205,6 +205,19 @@ def test_files_of_another_kind_are_refused(change: Any, message: str, tmp_path: 
     assert "\n" not in str(error.value) and not Path("exploded").exists()
 
 
+@pytest.mark.parametrize(
+    ("sizes", "name", "value", "message"),
+    [((4, 1, 1), "num_attention_heads", 6, "its arguments say"), ((1, 1, 4), "num_experts", 2, "2 experts on 4")],
+)
+def test_sizes_that_the_ranks_do_not_divide_are_refused(
+    sizes: tuple[int, ...], name: str, value: int, message: str, tmp_path: Path
+) -> None:
+    folder = export(new_source(tiny_config("moe", style="llama", group_query_attention=False)), tmp_path, *sizes)
+    rewrite(folder, lambda content: setattr(content["args"], name, value))
+    with pytest.raises(CheckpointError, match=message):
+        MegatronReader(tmp_path)
+
+
 def test_missing_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     source = new_source(tiny_config("dense", num_layers=2))
     folder = export(source, tmp_path / "a", 2)

@@ -112,6 +112,7 @@ def test_a_folder_of_an_older_version_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"model.embedding.word.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"names of version 0\.1: convert the model again"):
         folder_reader(tmp_path)("model.layers.0.mlp.combination")
 

@@ -15,6 +15,7 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.run_summary import RUN_FILE, sharing_text
 from megatron_samoe.evaluation.study import results_store
 from megatron_samoe.evaluation.study.definition import folder_name, plan_runs, read_study
+from megatron_samoe.evaluation.study.gates import problems_of
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.results import collect, results_table, unequal_arms
 from tests.harness.serving import save_tiny
@@ -185,6 +186,20 @@ def write_whole(folder: Path, **changes: object) -> Path:
     path = write_study(folder, **{**WHOLE, **changes})
     (folder / "base.yaml").write_text(yaml.safe_dump(SLOW_DECAY))
     return path
+
+
+def test_a_gate_without_a_baseline_looks_at_its_arm_alone(tmp_path: Path) -> None:
+    gate = {"arm": "pool", "load-entropy": 0.9, "by-step": 4}
+    study = read_study(write_whole(tmp_path, derived=None, sweep=None, branches=None, gates=[gate]))
+    plan = StudyPlan(study, tmp_path, ())
+    run = next(run for run in plan.plan() if run.variant.name == "pool")
+    assert problems_of(plan, study.gates[0]) == []
+    run.directory.mkdir(parents=True)
+    kept = {"key": "0", "config": {}, "vocab_size": 8, "checkpoint_bytes": 8}
+    (run.directory / RUN_FILE).write_text(json.dumps(kept))
+    records = [{"iteration": step, "least_load_entropy": entropy} for step, entropy in ((4, 0.5), (8, 0.95))]
+    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert problems_of(plan, study.gates[0]) == ["pool, seed 1 has a least load entropy of 0.50 by step 4, not 0.9"]
 
 
 def test_a_dense_arm_leaves_out_what_experts_share(tmp_path: Path) -> None:

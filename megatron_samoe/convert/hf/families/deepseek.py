@@ -12,10 +12,18 @@ from typing import Any
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.convert.hf.families.base import Family, Option, Rule, constant, one_number_of_experts, same
 from megatron_samoe.convert.hf.families.entries import CannotCompute, Entries, may, needed, only, rare
-from megatron_samoe.convert.hf.families.experts import EXPERT_WIDTH, EXPERTS, MOE, ROUTING, WEIGHTS
+from megatron_samoe.convert.hf.families.experts import (
+    EXPERT_WIDTH,
+    EXPERTS,
+    MOE,
+    ROUTING,
+    SCALE,
+    WEIGHTS,
+    weighs_among_all,
+)
 from megatron_samoe.convert.hf.families.llama import ENTRIES, OPTIONS, ROPE, gated, tensors
 from megatron_samoe.convert.hf.families.reading import rope_of
-from megatron_samoe.convert.hf.parts import Row, below, in_pairs, whole
+from megatron_samoe.convert.hf.parts import Row, in_pairs, modules, whole
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.errors import ConfigError
 
@@ -28,17 +36,16 @@ def latent_attention(native: NativeModel, has_pairs: bool = True) -> tuple[Row, 
         for before in (model.qk_head_dim, model.kv_lora_rank)
     )
     queries = "q_proj" if model.q_lora_rank is None else "q_b_proj"
-    return below(
+    return modules(
         "model.layers.{layer}.self_attn",
         "layers.{layer}.attention",
-        ("q_a_proj.weight", "q_down.weight"),
-        ("q_a_layernorm.weight", "q_norm.weight"),
-        (f"{queries}.weight", "q_up.weight", whole, None, 1.0, of_queries),
-        ("kv_a_proj_with_mqa.weight", "kv_down.weight", lambda t: t[None], None, 1.0, of_latents),
-        ("kv_a_layernorm.weight", "kv_norm.weight"),
-        ("kv_b_proj.weight", "kv_up.weight"),
-        ("o_proj.weight", "output.weight"),
-        ("o_proj.bias", "output.bias"),
+        ("q_a_proj", "q_down"),
+        ("q_a_layernorm", "q_norm"),
+        (queries, "q_up", whole, None, 1.0, of_queries),
+        ("kv_a_proj_with_mqa", "kv_down", lambda t: t[None], None, 1.0, of_latents),
+        ("kv_a_layernorm", "kv_norm"),
+        ("kv_b_proj", "kv_up"),
+        ("o_proj", "output"),
     )
 
 
@@ -96,10 +103,6 @@ def _whole_shared_experts(native: NativeModel) -> str | None:
     return f"--moe-shared-expert-intermediate-size {width} (it needs a multiple of --moe-ffn-hidden-size {size})"
 
 
-def _weighs_among_all(native: NativeModel) -> str | None:
-    return None if native.moe.pre_softmax else "no --moe-router-pre-softmax (it weighs by scores among all experts)"
-
-
 def _two_of_a_group(native: NativeModel) -> str | None:
     moe = native.moe
     if moe.moe_router_group_topk is None or moe.choices_of_group == 2:
@@ -141,11 +144,6 @@ def _read_layers(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_scale(config: Mapping[str, Any]) -> dict[str, Any]:
-    scale = float(config["routed_scaling_factor"])
-    return {} if scale == 1.0 else {"moe_router_topk_scaling_factor": scale}
-
-
 _OPTIONS = (
     *OPTIONS,
     *ROUTING,
@@ -157,7 +155,7 @@ _OPTIONS = (
     EXPERT_WIDTH,
     Option(_written_layers, _read_layers),
     WEIGHTS,
-    Option(lambda native: {"routed_scaling_factor": native.moe.moe_router_topk_scaling_factor or 1.0}, _read_scale),
+    SCALE,
 )
 _FIXED = {
     **MOE,
@@ -280,6 +278,6 @@ DEEPSEEK_V2 = Family(
         "moe_router_enable_expert_bias": False,
         "moe_router_num_groups": None,
     },
-    rules=(*_RULES, _weighs_among_all),
+    rules=(*_RULES, weighs_among_all),
     knows=_KNOWS,
 )

@@ -77,6 +77,11 @@ def weighs_among_chosen(native: NativeModel) -> str | None:
     return "--moe-router-pre-softmax, which top-1 implies (it weighs by scores among the chosen experts)"
 
 
+def weighs_among_all(native: NativeModel) -> str | None:
+    """Experts weigh by their score among all."""
+    return None if native.moe.pre_softmax else "no --moe-router-pre-softmax (it weighs by scores among all experts)"
+
+
 def _written_balance(native: NativeModel) -> dict[str, Any]:
     balanced = native.moe.moe_router_load_balancing_type != "none"
     return {"router_aux_loss_coef": native.moe.moe_aux_loss_coeff if balanced else 0.0}
@@ -92,6 +97,15 @@ ROUTING = (
 WEIGHTS = Option(
     lambda native: {"norm_topk_prob": not native.moe.pre_softmax},
     lambda config: {"moe_router_pre_softmax": not config["norm_topk_prob"]},
+)
+#: A factor on the weights.
+SCALE = Option(
+    lambda native: {"routed_scaling_factor": native.moe.weight_factor},
+    lambda config: (
+        {}
+        if config["routed_scaling_factor"] == 1
+        else {"moe_router_topk_scaling_factor": float(config["routed_scaling_factor"])}
+    ),
 )
 _AMONG_CHOSEN = always(moe_router_pre_softmax=False)
 #: The width of an expert, where the class has no dense layers.

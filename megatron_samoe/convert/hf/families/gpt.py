@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_samoe.convert.hf.families.base import SIZES, WORDS, Family, Option, plain_heads, same
 from megatron_samoe.convert.hf.families.entries import CannotCompute, Entries, may, only
 from megatron_samoe.convert.hf.families.reading import rotary
-from megatron_samoe.convert.hf.parts import Row, below, by_input, transposed
+from megatron_samoe.convert.hf.parts import Row, below, by_input, module, modules, transposed
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.errors import ConfigError
 
@@ -99,13 +99,10 @@ GPT2 = Family(
     tensors=(
         Row("transformer.wte.weight", "embedding.word.weight"),
         Row("transformer.wpe.weight", "embedding.position"),
+        *modules("transformer.h.{layer}", "layers.{layer}", ("ln_1", "attention_norm"), ("ln_2", "mlp_norm")),
         *below(
             "transformer.h.{layer}",
             "layers.{layer}",
-            ("ln_1.weight", "attention_norm.weight"),
-            ("ln_1.bias", "attention_norm.bias"),
-            ("ln_2.weight", "mlp_norm.weight"),
-            ("ln_2.bias", "mlp_norm.bias"),
             ("attn.c_attn.weight", "attention.qkv.weight", _query_first_by_input, by_input),
             ("attn.c_attn.bias", "attention.qkv.bias", _query_first),
             ("attn.c_proj.weight", "attention.output.weight", transposed),
@@ -115,8 +112,7 @@ GPT2 = Family(
             ("mlp.c_proj.weight", "mlp.fc2.weight", transposed),
             ("mlp.c_proj.bias", "mlp.fc2.bias"),
         ),
-        Row("transformer.ln_f.weight", "final_norm.weight"),
-        Row("transformer.ln_f.bias", "final_norm.bias"),
+        *module("transformer.ln_f", "final_norm"),
         Row("lm_head.weight", "output.weight"),
     ),
     entries=_GPT2_ENTRIES,
@@ -184,24 +180,17 @@ GPT_NEOX = Family(
     "as gpt2, with rotary positions; attention and MLP one after the other or side by side",
     tensors=(
         Row("gpt_neox.embed_in.weight", "embedding.word.weight"),
-        *below(
+        *modules(
             "gpt_neox.layers.{layer}",
             "layers.{layer}",
-            ("input_layernorm.weight", "attention_norm.weight"),
-            ("input_layernorm.bias", "attention_norm.bias"),
-            ("post_attention_layernorm.weight", "mlp_norm.weight"),
-            ("post_attention_layernorm.bias", "mlp_norm.bias"),
-            ("attention.query_key_value.weight", "attention.qkv.weight"),
-            ("attention.query_key_value.bias", "attention.qkv.bias"),
-            ("attention.dense.weight", "attention.output.weight"),
-            ("attention.dense.bias", "attention.output.bias"),
-            ("mlp.dense_h_to_4h.weight", "mlp.fc1.weight"),
-            ("mlp.dense_h_to_4h.bias", "mlp.fc1.bias"),
-            ("mlp.dense_4h_to_h.weight", "mlp.fc2.weight"),
-            ("mlp.dense_4h_to_h.bias", "mlp.fc2.bias"),
+            ("input_layernorm", "attention_norm"),
+            ("post_attention_layernorm", "mlp_norm"),
+            ("attention.query_key_value", "attention.qkv"),
+            ("attention.dense", "attention.output"),
+            ("mlp.dense_h_to_4h", "mlp.fc1"),
+            ("mlp.dense_4h_to_h", "mlp.fc2"),
         ),
-        Row("gpt_neox.final_layer_norm.weight", "final_norm.weight"),
-        Row("gpt_neox.final_layer_norm.bias", "final_norm.bias"),
+        *module("gpt_neox.final_layer_norm", "final_norm"),
         Row("embed_out.weight", "output.weight"),
     ),
     entries=_GPT_NEOX_ENTRIES,

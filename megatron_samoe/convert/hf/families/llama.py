@@ -31,23 +31,19 @@ from megatron_samoe.convert.hf.families.reading import (
     written_multipliers,
     written_rope,
 )
-from megatron_samoe.convert.hf.parts import Row, at, below, keys, queries, values
+from megatron_samoe.convert.hf.parts import Row, at, keys, modules, queries, values
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.errors import ConfigError
 
-ATTENTION = below(
+ATTENTION = modules(
     "model.layers.{layer}.self_attn",
     "layers.{layer}.attention",
-    ("q_proj.weight", "qkv.weight", queries),
-    ("k_proj.weight", "qkv.weight", keys),
-    ("v_proj.weight", "qkv.weight", values),
-    ("q_proj.bias", "qkv.bias", queries),
-    ("k_proj.bias", "qkv.bias", keys),
-    ("v_proj.bias", "qkv.bias", values),
-    ("o_proj.weight", "output.weight"),
-    ("o_proj.bias", "output.bias"),
-    ("q_norm.weight", "q_norm.weight"),
-    ("k_norm.weight", "k_norm.weight"),
+    ("q_proj", "qkv", queries),
+    ("k_proj", "qkv", keys),
+    ("v_proj", "qkv", values),
+    ("o_proj", "output"),
+    ("q_norm", "q_norm"),
+    ("k_norm", "k_norm"),
 )
 
 
@@ -59,16 +55,12 @@ def gated(
 ) -> tuple[Row, ...]:
     """Returns the lines of a gated MLP that every token passes; `down` is more of the second matrix's."""
     gate, up, last = names
-    return below(
-        theirs,
-        ours,
-        (f"{gate}.weight", "fc1.weight", at(0)),
-        (f"{up}.weight", "fc1.weight", at(1)),
-        (f"{gate}.bias", "fc1.bias", at(0)),
-        (f"{up}.bias", "fc1.bias", at(1)),
-        (f"{last}.weight", "fc2.weight", *down),
-        (f"{last}.bias", "fc2.bias", *down),
-    )
+    return modules(theirs, ours, (gate, "fc1", at(0)), (up, "fc1", at(1)), (last, "fc2", *down))
+
+
+def plain(theirs: str, ours: str, names: tuple[str, str, str] = ("", "up_proj", "down_proj")) -> tuple[Row, ...]:
+    """Returns the lines of an MLP without gates, whose names are the last two."""
+    return modules(theirs, ours, (names[1], "fc1"), (names[2], "fc2"))
 
 
 def tensors(*moe: Any, attention: tuple[Row, ...] = ATTENTION) -> tuple[Any, ...]:

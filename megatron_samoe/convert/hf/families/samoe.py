@@ -11,11 +11,11 @@ from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.sharing_map import Source, ways_of, written_options
 from megatron_samoe.convert.edited_model import moe_layers, one_number
-from megatron_samoe.convert.hf.families.base import HEADS, RARE, SIZES, Family, Option, written_entries
+from megatron_samoe.convert.hf.families.base import HEADS, RARE, SIZES, Family, Option, read_heads, written_entries
 from megatron_samoe.convert.hf.families.deepseek import latent_attention
 from megatron_samoe.convert.hf.families.entries import Entries, one_of, rare
-from megatron_samoe.convert.hf.families.llama import ATTENTION, gated
-from megatron_samoe.convert.hf.parts import Part, Row, View, at, below, rows, whole
+from megatron_samoe.convert.hf.families.llama import ATTENTION, gated, plain
+from megatron_samoe.convert.hf.parts import Part, Row, View, at, module, rows, whole
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.errors import ConfigError
 
@@ -200,12 +200,10 @@ def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         raise ConfigError("config.json", missing[:3], "these entries of a samoe model are missing")
     has_output_bias = config.get("attention_output_bias", config["linear_bias"])
     swiglu, exact_gelu = _ACTIVATIONS[config["hidden_act"]]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     model = {ours: config[theirs] for theirs, ours in _MODEL_ENTRIES.items()}
     model |= {
         "kv_channels": config["head_dim"],
-        "group_query_attention": kv_heads != heads,
-        "num_query_groups": kv_heads if kv_heads != heads else 1,
+        **read_heads(config),
         "ffn_hidden_size": config["intermediate_size"],
         "seq_length": config["max_position_embeddings"],
         "swiglu": swiglu,
@@ -261,37 +259,20 @@ def _experts_name(native: NativeModel) -> str:
 
 def _tensors(native: NativeModel) -> tuple[Any, ...]:
     theirs, ours = "model.layers.{layer}", "layers.{layer}"
-    mlp = gated if native.model.swiglu else _plain_mlp
+    mlp = gated if native.model.swiglu else plain
     return (
         Row("model.embed_tokens.weight", "embedding.word.weight"),
         Row("model.embed_positions.weight", "embedding.position"),
-        *_norm(f"{theirs}.input_layernorm", f"{ours}.attention_norm"),
+        *module(f"{theirs}.input_layernorm", f"{ours}.attention_norm"),
         *(latent_attention(native, has_pairs=False) if native.model.multi_latent_attention else ATTENTION),
-        *below(f"{theirs}.self_attn", f"{ours}.attention", *_norm_biases(native)),
-        *_norm(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm"),
+        *module(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm"),
         *mlp(f"{theirs}.mlp", f"{ours}.mlp"),
         _moe,
         *mlp(f"{theirs}.mlp.shared_expert", f"{ours}.moe.shared_expert"),
-        *_norm("model.norm", "final_norm"),
+        *module("model.norm", "final_norm"),
         *_pool(native),
         Row("lm_head.weight", "output.weight"),
     )
-
-
-def _norm(theirs: str, ours: str) -> tuple[Row, ...]:
-    return below(theirs, ours, ("weight", "weight"), ("bias", "bias"))
-
-
-def _norm_biases(native: NativeModel) -> Iterator[tuple[str, str]]:
-    names = {"q_norm": "q_norm", "k_norm": "k_norm"}
-    if native.model.multi_latent_attention:
-        names = {"q_a_layernorm": "q_norm", "kv_a_layernorm": "kv_norm"}
-    return ((f"{theirs}.bias", f"{ours}.bias") for theirs, ours in names.items())
-
-
-def _plain_mlp(theirs: str, ours: str) -> tuple[Row, ...]:
-    names = (("up_proj", "fc1"), ("down_proj", "fc2"))
-    return below(theirs, ours, *((f"{a}.{kind}", f"{b}.{kind}") for a, b in names for kind in ("weight", "bias")))
 
 
 def _pool(native: NativeModel) -> Iterator[Part]:
