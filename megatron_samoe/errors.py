@@ -6,6 +6,7 @@ import difflib
 import importlib
 import os
 import reprlib
+import signal
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,8 @@ class MegatronSamoeError(Exception):
     exit_status = 1
     #: Whether another attempt can only meet the fault again, so that a launcher should make none.
     permanent = False
+    #: Whether a permanent fault of this rank is one of the whole job.
+    ends_job = True
 
     def __init__(self, message: str, collective: bool = False):
         super().__init__(message)
@@ -57,6 +60,16 @@ class ConfigErrors(ConfigError):
             self.args = ("\n  ".join([common, *map(str, errors)]),)
 
 
+class HostDiffersError(ConfigErrors):
+    """This host differs from those of an elastic job, which goes on without it."""
+
+    ends_job = False
+
+    def __init__(self, errors: list[ConfigError], common: str = ""):
+        super().__init__(errors, common)
+        self.args = (f"{self}; the job goes on without this host",)
+
+
 class DataError(MegatronSamoeError):
     """A corpus, dataset or tokenizer is missing, damaged or does not fit."""
 
@@ -90,7 +103,17 @@ class JobEndedError(CommunicationError):
 
 
 class HostsLeftError(MegatronSamoeError):
-    """Other hosts of the job were told to leave, and this one was not."""
+    """Other ranks of the job were told to leave, and this one was not."""
+
+
+class ToldToLeaveError(MegatronSamoeError):
+    """This rank was told by SIGTERM to leave a job whose other hosts may go on."""
+
+    exit_status = 128 + signal.SIGTERM
+
+
+class HostRefusedError(MegatronSamoeError):
+    """A host cannot take part in an elastic job, and this one goes on without it."""
 
 
 class ExtensionError(MegatronSamoeError):

@@ -25,7 +25,7 @@ from megatron_samoe.datasets.carried_tokenizer import read_files, with_carried
 from megatron_samoe.datasets.tokenizer import Tokenizer, tokenizer_of
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.teacher import find_teacher
-from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
+from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError, ToldToLeaveError
 from megatron_samoe.log import configure_logging, logger
 from megatron_samoe.parallel_state import backend, launcher
 from megatron_samoe.parallel_state.state import ParallelState
@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None, extensions: Extensions | None = None
             config = parse_pretrain_args(sys.argv[1:] if argv is None else argv, _saved_config, quiet=rank != 0)
             config, num_ranks = _fit_to_ranks(config)
         pretrain(config, num_ranks, extensions, hooks)
+    except ToldToLeaveError as error:
+        _tell_launcher(str(error))
+        return error.exit_status
     except MegatronSamoeError as error:
         return _report(error, rank)
     except SystemExit as error:

@@ -126,6 +126,7 @@ def initialize_distributed(
 
     Raises:
         ConfigError: a host differs from the first in one of the facts.
+        HostRefusedError: a host cannot take part in an elastic job, which goes on without it.
         CommunicationError: torchrun's address variables are missing, the port is taken, or other ranks do not come.
     """
     world_size = launcher.world_size()
@@ -138,7 +139,7 @@ def initialize_distributed(
     began = time.monotonic()
     try:
         store, number = join_store(timeout)
-        meeting = Meeting(store, number, world_size)
+        meeting = Meeting(store, number, world_size, config.elastic and launcher.is_member())
         store = meeting.meet(max(1.0, timeout.total_seconds() - (time.monotonic() - began)))
         meeting.compare(facts or {})
     except (JobEndedError, ConfigError):
@@ -192,7 +193,7 @@ def telling_other_hosts() -> Iterator[None]:
         if error.permanent and launcher.local_rank() == 0 and launcher.local_world_size() < size:
             with contextlib.suppress(ValueError, OSError, RuntimeError):  # nobody is there to be told
                 store, rank = join_store(timedelta(seconds=TELLING_S))
-                Meeting(store, rank, size).end(str(error))
+                Meeting(store, rank, size).stay_away(str(error))
                 time.sleep(TELLING_S if rank == 0 else 0.0)  # since it holds the store
         raise
 

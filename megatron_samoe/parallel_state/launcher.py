@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+from pathlib import Path
 
 from megatron_samoe.errors import ConfigError
 
@@ -58,6 +60,26 @@ def is_again() -> bool:
     dying.
     """
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def is_member() -> bool:
+    """Returns whether ranks of this torchrun have trained in this job before: a host that comes has none."""
+    mark = _mark()
+    return mark is not None and mark.exists()
+
+
+def become_member() -> None:
+    """Notes that ranks of this torchrun train, for the ranks that it starts after these."""
+    mark = _mark()
+    if mark is not None and local_rank() == 0:
+        with contextlib.suppress(OSError):  # of a full disk: other hosts can tell who is new
+            mark.touch()
+
+
+def _mark() -> Path | None:
+    """Returns a file in the folder that torchrun makes for itself, which its attempts share; None where it makes none."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # folder/attempt_N/local rank/error.json
+    return Path(error_file).parents[2] / "trains" if error_file and Path(error_file).is_absolute() else None
 
 
 def refuse_restart() -> None:

@@ -17,12 +17,24 @@ from collections.abc import Mapping, Sequence
 
 from torch.distributed import PrefixStore, Store
 
-from megatron_samoe.errors import CommunicationError, ConfigError, ConfigErrors, JobEndedError, MegatronSamoeError
+from megatron_samoe.errors import (
+    CommunicationError,
+    ConfigError,
+    ConfigErrors,
+    HostDiffersError,
+    HostRefusedError,
+    JobEndedError,
+    MegatronSamoeError,
+)
+from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.silent_hosts import own_address
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.25
 #: How long rank 0 may take to meet what all ranks meet.
 _PATIENCE_S = 2.0
+#: A rank's host and facts, by rank.
+_Facts = Mapping[int, tuple[str, Mapping[str, str]]]
+_DIFFER = "hosts of this job differ:"
 
 
 class Meeting:
@@ -31,12 +43,13 @@ class Meeting:
     Args:
         store: shared by all ranks of the job, and maybe by earlier attempts.
         rank, size: this rank's place among the ranks that the launcher started, and their number.
+        is_member: whether the job is elastic and this rank's host has trained in it before.
     """
 
-    def __init__(self, store: Store, rank: int, size: int):
+    def __init__(self, store: Store, rank: int, size: int, is_member: bool = False):
         self._store, self._board = store, PrefixStore("meeting", store)
         self._many_at_once: bool = store.has_extended_api()  # type: ignore[attr-defined]  # missing from torch's stubs
-        self._rank, self._everyone = rank, range(size)
+        self._rank, self._everyone, self._is_member = rank, range(size), is_member
         self._nonce = uuid.uuid4().hex[:16]
         self._attempt: Store = self._board
         #: Names of the job's hosts by address, after `compare`.
@@ -50,11 +63,15 @@ class Meeting:
 
         Raises:
             CommunicationError: some ranks do not come in time; the message names them.
-            JobEndedError: a rank ended the job; see `end`.
+            JobEndedError: a rank ended the job; see `end`. Or one cannot come, and there are no members.
+            HostRefusedError: a rank cannot come, and the job goes on without its host.
         """
         deadline, pause = time.monotonic() + timeout_s, _SHORTEST_PAUSE_S
+        if self._is_member:
+            self._board.set("members", "")
         while True:
             self.raise_if_ended()
+            self._raise_if_one_stays_away()
             self._be_here()
             if self._rank == 0:
                 self._invite()
@@ -70,29 +87,65 @@ class Meeting:
             pause = min(pause * 1.5, _LONGEST_PAUSE_S)
 
     def compare(self, facts: Mapping[str, str]) -> None:
-        """Compares what must be alike on all ranks with what rank 0 has, after they met.
+        """Compares what must be alike on all ranks, after they met: with what rank 0 has, or with what members have.
 
         Raises:
             ConfigError: on all ranks, the same: a host differs. The message names it, and the difference.
+            HostDiffersError, HostRefusedError: on ranks that differ from the members, and on the others.
         """
-        keys = [f"facts/{rank}" for rank in self._everyone]
-        self._attempt.set(keys[self._rank], json.dumps([socket.gethostname(), dict(facts), own_address()]))
+        if self._is_member:
+            self._attempt.set(f"member/{self._rank}", "")
+        self._attempt.set(f"facts/{self._rank}", json.dumps([socket.gethostname(), dict(facts), own_address()]))
         if self._rank == 0:
-            self._attempt.wait(keys)
-            ranks = [json.loads(self._attempt.get(key)) for key in keys]
-            hosts = {address: host for host, _, address in ranks}
-            self._attempt.set("compared", json.dumps([hosts, differences([rank[:2] for rank in ranks])]))
+            self._attempt.wait([f"facts/{rank}" for rank in self._everyone])
+            hosts, ranks = self._facts()
+            self._attempt.set("compared", json.dumps([hosts, differences(ranks)]))
         self.hosts, found = json.loads(self._attempt.get("compared"))
         if found:
-            raise ConfigErrors([ConfigError(*difference) for difference in found], "hosts of this job differ:")
+            raise self._refusal(found)
+
+    def _facts(self) -> tuple[dict[str, str], _Facts]:
+        """Returns the names of hosts by address, and what each rank has."""
+        found = {rank: json.loads(self._attempt.get(f"facts/{rank}")) for rank in self._everyone}
+        hosts = {address: host for host, _, address in found.values()}
+        return hosts, {rank: (host, facts) for rank, (host, facts, _) in found.items()}
+
+    def _refusal(self, found: Sequence[Sequence[str]]) -> MegatronSamoeError:
+        """Returns what this rank raises of differences that rank 0 has found."""
+        _, ranks = self._facts()
+        members = [rank for rank in ranks if self._attempt.check([f"member/{rank}"])]
+        self._leave_store()
+        first = common({rank: ranks[rank][1] for rank in members})
+        if first is None:
+            return ConfigErrors([ConfigError(*difference) for difference in found], _DIFFER)
+        usual = ranks[first][1]
+        if ranks[self._rank][1] != usual:
+            mine = differences({first: ranks[first], self._rank: ranks[self._rank]})
+            return HostDiffersError([ConfigError(*difference) for difference in mine], _DIFFER)
+        others = {rank: has for rank, has in ranks.items() if has[1] != usual}
+        theirs = ConfigErrors([ConfigError(*each) for each in differences({first: ranks[first], **others})], _DIFFER)
+        return refused([host for host, _ in others.values()], str(theirs))
+
+    def _leave_store(self) -> None:
+        """Waits on rank 0, which may hold the store, until others have read what they need."""
+        self._attempt.set(f"read/{self._rank}", "")
+        until = time.monotonic() + _PATIENCE_S
+        while self._rank == 0 and time.monotonic() < until:
+            if self._attempt.check([f"read/{rank}" for rank in self._everyone]):
+                return
+            time.sleep(_SHORTEST_PAUSE_S)
 
     def end(self, message: str) -> None:
         """Ends the job: tells the ranks of this attempt and of all later ones why."""
         self._board.set("ended", f"rank {self._rank} on {socket.gethostname()}: {message}")
 
+    def stay_away(self, message: str) -> None:
+        """Tells the ranks of this attempt that one of its ranks cannot come, and why."""
+        self._board.set("away", f"rank {self._rank} on {socket.gethostname()}: {message}")
+
     def tell(self, error: MegatronSamoeError) -> None:
         """Tells the other ranks of a fault that does not pass, and finds out whether rank 0 shows one that all should meet."""
-        if error.permanent:
+        if error.permanent and error.ends_job:
             self.end(str(error))
         if self._rank == 0:
             self._attempt.set("shown", "")
@@ -106,6 +159,16 @@ class Meeting:
         """Raises JobEndedError with what `end` said, if a rank did."""
         if self._board.check(["ended"]):
             raise JobEndedError(f"The job was ended by {self._board.get('ended').decode()}")
+
+    def _raise_if_one_stays_away(self) -> None:
+        if not self._board.check(["away"]):
+            return
+        said = self._board.get("away").decode()
+        time.sleep(_PATIENCE_S)  # until all have seen it, and members are here
+        if not self._board.check(["members"]):
+            raise JobEndedError(f"The job was ended by {said}")
+        self._board.delete_key("away")  # which is not for later attempts
+        raise refused([said.partition(":")[0].rpartition(" ")[2]], said)
 
     def stand_by(self) -> None:
         """Waits until the other ranks have finished, on a rank that the layout does not use."""
@@ -176,16 +239,32 @@ class Meeting:
         return [self._board.get(key).decode() for key in keys]
 
 
-def differences(ranks: Sequence[tuple[str, Mapping[str, str]]]) -> list[tuple[str, str, str]]:
-    """Returns what differs between ranks, each given as (host, facts), as arguments of ConfigError: the first host of each."""
-    first, expected = ranks[0]
+def common(members: Mapping[int, object]) -> int | None:
+    """Returns the first of an elastic job's members, given with what each has, if that is alike; else None."""
+    first = next(iter(members), None)
+    return None if first is None or any(has != members[first] for has in members.values()) else first
+
+
+def refused(hosts: Sequence[str], problem: str) -> HostRefusedError:
+    """Returns what the others raise where hosts cannot take part in their job: one of their ranks a host shows it."""
+    names = ", ".join(dict.fromkeys(hosts))
+    return HostRefusedError(
+        f"{names} cannot take part in this job, which goes on without: {problem}", launcher.local_rank() > 0
+    )
+
+
+def differences(ranks: _Facts) -> list[tuple[str, str, str]]:
+    """Returns what differs from the first of ranks, each given as (host, facts), as arguments of ConfigError: the first host
+    of each.
+    """
+    (reference, (first, expected)), *others = ranks.items()
     found = []
-    for name in sorted({name for _, facts in ranks for name in facts}):
+    for name in sorted({name for _, facts in ranks.values() for name in facts}):
         usual = expected.get(name, "missing")
-        for rank, (host, facts) in enumerate(ranks):
+        for rank, (host, facts) in others:
             value = facts.get(name, "missing")
             if value != usual:
-                there = f"must be alike on all hosts, and is {usual} on {first} (rank 0)"
+                there = f"must be alike on all hosts, and is {usual} on {first} (rank {reference})"
                 found.append((name, f"{value} on {host} (rank {rank})", there))
                 break
     return found

@@ -13,9 +13,10 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.dist_checkpointing.folder_lock import NAME, folder_lock
 from megatron_samoe.dist_checkpointing.saving import bytes_to_write, look_for_room, shown_bytes
 from megatron_samoe.dist_checkpointing.store import probe_save_dir, whole_iterations
-from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.errors import CheckpointError, ConfigError, HostDiffersError
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state import launcher
+from megatron_samoe.parallel_state.meeting import common, refused
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.training.checkpointing import run_state
 from megatron_samoe.training.setup import TrainSetup
@@ -45,21 +46,41 @@ def owned_folder(config: PretrainConfig, parallel: ParallelState) -> Iterator[No
         if problem is not None:
             raise CheckpointError(problem, collective=True)
         if root is not None and not config.training.skip_train:
-            _refuse_unshared(Path(root), parallel, min(_CACHED_S, 30.0 * config.parallel.distributed_timeout_minutes))
+            patience_s = min(_CACHED_S, 30.0 * config.parallel.distributed_timeout_minutes)
+            _refuse_unshared(Path(root), parallel, patience_s, config.parallel.elastic)
+        launcher.become_member()
         yield
 
 
-def _refuse_unshared(root: Path, parallel: ParallelState, patience_s: float) -> None:
-    """Raises ConfigError, the same on all ranks, where a rank does not see what rank 0 writes to the folder."""
+def _refuse_unshared(root: Path, parallel: ParallelState, patience_s: float, elastic: bool) -> None:
+    """Finds ranks that do not see what rank 0 writes to the folder.
+
+    Raises:
+        ConfigError: the same on all ranks; also on those alone that differ from an elastic job's members.
+        HostRefusedError: on the others then.
+    """
     until = time.monotonic() + patience_s
     written = parallel.world.all_gather_object(_read(root / NAME))[0]
     while _read(root / NAME) != written and time.monotonic() < until:
         time.sleep(0.2)
-    blind = parallel.world.all_gather_object(socket.gethostname() if _read(root / NAME) != written else None)
-    for rank, host in enumerate(blind):
-        if host is not None:
-            allowed = f"must be a folder that all hosts share: what rank 0 writes does not come to {host} (rank {rank})"
-            raise ConfigError("--save", str(root), allowed)
+    own = (socket.gethostname(), elastic and launcher.is_member(), _read(root / NAME) == written)
+    ranks = list(enumerate(parallel.world.all_gather_object(own)))
+    blind = [f"{host} (rank {rank})" for rank, (host, _, sees) in ranks if not sees]
+    if not blind:
+        return
+    allowed = (
+        f"must be a folder that all hosts share: what {ranks[0][1][0]} (rank 0) writes does not come to {blind[0]}"
+    )
+    problem = ConfigError("--save", str(root), allowed)
+    member = common({rank: sees for rank, (_, is_member, sees) in ranks if is_member})
+    if member is None:
+        raise problem
+    usual = ranks[member][1][2]
+    if own[2] == usual:
+        raise refused([host for _, (host, _, sees) in ranks if sees != usual], str(problem))
+    error = HostDiffersError([problem])
+    error.collective = launcher.local_rank() > 0
+    raise error
 
 
 def _read(path: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +19,13 @@ import torch.distributed as dist
 
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver
 from megatron_samoe.dist_checkpointing.store import whole_iterations
-from megatron_samoe.errors import CheckpointError, CommunicationError, HostsLeftError, MegatronSamoeError
+from megatron_samoe.errors import (
+    CheckpointError,
+    CommunicationError,
+    HostsLeftError,
+    MegatronSamoeError,
+    ToldToLeaveError,
+)
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.backend import is_communication_failure
@@ -237,7 +244,10 @@ class Trainer:
             self._finish_saving()  # raises on every rank what the saving has met
         if number:
             signals.agreed = signal.Signals(number)
-            return f"signal {number} received"
+            told = self.setup.parallel.world.all_gather_object(socket.gethostname() if signals.received else None)
+            signals.told = [f"rank {rank} ({host})" for rank, host in enumerate(told) if host is not None]
+            by = f" by {signals.who}" if None in told else ""
+            return f"signal {number} received{by}"
         return f"--exit-duration-in-mins {training.exit_duration_in_mins}" if is_late else None
 
     @contextlib.contextmanager
@@ -265,6 +275,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 #: How long the torchrun of another host may take longer to see what this host's has seen.
 PARTING_S = 10.0
+#: Ranks that a message names.
+_NAMED = 4
 
 
 class ExitSignals:
@@ -273,11 +285,13 @@ class ExitSignals:
     Attributes:
         received: by this rank.
         agreed: by any rank, and the reason why all leave.
+        told: the ranks that had a signal when all agreed, as words.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.agreed: signal.Signals | None = None
+        self.told: Sequence[str] = ()
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> ExitSignals:
@@ -289,12 +303,21 @@ class ExitSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def who(self) -> str:
+        """The first ranks of `told`."""
+        more = f" and {len(self.told) - _NAMED} others" if len(self.told) > _NAMED else ""
+        return ", ".join(self.told[:_NAMED]) + more
+
     def part(self) -> None:
-        """Waits for the SIGTERM that ranks of other hosts got: torchrun sends it to all, a little sooner or later, where
-        hosts join or the job is to end. It would take a rank that leaves before for one that is done.
+        """Leaves a job of several hosts whose ranks agreed on SIGTERM, so that no torchrun takes its rank for one that is done.
+
+        A torchrun that has sent the signal itself asks for no status: its host leaves, hosts join, or the job is to end.
+        Another one tries again. Torchruns of several hosts send it a little sooner or later.
 
         Raises:
-            HostsLeftError: none comes, so it was for those hosts alone.
+            ToldToLeaveError: the signal came to this rank.
+            HostsLeftError: it does not come here.
         """
         if self.agreed != signal.SIGTERM or not launcher.has_other_hosts():
             return
@@ -302,11 +325,12 @@ class ExitSignals:
         while self.received is None:
             if time.monotonic() > until:
                 raise HostsLeftError(
-                    "SIGTERM came to other hosts alone, which leave. This one tries again, from the checkpoint that all have "
+                    f"SIGTERM came to {self.who} and not to this rank, which tries again, from the checkpoint that all have "
                     "saved. SIGUSR1 to any rank ends a job on all hosts.",
                     collective=launcher.local_rank() > 0,
                 )
             time.sleep(0.05)
+        raise ToldToLeaveError(f"SIGTERM came to {self.who}: all ranks have saved, and leave.")
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

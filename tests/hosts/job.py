@@ -74,8 +74,9 @@ class Job:
         Args:
             flags, agent: of the program, and of torchrun, on this host alone.
         """
+        module = self._words.index("-m")
         run = host.start(
-            [self._words[0], *agent, *self._words[1:], *flags],
+            [*self._words[:module], *agent, *self._words[module:], *flags],
             self._warm,
             TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
             **environment,

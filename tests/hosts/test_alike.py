@@ -1,47 +1,55 @@
-"""Hosts that differ are refused before a step, by one error that names the host and the difference."""
+"""Hosts that differ are refused before a step, by one error that names the host and the difference; a spare of an elastic job
+alone, and the job goes on.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.harness.program import REPOSITORY, write_corpus
-from tests.hosts.cluster import SHARED, Cluster
-from tests.hosts.job import Job
+from tests.hosts.cluster import SHARED, Cluster, Host
+from tests.hosts.job import QUICK, STEPS, Job
 
 pytestmark = pytest.mark.distributed
 night = pytest.mark.night
 
 PACKAGE = REPOSITORY / "megatron_samoe"
-#: What is other on host1: files that lie over others, flags, environment, and what the error says of it.
-DIFFERENCES = {
-    "configuration": ({}, ["--lr", "3e-4"], {}, r"--lr = '0.0003 on host1 \(rank 1\)': must be alike .* is 0.0001 on host0"),
-    "layout": ({}, ["--pipeline-model-parallel-size", "2"], {}, r"--pipeline-model-parallel-size = '2 on host1"),
+#: What is other on a host: files that lie over others, flags, environment, and what the error says of it and the first host.
+DIFFERENCES: dict[str, tuple[Mapping[Path, Path], Sequence[str], Mapping[str, str], str]] = {
+    "configuration": ({}, ["--lr", "3e-4"], {}, r"--lr = '0.0003 on HOST \(rank \d\)': must be alike .* is 0.0001 on FIRST"),
+    "layout": ({}, ["--pipeline-model-parallel-size", "2"], {}, r"--pipeline-model-parallel-size = '2 on HOST"),
     "illegal": ({}, ["--hidden-size", "15"], {}, r"--num-attention-heads"),
-    "version": ({PACKAGE / "moved.py": PACKAGE / "log.py"}, [], {}, r"megatron_samoe = '.*, files \w+ on host1"),
-    "build": ({}, [], {"MEGATRON_SAMOE_ISA": "avx2"}, r"MEGATRON_SAMOE_ISA = 'avx2 on host1 .* is missing on host0"),
-    "data": ({SHARED / "data/corpus.bin": SHARED / "data/other.bin"}, [], {}, r"corpus.bin = '[\d,]+ bytes, \w+ on host1"),
-    "no data": ({SHARED / "data": SHARED / "empty"}, [], {}, r"corpus.bin = 'No such file or directory on host1"),
-    "cores": ({}, ["--num-threads", "2"], {}, r"threads of a rank .* = '2 on host1"),
-    "folder": ({SHARED / "run/checkpoints": SHARED / "empty"}, [], {}, r"must be a folder that all hosts share: .* host1"),
+    "version": ({PACKAGE / "moved.py": PACKAGE / "log.py"}, [], {}, r"megatron_samoe = '.*, files \w+ on HOST"),
+    "build": ({}, [], {"MEGATRON_SAMOE_ISA": "avx2"}, r"MEGATRON_SAMOE_ISA = 'avx2 on HOST .* is missing on FIRST"),
+    "data": ({SHARED / "data/corpus.bin": SHARED / "data/other.bin"}, [], {}, r"corpus.bin = '[\d,]+ bytes, \w+ on HOST"),
+    "no data": ({SHARED / "data": SHARED / "empty"}, [], {}, r"corpus.bin = 'No such file or directory on HOST"),
+    "cores": ({}, ["--num-threads", "2"], {}, r"threads of a rank .* = '2 on HOST"),
+    "folder": ({SHARED / "run/checkpoints": SHARED / "empty"}, [], {}, r"must be a folder that all hosts share: .* HOST"),
 }  # fmt: skip
+#: Hosts that are left wait twenty seconds for others: a spare on a busy machine comes in time.
+CONF = QUICK.replace("last_call_timeout=60", "last_call_timeout=20")
 BY_DAY = ("configuration", "folder")
 
 
-@pytest.mark.parametrize("what", [name if name in BY_DAY else pytest.param(name, marks=night) for name in DIFFERENCES])
-def test_a_host_that_differs_is_named(what: str, cluster: Cluster) -> None:
-    covered: Mapping[Path, Path]
-    flags: Sequence[str]
-    covered, flags, environment, problem = DIFFERENCES[what]
-    hosts = [cluster.add(), cluster.add()]
+def make_different(host: Host, covered: Mapping[Path, Path], cluster: Cluster) -> None:
     write_corpus(cluster.shared / "data" / "other", num_documents=41)
     (cluster.shared / "run" / "checkpoints").mkdir(parents=True)
     (cluster.shared / "empty").mkdir()
     for path, other in covered.items():
-        hosts[1].run("mount", "--bind", other, path)
+        host.run("mount", "--bind", other, path)
+
+
+@pytest.mark.parametrize("what", [name if name in BY_DAY else pytest.param(name, marks=night) for name in DIFFERENCES])
+def test_a_host_that_differs_is_named(what: str, cluster: Cluster) -> None:
+    covered, flags, environment, problem = DIFFERENCES[what]
+    hosts = [cluster.add(), cluster.add()]
+    make_different(hosts[1], covered, cluster)
     job = Job(cluster, start=False, save_interval=10, distributed_timeout_minutes=0.2)
     job.start(hosts[0])
     job.start(hosts[1], *flags, **environment)
@@ -49,5 +57,36 @@ def test_a_host_that_differs_is_named(what: str, cluster: Cluster) -> None:
         assert agent.wait(60) != (0,), f"{name}:\n{job.output()}"
     output = job.output()
     said = re.findall(r"^error.*?: (.*(?:\n  .*)*)", output, re.MULTILINE)
+    problem = problem.replace("HOST", "host1").replace("FIRST", "host0")
     assert said and all(re.search(problem, paragraph) for paragraph in said), output
     assert job.step() == 0 and not any(host.processes() for host in hosts)
+
+
+@night
+@pytest.mark.parametrize("what", DIFFERENCES)
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_spare_that_differs_is_refused(what: str, place: int, cluster: Cluster, undisturbed: list[float]) -> None:
+    """Torchrun gives ranks by names of hosts, so a spare may be the first of them."""
+    covered, flags, environment, problem = DIFFERENCES[what]
+    hosts = [cluster.add() for _ in range(3)]
+    spare = hosts.pop(place)
+    make_different(spare, covered, cluster)
+    options = {"save_interval": 10, "distributed_timeout_minutes": 1.0}
+    job = Job(cluster, start=False, hosts=[*hosts, spare], conf=CONF, **options)
+    for host in hosts:
+        job.start(host)
+    job.wait_for_step(3)
+    paused = max(hosts[1].processes())
+    os.kill(paused, signal.SIGSTOP)
+    run = job.start(spare, *flags, **environment)
+    job.wait_for("closing signal SIGTERM")  # which a host's torchrun sends when it sees the spare
+    os.kill(paused, signal.SIGCONT)
+    del job.agents[spare.name]
+    output = job.succeed(120)
+    assert job.losses() == pytest.approx(undisturbed, rel=1e-5)
+    assert run.wait(20) != (0,) and not spare.processes()
+    said = re.findall(r"^error.*?: (.*(?:\n  .*)*)", run.output(), re.MULTILINE)
+    problem = problem.replace("HOST", spare.name).replace("FIRST", hosts[0].name)
+    assert len(said) == 1 and re.search(problem, said[0]), run.output()
+    assert re.search(f"^error.*{spare.name} cannot take part in this job, which goes on", output, re.MULTILINE), output
+    assert output.count("lm loss: ") == STEPS, "no step was repeated"

@@ -6,6 +6,8 @@ Two hosts of one rank each, since ranks that outnumber cores wait for each other
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import combinations
@@ -20,6 +22,7 @@ from megatron_samoe.planning.layout_cost import step_cost
 from tests.harness.program import arguments, start, write_corpus
 from tests.hosts.cluster import SHARED, Cluster
 from tests.hosts.job import OPTIONS, Job
+from tests.hosts.overlap import MODELS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.night]
 STEPS, VOCABULARY = 12, 257
@@ -97,3 +100,19 @@ def test_six_layouts(cluster: Cluster, planned: Planned) -> None:
         assert near or (one[2] < other[2]) == (one[3] < other[3]), found
     for name in ("dp", "dp, zero", "ep", "tp", "cp"):
         assert found[name][1] == pytest.approx(found[name][0], rel=0.15), name
+
+
+def test_what_runs_beside_products(cluster: Cluster) -> None:
+    """What docs/cluster.md says of it: SAMOE_HOSTS_ROUNDS=30 on an idle machine."""
+    for host in (cluster.add(), cluster.add(delay_s=0.001)):
+        host.shape("1gbit", "128kb")
+    words = ["torchrun", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=host0:29500"]
+    words += ["-m", "tests.hosts.overlap", os.environ.get("SAMOE_HOSTS_ROUNDS", "5")]
+    runs = [host.start(words) for host in cluster.hosts]
+    output = "".join(run.succeed(500) for run in runs)
+    medians = json.loads(re.findall("medians (.*)", output)[0])
+    for name in MODELS:
+        alone, after, beside = (medians[f"{name}, {how}"] for how in ("alone", "after", "beside"))
+        hidden = (after - beside) / (after - alone)
+        print(f"{name}: alone {alone:.3f} s, exchanges after {after:.3f} s, beside {beside:.3f} s: {hidden:.0%} hidden")
+        assert alone < after and (name != "gradients" or alone < beside < after), medians

@@ -20,7 +20,8 @@ from tests.hosts.cluster import Cluster
 from tests.hosts.job import STEPS, Job
 
 pytestmark = [pytest.mark.distributed, pytest.mark.night]
-FAULTS = ("cable out", "rank killed", "rank paused", "host lost", "host slow")
+FAULTS = ("cable out", "rank killed", "rank told to leave", "rank paused", "host lost", "host slow")
+SIGNALS = {"rank killed": signal.SIGKILL, "rank told to leave": signal.SIGTERM, "rank paused": signal.SIGSTOP}
 
 
 def drawn(seed: int, count: int = 5) -> list[dict[str, Any]]:
@@ -61,14 +62,17 @@ class Operator:
         elif what == "host slow":
             host.cores(0.2)
         elif ranks:
-            os.kill(ranks[-1], signal.SIGKILL if what == "rank killed" else signal.SIGSTOP)
+            os.kill(ranks[-1], SIGNALS[what])
             if what == "rank paused":
                 time.sleep(seconds)
                 os.kill(ranks[-1], signal.SIGCONT)
 
     def tend(self) -> Iterator[None]:
-        """Starts agents that ended badly again, until all have ended well."""
-        until = time.monotonic() + 300
+        """Starts agents that ended badly again, until all have ended well.
+
+        Agents that are done wait five minutes for those of lost hosts.
+        """
+        until = time.monotonic() + 300 + 300
         while any(agent.processes[0].exitcode != 0 for agent in self.job.agents.values()):
             assert time.monotonic() < until, self.job.output()
             for host in self.places:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -101,6 +102,31 @@ def test_torchrun_that_is_process_1_of_a_container_is_told_not_to_try_again(monk
     monkeypatch.setattr(sys, "platform", "darwin")  # where ranks outlive a torchrun that was killed
     launcher.refuse_restart()
     assert len(sent) == 1
+
+
+def test_a_host_is_a_member_once_its_torchrun_has_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(agent: str, attempt: int, local_rank: int) -> None:
+        """Sets what torchrun sets, and empties the attempt's folder as it does."""
+        folder = tmp_path / agent / f"attempt_{attempt}"
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / str(local_rank)).mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / str(local_rank) / "error.json"))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+
+    start("job_a", 0, local_rank=1)
+    launcher.become_member()
+    assert not launcher.is_member(), "the first rank of a host notes it"
+    start("job_a", 0, local_rank=0)
+    launcher.become_member()
+    for attempt in (0, 1):  # hosts that come are no failure, after which torchrun counts on
+        start("job_a", attempt, local_rank=1)
+        assert launcher.is_member()
+    start("job_b", 0, local_rank=0)
+    assert not launcher.is_member(), "another torchrun"
+    for without in ("", "error.json"):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", without)
+        launcher.become_member()
+        assert not launcher.is_member()
 
 
 def test_the_ranks_store_listens_at_its_address_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import uuid
 from collections.abc import Callable
@@ -10,7 +11,15 @@ from pathlib import Path
 import pytest
 from torch.distributed import FileStore, HashStore, Store
 
-from megatron_samoe.errors import CommunicationError, JobEndedError, MegatronSamoeError
+from megatron_samoe.errors import (
+    CommunicationError,
+    ConfigError,
+    HostDiffersError,
+    HostRefusedError,
+    JobEndedError,
+    MegatronSamoeError,
+)
+from megatron_samoe.parallel_state import meeting as module
 from megatron_samoe.parallel_state.backend import shared_fate
 from megatron_samoe.parallel_state.meeting import Meeting
 
@@ -123,6 +132,46 @@ def test_a_fault_that_does_not_pass_ends_all_attempts() -> None:
         raise CommunicationError("rank 1 is gone")
     with pytest.raises(JobEndedError, match="ended by rank 1"):
         Meeting(store, 0, 2).meet(1.0)
+
+
+def test_a_host_that_cannot_come_ends_no_elastic_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.5)
+    store = HashStore()
+    Meeting(store, 3, 4).stay_away("this file is missing")
+    raised: list[HostRefusedError] = []
+
+    def come(rank: int) -> None:
+        with pytest.raises(HostRefusedError) as caught:
+            Meeting(store, rank, 4, is_member=rank < 2).meet(5.0)
+        raised.append(caught.value)
+
+    threads = [threading.Thread(target=come, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    here = socket.gethostname()
+    said = f"{here} cannot take part in this job, which goes on without: rank 3 on {here}: this file is missing"
+    assert [str(error) for error in raised] == [said] * 3 and not raised[0].permanent
+    assert len(set(meet(lambda: store, 3).values())) == 1, "the next attempt knows nothing of it"
+
+
+def test_a_host_that_cannot_come_ends_a_job_that_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.1)
+    store = HashStore()
+    Meeting(store, 1, 2).stay_away("this file is missing")
+    with pytest.raises(JobEndedError, match=r"ended by rank 1 on .*: this file is missing"):
+        Meeting(store, 0, 2).meet(5.0)
+
+
+def test_a_fault_of_a_host_that_differs_is_none_of_the_job() -> None:
+    meetings = [Meeting(HashStore(), rank, 2) for rank in range(2)]
+    with (
+        pytest.raises(HostDiffersError, match="--save = '/x': is not shared; the job goes on"),
+        shared_fate(meetings[0]),
+    ):
+        raise HostDiffersError([ConfigError("--save", "/x", "is not shared")])
+    meetings[1].raise_if_ended()
 
 
 def test_a_peer_that_gloo_misses_is_the_fault_that_ended_the_job() -> None:

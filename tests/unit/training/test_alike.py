@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from torch.distributed import HashStore
 
 from megatron_samoe.config.data import DataConfig
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.errors import ConfigErrors, HostDiffersError, HostRefusedError, MegatronSamoeError
 from megatron_samoe.parallel_state.meeting import Meeting
 from megatron_samoe.training.machine import alike_facts
 from tests.harness.program import write_corpus
@@ -45,25 +47,63 @@ def test_a_difference_of_options_data_and_environment_is_one_fact(
     assert facts(data)[f"{tmp_path / 'corpus'}.idx"] == "No such file or directory"
 
 
-def test_all_ranks_hear_which_host_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    heard: dict[int, str] = {}
-    stores = HashStore(), HashStore()
+def compared(
+    ranks: Sequence[Mapping[str, str]], members: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> dict[int, MegatronSamoeError]:
+    """Lets ranks, each on a host of its own, meet and compare what they have; returns what they raise."""
+    raised: dict[int, MegatronSamoeError] = {}
+    store, host = HashStore(), threading.local()
+    monkeypatch.setattr(socket, "gethostname", lambda: host.name)
 
     def one(rank: int) -> None:
-        alike, other = (Meeting(store, rank, 3) for store in stores)
-        alike.meet(10)
-        alike.compare({"torch": "2.13"})
-        other.meet(10)
+        host.name = f"host{rank}"
+        meeting = Meeting(store, rank, len(ranks), rank in members)
+        meeting.meet(10)
         try:
-            other.compare({"torch": "2.13", "--lr": "2" if rank == 2 else "1", **({"x": "y"} if rank == 1 else {})})
-        except ConfigError as error:
-            heard[rank] = str(error)
+            meeting.compare(ranks[rank])
+        except MegatronSamoeError as error:
+            raised[rank] = error
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(3)]
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(ranks))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert len(heard) == 3 and len(set(heard.values())) == 1
-    assert "--lr = '2 on " in heard[0] and "(rank 2)': must be alike on all hosts, and is 1 on" in heard[0]
-    assert "x = 'y on " in heard[0] and "is missing on" in heard[0]
+    return raised
+
+
+def test_all_ranks_hear_which_host_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not compared([{"torch": "2.13"}] * 3, [], monkeypatch)
+    usual = {"torch": "2.13", "--lr": "1"}
+    raised = compared([usual, {**usual, "x": "y"}, {**usual, "--lr": "2"}], [], monkeypatch)
+    assert len(raised) == 3 and len({str(error) for error in raised.values()}) == 1
+    assert all(error.permanent and error.ends_job for error in raised.values())
+    assert "--lr = '2 on host2 (rank 2)': must be alike on all hosts, and is 1 on host0" in str(raised[0])
+    assert "x = 'y on host1 (rank 1)'" in str(raised[0]) and "is missing on host0" in str(raised[0])
+
+
+def test_a_host_that_comes_to_an_elastic_job_is_measured_by_those_that_were_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual, other = {"torch": "2.13"}, {"torch": "2.14"}
+    raised = compared([other, usual, usual, {**usual, "x": "y"}, usual], [1, 2], monkeypatch)
+    assert isinstance(raised[0], HostDiffersError) and isinstance(raised[3], HostDiffersError)
+    assert raised[0].permanent and not raised[0].ends_job, "its torchrun ends, and the job does not"
+    problems = (
+        "torch = '2.14 on host0 (rank 0)': must be alike on all hosts, and is 2.13 on host1 (rank 1)",
+        "x = 'y on host3 (rank 3)': must be alike on all hosts, and is missing on host1 (rank 1)",
+    )
+    for rank, problem in zip((0, 3), problems, strict=True):
+        assert str(raised[rank]) == f"{problem}; the job goes on without this host"
+    for rank in (1, 2, 4):
+        assert isinstance(raised[rank], HostRefusedError) and not raised[rank].permanent
+        assert str(raised[rank]).startswith(
+            "host0, host3 cannot take part in this job, which goes on without: hosts of"
+        )
+        assert all(problem in str(raised[rank]) for problem in problems)
+
+
+def test_members_that_have_changed_end_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can say which of them is as the job began."""
+    raised = compared([{"x": "1"}, {"x": "2"}, {"x": "1"}], [0, 1], monkeypatch)
+    assert {type(error) for error in raised.values()} == {ConfigErrors} and len(raised) == 3

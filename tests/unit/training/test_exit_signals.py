@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from megatron_samoe.errors import HostsLeftError
+from megatron_samoe.errors import HostsLeftError, ToldToLeaveError
 from megatron_samoe.training import trainer
 from megatron_samoe.training.trainer import ExitSignals
 
@@ -23,7 +23,7 @@ def on_one_of_two_hosts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def part(agreed: signal.Signals, sent_after_s: float | None = None) -> None:
     with ExitSignals() as signals:
-        signals.agreed = agreed
+        signals.agreed, signals.told = agreed, [f"rank {rank} (host1)" for rank in (2, 3)]
         timer = threading.Timer(sent_after_s or 0.0, os.kill, (os.getpid(), agreed))
         timer.start() if sent_after_s is not None else None
         try:
@@ -33,7 +33,7 @@ def part(agreed: signal.Signals, sent_after_s: float | None = None) -> None:
 
 
 def test_a_host_that_was_not_told_tries_again(on_one_of_two_hosts: pytest.MonkeyPatch) -> None:
-    with pytest.raises(HostsLeftError, match="SIGTERM came to other hosts alone") as raised:
+    with pytest.raises(HostsLeftError, match=r"SIGTERM came to rank 2 \(host1\), rank 3 \(host1\) and not") as raised:
         part(signal.SIGTERM)
     assert not raised.value.permanent and raised.value.exit_status != 0 and not raised.value.collective
     on_one_of_two_hosts.setenv("LOCAL_RANK", "1")
@@ -42,9 +42,23 @@ def test_a_host_that_was_not_told_tries_again(on_one_of_two_hosts: pytest.Monkey
     assert raised.value.collective, "one line a host"
 
 
-def test_a_host_that_is_told_later_leaves(on_one_of_two_hosts: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sent_after_s", [0.0, 0.1])
+def test_a_rank_that_is_told_leaves_as_one_that_is_not_done(
+    sent_after_s: float, on_one_of_two_hosts: pytest.MonkeyPatch
+) -> None:
+    """Its torchrun would wait for the other hosts' ends and train no more, where it has not sent the signal itself."""
     on_one_of_two_hosts.setattr(trainer, "PARTING_S", 60.0)
-    part(signal.SIGTERM, sent_after_s=0.1)
+    with pytest.raises(ToldToLeaveError, match=r"rank 2 \(host1\), .*: all ranks have saved") as raised:
+        part(signal.SIGTERM, sent_after_s)
+    assert raised.value.exit_status == 143 and not raised.value.permanent
+
+
+def test_a_message_names_a_few_ranks() -> None:
+    signals = ExitSignals()
+    signals.told = [f"rank {rank} (host1)" for rank in range(4)]
+    assert signals.who.endswith("rank 3 (host1)")
+    signals.told = [f"rank {rank} (host1)" for rank in range(60)]
+    assert signals.who.endswith("rank 3 (host1) and 56 others")
 
 
 def test_other_ways_to_leave_are_for_all_hosts(on_one_of_two_hosts: pytest.MonkeyPatch) -> None:
