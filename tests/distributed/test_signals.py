@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,8 @@ def test_signal_to_one_rank_takes_all_along(rank: int, corpus: Path, tmp_path: P
     args = arguments(data_path=corpus, save=tmp_path / "save", expert_model_parallel_size=2, **LONG)
     run = after_third_step(start(args, tmp_path / "out", num_ranks=2))
     run.signal(signal.SIGUSR1, rank)
-    assert_left_with_checkpoint(run, tmp_path / "save", f"signal {signal.SIGUSR1:d} received")
+    reason = f"signal {signal.SIGUSR1:d} received by rank {rank} ({socket.gethostname()})"
+    assert_left_with_checkpoint(run, tmp_path / "save", reason)
 
 
 def test_signal_without_a_place_to_save_just_leaves(corpus: Path, tmp_path: Path) -> None:
