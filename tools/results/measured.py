@@ -89,7 +89,7 @@ def _decode() -> Figures:
                 for name in ("moe-12-512-2048-32-2-8192 auto", "llama.cpp")
             )
             share = 100 * ours["share_of_floor"]
-            yield [ours["ms_per_token"], share, ours["prefill_ms"], theirs["ms_per_token"], theirs["prefill_ms"]]
+            yield [ours["ms_per_token"], share, theirs["ms_per_token"]]
 
 
 def _decode_sharing() -> Figures:
@@ -102,6 +102,14 @@ def _decode_sharing() -> Figures:
         f"dense-{sizes} folded",
     ):
         yield [row("decode/sharing", contestant=name, batch=batch)["ms_per_token"] for batch in (1, 8, 32)]
+
+
+def _prompts() -> Figures:
+    sizes = "moe-12-512-2048-32-2-8192 auto"
+    for dtype, length in itertools.product(("fp32", "bf16", "int8"), (512, 2048)):
+        names = (sizes, "llama.cpp") if dtype == "int8" else (sizes, "llama.cpp", "transformers default")
+        found = [row("decode/prompt", dtype=dtype, contestant=name, prompt=length) for name in names]
+        yield [found[0]["of fp32 product"], *(one["first_ms"] for one in found)]
 
 
 def _quickstart() -> Figures:
@@ -123,6 +131,7 @@ TABLES: Mapping[tuple[str, str], Callable[[], Figures]] = {
     ("docs/performance.md", "| ranks | MB a rank |"): _exchanges,
     ("docs/inference.md", "| dtype | batch | ms per step |"): _decode,
     ("docs/inference.md", "| model | experts' bytes in memory |"): _decode_sharing,
+    ("docs/inference.md", "| weights, prompt |"): _prompts,
 }
 
 
