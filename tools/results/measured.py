@@ -109,7 +109,7 @@ def _prompts() -> Figures:
     for dtype, length in itertools.product(("fp32", "bf16", "int8"), (512, 2048)):
         names = (sizes, "llama.cpp") if dtype == "int8" else (sizes, "llama.cpp", "transformers default")
         found = [row("decode/prompt", dtype=dtype, contestant=name, prompt=length) for name in names]
-        yield [found[0]["of fp32 product"], *(one["first_ms"] for one in found)]
+        yield [found[0]["of fp32 product"], found[0]["of bf16 product"], *(one["first_ms"] for one in found)]
 
 
 def _quickstart() -> Figures:
