@@ -18,7 +18,7 @@ from tools.benchmarks.expert_parallel import ExpertParallel
 from tools.benchmarks.gpu_budget import GpuBudget
 from tools.benchmarks.layer import MoELayerBenchmark
 from tools.benchmarks.muon import MuonBenchmark
-from tools.benchmarks.ops import AdamW, CrossEntropy, DocumentAttention, Pool
+from tools.benchmarks.ops import AdamW, CrossEntropy, DocumentAttention, Linear, Pool
 from tools.benchmarks.parallel import Bubble, Memory, Overhead, StepTime
 from tools.benchmarks.prompt import Prompt
 from tools.benchmarks.ring_attention import RingAttention
@@ -27,7 +27,7 @@ from tools.benchmarks.serve import Serve
 from tools.benchmarks.servers import Servers
 from tools.benchmarks.train import TrainStep
 
-_ALL = (MoELayerBenchmark, TrainStep, Roofline, ExpertParallel, AllToAll, Dispatch, Pool, CrossEntropy, DocumentAttention,
+_ALL = (MoELayerBenchmark, TrainStep, Roofline, ExpertParallel, AllToAll, Dispatch, Pool, Linear, CrossEntropy, DocumentAttention,
         AdamW, MuonBenchmark, Decode, Prompt, CheckpointBenchmark, ConvertBenchmark, DataBenchmark, Serve, Servers, RingAttention,
         GpuBudget)  # fmt: skip
 BENCHMARKS: dict[str, Commands] = {

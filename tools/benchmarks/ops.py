@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +13,12 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from megatron_samoe.errors import ExtensionError
-from megatron_samoe.ops import extension
+from megatron_samoe.ops import cpu_products, extension
 from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw
 from megatron_samoe.ops.attention import PLAIN, attention
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.cross_entropy import cross_entropy_backward, cross_entropy_parts
+from megatron_samoe.ops.decode import linear, stored
 from megatron_samoe.ops.document_attention import Documents, document_attention
 from tools.benchmarks.harness import (
     DTYPES,
@@ -113,6 +115,41 @@ class Pool(OpBenchmark):
                     op_row_beside_copy(f"pool {name}, {layers} layers", "fp32", medians, moved[name], 2 * layers)
                 )
         return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(OpBenchmark):
+    """a linear layer of inference over many tokens: streamed, as whole products, and torch's product
+
+    ops/cpu_products.py chooses between the first two. torch's operands are all of the weights' type.
+    """
+
+    name = "linear"
+
+    tokens: tuple[int, ...] = (16, 64, 128, 512)
+    sizes: tuple[tuple[int, int], ...] = ((2048, 2048), (512, 2048), (2048, 512))
+    """inputs and outputs"""
+    dtype: tuple[Dtype, ...] = ("fp32", "bf16")
+
+    def rows(self) -> Rows:
+        shapes = itertools.product(self.dtype, self.sizes, self.tokens)
+        return [self._row(dtype, inputs, outputs, tokens) for dtype, (inputs, outputs), tokens in shapes]
+
+    def _row(self, dtype: Dtype, inputs: int, outputs: int, tokens: int) -> Row:
+        weight = stored(torch.randn(outputs, inputs) * inputs**-0.5, dtype)
+        x, out = torch.randn(tokens, inputs), torch.empty(tokens, outputs)
+
+        def ours(least: int) -> None:
+            with cpu_products.using(fp32_tokens=least, bf16_tokens=least):
+                linear(x, weight, None, out)
+
+        cast = x.to(weight.data.dtype)
+        run: Variants = {
+            "products": partial(ours, 1),
+            "streamed": partial(ours, tokens + 1),
+            "torch": partial(torch.matmul, cast, weight.data.t()),
+        }
+        return op_row(f"linear {inputs} x {outputs}, {tokens} tokens", dtype, self.medians(run), "products")
 
 
 @dataclass(frozen=True, kw_only=True)

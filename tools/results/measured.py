@@ -72,6 +72,11 @@ def _ops() -> Figures:
         yield of("pool", "matmul", op=f"pool {way}, 12 layers")
     for file, other in (("cross_entropy", "torch"), ("adamw", "torch fused")):
         yield [x for dtype in ("fp32", "bf16") for x in of(file, other, dtype=dtype)]
+    # As ops/cpu_products.py chooses on this processor.
+    wide, half = (
+        row("performance/linear", op="linear 2048 x 2048, 512 tokens", dtype=dtype) for dtype in ("fp32", "bf16")
+    )
+    yield [wide["streamed ms"], wide["torch ms"] / wide["streamed ms"], half["products ms"], half["products / torch"]]
 
 
 def _exchanges() -> Figures:

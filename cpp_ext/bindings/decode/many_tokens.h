@@ -1,5 +1,6 @@
-// Linear layers and experts of inference on a CPU. Few tokens stream the weights through the kernels; many are whole
-// products of the BLAS, where ops/cpu_products.py says that these are faster. Activations are fp32 in either way.
+// Linear layers and experts of inference on a CPU. Few tokens stream the weights through the kernels, with activations in
+// fp32; many take whole products where ops/cpu_products.py says that these are faster, and with weights in bf16 round
+// activations to bf16 for them, unless the way of bf16 is fp32.
 #pragma once
 
 #include "../../kernels/kernels.h"
@@ -7,8 +8,6 @@
 namespace samoe {
 namespace decode {
 
-// Whether so many tokens take whole products with weights of a type.
-bool takes_products(WeightType type, int64_t num_tokens);
 void run_linear(const cpu::DecodeLinear& a);
 void run_experts(const cpu::DecodeExperts& a);
 

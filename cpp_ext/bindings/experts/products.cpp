@@ -205,9 +205,16 @@ void times_transposed_plus(const Matrix& a, const Matrix& b, const Matrix* bias,
   cpu::kernels().add_bias({y.dtype, static_cast<const float*>(sum.data), added, y.rows, y.columns, y.data});
 }
 
-void add_times_transposed(const Matrix& a, const Matrix& b, const Matrix& c) {
-  const Tensor sum = view_of(c);
-  blas_plus(sum, view_of(a), view_of(b, true), sum);
+void add_times_transposed(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory) {
+  if (a.dtype == DType::f32) {
+    const Tensor sum = view_of(c);
+    return blas_plus(sum, view_of(a), view_of(b, true), sum);
+  }
+  if (by_own_kernel(a)) return multiply(a, false, b, true, nullptr, c, memory);
+  const Matrix product = memory.matrix(DType::bf16, c.rows, c.columns);
+  times(a, b, true, product, memory);
+  for (int64_t r = 0; r < c.rows; ++r)
+    cpu::kernels().convert({DType::bf16, DType::f32, product.at(r, 0), c.at(r, 0), c.columns, true});
 }
 
 void add_transposed_times(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory) {

@@ -120,8 +120,8 @@ void times(const Matrix& a, const Matrix& b, bool transposed, const Matrix& c, W
 void times_transposed_plus(const Matrix& a, const Matrix& b, const Matrix* bias, const Matrix& y, WorkMemory& memory);
 // c += a^T b with c in fp32.
 void add_transposed_times(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory);
-// c += a b^T in fp32.
-void add_times_transposed(const Matrix& a, const Matrix& b, const Matrix& c);
+// c += a b^T with c in fp32.
+void add_times_transposed(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory);
 // Returns m, or a copy in fp32.
 Matrix widened(const Matrix& m, WorkMemory& memory);
 

@@ -20,6 +20,7 @@ constexpr int kTileVectors = 3;
 constexpr int64_t kPanel = 16 * kTileVectors;  // columns
 constexpr int64_t kPairs = 1024;               // of a panel of a product that is added to: 192 KB
 constexpr int64_t kPairsAhead = 16;            // of a panel, asked for from the second-level cache
+constexpr int64_t kStride = 32;                // pairs between requests for the next panel
 constexpr int64_t kKeptPanels = 1 << 18;       // elements of B whose panels all stay in the second-level cache
 
 int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -127,9 +128,29 @@ SAMOE_BF16 inline __m512i pair_at(const char* p) {
   return _mm512_set1_epi32(dword);
 }
 
+// What of B the next panel takes, asked for while this one is multiplied: a few lines every kStride pairs, since more at once
+// than the core can wait for would hold it up.
+struct Ahead {
+  const char* line;
+  const char* row_end;
+  int64_t row_bytes, stride, rows;  // rows that are left
+  int64_t lines_per_stride;
+
+  SAMOE_BF16 void step() {
+    for (int64_t i = 0; i < lines_per_stride && rows > 0; ++i) {
+      __builtin_prefetch(line, 0, 2);
+      line += 64;
+      if (line < row_end) continue;
+      --rows;
+      row_end += stride;
+      line = row_end - row_bytes;
+    }
+  }
+};
+
 template <int ROWS>
 SAMOE_BF16 void multiply_tile(const char* a, int64_t row_bytes, int64_t pair_bytes, const uint32_t* panel,
-                              int64_t pairs, const Bf16Product& p, int64_t row, int64_t column) {
+                              int64_t pairs, const Bf16Product& p, int64_t row, int64_t column, Ahead& ahead) {
   __m512 sum[ROWS][kTileVectors];
   for (int i = 0; i < ROWS; ++i)
     for (int v = 0; v < kTileVectors; ++v) sum[i][v] = _mm512_setzero_ps();
@@ -139,15 +160,18 @@ SAMOE_BF16 void multiply_tile(const char* a, int64_t row_bytes, int64_t pair_byt
       for (int v = 0; v < kTileVectors; ++v)
         __builtin_prefetch(p.sum + (row + kTileRows + i) * p.out_stride + column + 16 * v, 1);
   }
-  for (int64_t pair = 0; pair < pairs; ++pair, a += pair_bytes, panel += kPanel) {
-    __m512bh b[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) {
-      b[v] = (__m512bh)_mm512_loadu_si512(panel + 16 * v);
-      __builtin_prefetch(panel + kPairsAhead * kPanel + 16 * v);
-    }
-    for (int i = 0; i < ROWS; ++i) {
-      const __m512bh x = (__m512bh)pair_at(a + i * row_bytes);
-      for (int v = 0; v < kTileVectors; ++v) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], x, b[v]);
+  for (int64_t begin = 0; begin < pairs; begin += kStride) {
+    ahead.step();
+    for (int64_t pair = begin; pair < at_most(pairs, begin + kStride); ++pair, a += pair_bytes, panel += kPanel) {
+      __m512bh b[kTileVectors];
+      for (int v = 0; v < kTileVectors; ++v) {
+        b[v] = (__m512bh)_mm512_loadu_si512(panel + 16 * v);
+        __builtin_prefetch(panel + kPairsAhead * kPanel + 16 * v);
+      }
+      for (int i = 0; i < ROWS; ++i) {
+        const __m512bh x = (__m512bh)pair_at(a + i * row_bytes);
+        for (int v = 0; v < kTileVectors; ++v) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], x, b[v]);
+      }
     }
   }
   // Unrolled, or the sums would have to have addresses.
@@ -170,7 +194,7 @@ SAMOE_BF16 void multiply_tile(const char* a, int64_t row_bytes, int64_t pair_byt
 }
 
 using TileProduct = void (*)(const char*, int64_t, int64_t, const uint32_t*, int64_t, const Bf16Product&, int64_t,
-                             int64_t);
+                             int64_t, Ahead&);
 constexpr TileProduct kTileProducts[kTileRows] = {
     multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>,
     multiply_tile<5>, multiply_tile<6>, multiply_tile<7>, multiply_tile<8>};
@@ -195,26 +219,19 @@ Tiles tiles_of(const Bf16Product& p, int64_t from, int64_t k, uint32_t* work) {
 }
 
 void multiply(const Bf16Product& p, const Tiles& a, int64_t tile, const uint32_t* panel, int64_t pairs, int64_t row,
-              int64_t column) {
-  kTileProducts[at_most(kTileRows, p.m - row) - 1](a.data + tile * a.tile, a.row, a.pair, panel, pairs, p, row, column);
+              int64_t column, Ahead& ahead) {
+  kTileProducts[at_most(kTileRows, p.m - row) - 1](a.data + tile * a.tile, a.row, a.pair, panel, pairs, p, row, column,
+                                                   ahead);
 }
 
-// Asks for part `part` of `parts` of the columns of B that the next panel takes.
-void prefetch_columns(const Bf16Product& p, const uint16_t* b, int64_t k, int64_t column, int64_t part, int64_t parts) {
-  if (column >= p.n) return;
-  const int64_t columns = at_most(kPanel, p.n - column);
-  if (p.b_transposed) {
-    for (int64_t i = columns * part / parts; i < columns * (part + 1) / parts; ++i) {
-      const uint16_t* row = b + (column + i) * p.b_stride;
-      for (int64_t j = 0; j < k; j += 32) __builtin_prefetch(row + j, 0, 2);
-    }
-    return;
-  }
-  for (int64_t i = k * part / parts; i < k * (part + 1) / parts; ++i) {
-    const uint16_t* row = b + i * p.b_stride + column;
-    __builtin_prefetch(row, 0, 2);
-    __builtin_prefetch(row + columns - 1, 0, 2);
-  }
+// The panel of B from `column` on, in as few lines at a time as bring it while all tiles are multiplied.
+Ahead panel_ahead(const Bf16Product& p, const uint16_t* b, int64_t k, int64_t column, int64_t num_tiles) {
+  if (column >= p.n) return {};
+  const int64_t columns = at_most(kPanel, p.n - column), rows = p.b_transposed ? columns : k;
+  const int64_t row_bytes = 2 * (p.b_transposed ? k : columns), stride = 2 * p.b_stride;
+  const char* first = reinterpret_cast<const char*>(b + column * (p.b_transposed ? p.b_stride : 1));
+  const int64_t lines = rows * (row_bytes / 64 + 1), strides = ((k + 1) / 2 + kStride - 1) / kStride * num_tiles;
+  return {first, first + row_bytes, row_bytes, stride, rows, (lines + strides - 1) / strides};
 }
 
 void pack_panel(const Bf16Product& p, const uint16_t* b, int64_t k, int64_t column, uint32_t* panel) {
@@ -238,6 +255,7 @@ void multiply_run(const Bf16Product& p, int64_t from, int64_t k, uint32_t* work)
   const uint16_t* b = p.b + from * (p.b_transposed ? 1 : p.b_stride);
   if (goes_by_tiles(p)) {
     uint32_t* panels = work + 2 * kTileRows * pairs;
+    Ahead nothing{};
     for (int64_t column = 0; column < p.n; column += kPanel) pack_panel(p, b, k, column, panels + column * pairs);
     const uint16_t* a = p.a + from * p.a_stride;
     for (int64_t row = 0; row < p.m; row += 2 * kTileRows) {
@@ -245,7 +263,7 @@ void multiply_run(const Bf16Product& p, int64_t from, int64_t k, uint32_t* work)
       const Tiles two = {reinterpret_cast<const char*>(work), 4 * kTileRows * pairs, 4, 4 * kTileRows};
       for (int64_t t = 0; t < 2 && row + t * kTileRows < p.m; ++t) {
         for (int64_t column = 0; column < p.n; column += kPanel)
-          multiply(p, two, t, panels + column * pairs, pairs, row + t * kTileRows, column);
+          multiply(p, two, t, panels + column * pairs, pairs, row + t * kTileRows, column, nothing);
       }
     }
     return;
@@ -254,10 +272,8 @@ void multiply_run(const Bf16Product& p, int64_t from, int64_t k, uint32_t* work)
   const int64_t num_tiles = (p.m + kTileRows - 1) / kTileRows;
   for (int64_t column = 0; column < p.n; column += kPanel) {
     pack_panel(p, b, k, column, work);
-    for (int64_t t = 0; t < num_tiles; ++t) {
-      prefetch_columns(p, b, k, column + kPanel, t, num_tiles);
-      multiply(p, a, t, work, pairs, t * kTileRows, column);
-    }
+    Ahead ahead = panel_ahead(p, b, k, column + kPanel, num_tiles);
+    for (int64_t t = 0; t < num_tiles; ++t) multiply(p, a, t, work, pairs, t * kTileRows, column, ahead);
   }
 }
 
