@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import tracemalloc
@@ -12,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_samoe.errors import ConfigError, shown
-from megatron_samoe.parsing import parse_json, parse_yaml
+from megatron_samoe.parsing import _document, _FastLoader, _Loader, parse_json, parse_yaml
 
 BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{n}: &a{n} [{','.join(9 * [f'*a{n - 1}'])}]\n" for n in range(1, 12)
@@ -64,6 +65,17 @@ def test_what_is_no_plain_yaml_is_one_line(text: str, reason: str) -> None:
 @settings(max_examples=300, deadline=None)
 def test_what_yaml_wrote_is_read_again(value: object) -> None:
     assert parse_yaml(yaml.safe_dump(value)) == value
+
+
+@given(PLAIN.map(yaml.safe_dump) | SCRAPS)
+@example("a: 0101\nb: 2020-01-01\nc: -0\nd: 1_000\ne: 0x1F\nf: yes\ng: 1e-3\nh: 1.5e-3")
+@settings(max_examples=500, deadline=None)
+def test_the_fast_loader_reads_what_the_other_one_reads(text: str) -> None:
+    read = []
+    for kind in (_FastLoader, _Loader):
+        with contextlib.suppress(Exception):  # what one refuses is read by the other, or told in its words
+            read.append(repr(_document(kind, text)))
+    assert len(set(read)) <= 1
 
 
 @given(SCRAPS)
