@@ -183,6 +183,28 @@ def test_mlp_block(way, monkeypatch, kind, gated, bias, tokens, experts, topk):
     torch.testing.assert_close(fast, slow, **allowed)
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_experts_on_more_threads(way, kind):
+    """Among them one that has most tokens, which threads share."""
+    hidden, ffn, tokens, experts = 36, 75, 400, 5
+    stack, norm = make_experts(hidden, ffn, experts, experts, kind, True, False), make_norm(hidden, True, False)
+    router = normal(12, experts, hidden) * torch.tensor([9.0, 1, 1, 1, 1])[:, None]
+    x, found, before = normal(13, tokens, hidden), [], torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            out = x.clone()
+            scratch = torch.empty(decode.mlp_scratch(tokens, hidden, ffn, 2, experts))
+            decode.mlp_block(out, norm, Routing(router, ChoiceRule(2)), stack, scratch)
+            found.append(out)
+        finally:
+            torch.set_num_threads(before)
+    if way == "streamed" or kind == "int8" or (way, kind) == ("native", "bf16"):
+        assert torch.equal(*found)
+    else:
+        torch.testing.assert_close(*found, **tolerance(kind, way))
+
+
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kind", TYPES)
 def test_experts_in_parts_give_the_same_bits(kind):
