@@ -66,7 +66,8 @@ void share_tokens(int64_t num_tokens, int num_threads, Run run) {
 void linear_products(const cpu::DecodeLinear& a) {
   LentMemory shared;
   samoe::Matrix x = floats_of(a.x_TK, a.num_tokens, a.inputs, a.inputs);
-  int64_t step = std::max<int64_t>(64, (a.outputs + a.num_threads - 1) / a.num_threads), block = a.num_tokens;
+  int64_t step = std::max<int64_t>(64, (a.outputs + a.num_threads - 1) / a.num_threads);
+  int64_t block = std::max<int64_t>(1, a.num_tokens);
   if (rounds(a.w_NK.type)) {
     const samoe::Matrix rounded = shared->matrix(DType::bf16, x.rows, x.columns);
     share_tokens(x.rows, a.num_threads, [&](int64_t begin, int64_t end) {
@@ -76,7 +77,7 @@ void linear_products(const cpu::DecodeLinear& a) {
     step = 48 * std::clamp<int64_t>(a.outputs / (4 * 48 * a.num_threads), 1, 4);
     block = kTokenBlock;
   }
-  const int64_t num_steps = (a.outputs + step - 1) / step, num_blocks = (a.num_tokens + block - 1) / std::max<int64_t>(1, block);
+  const int64_t num_steps = (a.outputs + step - 1) / step, num_blocks = (a.num_tokens + block - 1) / block;
   run_tasks(static_cast<size_t>(num_steps * num_blocks), a.num_threads, [&](size_t task, WorkMemory& memory, const auto&) {
     const int64_t first = static_cast<int64_t>(task) % num_steps * step, outputs = std::min(step, a.outputs - first);
     const int64_t begin = static_cast<int64_t>(task) / num_steps * block, end = std::min(a.num_tokens, begin + block);
@@ -105,9 +106,6 @@ void expert_products(const cpu::DecodeExperts& a) {
   const int64_t up = a.gated ? 2 * a.ffn : a.ffn;
   const SlotsByExpert by(a);
   const cpu::ExpertPlan plan = cpu::plan_experts(by.rows_E.data(), a.num_experts, up, a.ffn, a.num_threads, false);
-  const auto input_rows = [&](WeightType type, int64_t columns, int64_t rows, WorkMemory& memory) {
-    return memory.matrix(input_type(type), rows, columns);
-  };
   run_tasks(plan.tasks.size(), a.num_threads, [&](size_t i, WorkMemory& memory, const auto&) {
     const cpu::ExpertTask& task = plan.tasks[i];
     const int64_t e = task.expert, n = task.end - task.begin, *slots = by.slots.data() + task.begin;
@@ -119,11 +117,11 @@ void expert_products(const cpu::DecodeExperts& a) {
       for (int64_t j = 0; factor_E != nullptr && j < n * rows; ++j) data[j] *= factor_E[e];
       return out;
     };
-    const samoe::Matrix x = input_rows(a.w1.type, a.hidden, n, memory);
+    const samoe::Matrix x = memory.matrix(input_type(a.w1.type), n, a.hidden);
     for (int64_t j = 0; j < n; ++j)
       cpu::kernels().convert({DType::f32, x.dtype, a.x_TH + slots[j] / a.topk * a.hidden, x.at(j, 0), a.hidden, false});
     const samoe::Matrix h = product(x, a.w1, a.index1_E[e], up, a.b1, a.factor1_E);
-    const samoe::Matrix wide = memory.matrix(DType::f32, n, a.ffn), hidden = input_rows(a.w2.type, a.ffn, n, memory);
+    const samoe::Matrix wide = memory.matrix(DType::f32, n, a.ffn), hidden = memory.matrix(input_type(a.w2.type), n, a.ffn);
     cpu::kernels().activate({DType::f32, DType::f32, h.data, nullptr, n, a.ffn, a.gated, nullptr, wide.data});
     cpu::kernels().convert({DType::f32, hidden.dtype, wide.data, hidden.data, n * a.ffn, false});
     const samoe::Matrix y = product(hidden, a.w2, a.index2_E[e], a.hidden, a.b2, a.factor2_E);
