@@ -130,7 +130,7 @@ struct CrossEntropyBackward {
 struct NewtonSchulz {
   const float* x;
   int64_t num, rows, columns;
-  int num_steps;
+  int num_steps, steps_at_once;
   float a, b, c, epsilon, factor;
   float* out;
   int num_threads;

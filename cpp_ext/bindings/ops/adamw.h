@@ -57,14 +57,15 @@ inline void adamw(const Tensors& masters, const Tensors& weights, const Tensors&
                  backend.threads(total, kElementsPerThread)});
 }
 
-inline void newton_schulz(const Tensor& x, int64_t num_steps, double a, double b, double c, double epsilon, double factor,
-                          const Tensor& out) {
+inline void newton_schulz(const Tensor& x, int64_t num_steps, int64_t steps_at_once, double a, double b, double c, double epsilon,
+                          double factor, const Tensor& out) {
   const CpuBackend backend(x, "x");
   backend.check_contiguous(x, "x", 3, kFloat);
   backend.check_sizes(out, "out", x.sizes(), kFloat);
+  SAMOE_CHECK(steps_at_once >= 1, "steps_at_once is ", steps_at_once);
   const auto number = [](double v) { return static_cast<float>(v); };
   cpu::kernels().newton_schulz({x.const_data_ptr<float>(), x.size(0), x.size(1), x.size(2), static_cast<int>(num_steps),
-                                number(a), number(b), number(c), number(epsilon), number(factor),
+                                static_cast<int>(steps_at_once), number(a), number(b), number(c), number(epsilon), number(factor),
                                 out.mutable_data_ptr<float>(), backend.threads(x.numel() * 16, 64 << 10, static_cast<int>(x.size(0)))});
 }
 

@@ -190,6 +190,7 @@ void check_combine_rows(WeightType type) {
 
 // Singular values of a rank-one matrix: all but one are 0, so the result is the matrix times one polynomial.
 void check_newton_schulz() {
+  const int at_once = static_cast<int>(pick(1, 4));
   const int64_t num = pick(0, 4), rows = pick(1, 40), columns = pick(1, 40);
   std::vector<float> x(static_cast<size_t>(num * rows * columns));
   std::vector<double> norms;
@@ -204,7 +205,7 @@ void check_newton_schulz() {
     norms.push_back(std::sqrt(square));
   }
   const auto out = same_bits(floats(num * rows * columns), "bits of Newton-Schulz", [&](float* result, int num_threads) {
-    kernels().newton_schulz({x.data(), num, rows, columns, 3, 3.4445f, -4.7750f, 2.0315f, 1e-7f, 0.5f, result, num_threads});
+    kernels().newton_schulz({x.data(), num, rows, columns, 3, at_once, 3.4445f, -4.7750f, 2.0315f, 1e-7f, 0.5f, result, num_threads});
   });
   double value = 1;
   for (int step = 0; step < 3; ++step) value = 3.4445 * value - 4.7750 * std::pow(value, 3) + 2.0315 * std::pow(value, 5);

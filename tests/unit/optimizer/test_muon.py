@@ -48,6 +48,19 @@ def test_newton_schulz_is_a_polynomial_of_singular_values(shape: tuple[int, int]
     torch.testing.assert_close(newton_schulz(stack.float(), num_steps), expected.float(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(24, 48), (128, 32)])
+def test_steps_at_once_err_as_single_ones_where_singular_values_decay(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    u, s, vh = torch.linalg.svd(drawn(*shape), full_matrices=False)
+    x = (u * torch.logspace(0, -6, len(s), dtype=s.dtype)) @ vh
+    expected, errors = by_singular_values(x, 5), []
+    for at_once in (1, 3):
+        monkeypatch.setattr("megatron_samoe.optimizer.muon.STEPS_AT_ONCE", at_once)
+        errors.append(float((newton_schulz(x.float(), 5) - expected).norm() / expected.norm()))
+    assert errors[0] != errors[1] < 3 * errors[0] < 1e-4
+
+
 def test_singular_values_end_near_1_and_a_zero_matrix_stays() -> None:
     stack = drawn(3, 16, 24)
     stack[1] = 0

@@ -1,6 +1,7 @@
-// Newton-Schulz steps of many small matrices, each on one thread and in its cache. x x^T and its square are symmetric, so
-// half of them is multiplied and the rest is copied.
+// Newton-Schulz steps of many small matrices, each on one thread and in its cache. Polynomials of x x^T are symmetric, so
+// half of them is multiplied and the rest is copied. optimizer/muon.py says how several steps are taken at once.
 #include <cmath>
+#include <utility>
 
 #include "../../kernels.h"
 #include "decode_tile.h"
@@ -132,12 +133,15 @@ void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_str
   for (int64_t r = 0; r < rows; ++r) memcpy(to + r * to_stride, from + r * from_stride, static_cast<size_t>(columns) * sizeof(float));
 }
 
-// One matrix. The smaller dim m comes first in the work: x and next [m, n], turned [n, m], gram and poly [m, m], padded.
+constexpr int kSquares = 5;  // matrices [m, m] of the work
+
+// One matrix. The smaller dim m comes first in the work: x and next [m, n], turned [n, m], and squares [m, m], padded.
 void one(const NewtonSchulz& a, const float* in, float* out, float* work) {
   const bool tall = a.rows > a.columns;
   const int64_t small = tall ? a.columns : a.rows, m = padded(small), n = padded(tall ? a.rows : a.columns);
-  float *x = work, *next = x + m * n, *turned = next + m * n, *gram = turned + m * n, *poly = gram + m * m;
-  memset(work, 0, static_cast<size_t>(3 * m * n + 2 * m * m) * sizeof(float));
+  float *x = work, *next = x + m * n, *turned = next + m * n;
+  float *gram = turned + m * n, *poly = gram + m * m, *product = poly + m * m, *half = product + m * m, *spare = half + m * m;
+  memset(work, 0, static_cast<size_t>(3 * m * n + kSquares * m * m) * sizeof(float));
   copy_rows(in, a.columns, tall ? turned : x, tall ? m : n, a.rows, a.columns);
   if (tall) transpose(turned, n, m, x);
   double square = 0.0;
@@ -147,16 +151,34 @@ void one(const NewtonSchulz& a, const float* in, float* out, float* work) {
   }
   const float norm = static_cast<float>(std::sqrt(square)), inverse = 1.0f / (norm > a.epsilon ? norm : a.epsilon);
   for (int64_t i = 0; i < m * n; i += kLanes) store(x + i, load(x + i) * inverse);
+  // to = scale * left right + beta * added, all symmetric.
+  const auto symmetric = [&](const float* left, const float* right, float scale, float beta, const float* added, float* to) {
+    multiply({left, m, right, m, small, scale, beta, added, to, m}, small, m, true);
+    mirror(to, m);
+  };
   for (int step = 0; step < a.num_steps; ++step) {
-    transpose(x, m, n, turned);
-    multiply({x, n, turned, m, n, 1.0f, 0.0f, nullptr, gram, m}, small, m, true);
-    mirror(gram, m);
-    multiply({gram, m, gram, m, small, a.c, a.b, gram, poly, m}, small, m, true);
-    mirror(poly, m);
-    multiply({poly, m, x, n, small, 1.0f, a.a, x, next, n}, small, n, false);
-    float* const before = x;
-    x = next;
-    next = before;
+    const int of_run = step % a.steps_at_once;
+    if (of_run == 0) {
+      transpose(x, m, n, turned);
+      multiply({x, n, turned, m, n, 1.0f, 0.0f, nullptr, gram, m}, small, m, true);
+      mirror(gram, m);
+    }
+    symmetric(gram, gram, a.c, a.b, gram, poly);
+    const bool is_last = of_run + 1 == a.steps_at_once || step + 1 == a.num_steps;
+    if (of_run > 0) {
+      symmetric(poly, product, 1.0f, a.a, product, spare);
+      std::swap(product, spare);
+    } else if (!is_last) {
+      memcpy(product, poly, static_cast<size_t>(m * m) * sizeof(float));
+      for (int64_t i = 0; i < small; ++i) product[i * m + i] += a.a;
+    }
+    if (is_last) {
+      multiply({of_run > 0 ? product : poly, m, x, n, small, 1.0f, of_run > 0 ? 0.0f : a.a, x, next, n}, small, n, false);
+      std::swap(x, next);
+    } else {
+      symmetric(poly, gram, 1.0f, a.a, gram, half);
+      symmetric(poly, half, 1.0f, a.a, half, gram);
+    }
   }
   if (tall) transpose(x, m, n, turned);
   const float* result = tall ? turned : x;
@@ -171,7 +193,7 @@ void newton_schulz(const NewtonSchulz& a) {
   const int64_t m = padded(a.rows < a.columns ? a.rows : a.columns), n = padded(a.rows < a.columns ? a.columns : a.rows);
 #pragma omp parallel num_threads(a.num_threads)
   {
-    float* const work = thread_floats(3 * m * n + 2 * m * m);
+    float* const work = thread_floats(3 * m * n + kSquares * m * m);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < a.num; ++i) one(a, a.x + i * a.rows * a.columns, a.out + i * a.rows * a.columns, work);
   }
