@@ -141,7 +141,7 @@ void one(const NewtonSchulz& a, const float* in, float* out, float* work) {
   const int64_t small = tall ? a.columns : a.rows, m = padded(small), n = padded(tall ? a.rows : a.columns);
   float *x = work, *next = x + m * n, *turned = next + m * n;
   float *gram = turned + m * n, *poly = gram + m * m, *product = poly + m * m, *half = product + m * m, *spare = half + m * m;
-  memset(work, 0, static_cast<size_t>(3 * m * n + kSquares * m * m) * sizeof(float));
+  if (m * n != a.rows * a.columns) memset(work, 0, static_cast<size_t>(3 * m * n + kSquares * m * m) * sizeof(float));
   copy_rows(in, a.columns, tall ? turned : x, tall ? m : n, a.rows, a.columns);
   if (tall) transpose(turned, n, m, x);
   double square = 0.0;
