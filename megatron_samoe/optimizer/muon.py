@@ -31,7 +31,7 @@ COMPILED_ELEMENTS = 1 << 16
 #: a matrix alone is none of a stack, whose bf16 products would be 1.35 times slower.
 CACHED_ELEMENTS = 1 << 18
 #: Steps whose polynomials are multiplied before matrices at least twice as long as wide are: 0.78 of the products at 2:1, 0.61
-#: at 4:1. In fp32 three at once have the errors of single ones; of all five, small singular values have 10 to 50 times as large
+#: at 4:1. In fp32 three at once have the errors of single ones; of all five, small singular values have 5 to 50 times as large
 #: ones, and bf16 has no digits for any.
 STEPS_AT_ONCE = 3
 

@@ -101,7 +101,7 @@ struct SlotsByExpert {
   }
 };
 
-// Experts are shared out to threads as in training.
+// Experts are divided among threads as in training.
 void expert_products(const cpu::DecodeExperts& a) {
   const int64_t up = a.gated ? 2 * a.ffn : a.ffn;
   const SlotsByExpert by(a);
