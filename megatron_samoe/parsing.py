@@ -77,7 +77,7 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: it is not YAML, or not of those; with a reason of one line.
     """
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # what is wrong is told by the slower loader
         return _document(_FastLoader, text)
     try:
         return _document(_Loader, text)
