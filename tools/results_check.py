@@ -19,6 +19,7 @@ from megatron_samoe.evaluation.study.results_store import read_store  # noqa: E4
 from tools.results.measured import measured_heads, wrong_tables  # noqa: E402
 from tools.results.page_figures import Told, models_of, rewritten, sealed, wrong_figures  # noqa: E402
 from tools.results.registration import deviations, kept_plan, read_registration  # noqa: E402
+from tools.results.verdicts import HEAD, judge, verdict_table, with_verdicts  # noqa: E402
 
 #: Pages, and of which of their figures something must be said.
 PAGES: dict[str, Told] = {
@@ -49,6 +50,7 @@ def main(write: bool) -> int:
         }
         problems += deviations(registration, plans, runs)
         models, closed = models_of({"": first, **plans}, runs), sealed(plans)
+        verdicts = verdict_table(list(judge(models, closed)))
         for name, plan in plans.items():
             every = plan.all_runs()
             print(f"{name}: {sum(map(plan.is_finished, every))} of {len(every)} runs are in the store")
@@ -56,8 +58,10 @@ def main(write: bool) -> int:
         page = ROOT / name
         text = page.read_text(encoding="utf-8")
         if write:
-            page.write_text(text := rewritten(text, models, closed), encoding="utf-8")
-        found = wrong_figures(text, models, closed, told, measured_heads(name)) + wrong_tables(name, text)
+            text = with_verdicts(rewritten(text, models, closed), verdicts)
+            page.write_text(text, encoding="utf-8")
+        found = wrong_figures(text, models, closed, told, [*measured_heads(name), HEAD]) + wrong_tables(name, text)
+        found += [] if with_verdicts(text, verdicts) == text else ["the table of verdicts is not that of the store"]
         problems += [f"{name}, {problem}" for problem in found]
     print(
         "\n".join(problems)

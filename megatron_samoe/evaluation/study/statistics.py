@@ -47,17 +47,26 @@ class Spread:
         """Returns half of the 95 % interval of the mean of differences between two models over so many seeds."""
         return _quantile(self.freedom) * self.sd * math.sqrt(2 / count) if self.freedom > 0 else math.nan
 
-    def p_value(self, differences: np.ndarray) -> float:
-        """Returns the probability of so large a mean of differences between two equal models; a spread of their own decides
-        where it is more than twice this one."""
+    def p_below(self, differences: np.ndarray, bound: float = 0.0) -> float:
+        """Returns the probability of so small a mean of differences between two models whose true one is a bound, by Student's t; a
+        spread of their own decides where it is more than twice this one."""
         count, sd, freedom = len(differences), self.sd * math.sqrt(2), self.freedom
         if count > 1 and (freedom <= 0 or differences.std(ddof=1) > 2 * sd):
             sd, freedom = float(differences.std(ddof=1)), count - 1
         if freedom <= 0:
             return math.nan
+        beyond = float(differences.mean()) - bound
         if sd == 0:  # which has no t
-            return float(differences.mean() == 0)
-        return 2 * float(stats.t.sf(abs(differences.mean()) * math.sqrt(count) / sd, freedom))
+            return 0.5 + 0.5 * float(np.sign(beyond))
+        return float(stats.t.cdf(beyond * math.sqrt(count) / sd, freedom))
+
+    def p_value(self, differences: np.ndarray) -> float:
+        """Returns the probability of so large a mean, on either side, of differences between two equal models."""
+        return 2 * float(np.minimum(self.p_below(differences), self.p_below(-differences)))
+
+    def p_within(self, differences: np.ndarray, margin: float) -> float:
+        """Returns the larger p of two one-sided tests: that the true mean is not above -margin, and not below margin."""
+        return float(np.maximum(self.p_below(differences, margin), self.p_below(-differences, margin)))
 
 
 def common_spread(losses: Mapping[str, Sequence[float]]) -> Spread:
@@ -126,12 +135,7 @@ def p_equivalent(values: Sequence[float] | np.ndarray, margin: float) -> float:
     Args:
         values: at least two differences within seeds.
     """
-    values = np.asarray(values, dtype=float)
-    if values.std() == 0:  # which has no t
-        return 0.0 if abs(values.mean()) < margin else 1.0
-    above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
-    below = stats.ttest_1samp(values, margin, alternative="less").pvalue
-    return float(max(above, below))
+    return Spread(math.nan, 0).p_within(np.asarray(values, dtype=float), margin)
 
 
 def seeds_needed(spread: float, margin: float, power: float = 0.8) -> int:

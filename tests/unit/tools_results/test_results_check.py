@@ -9,7 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
+import statsmodels.formula.api as smf
+from scipy import stats
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import CheckpointError, ConfigError
@@ -19,6 +22,7 @@ from megatron_samoe.planning.accounting import ParameterCount
 from tools.results.measured import wrong_tables
 from tools.results.page_figures import Models, rewritten, wrong_figures
 from tools.results.registration import Registration, deviations, kept_plan, read_registration
+from tools.results.verdicts import Claim, judge, verdict_table, with_verdicts
 
 ROOT = Path(__file__).resolve().parents[3]
 STORE = ROOT / "docs/results/store"
@@ -140,6 +144,35 @@ def test_a_table_of_speeds_is_compared_with_what_a_benchmark_wrote(right: str, w
 def test_a_page_is_rewritten_with_the_runs_figures_and_nothing_else() -> None:
     stale = PAGE.replace("0.095", "0.999").replace("-0.100", "-9.999").replace("5.000 4.500", "1.111 2.222")
     assert rewritten(stale, MODELS) == PAGE
+
+
+SMALL, LARGE = (Claim("G9", ("s/good", "s/same", "s/lost"), "s/moe", *test) for test in (("below",), ("within", 0.03)))
+
+
+def test_claims_are_judged_with_one_spread_and_a_model_that_was_given_up_is_not_better() -> None:
+    losses = {
+        "s/moe": [3.50, 3.52, 3.51],
+        "s/good": [3.40, 3.425, 3.41],
+        "s/same": [3.497, 3.519, 3.509],
+        "s/lost": [3.60],
+    }
+    models = {name: {seed: run_of(loss) for seed, loss in enumerate(row)} for name, row in losses.items()}
+    table = pandas.DataFrame(
+        [(n, s, x) for n, row in losses.items() for s, x in enumerate(row)], columns=["m", "s", "y"]
+    )
+    fit = smf.ols("y ~ C(m, Treatment('s/moe')) + C(s)", table).fit()
+    raw = {name: float(fit.tvalues[f"C(m, Treatment('s/moe'))[T.{name}]"]) for name in ("s/good", "s/same")}
+    good, same, lost = judge(models, [], [SMALL])
+    assert good.p == pytest.approx(3 * stats.t.cdf(raw["s/good"], fit.df_resid)) and good.holds
+    assert same.p == pytest.approx(2 * stats.t.cdf(raw["s/same"], fit.df_resid)) and not same.holds
+    assert (lost.seeds, lost.p, lost.holds) == (1, 1.0, False) and good.difference is not None
+    bse = fit.bse["C(m, Treatment('s/moe'))[T.s/good]"]
+    assert good.difference.pooled_half_width == pytest.approx(stats.t.ppf(0.975, fit.df_resid) * bse)
+    assert [v.holds for v in judge(models, [], [LARGE])] == [False, True, False]
+    assert [v.cells[-1] for v in judge(models, {"s/lost"}, [SMALL])] == ["open"] * 3, "all at once"
+    page = f"Text.\n\n{verdict_table([good, same, lost])}\nMore.\n"
+    assert "| G9 | lost | moe | 1 | +0.1000 ± " in page
+    assert with_verdicts(page.replace("| G9 | same", "| G9 | other"), verdict_table([good, same, lost])) == page
 
 
 def test_a_loss_on_the_test_split_is_not_shown_before_its_study_is_whole() -> None:

@@ -1,0 +1,137 @@
+"""The registered claims of the study's second edition, judged on the test split from the runs of a store.
+
+docs/results/registration.md states claims and tests. Losses of all models under Muon give one spread within seeds; a model's own
+spread decides where it is more than twice that. A model with fewer seeds than its baseline was given up: it counts as not better.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from megatron_samoe.evaluation.study.statistics import Difference, Spread, common_spread, differences, holm
+from tools.results.page_figures import Models
+
+#: How the table of verdicts begins.
+HEAD = "| claim | model | from | seeds | difference | own interval | p | verdict |"
+
+_WAYS = (
+    *(f"second_sharing/{way}" for way in ("8 banks of 8", "4 banks of 16")),
+    "second_combination/2 banks of 32",
+    *(f"second_sharing/pool, {router}" for router in ("norm", "softmax", "locked")),
+    *(f"second_sharing/{way}" for way in ("neighbours", "tied middle", "scaled")),
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of differences from a baseline, nats per token; p values of several models are corrected by Holm's method.
+
+    Attributes:
+        test: `mean`, the mean is at most the bound; `below`, the true mean is below it; `within`, it is no farther from zero.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    baseline: str
+    test: Literal["mean", "below", "within"]
+    bound: float = 0.0
+
+    def p_value(self, spread: Spread, found: np.ndarray) -> float:
+        """Returns the p of one model's differences; nan without a test."""
+        if self.test == "mean":
+            return math.nan
+        return spread.p_below(found, self.bound) if self.test == "below" else spread.p_within(found, self.bound)
+
+
+CLAIMS = (
+    Claim("G0", ("second_regime/moe of 32",), "second_regime/moe of 8", "mean", -0.03),
+    Claim("G0", ("second_regime/moe of 8",), "second_regime/dense", "mean", -0.08),
+    Claim("G1", _WAYS, "second_regime/moe of 8", "below"),
+    Claim("G2", (*_WAYS, "second_regime/moe of 8"), "second_regime/moe of 32", "within", 0.03),
+    Claim("G3", ("second_combination/2 banks of 32",), "second_combination/frozen", "below"),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a claim for one model; without a difference, runs are to come.
+
+    Attributes:
+        seeds: that both have.
+        p: corrected; nan without a test.
+    """
+
+    claim: Claim
+    model: str
+    seeds: int = 0
+    difference: Difference | None = None
+    p: float = math.nan
+    holds: bool = False
+
+    @property
+    def cells(self) -> list[str]:
+        """What the table shows."""
+        names = [name.partition("/")[2] for name in (self.model, self.claim.baseline)]
+        if self.difference is None:
+            return [self.claim.name, *names, "", "", "", "", "open"]
+        d = self.difference
+        p = "" if math.isnan(self.p) else f"{self.p:.3f}"
+        interval = f"{d.mean:+.4f} ± {d.pooled_half_width:.4f}"
+        own = "" if math.isnan(d.half_width) else f"± {d.half_width:.4f}"
+        return [self.claim.name, *names, str(self.seeds), interval, own, p, "holds" if self.holds else "does not hold"]
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """Returns the table of Markdown."""
+    return (
+        "\n".join([HEAD, "|---" * (HEAD.count("|") - 1) + "|", *(f"| {' | '.join(v.cells)} |" for v in verdicts)])
+        + "\n"
+    )
+
+
+def with_verdicts(page: str, table: str) -> str:
+    """Returns a page with a table of verdicts in place of its own, if it has one."""
+    return re.sub(rf"^{re.escape(HEAD)}\n(?:\|.*\n)*", lambda _: table, page, flags=re.MULTILINE)
+
+
+def judge(models: Models, sealed: Collection[str], claims: Sequence[Claim] = CLAIMS) -> Iterator[Verdict]:
+    """Yields a verdict for each model of each claim.
+
+    Args:
+        models: runs by model and seed.
+        sealed: models whose loss on the test split must not be looked at yet.
+    """
+    names = sorted({name for claim in claims for name in (*claim.models, claim.baseline)} - set(sealed))
+    seeds = sorted({seed for name in names for seed in models.get(name, {})})
+    losses = {
+        name: [models[name][s].validation["test_loss"] if s in models[name] else math.nan for s in seeds]
+        for name in names
+        if models.get(name)
+    }
+    spread = common_spread(losses) if losses else Spread(math.nan, 0)
+    for claim in claims:
+        yield from _judged(claim, losses, spread)
+
+
+def _judged(claim: Claim, losses: dict[str, list[float]], spread: Spread) -> Iterator[Verdict]:
+    there = [name for name in claim.models if name in losses]
+    if claim.baseline not in losses or len(there) < len(claim.models):
+        yield from (Verdict(claim, name) for name in claim.models)
+        return
+    base = np.asarray(losses[claim.baseline])
+    both = {name: np.asarray(losses[name]) - base for name in there}
+    both = {name: d[np.isfinite(d)] for name, d in both.items()}
+    whole = np.isfinite(base).sum()
+    p_values = holm({n: claim.p_value(spread, d) if len(d) == whole else 1.0 for n, d in both.items()})
+    found = differences({**{n: losses[n] for n in there}, claim.baseline: losses[claim.baseline]}, claim.baseline, 1.0)
+    for name in claim.models:
+        d, p = both[name], p_values[name]
+        shown = Difference(found[name].mean, found[name].half_width, spread.half_width(len(d)))
+        holds = bool(d.mean() <= claim.bound) if claim.test == "mean" else p < 0.05
+        yield Verdict(claim, name, len(d), shown, p, holds)
