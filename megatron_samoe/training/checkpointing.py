@@ -129,7 +129,7 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
                 f"{saved['iteration']} steps took {saved['consumed_samples']} samples in the run so far; from here on a step "
                 f"takes {setup.batch_size} (--global-batch-size)"
             )
-    with_optimizer = not (checkpoint.finetune or checkpoint.no_load_optim)
+    with_optimizer = not (checkpoint.finetune or checkpoint.no_load_optim or setup.config.training.skip_train)
     if with_optimizer and "optimizer_steps" not in saved:
         raise CheckpointError(f"{directory} has no optimizer state; give --no-load-optim or --finetune to go without.")
     tensors, stored = model_state(setup.model), stored_names(str(directory))
@@ -242,12 +242,12 @@ def _of_other_precision(
         elif master not in own and master in stored:
             other[master] = sharded(piece.weight, piece.tag.shard, setup.parallel, piece.slice, piece.counts)
     missing = sorted(
-        name.split(".", 2)[2] for name in own if name not in stored and not name.startswith("optimizer.master.")
+        {name.split(".", 2)[2] for name in own if name not in stored and not name.startswith("optimizer.master.")}
     )
     if missing:
         raise CheckpointError(
             f"The checkpoint has no optimizer state of {', '.join(missing[:3])}{' and others' if missing[3:] else ''}: "
-            "were these frozen there? Give --no-load-optim to begin with fresh optimizer state."
+            "were these frozen there, or trained with another optimizer? Give --no-load-optim to begin with fresh optimizer state."
         )
     return other
 

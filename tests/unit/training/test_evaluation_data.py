@@ -160,8 +160,8 @@ def test_the_third_part_of_a_split_is_test_data_where_it_has_any(
     assert "There will be no test loss." in caplog.text
 
 
-def test_a_checkpoint_is_evaluated_without_training_data(corpora: tuple[str, str], tmp_path: Path) -> None:
-    trained = pretrain(tmp_path / "run", "--data-path", corpora[0], "--split", "60,20,20")[-1]
+def test_a_checkpoint_is_evaluated_without_training_data_or_optimizer(corpora: tuple[str, str], tmp_path: Path) -> None:
+    trained = pretrain(tmp_path / "run", "--data-path", corpora[0], "--split", "60,20,20", "--optimizer", "muon")[-1]
     again = pretrain(tmp_path / "run", "--skip-train", "--test-data-path", *corpora)[-1]
     assert again["iteration"] == 2 and "validation_loss" not in again and again["test_loss"] > 0
     same = pretrain(tmp_path / "run", "--skip-train", "--data-path", corpora[0], "--split", "60,20,20")[-1]
