@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -60,7 +60,7 @@ CLAIMS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a claim for one model; without a difference, runs are to come.
+    """What became of a claim for one model.
 
     Attributes:
         seeds: that both have.
@@ -69,22 +69,24 @@ class Verdict:
 
     claim: Claim
     model: str
-    seeds: int = 0
-    difference: Difference | None = None
-    p: float = math.nan
-    holds: bool = False
+    seeds: int
+    difference: Difference
+    p: float
+    holds: bool
 
     @property
     def cells(self) -> list[str]:
         """What the table shows."""
-        names = [name.partition("/")[2] for name in (self.model, self.claim.baseline)]
-        if self.difference is None:
-            return [self.claim.name, *names, "", "", "", "", "open"]
         d = self.difference
-        p = "" if math.isnan(self.p) else f"{self.p:.3f}"
-        interval = f"{d.mean:+.4f} ± {d.pooled_half_width:.4f}"
-        own = "" if math.isnan(d.half_width) else f"± {d.half_width:.4f}"
-        return [self.claim.name, *names, str(self.seeds), interval, own, p, "holds" if self.holds else "does not hold"]
+        return [
+            self.claim.name,
+            *(name.partition("/")[2] for name in (self.model, self.claim.baseline)),
+            str(self.seeds),
+            f"{d.mean:+.4f} ± {d.pooled_half_width:.4f}",
+            "" if math.isnan(d.half_width) else f"± {d.half_width:.4f}",
+            "" if math.isnan(self.p) else f"{self.p:.3f}",
+            "holds" if self.holds else "does not hold",
+        ]
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
@@ -101,7 +103,7 @@ def with_verdicts(page: str, table: str) -> str:
 
 
 def judge(models: Models, sealed: Collection[str], claims: Sequence[Claim] = CLAIMS) -> Iterator[Verdict]:
-    """Yields a verdict for each model of each claim.
+    """Yields a verdict for each model of each claim whose runs are all there.
 
     Args:
         models: runs by model and seed.
@@ -120,18 +122,16 @@ def judge(models: Models, sealed: Collection[str], claims: Sequence[Claim] = CLA
 
 
 def _judged(claim: Claim, losses: dict[str, list[float]], spread: Spread) -> Iterator[Verdict]:
-    there = [name for name in claim.models if name in losses]
-    if claim.baseline not in losses or len(there) < len(claim.models):
-        yield from (Verdict(claim, name) for name in claim.models)
+    if not {*claim.models, claim.baseline} <= losses.keys():
         return
+    rows = {name: losses[name] for name in (*claim.models, claim.baseline)}
     base = np.asarray(losses[claim.baseline])
-    both = {name: np.asarray(losses[name]) - base for name in there}
+    both = {name: np.asarray(losses[name]) - base for name in claim.models}
     both = {name: d[np.isfinite(d)] for name, d in both.items()}
     whole = np.isfinite(base).sum()
     p_values = holm({n: claim.p_value(spread, d) if len(d) == whole else 1.0 for n, d in both.items()})
-    found = differences({**{n: losses[n] for n in there}, claim.baseline: losses[claim.baseline]}, claim.baseline, 1.0)
-    for name in claim.models:
-        d, p = both[name], p_values[name]
-        shown = Difference(found[name].mean, found[name].half_width, spread.half_width(len(d)))
-        holds = bool(d.mean() <= claim.bound) if claim.test == "mean" else p < 0.05
-        yield Verdict(claim, name, len(d), shown, p, holds)
+    found = differences(rows, claim.baseline, claim.bound)
+    for name, d in both.items():
+        shown = replace(found[name], pooled_half_width=spread.half_width(len(d)))
+        holds = bool(d.mean() <= claim.bound) if claim.test == "mean" else p_values[name] < 0.05
+        yield Verdict(claim, name, len(d), shown, p_values[name], holds)

@@ -165,11 +165,11 @@ def test_claims_are_judged_with_one_spread_and_a_model_that_was_given_up_is_not_
     good, same, lost = judge(models, [], [SMALL])
     assert good.p == pytest.approx(3 * stats.t.cdf(raw["s/good"], fit.df_resid)) and good.holds
     assert same.p == pytest.approx(2 * stats.t.cdf(raw["s/same"], fit.df_resid)) and not same.holds
-    assert (lost.seeds, lost.p, lost.holds) == (1, 1.0, False) and good.difference is not None
+    assert (lost.seeds, lost.p, lost.holds) == (1, 1.0, False)
     bse = fit.bse["C(m, Treatment('s/moe'))[T.s/good]"]
     assert good.difference.pooled_half_width == pytest.approx(stats.t.ppf(0.975, fit.df_resid) * bse)
     assert [v.holds for v in judge(models, [], [LARGE])] == [False, True, False]
-    assert [v.cells[-1] for v in judge(models, {"s/lost"}, [SMALL])] == ["open"] * 3, "all at once"
+    assert not list(judge(models, {"s/lost"}, [SMALL])), "all at once"
     page = f"Text.\n\n{verdict_table([good, same, lost])}\nMore.\n"
     assert "| G9 | lost | moe | 1 | +0.1000 ± " in page
     assert with_verdicts(page.replace("| G9 | same", "| G9 | other"), verdict_table([good, same, lost])) == page
