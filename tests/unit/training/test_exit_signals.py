@@ -8,7 +8,15 @@ import threading
 
 import pytest
 
-from megatron_samoe.errors import HostsLeftError, ToldToLeaveError
+from megatron_samoe.cli import pretrain as cli_pretrain
+from megatron_samoe.errors import (
+    ConfigError,
+    HostDiffersError,
+    HostRefusedError,
+    HostsLeftError,
+    MegatronSamoeError,
+    ToldToLeaveError,
+)
 from megatron_samoe.training import trainer
 from megatron_samoe.training.trainer import ExitSignals
 
@@ -68,3 +76,30 @@ def test_other_ways_to_leave_are_for_all_hosts(on_one_of_two_hosts: pytest.Monke
     on_one_of_two_hosts.setenv("LOCAL_WORLD_SIZE", "2")
     on_one_of_two_hosts.delenv("TORCHELASTIC_RUN_ID")
     part(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "local_rank", "waits"),
+    [
+        (ConfigError("--lr", 1, "must be less"), 0, 0, False),
+        (ConfigError("--lr", 1, "must be less"), 2, 0, True),
+        (HostDiffersError([ConfigError("--lr", 1, "must be alike")]), 2, 0, False),
+        (HostDiffersError([ConfigError("--lr", 1, "must be alike")]), 3, 1, True),
+        (HostRefusedError("host2 cannot take part"), 0, 0, True),
+    ],
+)
+def test_who_leaves_first_is_seen_and_is_a_host_that_the_job_goes_on_without(
+    error: MegatronSamoeError, rank: int, local_rank: int, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others' torchruns begin anew with all hosts that are there then."""
+
+    def meet_it(*_: object, **__: object) -> None:
+        raise error
+
+    slept: list[float] = []
+    monkeypatch.setattr(cli_pretrain, "parse_pretrain_args", meet_it)
+    monkeypatch.setattr(cli_pretrain.time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert cli_pretrain.main([]) != 0
+    assert bool(slept) == waits
