@@ -35,6 +35,10 @@ def search(minutes: float, seed: int, most_ranks: int, trial: Callable[[Case], V
         elif verdict.outcome == "differs" and trial(replace(case, precision="fp64")).outcome == "agrees":
             verdict = replace(verdict, outcome=FP32_ALONE)
             show(case, verdict)
+        elif verdict.is_fault and trial(case).outcome != verdict.outcome:
+            verdict = replace(verdict, outcome=f"{verdict.outcome}, once in two trials")
+            faults.append(case)
+            show(case, verdict)
         elif verdict.is_fault:
             faults.append(shrunk(case, lambda smaller, outcome=verdict.outcome: trial(smaller).outcome == outcome))
             show(faults[-1], trial(faults[-1]))

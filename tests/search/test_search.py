@@ -126,6 +126,14 @@ def test_a_search_prints_the_command_that_repeats_a_fault(capsys: pytest.Capture
     assert capsys.readouterr().out.startswith("agrees")
 
 
+def test_a_fault_that_does_not_repeat_is_shown_as_it_was_and_not_shrunk(capsys: pytest.CaptureFixture[str]) -> None:
+    verdicts = iter([Verdict("a rank hung", "after 120 s"), Verdict("agrees")])
+    [fault] = search(1e-6, 1, 2, lambda _: next(verdicts))
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"a rank hung, once in two trials: after 120 s\n  {fault.command}\n")
+    assert "1 cases: 1 a rank hung, once in two trials" in shown
+
+
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
