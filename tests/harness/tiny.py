@@ -78,7 +78,8 @@ def micro_batches(setup: TrainSetup, step: int) -> list[dict[str, Tensor]]:
 
 def gather_global(parts: dict[str, list[ShardedTensor]], parallel: ParallelState) -> dict[str, Tensor]:
     """Returns whole tensors on the CPU, put together from all ranks' parts; every copy must agree. Ranks but the first get none."""
-    own = [(name, t.global_shape, t.offsets, t.local.cpu()) for name, ts in parts.items() for t in ts]
+    # Of a view, the buffer that it shares with all others would be sent.
+    own = [(name, t.global_shape, t.offsets, t.local.cpu().clone()) for name, ts in parts.items() for t in ts]
     of_ranks = [own]
     if parallel.world.size > 1:
         of_ranks = [own] * parallel.world.size if parallel.rank == 0 else []
