@@ -198,7 +198,7 @@ def _values(expression: str, models: Models, sealed: Collection[str]) -> Iterato
         yield float(expression[2:])
         return
     body, _, steps = expression.partition(" at ")
-    body, _, others = body.partition(" of ")
+    body, _, others = body.partition(" of ") if body.startswith("pooled ") else (body, "", "")
     body, _, seed = body.partition(" #")
     word = next((w for w in _QUANTITIES if body.startswith(f"{w} ")), "")
     names = [name.strip() for name in body[len(word) :].split(" - ")]
