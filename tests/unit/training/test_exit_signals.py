@@ -97,6 +97,7 @@ def test_who_leaves_first_is_seen_and_is_a_host_that_the_job_goes_on_without(
         raise error
 
     slept: list[float] = []
+    monkeypatch.setattr(cli_pretrain, "configure_logging", lambda rank: None)  # which other tests would inherit
     monkeypatch.setattr(cli_pretrain, "parse_pretrain_args", meet_it)
     monkeypatch.setattr(cli_pretrain.time, "sleep", slept.append)
     monkeypatch.setenv("RANK", str(rank))
