@@ -10,6 +10,7 @@ same command goes on where it was stopped.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -55,7 +56,11 @@ def main(runs: Path, out: Path) -> None:
     for seed in (1, 2, 3):
         # Seed 1 is the sweep's run at the rate that was chosen.
         places = [runs / "moe-of-32" / name for name in (f"seed-{seed}", f"lr-0.003/seed-{seed}")]
-        original = next(place for place in places if (place / "checkpoints").is_dir())
+        original = next((place for place in places if (place / "checkpoints").is_dir()), None)
+        if original is None:
+            raise SystemExit(
+                f"error: no checkpoints in {places[0]} or {places[1]}: make examples/studies/second_regime.yaml first"
+            )
         for name, budget in BUDGETS.items():
             models = compress(original, out / f"seed-{seed}-{name}", runs / "data", budget)
             KEPT.mkdir(exist_ok=True)
@@ -63,4 +68,8 @@ def main(runs: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder of second_regime's runs")
+    parser.add_argument("out", type=Path, help="folder of the compressions")
+    args = parser.parse_args()
+    main(args.runs, args.out)
