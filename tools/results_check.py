@@ -10,6 +10,7 @@ How figures are marked is told in tools/results/page_figures.py.
 
 import sys
 import tempfile
+from functools import reduce
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,9 +18,10 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_samoe.evaluation.study.results_store import read_store  # noqa: E402
 from tools.results.measured import measured_heads, wrong_tables  # noqa: E402
-from tools.results.page_figures import Told, models_of, rewritten, sealed, wrong_figures  # noqa: E402
+from tools.results.model_table import compared, is_drawn, model_table, write_plot  # noqa: E402
+from tools.results.page_figures import Told, models_of, rewritten, sealed, with_table, wrong_figures  # noqa: E402
 from tools.results.registration import deviations, kept_plan, read_registration  # noqa: E402
-from tools.results.verdicts import HEAD, judge, verdict_table, with_verdicts  # noqa: E402
+from tools.results.verdicts import judge, known_figures, verdict_table  # noqa: E402
 
 #: Pages, and of which of their figures something must be said.
 PAGES: dict[str, Told] = {
@@ -29,6 +31,7 @@ PAGES: dict[str, Told] = {
     "docs/optimizers.md": "tables",
     "docs/performance.md": "tables",
     "docs/results/README.md": "all",
+    "docs/results/first_edition.md": "all",
     "docs/routing.md": "tables",
     "docs/samoe.md": "tables",
     "docs/sharing.md": "tables",
@@ -50,18 +53,26 @@ def main(write: bool) -> int:
         }
         problems += deviations(registration, plans, runs)
         models, closed = models_of({"": first, **plans}, runs), sealed(plans)
-        verdicts = verdict_table(list(judge(models, closed)))
+        verdicts = list(judge(models, closed))
+        tables, known = [verdict_table(verdicts), model_table(plans, models, closed)], known_figures(verdicts)
         for name, plan in plans.items():
             every = plan.all_runs()
             print(f"{name}: {sum(map(plan.is_finished, every))} of {len(every)} runs are in the store")
+    plot, drawn = folder / "differences.png", compared(models, closed)
+    if write and not is_drawn(plot, drawn):
+        write_plot(plot, drawn)
+    problems += [] if is_drawn(plot, drawn) else [f"{plot} shows other differences than those of the store"]
+    heads = [table.partition("\n")[0] for table in tables]
     for name, told in PAGES.items():
         page = ROOT / name
         text = page.read_text(encoding="utf-8")
         if write:
-            text = with_verdicts(rewritten(text, models, closed), verdicts)
+            text = reduce(with_table, tables, rewritten(text, models, closed, known))
             page.write_text(text, encoding="utf-8")
-        found = wrong_figures(text, models, closed, told, [*measured_heads(name), HEAD]) + wrong_tables(name, text)
-        found += [] if with_verdicts(text, verdicts) == text else ["the table of verdicts is not that of the store"]
+        found = wrong_figures(text, models, closed, told, [*measured_heads(name), *heads], known) + wrong_tables(
+            name, text
+        )
+        found += [f"the table {t[:20]!r} is not that of the store" for t in tables if with_table(text, t) != text]
         problems += [f"{name}, {problem}" for problem in found]
     print(
         "\n".join(problems)

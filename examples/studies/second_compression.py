@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """G5 of docs/results/registration.md: each MoE of 32 of `second_regime`, compressed to a half and to a quarter of its expert bytes.
 
-    python examples/studies/second_compression.py RUNS/second_regime OUT
+    python examples/studies/second_compression.py RUNS/second_regime OUT        # or beside each other, with --seeds
 
 Results are in OUT, and what is kept of them in docs/results/compression: one file for each seed and budget with every model's loss on
 validation text, its divergence from the original there, and its loss on the test split, computed as the study's runs do. The
@@ -14,6 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 KEPT = Path(__file__).resolve().parents[2] / "docs/results/compression"
@@ -51,9 +52,9 @@ def compress(original: Path, out: Path, data: Path, budget: float) -> dict[str, 
     return models
 
 
-def main(runs: Path, out: Path) -> None:
-    """Compresses all models, in the order of seeds."""
-    for seed in (1, 2, 3):
+def main(runs: Path, out: Path, seeds: Sequence[int]) -> None:
+    """Compresses all models of some seeds."""
+    for seed in seeds:
         # Seed 1 is the sweep's run at the rate that was chosen.
         places = [runs / "moe-of-32" / name for name in (f"seed-{seed}", f"lr-0.003/seed-{seed}")]
         original = next((place for place in places if (place / "checkpoints").is_dir()), None)
@@ -71,5 +72,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of second_regime's runs")
     parser.add_argument("out", type=Path, help="folder of the compressions")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(1, 2, 3))
     args = parser.parse_args()
-    main(args.runs, args.out)
+    main(args.runs, args.out, args.seeds)

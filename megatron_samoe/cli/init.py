@@ -23,6 +23,7 @@ from megatron_samoe.errors import ConfigError, DataError, nearest
 from megatron_samoe.installation import checkout
 
 #: What the configuration shows: values, and None for options that are there to be found, with their defaults.
+#: Layout and optimizer are the best of docs/results.
 SHOWN: Mapping[str, Mapping[str, Any]] = {
     "model": {
         "num_layers": 12,
@@ -35,7 +36,7 @@ SHOWN: Mapping[str, Mapping[str, Any]] = {
         "disable_bias_linear": True,
     },
     "moe": {
-        "expert_layout": "samoe",
+        "expert_layout": "moe",
         "num_experts": 16,
         "num_expert_banks": 4,
         "moe_router_topk": None,
@@ -166,8 +167,8 @@ class Init:
     text: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="FILE [FILE ...]")] = None
     """text to train on: files or folders, in any form that megatron-samoe preprocess reads; size of model and commands are
     made for it"""
-    expert_layout: Literal["samoe", "moe", "dense"] | None = None
-    """kind of model that the configuration is for; samoe if not given"""
+    expert_layout: Literal["moe", "samoe", "dense"] | None = None
+    """kind of model that the configuration is for; moe if not given"""
     example: Annotated[
         str | None,
         tyro.conf.arg(metavar="EXAMPLE", help=f"copy an example in place of it: {', '.join(examples())}"),
@@ -186,7 +187,9 @@ class Init:
         if self.example is None:
             commands, is_small = _commands(self.text, folder)
             comment = COMMENT.format(commands="".join(f"#   {line}\n" for line in commands.splitlines()))
-            text = HEAD + comment + explained_yaml(_shown(self.expert_layout or "samoe", is_small))
+            text = (
+                HEAD + comment + explained_yaml(_shown(self.expert_layout or SHOWN["moe"]["expert_layout"], is_small))
+            )
             files = {"config.yaml": text, "pretrain.slurm": SLURM.format(name=folder.name)}
         else:
             files = _example(self.example)

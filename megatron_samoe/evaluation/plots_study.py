@@ -20,7 +20,8 @@ def differences(study: JsonObject) -> bytes | None:
     if not others:
         return None
     figure, axes = plt.subplots(figsize=(8.5, 1.4 + 0.55 * len(others)), layout="constrained")
-    axes.axvspan(-study["margin"], study["margin"], color="0.9", label=f"equally good: within {study['margin']:g} nats")
+    if margin := study["margin"]:
+        axes.axvspan(-margin, margin, color="0.9", label=f"equally good: within {margin:g} nats")
     axes.axvline(0, color="0.4", linewidth=1)
     for row, variant in enumerate(others):
         found = variant["difference"]
@@ -41,7 +42,9 @@ def differences(study: JsonObject) -> bytes | None:
         axes.plot(mean, row, "o", color="#0072b2", label="mean" if row == 0 else None)
     axes.set_yticks(range(len(others)), [v["name"] for v in others])
     axes.invert_yaxis()
-    axes.set(xlabel=f"validation loss minus that of {study['baseline']}, nats per token (left is better)")
+    axes.set(
+        xlabel=f"{study.get('loss', 'validation loss')} minus that of {study['baseline']}, nats per token (left is better)"
+    )
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes.grid(axis="x", alpha=0.3)
     return png_of(figure)

@@ -1,4 +1,4 @@
-"""Tables of speeds, recomputed from what benchmarks wrote below docs/results.
+"""Tables of speeds and other measurements, recomputed from what commands wrote below docs/results.
 
 A table is known by its page and by the beginning of its first line. `TABLES` gives the figures of each of its rows, which are the last
 numbers of the line; a cell before them may hold numbers that say what the row is about.
@@ -117,6 +117,23 @@ def _prompts() -> Figures:
         yield [found[0]["of fp32 product"], found[0]["of bf16 product"], *(one["first_ms"] for one in found)]
 
 
+def _layers_worth() -> Figures:
+    """What `megatron-samoe diagnose` wrote of the second edition's models."""
+    for model in ("moe-of-8", "moe-of-32"):
+        yield json.loads((RESULTS / f"diagnoses/{model}.json").read_text(encoding="utf-8"))[0]["worth_L"]
+
+
+def _compressed() -> Figures:
+    """Losses on the test split over the original's, which `second_compression.py` wrote, by budget and seed."""
+    for model in ("fitted", "healed-routers", "blind-healed", "pruned-healed", "original-longer"):
+        kept = [
+            json.loads(path.read_text(encoding="utf-8"))
+            for budget in ("half", "quarter")
+            for path in sorted((RESULTS / "compression").glob(f"seed-*-{budget}.json"))
+        ]
+        yield [models[model]["test_loss"] - models["original"]["test_loss"] for models in kept]
+
+
 def _quickstart() -> Figures:
     """What `megatron-samoe quickstart` printed."""
     lines = (RESULTS / "quickstart.txt").read_text(encoding="utf-8").splitlines()
@@ -127,6 +144,8 @@ def _quickstart() -> Figures:
 #: Tables by their pages and the beginning of their first line.
 TABLES: Mapping[tuple[str, str], Callable[[], Figures]] = {
     ("README.md", "|model|parameters|"): _quickstart,
+    ("docs/compression.md", "| test loss over the original's |"): _compressed,
+    ("docs/results/README.md", "| worth of a layer's experts |"): _layers_worth,
     ("docs/performance.md", "| GELU: experts, top-k |"): partial(_layer, "gelu", (1, 2), "deepspeed"),
     ("docs/performance.md", "| SwiGLU, top-1: experts, dtype |"): partial(
         _layer, "swiglu", (1,), "hf_grouped", "torchtitan"

@@ -24,6 +24,7 @@ On other pages tables alone must; those of speeds are in tools/results/measured.
 | `lowest entropy A`, `largest share A` | worst of all seeds, after the first 200 steps: least load entropy, largest share of one expert |
 | `idle A` | worst of all seeds: part of the logged steps after these in which some expert had no token |
 | `= 0.6` | a number that is no result |
+| `G0 A - B`, `± G0 A - B` | a verdict's difference and interval, and what else `results_check.py` knows by name |
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import re
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -123,13 +125,19 @@ def _name(study: str, run: Run) -> str:
 
 
 def wrong_figures(
-    page: str, models: Models, sealed: Collection[str] = (), told: Told = "all", measured: Collection[str] = ()
+    page: str,
+    models: Models,
+    sealed: Collection[str] = (),
+    told: Told = "all",
+    measured: Collection[str] = (),
+    known: Mapping[str, float] = MappingProxyType({}),
 ) -> list[str]:
     """Returns what is wrong with a page: figures that differ from the runs, and losses on the test split of models that are sealed.
 
     Args:
         told: of which figures of two places or more something must be said.
         measured: how tables begin that are recomputed elsewhere.
+        known: values by expressions that are none of a run.
     """
     problems = []
     for block in blocks_of(page):
@@ -143,7 +151,7 @@ def wrong_figures(
                 problems.append(f"line {block.line}: nothing says what {', '.join(long)} is")
             continue
         try:
-            expected = list(figures(block.comment, models, sealed))
+            expected = list(figures(block.comment, models, sealed, known))
         except DataError as error:
             problems.append(f"line {block.line}: {error}")
             continue
@@ -157,7 +165,9 @@ def wrong_figures(
     return problems
 
 
-def rewritten(page: str, models: Models, sealed: Collection[str] = ()) -> str:
+def rewritten(
+    page: str, models: Models, sealed: Collection[str] = (), known: Mapping[str, float] = MappingProxyType({})
+) -> str:
     """Returns a page whose figures are those of the runs, as many as its comments name.
 
     Raises:
@@ -166,11 +176,23 @@ def rewritten(page: str, models: Models, sealed: Collection[str] = ()) -> str:
     for block in blocks_of(page):
         if block.comment is not None and not block.is_elsewhere:
             text = block.text
-            pairs = list(zip(block.numbers(), figures(block.comment, models, sealed), strict=False))
+            pairs = list(zip(block.numbers(), figures(block.comment, models, sealed, known), strict=False))
             for number, (_, value) in reversed(pairs):
                 text = f"{text[: number.start()]}{like(number[0], value)}{text[number.end() :]}"
             page = page.replace(block.text, text, 1)
     return page
+
+
+def with_table(page: str, table: str) -> str:
+    """Returns a page with a generated table in place of the one that begins with the same line, if it has one."""
+    head = table.partition("\n")[0]
+    return re.sub(rf"^{re.escape(head)}\n(?:\|.*\n)*", lambda _: table, page, flags=re.MULTILINE)
+
+
+def worst_routing(runs: Collection[RunSummary]) -> list[float]:
+    """Returns the worst of runs, after the first steps: least load entropy, largest share of one expert, part of logged steps with
+    idle experts."""
+    return [worst([_QUANTITIES[word](None)(run) for run in runs]) for word, worst in _WORST.items()]
 
 
 def like(number: str, value: float) -> str:
@@ -179,7 +201,9 @@ def like(number: str, value: float) -> str:
     return f"{value:{form}.{len(number.partition('.')[2])}f}"
 
 
-def figures(comment: str, models: Models, sealed: Collection[str] = ()) -> Iterator[tuple[str, float]]:
+def figures(
+    comment: str, models: Models, sealed: Collection[str] = (), known: Mapping[str, float] = MappingProxyType({})
+) -> Iterator[tuple[str, float]]:
     """Yields each expression of a comment with its value, several of one that names several steps.
 
     Raises:
@@ -187,7 +211,7 @@ def figures(comment: str, models: Models, sealed: Collection[str] = ()) -> Itera
     """
     for expression in filter(None, (part.strip() for part in comment.replace("\n", " ").split(";"))):
         try:
-            values = list(_values(expression, models, sealed))
+            values = [known[expression]] if expression in known else list(_values(expression, models, sealed))
         except (KeyError, IndexError, ValueError) as error:
             raise DataError(f"{expression!r}: its runs have no such record ({error})") from None
         yield from ((expression, value) for value in values)

@@ -7,8 +7,7 @@ spread decides where it is more than twice that. A model with fewer seeds than i
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -80,13 +79,18 @@ class Verdict:
         d = self.difference
         return [
             self.claim.name,
-            *(name.partition("/")[2] for name in (self.model, self.claim.baseline)),
+            *map(short, (self.model, self.claim.baseline)),
             str(self.seeds),
             f"{d.mean:+.4f} ± {d.pooled_half_width:.4f}",
             "" if math.isnan(d.half_width) else f"± {d.half_width:.4f}",
             "" if math.isnan(self.p) else f"{self.p:.3f}",
             "holds" if self.holds else "does not hold",
         ]
+
+
+def short(model: str) -> str:
+    """Returns a model's name without its study's."""
+    return model.partition("/")[2]
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
@@ -97,9 +101,14 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
     )
 
 
-def with_verdicts(page: str, table: str) -> str:
-    """Returns a page with a table of verdicts in place of its own, if it has one."""
-    return re.sub(rf"^{re.escape(HEAD)}\n(?:\|.*\n)*", lambda _: table, page, flags=re.MULTILINE)
+def known_figures(verdicts: Iterable[Verdict]) -> dict[str, float]:
+    """Returns differences, both ways, and half intervals by the expressions of page_figures.py."""
+    found: dict[str, float] = {}
+    for verdict in verdicts:
+        a, b, mean = short(verdict.model), short(verdict.claim.baseline), verdict.difference.mean
+        found |= {f"{verdict.claim.name} {a} - {b}": mean, f"{verdict.claim.name} {b} - {a}": -mean}
+        found[f"± {verdict.claim.name} {a} - {b}"] = verdict.difference.pooled_half_width
+    return found
 
 
 def judge(models: Models, sealed: Collection[str], claims: Sequence[Claim] = CLAIMS) -> Iterator[Verdict]:
@@ -109,16 +118,21 @@ def judge(models: Models, sealed: Collection[str], claims: Sequence[Claim] = CLA
         models: runs by model and seed.
         sealed: models whose loss on the test split must not be looked at yet.
     """
-    names = sorted({name for claim in claims for name in (*claim.models, claim.baseline)} - set(sealed))
-    seeds = sorted({seed for name in names for seed in models.get(name, {})})
-    losses = {
-        name: [models[name][s].validation["test_loss"] if s in models[name] else math.nan for s in seeds]
-        for name in names
-        if models.get(name)
-    }
+    losses = test_losses(models, sealed, claims)
     spread = common_spread(losses) if losses else Spread(math.nan, 0)
     for claim in claims:
         yield from _judged(claim, losses, spread)
+
+
+def test_losses(models: Models, sealed: Collection[str], claims: Sequence[Claim] = CLAIMS) -> dict[str, list[float]]:
+    """Returns the losses on the test split of the claims' models that are not sealed, one for each seed; nan where one has none."""
+    names = dict.fromkeys(name for claim in claims for name in (claim.baseline, *claim.models))
+    open_runs = {name: models[name] for name in names if models.get(name) and name not in sealed}
+    seeds = sorted({seed for runs in open_runs.values() for seed in runs})
+    return {
+        name: [runs[s].validation["test_loss"] if s in runs else math.nan for s in seeds]
+        for name, runs in open_runs.items()
+    }
 
 
 def _judged(claim: Claim, losses: dict[str, list[float]], spread: Spread) -> Iterator[Verdict]:

@@ -32,7 +32,7 @@ def test_the_configuration_is_legal_and_names_its_schema(project: Path) -> None:
     config = parse_pretrain_args(["--config", str(project / "config.yaml"), "--mock-data", "--data-path", "--run-dir", "r",
                                   "--tokenizer-type", "ByteTokenizer", "--tokenizer-model", "None"])  # fmt: skip
     validate(config, 1)
-    assert config.moe.num_expert_banks == 4 and config.training.global_batch_size == 32
+    assert config.moe.expert_layout == "moe" and config.training.global_batch_size == 32
     assert text.startswith("# yaml-language-server: $schema=schema.json")
     # What is commented out says the default.
     shown = yaml.safe_load(

@@ -20,9 +20,10 @@ from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study import results_store
 from megatron_samoe.planning.accounting import ParameterCount
 from tools.results.measured import wrong_tables
-from tools.results.page_figures import Models, rewritten, wrong_figures
+from tools.results.model_table import compared, is_drawn, model_table, write_plot
+from tools.results.page_figures import Models, models_of, rewritten, sealed, with_table, wrong_figures
 from tools.results.registration import Registration, deviations, kept_plan, read_registration
-from tools.results.verdicts import Claim, judge, verdict_table, with_verdicts
+from tools.results.verdicts import Claim, judge, verdict_table
 
 ROOT = Path(__file__).resolve().parents[3]
 STORE = ROOT / "docs/results/store"
@@ -173,7 +174,7 @@ def test_claims_are_judged_with_one_spread_and_a_model_that_was_given_up_is_not_
     assert not list(judge(models, {"s/lost"}, [SMALL])), "all at once"
     page = f"Text.\n\n{verdict_table([good, same, lost])}\nMore.\n"
     assert "| G9 | lost | moe | 1 | +0.1000 ± " in page
-    assert with_verdicts(page.replace("| G9 | same", "| G9 | other"), verdict_table([good, same, lost])) == page
+    assert with_table(page.replace("| G9 | same", "| G9 | other"), verdict_table([good, same, lost])) == page
 
 
 def test_a_loss_on_the_test_split_is_not_shown_before_its_study_is_whole() -> None:
@@ -213,16 +214,14 @@ def registration() -> Registration:
     return replace(found, studies=tuple(s for s in found.studies if s.stem == "second_combination"))
 
 
-def keep(store: Path, config: PretrainConfig, registration: Registration, **machine: object) -> str:
+def keep(store: Path, config: PretrainConfig, registration: Registration, loss: float = 3.5, **machine: object) -> str:
     """Puts a run into a store as a study does, and returns its key."""
     key = results_store.run_key(config)
     (store / key).mkdir(parents=True)
     (store / key / "run.json").write_text(
         json.dumps({"key": key, "config": asdict(config), "vocab_size": 2048, "checkpoint_bytes": 1})
     )
-    (store / key / "metrics.jsonl").write_text(
-        json.dumps({"iteration": 4800, "validation_loss": 3.5, "test_loss": 3.5}) + "\n"
-    )
+    (store / key / "metrics.jsonl").write_text(json.dumps(run_of(loss).records[-1] | {"iteration": 4800}) + "\n")
     facts = {
         "device": "cpu",
         "device_name": "x",
@@ -261,6 +260,41 @@ def test_runs_that_are_not_as_registered_are_named_with_what_differs(
     found = deviations(registration, plans, runs)
     assert not problems and bool(found) == (said is not None)
     assert said is None or any(key in text and said in text for text in found)
+
+
+def test_the_table_of_models_shows_what_was_tried_and_no_test_loss_of_a_study_that_is_not_whole(
+    tmp_path: Path, registration: Registration
+) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    [study] = registration.studies
+    lines = []
+    for stage, rates in enumerate(({1.5e-3: 3.6, 3e-3: 3.5, 6e-3: 3.7}, {3e-3: 3.5})):
+        plan = kept_plan(study, registration.data, store, tmp_path / f"planned-{stage}")
+        for run in plan.all_runs():
+            loss = rates.get(run.swept or 3e-3) if plan.is_settled(run) else None
+            key = plan.key_of(run)
+            if loss is not None and not (store / key).exists():
+                keep(store, plan.config_of(run), registration, loss + run.seed / 1000)
+        plans = {study.stem: kept_plan(study, registration.data, store, tmp_path / f"kept-{stage}")}
+        models = models_of(plans, results_store.read_store(store)[0])
+        lines.append(model_table(plans, models, sealed(plans)).splitlines()[2:])
+    tried = "1.5: 3.6010, 3: 3.5010, 6: 3.7010"
+    (first, _), (frozen, learned) = lines
+    assert first.startswith("| frozen | 1.06 M | ") and f"| {tried} | 3.5010 |  |  |" in first, "seed 1 is the sweep's"
+    assert frozen.endswith("| 0.90, 0.25, 1.00 |")
+    assert frozen.split(" | ")[2:5] == learned.split(" | ")[2:5] == [tried, "3.5010, 3.5020, 3.5030", "4.5020"]
+
+
+def test_a_plot_says_what_it_shows(tmp_path: Path) -> None:
+    models = {
+        f"second_regime/{name}": {seed: run_of(loss + seed / 100) for seed in (1, 2)}
+        for name, loss in (("dense", 3.7), ("moe of 8", 3.6))
+    }
+    shown, path = compared(models, []), tmp_path / "plot.png"
+    assert not is_drawn(path, shown)
+    write_plot(path, shown)
+    assert is_drawn(path, shown) and not is_drawn(path, compared(models, ["second_regime/dense"]))
 
 
 def test_a_page_that_registers_nothing_is_refused(tmp_path: Path) -> None:
