@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from megatron_samoe.evaluation import plots_study
 from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study.plan import StudyPlan
-from megatron_samoe.evaluation.study.statistics import differences
+from megatron_samoe.evaluation.study.statistics import Difference, differences
 from megatron_samoe.parsing import JsonObject
 from tools.results.page_figures import Models, worst_routing
 from tools.results.verdicts import short, test_losses
@@ -37,7 +37,7 @@ def model_table(plans: Mapping[str, StudyPlan], models: Models, sealed: Collecti
     Args:
         plans: of the registered studies, by name.
     """
-    found = {v["name"]: v["difference"] for v in compared(models, sealed)["variants"]}
+    found = _from_baseline(test_losses(models, sealed))
     lines, shown = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"], set[str]()
     for study, plan in plans.items():
         given_up, settled = {name for name, _ in plan.given_up()}, list(filter(plan.is_settled, plan.all_runs()))
@@ -52,8 +52,8 @@ def model_table(plans: Mapping[str, StudyPlan], models: Models, sealed: Collecti
             cells += _cells(models[name], {rate: next(iter(runs.values())) for rate, runs in sorted(tried.items())})
             test = [run.validation["test_loss"] for run in models[name].values() if name not in sealed]
             cells.insert(4, f"{mean(test):.4f}" if test else "")
-            d = found.get(short(name)) if test else None
-            cells.insert(5, f"{d['mean']:+.4f} ± {d['pooled_half_width']:.4f}" if d else "")
+            d = found.get(name)
+            cells.insert(5, f"{d.mean:+.4f} ± {d.pooled_half_width:.4f}" if d else "")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -73,10 +73,14 @@ def _loss(run: RunSummary) -> str:
     return f"{run.validation['validation_loss']:.4f}"
 
 
+def _from_baseline(losses: Mapping[str, list[float]]) -> Mapping[str, Difference]:
+    return differences(losses, BASELINE, 0.0) if BASELINE in losses else {}
+
+
 def compared(models: Models, sealed: Collection[str]) -> JsonObject:
     """Returns losses on the test split of the claims' models, and their differences from the MoE of 8, as a study's results have them."""
     losses = test_losses(models, sealed)
-    found = differences(losses, BASELINE, 0.0) if BASELINE in losses else {}
+    found = _from_baseline(losses)
     variants = [
         {"name": short(name), "losses": row, "difference": asdict(found[name]) if name in found else None}
         for name, row in losses.items()
