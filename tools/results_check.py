@@ -21,7 +21,14 @@ from tools.results.measured import measured_heads, wrong_tables  # noqa: E402
 from tools.results.model_table import compared, is_drawn, model_table, write_plot  # noqa: E402
 from tools.results.page_figures import Told, models_of, rewritten, sealed, with_table, wrong_figures  # noqa: E402
 from tools.results.registration import deviations, kept_plan, read_registration  # noqa: E402
-from tools.results.verdicts import judge, known_figures, verdict_table  # noqa: E402
+from tools.results.verdicts import (  # noqa: E402
+    compressed_figures,
+    compressed_losses,
+    judge,
+    known_figures,
+    losses_on_test,
+    verdict_table,
+)
 
 #: Pages, and of which of their figures something must be said.
 PAGES: dict[str, Told] = {
@@ -53,8 +60,10 @@ def main(write: bool) -> int:
         }
         problems += deviations(registration, plans, runs)
         models, closed = models_of({"": first, **plans}, runs), sealed(plans)
-        verdicts = list(judge(models, closed))
-        tables, known = [verdict_table(verdicts), model_table(plans, models, closed)], known_figures(verdicts)
+        compressed = compressed_losses(folder / "compression")
+        verdicts = list(judge(losses_on_test(models, closed), compressed))
+        tables = [verdict_table(verdicts), model_table(plans, models, closed)]
+        known = known_figures(verdicts) | compressed_figures(compressed)
         for name, plan in plans.items():
             every = plan.all_runs()
             print(f"{name}: {sum(map(plan.is_finished, every))} of {len(every)} runs are in the store")

@@ -21,7 +21,7 @@ from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.statistics import Difference, differences
 from megatron_samoe.parsing import JsonObject
 from tools.results.page_figures import Models, worst_routing
-from tools.results.verdicts import short, test_losses
+from tools.results.verdicts import by_seed, losses_on_test, short
 
 #: How the table begins.
 HEAD = (
@@ -37,7 +37,7 @@ def model_table(plans: Mapping[str, StudyPlan], models: Models, sealed: Collecti
     Args:
         plans: of the registered studies, by name.
     """
-    found = _from_baseline(test_losses(models, sealed))
+    found = _from_baseline(by_seed(losses_on_test(models, sealed)))
     lines, shown = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"], set[str]()
     for study, plan in plans.items():
         given_up, settled = {name for name, _ in plan.given_up()}, list(filter(plan.is_settled, plan.all_runs()))
@@ -79,7 +79,7 @@ def _from_baseline(losses: Mapping[str, list[float]]) -> Mapping[str, Difference
 
 def compared(models: Models, sealed: Collection[str]) -> JsonObject:
     """Returns losses on the test split of the claims' models, and their differences from the MoE of 8, as a study's results have them."""
-    losses = test_losses(models, sealed)
+    losses = by_seed(losses_on_test(models, sealed))
     found = _from_baseline(losses)
     variants = [
         {"name": short(name), "losses": row, "difference": asdict(found[name]) if name in found else None}

@@ -6,9 +6,11 @@ spread decides where it is more than twice that. A model with fewer seeds than i
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -54,7 +56,11 @@ CLAIMS = (
     Claim("G1", _WAYS, "second_regime/moe of 8", "below"),
     Claim("G2", (*_WAYS, "second_regime/moe of 8"), "second_regime/moe of 32", "within", 0.03),
     Claim("G3", ("second_combination/2 banks of 32",), "second_combination/frozen", "below"),
+    Claim("G5", ("half/healed-routers",), "half/original-longer", "within", 0.02),
 )
+
+#: Losses by model and seed.
+Losses = Mapping[str, Mapping[int, float]]
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,9 @@ class Verdict:
 
 
 def short(model: str) -> str:
-    """Returns a model's name without its study's."""
-    return model.partition("/")[2]
+    """Returns a model's name without its study's; of one that was compressed all of it."""
+    study, _, name = model.partition("/")
+    return name if study.startswith("second_") else model.replace("/", " ")
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
@@ -111,28 +118,61 @@ def known_figures(verdicts: Iterable[Verdict]) -> dict[str, float]:
     return found
 
 
-def judge(models: Models, sealed: Collection[str], claims: Sequence[Claim] = CLAIMS) -> Iterator[Verdict]:
-    """Yields a verdict for each model of each claim whose runs are all there.
+def judge(trained: Losses, derived: Losses, claims: Sequence[Claim] = CLAIMS) -> Iterator[Verdict]:
+    """Yields a verdict for each model of each claim whose losses are all there.
+
+    Args:
+        trained: losses on the test split; these models tell the common spread.
+        derived: those of models that were made of others.
+    """
+    spread = common_spread(by_seed(trained)) if trained else Spread(math.nan, 0)
+    losses = by_seed({**trained, **derived})
+    for claim in claims:
+        yield from _judged(claim, losses, spread)
+
+
+def losses_on_test(models: Models, sealed: Collection[str], claims: Sequence[Claim] = CLAIMS) -> Losses:
+    """Returns the losses on the test split of the claims' trained models.
 
     Args:
         models: runs by model and seed.
         sealed: models whose loss on the test split must not be looked at yet.
     """
-    losses = test_losses(models, sealed, claims)
-    spread = common_spread(losses) if losses else Spread(math.nan, 0)
-    for claim in claims:
-        yield from _judged(claim, losses, spread)
-
-
-def test_losses(models: Models, sealed: Collection[str], claims: Sequence[Claim] = CLAIMS) -> dict[str, list[float]]:
-    """Returns the losses on the test split of the claims' models that are not sealed, one for each seed; nan where one has none."""
     names = dict.fromkeys(name for claim in claims for name in (claim.baseline, *claim.models))
-    open_runs = {name: models[name] for name in names if models.get(name) and name not in sealed}
-    seeds = sorted({seed for runs in open_runs.values() for seed in runs})
     return {
-        name: [runs[s].validation["test_loss"] if s in runs else math.nan for s in seeds]
-        for name, runs in open_runs.items()
+        name: {seed: run.validation["test_loss"] for seed, run in models[name].items()}
+        for name in names
+        if models.get(name) and name not in sealed
     }
+
+
+def compressed_losses(folder: Path) -> Losses:
+    """Returns the losses on the test split that `second_compression.py` kept, by `BUDGET/MODEL`."""
+    found: dict[str, dict[int, float]] = {}
+    for path in sorted(folder.glob("seed-?-*.json")):
+        _, seed, budget = path.stem.split("-")
+        for model, kept in json.loads(path.read_text(encoding="utf-8")).items():
+            if "test_loss" in kept:
+                found.setdefault(f"{budget}/{model}", {})[int(seed)] = kept["test_loss"]
+    return found
+
+
+def compressed_figures(losses: Losses) -> dict[str, float]:
+    """Returns mean differences from the original, and half intervals from their own spread, by `BUDGET MODEL - original`."""
+    found: dict[str, float] = {}
+    rows = by_seed(losses)
+    for base in (name for name in rows if name.endswith("/original")):
+        budget = {name: row for name, row in rows.items() if name.partition("/")[0] == base.partition("/")[0]}
+        for name, difference in differences(budget, base, 0.0).items():
+            found[f"{short(name)} - original"] = difference.mean
+            found[f"± {short(name)} - original"] = difference.half_width
+    return found
+
+
+def by_seed(losses: Losses) -> dict[str, list[float]]:
+    """Returns one loss for each seed that any model has, in their order; nan where a model has none."""
+    seeds = sorted({seed for row in losses.values() for seed in row})
+    return {name: [row.get(seed, math.nan) for seed in seeds] for name, row in losses.items()}
 
 
 def _judged(claim: Claim, losses: dict[str, list[float]], spread: Spread) -> Iterator[Verdict]:

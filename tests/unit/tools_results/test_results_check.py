@@ -18,12 +18,13 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study import results_store
+from megatron_samoe.evaluation.study.statistics import common_spread
 from megatron_samoe.planning.accounting import ParameterCount
 from tools.results.measured import wrong_tables
 from tools.results.model_table import compared, is_drawn, model_table, write_plot
 from tools.results.page_figures import Models, models_of, rewritten, sealed, with_table, wrong_figures
 from tools.results.registration import Registration, deviations, kept_plan, read_registration
-from tools.results.verdicts import Claim, judge, verdict_table
+from tools.results.verdicts import Claim, compressed_figures, compressed_losses, judge, losses_on_test, verdict_table
 
 ROOT = Path(__file__).resolve().parents[3]
 STORE = ROOT / "docs/results/store"
@@ -148,36 +149,64 @@ def test_a_page_is_rewritten_with_the_runs_figures_and_nothing_else() -> None:
     assert rewritten(stale, MODELS) == PAGE
 
 
-SMALL, LARGE = (Claim("G9", ("s/good", "s/same", "s/lost"), "s/moe", *test) for test in (("below",), ("within", 0.03)))
+SMALL, LARGE = (
+    Claim("G9", ("second_s/good", "second_s/same", "second_s/lost"), "second_s/moe", *test)
+    for test in (("below",), ("within", 0.03))
+)
 
 
 def test_claims_are_judged_with_one_spread_and_a_model_that_was_given_up_is_not_better() -> None:
     losses = {
-        "s/moe": [3.50, 3.52, 3.51],
-        "s/good": [3.40, 3.425, 3.41],
-        "s/same": [3.497, 3.519, 3.509],
-        "s/lost": [3.60],
+        "second_s/moe": [3.50, 3.52, 3.51],
+        "second_s/good": [3.40, 3.425, 3.41],
+        "second_s/same": [3.497, 3.519, 3.509],
+        "second_s/lost": [3.60],
     }
-    models = {name: {seed: run_of(loss) for seed, loss in enumerate(row)} for name, row in losses.items()}
+    by_model = {name: dict(enumerate(row)) for name, row in losses.items()}
     table = pandas.DataFrame(
         [(n, s, x) for n, row in losses.items() for s, x in enumerate(row)], columns=["m", "s", "y"]
     )
-    fit = smf.ols("y ~ C(m, Treatment('s/moe')) + C(s)", table).fit()
-    raw = {name: float(fit.tvalues[f"C(m, Treatment('s/moe'))[T.{name}]"]) for name in ("s/good", "s/same")}
-    good, same, lost = judge(models, [], [SMALL])
-    assert good.p == pytest.approx(3 * stats.t.cdf(raw["s/good"], fit.df_resid)) and good.holds
-    assert same.p == pytest.approx(2 * stats.t.cdf(raw["s/same"], fit.df_resid)) and not same.holds
+    fit = smf.ols("y ~ C(m, Treatment('second_s/moe')) + C(s)", table).fit()
+    raw = {
+        name: float(fit.tvalues[f"C(m, Treatment('second_s/moe'))[T.{name}]"])
+        for name in ("second_s/good", "second_s/same")
+    }
+    good, same, lost = judge(by_model, {}, [SMALL])
+    assert good.p == pytest.approx(3 * stats.t.cdf(raw["second_s/good"], fit.df_resid)) and good.holds
+    assert same.p == pytest.approx(2 * stats.t.cdf(raw["second_s/same"], fit.df_resid)) and not same.holds
     assert (lost.seeds, lost.p, lost.holds) == (1, 1.0, False)
-    bse = fit.bse["C(m, Treatment('s/moe'))[T.s/good]"]
+    bse = fit.bse["C(m, Treatment('second_s/moe'))[T.second_s/good]"]
     assert good.difference.pooled_half_width == pytest.approx(stats.t.ppf(0.975, fit.df_resid) * bse)
-    assert [v.holds for v in judge(models, [], [LARGE])] == [False, True, False]
-    assert not list(judge(models, {"s/lost"}, [SMALL])), "all at once"
+    assert [v.holds for v in judge(by_model, {}, [LARGE])] == [False, True, False]
+    del by_model["second_s/lost"]
+    assert not list(judge(by_model, {}, [SMALL])), "all at once"
     page = f"Text.\n\n{verdict_table([good, same, lost])}\nMore.\n"
     assert "| G9 | lost | moe | 1 | +0.1000 ± " in page
     assert with_table(page.replace("| G9 | same", "| G9 | other"), verdict_table([good, same, lost])) == page
 
 
+def test_models_that_were_compressed_are_judged_by_the_spread_of_trained_ones(tmp_path: Path) -> None:
+    trained = {"second_s/a": {1: 3.5, 2: 3.6, 3: 3.7}, "second_s/b": {1: 3.401, 2: 3.499, 3: 3.6}}
+    for seed in (1, 2, 3):
+        kept = {
+            name: {"test_loss": 3.0 + seed / 10 + more}
+            for name, more in (("healed", 0.015), ("longer", 0.0), ("original", 0.005))
+        }
+        (tmp_path / f"seed-{seed}-half.json").write_text(json.dumps(kept | {"matched": {"loss": 3.0}}))
+    derived = compressed_losses(tmp_path)
+    assert sorted(derived) == ["half/healed", "half/longer", "half/original"]
+    known = compressed_figures(derived)
+    assert known["half healed - original"] == pytest.approx(0.01) and "± half longer - original" in known
+    [verdict] = judge(trained, derived, [Claim("G5", ("half/healed",), "half/longer", "within", 0.02)])
+    assert verdict.cells[1:4] == ["half healed", "half longer", "3"] and verdict.holds
+    spread = common_spread({name: list(row.values()) for name, row in trained.items()})
+    assert verdict.difference.pooled_half_width == pytest.approx(spread.half_width(3))
+
+
 def test_a_loss_on_the_test_split_is_not_shown_before_its_study_is_whole() -> None:
+    claim = Claim("G9", ("pool",), "moe, 8", "below")
+    assert losses_on_test(MODELS, [], [claim])["pool"] == pytest.approx({1: 4.70, 2: 4.72})
+    assert list(losses_on_test(MODELS, ["pool"], [claim])) == ["moe, 8"]
     assert wrong_figures(PAGE, MODELS, {"dense"}) == []
     [problem] = wrong_figures(PAGE, MODELS, {"pool"})
     assert "'test pool': the test split is looked at once" in problem
