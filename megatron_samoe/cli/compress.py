@@ -26,6 +26,7 @@ from megatron_samoe.fit.compress.healing import (
     HealOptions,
     HealStage,
     heal_config,
+    other_stage,
     require_rate_and_batch,
 )
 from megatron_samoe.fit.compress.judge import VERDICTS_FILE, Verdict, read_verdicts, verdict_table
@@ -42,7 +43,7 @@ class Compress(CompressOptions):
         megatron-samoe compress --load-dir runs/moe --save-dir runs/half --data-path runs/corpus --budget 0.5
 
     Stages leave their results in --save-dir, so that the same command goes on where it was cut off: calibration, plan, matched,
-    fitted, others, healed-banks, healed-routers, judged. One process. docs/compression.md explains them.
+    fitted, others, healed-banks, healed-routers, healed-all, judged. One process. docs/compression.md explains them.
     """
 
     sharing: Annotated[str, tyro.conf.arg(name="expert-sharing", metavar="MAP")] = "combined"
@@ -52,7 +53,7 @@ class Compress(CompressOptions):
     num_sets: Annotated[int, tyro.conf.arg(name="num-expert-sets", metavar="N")] = 1
     """of tied or scaled"""
     heal_iters: tuple[int, ...] = ()
-    """steps of training: of banks alone, then of banks, coefficients and routers"""
+    """steps of training: of banks alone, then of banks, coefficients and routers, then of all weights"""
     heal_lr: float | None = None
     """peak rate; that of the original's training if not given"""
     teacher: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
@@ -90,7 +91,9 @@ class Compress(CompressOptions):
             for name in ("original", *compression.others()):
                 if name in OTHERS:
                     its = own if name == "original" else others
-                    healed[OTHERS[name].name] = heal(its, OTHERS[name], compression.folder_of(name), sum(iters))
+                    healed[OTHERS[name].name] = heal(
+                        its, other_stage(name, iters), compression.folder_of(name), sum(iters)
+                    )
         verdicts = compression.judge(healed)
         logger.info(f"\n{format_table(verdict_table(verdicts))}")
         report = {
@@ -104,10 +107,10 @@ class Compress(CompressOptions):
         write_compression_report(root / "report.html", Compressed(verdicts, *compression.errors(), healing, beside))
         logger.info(f"\nIn {root}: {VERDICTS_FILE}, report.html; the model is in {start}")
 
-    def _heal_iters(self) -> tuple[int, int]:
-        iters = (*self.heal_iters, 0, 0)
-        if len(iters) > 4 or min(iters) < 0:
-            raise ConfigError("--heal-iters", self.heal_iters, "must be one or two numbers of steps, 0 or more")
+    def _heal_iters(self) -> tuple[int, ...]:
+        iters = (*self.heal_iters, *(0 for _ in STAGES))
+        if len(self.heal_iters) > len(STAGES) or min(iters) < 0:
+            raise ConfigError("--heal-iters", self.heal_iters, "must be one to three numbers of steps, 0 or more")
         for name in ("heal_lr", "heal_global_batch_size", "teacher", "no_heal_others", "heal_others_lr"):
             if getattr(self, name) and not sum(iters):
                 raise ConfigError(flag(name), getattr(self, name), "needs --heal-iters")
@@ -116,7 +119,7 @@ class Compress(CompressOptions):
         for name in ("heal_lr", "heal_others_lr", "heal_global_batch_size"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(flag(name), getattr(self, name), "must be above 0")
-        return iters[0], iters[1]
+        return iters[: len(STAGES)]
 
 
 def _beside(folders: Sequence[str], compression: Compression) -> list[list[Verdict]]:

@@ -1,4 +1,4 @@
-"""Healing: the trainer with the original as teacher, banks first, then banks, coefficients and routers.
+"""Healing: the trainer with the original as teacher, banks first, then banks, coefficients and routers, then all weights.
 
 What it is compared with learns by as many steps: the models of as many bytes from the same teacher, and the original, with all
 its weights at the same rate, from text.
@@ -6,7 +6,7 @@ its weights at the same rate, from text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,11 @@ class HealStage:
 
 _SHARED = r"expert_pool\.|.*\.moe\.router\.|.*\.moe\.combination$"
 #: In their order.
-STAGES = (HealStage("healed-banks", r"expert_pool\."), HealStage("healed-routers", _SHARED))
+STAGES = (
+    HealStage("healed-banks", r"expert_pool\."),
+    HealStage("healed-routers", _SHARED),
+    HealStage("healed-all", None),
+)
 #: By the model that they begin with, each by as many steps as the stages have together. The original has no teacher, which would
 #: hold it where it is. A merged model is left out: the experts of a cluster, which count once, would come apart.
 OTHERS = {
@@ -40,6 +44,17 @@ OTHERS = {
     "pruned": HealStage("pruned-healed", r".*\.moe\.(experts|router)\."),
     "original": HealStage("original-longer", None, is_taught=False),
 }
+
+
+def other_stage(model: str, iters: Sequence[int]) -> HealStage:
+    """Returns how a model that is compared heals: with all its weights if the compressed one does.
+
+    Args:
+        iters: steps of each stage.
+    """
+    return replace(OTHERS[model], trained=None) if iters[-1] else OTHERS[model]
+
+
 #: Options of the original's optimizer that are not its schedule.
 _KEPT = (
     "optimizer",

@@ -31,9 +31,11 @@ _WORDS = {
     "merged": "layers share nothing. Each layer's experts are merged into as many means of similar ones, and bytes are counted so. It is "
     "not healed, since the experts of one mean would come apart.",
     STAGES[0].name: "the compressed model after the first stage of training: of what layers share, alone.",
-    STAGES[1].name: "the compressed model after the last stage: of what layers share, coefficients and routers.",
+    STAGES[1].name: "the compressed model after the second: of what layers share, coefficients and routers.",
+    STAGES[2].name: "the compressed model after the third: of all weights.",
     OTHERS["blind"].name: "blind, after as many steps from the same teacher.",
-    OTHERS["pruned"].name: "pruned, after as many steps from the same teacher; experts and routers are trained.",
+    OTHERS["pruned"].name: "pruned, after as many steps from the same teacher; experts and routers are trained, or all "
+    "weights if the compressed model's are.",
     _LONGER: "the original, trained on by as many steps: at the same rate, with all its weights, from text alone. A healed model that is "
     "below the original, but not below this one, owes it to the steps.",
 }
@@ -214,5 +216,5 @@ def _colour(model: str) -> Any:
 
 
 def _line(model: str) -> str:
-    """Returns the style of a model's line: dotted before it heals, dashed between two stages."""
-    return ":" if model not in _BEGINNINGS else "--" if model == STAGES[0].name else "-"
+    """Returns the style of a model's line: dotted before it heals, dashed or dash-dotted after the first two stages."""
+    return ":" if model not in _BEGINNINGS else {STAGES[0].name: "--", STAGES[1].name: "-."}.get(model, "-")

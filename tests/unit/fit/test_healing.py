@@ -12,7 +12,14 @@ from megatron_samoe.cli.compress import main as compress_main
 from megatron_samoe.config import OptimizerConfig, PretrainConfig, TrainingConfig
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.fit.compress.healing import OTHERS, STAGES, HealOptions, heal_config, require_rate_and_batch
+from megatron_samoe.fit.compress.healing import (
+    OTHERS,
+    STAGES,
+    HealOptions,
+    heal_config,
+    other_stage,
+    require_rate_and_batch,
+)
 from tests.harness.program import write_corpus
 from tests.harness.tiny import tiny_config
 from tests.unit.convert.memory_source import new_source
@@ -35,6 +42,12 @@ def test_the_original_trains_on_as_the_compressed_model_heals() -> None:
     assert pattern and "lr_mult_patterns" not in longer["optimizer"]  # all weights
     assert longer["optimizer"] == healed["optimizer"] and longer["optimizer"]["lr"] == 0.02
     assert longer["training"] == healed["training"] and "distillation" not in longer
+
+
+def test_others_heal_with_all_weights_where_the_compressed_model_does() -> None:
+    for name, stage in OTHERS.items():
+        assert other_stage(name, (4, 3, 0)) == stage
+        assert other_stage(name, (4, 0, 2)) == replace(stage, trained=None)
 
 
 def test_the_optimizer_is_the_originals() -> None:

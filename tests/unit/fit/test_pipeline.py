@@ -240,8 +240,8 @@ def test_the_command_heals_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
     subprocess.run(train, check=True, capture_output=True)
     write_corpus(tmp_path / "text")
     words = ["--load-dir", str(tmp_path / "run"), "--save-dir", str(tmp_path / "out"), "--data-path", str(tmp_path / "text"),
-             "--calibration-tokens", "512", "--judge-tokens", "256", "--num-expert-banks", "2", "--heal-iters", "4", "3",
-             "--heal-lr", "0.01"]  # fmt: skip
+             "--calibration-tokens", "512", "--judge-tokens", "256", "--num-expert-banks", "2", "--heal-lr", "0.01",
+             "--heal-iters", "4", "3"]  # fmt: skip
     capsys.readouterr()
     assert compress_main(words) == 0, capsys.readouterr().err
     first = json.loads((tmp_path / "out" / "verdicts.json").read_text())
@@ -276,6 +276,11 @@ def test_the_command_heals_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
                 assert is_same != any(part in name for part in trained), name
     assert compress_main([*words, "--beside", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "verdicts.json").read_text()) == first
+    last = ["--heal-iters", "4", "3", "2", "--no-heal-others"]
+    assert compress_main([*words, *last]) == 0, capsys.readouterr().err
+    all_healed = open_checkpoint(tmp_path / "out" / "healed-all/checkpoints")
+    changed = [n for n in routers.tensors if "." in n and not n.startswith(("optimizer.", "training."))]
+    assert not any(torch.equal(routers.read(n), all_healed.read(n)) for n in changed)
     for more, what in (
         (["--teacher", "nowhere"], "nowhere"), (["--heal-lr", "0.5"], "differs from"),
         (["--heal-iters", "0"], "--heal-lr = 0.01: needs --heal-iters"), (["--beside", str(tmp_path / "text")], "no file of verdicts"),
