@@ -137,7 +137,7 @@ def wrong_figures(
     Args:
         told: of which figures of two places or more something must be said.
         measured: how tables begin that are recomputed elsewhere.
-        known: values by expressions that are none of a run.
+        known: values of expressions that name no run.
     """
     problems = []
     for block in blocks_of(page):
