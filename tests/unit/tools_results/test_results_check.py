@@ -150,7 +150,7 @@ def test_a_page_is_rewritten_with_the_runs_figures_and_nothing_else() -> None:
 
 
 SMALL, LARGE = (
-    Claim("G9", ("second_s/good", "second_s/same", "second_s/lost"), "second_s/moe", *test)
+    Claim("G9", tuple((f"second_s/{name}", "second_s/moe") for name in ("good", "same", "lost")), *test)
     for test in (("below",), ("within", 0.03))
 )
 
@@ -197,14 +197,19 @@ def test_models_that_were_compressed_are_judged_by_the_spread_of_trained_ones(tm
     assert sorted(derived) == ["half/healed", "half/longer", "half/original"]
     known = compressed_figures(derived)
     assert known["half healed - original"] == pytest.approx(0.01) and "± half longer - original" in known
-    [verdict] = judge(trained, derived, [Claim("G5", ("half/healed",), "half/longer", "within", 0.02)])
+    [verdict] = judge(trained, derived, [Claim("G5", (("half/healed", "half/longer"),), "within", 0.02)])
     assert verdict.cells[1:4] == ["half healed", "half longer", "3"] and verdict.holds
     spread = common_spread({name: list(row.values()) for name, row in trained.items()})
     assert verdict.difference.pooled_half_width == pytest.approx(spread.half_width(3))
+    pairs = (("half/healed", "second_s/a"), ("half/longer", "second_s/b"))
+    less, equal = judge(trained, derived, [Claim("G5", pairs, "below", -0.3)])
+    assert (less.baseline, equal.baseline) == ("second_s/a", "second_s/b")
+    assert less.difference.mean == pytest.approx(-0.385) and less.holds
+    assert equal.difference.mean == pytest.approx(-0.3) and equal.p == pytest.approx(0.5)
 
 
 def test_a_loss_on_the_test_split_is_not_shown_before_its_study_is_whole() -> None:
-    claim = Claim("G9", ("pool",), "moe, 8", "below")
+    claim = Claim("G9", (("pool", "moe, 8"),), "below")
     assert losses_on_test(MODELS, [], [claim])["pool"] == pytest.approx({1: 4.70, 2: 4.72})
     assert list(losses_on_test(MODELS, ["pool"], [claim])) == ["moe, 8"]
     assert wrong_figures(PAGE, MODELS, {"dense"}) == []
