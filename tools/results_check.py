@@ -24,6 +24,7 @@ from tools.results.registration import deviations, kept_plan, read_registration 
 from tools.results.verdicts import (  # noqa: E402
     compressed_figures,
     compressed_losses,
+    healed_losses,
     judge,
     known_figures,
     losses_on_test,
@@ -63,7 +64,7 @@ def main(write: bool) -> int:
         compressed = compressed_losses(folder / "compression")
         verdicts = list(judge(losses_on_test(models, closed), compressed))
         tables = [verdict_table(verdicts), model_table(plans, models, closed)]
-        known = known_figures(verdicts) | compressed_figures(compressed)
+        known = known_figures(verdicts) | compressed_figures({**compressed, **healed_losses(folder / "compression")})
         for name, plan in plans.items():
             every = plan.all_runs()
             print(f"{name}: {sum(map(plan.is_finished, every))} of {len(every)} runs are in the store")

@@ -25,8 +25,8 @@ DATA = Path(__file__).with_name("quickstart_data")
 NOVELS, CONFIG = DATA / "austen_emma_mansfield.txt", DATA / "config.yaml"
 PROGRAM = [sys.executable, "-m", "megatron_samoe"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-# Four experts of a quarter of the MLP's width are a little better for models of this size than two of a half:
-# docs/routing.md.
+# Four experts of a quarter of the MLP's width are a little better for models of this size than two of a half
+# (examples/studies/routing.yaml).
 EXPERTS = ["--moe-router-topk", "4"]
 POOL = [*EXPERTS, "--expert-layout", "samoe", "--num-expert-banks", "2"]
 MODELS = {

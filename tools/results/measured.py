@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.results.page_figures import Block, blocks_of, like, without_code
+from tools.results.verdicts import healed_losses
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results"
 _NUMBER = re.compile(r"(?<![\w.,])[-+]?\d[\d,]*(?:\.\d+)?")
@@ -136,9 +137,9 @@ def _compressed() -> Figures:
 
 def _healed_whole() -> Figures:
     """Validation loss over the original's, by seed, where all weights train at 1e-3."""
-    by_seed = json.loads((RESULTS / "compression/all_weights.json").read_text(encoding="utf-8"))
+    losses = healed_losses(RESULTS / "compression")
     for model in ("healed-all", "original-longer"):
-        yield [losses[model] - losses["original"] for losses in by_seed.values()]
+        yield [loss - losses["all weights/original"][seed] for seed, loss in losses[f"all weights/{model}"].items()]
 
 
 def _quickstart() -> Figures:

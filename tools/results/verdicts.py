@@ -168,15 +168,28 @@ def compressed_losses(folder: Path) -> Losses:
     return found
 
 
+def healed_losses(folder: Path) -> Losses:
+    """Returns the losses on validation text of models with all weights healed, of a half of the bytes, as `all weights/MODEL`."""
+    found: dict[str, dict[int, float]] = {}
+    for seed, losses in json.loads((folder / "all_weights.json").read_text(encoding="utf-8")).items():
+        for model, loss in losses.items():
+            found.setdefault(f"all weights/{model}", {})[int(seed)] = loss
+    return found
+
+
 def compressed_figures(losses: Losses) -> dict[str, float]:
-    """Returns mean differences from the original, and half intervals from their own spread, by `BUDGET MODEL - original`."""
+    """Returns mean differences from the original, and from it trained on, by `BUDGET MODEL - original`, and half intervals from
+    their own spread."""
     found: dict[str, float] = {}
     rows = by_seed(losses)
-    for base in (name for name in rows if name.endswith("/original")):
-        budget = {name: row for name, row in rows.items() if name.partition("/")[0] == base.partition("/")[0]}
-        for name, difference in differences(budget, base, 0.0).items():
-            found[f"{short(name)} - original"] = difference.mean
-            found[f"± {short(name)} - original"] = difference.half_width
+    for base in rows:
+        budget, _, original = base.partition("/")
+        if original not in ("original", "original-longer"):
+            continue
+        of_budget = {name: row for name, row in rows.items() if name.partition("/")[0] == budget}
+        for name, difference in differences(of_budget, base, 0.0).items():
+            found[f"{short(name)} - {original}"] = difference.mean
+            found[f"± {short(name)} - {original}"] = difference.half_width
     return found
 
 

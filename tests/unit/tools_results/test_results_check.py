@@ -24,7 +24,15 @@ from tools.results.measured import wrong_tables
 from tools.results.model_table import compared, is_drawn, model_table, write_plot
 from tools.results.page_figures import Models, models_of, rewritten, sealed, with_table, wrong_figures
 from tools.results.registration import Registration, deviations, kept_plan, read_registration
-from tools.results.verdicts import Claim, compressed_figures, compressed_losses, judge, losses_on_test, verdict_table
+from tools.results.verdicts import (
+    Claim,
+    compressed_figures,
+    compressed_losses,
+    healed_losses,
+    judge,
+    losses_on_test,
+    verdict_table,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 STORE = ROOT / "docs/results/store"
@@ -190,18 +198,22 @@ def test_models_that_were_compressed_are_judged_by_the_spread_of_trained_ones(tm
     for seed in (1, 2, 3):
         kept = {
             name: {"test_loss": 3.0 + seed / 10 + more}
-            for name, more in (("healed", 0.015), ("longer", 0.0), ("original", 0.005))
+            for name, more in (("healed", 0.015), ("original-longer", 0.0), ("original", 0.005))
         }
         (tmp_path / f"seed-{seed}-half.json").write_text(json.dumps(kept | {"matched": {"loss": 3.0}}))
     derived = compressed_losses(tmp_path)
-    assert sorted(derived) == ["half/healed", "half/longer", "half/original"]
+    assert sorted(derived) == ["half/healed", "half/original", "half/original-longer"]
     known = compressed_figures(derived)
-    assert known["half healed - original"] == pytest.approx(0.01) and "± half longer - original" in known
-    [verdict] = judge(trained, derived, [Claim("G5", (("half/healed", "half/longer"),), "within", 0.02)])
-    assert verdict.cells[1:4] == ["half healed", "half longer", "3"] and verdict.holds
+    (tmp_path / "all_weights.json").write_text(json.dumps({"2": {"original": 3.5, "healed-all": 3.52}}))
+    assert healed_losses(tmp_path) == {"all weights/original": {2: 3.5}, "all weights/healed-all": {2: 3.52}}
+    assert known["half healed - original"] == pytest.approx(0.01) and known[
+        "half healed - original-longer"
+    ] == pytest.approx(0.015)
+    [verdict] = judge(trained, derived, [Claim("G5", (("half/healed", "half/original-longer"),), "within", 0.02)])
+    assert verdict.cells[1:4] == ["half healed", "half original-longer", "3"] and verdict.holds
     spread = common_spread({name: list(row.values()) for name, row in trained.items()})
     assert verdict.difference.pooled_half_width == pytest.approx(spread.half_width(3))
-    pairs = (("half/healed", "second_s/a"), ("half/longer", "second_s/b"))
+    pairs = (("half/healed", "second_s/a"), ("half/original-longer", "second_s/b"))
     less, equal = judge(trained, derived, [Claim("G5", pairs, "below", -0.3)])
     assert (less.baseline, equal.baseline) == ("second_s/a", "second_s/b")
     assert less.difference.mean == pytest.approx(-0.385) and less.holds
