@@ -19,11 +19,12 @@ sys.path.insert(0, str(ROOT))
 from megatron_samoe.evaluation.study.results_store import read_store  # noqa: E402
 from tools.results.measured import measured_heads, wrong_tables  # noqa: E402
 from tools.results.model_table import compared, is_drawn, model_table, write_plot  # noqa: E402
-from tools.results.page_figures import Told, models_of, rewritten, sealed, with_table, wrong_figures  # noqa: E402
+from tools.results.page_figures import Told, models_of, rewritten, with_table, wrong_figures  # noqa: E402
 from tools.results.registration import deviations, kept_plan, read_registration  # noqa: E402
 from tools.results.verdicts import (  # noqa: E402
     compressed_figures,
     compressed_losses,
+    foreign_originals,
     healed_losses,
     judge,
     known_figures,
@@ -60,15 +61,22 @@ def main(write: bool) -> int:
             for s in registration.studies
         }
         problems += deviations(registration, plans, runs)
-        models, closed = models_of({"": first, **plans}, runs), sealed(plans)
-        compressed = compressed_losses(folder / "compression")
-        verdicts = list(judge(losses_on_test(models, closed), compressed))
-        tables = [verdict_table(verdicts), model_table(plans, models, closed)]
-        known = known_figures(verdicts) | compressed_figures({**compressed, **healed_losses(folder / "compression")})
+        models, compressed = models_of({"": first, **plans}, runs), compressed_losses(folder / "compression")
+        held_out = losses_on_test(plans, models, compressed)
+        problems += foreign_originals(held_out)
+        verdicts = list(judge(held_out))
+        tables = [verdict_table(verdicts), *(model_table(plans, models, held_out, name) for name in ("Muon", "AdamW"))]
+        tables = list(filter(None, tables))
+        known = known_figures(held_out, verdicts) | compressed_figures(
+            {**compressed, **healed_losses(folder / "compression")}
+        )
         for name, plan in plans.items():
             every = plan.all_runs()
             print(f"{name}: {sum(map(plan.is_finished, every))} of {len(every)} runs are in the store")
-    plot, drawn = folder / "differences.png", compared(models, closed)
+        for claim in held_out.claims:
+            if missing := [name for name in claim.models if name not in held_out.whole]:
+                print(f"{claim.name} waits for {'; '.join(missing)}")
+    plot, drawn = folder / "differences.png", compared(held_out)
     if write and not is_drawn(plot, drawn):
         write_plot(plot, drawn)
     problems += [] if is_drawn(plot, drawn) else [f"{plot} shows other differences than those of the store"]
@@ -77,13 +85,13 @@ def main(write: bool) -> int:
         page = ROOT / name
         text = page.read_text(encoding="utf-8")
         if write:
-            text = reduce(with_table, tables, rewritten(text, models, closed, known))
+            text = reduce(with_table, tables, rewritten(text, models, known))
             page.write_text(text, encoding="utf-8")
-        found = wrong_figures(text, models, closed, told, [*measured_heads(name), *heads], known) + wrong_tables(
-            name, text
-        )
+        found = wrong_figures(text, models, told, [*measured_heads(name), *heads], known) + wrong_tables(name, text)
         found += [f"the table {t[:20]!r} is not that of the store" for t in tables if with_table(text, t) != text]
         problems += [f"{name}, {problem}" for problem in found]
+        heads = [head for head in heads if f"\n{head}\n" not in text]
+    problems += [f"no page has the table {head[:20]!r}" for head in heads]
     print(
         "\n".join(problems)
         or f"Every figure is that of the {len(runs)} runs in {folder / 'store'}, or of a benchmark's file."

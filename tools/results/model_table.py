@@ -1,61 +1,57 @@
-"""The table and the plot of the second edition's models, made from the runs of a store.
+"""The tables and the plot of the second edition's models, made from the runs of a store.
 
-Losses on the test split, and differences, are shown of models whose study is whole.
+Losses on the test split, and differences, are shown of models whose claim can be judged.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from megatron_samoe.evaluation import plots_study
 from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study.plan import StudyPlan
-from megatron_samoe.evaluation.study.statistics import Difference, differences
+from megatron_samoe.evaluation.study.statistics import own_half_width
 from megatron_samoe.parsing import JsonObject
 from tools.results.page_figures import Models, worst_routing
-from tools.results.verdicts import by_seed, losses_on_test, short
-
-#: How the table begins.
-HEAD = (
-    "| model | expert parameters | validation loss by rate (1e-3) | all seeds at the best rate | test loss | from the MoE of 8 "
-    "| load entropy, largest share, idle |"
-)
-BASELINE = "second_regime/moe of 8"
+from tools.results.verdicts import FEW, HeldOut, Losses, by_seed, short, table_of
 
 
-def model_table(plans: Mapping[str, StudyPlan], models: Models, sealed: Collection[str]) -> str:
-    """Returns the table of Markdown: a row for each model that has runs, once where several studies have it.
+def model_table(plans: Mapping[str, StudyPlan], models: Models, held_out: HeldOut, optimizer: str) -> str:
+    """Returns the table of Markdown of the models that an optimizer trained: a row for each that has runs, once where several studies
+    have it.
 
     Args:
         plans: of the registered studies, by name.
     """
-    found = _from_baseline(by_seed(losses_on_test(models, sealed)))
-    lines, shown = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"], set[str]()
+    head = (
+        f"| under {optimizer} | expert parameters | validation loss by rate (1e-3) | all seeds at the best rate | test loss "
+        "| from the MoE of 8 | load entropy, largest share, idle |"
+    )
+    spread, opened, rows, shown = held_out.spread, held_out.opened, list[list[str]](), set[str]()
     for study, plan in plans.items():
         given_up, settled = {name for name, _ in plan.given_up()}, list(filter(plan.is_settled, plan.all_runs()))
         for variant in plan.study.variants:
-            name = f"{study}/{variant.name}"
-            keys = {plan.key_of(run) for run in settled if run.variant == variant}
+            name, own = f"{study}/{variant.name}", [run for run in settled if run.variant == variant]
+            keys = {plan.key_of(run) for run in own}
             tried = {float(n.removeprefix(f"{name}@")): r for n, r in models.items() if n.startswith(f"{name}@") and r}
-            if not tried or keys <= shown:
+            if not tried or keys <= shown or plan.config_of(own[0]).optimizer.optimizer != optimizer.lower():
                 continue
             shown |= keys
-            cells = [variant.name + ", given up" * (variant.name in given_up)]
-            cells += _cells(models[name], {rate: next(iter(runs.values())) for rate, runs in sorted(tried.items())})
-            test = [run.validation["test_loss"] for run in models[name].values() if name not in sealed]
-            cells.insert(4, f"{mean(test):.4f}" if test else "")
-            d = found.get(name)
-            cells.insert(5, f"{d.mean:+.4f} ± {d.pooled_half_width:.4f}" if d else "")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            cells = _cells(models[name], {rate: next(iter(runs.values())) for rate, runs in sorted(tried.items())})
+            losses = opened.get(name, {})
+            cells.insert(3, f"{mean(losses.values()):.4f}" if losses else "")
+            d = _from_baseline(opened, name)
+            cells.insert(4, f"{d.mean():+.4f} ± {spread.half_width(d):.4f}" if len(d) else "")
+            rows.append([variant.name + ", given up after seed 1" * (variant.name in given_up), *cells])
+    return table_of(head, rows)
 
 
 def _cells(runs: Mapping[int, RunSummary], tried: Mapping[float, RunSummary]) -> list[str]:
@@ -73,20 +69,26 @@ def _loss(run: RunSummary) -> str:
     return f"{run.validation['validation_loss']:.4f}"
 
 
-def _from_baseline(losses: Mapping[str, list[float]]) -> Mapping[str, Difference]:
-    return differences(losses, BASELINE, 0.0) if BASELINE in losses else {}
+def _from_baseline(losses: Losses, name: str) -> np.ndarray:
+    """Returns a model's differences from the MoE of 8, over the seeds that both have; none of it or of a model that may not be seen."""
+    base, row = losses.get(FEW, {}), losses.get(name, {})
+    return np.array([row[seed] - base[seed] for seed in sorted(base.keys() & row) if name != FEW])
 
 
-def compared(models: Models, sealed: Collection[str]) -> JsonObject:
-    """Returns losses on the test split of the claims' models, and their differences from the MoE of 8, as a study's results have them."""
-    losses = by_seed(losses_on_test(models, sealed))
-    found = _from_baseline(losses)
-    variants = [
-        {"name": short(name), "losses": row, "difference": asdict(found[name]) if name in found else None}
-        for name, row in losses.items()
-    ]
+def compared(held_out: HeldOut) -> JsonObject:
+    """Returns what the plot shows, as a study's results have it: losses on the test split, and differences from the MoE of 8."""
+    opened, spread, rows = held_out.opened, held_out.spread, by_seed(held_out.opened)
+    variants = []
+    for name, row in rows.items():
+        d = _from_baseline(opened, name)
+        found = (
+            {"mean": d.mean(), "half_width": own_half_width(d), "pooled_half_width": spread.half_width(d)}
+            if len(d)
+            else None
+        )
+        variants.append({"name": short(name), "losses": row, "difference": found})
     return {
-        "baseline": short(BASELINE),
+        "baseline": short(FEW),
         "loss": "test loss",
         "margin": 0.0,
         "variants": json.loads(json.dumps(variants), parse_float=lambda text: round(float(text), 5)),

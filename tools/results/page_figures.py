@@ -16,7 +16,6 @@ On other pages tables alone must; those of speeds are in tools/results/measured.
 | `A - B` | mean difference within the seeds that both have; `A - B #1` of seed 1 |
 | `± A - B` | half of its 95 % interval from these differences |
 | `pooled A - B of C and D` | half of its interval from the spread that the models A, B, C and D have in common |
-| `test A`, `test A - B` | the same of the loss on the test split |
 | `train A #1 at 800..4800/400` | mean training loss of the logged steps of the last 400, up to each of these steps; of `A - B` too |
 | `valid A at 1200` | validation loss at a step |
 | `total A`, `experts A`, `active A` | parameters, in millions |
@@ -42,7 +41,7 @@ from megatron_samoe.errors import DataError
 from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study.definition import Run
 from megatron_samoe.evaluation.study.plan import StudyPlan
-from megatron_samoe.evaluation.study.statistics import common_spread, differences
+from megatron_samoe.evaluation.study.statistics import common_spread, own_half_width
 
 #: Runs of each model by seed.
 Models = Mapping[str, Mapping[int, RunSummary]]
@@ -109,16 +108,6 @@ def models_of(plans: Mapping[str, StudyPlan], runs: Mapping[str, RunSummary]) ->
     return models
 
 
-def sealed(plans: Mapping[str, StudyPlan]) -> set[str]:
-    """Returns the names of models whose loss on the test split is not to be looked at yet: those of studies with runs to come."""
-    return {
-        _name(study, run)
-        for study, plan in plans.items()
-        if not all(map(plan.is_finished, plan.all_runs()))
-        for run in plan.all_runs()
-    }
-
-
 def _name(study: str, run: Run) -> str:
     name = f"{study}/{run.variant.name}" if study else run.variant.name
     return name if run.swept is None else f"{name}@{run.swept:g}"
@@ -127,12 +116,11 @@ def _name(study: str, run: Run) -> str:
 def wrong_figures(
     page: str,
     models: Models,
-    sealed: Collection[str] = (),
     told: Told = "all",
     measured: Collection[str] = (),
     known: Mapping[str, float] = MappingProxyType({}),
 ) -> list[str]:
-    """Returns what is wrong with a page: figures that differ from the runs, and losses on the test split of models that are sealed.
+    """Returns what is wrong with a page: figures that differ from the runs, or of which nothing says what they are.
 
     Args:
         told: of which figures of two places or more something must be said.
@@ -151,7 +139,7 @@ def wrong_figures(
                 problems.append(f"line {block.line}: nothing says what {', '.join(long)} is")
             continue
         try:
-            expected = list(figures(block.comment, models, sealed, known))
+            expected = list(figures(block.comment, models, known))
         except DataError as error:
             problems.append(f"line {block.line}: {error}")
             continue
@@ -165,9 +153,7 @@ def wrong_figures(
     return problems
 
 
-def rewritten(
-    page: str, models: Models, sealed: Collection[str] = (), known: Mapping[str, float] = MappingProxyType({})
-) -> str:
+def rewritten(page: str, models: Models, known: Mapping[str, float] = MappingProxyType({})) -> str:
     """Returns a page whose figures are those of the runs, as many as its comments name.
 
     Raises:
@@ -176,7 +162,7 @@ def rewritten(
     for block in blocks_of(page):
         if block.comment is not None and not block.is_elsewhere:
             text = block.text
-            pairs = list(zip(block.numbers(), figures(block.comment, models, sealed, known), strict=False))
+            pairs = list(zip(block.numbers(), figures(block.comment, models, known), strict=False))
             for number, (_, value) in reversed(pairs):
                 text = f"{text[: number.start()]}{like(number[0], value)}{text[number.end() :]}"
             page = page.replace(block.text, text, 1)
@@ -202,7 +188,7 @@ def like(number: str, value: float) -> str:
 
 
 def figures(
-    comment: str, models: Models, sealed: Collection[str] = (), known: Mapping[str, float] = MappingProxyType({})
+    comment: str, models: Models, known: Mapping[str, float] = MappingProxyType({})
 ) -> Iterator[tuple[str, float]]:
     """Yields each expression of a comment with its value, several of one that names several steps.
 
@@ -211,13 +197,13 @@ def figures(
     """
     for expression in filter(None, (part.strip() for part in comment.replace("\n", " ").split(";"))):
         try:
-            values = [known[expression]] if expression in known else list(_values(expression, models, sealed))
+            values = [known[expression]] if expression in known else list(_values(expression, models))
         except (KeyError, IndexError, ValueError) as error:
             raise DataError(f"{expression!r}: its runs have no such record ({error})") from None
         yield from ((expression, value) for value in values)
 
 
-def _values(expression: str, models: Models, sealed: Collection[str]) -> Iterator[float]:
+def _values(expression: str, models: Models) -> Iterator[float]:
     if expression.startswith("= "):
         yield float(expression[2:])
         return
@@ -226,10 +212,6 @@ def _values(expression: str, models: Models, sealed: Collection[str]) -> Iterato
     body, _, seed = body.partition(" #")
     word = next((w for w in _QUANTITIES if body.startswith(f"{w} ")), "")
     names = [name.strip() for name in body[len(word) :].split(" - ")]
-    if word == "test" and set(names) & set(sealed):
-        raise DataError(
-            f"{expression!r}: the test split is looked at once, when all runs of the study are in the store"
-        )
     chosen = [_runs(name, int(seed) if seed else None, models, expression) for name in names]
     family = [_runs(name.strip(), None, models, expression) for name in others.split(" and ")] if others else []
     for step in _steps(steps):
@@ -268,19 +250,20 @@ def _steps(text: str) -> list[tuple[int, int] | None]:
 
 
 def _half_width(word: str, rows: Sequence[Mapping[int, float]], family: Sequence[Mapping[int, float]]) -> float:
+    d = np.array([rows[0][seed] - rows[1][seed] for seed in sorted(set(rows[0]) & set(rows[1]))])
+    if word == "±":
+        return own_half_width(d)
     seeds = sorted({seed for row in [*rows, *family] for seed in row})
     aligned = {str(i): [row.get(seed, np.nan) for seed in seeds] for i, row in enumerate([*rows, *family])}
-    if word == "±":
-        return differences({name: aligned[name] for name in ("0", "1")}, "1", 1.0)["0"].half_width
-    return common_spread(aligned).half_width(len(set(rows[0]) & set(rows[1])))
+    return common_spread(aligned).half_width(d)
 
 
 Step = tuple[int, int] | None
 OfRun = Callable[[RunSummary], float]
 
 
-def _loss(name: str) -> Callable[[Step], OfRun]:
-    return lambda _: lambda run: float(run.validation[name])
+def _loss(_: Step) -> OfRun:
+    return lambda run: float(run.validation["validation_loss"])
 
 
 def _train(step: Step) -> OfRun:
@@ -309,10 +292,9 @@ def _millions(part: str) -> Callable[[Step], OfRun]:
 
 
 _QUANTITIES: Mapping[str, Callable[[Step], OfRun]] = {
-    "": _loss("validation_loss"),
-    "±": _loss("validation_loss"),
-    "pooled": _loss("validation_loss"),
-    "test": _loss("test_loss"),
+    "": _loss,
+    "±": _loss,
+    "pooled": _loss,
     "train": _train,
     "valid": _valid,
     "total": _millions("total"),

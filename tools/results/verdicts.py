@@ -1,25 +1,28 @@
 """The registered claims of the study's second edition, judged on the test split from the runs of a store.
 
-docs/results/registration.md states claims and tests. Losses of all models under Muon give one spread within seeds; a model's own
-spread decides where it is more than twice that. A model with fewer seeds than its baseline was given up: it counts as not better.
+docs/results/registration.md states claims and tests. A claim is judged, and its models' losses are looked at, once all of its runs
+are there. Losses of these models give one spread within seeds. A model that was given up counts as not better.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from megatron_samoe.evaluation.study.statistics import Difference, Spread, common_spread, differences, holm
+from megatron_samoe.evaluation.study.plan import StudyPlan
+from megatron_samoe.evaluation.study.statistics import Spread, common_spread, holm, own_half_width
 from tools.results.page_figures import Models
 
 #: How the table of verdicts begins.
 HEAD = "| claim | model | from | seeds | difference | own interval | p | verdict |"
+#: The models that others are compared with.
+FEW, MANY = "second_regime/moe of 8", "second_regime/moe of 32"
 
 _WAYS = (
     *(f"second_sharing/{way}" for way in ("8 banks of 8", "4 banks of 16")),
@@ -28,10 +31,13 @@ _WAYS = (
     *(f"second_sharing/{way}" for way in ("neighbours", "tied middle", "scaled")),
 )
 
+#: Losses by model and seed.
+Losses = Mapping[str, Mapping[int, float]]
+
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of differences, nats per token; p values of several models are corrected by Holm's method.
+    """A claim of differences, nats per token; p values of several pairs are corrected by Holm's method.
 
     Attributes:
         pairs: models, each with its baseline.
@@ -43,19 +49,23 @@ class Claim:
     test: Literal["mean", "below", "within"]
     bound: float = 0.0
 
+    @property
+    def models(self) -> list[str]:
+        """All that it compares, baselines first."""
+        return list(dict.fromkeys(name for pair in self.pairs for name in reversed(pair)))
+
     def p_value(self, spread: Spread, found: np.ndarray) -> float:
-        """Returns the p of one model's differences; nan without a test."""
+        """Returns the p of one pair's differences; nan without a test."""
         if self.test == "mean":
             return math.nan
         return spread.p_below(found, self.bound) if self.test == "below" else spread.p_within(found, self.bound)
 
 
-_FEW, _MANY = "second_regime/moe of 8", "second_regime/moe of 32"
 CLAIMS = (
-    Claim("G0", ((_MANY, _FEW),), "mean", -0.03),
-    Claim("G0", ((_FEW, "second_regime/dense"),), "mean", -0.08),
-    Claim("G1", tuple((way, _FEW) for way in _WAYS), "below"),
-    Claim("G2", tuple((way, _MANY) for way in (*_WAYS, _FEW)), "within", 0.03),
+    Claim("G0", ((MANY, FEW),), "mean", -0.03),
+    Claim("G0", ((FEW, "second_regime/dense"),), "mean", -0.08),
+    Claim("G1", tuple((way, FEW) for way in _WAYS), "below"),
+    Claim("G2", tuple((way, MANY) for way in (*_WAYS, FEW)), "within", 0.03),
     Claim("G3", (("second_combination/2 banks of 32", "second_combination/frozen"),), "below"),
     Claim(
         "G5",
@@ -68,8 +78,62 @@ CLAIMS = (
     Claim("G5", (("half/healed-routers", "half/original-longer"),), "within", 0.02),
 )
 
-#: Losses by model and seed.
-Losses = Mapping[str, Mapping[int, float]]
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is known of the test split.
+
+    Attributes:
+        trained: losses of trained models.
+        derived: of models that were made of others.
+        whole: models whose runs are all there.
+        given_up: those of them with one seed.
+        claims: that are to be judged.
+    """
+
+    trained: Losses
+    derived: Losses
+    whole: frozenset[str]
+    given_up: frozenset[str] = frozenset()
+    claims: Sequence[Claim] = field(default=CLAIMS)
+
+    @property
+    def ready(self) -> list[Claim]:
+        """The claims that can be judged."""
+        return [claim for claim in self.claims if self.whole.issuperset(claim.models)]
+
+    @property
+    def opened(self) -> Losses:
+        """Losses of the trained models that these compare, which may be looked at."""
+        names = dict.fromkeys(name for claim in self.ready for name in claim.models)
+        return {name: self.trained[name] for name in names if name in self.trained}
+
+    @property
+    def spread(self) -> Spread:
+        """What these have in common."""
+        return common_spread(by_seed(self.opened)) if self.opened else Spread(math.nan, 0)
+
+
+def losses_on_test(plans: Mapping[str, StudyPlan], models: Models, derived: Losses) -> HeldOut:
+    """Returns what is known of the test split.
+
+    Args:
+        plans: of the registered studies, by name.
+        models: runs by model and seed.
+        derived: losses of models that were made of others.
+    """
+    trained, whole, given_up = dict[str, dict[int, float]](), set[str](), set[str]()
+    for study, plan in plans.items():
+        given_up |= {f"{study}/{name}" for name, _ in plan.given_up()}
+        runs = plan.all_runs()
+        for variant in plan.study.variants:
+            name = f"{study}/{variant.name}"
+            trained[name] = {seed: run.validation["test_loss"] for seed, run in models[name].items()}
+            if all(plan.is_finished(run) for run in runs if run.variant == variant):
+                whole.add(name)
+    seeds = {seed for row in trained.values() for seed in row}
+    whole |= {name for name, row in derived.items() if row.keys() >= seeds}
+    return HeldOut(trained, derived, frozenset(whole), frozenset(given_up))
 
 
 @dataclass(frozen=True)
@@ -78,31 +142,55 @@ class Verdict:
 
     Attributes:
         baseline: from which it differs.
-        seeds: that both have.
+        differences: by seed.
+        half_width: of the 95 % interval of their mean.
         p: corrected; nan without a test.
     """
 
     claim: Claim
     model: str
     baseline: str
-    seeds: int
-    difference: Difference
+    differences: np.ndarray
+    half_width: float
     p: float
-    holds: bool
+
+    @property
+    def mean(self) -> float:
+        """Their mean."""
+        return float(self.differences.mean())
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether the claim is, for this model."""
+        return self.mean <= self.claim.bound if self.claim.test == "mean" else self.p < 0.05
 
     @property
     def cells(self) -> list[str]:
         """What the table shows."""
-        d = self.difference
+        own = own_half_width(self.differences)
         return [
             self.claim.name,
             *map(short, (self.model, self.baseline)),
-            str(self.seeds),
-            f"{d.mean:+.4f} ± {d.pooled_half_width:.4f}",
-            "" if math.isnan(d.half_width) else f"± {d.half_width:.4f}",
+            str(len(self.differences)),
+            f"{self.mean:+.4f} ± {self.half_width:.4f}",
+            "" if math.isnan(own) else f"± {own:.4f}",
             "" if math.isnan(self.p) else f"{self.p:.3f}",
-            "holds" if self.holds else "does not hold",
+            "supported" if self.is_supported else "not supported",
         ]
+
+
+def judge(held_out: HeldOut) -> Iterator[Verdict]:
+    """Yields a verdict for each pair of each claim that can be judged."""
+    spread = held_out.spread
+    rows = {name: np.array(row) for name, row in by_seed({**held_out.trained, **held_out.derived}).items()}
+    for claim in held_out.ready:
+        found = {(model, base): rows[model] - rows[base] for model, base in claim.pairs}
+        found = {pair: d[np.isfinite(d)] for pair, d in found.items()}
+        p_values = holm(
+            {pair: 1.0 if pair[0] in held_out.given_up else claim.p_value(spread, d) for pair, d in found.items()}
+        )
+        for pair, d in found.items():
+            yield Verdict(claim, *pair, d, spread.half_width(d), p_values[pair])
 
 
 def short(model: str) -> str:
@@ -111,50 +199,25 @@ def short(model: str) -> str:
     return name if study.startswith("second_") else model.replace("/", " ")
 
 
-def verdict_table(verdicts: Sequence[Verdict]) -> str:
+def verdict_table(verdicts: Iterable[Verdict]) -> str:
     """Returns the table of Markdown."""
-    return (
-        "\n".join([HEAD, "|---" * (HEAD.count("|") - 1) + "|", *(f"| {' | '.join(v.cells)} |" for v in verdicts)])
-        + "\n"
-    )
+    return table_of(HEAD, (verdict.cells for verdict in verdicts))
 
 
-def known_figures(verdicts: Iterable[Verdict]) -> dict[str, float]:
-    """Returns differences, both ways, and half intervals by the expressions of page_figures.py."""
-    found: dict[str, float] = {}
+def table_of(head: str, rows: Iterable[Iterable[str]]) -> str:
+    """Returns a table of Markdown; nothing without rows."""
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *lines, ""]) if lines else ""
+
+
+def known_figures(held_out: HeldOut, verdicts: Iterable[Verdict]) -> dict[str, float]:
+    """Returns differences, both ways, half intervals and the common spread by the expressions of page_figures.py."""
+    found = {"spread": held_out.spread.sd}
     for verdict in verdicts:
-        a, b, mean = short(verdict.model), short(verdict.baseline), verdict.difference.mean
-        found |= {f"{verdict.claim.name} {a} - {b}": mean, f"{verdict.claim.name} {b} - {a}": -mean}
-        found[f"± {verdict.claim.name} {a} - {b}"] = verdict.difference.pooled_half_width
+        a, b = short(verdict.model), short(verdict.baseline)
+        found |= {f"{verdict.claim.name} {a} - {b}": verdict.mean, f"{verdict.claim.name} {b} - {a}": -verdict.mean}
+        found[f"± {verdict.claim.name} {a} - {b}"] = verdict.half_width
     return found
-
-
-def judge(trained: Losses, derived: Losses, claims: Sequence[Claim] = CLAIMS) -> Iterator[Verdict]:
-    """Yields a verdict for each model of each claim whose losses are all there.
-
-    Args:
-        trained: losses on the test split; these models tell the common spread.
-        derived: those of models that were made of others.
-    """
-    spread = common_spread(by_seed(trained)) if trained else Spread(math.nan, 0)
-    losses = by_seed({**trained, **derived})
-    for claim in claims:
-        yield from _judged(claim, losses, spread)
-
-
-def losses_on_test(models: Models, sealed: Collection[str], claims: Sequence[Claim] = CLAIMS) -> Losses:
-    """Returns the losses on the test split of the claims' trained models.
-
-    Args:
-        models: runs by model and seed.
-        sealed: models whose loss on the test split must not be looked at yet.
-    """
-    names = dict.fromkeys(name for claim in claims for pair in claim.pairs for name in reversed(pair))
-    return {
-        name: {seed: run.validation["test_loss"] for seed, run in models[name].items()}
-        for name in names
-        if models.get(name) and name not in sealed
-    }
 
 
 def compressed_losses(folder: Path) -> Losses:
@@ -166,6 +229,16 @@ def compressed_losses(folder: Path) -> Losses:
             if "test_loss" in kept:
                 found.setdefault(f"{budget}/{model}", {})[int(seed)] = kept["test_loss"]
     return found
+
+
+def foreign_originals(held_out: HeldOut) -> list[str]:
+    """Returns which originals of compressions are not the store's models."""
+    return [
+        f"docs/results/compression: the original of {budget}, seed {seed}, has another loss than the store's MoE of 32"
+        for budget in ("half", "quarter")
+        for seed, loss in held_out.derived[f"{budget}/original"].items()
+        if abs(loss - held_out.trained[MANY].get(seed, math.nan)) > 1e-5
+    ]
 
 
 def healed_losses(folder: Path) -> Losses:
@@ -181,15 +254,13 @@ def compressed_figures(losses: Losses) -> dict[str, float]:
     """Returns mean differences from the original, and from it trained on, by `BUDGET MODEL - original`, and half intervals from
     their own spread."""
     found: dict[str, float] = {}
-    rows = by_seed(losses)
-    for base in rows:
+    rows = {name: np.array(row) for name, row in by_seed(losses).items()}
+    for base, of_base in rows.items():
         budget, _, original = base.partition("/")
-        if original not in ("original", "original-longer"):
-            continue
-        of_budget = {name: row for name, row in rows.items() if name.partition("/")[0] == budget}
-        for name, difference in differences(of_budget, base, 0.0).items():
-            found[f"{short(name)} - {original}"] = difference.mean
-            found[f"± {short(name)} - {original}"] = difference.half_width
+        for name in rows if original in ("original", "original-longer") else ():
+            if name.partition("/")[0] == budget and name != base:
+                found[f"{short(name)} - {original}"] = float((rows[name] - of_base).mean())
+                found[f"± {short(name)} - {original}"] = own_half_width(rows[name] - of_base)
     return found
 
 
@@ -197,20 +268,3 @@ def by_seed(losses: Losses) -> dict[str, list[float]]:
     """Returns one loss for each seed that any model has, in their order; nan where a model has none."""
     seeds = sorted({seed for row in losses.values() for seed in row})
     return {name: [row.get(seed, math.nan) for seed in seeds] for name, row in losses.items()}
-
-
-def _judged(claim: Claim, losses: dict[str, list[float]], spread: Spread) -> Iterator[Verdict]:
-    if not {name for pair in claim.pairs for name in pair} <= losses.keys():
-        return
-    both, given_up = dict[str, np.ndarray](), set[str]()
-    for model, baseline in claim.pairs:
-        d = np.asarray(losses[model]) - np.asarray(losses[baseline])
-        both[model] = d[np.isfinite(d)]
-        if len(both[model]) < np.isfinite(losses[baseline]).sum():
-            given_up.add(model)
-    p_values = holm({name: 1.0 if name in given_up else claim.p_value(spread, d) for name, d in both.items()})
-    for model, baseline in claim.pairs:
-        found = differences({name: losses[name] for name in (model, baseline)}, baseline, claim.bound)[model]
-        shown = replace(found, pooled_half_width=spread.half_width(len(both[model])))
-        holds = found.mean <= claim.bound if claim.test == "mean" else p_values[model] < 0.05
-        yield Verdict(claim, model, baseline, len(both[model]), shown, p_values[model], holds)

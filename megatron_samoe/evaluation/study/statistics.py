@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy import optimize, stats
 
 CONFIDENCE = 0.95
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,12 @@ class Difference:
 
     Attributes:
         half_width: of the 95 % interval by Student's t, from the spread of these differences.
-        pooled_half_width: of the interval from the spread that all trained models have in common.
+        pooled_half_width: of the interval from the spread that all trained models have in common, or from their own where
+            that is more than twice as wide.
         p_equivalent: probability of so small a mean if the true difference were at the margin or beyond (two one-sided
             tests): below 0.05 the models count as equally good.
         p_holm: of so large a mean if there were no difference, with the common spread, corrected for the number of models
-            by Holm's method. A model whose own spread is more than twice the common one is tested with its own.
+            by Holm's method.
     """
 
     mean: float
@@ -38,27 +41,35 @@ class Difference:
 
 @dataclass(frozen=True)
 class Spread:
-    """What is left of losses after each model's and each seed's part: standard deviation, nats, and degrees of freedom."""
+    """What is left of losses after each model's and each seed's part: standard deviation, nats, and degrees of freedom.
+
+    Differences between two models scatter by it; by their own spread where that is more than twice as wide.
+    """
 
     sd: float
     freedom: float
 
-    def half_width(self, count: int) -> float:
-        """Returns half of the 95 % interval of the mean of differences between two models over so many seeds."""
-        return _quantile(self.freedom) * self.sd * math.sqrt(2 / count) if self.freedom > 0 else math.nan
-
-    def p_below(self, differences: np.ndarray, bound: float = 0.0) -> float:
-        """Returns the probability of so small a mean of differences between two models whose true one is a bound, by Student's t; a
-        spread of their own decides where it is more than twice this one."""
+    def of_mean(self, differences: np.ndarray) -> tuple[float, float]:
+        """Returns the standard error of the mean of differences between two models, and its degrees of freedom."""
         count, sd, freedom = len(differences), self.sd * math.sqrt(2), self.freedom
         if count > 1 and (freedom <= 0 or differences.std(ddof=1) > 2 * sd):
             sd, freedom = float(differences.std(ddof=1)), count - 1
+        return sd / math.sqrt(count), freedom
+
+    def half_width(self, differences: np.ndarray) -> float:
+        """Returns half of the 95 % interval of the mean of differences between two models, by Student's t."""
+        error, freedom = self.of_mean(differences)
+        return _quantile(freedom) * error if freedom > 0 else math.nan
+
+    def p_below(self, differences: np.ndarray, bound: float = 0.0) -> float:
+        """Returns the probability of so small a mean of differences between two models whose true one is a bound."""
+        error, freedom = self.of_mean(differences)
         if freedom <= 0:
             return math.nan
         beyond = float(differences.mean()) - bound
-        if sd == 0:  # which has no t
+        if error == 0:  # which has no t
             return 0.5 + 0.5 * float(np.sign(beyond))
-        return float(stats.t.cdf(beyond * math.sqrt(count) / sd, freedom))
+        return float(stats.t.cdf(beyond / error, freedom))
 
     def p_value(self, differences: np.ndarray) -> float:
         """Returns the probability of so large a mean, on either side, of differences between two equal models."""
@@ -105,8 +116,8 @@ def differences(
     return {
         name: Difference(
             float(d.mean()) if len(d) else math.nan,
-            _quantile(len(d) - 1) * float(d.std(ddof=1)) / math.sqrt(len(d)) if len(d) > 1 else math.nan,
-            spread.half_width(len(d)) if len(d) else math.nan,
+            own_half_width(d),
+            spread.half_width(d) if len(d) else math.nan,
             p_equivalent(d, margin) if len(d) > 1 else math.nan,
             corrected.get(name, math.nan),
         )
@@ -114,15 +125,17 @@ def differences(
     }
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def own_half_width(differences: np.ndarray) -> float:
+    """Returns half of the 95 % interval of a mean of differences from their own spread; nan of fewer than two."""
+    return Spread(math.nan, 0).half_width(differences) if len(differences) else math.nan
+
+
+def holm(p_values: Mapping[K, float]) -> dict[K, float]:
     """Returns p values corrected for their number by Holm's step-down method; those that are nan are not counted."""
-    known = sorted((p, name) for name, p in p_values.items() if not math.isnan(p))
-    corrected = np.maximum.accumulate(
-        [min(p * (len(known) - place), 1.0) for place, (p, _) in enumerate(known)] or [0.0]
-    )
-    return {name: math.nan for name in p_values} | {
-        name: float(c) for (_, name), c in zip(known, corrected, strict=False)
-    }
+    known = sorted((key for key, p in p_values.items() if not math.isnan(p)), key=p_values.__getitem__)
+    times = [min(p_values[key] * (len(known) - place), 1.0) for place, key in enumerate(known)]
+    corrected = map(float, np.maximum.accumulate(times or [0.0]))
+    return {key: math.nan for key in p_values} | dict(zip(known, corrected, strict=False))
 
 
 def _quantile(freedom: float) -> float:

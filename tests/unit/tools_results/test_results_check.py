@@ -18,16 +18,21 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study import results_store
-from megatron_samoe.evaluation.study.statistics import common_spread
+from megatron_samoe.evaluation.study.statistics import common_spread, own_half_width
 from megatron_samoe.planning.accounting import ParameterCount
 from tools.results.measured import wrong_tables
 from tools.results.model_table import compared, is_drawn, model_table, write_plot
-from tools.results.page_figures import Models, models_of, rewritten, sealed, with_table, wrong_figures
+from tools.results.page_figures import Models, models_of, rewritten, with_table, wrong_figures
 from tools.results.registration import Registration, deviations, kept_plan, read_registration
 from tools.results.verdicts import (
+    CLAIMS,
+    MANY,
     Claim,
+    HeldOut,
+    Losses,
     compressed_figures,
     compressed_losses,
+    foreign_originals,
     healed_losses,
     judge,
     losses_on_test,
@@ -76,9 +81,9 @@ The pool is 0.095 ± 0.064 behind, `--lr 0.001` and [a picture](x-0.5678.png) as
 <!-- figures: dense; pool - dense #1; total dense;
 train dense at 300..400/100 -->
 
-Entropy 0.70; idle 0.50; test 4.710; step 0.40; 0.10.
+Entropy 0.70; idle 0.50; step 0.40; 0.10.
 
-<!-- figures: lowest entropy pool; idle pool; test pool; = 0.40; pool - moe of 8 -->
+<!-- figures: lowest entropy pool; idle pool; = 0.40; pool - moe of 8 -->
 
 Others have 1.234.
 
@@ -103,7 +108,7 @@ def test_a_page_with_the_runs_figures_is_right() -> None:
         ("pool -->", "pool; pool -->", "line 3: has 3 figures, and its comment 4"),
         ("<!-- figures from others.json -->", "", "line 19: nothing says what 1.234 is"),
         ("300..400/100", "every step", "'every step' must be a step"),
-        ("train dense", "test pool - nothing #1", "no study has"),
+        ("train dense", "train pool - nothing #1", "no study has"),
         ("; = 0.40", "; valid pool at 300", "'valid pool at 300': its runs have no such record"),
     ],
 )  # fmt: skip
@@ -163,6 +168,12 @@ SMALL, LARGE = (
 )
 
 
+def held_out(trained: Losses, claim: Claim, derived: Losses | None = None, **more: object) -> HeldOut:
+    """Returns what is known of the test split where all runs are there."""
+    found = HeldOut(trained, derived or {}, frozenset([*trained, *(derived or {})]), claims=[claim])
+    return replace(found, **more)  # type: ignore[arg-type]
+
+
 def test_claims_are_judged_with_one_spread_and_a_model_that_was_given_up_is_not_better() -> None:
     losses = {
         "second_s/moe": [3.50, 3.52, 3.51],
@@ -179,18 +190,37 @@ def test_claims_are_judged_with_one_spread_and_a_model_that_was_given_up_is_not_
         name: float(fit.tvalues[f"C(m, Treatment('second_s/moe'))[T.{name}]"])
         for name in ("second_s/good", "second_s/same")
     }
-    good, same, lost = judge(by_model, {}, [SMALL])
-    assert good.p == pytest.approx(3 * stats.t.cdf(raw["second_s/good"], fit.df_resid)) and good.holds
-    assert same.p == pytest.approx(2 * stats.t.cdf(raw["second_s/same"], fit.df_resid)) and not same.holds
-    assert (lost.seeds, lost.p, lost.holds) == (1, 1.0, False)
+    given_up = frozenset(["second_s/lost"])
+    good, same, lost = judge(held_out(by_model, SMALL, given_up=given_up))
+    assert good.p == pytest.approx(3 * stats.t.cdf(raw["second_s/good"], fit.df_resid)) and good.is_supported
+    assert same.p == pytest.approx(2 * stats.t.cdf(raw["second_s/same"], fit.df_resid)) and not same.is_supported
+    assert (len(lost.differences), lost.p, lost.is_supported) == (1, 1.0, False)
     bse = fit.bse["C(m, Treatment('second_s/moe'))[T.second_s/good]"]
-    assert good.difference.pooled_half_width == pytest.approx(stats.t.ppf(0.975, fit.df_resid) * bse)
-    assert [v.holds for v in judge(by_model, {}, [LARGE])] == [False, True, False]
-    del by_model["second_s/lost"]
-    assert not list(judge(by_model, {}, [SMALL])), "all at once"
+    assert good.half_width == pytest.approx(stats.t.ppf(0.975, fit.df_resid) * bse)
+    assert [v.is_supported for v in judge(held_out(by_model, LARGE, given_up=given_up))] == [False, True, False]
     page = f"Text.\n\n{verdict_table([good, same, lost])}\nMore.\n"
     assert "| G9 | lost | moe | 1 | +0.1000 ± " in page
     assert with_table(page.replace("| G9 | same", "| G9 | other"), verdict_table([good, same, lost])) == page
+
+
+def test_a_loss_on_the_test_split_is_not_looked_at_before_all_of_a_claim_is_there() -> None:
+    trained = {f"second_s/{name}": {1: 3.5, 2: 3.6} for name in ("moe", "good", "same", "lost")}
+    found = held_out(trained, SMALL, whole=frozenset(trained) - {"second_s/same"})
+    assert found.opened == {} and not list(judge(found))
+    both = replace(found, claims=[SMALL, Claim("G8", (("second_s/good", "second_s/moe"),), "below")])
+    assert list(both.opened) == ["second_s/moe", "second_s/good"] and len(list(judge(both))) == 1
+
+
+def test_a_spread_of_its_own_decides_an_interval_too() -> None:
+    losses = {
+        "second_s/moe": {1: 3.5, 2: 3.6, 3: 3.7},
+        "second_s/same": {1: 3.501, 2: 3.599, 3: 3.7},
+        "second_s/good": {1: 3.4, 2: 3.7, 3: 3.6},
+        **{f"second_s/{n}": {1: 3.5 + n / 100, 2: 3.6 + n / 100, 3: 3.7 + n / 100} for n in range(40)},
+    }
+    claim = Claim("G9", tuple((name, "second_s/moe") for name in losses if name != "second_s/moe"), "below")
+    verdict = next(v for v in judge(held_out(losses, claim)) if v.model == "second_s/good")
+    assert verdict.half_width == pytest.approx(own_half_width(verdict.differences))
 
 
 def test_models_that_were_compressed_are_judged_by_the_spread_of_trained_ones(tmp_path: Path) -> None:
@@ -206,27 +236,22 @@ def test_models_that_were_compressed_are_judged_by_the_spread_of_trained_ones(tm
     known = compressed_figures(derived)
     (tmp_path / "all_weights.json").write_text(json.dumps({"2": {"original": 3.5, "healed-all": 3.52}}))
     assert healed_losses(tmp_path) == {"all weights/original": {2: 3.5}, "all weights/healed-all": {2: 3.52}}
-    assert known["half healed - original"] == pytest.approx(0.01) and known[
-        "half healed - original-longer"
-    ] == pytest.approx(0.015)
-    [verdict] = judge(trained, derived, [Claim("G5", (("half/healed", "half/original-longer"),), "within", 0.02)])
-    assert verdict.cells[1:4] == ["half healed", "half original-longer", "3"] and verdict.holds
-    spread = common_spread({name: list(row.values()) for name, row in trained.items()})
-    assert verdict.difference.pooled_half_width == pytest.approx(spread.half_width(3))
+    assert known["half healed - original"] == pytest.approx(0.01)
+    assert known["half healed - original-longer"] == pytest.approx(0.015)
     pairs = (("half/healed", "second_s/a"), ("half/original-longer", "second_s/b"))
-    less, equal = judge(trained, derived, [Claim("G5", pairs, "below", -0.3)])
-    assert (less.baseline, equal.baseline) == ("second_s/a", "second_s/b")
-    assert less.difference.mean == pytest.approx(-0.385) and less.holds
-    assert equal.difference.mean == pytest.approx(-0.3) and equal.p == pytest.approx(0.5)
+    found = held_out(trained, Claim("G5", pairs, "below", -0.3), derived)
+    less, equal = judge(found)
+    assert less.cells[1:4] == ["half healed", "a", "3"]
+    assert less.mean == pytest.approx(-0.385) and less.is_supported
+    assert equal.mean == pytest.approx(-0.3) and equal.p == pytest.approx(0.5)
+    spread = common_spread({name: list(row.values()) for name, row in trained.items()})
+    assert less.half_width == pytest.approx(spread.half_width(less.differences))
 
 
-def test_a_loss_on_the_test_split_is_not_shown_before_its_study_is_whole() -> None:
-    claim = Claim("G9", (("pool", "moe, 8"),), "below")
-    assert losses_on_test(MODELS, [], [claim])["pool"] == pytest.approx({1: 4.70, 2: 4.72})
-    assert list(losses_on_test(MODELS, ["pool"], [claim])) == ["moe, 8"]
-    assert wrong_figures(PAGE, MODELS, {"dense"}) == []
-    [problem] = wrong_figures(PAGE, MODELS, {"pool"})
-    assert "'test pool': the test split is looked at once" in problem
+def test_an_original_that_the_store_does_not_have_is_named() -> None:
+    trained, derived = {MANY: {1: 3.5, 2: 3.6}}, {"half/original": {1: 3.5, 2: 3.61}, "quarter/original": {1: 3.5}}
+    [said] = foreign_originals(held_out(trained, SMALL, derived))
+    assert "the original of half, seed 2" in said
 
 
 def spoiled_store(folder: Path) -> Path:
@@ -324,7 +349,10 @@ def test_the_table_of_models_shows_what_was_tried_and_no_test_loss_of_a_study_th
                 keep(store, plan.config_of(run), registration, loss + run.seed / 1000)
         plans = {study.stem: kept_plan(study, registration.data, store, tmp_path / f"kept-{stage}")}
         models = models_of(plans, results_store.read_store(store)[0])
-        lines.append(model_table(plans, models, sealed(plans)).splitlines()[2:])
+        found = losses_on_test(plans, models, {})
+        found = replace(found, claims=[claim for claim in CLAIMS if claim.name == "G3"])
+        lines.append(model_table(plans, models, found, "Muon").splitlines()[2:])
+        assert model_table(plans, models, found, "AdamW") == ""
     tried = "1.5: 3.6010, 3: 3.5010, 6: 3.7010"
     (first, _), (frozen, learned) = lines
     assert first.startswith("| frozen | 1.06 M | ") and f"| {tried} | 3.5010 |  |  |" in first, "seed 1 is the sweep's"
@@ -333,14 +361,13 @@ def test_the_table_of_models_shows_what_was_tried_and_no_test_loss_of_a_study_th
 
 
 def test_a_plot_says_what_it_shows(tmp_path: Path) -> None:
-    models = {
-        f"second_regime/{name}": {seed: run_of(loss + seed / 100) for seed in (1, 2)}
-        for name, loss in (("dense", 3.7), ("moe of 8", 3.6))
-    }
-    shown, path = compared(models, []), tmp_path / "plot.png"
-    assert not is_drawn(path, shown)
-    write_plot(path, shown)
-    assert is_drawn(path, shown) and not is_drawn(path, compared(models, ["second_regime/dense"]))
+    trained = {f"second_regime/{name}": {1: loss, 2: loss + 0.01} for name, loss in (("dense", 3.7), ("moe of 8", 3.6))}
+    found = held_out(trained, Claim("G0", (("second_regime/moe of 8", "second_regime/dense"),), "mean"))
+    path = tmp_path / "plot.png"
+    assert not is_drawn(path, compared(found))
+    write_plot(path, compared(found))
+    later = replace(found, trained=trained | {"second_regime/dense": {1: 3.7, 2: 3.8}})
+    assert is_drawn(path, compared(found)) and not is_drawn(path, compared(later))
 
 
 def test_a_page_that_registers_nothing_is_refused(tmp_path: Path) -> None:
