@@ -33,7 +33,7 @@ def model_table(plans: Mapping[str, StudyPlan], models: Models, held_out: HeldOu
     """
     head = (
         f"| under {optimizer} | expert parameters | validation loss by rate (1e-3) | all seeds at the best rate | test loss "
-        "| from the MoE of 8 | load entropy, largest share, idle |"
+        "| from the MoE of 8 | load entropy, largest share, idle experts |"
     )
     spread, opened, rows, shown = held_out.spread, held_out.opened, list[list[str]](), set[str]()
     for study, plan in plans.items():
@@ -61,7 +61,7 @@ def _cells(runs: Mapping[int, RunSummary], tried: Mapping[float, RunSummary]) ->
         f"{experts / 1e6:.2f} M" if experts else "",
         ", ".join(f"{1000 * rate:g}: {_loss(run)}" for rate, run in tried.items()),
         ", ".join(_loss(run) for _, run in sorted(runs.items())),
-        ", ".join(f"{value:.2f}" for value in worst_routing(runs.values())) if runs and experts else "",
+        "{:.2f}, {:.2f}, {:.0f}".format(*worst_routing(runs.values())) if runs and experts else "",
     ]
 
 

@@ -21,7 +21,7 @@ On other pages tables alone must; those of speeds are in tools/results/measured.
 | `total A`, `experts A`, `active A` | parameters, in millions |
 | `entropy A #1 at 100` | least load entropy of any layer in the last record up to a step; without `at`, at the end |
 | `lowest entropy A`, `largest share A` | worst of all seeds, after the first 200 steps: least load entropy, largest share of one expert |
-| `idle A` | worst of all seeds: part of the logged steps after these in which some expert had no token |
+| `idle A`, `most idle A` | worst of all seeds: part of the logged steps after these with idle experts; most experts that were idle in one |
 | `= 0.6` | a number that is no result |
 | `G0 A - B`, `± G0 A - B` | a verdict's difference and interval, and what else `results_check.py` knows by name |
 """
@@ -176,9 +176,9 @@ def with_table(page: str, table: str) -> str:
 
 
 def worst_routing(runs: Collection[RunSummary]) -> list[float]:
-    """Returns the worst of runs, after the first steps: least load entropy, largest share of one expert, part of logged steps with
-    idle experts."""
-    return [worst([_QUANTITIES[word](None)(run) for run in runs]) for word, worst in _WORST.items()]
+    """Returns the worst of runs, after the first steps: least load entropy, largest share of one expert, most idle experts."""
+    words = ("lowest entropy", "largest share", "most idle")
+    return [_WORST[word]([_QUANTITIES[word](None)(run) for run in runs]) for word in words]
 
 
 def like(number: str, value: float) -> str:
@@ -304,9 +304,11 @@ _QUANTITIES: Mapping[str, Callable[[Step], OfRun]] = {
     "lowest entropy": _settled("least_load_entropy", min),
     "largest share": _settled("largest_expert_share", max),
     "idle": _settled("idle_experts", lambda counts: statistics.mean(count > 0 for count in counts)),
+    "most idle": _settled("idle_experts", max),
 }
 _WORST: Mapping[str, Callable[[Sequence[float]], float]] = {
     "lowest entropy": min,
     "largest share": max,
     "idle": max,
+    "most idle": max,
 }

@@ -356,7 +356,7 @@ def test_the_table_of_models_shows_what_was_tried_and_no_test_loss_of_a_study_th
     tried = "1.5: 3.6010, 3: 3.5010, 6: 3.7010"
     (first, _), (frozen, learned) = lines
     assert first.startswith("| frozen | 1.06 M | ") and f"| {tried} | 3.5010 |  |  |" in first, "seed 1 is the sweep's"
-    assert frozen.endswith("| 0.90, 0.25, 1.00 |")
+    assert frozen.endswith("| 0.90, 0.25, 1 |")
     assert frozen.split(" | ")[2:5] == learned.split(" | ")[2:5] == [tried, "3.5010, 3.5020, 3.5030", "4.5020"]
 
 
