@@ -42,8 +42,12 @@ def model_table(plans: Mapping[str, StudyPlan], models: Models, held_out: HeldOu
             name, own = f"{study}/{variant.name}", [run for run in settled if run.variant == variant]
             keys = {plan.key_of(run) for run in own}
             tried = {float(n.removeprefix(f"{name}@")): r for n, r in models.items() if n.startswith(f"{name}@") and r}
-            if not tried or keys <= shown or plan.config_of(own[0]).optimizer.optimizer != optimizer.lower():
+            if not (tried or models[name]) or keys <= shown:
                 continue
+            options = plan.config_of(own[0]).optimizer
+            if options.optimizer != optimizer.lower():
+                continue
+            tried = tried or {options.lr: models[name]}
             shown |= keys
             cells = _cells(models[name], {rate: next(iter(runs.values())) for rate, runs in sorted(tried.items())})
             losses = opened.get(name, {})

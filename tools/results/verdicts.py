@@ -41,12 +41,13 @@ class Claim:
 
     Attributes:
         pairs: models, each with its baseline.
-        test: `mean`, the mean is at most the bound; `below`, the true mean is below it; `within`, it is no farther from zero.
+        test: `mean`, the mean is at most the bound; `below`, the true mean is below it; `within`, it is no farther from zero;
+            `none`, it is shown.
     """
 
     name: str
     pairs: tuple[tuple[str, str], ...]
-    test: Literal["mean", "below", "within"]
+    test: Literal["mean", "below", "within", "none"]
     bound: float = 0.0
 
     @property
@@ -56,9 +57,9 @@ class Claim:
 
     def p_value(self, spread: Spread, found: np.ndarray) -> float:
         """Returns the p of one pair's differences; nan without a test."""
-        if self.test == "mean":
-            return math.nan
-        return spread.p_below(found, self.bound) if self.test == "below" else spread.p_within(found, self.bound)
+        if self.test == "below":
+            return spread.p_below(found, self.bound)
+        return spread.p_within(found, self.bound) if self.test == "within" else math.nan
 
 
 CLAIMS = (
@@ -76,6 +77,9 @@ CLAIMS = (
         "below",
     ),
     Claim("G5", (("half/healed-routers", "half/original-longer"),), "within", 0.02),
+    Claim("G4", (("second_experts_8/2 banks of 8", FEW),), "none"),
+    Claim("G4", (("second_combination/2 banks of 32", MANY),), "none"),
+    Claim("G4", (("second_experts_128/2 banks of 128", "second_experts_128/moe of 128"),), "none"),
 )
 
 
@@ -175,7 +179,7 @@ class Verdict:
             f"{self.mean:+.4f} ± {self.half_width:.4f}",
             "" if math.isnan(own) else f"± {own:.4f}",
             "" if math.isnan(self.p) else f"{self.p:.3f}",
-            "supported" if self.is_supported else "not supported",
+            "exploratory" if self.claim.test == "none" else "supported" if self.is_supported else "not supported",
         ]
 
 
