@@ -21,6 +21,7 @@ from tools.results.measured import measured_heads, wrong_tables  # noqa: E402
 from tools.results.model_table import compared, is_drawn, model_table, write_plot  # noqa: E402
 from tools.results.page_figures import Told, models_of, rewritten, with_table, wrong_figures  # noqa: E402
 from tools.results.registration import deviations, kept_plan, read_registration  # noqa: E402
+from tools.results.scaling import scaling  # noqa: E402
 from tools.results.verdicts import (  # noqa: E402
     compressed_figures,
     compressed_losses,
@@ -65,10 +66,14 @@ def main(write: bool) -> int:
         held_out = losses_on_test(plans, models, compressed)
         problems += foreign_originals(held_out)
         verdicts = list(judge(held_out))
-        tables = [verdict_table(verdicts), *(model_table(plans, models, held_out, name) for name in ("Muon", "AdamW"))]
-        tables = list(filter(None, tables))
-        known = known_figures(held_out, verdicts) | compressed_figures(
-            {**compressed, **healed_losses(folder / "compression")}
+        by_size, fitted = scaling(models, held_out)
+        main = {name: plan for name, plan in plans.items() if name != "second_scaling"}
+        tables = [verdict_table(verdicts), *(model_table(main, models, held_out, name) for name in ("Muon", "AdamW"))]
+        tables = [table for table in (*tables, by_size) if table]
+        known = (
+            fitted
+            | known_figures(held_out, verdicts)
+            | compressed_figures({**compressed, **healed_losses(folder / "compression")})
         )
         for name, plan in plans.items():
             every = plan.all_runs()

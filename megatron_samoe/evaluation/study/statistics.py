@@ -225,7 +225,7 @@ def _loss(values: np.ndarray, sizes: np.ndarray, factors: np.ndarray) -> np.ndar
 
 
 def fit_scaling(points: Sequence[ScalingPoint], draws: int = 200) -> ScalingFit:
-    """Fits the scaling law to runs; intervals from fits to runs drawn anew.
+    """Fits the scaling law to runs; intervals from fits to runs drawn anew, nan without any.
 
     Raises:
         ValueError: there are fewer runs than numbers to fit.
@@ -238,7 +238,7 @@ def fit_scaling(points: Sequence[ScalingPoint], draws: int = 200) -> ScalingFit:
     for _ in range(draws):
         chosen = [points[i] for i in rng.integers(0, len(points), len(points))]
         drawn.append(_fit(chosen, models, best))
-    low, high = np.percentile(np.array(drawn), [2.5, 97.5], axis=0)
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0) if drawn else np.full((2, len(best)), np.nan)
     count = len(_NAMES)
     errors = _residuals(best, points, models)
 

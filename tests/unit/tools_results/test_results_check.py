@@ -14,6 +14,7 @@ import pytest
 import statsmodels.formula.api as smf
 from scipy import stats
 
+from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.evaluation.run_summary import RunSummary
@@ -24,6 +25,7 @@ from tools.results.measured import wrong_tables
 from tools.results.model_table import compared, is_drawn, model_table, write_plot
 from tools.results.page_figures import Models, models_of, rewritten, with_table, wrong_figures
 from tools.results.registration import Registration, deviations, kept_plan, read_registration
+from tools.results.scaling import scaling
 from tools.results.verdicts import (
     CLAIMS,
     MANY,
@@ -246,6 +248,26 @@ def test_models_that_were_compressed_are_judged_by_the_spread_of_trained_ones(tm
     assert equal.mean == pytest.approx(-0.3) and equal.p == pytest.approx(0.5)
     spread = common_spread({name: list(row.values()) for name, row in trained.items()})
     assert less.half_width == pytest.approx(spread.half_width(less.differences))
+
+
+def test_scaling_is_told_once_all_its_runs_are_there() -> None:
+    sizes = {"width 48": (0.4, 9.8), "width 96": (1.2, 9.8), "4.9 M tokens": (0.55, 4.9), "19.7 M tokens": (0.55, 19.7)}
+    kinds = {"second_regime/dense": 0.0, "second_regime/moe of 8": 0.8, "second_combination/2 banks of 32": 0.6}
+    models: dict[str, dict[int, RunSummary]] = {}
+    for model, worth in kinds.items():
+        for size, (active, tokens) in {"": (0.55, 9.8), **sizes}.items():
+            loss = 1.0 + 2.0 * active**-0.2 * (1 + worth) ** -0.1 + 1.5 * tokens**-0.3
+            count = ParameterCount(int(1e6 * active * (1 + (worth and 0.8))), 0, int(1e6 * active))
+            moe = MoEConfig(expert_layout="samoe" if "banks" in model else "moe")
+            records = [{"iteration": 4800, "lm_loss": 1.0, "consumed_tokens": 1e6 * tokens}]
+            run = replace(run_of(0.0), config=PretrainConfig(moe=moe), parameters=count, records=records)
+            name = f"second_scaling/{model.partition('/')[2]}, {size}" if size else model
+            models[name] = {1: replace(run, records=[*records, {"iteration": 4800, "validation_loss": loss, "test_loss": loss}])}
+    found = held_out({name: {1: run[1].validation["test_loss"]} for name, run in models.items()}, SMALL)
+    table, known = scaling(models, found)
+    assert [line.split(" | ")[-1] for line in table.splitlines()[2:]] == ["M < S < D |"] * 5
+    assert known["fit"] < 1e-3 and abs(known["fit held out"]) < 2e-3
+    assert scaling(models, replace(found, whole=found.whole - {"second_scaling/dense, width 96"})) == ("", {})
 
 
 def test_an_original_that_the_store_does_not_have_is_named() -> None:
