@@ -262,7 +262,9 @@ def test_scaling_is_told_once_all_its_runs_are_there() -> None:
             records = [{"iteration": 4800, "lm_loss": 1.0, "consumed_tokens": 1e6 * tokens}]
             run = replace(run_of(0.0), config=PretrainConfig(moe=moe), parameters=count, records=records)
             name = f"second_scaling/{model.partition('/')[2]}, {size}" if size else model
-            models[name] = {1: replace(run, records=[*records, {"iteration": 4800, "validation_loss": loss, "test_loss": loss}])}
+            models[name] = {
+                1: replace(run, records=[*records, {"iteration": 4800, "validation_loss": loss, "test_loss": loss}])
+            }
     found = held_out({name: {1: run[1].validation["test_loss"]} for name, run in models.items()}, SMALL)
     table, known = scaling(models, found)
     assert [line.split(" | ")[-1] for line in table.splitlines()[2:]] == ["M < S < D |"] * 5
@@ -333,6 +335,7 @@ def keep(store: Path, config: PretrainConfig, registration: Registration, loss: 
         ({}, {}, None),
         ({"lr": 0.0016}, {}, "2 banks of 32, seed 1, at 0.0015 it differs in --lr 0.0016 (registered: 0.0015)"),
         ({"lr": 0.0015, "weight_decay": 0.3}, {}, "--weight-decay 0.3 (registered: None)"),
+        ({"test_data_path": ("other",)}, {}, "--test-data-path ['other']"),
         ({}, {"forced": {}}, "MKL_CBWR=None, registered is AVX2"),
         ({}, {"threads_per_rank": 2}, "2 threads, registered are 1"),
     ],
@@ -346,7 +349,8 @@ def test_runs_that_are_not_as_registered_are_named_with_what_differs(
     planned = kept_plan(study, registration.data, store, tmp_path / "planned")
     run = next(r for r in planned.all_runs() if r.variant.name == "2 banks of 32" and r.swept == 0.0015)
     config = planned.config_of(run)
-    config = replace(config, optimizer=replace(config.optimizer, **changes))
+    section = "data" if "test_data_path" in changes else "optimizer"
+    config = replace(config, **{section: replace(getattr(config, section), **changes)})
     key = keep(store, config, registration, **machine)
     runs, problems = results_store.read_store(store)
     plans = {study.stem: kept_plan(study, registration.data, store, tmp_path / "kept")}
