@@ -1,0 +1,157 @@
+"""Registered claims are judged by pairs, with one spread, and only once all of their runs are there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas
+import pytest
+import statsmodels.formula.api as smf
+from scipy import stats
+
+from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.evaluation.run_summary import RunSummary
+from megatron_samoe.evaluation.study.statistics import common_spread, own_half_width
+from megatron_samoe.planning.accounting import ParameterCount
+from tests.unit.tools_results.made_runs import run_of
+from tools.results.model_table import compared, is_drawn, write_plot
+from tools.results.page_figures import with_table
+from tools.results.scaling import scaling
+from tools.results.verdicts import (
+    MANY,
+    Claim,
+    HeldOut,
+    Losses,
+    compressed_figures,
+    compressed_losses,
+    foreign_originals,
+    healed_losses,
+    judge,
+    verdict_table,
+)
+
+SMALL, LARGE = (
+    Claim("G9", tuple((f"second_s/{name}", "second_s/moe") for name in ("good", "same", "lost")), *test)
+    for test in (("below",), ("within", 0.03))
+)
+
+
+def held_out(trained: Losses, claim: Claim, derived: Losses | None = None, **more: object) -> HeldOut:
+    """Returns what is known of the test split where all runs are there."""
+    found = HeldOut(trained, derived or {}, frozenset([*trained, *(derived or {})]), claims=[claim])
+    return replace(found, **more)  # type: ignore[arg-type]
+
+
+def test_claims_are_judged_with_one_spread_and_a_model_that_was_given_up_is_not_better() -> None:
+    losses = {
+        "second_s/moe": [3.50, 3.52, 3.51],
+        "second_s/good": [3.40, 3.425, 3.41],
+        "second_s/same": [3.497, 3.519, 3.509],
+        "second_s/lost": [3.60],
+    }
+    by_model = {name: dict(enumerate(row)) for name, row in losses.items()}
+    table = pandas.DataFrame(
+        [(n, s, x) for n, row in losses.items() for s, x in enumerate(row)], columns=["m", "s", "y"]
+    )
+    fit = smf.ols("y ~ C(m, Treatment('second_s/moe')) + C(s)", table).fit()
+    raw = {
+        name: float(fit.tvalues[f"C(m, Treatment('second_s/moe'))[T.{name}]"])
+        for name in ("second_s/good", "second_s/same")
+    }
+    given_up = frozenset(["second_s/lost"])
+    good, same, lost = judge(held_out(by_model, SMALL, given_up=given_up))
+    assert good.p == pytest.approx(3 * stats.t.cdf(raw["second_s/good"], fit.df_resid)) and good.is_supported
+    assert same.p == pytest.approx(2 * stats.t.cdf(raw["second_s/same"], fit.df_resid)) and not same.is_supported
+    assert (len(lost.differences), lost.p, lost.is_supported) == (1, 1.0, False)
+    bse = fit.bse["C(m, Treatment('second_s/moe'))[T.second_s/good]"]
+    assert good.half_width == pytest.approx(stats.t.ppf(0.975, fit.df_resid) * bse)
+    assert [v.is_supported for v in judge(held_out(by_model, LARGE, given_up=given_up))] == [False, True, False]
+    page = f"Text.\n\n{verdict_table([good, same, lost])}\nMore.\n"
+    assert "| G9 | lost | moe | 1 | +0.1000 ± " in page
+    assert with_table(page.replace("| G9 | same", "| G9 | other"), verdict_table([good, same, lost])) == page
+
+
+def test_a_loss_on_the_test_split_is_not_looked_at_before_all_of_a_claim_is_there() -> None:
+    trained = {f"second_s/{name}": {1: 3.5, 2: 3.6} for name in ("moe", "good", "same", "lost")}
+    found = held_out(trained, SMALL, whole=frozenset(trained) - {"second_s/same"})
+    assert found.opened == {} and not list(judge(found))
+    both = replace(found, claims=[SMALL, Claim("G8", (("second_s/good", "second_s/moe"),), "below")])
+    assert list(both.opened) == ["second_s/moe", "second_s/good"] and len(list(judge(both))) == 1
+
+
+def test_a_spread_of_its_own_decides_an_interval_too() -> None:
+    losses = {
+        "second_s/moe": {1: 3.5, 2: 3.6, 3: 3.7},
+        "second_s/same": {1: 3.501, 2: 3.599, 3: 3.7},
+        "second_s/good": {1: 3.4, 2: 3.7, 3: 3.6},
+        **{f"second_s/{n}": {1: 3.5 + n / 100, 2: 3.6 + n / 100, 3: 3.7 + n / 100} for n in range(40)},
+    }
+    claim = Claim("G9", tuple((name, "second_s/moe") for name in losses if name != "second_s/moe"), "below")
+    verdict = next(v for v in judge(held_out(losses, claim)) if v.model == "second_s/good")
+    assert verdict.half_width == pytest.approx(own_half_width(verdict.differences))
+
+
+def test_models_that_were_compressed_are_judged_by_the_spread_of_trained_ones(tmp_path: Path) -> None:
+    trained = {"second_s/a": {1: 3.5, 2: 3.6, 3: 3.7}, "second_s/b": {1: 3.401, 2: 3.499, 3: 3.6}}
+    for seed in (1, 2, 3):
+        kept = {
+            name: {"test_loss": 3.0 + seed / 10 + more}
+            for name, more in (("healed", 0.015), ("original-longer", 0.0), ("original", 0.005))
+        }
+        (tmp_path / f"seed-{seed}-half.json").write_text(json.dumps(kept | {"matched": {"loss": 3.0}}))
+    derived = compressed_losses(tmp_path)
+    assert sorted(derived) == ["half/healed", "half/original", "half/original-longer"]
+    known = compressed_figures(derived)
+    (tmp_path / "all_weights.json").write_text(json.dumps({"2": {"original": 3.5, "healed-all": 3.52}}))
+    assert healed_losses(tmp_path) == {"all weights/original": {2: 3.5}, "all weights/healed-all": {2: 3.52}}
+    assert known["half healed - original"] == pytest.approx(0.01)
+    assert known["half healed - original-longer"] == pytest.approx(0.015)
+    pairs = (("half/healed", "second_s/a"), ("half/original-longer", "second_s/b"))
+    found = held_out(trained, Claim("G5", pairs, "below", -0.3), derived)
+    less, equal = judge(found)
+    assert less.cells[1:4] == ["half healed", "a", "3"]
+    assert less.mean == pytest.approx(-0.385) and less.is_supported
+    assert equal.mean == pytest.approx(-0.3) and equal.p == pytest.approx(0.5)
+    spread = common_spread({name: list(row.values()) for name, row in trained.items()})
+    assert less.half_width == pytest.approx(spread.half_width(less.differences))
+
+
+def test_scaling_is_told_once_all_its_runs_are_there() -> None:
+    sizes = {"width 48": (0.4, 9.8), "width 96": (1.2, 9.8), "4.9 M tokens": (0.55, 4.9), "19.7 M tokens": (0.55, 19.7)}
+    kinds = {"second_regime/dense": 0.0, "second_regime/moe of 8": 0.8, "second_combination/2 banks of 32": 0.6}
+    models: dict[str, dict[int, RunSummary]] = {}
+    for model, worth in kinds.items():
+        for size, (active, tokens) in {"": (0.55, 9.8), **sizes}.items():
+            loss = 1.0 + 2.0 * active**-0.2 * (1 + worth) ** -0.1 + 1.5 * tokens**-0.3
+            count = ParameterCount(int(1e6 * active * (1 + (worth and 0.8))), 0, int(1e6 * active))
+            moe = MoEConfig(expert_layout="samoe" if "banks" in model else "moe")
+            records = [{"iteration": 4800, "lm_loss": 1.0, "consumed_tokens": 1e6 * tokens}]
+            run = replace(run_of(0.0), config=PretrainConfig(moe=moe), parameters=count, records=records)
+            name = f"second_scaling/{model.partition('/')[2]}, {size}" if size else model
+            models[name] = {
+                1: replace(run, records=[*records, {"iteration": 4800, "validation_loss": loss, "test_loss": loss}])
+            }
+    found = held_out({name: {1: run[1].validation["test_loss"]} for name, run in models.items()}, SMALL)
+    table, known = scaling(models, found)
+    assert [line.split(" | ")[-1] for line in table.splitlines()[2:]] == ["M < S < D |"] * 5
+    assert known["fit"] < 1e-3 and abs(known["fit held out"]) < 2e-3
+    assert scaling(models, replace(found, whole=found.whole - {"second_scaling/dense, width 96"})) == ("", {})
+
+
+def test_an_original_that_the_store_does_not_have_is_named() -> None:
+    trained, derived = {MANY: {1: 3.5, 2: 3.6}}, {"half/original": {1: 3.5, 2: 3.61}, "quarter/original": {1: 3.5}}
+    [said] = foreign_originals(held_out(trained, SMALL, derived))
+    assert "the original of half, seed 2" in said
+
+
+def test_a_plot_says_what_it_shows(tmp_path: Path) -> None:
+    trained = {f"second_regime/{name}": {1: loss, 2: loss + 0.01} for name, loss in (("dense", 3.7), ("moe of 8", 3.6))}
+    found = held_out(trained, Claim("G0", (("second_regime/moe of 8", "second_regime/dense"),), "mean"))
+    path = tmp_path / "plot.png"
+    assert not is_drawn(path, compared(found))
+    write_plot(path, compared(found))
+    later = replace(found, trained=trained | {"second_regime/dense": {1: 3.7, 2: 3.8}})
+    assert is_drawn(path, compared(found)) and not is_drawn(path, compared(later))
