@@ -71,10 +71,11 @@ def _table(diagnosis: Diagnosis) -> Table:
 def _words(diagnosis: Diagnosis) -> str:
     def apart(matrix_LL: np.ndarray) -> float:
         off = ~np.eye(len(matrix_LL), dtype=bool)
-        return float(matrix_LL[off].mean()) if off.any() else float("nan")
+        known = matrix_LL[off & ~np.isnan(matrix_LL)]
+        return float(known.mean()) if len(known) else float("nan")
 
     return (
-        f"alignment of unrelated batches would be {1 / diagnosis.batches:.3f}; cosine between layers' gradients of experts of "
+        f"alignment of unrelated batches would be {1 / diagnosis.batches:.3f}; cosine between what layers want of experts of "
         f"one number {apart(diagnosis.similarity_LL):+.3f};\nchoices that two layers have in common "
         f"{apart(diagnosis.overlap_LL):.3f}, by their loads alone {apart(diagnosis.chance_LL):.3f}"
     )

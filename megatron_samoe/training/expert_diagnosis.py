@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,8 @@ class Diagnosis:
         worth_L: by how much the loss on the same batches rises, in nats, without what a layer's experts add.
         layers: gradients of each layer's effective experts.
         banks: of each bank's; None without banks.
-        similarity_LL: mean over experts of the cosine between two layers' gradients of the expert of one number.
+        similarity_LL: cosine between what two layers want of the expert of one number, without the noise of batches, which
+            hides it; nan where batches of a layer have nothing in common.
         overlap_LL: share of a token's choices that two layers have in common, and chance_LL what loads alone would give.
         coefficients_2LP: weights of banks (w1, w2), mean over experts; None without banks.
     """
@@ -78,8 +80,14 @@ class Diagnosis:
     def to_json(self) -> JsonObject:
         """Returns plain values, arrays as nested lists."""
         return asdict(
-            self, dict_factory=lambda pairs: {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in pairs}
+            self, dict_factory=lambda pairs: {k: _listed(v) if isinstance(v, np.ndarray) else v for k, v in pairs}
         )
+
+
+def _listed(values: np.ndarray) -> list[Any]:
+    """Returns nested lists, None for nan, which JSON does not know."""
+    found: list[Any] = np.where(np.isnan(values), None, values).tolist()  # type: ignore[call-overload]
+    return found
 
 
 def diagnose(load: str, batches: int, data: DataConfig | None = None, ckpt_step: int | None = None) -> Diagnosis:
@@ -174,7 +182,8 @@ class _Sums:
         mixtures = [setup.model.mixture(layer.moe) for layer in setup.model.moe_layers()]
         self._coefficients = [m.a_2GP for m in mixtures if m.a_2GP is not None]
         self.has_banks = len(self._coefficients) == len(mixtures)
-        self._totals: dict[str, list[Tensor]] = {}
+        #: Of every other batch, [2, N, E, ...].
+        self._halves: dict[str, list[Tensor]] = {}
         self._squares: dict[str, Tensor] = {}
         self._size = 0
 
@@ -196,34 +205,47 @@ class _Sums:
 
     def _add(self, what: str, gradients: Sequence[Tensor]) -> None:
         squares_NE = sum(g.double().square().sum(2) for g in gradients)
-        if what in self._totals:
-            for total, gradient in zip(self._totals[what], gradients, strict=True):
-                total += gradient
-            self._squares[what] += squares_NE
-        else:
-            self._totals[what], self._squares[what] = [g.clone() for g in gradients], squares_NE  # type: ignore[assignment]
+        if what not in self._halves:
+            self._halves[what] = [g.new_zeros(2, *g.shape) for g in gradients]
+            self._squares[what] = torch.zeros_like(squares_NE)  # type: ignore[arg-type]
             self._size = sum(g.shape[2] for g in gradients)
+        for halves, gradient in zip(self._halves[what], gradients, strict=True):
+            halves[self.count % 2] += gradient
+        self._squares[what] += squares_NE
 
     def view(self, what: str) -> GradientView:
         """Returns lengths and alignment of what was summed."""
         squares_NE = self._squares[what] / self.count
-        mean_NE = sum(t.double().square().sum(2) for t in self._totals[what]) / self.count**2
+        mean_NE = sum(h.sum(0).double().square().sum(2) for h in self._halves[what]) / self.count**2
         return GradientView(
             (squares_NE / self._size).sqrt().numpy(),
             (mean_NE / squares_NE.clamp_min(1e-300)).numpy(),  # type: ignore[union-attr]
         )
 
     def similarity(self) -> np.ndarray:
-        """Returns the mean cosine between layers' summed gradients of experts of one number."""
-        whole_LEX = torch.cat(self._totals["layers"], dim=2)
-        unit_LEX = torch.nn.functional.normalize(whole_LEX, dim=2)
-        return torch.einsum("lex,mex->lm", unit_LEX, unit_LEX).div(unit_LEX.shape[1]).double().numpy()
+        """Returns the cosines between what layers want of experts of one number."""
+        return cosines_without_noise(self._halves["layers"]).numpy()
 
     def mean_coefficients(self) -> np.ndarray | None:
         """Returns [2, L, P]; None without banks."""
         if not self.has_banks:
             return None
         return torch.stack([c_2GP.mean(1) for c_2GP in self._coefficients], dim=1).double().numpy()
+
+
+def cosines_without_noise(halves: Sequence[Tensor]) -> Tensor:
+    """Returns the cosines between what layers want of experts of one number, [L, L]; nan where that has no length.
+
+    A gradient is what a layer wants and a batch's noise. Products of gradients of different batches have no noise in common,
+    neither those of two layers nor those of one, which tell the length of what it wants.
+
+    Args:
+        halves: gradients of all layers, [2, L, E, ...], each summed over batches that the other half has not seen.
+    """
+    products_LL = torch.stack([torch.einsum("lex,mex->lm", *half.double()) for half in halves]).sum(0)
+    products_LL = (products_LL + products_LL.T) / 2
+    lengths_L = torch.where(products_LL.diag() > 0, products_LL.diag(), torch.nan).sqrt()
+    return products_LL / lengths_L / lengths_L[:, None]
 
 
 class _Routes:

@@ -20,7 +20,7 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.checkpointing import load_run
-from megatron_samoe.training.expert_diagnosis import diagnose, worth_of_layers
+from megatron_samoe.training.expert_diagnosis import cosines_without_noise, diagnose, worth_of_layers
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
 
@@ -72,11 +72,30 @@ def test_similarity_overlap_and_plots(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert "bank" not in capfd.readouterr().out
     [found] = json.loads((tmp_path / "d.json").read_text())
     for name in ("similarity_LL", "overlap_LL"):
-        matrix = np.array(found[name])
-        assert matrix.shape == (3, 3) and np.allclose(matrix, matrix.T) and np.allclose(np.diag(matrix), 1)
+        matrix = np.array(found[name], dtype=float)
+        diagonal = np.diag(matrix)
+        assert matrix.shape == (3, 3) and np.allclose(matrix, matrix.T, equal_nan=True)
+        assert np.allclose(diagonal[~np.isnan(diagonal)], 1)
     assert np.all(np.array(found["chance_LL"]) < 1) and found["banks"] is None and found["coefficients_2LP"] is None
     assert np.all(np.array(found["layers"]["alignment_NE"]) <= 1 + 1e-6)
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_noise_of_batches_neither_hides_what_layers_want_alike_nor_looks_like_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    want = torch.nn.functional.normalize(torch.randn(2, 4, 500, generator=generator), dim=2)
+    want_LEX = torch.stack([want[0], 0.6 * want[0] + 0.8 * want[1], torch.zeros(4, 500)])
+    halves = torch.zeros(2, 3, 4, 500)
+    for batch in range(200):
+        noise = (
+            torch.randn(4, 500, generator=generator) / 20
+        )  # which all layers have in common, as long as what they want
+        halves[batch % 2] += want_LEX + noise
+    whole = torch.nn.functional.normalize(halves.sum(0), dim=2)
+    assert float((whole[0] * whole[2]).sum(1).mean()) > 0.05, "noise of one batch looks like a want"
+    found = cosines_without_noise([halves])
+    assert float(found[0, 1]) == pytest.approx(0.6, abs=0.05) and float(found[0, 0]) == pytest.approx(1)
+    assert cosines_without_noise([torch.stack([want_LEX, -want_LEX])])[2].isnan().all()
 
 
 def test_models_without_gradients_of_their_own_are_refused(tmp_path: Path) -> None:
