@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_samoe.evaluation.study.results_store import read_store  # noqa: E402
+from tools.results.frontier import frontier  # noqa: E402
 from tools.results.measured import measured_heads, wrong_tables  # noqa: E402
 from tools.results.model_table import compared, is_drawn, model_table, write_plot  # noqa: E402
 from tools.results.page_figures import Told, models_of, rewritten, with_table, wrong_figures  # noqa: E402
@@ -69,7 +70,7 @@ def main(write: bool) -> int:
         by_size, fitted = scaling(models, held_out)
         main = {name: plan for name, plan in plans.items() if name != "second_scaling"}
         tables = [verdict_table(verdicts), *(model_table(main, models, held_out, name) for name in ("Muon", "AdamW"))]
-        tables = [table for table in (*tables, by_size) if table]
+        tables = [table for table in (*tables, by_size, frontier(models, held_out)) if table]
         known = (
             fitted
             | known_figures(held_out, verdicts)

@@ -17,6 +17,7 @@ from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study.statistics import common_spread, own_half_width
 from megatron_samoe.planning.accounting import ParameterCount
 from tests.unit.tools_results.made_runs import run_of
+from tools.results.frontier import frontier
 from tools.results.model_table import compared, is_drawn, write_plot
 from tools.results.page_figures import with_table
 from tools.results.scaling import scaling
@@ -139,6 +140,30 @@ def test_scaling_is_told_once_all_its_runs_are_there() -> None:
     assert [line.split(" | ")[-1] for line in table.splitlines()[2:]] == ["M < S < D |"] * 5
     assert known["fit"] < 1e-3 and abs(known["fit held out"]) < 2e-3
     assert scaling(models, replace(found, whole=found.whole - {"second_scaling/dense, width 96"})) == ("", {})
+
+
+def test_a_pool_that_an_own_model_beats_in_all_is_dominated() -> None:
+    losses = {"second_regime/dense": 3.7, "second_regime/moe of 8": 3.5, "second_sharing/8 banks of 8": 3.51}
+    losses["second_sharing/tied middle"] = 3.4
+    models: dict[str, dict[int, RunSummary]] = {}
+    for name, loss in losses.items():
+        layout = "dense" if "dense" in name else "samoe" if "banks" in name else "moe"
+        moe = MoEConfig(expert_layout=layout, num_expert_banks=8, expert_sharing="0*8" if "tied" in name else None)
+        models[name] = {1: replace(run_of(loss - 1), config=PretrainConfig(moe=moe))}
+    found = held_out({name: {1: loss} for name, loss in losses.items()}, SMALL)
+    pairs = tuple((name, "second_regime/moe of 8") for name in losses if name != "second_regime/moe of 8")
+    claim = Claim("G9", pairs, "below")
+    lines = frontier(models, replace(found, claims=[claim])).splitlines()[2:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert {row[0]: row[-1] for row in rows} == {
+        "moe of 8": "owns its experts",
+        "dense": "owns its experts",
+        "8 banks of 8, folded": "moe of 8",
+        "8 banks of 8, on-the-fly": "moe of 8",
+        "tied middle": "",
+    }, "nobody has a lower loss than the last"
+    none = frontier(models, replace(found, claims=[Claim("G0", pairs[:1], "below")]))
+    assert none == "", "no model shares experts"
 
 
 def test_an_original_that_the_store_does_not_have_is_named() -> None:
