@@ -42,21 +42,8 @@ def main(data: Path, out: Path) -> None:
             )
     samoe(
         *("benchmark", "decode", "--load", *made, "--servings", "folded", "on-the-fly", "--dtypes", "fp32"),
-        *(
-            "--threads",
-            1,
-            "--batch-sizes",
-            1,
-            8,
-            "--prompt-lengths",
-            32,
-            "--new-tokens",
-            64,
-            "--rounds",
-            7,
-            "--json",
-            KEPT,
-        ),
+        *("--threads", 1, "--batch-sizes", 1, 8, "--prompt-lengths", 32, "--new-tokens", 64),
+        *("--rounds", 7, "--json", KEPT),
     )
 
 
