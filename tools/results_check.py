@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from megatron_samoe.evaluation.study.results_store import read_store  # noqa: E402
 from tools.results.frontier import frontier  # noqa: E402
 from tools.results.measured import measured_heads, wrong_tables  # noqa: E402
-from tools.results.model_table import compared, is_drawn, model_table, write_plot  # noqa: E402
+from tools.results.model_table import OPTIMIZERS, compared, is_drawn, model_table, write_plot  # noqa: E402
 from tools.results.page_figures import Told, models_of, rewritten, with_table, wrong_figures  # noqa: E402
 from tools.results.registration import deviations, kept_plan, read_registration  # noqa: E402
 from tools.results.scaling import scaling  # noqa: E402
@@ -68,8 +68,9 @@ def main(write: bool) -> int:
         problems += foreign_originals(held_out)
         verdicts = list(judge(held_out))
         by_size, fitted = scaling(models, held_out)
-        main = {name: plan for name, plan in plans.items() if name != "second_scaling"}
-        tables = [verdict_table(verdicts), *(model_table(main, models, held_out, name) for name in ("Muon", "AdamW"))]
+        of_one_size = {name: plan for name, plan in plans.items() if name != "second_scaling"}
+        tables = [verdict_table(verdicts)]
+        tables += [model_table(of_one_size, models, held_out, optimizer) for optimizer in OPTIMIZERS]
         tables = [table for table in (*tables, by_size, frontier(models, held_out)) if table]
         known = (
             fitted

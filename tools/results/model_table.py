@@ -23,6 +23,9 @@ from megatron_samoe.parsing import JsonObject
 from tools.results.page_figures import Models, worst_routing
 from tools.results.verdicts import FEW, HeldOut, Losses, by_seed, short, table_of
 
+#: Titles of tables by --optimizer.
+OPTIMIZERS = {"muon": "Muon", "adam": "AdamW"}
+
 
 def model_table(plans: Mapping[str, StudyPlan], models: Models, held_out: HeldOut, optimizer: str) -> str:
     """Returns the table of Markdown of the models that an optimizer trained: a row for each that has runs, once where several studies
@@ -30,9 +33,10 @@ def model_table(plans: Mapping[str, StudyPlan], models: Models, held_out: HeldOu
 
     Args:
         plans: of the registered studies, by name.
+        optimizer: as --optimizer names it.
     """
     head = (
-        f"| under {optimizer} | expert parameters | validation loss by rate (1e-3) | all seeds at the best rate | test loss "
+        f"| under {OPTIMIZERS[optimizer]} | expert parameters | validation loss by rate (1e-3) | all seeds at the best rate | test loss "
         "| from the MoE of 8 | load entropy, largest share, idle experts |"
     )
     spread, opened, rows, shown = held_out.spread, held_out.opened, list[list[str]](), set[str]()
@@ -45,7 +49,7 @@ def model_table(plans: Mapping[str, StudyPlan], models: Models, held_out: HeldOu
             if not (tried or models[name]) or keys <= shown:
                 continue
             options = plan.config_of(own[0]).optimizer
-            if options.optimizer != optimizer.lower():
+            if options.optimizer != optimizer:
                 continue
             tried = tried or {options.lr: models[name]}
             shown |= keys

@@ -228,13 +228,25 @@ def test_the_table_of_models_shows_what_was_tried_and_no_test_loss_of_a_study_th
         models = models_of(plans, results_store.read_store(store)[0])
         found = losses_on_test(plans, models, {})
         found = replace(found, claims=[claim for claim in CLAIMS if claim.name == "G3"])
-        lines.append(model_table(plans, models, found, "Muon").splitlines()[2:])
-        assert model_table(plans, models, found, "AdamW") == ""
+        lines.append(model_table(plans, models, found, "muon").splitlines()[2:])
+        assert model_table(plans, models, found, "adam") == ""
     tried = "1.5: 3.6010, 3: 3.5010, 6: 3.7010"
     (first, _), (frozen, learned) = lines
     assert first.startswith("| frozen | 1.06 M | ") and f"| {tried} | 3.5010 |  |  |" in first, "seed 1 is the sweep's"
     assert frozen.endswith("| 0.90, 0.25, 1 |")
     assert frozen.split(" | ")[2:5] == learned.split(" | ")[2:5] == [tried, "3.5010, 3.5020, 3.5030", "4.5020"]
+
+
+def test_models_under_adamw_have_a_table_of_their_own(tmp_path: Path, registration: Registration) -> None:
+    store, study = tmp_path / "store", ROOT / "examples/studies/second_adamw.yaml"
+    store.mkdir()
+    planned = kept_plan(study, registration.data, store, tmp_path / "planned")
+    keep(store, planned.config_of(planned.all_runs()[0]), registration, 3.9)
+    plans = {study.stem: kept_plan(study, registration.data, store, tmp_path / "kept")}
+    models = models_of(plans, results_store.read_store(store)[0])
+    found = losses_on_test(plans, models, {})
+    assert model_table(plans, models, found, "muon") == ""
+    assert model_table(plans, models, found, "adam").startswith("| under AdamW |")
 
 
 def test_a_page_that_registers_nothing_is_refused(tmp_path: Path) -> None:
