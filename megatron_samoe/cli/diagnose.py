@@ -16,7 +16,7 @@ from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.plots_diagnosis import diagnosis_plot
 from megatron_samoe.evaluation.run_summary import Table, format_table
-from megatron_samoe.training.expert_diagnosis import Diagnosis, diagnose
+from megatron_samoe.training.expert_diagnosis import RANKS, Diagnosis, diagnose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class Diagnose(HandsOn):
     """Shows what a checkpoint's experts are taught.
 
     Over batches that the run would have seen next: what the loss would be without a layer's experts, size and alignment of
-    gradients of each layer's experts and of each bank, how alike layers' gradients are, and how often layers send a token to
-    experts of the same number. Words that it does not know are flags of pretraining that name other data.
+    gradients of each layer's experts and of each bank, how alike layers' gradients are, of which rank, and how often layers send
+    a token to experts of the same number. Words that it does not know are flags of pretraining that name other data.
     """
 
     load: Annotated[str, tyro.conf.arg(metavar="DIR")]
@@ -74,10 +74,13 @@ def _words(diagnosis: Diagnosis) -> str:
         known = matrix_LL[off & ~np.isnan(matrix_LL)]
         return float(known.mean()) if len(known) else float("nan")
 
+    known_LR = diagnosis.rank_shares_LR[~np.isnan(diagnosis.rank_shares_LR[:, 0])]
+    shares_R = known_LR.mean(0) if len(known_LR) else diagnosis.rank_shares_LR[0]
     return (
         f"alignment of unrelated batches would be {1 / diagnosis.batches:.3f}; cosine between what layers want of experts of "
         f"one number {apart(diagnosis.similarity_LL):+.3f};\nchoices that two layers have in common "
-        f"{apart(diagnosis.overlap_LL):.3f}, by their loads alone {apart(diagnosis.chance_LL):.3f}"
+        f"{apart(diagnosis.overlap_LL):.3f}, by their loads alone {apart(diagnosis.chance_LL):.3f};\nmatrices of rank "
+        f"{', '.join(map(str, RANKS))} hold {', '.join(f'{share:.2f}' for share in shares_R)} of what layers want"
     )
 
 

@@ -37,6 +37,9 @@ from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
 
+#: Ranks of matrices that what layers want is measured by.
+RANKS = (1, 2, 4, 8, 16)
+
 
 @dataclass(frozen=True)
 class GradientView:
@@ -62,6 +65,8 @@ class Diagnosis:
         banks: of each bank's; None without banks.
         similarity_LL: cosine between what two layers want of the expert of one number, without the noise of batches, which
             hides it; nan where batches of a layer have nothing in common.
+        rank_shares_LR: share of what a layer wants of its experts' matrices that matrices of low rank hold, for each of `RANKS`:
+            whether a low-rank part of the layer's own could give it.
         overlap_LL: share of a token's choices that two layers have in common, and chance_LL what loads alone would give.
         coefficients_2LP: weights of banks (w1, w2), mean over experts; None without banks.
     """
@@ -73,6 +78,7 @@ class Diagnosis:
     layers: GradientView
     banks: GradientView | None
     similarity_LL: np.ndarray
+    rank_shares_LR: np.ndarray
     overlap_LL: np.ndarray
     chance_LL: np.ndarray
     coefficients_2LP: np.ndarray | None
@@ -127,6 +133,7 @@ def diagnose(load: str, batches: int, data: DataConfig | None = None, ckpt_step:
         sums.view("layers"),
         sums.view("banks") if sums.has_banks else None,
         sums.similarity(),
+        sums.rank_shares(),
         overlap_LL,
         chance_LL,
         sums.mean_coefficients(),
@@ -186,6 +193,8 @@ class _Sums:
         self._halves: dict[str, list[Tensor]] = {}
         self._squares: dict[str, Tensor] = {}
         self._size = 0
+        #: Inputs of the matrices among the gradients.
+        self._inputs: dict[int, int] = {}
 
     def take(self) -> None:
         """Adds the gradients of the batch that was just computed."""
@@ -194,6 +203,7 @@ class _Sums:
         self.count += 1
         kinds = [name for name, _ in next(iter(found.values())).items()]
         by_kind = [torch.stack([dict(found[i].items())[name].float() for i in sorted(found)]) for name in kinds]
+        self._inputs = {place: by_kind[place].shape[-1] for place, name in enumerate(kinds) if name.startswith("w")}
         self._add("layers", [g_LE.flatten(2) for g_LE in by_kind])
         if self.has_banks:
             weights = [torch.stack([c_2GP[ROW_OF_WEIGHT[name]] for c_2GP in self._coefficients]) for name in kinds]
@@ -226,6 +236,11 @@ class _Sums:
         """Returns the cosines between what layers want of experts of one number."""
         return cosines_without_noise(self._halves["layers"]).numpy()
 
+    def rank_shares(self) -> np.ndarray:
+        """Returns how much of what layers want matrices of low rank hold."""
+        halves = self._halves["layers"]
+        return rank_shares([halves[i].unflatten(3, (-1, inputs)) for i, inputs in self._inputs.items()]).numpy()
+
     def mean_coefficients(self) -> np.ndarray | None:
         """Returns [2, L, P]; None without banks."""
         if not self.has_banks:
@@ -246,6 +261,28 @@ def cosines_without_noise(halves: Sequence[Tensor]) -> Tensor:
     products_LL = (products_LL + products_LL.T) / 2
     lengths_L = torch.where(products_LL.diag() > 0, products_LL.diag(), torch.nan).sqrt()
     return products_LL / lengths_L / lengths_L[:, None]
+
+
+def rank_shares(halves: Sequence[Tensor]) -> Tensor:
+    """Returns the share of what layers want of matrices that matrices of each of `RANKS` hold, [L, R]; nan where that has no length.
+
+    One half of the batches chooses the directions, and the other says how much lies in them, so that noise does not look like
+    something of low rank. Noise makes the choice worse: with more batches shares grow.
+
+    Args:
+        halves: gradients of all layers, [2, L, E, rows, columns], as for `cosines_without_noise`.
+    """
+    held_LR, whole_L = torch.zeros(()), torch.zeros(())
+    for half in halves:
+        for choosing, judging in (half, half.flip(0)):
+            # The directions come from random products.
+            with torch.random.fork_rng([]):
+                torch.manual_seed(0)
+                u, s, v = torch.svd_lowrank(choosing, q=min(RANKS[-1] + 8, *choosing.shape[-2:]))
+            found = (s * (u.mT @ judging @ v).diagonal(dim1=-2, dim2=-1)).double().sum(-2).cumsum(-1)
+            held_LR = held_LR + found[..., [min(rank, found.shape[-1]) - 1 for rank in RANKS]]
+            whole_L = whole_L + (choosing * judging).double().sum((-3, -2, -1))
+    return held_LR / torch.where(whole_L > 0, whole_L, torch.nan)[:, None]
 
 
 class _Routes:

@@ -20,7 +20,13 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.checkpointing import load_run
-from megatron_samoe.training.expert_diagnosis import cosines_without_noise, diagnose, worth_of_layers
+from megatron_samoe.training.expert_diagnosis import (
+    RANKS,
+    cosines_without_noise,
+    diagnose,
+    rank_shares,
+    worth_of_layers,
+)
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
 
@@ -76,6 +82,7 @@ def test_similarity_overlap_and_plots(tmp_path: Path, capfd: pytest.CaptureFixtu
         diagonal = np.diag(matrix)
         assert matrix.shape == (3, 3) and np.allclose(matrix, matrix.T, equal_nan=True)
         assert np.allclose(diagonal[~np.isnan(diagonal)], 1)
+    assert np.array(found["rank_shares_LR"]).shape == (3, len(RANKS))
     assert np.all(np.array(found["chance_LL"]) < 1) and found["banks"] is None and found["coefficients_2LP"] is None
     assert np.all(np.array(found["layers"]["alignment_NE"]) <= 1 + 1e-6)
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
@@ -96,6 +103,25 @@ def test_noise_of_batches_neither_hides_what_layers_want_alike_nor_looks_like_it
     found = cosines_without_noise([halves])
     assert float(found[0, 1]) == pytest.approx(0.6, abs=0.05) and float(found[0, 0]) == pytest.approx(1)
     assert cosines_without_noise([torch.stack([want_LEX, -want_LEX])])[2].isnan().all()
+
+
+def test_the_rank_of_what_layers_want_is_told_from_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator)
+
+    low = random(4, 40, 2) @ random(4, 2, 30)
+    full = torch.linalg.qr(random(4, 40, 30))[0]
+    nothing = torch.zeros_like(low)
+    halves = torch.stack([low, full * 5, nothing]) + random(2, 3, 4, 40, 30) / 4
+    found = rank_shares([halves])
+    one, two, *_, sixteen = found[0].tolist()
+    assert one < 0.85 and two == pytest.approx(1, abs=0.03) and sixteen == pytest.approx(1, abs=0.03)
+    assert found[1, 1] < 0.2 and found[1, 4] < 0.75
+    noise = random(3, 4, 40, 30)
+    assert rank_shares([torch.stack([noise, -noise])]).isnan().all()
+    torch.testing.assert_close(rank_shares([halves]), found, rtol=0, atol=0, equal_nan=True)
 
 
 def test_models_without_gradients_of_their_own_are_refused(tmp_path: Path) -> None:
