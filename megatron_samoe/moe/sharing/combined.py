@@ -146,7 +146,8 @@ class StepLender:
         da_2LGP = self._contract(a_2LGP.detach(), self._grads)
         for _, grad in self._grads.items():
             grad.zero_()
-        trained = [p for part in self._coefficients.values() for p in part.parameters() if p.requires_grad]
+        raw = [part.coefficients for part in self._coefficients.values()]
+        trained = [c for c in raw if c.requires_grad]
         if trained:
             for c, dc in zip(trained, torch.autograd.grad(a_2LGP, trained, da_2LGP), strict=True):
                 c.main_grad += dc  # type: ignore[attr-defined]
