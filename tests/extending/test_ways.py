@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_samoe.cli.generate import main as generate_main
+from megatron_samoe.cli.pretrain import main as pretrain_main
 from megatron_samoe.config.derived import sharing_map
 from megatron_samoe.config.sharing_map import GROUP, ways, written_map
 from megatron_samoe.convert.edited_model import open_checkpoint
@@ -93,6 +95,28 @@ def test_it_is_planned_and_reported(tmp_path: Path) -> None:
     assert text == "near" and [(s.name, len(s.layers)) for s in stores] == [("pool of 3 banks", 4)]
     beside = tiny_config("moe", **{**OPTIONS, "expert_sharing": "own,near*2,own"})
     assert [s.way.name for s in sharing_map(beside)] == ["own", "near", "near", "own"]
+
+
+def test_one_whose_experts_are_no_mixtures_trains_and_is_not_decoded(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--num-layers", "2", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16"]
+    experts = ["--num-experts", "4", "--expert-sharing", "low_rank", "--num-expert-banks", "2"]
+    run = [
+        "--mock-data",
+        "--tokenizer-type",
+        "ByteTokenizer",
+        "--micro-batch-size",
+        "2",
+        "--train-iters",
+        "3",
+        "--lr",
+        "0.1",
+    ]
+    logs = ["--log-interval", "1", "--moe-per-layer-logging", "--run-dir", str(tmp_path)]
+    assert pretrain_main([*model, *experts, *run, *logs]) == 0
+    assert generate_main(["--load", str(tmp_path), "--prompt", "a"]) != 0
+    assert "trains and is not decoded" in capfd.readouterr().err
 
 
 def entry(folder: Path, name: str, value: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.ops.grouped_mlp import ExpertWeights
 from megatron_samoe.training.hook import Hook, Record, Run
 from megatron_samoe.training.setup import TrainSetup
@@ -105,7 +106,10 @@ def gathered_coefficients(setup: TrainSetup) -> Tensor:
     shape = (setup.model.num_moe_layers, 2, groups, moe.num_expert_banks if moe.has_pool else 1)
     a_L2GP = torch.zeros(shape, dtype=torch.float64, device=setup.parallel.device)
     for layer in setup.model.moe_layers():
-        mixture = setup.model.mixture(layer.moe)
+        try:
+            mixture = setup.model.mixture(layer.moe)
+        except ConfigError:
+            continue  # its experts are more than a mixture, and coefficients alone would not tell what they are
         a_2GP = mixture.a_2GP
         if a_2GP is None:
             continue
