@@ -181,7 +181,7 @@ def compute_dtype(source: GlobalTensors) -> torch.dtype:
 def add_fractions(
     edited: EditedModel, source: GlobalTensors, num_experts: Sequence[int], order_LE: Tensor | None = None
 ) -> None:
-    """Adds the expert loads that a continued run starts from: the source's, reordered, or uniform.
+    """Adds the expert loads that a continued run starts from: the source's, reordered or of some experts alone, or uniform.
 
     Args:
         num_experts: of each MoE layer; a layer with fewer than another has no loads in the last columns.
@@ -191,7 +191,10 @@ def add_fractions(
         if FRACTIONS not in source.tensors:
             return uniform_fractions(num_experts)
         fractions_LE = source.read(FRACTIONS)
-        return fractions_LE if order_LE is None else fractions_LE.gather(1, order_LE)
+        if order_LE is None:
+            return fractions_LE
+        taken_LE = fractions_LE.gather(1, order_LE)
+        return taken_LE / taken_LE.sum(1, keepdim=True) if order_LE.shape[1] < fractions_LE.shape[1] else taken_LE
 
     edited.add(FRACTIONS, (len(num_experts), max(num_experts)), torch.float32, recipe)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import Source
-from megatron_samoe.convert.edited_model import EditedModel, add_fractions, begin_edit
+from megatron_samoe.convert.edited_model import EditedModel, add_fractions, begin_edit, source_config
 from megatron_samoe.convert.layer_experts import LayerExperts, is_experts, stored_experts
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.fit.bank_fit import BankFit
@@ -63,6 +63,15 @@ def with_numberings(source: GlobalTensors, config: PretrainConfig, numberings: M
             if stored := source.tensors.get(name):
                 shape = (len(numbers.experts_E), *stored.shape[1:])
                 edited.add(name, shape, stored.dtype, partial(_numbered, source, name, numbers))
+    kept = [
+        numberings[i].experts_E if i in numberings else torch.arange(p.num_experts)
+        for i, p in enumerate(experts.layers)
+    ]
+    counts = [len(kept_E) for kept_E in kept]
+    order_LE = torch.arange(max(counts)).repeat(len(counts), 1)
+    for order_E, kept_E in zip(order_LE, kept, strict=True):
+        order_E[: len(kept_E)] = kept_E
+    add_fractions(edited, source, counts, order_LE)
     return edited
 
 
@@ -77,14 +86,7 @@ def renumbered_model(source: GlobalTensors, numberings: Mapping[int, Numbering])
     Args:
         numberings: by MoE layer; others stay as they are.
     """
-    experts = LayerExperts(source)
-    edited = with_numberings(source, experts.config, numberings)
-    counts = [place.num_experts for place in experts.layers]
-    order_LE = torch.arange(max(counts)).repeat(len(counts), 1)
-    for index, numbers in numberings.items():
-        order_LE[index, : counts[index]] = numbers.experts_E
-    add_fractions(edited, source, counts, order_LE)
-    return edited
+    return with_numberings(source, source_config(source), numberings)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config.validate import without_idle_options
-from megatron_samoe.convert.edited_model import EditedModel, begin_edit, source_config
+from megatron_samoe.convert.edited_model import EditedModel, add_fractions, begin_edit, source_config
 from megatron_samoe.convert.layer_experts import LayerExperts, stored_experts
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
@@ -70,6 +70,7 @@ def merged_model(source: GlobalTensors, calibrations: Sequence[LayerCalibration]
     for place, calibration in zip(experts.layers, calibrations, strict=True):
         for kind, merged in merge(experts.weights(place), calibration, num_kept, experts.activation).items():
             edited.add_value(stored_experts(place) + kind, merged.to(experts.dtype))
+    add_fractions(edited, source, [place.num_experts for place in experts.layers])
     return edited
 
 

@@ -16,7 +16,7 @@ import torch
 from megatron_samoe.cli.compress import main as compress_main
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.derived import sharing_map
-from megatron_samoe.convert.edited_model import open_checkpoint
+from megatron_samoe.convert.edited_model import FRACTIONS, open_checkpoint
 from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.layer_experts import LayerExperts
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
@@ -191,6 +191,8 @@ def test_text_of_another_tokenizer_is_refused(folder: Path) -> None:
 def test_pruning_keeps_the_most_salient(folder: Path) -> None:
     source = new_source(tiny_config("moe", moe_router_topk=2))
     calibrations = [layer.calibration for layer in layers_of(source)]
+    loads_LE = torch.tensor([0.1, 0.2, 0.3, 0.4]).repeat(len(calibrations), 1)
+    source.weights[FRACTIONS] = loads_LE
     pruned = baselines.pruned_model(source, calibrations, 3)
     assert logits(pruned).isfinite().all()
     for layer, calibration in enumerate(calibrations):
@@ -199,6 +201,9 @@ def test_pruning_keeps_the_most_salient(folder: Path) -> None:
         for name in ("router.weight", "experts.w1", "experts.b2"):
             whole = source.weights[f"layers.{layer}.moe.{name}"]
             assert torch.equal(pruned.read(f"layers.{layer}.moe.{name}"), whole[kept])
+        # With them a run goes on from it.
+        loads_E = loads_LE[layer, kept]
+        torch.testing.assert_close(pruned.read(FRACTIONS)[layer], loads_E / loads_E.sum())
     with pytest.raises(ConfigError, match="leaves 1 experts"):
         baselines.experts_in_budget(source, expert_bytes(source) // 4)
 
@@ -215,6 +220,7 @@ def test_equal_experts_merge_without_loss() -> None:
     calibrations = [layer.calibration for layer in layers_of(source)]
     merged = baselines.merged_model(source, calibrations, 3)
     torch.testing.assert_close(logits(merged), logits(source), rtol=1e-4, atol=1e-4)
+    assert merged.read(FRACTIONS).shape == (len(calibrations), 4)
     experts = LayerExperts(source)
     weights = experts.weights(experts.layers[0])
     two = baselines.merge(weights, calibrations[0], 2, experts.activation)
