@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests/extending/site"))  # a package that has a way of sharing
 
 from megatron_samoe.evaluation.study.results_store import read_store  # noqa: E402
 from tools.results.frontier import frontier  # noqa: E402

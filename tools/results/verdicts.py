@@ -66,6 +66,15 @@ CLAIMS = (
     Claim("G0", ((MANY, FEW),), "mean", -0.03),
     Claim("G0", ((FEW, "second_regime/dense"),), "mean", -0.08),
     Claim("G1", tuple((way, FEW) for way in _WAYS), "below"),
+    Claim(
+        "G1, cured",
+        (
+            ("second_cures/3 banks of 16, rank 5", FEW),
+            ("second_cures/4 banks of 16, slower", FEW),
+            ("late/4-banks-of-16", FEW),
+        ),
+        "below",
+    ),
     Claim("G2", tuple((way, MANY) for way in (*_WAYS, FEW)), "within", 0.03),
     Claim("G3", (("second_combination/2 banks of 32", "second_combination/frozen"),), "below"),
     Claim(
@@ -225,7 +234,7 @@ def known_figures(held_out: HeldOut, verdicts: Iterable[Verdict]) -> dict[str, f
 
 
 def compressed_losses(folder: Path) -> Losses:
-    """Returns the losses on the test split that `second_compression.py` kept, by `BUDGET/MODEL`."""
+    """Returns the losses on the test split that `second_compression.py` and `second_late.py` kept, by `BUDGET/MODEL`."""
     found: dict[str, dict[int, float]] = {}
     for path in sorted(folder.glob("seed-?-*.json")):
         _, seed, budget = path.stem.split("-")
