@@ -119,7 +119,7 @@ def _prompts() -> Figures:
 
 
 def _layers_worth() -> Figures:
-    """What `megatron-samoe diagnose` wrote of the second edition's models."""
+    """What `megatron-samoe diagnose` wrote of the second edition's models; of the locked pool, which it refuses, `worth_of_layers`."""
     for model in ("moe-of-8", "moe-of-32", "4-banks-of-16", "pool-norm", "pool-softmax", "pool-locked", "neighbours"):
         yield json.loads((RESULTS / f"diagnoses/{model}.json").read_text(encoding="utf-8"))[0]["worth_L"]
 
