@@ -332,5 +332,12 @@ def last_validation(run: Run) -> float | None:
     metrics = run.directory / "metrics.jsonl"
     if not metrics.is_file():
         return None
+    found = metrics.stat()
+    return _last_validation(metrics, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _last_validation(metrics: Path, *version: int) -> float | None:
+    """Of a file as it was once: what is ready is asked every few seconds, and of every finished run."""
     records = read_records(metrics)
     return records[-1].get("validation_loss") if records else None

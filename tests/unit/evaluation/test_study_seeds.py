@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.evaluation.run_summary import read_records
+from megatron_samoe.evaluation.study import plan as plan_module
 from megatron_samoe.evaluation.study import results_store
 from megatron_samoe.evaluation.study.definition import Run, read_study
 from megatron_samoe.evaluation.study.plan import StudyPlan
@@ -58,6 +60,22 @@ def test_a_best_value_at_an_end_is_followed_by_one_beyond(tmp_path: Path) -> Non
     assert len(beyond) == 1 and not plan.optima()
     finish(plan, beyond[0], 2.75)
     assert plan.optima()[("own", "")].value == 0.01
+
+
+def test_records_are_read_once_and_again_when_they_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(plan_module, "read_records", lambda path: read.append(path) or read_records(path))
+    plan = plan_of(tmp_path, sweep=SWEEP)
+    swept = [run for run in plan.all_runs() if run.swept and run.variant.name == "own"]
+    for run, loss in zip(swept, (3.0, 2.8, 2.9), strict=True):
+        finish(plan, run, loss)
+    assert [plan.optima()[("own", "")].value for _ in range(5)] == [0.02] * 5
+    assert sorted(read) == sorted(run.directory / "metrics.jsonl" for run in swept)
+    (swept[2].directory / "metrics.jsonl").write_text(json.dumps({"iteration": 2, "validation_loss": 2.75}) + "\n")
+    assert plan.optima() == {}, "the best value lies at an end now"
+    assert len(read) == len(swept) + 1
 
 
 @pytest.mark.parametrize(("behind", "seeds"), [(0.031, [1]), (0.029, [1, 2, 3]), (-0.5, [1, 2, 3])])
