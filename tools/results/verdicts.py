@@ -80,8 +80,8 @@ CLAIMS = (
     Claim(
         "G5",
         (
-            ("half/healed-routers", "second_scratch/4 banks of 32"),
-            ("quarter/healed-routers", "second_scratch/2 banks of 32"),
+            ("half/healed-routers", "second_scratch/4 banks of 32, longer"),
+            ("quarter/healed-routers", "second_scratch/2 banks of 32, longer"),
         ),
         "below",
     ),
