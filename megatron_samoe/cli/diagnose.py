@@ -25,7 +25,8 @@ class Diagnose(HandsOn):
 
     Over batches that the run would have seen next: what the loss would be without a layer's experts, size and alignment of
     gradients of each layer's experts and of each bank, how alike layers' gradients are, of which rank, and how often layers send
-    a token to experts of the same number. Words that it does not know are flags of pretraining that name other data.
+    a token to experts of the same number; nothing of gradients where layers share experts otherwise than by banks. Words that
+    it does not know are flags of pretraining that name other data.
     """
 
     load: Annotated[str, tyro.conf.arg(metavar="DIR")]
@@ -56,12 +57,15 @@ class Diagnose(HandsOn):
 
 
 def _table(diagnosis: Diagnosis) -> Table:
+    worth_L = [f"{worth:+.4f}" for worth in diagnosis.worth_L]
+    if diagnosis.layers is None:
+        return [["experts of", "loss without"], *([f"layer {n}", worth] for n, worth in enumerate(worth_L))]
     rows = [["experts of", "loss without", "gradient RMS", "least", "most", "alignment", "least", "most"]]
     views = [("layer", diagnosis.layers), *([("bank", diagnosis.banks)] if diagnosis.banks is not None else [])]
     for what, view in views:
         for number, (rms_E, alignment_E) in enumerate(zip(view.rms_NE, view.alignment_NE, strict=True)):
             numbers = [f"{x:.2e}" for x in (rms_E.mean(), rms_E.min(), rms_E.max())]
-            worth = f"{diagnosis.worth_L[number]:+.4f}" if what == "layer" else ""
+            worth = worth_L[number] if what == "layer" else ""
             rows.append(
                 [f"{what} {number}", worth, *numbers, *(f"{f(alignment_E):.3f}" for f in (np.mean, np.min, np.max))]
             )
@@ -74,12 +78,17 @@ def _words(diagnosis: Diagnosis) -> str:
         known = matrix_LL[off & ~np.isnan(matrix_LL)]
         return float(known.mean()) if len(known) else float("nan")
 
+    choices = (
+        f"choices that two layers have in common {apart(diagnosis.overlap_LL):.3f}, by their loads alone "
+        f"{apart(diagnosis.chance_LL):.3f}; a token visits {diagnosis.choices_L.min():.2f} to {diagnosis.choices_L.max():.2f} experts"
+    )
+    if diagnosis.similarity_LL is None or diagnosis.rank_shares_LR is None:
+        return f"{choices};\nlayers have no gradients to compare: they share experts, or differ in their number"
     known_LR = diagnosis.rank_shares_LR[~np.isnan(diagnosis.rank_shares_LR[:, 0])]
     shares_R = known_LR.mean(0) if len(known_LR) else diagnosis.rank_shares_LR[0]
     return (
         f"alignment of unrelated batches would be {1 / diagnosis.batches:.3f}; cosine between what layers want of experts of "
-        f"one number {apart(diagnosis.similarity_LL):+.3f};\nchoices that two layers have in common "
-        f"{apart(diagnosis.overlap_LL):.3f}, by their loads alone {apart(diagnosis.chance_LL):.3f};\nmatrices of rank "
+        f"one number {apart(diagnosis.similarity_LL):+.3f};\n{choices};\nmatrices of rank "
         f"{', '.join(map(str, RANKS))} hold {', '.join(f'{share:.2f}' for share in shares_R)} of what layers want"
     )
 

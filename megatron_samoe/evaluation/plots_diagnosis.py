@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,28 @@ from megatron_samoe.parsing import JsonObject
 
 def diagnosis_plot(diagnosis: JsonObject) -> bytes:
     """Returns the picture of one checkpoint, an entry of what `diagnose --json` writes, as PNG."""
-    has_coefficients = diagnosis["coefficients_2LP"] is not None
-    figure, (worth, size, alignment, alike, common, *coefficients) = side_by_side(5 + 2 * has_coefficients, width=6.0)
+    has_gradients, has_coefficients = diagnosis["layers"] is not None, diagnosis["coefficients_2LP"] is not None
+    figure, (worth, common, *others) = side_by_side(2 + 3 * has_gradients + 2 * has_coefficients, width=6.0)
     worth_L = np.array(diagnosis["worth_L"])
     worth.bar(np.arange(len(worth_L)), worth_L, color=colour(0))
     worth.set_yscale("symlog", linthresh=0.01)
     worth.set(title="loss without a layer's experts, beyond the whole model's (nats)", xlabel="MoE layer")
     worth.grid(alpha=0.3)
+    beyond_LL = np.array(diagnosis["overlap_LL"]) - np.array(diagnosis["chance_LL"])
+    np.fill_diagonal(beyond_LL, np.nan)
+    limit = max(float(np.nanmax(np.abs(beyond_LL), initial=0)), 1e-3)
+    _matrix(figure, common, beyond_LL, "choices in common, beyond chance", limit)
+    if has_gradients:
+        _gradients(figure, others[:3], diagnosis)
+    for row, axes in enumerate(others[3:]):
+        weights_2LP = np.array(diagnosis["coefficients_2LP"])
+        limit = float(np.abs(weights_2LP).max())
+        _matrix(figure, axes, weights_2LP[row], f"coefficients of w{row + 1}", limit, "bank")
+    return png_of(figure)
+
+
+def _gradients(figure: Any, panels: Sequence[Axes], diagnosis: JsonObject) -> None:
+    size, alignment, alike = panels
     views = {kind: diagnosis[kind + "s"] for kind in ("layer", "bank") if diagnosis[kind + "s"] is not None}
     _spread(size, views, "rms_NE", "gradient RMS of an expert's element")
     size.set_yscale("log")
@@ -29,15 +44,6 @@ def diagnosis_plot(diagnosis: JsonObject) -> bytes:
     alignment.legend()
     similarity_LL = np.array(diagnosis["similarity_LL"], dtype=float)
     _matrix(figure, alike, similarity_LL, "cosine of what two layers want,\nexperts of one number", 1.0)
-    beyond_LL = np.array(diagnosis["overlap_LL"]) - np.array(diagnosis["chance_LL"])
-    np.fill_diagonal(beyond_LL, np.nan)
-    limit = max(float(np.nanmax(np.abs(beyond_LL), initial=0)), 1e-3)
-    _matrix(figure, common, beyond_LL, "choices in common, beyond chance", limit)
-    for row, axes in enumerate(coefficients):
-        weights_2LP = np.array(diagnosis["coefficients_2LP"])
-        limit = float(np.abs(weights_2LP).max())
-        _matrix(figure, axes, weights_2LP[row], f"coefficients of w{row + 1}", limit, "bank")
-    return png_of(figure)
 
 
 def _spread(axes: Axes, views: Mapping[str, JsonObject], what: str, title: str) -> None:

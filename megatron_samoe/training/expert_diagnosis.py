@@ -61,13 +61,15 @@ class Diagnosis:
 
     Attributes:
         worth_L: by how much the loss on the same batches rises, in nats, without what a layer's experts add.
-        layers: gradients of each layer's effective experts.
+        overlap_LL: share of a token's choices that two layers have in common, and chance_LL what loads alone would give.
+        choices_L: experts that a token visits in a layer.
+        layers: gradients of each layer's effective experts. This and what follows is None where no layer has gradients of its own,
+            as where layers share a set, or where they differ in the number of experts.
         banks: of each bank's; None without banks.
         similarity_LL: cosine between what two layers want of the expert of one number, without the noise of batches, which
             hides it; nan where batches of a layer have nothing in common.
         rank_shares_LR: share of what a layer wants of its experts' matrices that matrices of low rank hold, for each of `RANKS`:
             whether a low-rank part of the layer's own could give it.
-        overlap_LL: share of a token's choices that two layers have in common, and chance_LL what loads alone would give.
         coefficients_2LP: weights of banks (w1, w2), mean over experts; None without banks.
     """
 
@@ -75,13 +77,14 @@ class Diagnosis:
     batches: int
     loss: float
     worth_L: np.ndarray
-    layers: GradientView
-    banks: GradientView | None
-    similarity_LL: np.ndarray
-    rank_shares_LR: np.ndarray
     overlap_LL: np.ndarray
     chance_LL: np.ndarray
-    coefficients_2LP: np.ndarray | None
+    choices_L: np.ndarray
+    layers: GradientView | None = None
+    banks: GradientView | None = None
+    similarity_LL: np.ndarray | None = None
+    rank_shares_LR: np.ndarray | None = None
+    coefficients_2LP: np.ndarray | None = None
 
     def to_json(self) -> JsonObject:
         """Returns plain values, arrays as nested lists."""
@@ -105,7 +108,7 @@ def diagnose(load: str, batches: int, data: DataConfig | None = None, ckpt_step:
 
     Raises:
         CheckpointError: there is no whole checkpoint.
-        ConfigError: its layers share experts in a way that leaves no gradient of each layer's own.
+        ConfigError: it is a dense model.
     """
     checkpoint = CheckpointConfig(load=load, ckpt_step=ckpt_step, exit_on_missing_checkpoint=True, no_load_optim=True)
     parallel = single_process_state()
@@ -119,25 +122,16 @@ def diagnose(load: str, batches: int, data: DataConfig | None = None, ckpt_step:
     setup = build_setup(config, train_state["vocab_size"], parallel)
     state = load_run(setup, initial_state(setup), directory)
     run_data = build_run_data(config, tokenizer, parallel, True, (iteration, consumed))
-    sums, routes = _Sums(setup), _Routes(setup)
     steps = list(islice(run_data.train_batches(consumed), batches))
+    micro_batches = [micro_batch for step in steps for micro_batch in step]
+    sums, routes = _Sums(setup) if _has_own_gradients(setup) else None, _Routes(setup)
     with routes:
-        losses = [compute_gradients(setup, state, step, sums.take)[0] for step in steps]
-    overlap_LL, chance_LL = routes.overlap()
-    worth_L = worth_of_layers(setup, [micro_batch for step in steps for micro_batch in step])
-    return Diagnosis(
-        iteration,
-        batches,
-        float(np.mean(losses)),
-        worth_L,
-        sums.view("layers"),
-        sums.view("banks") if sums.has_banks else None,
-        sums.similarity(),
-        sums.rank_shares(),
-        overlap_LL,
-        chance_LL,
-        sums.mean_coefficients(),
-    )
+        if sums is None:
+            loss = evaluate(setup, micro_batches).mean
+        else:
+            loss = float(np.mean([compute_gradients(setup, state, step, sums.take)[0] for step in steps]))
+    gradients = {} if sums is None else sums.found()
+    return Diagnosis(iteration, batches, loss, worth_of_layers(setup, micro_batches), *routes.found(), **gradients)
 
 
 def worth_of_layers(setup: TrainSetup, batches: Sequence[Batch]) -> np.ndarray:
@@ -162,12 +156,6 @@ def _config(config: PretrainConfig, checkpoint: CheckpointConfig, data: DataConf
     moe = config.moe
     if moe.expert_layout == "dense":
         raise ConfigError("--load", checkpoint.load, "is a dense model, which has no experts to diagnose")
-    if moe.shares_experts and not moe.has_pool:
-        raise ConfigError(
-            "--load",
-            checkpoint.load,
-            f"shares experts as {moe.sharing}: fold it first (megatron-samoe edit fold), so that each layer's gradient is its own",
-        )
     training = replace(config.training, recompute_granularity=None, skip_train=False)
     return replace(
         config,
@@ -179,6 +167,13 @@ def _config(config: PretrainConfig, checkpoint: CheckpointConfig, data: DataConf
         distillation=DistillationConfig(),
         data=data or config.data,
     )
+
+
+def _has_own_gradients(setup: TrainSetup) -> bool:
+    """Whether each layer has gradients of its own, and all of as many experts, so that layers can be compared."""
+    moe = setup.config.moe
+    counts = {layer.moe.router.place.shape.num_experts for layer in setup.model.moe_layers()}
+    return (moe.has_pool or not moe.shares_experts) and len(counts) == 1
 
 
 class _Sums:
@@ -223,8 +218,17 @@ class _Sums:
             halves[self.count % 2] += gradient
         self._squares[what] += squares_NE
 
-    def view(self, what: str) -> GradientView:
-        """Returns lengths and alignment of what was summed."""
+    def found(self) -> dict[str, Any]:
+        """Returns what a diagnosis says of gradients."""
+        return {
+            "layers": self._view("layers"),
+            "banks": self._view("banks") if self.has_banks else None,
+            "similarity_LL": cosines_without_noise(self._halves["layers"]).numpy(),
+            "rank_shares_LR": self._rank_shares(),
+            "coefficients_2LP": self._mean_coefficients(),
+        }
+
+    def _view(self, what: str) -> GradientView:
         squares_NE = self._squares[what] / self.count
         mean_NE = sum(h.sum(0).double().square().sum(2) for h in self._halves[what]) / self.count**2
         return GradientView(
@@ -232,17 +236,11 @@ class _Sums:
             (mean_NE / squares_NE.clamp_min(1e-300)).numpy(),  # type: ignore[union-attr]
         )
 
-    def similarity(self) -> np.ndarray:
-        """Returns the cosines between what layers want of experts of one number."""
-        return cosines_without_noise(self._halves["layers"]).numpy()
-
-    def rank_shares(self) -> np.ndarray:
-        """Returns how much of what layers want matrices of low rank hold."""
+    def _rank_shares(self) -> np.ndarray:
         halves = self._halves["layers"]
         return rank_shares([halves[i].unflatten(3, (-1, inputs)) for i, inputs in self._inputs.items()]).numpy()
 
-    def mean_coefficients(self) -> np.ndarray | None:
-        """Returns [2, L, P]; None without banks."""
+    def _mean_coefficients(self) -> np.ndarray | None:
         if not self.has_banks:
             return None
         return torch.stack([c_2GP.mean(1) for c_2GP in self._coefficients], dim=1).double().numpy()
@@ -319,10 +317,14 @@ class _Routes:
             self._choices += float(len(ids_TK))
             self._chosen.clear()
 
-    def overlap(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the share of choices that layers have in common, and what their loads alone would give."""
+    def found(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the share of choices that layers have in common, what their loads alone would give, and choices per token."""
         assert self._loads_LE is not None
         per_token_L = self._loads_LE.sum(1) / self._choices
         per_LL = torch.minimum(per_token_L[:, None], per_token_L[None, :]).clamp_min(1e-9)
         rates_LE = self._loads_LE / self._choices
-        return (self._common_LL / self._choices / per_LL).numpy(), (rates_LE @ rates_LE.T / per_LL).numpy()
+        return (
+            (self._common_LL / self._choices / per_LL).numpy(),
+            (rates_LE @ rates_LE.T / per_LL).numpy(),
+            per_token_L.numpy(),
+        )

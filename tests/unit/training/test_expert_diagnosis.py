@@ -39,7 +39,7 @@ POOL = ["--expert-layout", "samoe", "--num-expert-banks", "2", "--samoe-init", "
 
 def trained(folder: Path, *flags: str) -> str:
     """Trains three steps and returns the run's folder."""
-    experts = [] if "dense" in flags else EXPERTS
+    experts = [] if {"dense", "--num-experts"}.intersection(flags) else EXPERTS
     assert pretrain_main([*TINY, *experts, *flags, "--run-dir", str(folder)]) == 0
     return str(folder)
 
@@ -124,14 +124,32 @@ def test_the_rank_of_what_layers_want_is_told_from_noise() -> None:
     torch.testing.assert_close(rank_shares([halves]), found, rtol=0, atol=0, equal_nan=True)
 
 
-def test_models_without_gradients_of_their_own_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--num-experts", "4", "--expert-sharing", "0,0,0"),
+        ("--num-experts", "9", "--expert-sharing", "pool", "--pool-lock-step", "1", "--pool-lock-anneal-steps", "1"),
+        ("--num-experts", "2", "4", "4"),
+    ],
+)
+def test_layers_without_gradients_to_compare_have_worth_and_choices(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    load = trained(tmp_path / "run", "--expert-layout", "moe", *flags)
+    files = ["--json", str(tmp_path / "d.json"), "--output", str(tmp_path / "d.png")]
+    assert diagnose_main(["--load", load, "--batches", "2", *files]) == 0
+    assert "no gradients to compare" in capfd.readouterr().out
+    [found] = json.loads((tmp_path / "d.json").read_text())
+    assert np.all(np.array(found["worth_L"]) != 0) and np.array(found["overlap_LL"]).shape == (3, 3)
+    assert found["choices_L"] == [2, 2, 2] and found["layers"] is None and found["loss"] > 0
+    assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
     dense = trained(tmp_path / "dense", "--expert-layout", "dense")
     with pytest.raises(ConfigError, match="dense model"):
         diagnose(dense, 2)
-    tied = trained(tmp_path / "tied", "--expert-layout", "moe", "--expert-sharing", "0,0,0")
-    with pytest.raises(ConfigError, match="fold it first"):
-        diagnose(tied, 2)
-    assert diagnose_main(["--load", tied, "--batches", "1"]) != 0
+    assert diagnose_main(["--load", dense, "--batches", "1"]) != 0
 
 
 def test_a_layer_is_worth_what_its_experts_add(tmp_path: Path) -> None:
