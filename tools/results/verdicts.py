@@ -75,6 +75,11 @@ CLAIMS = (
         ),
         "below",
     ),
+    Claim(
+        "G1, cured",
+        tuple(("late/4-banks-of-16", f"late/{model}") for model in ("moe-of-16", "pruned-to-8")),
+        "none",
+    ),
     Claim("G2", tuple((way, MANY) for way in (*_WAYS, FEW)), "within", 0.03),
     Claim("G3", (("second_combination/2 banks of 32", "second_combination/frozen"),), "below"),
     Claim(
@@ -86,9 +91,15 @@ CLAIMS = (
         "below",
     ),
     Claim("G5", (("half/healed-routers", "half/original-longer"),), "within", 0.02),
-    Claim("G4", (("second_experts_8/2 banks of 8", FEW),), "none"),
-    Claim("G4", (("second_combination/2 banks of 32", MANY),), "none"),
-    Claim("G4", (("second_experts_128/2 banks of 128", "second_experts_128/moe of 128"),), "none"),
+    Claim(
+        "G4",
+        (
+            ("second_experts_8/2 banks of 8", FEW),
+            ("second_combination/2 banks of 32", MANY),
+            ("second_experts_128/2 banks of 128", "second_experts_128/moe of 128"),
+        ),
+        "none",
+    ),
 )
 
 
