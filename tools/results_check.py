@@ -20,9 +20,10 @@ sys.path.insert(0, str(ROOT / "tests/extending/site"))  # a package that has a w
 from megatron_samoe.evaluation.study.results_store import read_store  # noqa: E402
 from tools.results.frontier import frontier  # noqa: E402
 from tools.results.measured import measured_heads, wrong_tables  # noqa: E402
-from tools.results.model_table import OPTIMIZERS, compared, is_drawn, model_table, write_plot  # noqa: E402
+from tools.results.model_table import OPTIMIZERS, model_table  # noqa: E402
 from tools.results.page_figures import Told, models_of, rewritten, with_table, wrong_figures  # noqa: E402
 from tools.results.registration import deviations, kept_plan, read_registration  # noqa: E402
+from tools.results.result_plots import plots_of  # noqa: E402
 from tools.results.scaling import scaling  # noqa: E402
 from tools.results.verdicts import (  # noqa: E402
     compressed_figures,
@@ -84,10 +85,10 @@ def main(write: bool) -> int:
         for claim in held_out.claims:
             if missing := [name for name in claim.models if name not in held_out.whole]:
                 print(f"{claim.name} waits for {'; '.join(missing)}")
-    plot, drawn = folder / "differences.png", compared(held_out)
-    if write and not is_drawn(plot, drawn):
-        write_plot(plot, drawn)
-    problems += [] if is_drawn(plot, drawn) else [f"{plot} shows other differences than those of the store"]
+    for name, plot in plots_of(plans, models, held_out).items():
+        if write and not plot.is_in(folder / name):
+            plot.write(folder / name)
+        problems += [] if plot.is_in(folder / name) else [f"{folder / name} shows something else than the store's runs"]
     heads = [table.partition("\n")[0] for table in tables]
     for name, told in PAGES.items():
         page = ROOT / name

@@ -1,27 +1,19 @@
-"""The tables and the plot of the second edition's models, made from the runs of a store.
+"""The tables of the second edition's models, made from the runs of a store.
 
 Losses on the test split, and differences, are shown of models whose claim can be judged.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from io import BytesIO
-from pathlib import Path
 from statistics import mean
 
 import numpy as np
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from megatron_samoe.evaluation import plots_study
 from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study.plan import StudyPlan
-from megatron_samoe.evaluation.study.statistics import own_half_width
-from megatron_samoe.parsing import JsonObject
 from tools.results.page_figures import Models, worst_routing
-from tools.results.verdicts import FEW, HeldOut, Losses, by_seed, short, table_of
+from tools.results.verdicts import FEW, HeldOut, Losses, table_of
 
 #: Titles of tables by --optimizer.
 OPTIMIZERS = {"muon": "Muon", "adam": "AdamW"}
@@ -56,7 +48,7 @@ def model_table(plans: Mapping[str, StudyPlan], models: Models, held_out: HeldOu
             cells = _cells(models[name], {rate: next(iter(runs.values())) for rate, runs in sorted(tried.items())})
             losses = opened.get(name, {})
             cells.insert(3, f"{mean(losses.values()):.4f}" if losses else "")
-            d = _from_baseline(opened, name)
+            d = from_baseline(opened, name)
             cells.insert(4, f"{d.mean():+.4f} ± {spread.half_width(d):.4f}" if len(d) else "")
             rows.append([variant.name + ", given up after seed 1" * (variant.name in given_up), *cells])
     return table_of(head, rows)
@@ -77,41 +69,7 @@ def _loss(run: RunSummary) -> str:
     return f"{run.validation['validation_loss']:.4f}"
 
 
-def _from_baseline(losses: Losses, name: str) -> np.ndarray:
+def from_baseline(losses: Losses, name: str) -> np.ndarray:
     """Returns a model's differences from the MoE of 8, over the seeds that both have; none of it or of a model that may not be seen."""
     base, row = losses.get(FEW, {}), losses.get(name, {})
     return np.array([row[seed] - base[seed] for seed in sorted(base.keys() & row) if name != FEW])
-
-
-def compared(held_out: HeldOut) -> JsonObject:
-    """Returns what the plot shows, as a study's results have it: losses on the test split, and differences from the MoE of 8."""
-    opened, spread, rows = held_out.opened, held_out.spread, by_seed(held_out.opened)
-    variants = []
-    for name, row in rows.items():
-        d = _from_baseline(opened, name)
-        found = (
-            {"mean": d.mean(), "half_width": own_half_width(d), "pooled_half_width": spread.half_width(d)}
-            if len(d)
-            else None
-        )
-        variants.append({"name": short(name), "losses": row, "difference": found})
-    return {
-        "baseline": short(FEW),
-        "loss": "test loss",
-        "margin": 0.0,
-        "variants": json.loads(json.dumps(variants), parse_float=lambda text: round(float(text), 5)),
-    }
-
-
-def write_plot(path: Path, study: JsonObject) -> None:
-    """Draws the differences, with what is drawn as text inside the PNG."""
-    png = plots_study.differences(study)
-    assert png is not None
-    told = PngInfo()
-    told.add_text("Description", json.dumps(study))
-    Image.open(BytesIO(png)).save(path, pnginfo=told)
-
-
-def is_drawn(path: Path, study: JsonObject) -> bool:
-    """Whether a plot shows these differences."""
-    return path.is_file() and Image.open(path).info.get("Description") == json.dumps(study)

@@ -13,13 +13,14 @@ from scipy import stats
 
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.evaluation import plots_study
 from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study.statistics import common_spread, own_half_width
 from megatron_samoe.planning.accounting import ParameterCount
 from tests.unit.tools_results.made_runs import run_of
 from tools.results.frontier import frontier
-from tools.results.model_table import compared, is_drawn, write_plot
 from tools.results.page_figures import with_table
+from tools.results.result_plots import Plot, compared, course
 from tools.results.scaling import scaling
 from tools.results.verdicts import (
     MANY,
@@ -176,7 +177,18 @@ def test_a_plot_says_what_it_shows(tmp_path: Path) -> None:
     trained = {f"second_regime/{name}": {1: loss, 2: loss + 0.01} for name, loss in (("dense", 3.7), ("moe of 8", 3.6))}
     found = held_out(trained, Claim("G0", (("second_regime/moe of 8", "second_regime/dense"),), "mean"))
     path = tmp_path / "plot.png"
-    assert not is_drawn(path, compared(found))
-    write_plot(path, compared(found))
+    plot = Plot(compared(found), plots_study.differences)
+    assert not plot.is_in(path)
+    plot.write(path)
     later = replace(found, trained=trained | {"second_regime/dense": {1: 3.7, 2: 3.8}})
-    assert is_drawn(path, compared(found)) and not is_drawn(path, compared(later))
+    assert plot.is_in(path) and not Plot(compared(later), plots_study.differences).is_in(path)
+
+
+def test_a_course_is_told_within_the_seeds_that_both_have() -> None:
+    models = {
+        "second_regime/moe of 8": {1: run_of(3.5), 2: run_of(3.6)},
+        "second_sharing/moe of 8": {1: run_of(3.5)},
+        "second_sharing/scaled": {2: run_of(3.75), 3: run_of(9.0)},
+        "second_sharing/pool": {},
+    }
+    assert course(list(models), models) == {"scaled": {"400": 0.15}}

@@ -1,0 +1,106 @@
+"""The plots of the second edition's models, made from the runs of a store. What one shows is kept as text inside the PNG."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from statistics import mean
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from megatron_samoe.evaluation import plots_study
+from megatron_samoe.evaluation.plots import colour, marker, plt, png_of
+from megatron_samoe.evaluation.run_summary import RunSummary
+from megatron_samoe.evaluation.study.plan import StudyPlan
+from megatron_samoe.evaluation.study.statistics import own_half_width
+from megatron_samoe.parsing import JsonObject
+from tools.results.model_table import from_baseline
+from tools.results.page_figures import Models
+from tools.results.verdicts import FEW, HeldOut, by_seed, short
+
+#: Studies whose runs have the same steps, so that their courses can be compared.
+_ONE_LENGTH = ("second_regime", "second_sharing", "second_combination")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What a plot shows, and what draws it."""
+
+    shown: JsonObject
+    draw: Callable[[JsonObject], bytes | None]
+
+    def write(self, path: Path) -> None:
+        """Writes the PNG with what it shows as text inside."""
+        png, told = self.draw(self.shown), PngInfo()
+        assert png is not None
+        told.add_text("Description", json.dumps(self.shown))
+        Image.open(BytesIO(png)).save(path, pnginfo=told)
+
+    def is_in(self, path: Path) -> bool:
+        """Whether a file shows this."""
+        return path.is_file() and Image.open(path).info.get("Description") == json.dumps(self.shown)
+
+
+def plots_of(plans: Mapping[str, StudyPlan], models: Models, held_out: HeldOut) -> dict[str, Plot]:
+    """Returns the plots by their files' names."""
+    names = [f"{study}/{variant.name}" for study in _ONE_LENGTH for variant in plans[study].study.variants]
+    return {
+        "differences.png": Plot(compared(held_out), plots_study.differences),
+        "course.png": Plot(course(names, models), _drawn_course),
+    }
+
+
+def compared(held_out: HeldOut) -> JsonObject:
+    """Returns what `differences.png` shows, as a study's results have it: losses on the test split, and differences from the MoE of 8."""
+    opened, spread, rows = held_out.opened, held_out.spread, by_seed(held_out.opened)
+    variants = []
+    for name, row in rows.items():
+        d = from_baseline(opened, name)
+        found = (
+            {"mean": d.mean(), "half_width": own_half_width(d), "pooled_half_width": spread.half_width(d)}
+            if len(d)
+            else None
+        )
+        variants.append({"name": short(name), "losses": row, "difference": found})
+    return {
+        "baseline": short(FEW),
+        "loss": "test loss",
+        "margin": 0.0,
+        "variants": json.loads(json.dumps(variants), parse_float=lambda text: round(float(text), 5)),
+    }
+
+
+def course(names: Sequence[str], models: Models) -> JsonObject:
+    """Returns what `course.png` shows: validation losses minus those of the MoE of 8 by step, means over the seeds that both have.
+
+    Args:
+        names: of models, that of another study's MoE of 8 among them perhaps.
+    """
+    own = {seed: _validation(run) for seed, run in models[FEW].items()}
+    found: dict[str, dict[int, float]] = {}
+    for name in (name for name in names if short(name) != short(FEW)):
+        others = {seed: _validation(run) for seed, run in models[name].items() if seed in own}
+        for step in sorted({step for row in others.values() for step in row}):
+            d = [row[step] - own[seed][step] for seed, row in others.items() if step in own[seed].keys() & row]
+            found.setdefault(short(name), {})[step] = round(mean(d), 5)
+    shown: JsonObject = json.loads(json.dumps(found))
+    return shown
+
+
+def _validation(run: RunSummary) -> dict[int, float]:
+    return {r["iteration"]: r["validation_loss"] for r in run.records if "validation_loss" in r}
+
+
+def _drawn_course(shown: JsonObject) -> bytes | None:
+    figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
+    for place, (name, row) in enumerate(shown.items()):
+        axes.plot([int(step) for step in row], list(row.values()), f"{marker(place)}-", color=colour(place), label=name)
+    axes.axhline(0, color="0.4", linewidth=1)
+    axes.set(xlabel="steps; the rate falls from 3,840 on", ylabel=f"validation loss minus that of {short(FEW)}, nats")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.grid(alpha=0.3)
+    return png_of(figure)
