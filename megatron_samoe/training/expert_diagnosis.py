@@ -28,6 +28,7 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.moe.router import Routing
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
+from megatron_samoe.moe.sharing.way import Mixture
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.parsing import JsonObject
 from megatron_samoe.training.batches import build_run_data
@@ -124,7 +125,8 @@ def diagnose(load: str, batches: int, data: DataConfig | None = None, ckpt_step:
     run_data = build_run_data(config, tokenizer, parallel, True, (iteration, consumed))
     steps = list(islice(run_data.train_batches(consumed), batches))
     micro_batches = [micro_batch for step in steps for micro_batch in step]
-    sums, routes = _Sums(setup) if _has_own_gradients(setup) else None, _Routes(setup)
+    mixtures, routes = _comparable_mixtures(setup), _Routes(setup)
+    sums = None if mixtures is None else _Sums(setup, mixtures)
     with routes:
         if sums is None:
             loss = evaluate(setup, micro_batches).mean
@@ -169,19 +171,22 @@ def _config(config: PretrainConfig, checkpoint: CheckpointConfig, data: DataConf
     )
 
 
-def _has_own_gradients(setup: TrainSetup) -> bool:
-    """Whether each layer has gradients of its own, and all of as many experts, so that layers can be compared."""
-    moe = setup.config.moe
-    counts = {layer.moe.router.place.shape.num_experts for layer in setup.model.moe_layers()}
-    return (moe.has_pool or not moe.shares_experts) and len(counts) == 1
+def _comparable_mixtures(setup: TrainSetup) -> list[Mixture] | None:
+    """Returns what layers' experts are made of, if each layer has gradients of its own, and all of as many experts; None if not."""
+    moe, layers = setup.config.moe, [layer.moe for layer in setup.model.moe_layers()]
+    if (moe.shares_experts and not moe.has_pool) or len({layer.router.place.shape.num_experts for layer in layers}) > 1:
+        return None
+    try:
+        return [setup.model.mixture(layer) for layer in layers]
+    except ConfigError:  # a way whose experts are no mixtures of banks
+        return None
 
 
 class _Sums:
     """Sums over batches of the gradients of layers' experts, and of banks' made of them."""
 
-    def __init__(self, setup: TrainSetup):
+    def __init__(self, setup: TrainSetup, mixtures: Sequence[Mixture]):
         self.setup, self.count = setup, 0
-        mixtures = [setup.model.mixture(layer.moe) for layer in setup.model.moe_layers()]
         self._coefficients = [m.a_2GP for m in mixtures if m.a_2GP is not None]
         self.has_banks = len(self._coefficients) == len(mixtures)
         #: Of every other batch, [2, N, E, ...].

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_samoe.cli.diagnose import main as diagnose_main
 from megatron_samoe.cli.generate import main as generate_main
 from megatron_samoe.cli.pretrain import main as pretrain_main
 from megatron_samoe.config.derived import sharing_map
@@ -117,6 +118,8 @@ def test_one_whose_experts_are_no_mixtures_trains_and_is_not_decoded(
     assert pretrain_main([*model, *experts, *run, *logs]) == 0
     assert generate_main(["--load", str(tmp_path), "--prompt", "a"]) != 0
     assert "trains and is not decoded" in capfd.readouterr().err
+    assert diagnose_main(["--load", str(tmp_path), "--batches", "2"]) == 0
+    assert "no gradients to compare" in capfd.readouterr().out
 
 
 def entry(folder: Path, name: str, value: str) -> None:
