@@ -19,6 +19,8 @@ from megatron_samoe.evaluation.study.definition import folder_name, read_study
 HERE = Path(__file__).resolve().parent
 KEPT = HERE.parents[1] / "docs/results/decode/study.json"
 STUDIES = ("second_regime", "second_sharing", "second_combination", "second_scratch")
+#: What the late cure begins from has no study.
+OF_LATE = {"moe of 16": ("--num-experts", "16")}
 
 
 def samoe(*words: object) -> None:
@@ -28,8 +30,7 @@ def samoe(*words: object) -> None:
 
 def main(data: Path, out: Path) -> None:
     """Makes the models and times them."""
-    paths = [HERE / f"{name}.yaml" for name in STUDIES]
-    variants = {v.name: v.flags for path in paths if path.is_file() for v in read_study(path).variants}
+    variants = {v.name: v.flags for name in STUDIES for v in read_study(HERE / f"{name}.yaml").variants} | OF_LATE
     made = []
     for name, flags in variants.items():
         made.append(out / folder_name(name) / "checkpoint")
@@ -42,8 +43,8 @@ def main(data: Path, out: Path) -> None:
             )
     samoe(
         *("benchmark", "decode", "--load", *made, "--servings", "folded", "on-the-fly", "--dtypes", "fp32"),
-        *("--threads", 1, "--batch-sizes", 1, 8, "--prompt-lengths", 32, "--new-tokens", 64),
-        *("--rounds", 7, "--json", KEPT),
+        *("--threads", 1, "--batch-sizes", 1, 8, "--prompt-lengths", 32, "--new-tokens", 96),
+        *("--rounds", 15, "--json", KEPT),
     )
 
 

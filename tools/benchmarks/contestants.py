@@ -156,7 +156,11 @@ class ServingBenchmark(TableBenchmark):
         """Returns the checkpoints, those of random weights made unless they are there."""
         if self.new_tokens < 2:
             raise ConfigError("--new-tokens", self.new_tokens, "must be 2 or more")
-        return list(self.load) or [self.make_checkpoint(flags) for flags in self.models]
+        found = list(self.load) or [self.make_checkpoint(flags) for flags in self.models]
+        longest = min(checkpoint_model(path)[0].model.max_positions for path in found) - max(self.prompt_lengths)
+        if self.new_tokens > longest:
+            raise ConfigError("--new-tokens", self.new_tokens, f"at most {longest}, for which a model has positions")
+        return found
 
     def make_checkpoint(self, flags: str) -> Path:
         """Returns the folder of a model of random weights, made unless it is there.
@@ -223,9 +227,11 @@ class ServingBenchmark(TableBenchmark):
         }
 
     def measure(self, workers: Sequence[Worker]) -> Iterator[tuple[Pair, Worker, Row]]:
-        """Yields what contestants answer, in turn, round after round."""
-        for _, pair, worker in itertools.product(range(self.rounds), self.pairs, workers):
-            yield pair, worker, worker.measure(*pair, self.new_tokens)
+        """Yields what contestants answer, in turn, round after round; another begins each round, so that no place in it favours one."""
+        for turn, pair in itertools.product(range(self.rounds), self.pairs):
+            first = turn % len(workers)
+            for worker in (*workers[first:], *workers[:first]):
+                yield pair, worker, worker.measure(*pair, self.new_tokens)
 
     def step_seconds(self, results: Rows) -> list[float]:
         """Returns the seconds of a step in each round."""

@@ -142,8 +142,8 @@ class Decode(ServingBenchmark):
         with started(contestants) as workers:
             ours = [worker for worker in workers if worker.is_ours]
             counted = {(w.name, pair): w.measure(*pair, self.new_tokens, 1) for w in ours for pair in self.pairs}
-            for pair, worker, result in self.measure(workers):
-                if worker is workers[0]:
+            for i, (pair, worker, result) in enumerate(self.measure(workers)):
+                if i % len(workers) == 0:
                     memory.read()
                 results.setdefault((worker.name, pair), []).append(result)
         rows = []
@@ -178,6 +178,7 @@ class Decode(ServingBenchmark):
             "ms_per_token": step_s * 1e3,
             "tokens_per_s": batch / step_s,
             "prefill_ms": statistics.median(result["first_s"] for result in results) * 1e3,
+            "weights_mb": worker.facts.get("weights_mb"),
             "experts_hit": hit,
             "experts_expected": None if hit is None else statistics.mean(chosen),
             "read_mb": num_bytes / 1e6,

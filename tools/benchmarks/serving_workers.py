@@ -84,12 +84,15 @@ def ours(spec: Spec) -> tuple[Spec, Measure]:
         return {"refused": str(error)}, never
     vocab = loaded.model.vocab_size
     kernels = extension.build_info().get("instruction_set", "torch")
-    info = {"serving": engine.serving, "dtype": engine.dtype, "version": kernels, "before_mb": before_mb}
-    del loaded
-    if spec.get("memory_limit"):
-        join_control_group(spec["memory_limit"])
     runner = engine._runner
     assert isinstance(runner, SingleRunner)
+    weights, layers = runner._model.weights(), runner._model.layers
+    caches = [t for layer in layers for t in (layer.attention.keys, layer.attention.values)]
+    info = {"serving": engine.serving, "dtype": engine.dtype, "version": kernels, "before_mb": before_mb,
+            "weights_mb": (sum(t.nbytes for t in weights) - sum(t.nbytes for t in caches)) / 1e6}  # fmt: skip
+    del loaded, weights, caches
+    if spec.get("memory_limit"):
+        join_control_group(spec["memory_limit"])
 
     def measure(batch: int, length: int, new: int, count: int = 0) -> Spec:
         counts: list[int] = []

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import mean
 
-from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study.definition import folder_name
 from tools.results.measured import rows_of
 from tools.results.page_figures import Models
@@ -14,8 +13,19 @@ from tools.results.verdicts import HeldOut, short, table_of
 
 #: How the table begins.
 HEAD = "| decoding, fp32, one thread | test loss | MB | ms a step, batch 1 | batch 8 | dominated by |"
-#: Times that differ by less are equal: rounds scatter so.
+#: Times that differ by less are equal.
 SLACK = 1.03
+#: Ways to serve a pool; other models have one.
+SERVINGS = ("folded", "on-the-fly")
+#: Models made of others: the shape that was timed, and whether its layers share experts.
+MADE = {
+    "half/healed-routers": ("4 banks of 32, longer", True),
+    "half/original-longer": ("moe of 32", False),
+    "quarter/healed-routers": ("2 banks of 32, longer", True),
+    "late/4-banks-of-16": ("4 banks of 16", True),
+    "late/moe-of-16": ("moe of 16", False),
+    "late/pruned-to-8": ("moe of 8", False),
+}
 
 
 @dataclass(frozen=True)
@@ -51,26 +61,17 @@ def frontier(models: Models, held_out: HeldOut) -> str:
 
 
 def _points(models: Models, held_out: HeldOut) -> Iterable[Point]:
-    timed = {(row["contestant"], row["batch"]): row["ms_per_token"] for row in rows_of("decode/study")}
-    for model, losses in held_out.opened.items():
-        run, name = next(iter(models[model].values())), short(model)
-        combines = run.config.moe.has_pool
-        for serving in ("folded", "on-the-fly") if combines else ("folded",):
-            keys = [(f"{folder_name(name)} {serving}", batch) for batch in (1, 8)]
-            if timed.keys() >= set(keys):
-                label, shares = f"{name}, {serving}" if combines else name, run.config.moe.shares_experts
-                yield Point(
-                    label,
-                    shares,
-                    mean(losses.values()),
-                    4.0 * _resident(run, serving),
-                    tuple(timed[key] for key in keys),
-                )
-
-
-def _resident(run: RunSummary, serving: str) -> float:
-    """Returns the parameters that are held: of a folded pool each layer's own experts."""
-    count, config = run.parameters, run.config
-    if serving != "folded" or not config.moe.has_pool:
-        return count.total
-    return count.total + count.expert * (config.model.num_layers / config.moe.num_expert_banks - 1)
+    timed = {(row["contestant"], row["batch"]): row for row in rows_of("decode/study")}
+    for model in dict.fromkeys(name for claim in held_out.ready for name in claim.models):
+        if model in held_out.trained:
+            runs = models[model].values()
+            losses, shape, shares = held_out.trained[model], short(model), next(iter(runs)).config.moe.shares_experts
+        else:
+            losses, (shape, shares) = held_out.derived[model], MADE.get(model, ("", False))
+        keys = {way: [(f"{folder_name(shape)} {way}", batch) for batch in (1, 8)] for way in SERVINGS}
+        ways = [way for way in SERVINGS if timed.keys() >= set(keys[way])]
+        for way in ways:
+            rows = [timed[key] for key in keys[way]]
+            label = f"{short(model)}, {way}" if len(ways) > 1 else short(model)
+            times = tuple(min(row["samples_ms"]) for row in rows)  # other programs only add to a round's time
+            yield Point(label, shares, mean(losses.values()), 1e6 * rows[0]["weights_mb"], times)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,13 @@ def test_programs_that_serve_are_compared_with_our_texts(tmp_path: Path) -> None
 
 
 TINY = {"hidden_size": 64, "ffn_hidden_size": 64, "num_layers": 2, "num_experts": 4, "vocab_size": 64, "context": 32}
+
+
+def test_more_tokens_than_a_model_has_positions_are_refused(tmp_path: Path) -> None:
+    made = Decode(**TINY, work_dir=tmp_path, prompt_lengths=(4, 20), new_tokens=12)  # type: ignore[arg-type]
+    assert made.checkpoints(), "the longest prompt and its answer just fit"
+    with pytest.raises(ConfigError, match="--new-tokens = 13: at most 12"):
+        replace(made, new_tokens=13).checkpoints()
 
 
 def test_a_dense_model_is_dense_although_that_is_the_default(tmp_path: Path) -> None:

@@ -151,8 +151,9 @@ def test_a_pool_that_an_own_model_beats_in_all_is_dominated() -> None:
         layout = "dense" if "dense" in name else "samoe" if "banks" in name else "moe"
         moe = MoEConfig(expert_layout=layout, num_expert_banks=8, expert_sharing="0*8" if "tied" in name else None)
         models[name] = {1: replace(run_of(loss - 1), config=PretrainConfig(moe=moe))}
-    found = held_out({name: {1: loss} for name, loss in losses.items()}, SMALL)
-    pairs = tuple((name, "second_regime/moe of 8") for name in losses if name != "second_regime/moe of 8")
+    derived = {"half/healed-routers": {1: 3.45}, "late/moe-of-16": {1: 3.44}}
+    found = held_out({name: {1: loss} for name, loss in losses.items()}, SMALL, derived)
+    pairs = tuple((name, "second_regime/moe of 8") for name in (*losses, *derived) if name != "second_regime/moe of 8")
     claim = Claim("G9", pairs, "below")
     lines = frontier(models, replace(found, claims=[claim])).splitlines()[2:]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
@@ -162,7 +163,10 @@ def test_a_pool_that_an_own_model_beats_in_all_is_dominated() -> None:
         "8 banks of 8, folded": "moe of 8",
         "8 banks of 8, on-the-fly": "moe of 8",
         "tied middle": "",
-    }, "nobody has a lower loss than the last"
+        "half healed-routers, folded": "late moe-of-16",
+        "half healed-routers, on-the-fly": "late moe-of-16",
+        "late moe-of-16": "owns its experts",
+    }, "nobody has a lower loss than the tied middle"
     none = frontier(models, replace(found, claims=[Claim("G0", pairs[:1], "below")]))
     assert none == "", "no model shares experts"
 
