@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_samoe import children
 
 KEPT = Path(__file__).resolve().parents[2] / "docs/results/compression"
 BUDGETS = {"half": 0.5, "quarter": 0.25}
@@ -25,7 +26,7 @@ TESTED = ("original", "fitted", "healed-routers", "blind-healed", "pruned-healed
 
 def samoe(*words: object) -> None:
     """Runs a command of the package."""
-    subprocess.run([sys.executable, "-m", "megatron_samoe", *map(str, words)], check=True)
+    children.run([sys.executable, "-m", "megatron_samoe", *map(str, words)], check=True)
 
 
 def test_loss(run: Path, model: Path, data: Path) -> float:

@@ -10,9 +10,9 @@ compression makes have the shapes of SaMoEs. Nothing else should run meanwhile.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
+
+from second_compression import samoe
 
 from megatron_samoe.evaluation.study.definition import folder_name, read_study
 
@@ -21,11 +21,6 @@ KEPT = HERE.parents[1] / "docs/results/decode/study.json"
 STUDIES = ("second_regime", "second_sharing", "second_combination", "second_scratch")
 #: What the late cure begins from has no study.
 OF_LATE = {"moe of 16": ("--num-experts", "16")}
-
-
-def samoe(*words: object) -> None:
-    """Runs a command of the package."""
-    subprocess.run([sys.executable, "-m", "megatron_samoe", *map(str, words)], check=True)
 
 
 def main(data: Path, out: Path) -> None:
