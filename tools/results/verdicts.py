@@ -266,8 +266,12 @@ def foreign_originals(held_out: HeldOut) -> list[str]:
 
 
 def healed_losses(folder: Path) -> Losses:
-    """Returns the losses on validation text of models with all weights healed, of a half of the bytes, as `all weights/MODEL`."""
+    """Returns the losses on validation text of models with all weights healed, of a half of the bytes, and of a MoE of 16, which has
+    as many, as `all weights/MODEL`."""
     found: dict[str, dict[int, float]] = {}
+    for path in sorted(folder.glob("seed-?-late.json")):
+        kept = json.loads(path.read_text(encoding="utf-8"))["moe-of-16"]
+        found.setdefault("all weights/moe-of-16", {})[int(path.stem.split("-")[1])] = kept["validation_loss"]
     for seed, losses in json.loads((folder / "all_weights.json").read_text(encoding="utf-8")).items():
         for model, loss in losses.items():
             found.setdefault(f"all weights/{model}", {})[int(seed)] = loss
@@ -275,13 +279,13 @@ def healed_losses(folder: Path) -> Losses:
 
 
 def compressed_figures(losses: Losses) -> dict[str, float]:
-    """Returns mean differences from the original, and from it trained on, by `BUDGET MODEL - original`, and half intervals from
-    their own spread."""
+    """Returns mean differences from the original, from it trained on and from a MoE of 16, by `BUDGET MODEL - original`, and half
+    intervals from their own spread."""
     found: dict[str, float] = {}
     rows = {name: np.array(row) for name, row in by_seed(losses).items()}
     for base, of_base in rows.items():
         budget, _, original = base.partition("/")
-        for name in rows if original in ("original", "original-longer") else ():
+        for name in rows if original in ("original", "original-longer", "moe-of-16") else ():
             if name.partition("/")[0] == budget and name != base:
                 found[f"{short(name)} - {original}"] = float((rows[name] - of_base).mean())
                 found[f"± {short(name)} - {original}"] = own_half_width(rows[name] - of_base)

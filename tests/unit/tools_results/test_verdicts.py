@@ -108,7 +108,12 @@ def test_models_that_were_compressed_are_judged_by_the_spread_of_trained_ones(tm
     assert sorted(derived) == ["half/healed", "half/original", "half/original-longer"]
     known = compressed_figures(derived)
     (tmp_path / "all_weights.json").write_text(json.dumps({"2": {"original": 3.5, "healed-all": 3.52}}))
-    assert healed_losses(tmp_path) == {"all weights/original": {2: 3.5}, "all weights/healed-all": {2: 3.52}}
+    (tmp_path / "seed-2-late.json").write_text(json.dumps({"moe-of-16": {"validation_loss": 3.51, "test_loss": 3.4}}))
+    healed = healed_losses(tmp_path)
+    assert healed == {
+        f"all weights/{model}": {2: x} for model, x in (("original", 3.5), ("healed-all", 3.52), ("moe-of-16", 3.51))
+    }
+    assert compressed_figures(healed)["all weights healed-all - moe-of-16"] == pytest.approx(0.01)
     assert known["half healed - original"] == pytest.approx(0.01)
     assert known["half healed - original-longer"] == pytest.approx(0.015)
     pairs = (("half/healed", "second_s/a"), ("half/original-longer", "second_s/b"))
