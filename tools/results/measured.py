@@ -140,7 +140,7 @@ def _compressed() -> Figures:
 def _healed_whole() -> Figures:
     """Validation loss over the original's, by seed, where all weights train at 1e-3."""
     losses = healed_losses(RESULTS / "compression")
-    for model in ("healed-all", "original-longer"):
+    for model in ("healed-all", "original-longer", "moe-of-16"):
         yield [loss - losses["all weights/original"][seed] for seed, loss in losses[f"all weights/{model}"].items()]
 
 
