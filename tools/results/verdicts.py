@@ -279,10 +279,10 @@ def healed_losses(folder: Path) -> Losses:
 
 
 def compressed_figures(losses: Losses) -> dict[str, float]:
-    """Returns mean differences from the original, from it trained on and from a MoE of 16, by `BUDGET MODEL - original`, and half
-    intervals from their own spread."""
-    found: dict[str, float] = {}
+    """Returns mean losses by `BUDGET MODEL`, mean differences from the original, from it trained on and from a MoE of 16, by `BUDGET
+    MODEL - original`, and half intervals from their own spread."""
     rows = {name: np.array(row) for name, row in by_seed(losses).items()}
+    found = {short(name): float(row.mean()) for name, row in rows.items()}
     for base, of_base in rows.items():
         budget, _, original = base.partition("/")
         for name in rows if original in ("original", "original-longer", "moe-of-16") else ():

@@ -114,6 +114,7 @@ def test_models_that_were_compressed_are_judged_by_the_spread_of_trained_ones(tm
         f"all weights/{model}": {2: x} for model, x in (("original", 3.5), ("healed-all", 3.52), ("moe-of-16", 3.51))
     }
     assert compressed_figures(healed)["all weights healed-all - moe-of-16"] == pytest.approx(0.01)
+    assert known["half healed"] == pytest.approx(3.215)
     assert known["half healed - original"] == pytest.approx(0.01)
     assert known["half healed - original-longer"] == pytest.approx(0.015)
     pairs = (("half/healed", "second_s/a"), ("half/original-longer", "second_s/b"))
