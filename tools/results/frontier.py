@@ -67,7 +67,7 @@ def _points(models: Models, held_out: HeldOut) -> Iterable[Point]:
             runs = models[model].values()
             losses, shape, shares = held_out.trained[model], short(model), next(iter(runs)).config.moe.shares_experts
         else:
-            losses, (shape, shares) = held_out.derived[model], MADE.get(model, ("", False))
+            losses, (shape, shares) = held_out.derived[model], MADE[model]
         keys = {way: [(f"{folder_name(shape)} {way}", batch) for batch in (1, 8)] for way in SERVINGS}
         ways = [way for way in SERVINGS if timed.keys() >= set(keys[way])]
         for way in ways:

@@ -219,6 +219,16 @@ def test_more_tokens_than_a_model_has_positions_are_refused(tmp_path: Path) -> N
         replace(made, new_tokens=13).checkpoints()
 
 
+def test_another_contestant_begins_each_round() -> None:
+    class Asked:
+        def measure(self, *_: int) -> dict[str, int]:
+            return {}
+
+    workers = [Asked(), Asked(), Asked()]
+    order = [workers.index(worker) for _, worker, _ in Decode(rounds=4, batch_sizes=(1,)).measure(workers)]  # type: ignore[arg-type]
+    assert order == [0, 1, 2, 1, 2, 0, 2, 0, 1, 0, 1, 2]
+
+
 def test_a_dense_model_is_dense_although_that_is_the_default(tmp_path: Path) -> None:
     for flags, experts in (("", True), ("--expert-layout dense", False), ("--expert-layout=dense", False)):
         made = Decode(**TINY, work_dir=tmp_path).make_checkpoint(flags)  # type: ignore[arg-type]
