@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "tests/extending/site"))  # a package that has a w
 from megatron_samoe.evaluation.study.results_store import read_store  # noqa: E402
 from tools.results.frontier import frontier  # noqa: E402
 from tools.results.measured import measured_heads, rows_of, wrong_tables  # noqa: E402
-from tools.results.model_table import OPTIMIZERS, model_table  # noqa: E402
+from tools.results.model_table import OPTIMIZERS, losses_table, rates_table  # noqa: E402
 from tools.results.page_figures import Told, models_of, rewritten, with_table, wrong_figures  # noqa: E402
 from tools.results.registration import deviations, kept_plan, read_registration  # noqa: E402
 from tools.results.result_plots import plots_of  # noqa: E402
@@ -71,8 +71,8 @@ def main(write: bool) -> int:
         verdicts = list(judge(held_out))
         by_size, fitted = scaling(models, held_out)
         of_one_size = {name: plan for name, plan in plans.items() if name != "second_scaling"}
-        tables = [verdict_table(verdicts)]
-        tables += [model_table(of_one_size, models, held_out, optimizer) for optimizer in OPTIMIZERS]
+        tables = [verdict_table(verdicts), losses_table(models, held_out)]
+        tables += [rates_table(of_one_size, models, optimizer) for optimizer in OPTIMIZERS]
         tables = [table for table in (*tables, by_size, frontier(models, held_out)) if table]
         known = (
             {"the repeat": rows_of("repeat")[-1]["validation_loss"]}

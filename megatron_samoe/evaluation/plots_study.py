@@ -34,6 +34,7 @@ def differences(study: JsonObject) -> bytes | None:
                     [row, row],
                     color="#0072b2",
                     linewidth=width,
+                    solid_capstyle="butt",
                     alpha=0.35 if width > 2 else 1,
                     label=what if row == 0 else None,
                 )

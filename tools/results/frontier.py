@@ -49,20 +49,23 @@ class Point:
 
 
 def frontier(models: Models, held_out: HeldOut) -> str:
-    """Returns the table of all models that may be shown and were timed; nothing before one of them shares experts."""
+    """Returns the table of all models that may be shown and were timed; nothing before one of them shares experts.
+
+    The last column names what dominates a model that shares, and says `own` of others.
+    """
     points = list(_points(models, held_out))
     owned = [point for point in points if not point.shares]
     rows = []
     for p in points:
         best = min((o for o in owned if o.dominates(p)), key=lambda o: o.loss, default=None)
-        told = ("" if best is None else best.name) if p.shares else "owns its experts"
+        told = ("" if best is None else best.name) if p.shares else "own"
         rows.append([p.name, f"{p.loss:.4f}", f"{p.num_bytes / 1e6:.1f}", *(f"{t:.3f}" for t in p.times), told])
     return table_of(HEAD, rows) if len(owned) < len(points) else ""
 
 
 def _points(models: Models, held_out: HeldOut) -> Iterable[Point]:
     timed = {(row["contestant"], row["batch"]): row for row in rows_of("decode/study")}
-    for model in dict.fromkeys(name for claim in held_out.ready for name in claim.models):
+    for model in held_out.judged:
         if model in held_out.trained:
             runs = models[model].values()
             losses, shape, shares = held_out.trained[model], short(model), next(iter(runs)).config.moe.shares_experts

@@ -13,27 +13,52 @@ import numpy as np
 from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from tools.results.page_figures import Models, worst_routing
-from tools.results.verdicts import FEW, HeldOut, Losses, table_of
+from tools.results.verdicts import FEW, HeldOut, Losses, short, table_of
 
 #: Titles of tables by --optimizer.
 OPTIMIZERS = {"muon": "Muon", "adam": "AdamW"}
+#: How the table of losses begins.
+LOSSES = "| model | expert parameters | seeds | steps | test loss | from the MoE of 8 |"
+#: Models that `second_late.py` trained for as many steps as the MoE of 8, and how many times its experts they have.
+_LATE = {"late/moe-of-16": 2, "late/4-banks-of-16": 1, "late/pruned-to-8": 1}
 
 
-def model_table(plans: Mapping[str, StudyPlan], models: Models, held_out: HeldOut, optimizer: str) -> str:
-    """Returns the table of Markdown of the models that an optimizer trained: a row for each that has runs, once where several studies
-    have it.
+def shown_losses(held_out: HeldOut) -> Losses:
+    """Returns the losses that may be looked at of models that the study trained, those of the late cure among them."""
+    known = {**held_out.trained, **held_out.derived}
+    return {name: known[name] for name in held_out.judged if name in held_out.trained or name in _LATE}
+
+
+def losses_table(models: Models, held_out: HeldOut) -> str:
+    """Returns the table of Markdown of the models whose claims can be judged: by parameters of experts, then by loss."""
+    losses = shown_losses(held_out)
+    rows = list[list[str]]()
+    for name, row in losses.items():
+        run = next(iter(models[FEW if name in _LATE else name].values()))
+        experts = run.parameters.expert * _LATE.get(name, 1)
+        d = from_baseline(losses, name)
+        difference = f"{d.mean():+.4f} ± {held_out.spread.half_width(d):.4f}" if len(d) else ""
+        cells = [str(len(row)), f"{run.config.training.train_iters:,}", f"{mean(row.values()):.4f}", difference]
+        rows.append([short(name), f"{experts / 1e6:.2f} M", *cells])
+    rows.sort(key=lambda row: (float(row[1].split()[0]), row[4]))
+    return table_of(LOSSES, rows)
+
+
+def rates_table(plans: Mapping[str, StudyPlan], models: Models, optimizer: str) -> str:
+    """Returns the table of Markdown of what validation tells of the models that an optimizer trained: a row for each that has runs,
+    once where several studies have it.
 
     Args:
         plans: of the registered studies, by name.
         optimizer: as --optimizer names it.
     """
     head = (
-        f"| under {OPTIMIZERS[optimizer]} | expert parameters | validation loss by rate (1e-3) | all seeds at the best rate | test loss "
-        "| from the MoE of 8 | load entropy, largest share, idle experts |"
+        f"| rates and routing under {OPTIMIZERS[optimizer]} | validation loss by rate (1e-3) | all seeds at the best rate "
+        "| load entropy, largest share, idle experts |"
     )
-    spread, opened, rows, shown = held_out.spread, held_out.opened, list[list[str]](), set[str]()
+    rows, shown = list[list[str]](), set[str]()
     for study, plan in plans.items():
-        given_up, settled = {name for name, _ in plan.given_up()}, list(filter(plan.is_settled, plan.all_runs()))
+        settled = list(filter(plan.is_settled, plan.all_runs()))
         for variant in plan.study.variants:
             name, own = f"{study}/{variant.name}", [run for run in settled if run.variant == variant]
             keys = {plan.key_of(run) for run in own}
@@ -45,23 +70,19 @@ def model_table(plans: Mapping[str, StudyPlan], models: Models, held_out: HeldOu
                 continue
             tried = tried or {options.lr: models[name]}
             shown |= keys
-            cells = _cells(models[name], {rate: next(iter(runs.values())) for rate, runs in sorted(tried.items())})
-            losses = opened.get(name, {})
-            cells.insert(3, f"{mean(losses.values()):.4f}" if losses else "")
-            d = from_baseline(opened, name)
-            cells.insert(4, f"{d.mean():+.4f} ± {spread.half_width(d):.4f}" if len(d) else "")
-            rows.append([variant.name + ", given up after seed 1" * (variant.name in given_up), *cells])
+            rows.append(
+                [variant.name, *_cells(models[name], {r: next(iter(x.values())) for r, x in sorted(tried.items())})]
+            )
     return table_of(head, rows)
 
 
 def _cells(runs: Mapping[int, RunSummary], tried: Mapping[float, RunSummary]) -> list[str]:
-    """Returns what validation tells: parameters, losses by rate and by seed, routing."""
-    experts = next(iter(tried.values())).parameters.expert
+    """Returns losses by rate and by seed, and routing."""
+    has_experts = next(iter(tried.values())).parameters.expert
     return [
-        f"{experts / 1e6:.2f} M" if experts else "",
         ", ".join(f"{1000 * rate:g}: {_loss(run)}" for rate, run in tried.items()),
         ", ".join(_loss(run) for _, run in sorted(runs.items())),
-        "{:.2f}, {:.2f}, {:.0f}".format(*worst_routing(runs.values())) if runs and experts else "",
+        "{:.2f}, {:.2f}, {:.0f}".format(*worst_routing(runs.values())) if runs and has_experts else "",
     ]
 
 

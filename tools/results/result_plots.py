@@ -18,7 +18,7 @@ from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.statistics import own_half_width
 from megatron_samoe.parsing import JsonObject
-from tools.results.model_table import from_baseline
+from tools.results.model_table import from_baseline, shown_losses
 from tools.results.page_figures import Models
 from tools.results.verdicts import FEW, HeldOut, by_seed, short
 
@@ -49,19 +49,26 @@ def plots_of(plans: Mapping[str, StudyPlan], models: Models, held_out: HeldOut) 
     """Returns the plots by their files' names."""
     names = [f"{study}/{variant.name}" for study in _ONE_LENGTH for variant in plans[study].study.variants]
     return {
-        "differences.png": Plot(compared(held_out), plots_study.differences),
+        "differences.png": Plot(compared(models, held_out), plots_study.differences),
         "course.png": Plot(course(names, models), _drawn_course),
     }
 
 
-def compared(held_out: HeldOut) -> JsonObject:
-    """Returns what `differences.png` shows, as a study's results have it: losses on the test split, and differences from the MoE of 8."""
-    opened, spread, rows = held_out.opened, held_out.spread, by_seed(held_out.opened)
+def compared(models: Models, held_out: HeldOut) -> JsonObject:
+    """Returns what `differences.png` shows of models of as many steps as the MoE of 8, as a study's results have it: losses on the
+    test split, the lowest first, and differences from it."""
+    steps = {run.config.training.train_iters for run in models[FEW].values()}
+    losses = {
+        name: row
+        for name, row in shown_losses(held_out).items()
+        if steps.issuperset(run.config.training.train_iters for run in models.get(name, {}).values())
+    }
+    losses = dict(sorted(losses.items(), key=lambda entry: mean(entry[1].values())))
     variants = []
-    for name, row in rows.items():
-        d = from_baseline(opened, name)
+    for name, row in by_seed(losses).items():
+        d = from_baseline(losses, name)
         found = (
-            {"mean": d.mean(), "half_width": own_half_width(d), "pooled_half_width": spread.half_width(d)}
+            {"mean": d.mean(), "half_width": own_half_width(d), "pooled_half_width": held_out.spread.half_width(d)}
             if len(d)
             else None
         )

@@ -20,7 +20,7 @@ from megatron_samoe.evaluation.study.statistics import Spread, common_spread, ho
 from tools.results.page_figures import Models
 
 #: How the table of verdicts begins.
-HEAD = "| claim | model | from | seeds | difference | own interval | p | verdict |"
+HEAD = "| claim | model | from | seeds | difference | own interval | p | supported |"
 #: The models that others are compared with.
 FEW, MANY = "second_regime/moe of 8", "second_regime/moe of 32"
 
@@ -127,10 +127,14 @@ class HeldOut:
         return [claim for claim in self.claims if self.whole.issuperset(claim.models)]
 
     @property
+    def judged(self) -> list[str]:
+        """The models that these compare, whose losses may be looked at."""
+        return list(dict.fromkeys(name for claim in self.ready for name in claim.models))
+
+    @property
     def opened(self) -> Losses:
-        """Losses of the trained models that these compare, which may be looked at."""
-        names = dict.fromkeys(name for claim in self.ready for name in claim.models)
-        return {name: self.trained[name] for name in names if name in self.trained}
+        """Losses of those of them that were trained."""
+        return {name: self.trained[name] for name in self.judged if name in self.trained}
 
     @property
     def spread(self) -> Spread:
@@ -198,9 +202,15 @@ class Verdict:
             str(len(self.differences)),
             f"{self.mean:+.4f} ± {self.half_width:.4f}",
             "" if math.isnan(own) else f"± {own:.4f}",
-            "" if math.isnan(self.p) else f"{self.p:.3f}",
-            "exploratory" if self.claim.test == "none" else "supported" if self.is_supported else "not supported",
+            _p(self.p),
+            "exploratory" if self.claim.test == "none" else "yes" if self.is_supported else "no",
         ]
+
+
+def _p(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    return f"{value:.3f}" if value >= 0.0005 else "< 0.001"
 
 
 def judge(held_out: HeldOut) -> Iterator[Verdict]:

@@ -164,14 +164,14 @@ def test_a_pool_that_an_own_model_beats_in_all_is_dominated() -> None:
     lines = frontier(models, replace(found, claims=[claim])).splitlines()[2:]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert {row[0]: row[-1] for row in rows} == {
-        "moe of 8": "owns its experts",
-        "dense": "owns its experts",
+        "moe of 8": "own",
+        "dense": "own",
         "8 banks of 8, folded": "moe of 8",
         "8 banks of 8, on-the-fly": "moe of 8",
         "tied middle": "",
         "half healed-routers, folded": "late moe-of-16",
         "half healed-routers, on-the-fly": "late moe-of-16",
-        "late moe-of-16": "owns its experts",
+        "late moe-of-16": "own",
     }, "nobody has a lower loss than the tied middle"
     none = frontier(models, replace(found, claims=[Claim("G0", pairs[:1], "below")]))
     assert none == "", "no model shares experts"
@@ -183,15 +183,22 @@ def test_an_original_that_the_store_does_not_have_is_named() -> None:
     assert "the original of half, seed 2" in said
 
 
-def test_a_plot_says_what_it_shows(tmp_path: Path) -> None:
-    trained = {f"second_regime/{name}": {1: loss, 2: loss + 0.01} for name, loss in (("dense", 3.7), ("moe of 8", 3.6))}
-    found = held_out(trained, Claim("G0", (("second_regime/moe of 8", "second_regime/dense"),), "mean"))
+def test_a_plot_says_what_it_shows_and_shows_models_of_as_many_steps(tmp_path: Path) -> None:
+    losses = {"moe of 8": 3.6, "dense": 3.7, "longer": 3.4}
+    trained = {f"second_regime/{name}": {1: loss, 2: loss + 0.01} for name, loss in losses.items()}
+    models = {name: {1: run_of(row[1])} for name, row in trained.items()}
+    longer = replace(PretrainConfig(), training=replace(PretrainConfig().training, train_iters=5280))
+    models["second_regime/longer"] = {1: replace(run_of(3.4), config=longer)}
+    pairs = tuple(("second_regime/moe of 8", f"second_regime/{name}") for name in ("dense", "longer"))
+    claim = Claim("G0", (*pairs, ("late/moe-of-16", "second_regime/moe of 8")), "mean")
+    found = held_out(trained, claim, {"late/moe-of-16": {1: 3.5, 2: 3.5}})
+    assert [shown["name"] for shown in compared(models, found)["variants"]] == ["late moe-of-16", "moe of 8", "dense"]
     path = tmp_path / "plot.png"
-    plot = Plot(compared(found), plots_study.differences)
+    plot = Plot(compared(models, found), plots_study.differences)
     assert not plot.is_in(path)
     plot.write(path)
     later = replace(found, trained=trained | {"second_regime/dense": {1: 3.7, 2: 3.8}})
-    assert plot.is_in(path) and not Plot(compared(later), plots_study.differences).is_in(path)
+    assert plot.is_in(path) and not Plot(compared(models, later), plots_study.differences).is_in(path)
 
 
 def test_a_course_is_told_within_the_seeds_that_both_have() -> None:
