@@ -30,10 +30,15 @@ MADE = {
 
 @dataclass(frozen=True)
 class Point:
-    """A model in a way of serving: nats per token, resident bytes of weights, milliseconds of a step by batch."""
+    """A model in a way of serving: nats per token, resident bytes of weights, milliseconds of a step by batch.
+
+    Attributes:
+        shares: whether its layers share experts.
+    """
 
     name: str
     shares: bool
+    is_given_up: bool
     loss: float
     num_bytes: float
     times: tuple[float, ...]
@@ -49,14 +54,17 @@ class Point:
 
 
 def frontier(models: Models, held_out: HeldOut) -> str:
-    """Returns the table of all models that may be shown and were timed; nothing before one of them shares experts.
+    """Returns the table of the models that may be shown and were timed; nothing before one of them shares experts.
 
-    The last column names what dominates a model that shares, and says `own` of others.
+    The last column names what dominates a model that shares, and says `own` of others. One that was given up is there only if nothing
+    dominates it.
     """
     points = list(_points(models, held_out))
     owned = [point for point in points if not point.shares]
     rows = []
     for p in points:
+        if p.is_given_up and any(o.dominates(p) for o in owned):
+            continue
         best = min((o for o in owned if o.dominates(p)), key=lambda o: o.loss, default=None)
         told = ("" if best is None else best.name) if p.shares else "own"
         rows.append([p.name, f"{p.loss:.4f}", f"{p.num_bytes / 1e6:.1f}", *(f"{t:.3f}" for t in p.times), told])
@@ -77,4 +85,6 @@ def _points(models: Models, held_out: HeldOut) -> Iterable[Point]:
             rows = [timed[key] for key in keys[way]]
             label = f"{short(model)}, {way}" if len(ways) > 1 else short(model)
             times = tuple(min(row["samples_ms"]) for row in rows)  # other programs only add to a round's time
-            yield Point(label, shares, mean(losses.values()), 1e6 * rows[0]["weights_mb"], times)
+            yield Point(
+                label, shares, model in held_out.given_up, mean(losses.values()), 1e6 * rows[0]["weights_mb"], times
+            )

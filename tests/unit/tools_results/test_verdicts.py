@@ -173,6 +173,9 @@ def test_a_pool_that_an_own_model_beats_in_all_is_dominated() -> None:
         "half healed-routers, on-the-fly": "late moe-of-16",
         "late moe-of-16": "own",
     }, "nobody has a lower loss than the tied middle"
+    given_up = frozenset(name for name in losses if name.startswith("second_sharing/"))
+    kept = frontier(models, replace(found, claims=[claim], given_up=given_up)).splitlines()[2:]
+    assert kept == [line for line in lines if "8 banks" not in line], "what nothing dominates is shown, given up or not"
     none = frontier(models, replace(found, claims=[Claim("G0", pairs[:1], "below")]))
     assert none == "", "no model shares experts"
 
