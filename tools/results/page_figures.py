@@ -154,13 +154,14 @@ def wrong_figures(
 
 
 def rewritten(page: str, models: Models, known: Mapping[str, float] = MappingProxyType({})) -> str:
-    """Returns a page whose figures are those of the runs, as many as its comments name; what `wrong_figures` cannot read stays."""
+    """Returns a page whose figures are those of the runs, as many as its comments name; what `wrong_figures`
+    cannot read, or count, stays."""
     for block in blocks_of(page):
         if block.comment is not None and not block.is_elsewhere:
             text = block.text
             try:
-                pairs = list(zip(block.numbers(), figures(block.comment, models, known), strict=False))
-            except DataError:
+                pairs = list(zip(block.numbers(), figures(block.comment, models, known), strict=True))
+            except (DataError, ValueError):  # a run that is not there, or another number of figures
                 continue
             for number, (_, value) in reversed(pairs):
                 text = f"{text[: number.start()]}{like(number[0], value)}{text[number.end() :]}"

@@ -128,7 +128,8 @@ def test_a_page_is_rewritten_with_the_runs_figures_and_nothing_else() -> None:
     stale = PAGE.replace("0.095", "0.999").replace("-0.100", "-9.999").replace("5.000 4.500", "1.111 2.222")
     assert rewritten(stale, MODELS) == PAGE
     unread = "\nThe gain is 0.5.\n\n<!-- figures: a model of a run to come -->\n"
-    assert rewritten(stale + unread, MODELS) == PAGE + unread, "of which wrong_figures says that its run is missing"
+    unread += "\nIt is 0.5 of 0.7.\n\n<!-- figures: = 0.6 -->\n"
+    assert rewritten(stale + unread, MODELS) == PAGE + unread, "of which wrong_figures says what is wrong"
 
 
 def spoiled_store(folder: Path) -> Path:
