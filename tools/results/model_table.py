@@ -70,9 +70,8 @@ def rates_table(plans: Mapping[str, StudyPlan], models: Models, optimizer: str) 
                 continue
             tried = tried or {options.lr: models[name]}
             shown |= keys
-            rows.append(
-                [variant.name, *_cells(models[name], {r: next(iter(x.values())) for r, x in sorted(tried.items())})]
-            )
+            by_rate = {rate: next(iter(runs.values())) for rate, runs in sorted(tried.items())}
+            rows.append([variant.name, *_cells(models[name], by_rate)])
     return table_of(head, rows)
 
 
