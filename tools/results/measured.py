@@ -122,9 +122,10 @@ def _layers_worth() -> Figures:
     """What `megatron-samoe diagnose` wrote of the second edition's models."""
     shared = ("4-banks-of-16", "8-banks-of-8-seed-2", "2-banks-of-32", "frozen", "scaled", "tied-middle")
     cures = ("3-banks-of-16-rank-5", "4-banks-of-16-slower", "4-banks-of-16-late")
-    sizes = ("2-banks-of-8", "2-banks-of-128", "moe-of-128")
+    numbers = ("2-banks-of-8", "2-banks-of-128", "moe-of-128")
+    sizes = (f"2-banks-of-32-{size}" for size in ("width-48", "width-96", "4.9-m-tokens", "19.7-m-tokens"))
     pools = ("pool-norm", "pool-softmax", "pool-locked")
-    for model in ("moe-of-8", "moe-of-32", *shared, *pools, "neighbours", *cures, *sizes):
+    for model in ("moe-of-8", "moe-of-32", *shared, *pools, "neighbours", *cures, *numbers, *sizes):
         yield json.loads((RESULTS / f"diagnoses/{model}.json").read_text(encoding="utf-8"))[0]["worth_L"]
 
 
