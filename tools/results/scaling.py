@@ -7,7 +7,7 @@ from tools.results.page_figures import Models
 from tools.results.verdicts import FEW, HeldOut, short, table_of
 
 #: How the table begins.
-HEAD = "| test loss, seed 1 | dense | MoE of 8 | SaMoE of 2 banks of 32 | order |"
+HEAD = "| test loss, seed 1 | dense (D) | MoE of 8 (M) | SaMoE of 2 banks of 32 (S) | order | S - M |"
 _MODELS = ("second_regime/dense", FEW, "second_combination/2 banks of 32")
 _AS_OTHERS, _SHORT = "width 64, 9.8 M tokens", ("D", "M", "S")
 _SIZES = ("width 48", _AS_OTHERS, "width 96", "4.9 M tokens", "19.7 M tokens")
@@ -32,7 +32,7 @@ def scaling(models: Models, held_out: HeldOut) -> tuple[str, dict[str, float]]:
     for size in _SIZES:
         row = [losses[size, model] for model in _MODELS]
         order = " < ".join(letter for _, letter in sorted(zip(row, _SHORT, strict=True)))
-        rows.append([size, *(f"{loss:.4f}" for loss in row), order])
+        rows.append([size, *(f"{loss:.4f}" for loss in row), order, f"{row[2] - row[1]:+.4f}"])
     for (size, model), loss in losses.items():
         run = models[names[size, model]][1]
         kind, tokens = "samoe" if run.config.moe.has_pool else "", float(run.num_tokens or 0)

@@ -144,7 +144,11 @@ def test_scaling_is_told_once_all_its_runs_are_there() -> None:
             }
     found = held_out({name: {1: run[1].validation["test_loss"]} for name, run in models.items()}, SMALL)
     table, known = scaling(models, found)
-    assert [line.split(" | ")[-1] for line in table.splitlines()[2:]] == ["M < S < D |"] * 5
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert [row[4] for row in rows] == ["M < S < D"] * 5
+    assert [float(row[5].strip(" |")) for row in rows] == pytest.approx(
+        [float(r[3]) - float(r[2]) for r in rows], abs=2e-4
+    )
     assert known["fit"] < 1e-3 and abs(known["fit held out"]) < 2e-3
     assert scaling(models, replace(found, whole=found.whole - {"second_scaling/dense, width 96"})) == ("", {})
 
