@@ -160,17 +160,18 @@ class SamoeConfig(PretrainedConfig):
         self.expert_sources()  # of wrong length, it is refused now
         if self.attention_output_bias is None:
             self.attention_output_bias = self.linear_bias
-        kwargs["layer_types"] = None
-        if self.sliding_window is not None:
-            every = self.window_attn_skip_freq or self.num_hidden_layers + 1
-            kinds = [
-                "full_attention" if i % every == 0 else "sliding_attention"
-                for i in range(1, self.num_hidden_layers + 1)
-            ]
-            kwargs["layer_types"] = kinds
+        kwargs.pop("layer_types", None)  # derived
         if self.has_whole_attention:
             self.base_model_tp_plan = {n: way for n, way in self.base_model_tp_plan.items() if ".self_attn." not in n}
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def layer_types(self):
+        """Kind of attention of each layer; transformers chooses caches by it."""
+        every = 1 if self.sliding_window is None else self.window_attn_skip_freq or self.num_hidden_layers + 1
+        return [
+            "full_attention" if i % every == 0 else "sliding_attention" for i in range(1, self.num_hidden_layers + 1)
+        ]
 
     @property
     def has_whole_attention(self):

@@ -44,15 +44,25 @@ class SamoeDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = make_norm(config, config.hidden_size)
         self.mlp = MLP(config, config.intermediate_size) if source is None else MoE(config, source)
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, lent=None, **kwargs):
+    def forward(
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        cache=None,
+        lent=None,
+        cache_position=None,
+        **kwargs,
+    ):
         """Returns the next residual stream [B, S, H].
 
         Args:
             attention_mask: by kind of attention, as `SamoeModel.causal_masks` makes it.
+            cache_position: indices in the cache of these tokens [S].
         """
         x = hidden_states
         mask = None if attention_mask is None else attention_mask[self.self_attn.kind]
-        y, _ = self.self_attn(self.input_layernorm(x), position_embeddings, mask, cache, **kwargs)
+        y, _ = self.self_attn(self.input_layernorm(x), position_embeddings, mask, cache, cache_position, **kwargs)
         normed = self.post_attention_layernorm(x) if self.is_parallel else None
         x = torch.add(x, F.dropout(y, self.dropout, self.training), alpha=self.multiplier)
         normed = self.post_attention_layernorm(x) if normed is None else normed
@@ -134,13 +144,16 @@ class SamoeModel(SamoePreTrainedModel):
         output_hidden_states=False,
         cache=None,
         return_dict=None,
+        cache_position=None,
         **kwargs,
     ):
         """Returns the last hidden states [B, S, H], and the cache if one is used.
 
         Args:
-            attention_mask: [B, keys], 0 for padding; or [B, 1, S, keys], true (or 0.0) where a query may look.
+            attention_mask: [B, keys], 0 for padding; or [B, 1, S, keys], true (or 0.0) where a query may look; or
+                masks by kind of attention, as `generate` makes them for static caches.
             past_key_values, cache: keys and values of earlier tokens, under either name.
+            cache_position: indices in the cache of these tokens [S]; with padding they are not their positions.
             kwargs: go to the attention function.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -151,11 +164,11 @@ class SamoeModel(SamoePreTrainedModel):
         if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
             cache = DynamicCache()
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
+        if cache_position is None:
             past = 0 if cache is None else int(cache.get_seq_length())
-            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
-        position_ids = position_ids.expand(x.shape[0], -1)
-        masks = self.causal_masks(x, attention_mask, cache, position_ids)
+            cache_position = torch.arange(past, past + x.shape[1], device=x.device)
+        position_ids = (cache_position[None] if position_ids is None else position_ids).expand(x.shape[0], -1)
+        masks = self.causal_masks(x, attention_mask, cache, position_ids, cache_position)
         x = x * self.config.embedding_multiplier
         if self.embed_positions is not None:
             x = x + self.embed_positions(position_ids)
@@ -164,15 +177,17 @@ class SamoeModel(SamoePreTrainedModel):
         rotary = rotary_tables(self.config, position_ids, x.dtype) if uses_rotary else None
         hidden_states, lent = [x], Lent(self.expert_pool)
         for layer in self.layers:
-            x = layer(x, rotary, masks, cache, lent, **kwargs)
+            x = layer(x, rotary, masks, cache, lent, cache_position, **kwargs)
             hidden_states.append(x)
         x = self.norm(x) / self.config.logits_scaling  # fewer numbers than logits
         all_states = (*hidden_states[:-1], x) if output_hidden_states else None
         output = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=all_states, **{_CACHE: cache})
         return output if return_dict is not False else output.to_tuple()
 
-    def causal_masks(self, x, attention_mask, cache, position_ids):
+    def causal_masks(self, x, attention_mask, cache, position_ids, cache_position):
         """Returns the mask as the attention function wants it, for each kind of attention that layers have."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
         given = {
             "config": self.config,
             "inputs_embeds": x,
@@ -181,7 +196,7 @@ class SamoeModel(SamoePreTrainedModel):
             "past_key_values": cache,
             "cache": cache,
             "position_ids": position_ids,
-            "cache_position": position_ids[0],
+            "cache_position": cache_position,
         }
         given = {name: value for name, value in given.items() if name in _OF_MASK}
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -189,13 +204,14 @@ class SamoeModel(SamoePreTrainedModel):
 
 
 class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
-    """The model with its output layer, which is the embedding where weights are tied."""
+    """The model with its output layer, whose weight is the embedding's where weights are tied."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config):
         super().__init__(config)
         self.model = SamoeModel(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -227,8 +243,7 @@ class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
         )
         x = output.last_hidden_state
         x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
-        tied = self.config.tie_word_embeddings
-        logits = F.linear(x, self.model.embed_tokens.weight) if tied else self.lm_head(x)
+        logits = self.lm_head(x)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)

@@ -161,10 +161,10 @@ class Lent:
 
 
 class Router(nn.Module):
-    """Scores of a token's experts, in fp32.
+    """Scores of a token's experts in fp32, and the choice by them.
 
-    Choosing is no part of `forward`: vLLM replaces a router whose forward it thinks it knows, and would leave out biases,
-    groups and factors.
+    Choosing is a second call: vLLM replaces a router whose forward gives it the choice of an input, and would leave out
+    biases, groups and factors. It is a call of the module all the same, since offloading puts parameters in place for these.
     """
 
     def __init__(self, config, num_experts):
@@ -181,8 +181,10 @@ class Router(nn.Module):
         if config.router_score_function == "relu":
             self.loss_weight = nn.Parameter(torch.ones(1), requires_grad=False)
 
-    def forward(self, x_TH):
-        """Returns logits [T, E]."""
+    def forward(self, x_TH, logits_TE=None):
+        """Returns logits [T, E]; given these, the chosen experts' weights and ids [T, K]."""
+        if logits_TE is not None:
+            return self.choose(logits_TE)
         config = self.config
         logits_TE = F.linear(x_TH.float(), self.weight.float())
         if config.router_score_function == "norm":
@@ -279,7 +281,7 @@ class MoE(nn.Module):
     def forward(self, hidden_states, lent=None):
         """Returns y of x's shape [..., H]; `lent` is what layers share."""
         x_TH = hidden_states.flatten(0, -2)
-        probs_TK, ids_TK = self.router.choose(self.router(x_TH))
+        probs_TK, ids_TK = self.router(x_TH, self.router(x_TH))
         y_TH = self.mixed(x_TH, self.routed(x_TH, ids_TK, probs_TK, lent and lent.pool))
         return y_TH.view(hidden_states.shape)
 

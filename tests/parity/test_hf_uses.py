@@ -1,0 +1,72 @@
+"""Uses of an exported class in transformers, as `class_uses` lists them: by day with the installed version, at night with the
+oldest and the newest that this package supports."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity import class_uses
+from tests.parity.hf_models import converted, native, random_source
+
+pytestmark = pytest.mark.parity
+
+LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+BIASED = {"moe_router_enable_expert_bias": True}
+LATENT = {"group_query_attention": False, "num_query_groups": 1, "multi_latent_attention": True, "kv_lora_rank": 12,
+          "qk_head_dim": 6, "qk_pos_emb_head_dim": 8, "v_head_dim": 10, "norm_epsilon": 1e-6}  # fmt: skip
+#: Each with a stock class that says what a version of transformers can do.
+STOCK: dict[str, dict[str, Any]] = {"stock": {}, "stock_window": {"sliding_window": 5}}
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "some_windows": ("moe", {**LLAMA, **BIASED, "sliding_window": 5, "window_attn_skip_freq": 2,
+                             "expert_sharing": "own,combined*2,own"}, "stock_window"),
+    "learned_positions": ("samoe", {}, "stock"),
+    "windows": ("moe", {**LLAMA, "sliding_window": 5, "expert_sharing": "scaled"}, "stock_window"),
+    "latent": ("samoe", {**LLAMA, **LATENT, **BIASED, "moe_router_score_function": "sigmoid",
+                         "untie_embeddings_and_output_weights": False}, "stock"),
+}  # fmt: skip
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def export(root: Path, name: str) -> Path:
+    """Returns the folder of a model, exported with its own class or a stock one."""
+    layout, options, _ = MODELS.get(name, ("dense", {"style": "llama", **STOCK.get(name, {})}, ""))
+    words = ("--hf-model-type", "samoe") if name in MODELS else ()
+    return converted(
+        native(root / f"{name}.ours", random_source(layout, **options)).root, root / name, "--to", "hf", *words
+    )
+
+
+def test_uses_with_the_installed_version(tmp_path: Path) -> None:
+    """A model with most of what can go wrong: windows in some layers, a pool, biases of routers."""
+    folders = [str(export(tmp_path, name)) for name in ("some_windows", "stock_window")]
+    assert not list(class_uses.faults(*folders))
+
+
+@pytest.mark.night
+@pytest.mark.parametrize("which", ["oldest", "newest"])
+def test_uses_with_every_supported_version(which: str, tmp_path: Path) -> None:
+    oldest = re.search(r"transformers>=([\d.]+)", PYPROJECT.read_text())
+    assert oldest is not None
+    wanted = f"transformers=={oldest[1]}.*" if which == "oldest" else "transformers"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path / "site")]
+    for words in ([wanted], ["--no-deps", "accelerate"]):
+        done = subprocess.run([*install, *words], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"pip cannot install {words[-1]}: {done.stderr.strip().splitlines()[-1]}")
+    folders = {name: str(export(tmp_path, name)) for name in (*MODELS, *STOCK)}
+    paths = [folders[name] for model, (*_, stock) in MODELS.items() for name in (model, stock)]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, class_uses.__file__, *paths], capture_output=True, text=True, env=environment
+    )
+    print(done.stdout)
+    assert done.returncode == 0 and "on_disk" not in done.stdout, done.stdout + done.stderr[-2000:]
+    if which == "oldest":
+        assert f"transformers {oldest[1]}." in done.stdout
