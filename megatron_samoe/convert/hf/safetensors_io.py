@@ -1,8 +1,8 @@
 """Files in the safetensors format, written and read one tensor at a time.
 
 A file is the length of a JSON header (8 bytes, little endian), the header, and the tensors' bytes without holes. The
-library's own writer wants all tensors of a file at once, and its reader maps the file into memory; neither fits a
-conversion in the memory of two tensors.
+library reads headers. Its writer wants all tensors of a file at once, and its tensors are maps of the file, whose pages
+count as memory; neither fits a conversion in the memory of two tensors.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
-from megatron_samoe.errors import CheckpointError, is_odd_name, readable, shown
-from megatron_samoe.parsing import parse_json
+from megatron_samoe.errors import CheckpointError, is_odd_name, readable
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,7 +37,7 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK_BYTES = 16 << 20
 FLUSH_BYTES = 64 << 20
-#: Of a header, which takes some 25 times its bytes when it is read: 100,000 tensors.
+#: Of a header: 100,000 tensors.
 _MAX_HEADER_BYTES = 16 << 20
 #: Below this a header may be longer than the tensors that it describes.
 _SMALL_HEADER_BYTES = 1 << 20
@@ -129,59 +129,45 @@ class SafetensorsReader:
     """A file whose tensors are read one at a time.
 
     Raises:
-        CheckpointError: it is no such file, or its header does not describe it.
+        CheckpointError: the library refuses its header, or the header holds what no model's file does.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            with open(path, "rb") as file:
-                header, self._start = self._read_header(file)
-                self._num_bytes = os.fstat(file.fileno()).st_size - self._start
+            offset = self._start_of_tensors()
+            with safe_open(path, framework="pt") as file:
+                # The library has checked that the tensors lie one after the other, without holes, up to the end.
+                described = {name: file.get_slice(name) for name in file.offset_keys()}
+                header = {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in described.items()}
+        except SafetensorError as error:
+            reason = str(error).removeprefix("Error while deserializing header: ")[:300]
+            raise CheckpointError(f"{path} is not a safetensors file, is damaged, or is cut off: {reason}.") from None
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
         self._offsets: dict[str, int] = {}
         self.tensors: dict[str, StoredTensor] = {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                self._add(name, entry)
+        for name, (kind, shape) in header.items():
+            if is_odd_name(name):
+                raise CheckpointError(f"{path} is damaged: its header's entry for {readable(name)} is not legal.")
+            if kind not in DTYPES:
+                raise CheckpointError(
+                    f"{path}: {name} has dtype {kind!r}; {', '.join(DTYPES)} are read (quantized weights are not)."
+                )
+            self.tensors[name], self._offsets[name] = StoredTensor(shape, DTYPES[kind]), offset
+            offset += self.tensors[name].num_bytes
 
-    def _read_header(self, file: BinaryIO) -> tuple[dict[str, object], int]:
-        prefix, rest = file.read(8), os.fstat(file.fileno()).st_size - 8
+    def _start_of_tensors(self) -> int:
+        """Returns where the tensors begin, after refusing a header that would take much memory."""
+        with open(self.path, "rb") as file:
+            prefix, rest = file.read(8), os.fstat(file.fileno()).st_size - 8
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= rest:
-            raise CheckpointError(f"{self.path} is not a safetensors file, or is cut off: it has no whole header.")
-        if length > min(_MAX_HEADER_BYTES, max(_SMALL_HEADER_BYTES, rest - length)):
+        if 0 < length <= rest and length > min(_MAX_HEADER_BYTES, max(_SMALL_HEADER_BYTES, rest - length)):
             raise CheckpointError(
                 f"{self.path} is not read: its header has {length:,} bytes for {rest - length:,} bytes of tensors. A header has at "
                 f"most {_MAX_HEADER_BYTES:,}, and is not longer than its tensors."
             )
-        text = file.read(length)
-        try:
-            header = parse_json(text)
-        except ValueError:
-            header = None
-        if len(text) != length or not isinstance(header, dict):
-            raise CheckpointError(f"{self.path} is not a safetensors file, or is cut off: its header cannot be read.")
-        return header, 8 + length
-
-    def _add(self, name: str, entry: object) -> None:
-        try:
-            fields: Any = entry
-            kind, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-            legal = all(type(n) is int and 0 <= n < 2**62 for n in (*shape, begin, end))
-        except (KeyError, TypeError, ValueError):
-            legal = False
-        if is_odd_name(name) or not legal:
-            raise CheckpointError(f"{self.path} is damaged: its header's entry for {readable(name)} is not legal.")
-        if not isinstance(kind, str) or kind not in DTYPES:
-            raise CheckpointError(
-                f"{self.path}: {name} has dtype {shown(kind)}; {', '.join(DTYPES)} are read (quantized weights are not)."
-            )
-        stored = StoredTensor(shape, DTYPES[kind])
-        if end - begin != stored.num_bytes or end > self._num_bytes:
-            raise CheckpointError(f"{self.path} is damaged or cut off: {name} does not lie within it.")
-        self.tensors[name], self._offsets[name] = stored, begin
+        return 8 + length
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor of its own memory; CheckpointError where the file has become shorter."""
@@ -191,7 +177,7 @@ class SafetensorsReader:
             return tensor
         view = tensor.view(-1).view(torch.uint8).numpy().data
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._start + self._offsets[name])
+            file.seek(self._offsets[name])
             while view.nbytes:
                 count = file.readinto(view)
                 if not count:
