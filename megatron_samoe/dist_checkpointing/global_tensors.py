@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.dist_checkpointing import saving, store
-from megatron_samoe.dist_checkpointing.file_storage import read_metadata
+from megatron_samoe.dist_checkpointing.file_storage import METADATA, read_metadata
 from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
 from megatron_samoe.dist_checkpointing.saved_tensor import read_saved_tensor
 from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor
@@ -148,8 +148,13 @@ class CheckpointReader:
         return tensor
 
     def verify(self) -> list[str]:
-        """Returns a line for each file that is missing or differs from what was written."""
-        return store.damaged_files(self.directory, single_process_state())
+        """Returns a line for each file that is missing, differs from what was written, or cannot be compared with it."""
+        used = {METADATA, store.CONFIG, *(place.relative_path for place in self._places.values())}
+        unknown = sorted(used - self.train_state["digests"].keys())
+        return [
+            *store.damaged_files(self.directory, single_process_state()),
+            *(f"{name} has no digest in {store.TRAIN_STATE}" for name in unknown),
+        ]
 
 
 def write_checkpoint(root: Path, iteration: int, source: GlobalTensors) -> Path:

@@ -186,11 +186,19 @@ def _check_megatron(directory: Path) -> list[str]:
 
 
 def _checked_of_native(directory: Path) -> str:
-    if _foreign_parts(directory):
-        return (
-            "digests of every file; names and shapes cannot be checked: its model has parts from outside megatron_samoe"
+    try:
+        state = store.read_train_state(directory)
+    except CheckpointError:  # which checking says
+        return store.TRAIN_STATE
+    files = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+    others = sorted(files - {store.TRAIN_STATE, *state["digests"]})
+    checked = f"digests of {len(state['digests'])} files, names and shapes"
+    if state.get(store.PARTS):
+        checked = (
+            f"digests of {len(state['digests'])} files; names and shapes cannot be checked: its model has parts from outside "
+            "megatron_samoe"
         )
-    return "digests of every file, names and shapes"
+    return checked + (f"; not a part of it: {', '.join(map(shown, others[:3]))}" if others else "")
 
 
 def _foreign_parts(directory: Path) -> bool:

@@ -104,6 +104,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"native": native, "hf": root / "hf", "megatron": root / "megatron"}
 
 
+def write_state(folder: Path, state: Any) -> None:
+    """Writes a training state whose own digest is right, so that its other values are looked at."""
+    signed = {**state, "digest": store.digest_of_values(state)} if isinstance(state, dict) else state
+    (folder / store.TRAIN_STATE).write_text(json.dumps(signed))
+
+
+def forget_digests(folder: Path) -> None:
+    """Lets the files of a checkpoint be changed."""
+    state = json.loads((folder / store.TRAIN_STATE).read_text())
+    del state["digest"]
+    write_state(folder, {**state, "digests": {}})
+
+
 @SEEDS
 def test_configurations(seeds: range, folders: dict[str, Path]) -> None:
     def read(mapping: Any) -> None:
@@ -119,7 +132,7 @@ def test_training_states(seeds: range, folders: dict[str, Path], tmp_path: Path)
     del state["digest"]
 
     def read(variant: Any) -> None:
-        (folder / store.TRAIN_STATE).write_text(json.dumps(variant))
+        write_state(folder, variant)
         reader = CheckpointReader(folder)
         native_model(reader)
         reader.verify()
@@ -130,9 +143,7 @@ def test_training_states(seeds: range, folders: dict[str, Path], tmp_path: Path)
 @SEEDS
 def test_configurations_of_checkpoints(seeds: range, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders["native"], tmp_path / "iter_0000007")
-    state = json.loads((folder / store.TRAIN_STATE).read_text())
-    del state["digest"], state["digests"]
-    (folder / store.TRAIN_STATE).write_text(json.dumps(state))
+    forget_digests(folder)
     config = yaml.safe_load((folder / store.CONFIG).read_text())
 
     def read(variant: Any) -> None:
@@ -234,9 +245,7 @@ def test_nine_bytes_do_not_take_a_gigabyte(tmp_path: Path) -> None:
 def test_sizes_that_no_tensor_has(group: str, name: str, size: int, folders: dict[str, Path], tmp_path: Path) -> None:
     """Refused before a model of that size is built."""
     folder = shutil.copytree(folders["native"], tmp_path / "iter_0000007")
-    state = json.loads((folder / store.TRAIN_STATE).read_text())
-    del state["digest"], state["digests"]
-    (folder / store.TRAIN_STATE).write_text(json.dumps(state))
+    forget_digests(folder)
     config = yaml.safe_load((folder / store.CONFIG).read_text())
     config[group][name] = size
     (folder / store.CONFIG).write_text(yaml.safe_dump(config))

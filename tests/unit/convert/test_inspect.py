@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_samoe.convert.hf.export import write_export as write_hf
 from megatron_samoe.convert.inspect.health import InitialValues, check_health
 from megatron_samoe.convert.inspect.numbers import difference, statistics
 from megatron_samoe.convert.megatron import MegatronLayout, plan_export, write_export
+from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.training.checkpointing import save_run
@@ -160,7 +162,7 @@ def test_verify_finds_every_damage(tmp_path: Path, capsys: Captured) -> None:
     source = new_source(tiny_config("moe", style="llama", moe_router_topk=2))
     first, second = write(source, tmp_path / "native", 7), write(source, tmp_path / "native", 8)
     status, text = look(capsys, "verify", tmp_path / "native")
-    assert status == 0 and text.count(": whole (digests of every file") == 2
+    assert status == 0 and text.count(": whole (digests of 3 files, names and shapes)") == 2
     (file,) = second.glob("*.distcp")
     flip_a_bit(file, file.stat().st_size // 2)
     status, values = look_json(capsys, "verify", tmp_path / "native")
@@ -185,7 +187,46 @@ def test_verify_finds_every_damage(tmp_path: Path, capsys: Captured) -> None:
     weights = tmp_path / "hf" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     status, text = look(capsys, "verify", tmp_path / "hf")
-    assert status == 1 and "damaged or cut off" in text
+    assert status == 1 and "is damaged, or is cut off" in text
+
+
+def without_file(state: dict[str, Any], name: str) -> None:
+    del state["digests"][name]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda state: state.pop("digest"), "train_state.json is damaged: it has no digest."),
+        (lambda state: state.pop("digests"), "train_state.json is damaged: it has no digests."),
+        (lambda state: [state.pop(n) for n in ("digest", "digests")], "it has no digests, digest."),
+        (lambda state: state.pop("iteration"), "train_state.json differs from what was written"),
+        (lambda state: without_file(state, ".metadata"), ".metadata has no digest in train_state.json"),
+        (lambda state: without_file(state, "config.yaml"), "config.yaml has no digest in train_state.json"),
+        (lambda state: without_file(state, "__0_0.distcp"), "__0_0.distcp has no digest in train_state.json"),
+    ],
+)
+def test_a_checkpoint_whose_digests_were_taken_away_is_not_called_whole(
+    change: Callable[[dict[str, Any]], Any], problem: str, tmp_path: Path, capsys: Captured
+) -> None:
+    folder = write(new_source(tiny_config("moe")), tmp_path)
+    path = folder / "train_state.json"
+    state = json.loads(path.read_text())
+    change(state)
+    if "has no digest in" in problem:  # whoever takes an entry away can make the description's own digest anew
+        del state["digest"]
+        state["digest"] = store.digest_of_values(state)
+    path.write_text(json.dumps(state))
+    status, text = look(capsys, "verify", tmp_path)
+    assert status == 1 and problem in text and "DAMAGED" in text
+
+
+def test_verify_says_which_files_it_has_not_looked_at(tmp_path: Path, capsys: Captured) -> None:
+    folder = write(new_source(tiny_config("moe")), tmp_path)
+    (folder / "notes").mkdir()
+    (folder / "notes" / "mine.txt").write_text("mine")
+    status, text = look(capsys, "verify", tmp_path)
+    assert status == 0 and "not a part of it: 'notes/mine.txt'" in text
 
 
 def test_verify_knows_what_a_model_is_made_of(tmp_path: Path, capsys: Captured) -> None:
@@ -340,7 +381,7 @@ def test_a_model_with_parts_from_outside_is_verified_by_digests(tmp_path: Path, 
     source.train_state = {**source.train_state, "parts": {"router": "elsewhere.Router"}}
     folder = write(source, tmp_path)
     status, text = look(capsys, "verify", tmp_path)
-    assert status == 0 and "whole (digests of every file; names and shapes cannot be checked" in text
+    assert status == 0 and "whole (digests of 3 files; names and shapes cannot be checked" in text
     flip_a_bit(next(folder.glob("*.distcp")), 500)
     status, text = look(capsys, "verify", tmp_path)
     assert status == 1 and "DAMAGED" in text and "differs from what was written" in text
