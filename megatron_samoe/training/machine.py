@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -15,6 +16,7 @@ import torch
 import megatron_samoe
 from megatron_samoe.config.option import flag
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.datasets import manifest
 from megatron_samoe.datasets.bin_readers import is_remote
 from megatron_samoe.datasets.build import splits_of
 from megatron_samoe.errors import DataError
@@ -29,8 +31,9 @@ PATHS = (
     "ATEN_CPU_CAPABILITY",
     "MKL_CBWR",
 )
-#: Of a data file this many bytes at either end are compared, besides its size.
-_COMPARED_BYTES = 1 << 16
+#: Of a data file this many blocks are compared, at equal distances from the first byte to the last: what differs in a longer
+#: stretch than lies between two of them is noticed.
+_COMPARED_BLOCKS, _COMPARED_BYTES = 256, 1 << 16
 #: Options that a host may have of its own. Threads are compared as they come out.
 _OF_A_HOST = ("data_cache_path", "num_threads")
 
@@ -108,20 +111,31 @@ def _digest_of_package() -> str:
 
 
 def _data_files(config: PretrainConfig) -> Iterator[tuple[str, str]]:
-    """Yields each file of data that is read from a disk, with its size and a digest of its ends."""
+    """Yields each file of data that is read from a disk, with its size and a digest of blocks all through it; and the
+    checksum that whoever wrote the data noted of all of it."""
     try:
         prefixes = sorted({prefix for split in splits_of(config.data) for prefix in split.blend.prefixes})
     except DataError:  # which is reported where data are built
         return
-    for path in (f"{prefix}{end}" for prefix in prefixes if not is_remote(prefix) for end in (".bin", ".idx")):
-        try:
-            with open(path, "rb") as file:
-                size, digest = (
-                    os.fstat(file.fileno()).st_size,
-                    hashlib.blake2b(file.read(_COMPARED_BYTES), digest_size=6),
-                )
-                file.seek(max(0, size - _COMPARED_BYTES))
-                digest.update(file.read(_COMPARED_BYTES))
-            yield path, f"{size:,} bytes, {digest.hexdigest()}"
-        except OSError as error:
-            yield path, f"{error.strerror}"
+    for prefix in (prefix for prefix in prefixes if not is_remote(prefix)):
+        for path in (f"{prefix}.bin", f"{prefix}.idx"):
+            try:
+                yield path, _sampled(path)
+            except OSError as error:
+                yield path, f"{error.strerror}"
+        with contextlib.suppress(DataError):  # as above
+            if (noted := manifest.read(prefix)) is not None:
+                yield manifest.get_manifest_path(prefix), f"{noted.num_tokens:,} tokens, CRC-32 {noted.bin_crc32:08x}"
+
+
+def _sampled(path: str) -> str:
+    """Returns a file's size and a digest of its sampled blocks."""
+    digest = hashlib.blake2b(digest_size=6)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        last = max(0, size - _COMPARED_BYTES)
+        step = max(1, -(-last // (_COMPARED_BLOCKS - 1)))
+        for start in (*range(0, last, step), last):
+            file.seek(start)
+            digest.update(file.read(_COMPARED_BYTES))
+    return f"{size:,} bytes, {digest.hexdigest()}"

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import socket
 import threading
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed import HashStore
 
 from megatron_samoe.config.data import DataConfig
+from megatron_samoe.datasets.preprocess.options import PreprocessOptions
+from megatron_samoe.datasets.preprocess.run import preprocess
 from megatron_samoe.errors import ConfigErrors, HostDiffersError, HostRefusedError, MegatronSamoeError
 from megatron_samoe.parallel_state.meeting import Meeting
 from megatron_samoe.training.machine import alike_facts
@@ -45,6 +49,42 @@ def test_a_difference_of_options_data_and_environment_is_one_fact(
     assert changed(facts(data)) == {f"{tmp_path / 'corpus'}.bin"}
     (tmp_path / "corpus.idx").unlink()
     assert facts(data)[f"{tmp_path / 'corpus'}.idx"] == "No such file or directory"
+
+
+@pytest.mark.parametrize("size", [70_000, 300_000, 100_000_007])
+def test_data_that_differ_anywhere_differ(size: int, tmp_path: Path) -> None:
+    """A stretch of a 250th of a file, wherever it begins; of a small file any byte."""
+    path = tmp_path / "corpus.bin"
+    write_corpus(tmp_path / "corpus")
+    data = DataConfig(data_path=(str(tmp_path / "corpus"),))
+
+    def written(at: int | None, length: int) -> str:
+        with open(path, "wb") as file:
+            file.truncate(size)
+            if at is not None:
+                file.seek(at)
+                file.write(b"\1" * length)
+        return facts(data)[str(path)]
+
+    usual, length = written(None, 0), 1 if size < 1e6 else size // 250
+    for share in (0, 0.001, 0.2, 0.5004, 0.777, 0.99, 1):
+        assert written(int(share * (size - length)), length) != usual, share
+
+
+def test_data_that_another_program_wrote_differ_by_its_checksum(tmp_path: Path) -> None:
+    """What two blocks have between them, the preprocessor has noted."""
+    data = DataConfig(data_path=(str(tmp_path / "out_text_document"),))
+    found = []
+    for text in ("one text", "two text"):
+        (tmp_path / "in.jsonl").write_text(f'{{"text": "{text}"}}')
+        preprocess(
+            PreprocessOptions((str(tmp_path / "in.jsonl"),), str(tmp_path / "out"), executor="inline", quiet=True)
+        )
+        found.append(facts(data)[f"{tmp_path / 'out_text_document'}.manifest.json"])
+        for path in tmp_path.glob("out*"):
+            path.unlink()
+    crc = zlib.crc32(np.array([*b"two text"], np.uint16).tobytes())
+    assert found[0] != found[1] and found[1].endswith(f"CRC-32 {crc:08x}"), found
 
 
 def compared(
