@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
 import reprlib
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from megatron_samoe.installation import install_extra
@@ -47,6 +48,12 @@ class ConfigError(MegatronSamoeError):
         self.field, self.value, self.allowed = field, value, allowed
         super().__init__(f"{field} = {shown(value)}: {allowed}", collective=True)
 
+    def of_file(self, path: object) -> ConfigError:
+        """Returns the error with the file in front whose content is wrong."""
+        # A field that begins with the file's name has it without the folder.
+        field = self.field.removeprefix(f"{os.path.basename(str(path))}: ")
+        return ConfigError(f"{path}: {field}", self.value, self.allowed)
+
 
 class ConfigErrors(ConfigError):
     """Several rules are broken at once; all are shown, after what they have in common."""
@@ -58,6 +65,19 @@ class ConfigErrors(ConfigError):
         super().__init__(first.field, first.value, first.allowed)
         if len(errors) > 1:
             self.args = ("\n  ".join([common, *map(str, errors)]),)
+
+    def of_file(self, path: object) -> ConfigError:
+        """Returns the errors with the file in front of each."""
+        return ConfigErrors([error.of_file(path) for error in self.errors])
+
+
+@contextlib.contextmanager
+def naming_file(path: object) -> Iterator[None]:
+    """Lets ConfigErrors name the file whose content is wrong."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.of_file(path) from None
 
 
 class HostDiffersError(ConfigErrors):
@@ -141,6 +161,12 @@ def readable(name: str) -> str:
     """Returns a name from a file as it can be printed: control characters escaped, and cut where it is long."""
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name[:300])
     return escaped if len(name) <= 200 else f"{escaped[:200]}... ({len(name):,} characters)"
+
+
+def some(names: Sequence[str]) -> str:
+    """Returns the first few of many names."""
+    rest = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def is_odd_name(name: object) -> bool:

@@ -11,7 +11,7 @@ import torch
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.convert.edited_model import EditedModel, open_checkpoint
 from megatron_samoe.convert.hf.export import native_model, refuse_other_tensors
-from megatron_samoe.convert.hf.folder import CONFIG, is_hf_folder
+from megatron_samoe.convert.hf.folder import ADAPTER, CONFIG, is_hf_folder
 from megatron_samoe.convert.hf.source import HFSource
 from megatron_samoe.convert.megatron.rank_files import rank_folders
 from megatron_samoe.convert.megatron.reader import MegatronReader
@@ -67,6 +67,11 @@ def kind_of(directory: Path) -> Kind:
     if not directory.is_dir():
         raise CheckpointError(
             f"--load-dir {directory} is {'a file' if directory.exists() else 'not there'}; it must be {known}."
+        )
+    if (directory / ADAPTER).exists():
+        raise CheckpointError(
+            f"--load-dir {directory} holds an adapter of peft and no model: merge it into the model that it was trained for "
+            "(merge_and_unload, then save_pretrained), and give the folder of that."
         )
     names = sorted(readable(path.name) for path in directory.iterdir())
     held = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}" if names else "nothing"

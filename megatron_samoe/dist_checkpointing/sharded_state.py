@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_samoe.dist_checkpointing.file_storage import Reader, read_metadata
 from megatron_samoe.dist_checkpointing.streaming_writer import StreamingWriter
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.errors import CheckpointError, some
 from megatron_samoe.parallel_state.shard_spec import FlatSlice, ShardSpec, is_counted_here
 from megatron_samoe.parallel_state.state import ParallelState
 
@@ -195,7 +195,7 @@ def check_tensors(state: ShardedState, stored: Mapping[str, object]) -> None:
     missing = [name for name in state if name not in stored]
     if missing:
         raise CheckpointError(
-            f"The checkpoint has no tensor {_some(missing)}: it is of a model with other layers, experts or options "
+            f"The checkpoint has no tensor {some(missing)}: it is of a model with other layers, experts or options "
             "(compare its config.yaml)."
         )
     shaped = [
@@ -205,12 +205,7 @@ def check_tensors(state: ShardedState, stored: Mapping[str, object]) -> None:
         if isinstance(meta := stored[name], TensorStorageMetadata) and tuple(meta.size) != t.global_shape
     ]
     if shaped:
-        raise CheckpointError(f"The checkpoint does not fit the model: {_some(shaped)}.")
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+        raise CheckpointError(f"The checkpoint does not fit the model: {some(shaped)}.")
 
 
 def write_sharded(state: WritableState, directory: str, parallel: ParallelState) -> dict[str, str]:

@@ -177,6 +177,47 @@ def test_what_ours_cannot_compute_is_refused(case: str, changes: dict[str, Any],
     assert not (tmp_path / "native").exists()
 
 
+@pytest.mark.parametrize(
+    ("case", "written"),
+    [
+        ("qwen2_window", {"use_mrope": False, "qkv_bias": False, "of_a_fork": None}),
+        ("llama", {"max_sequence_length": 2048, "use_qk_norm": False}),
+        ("deepseek_v3", {"use_mtp": False}),
+    ],
+)
+def test_what_published_files_switch_off_or_repeat_changes_nothing(
+    case: str, written: dict[str, Any], tmp_path: Path
+) -> None:
+    """The oracle is what transformers makes of the same folder."""
+    made(case).save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **written}))
+    ours = our_logits(converted(tmp_path / "hf", tmp_path / "native"), random_ids())
+    torch.testing.assert_close(ours, their_logits(theirs(tmp_path / "hf"), random_ids()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("entry", [{"of_a_fork": True}, {"of_a_fork": 0.5}, {"of_a_fork": "x"}])
+def test_what_nobody_knows_and_is_on_is_refused(entry: dict[str, Any], tmp_path: Path) -> None:
+    made("llama").save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **entry}))
+    status, _, err = run("--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "native")
+    assert status == 2 and "of_a_fork" in err and "remove it if it changes nothing" in err
+
+
+@pytest.mark.parametrize("has_model", [True, False])
+def test_an_adapter_is_not_passed_over(has_model: bool, tmp_path: Path) -> None:
+    """transformers with peft would add it."""
+    (tmp_path / "hf").mkdir()
+    if has_model:
+        made("llama").save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "hf" / "adapter_model.safetensors").write_bytes(b"")
+    status, _, err = run("--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "native")
+    assert status != 0 and "adapter" in err and "merge_and_unload" in err and err.count("\n") == 1
+    assert not (tmp_path / "native").exists()
+
+
 def test_a_gate_that_ours_lacks_is_refused(tmp_path: Path) -> None:
     """A model without gates, exported, given gates by others, and imported as what it was."""
     options = {"style": "llama", "moe_router_topk": 2, "moe_shared_expert_intermediate_size": 20}

@@ -14,13 +14,13 @@ from megatron_samoe.convert.hf.safetensors_io import SafetensorsReader
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.dist_checkpointing.saved_tensor import is_plain, refuse_packed, refuse_repacked, why_not_loaded
 from megatron_samoe.errors import CheckpointError, is_odd_name, readable, shown
-from megatron_samoe.parsing import parse_json
+from megatron_samoe.parsing import MAX_FILE_BYTES, parse_json, read_file
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+CONFIG, GENERATION_CONFIG, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED_WEIGHTS, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 #: An index of 100,000 tensors has some 10 MB.
-MAX_JSON_BYTES = 16 << 20
+MAX_JSON_BYTES = MAX_FILE_BYTES
 
 
 class WeightFile(Protocol):
@@ -79,6 +79,10 @@ class HFFolder:
         self._file_of: dict[str, WeightFile] = {}
         for path in self._weight_files():
             file: WeightFile = PickledFile(path) if path.suffix == ".bin" else SafetensorsReader(path)
+            if twice := self._file_of.keys() & file.tensors.keys():
+                raise CheckpointError(
+                    f"{directory} holds {min(twice)} in two files, and {path.name} is one of them: remove one of the two."
+                )
             self._file_of |= dict.fromkeys(file.tensors, file)
         self.tensors = {name: file.tensors[name] for name, file in self._file_of.items()}
 
@@ -117,9 +121,7 @@ class HFFolder:
 def read_json(path: Path) -> dict[str, Any]:
     """Returns a JSON file's mapping; CheckpointError where there is none."""
     try:
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {size:,} bytes; such a file has at most {MAX_JSON_BYTES:,}.")
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(read_file(path, MAX_JSON_BYTES))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:

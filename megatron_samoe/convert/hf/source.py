@@ -17,13 +17,13 @@ from megatron_samoe.config.validate import refuse_unknown, refuse_wrong_numbers
 from megatron_samoe.convert.edited_model import FRACTIONS, moe_layers, uniform_fractions, validate_model
 from megatron_samoe.convert.hf.families import Family, families
 from megatron_samoe.convert.hf.families.entries import completed
-from megatron_samoe.convert.hf.folder import CONFIG, HFFolder
+from megatron_samoe.convert.hf.folder import ADAPTER, CONFIG, HFFolder
 from megatron_samoe.convert.hf.parts import Constant, Part, Parts, join, parts_of
 from megatron_samoe.convert.hf.sidecar import SIDECAR, Remembered, read_sidecar
 from megatron_samoe.convert.native import NativeModel, lossless_precision
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
-from megatron_samoe.errors import CheckpointError, ConfigError, nearest
+from megatron_samoe.errors import CheckpointError, ConfigError, naming_file, nearest
 from megatron_samoe.optimizer.mixed_precision import LossScale
 
 #: The output matrix, which files may hold although it is the embedding.
@@ -44,6 +44,12 @@ class HFSource:
 
     def __init__(self, directory: Path):
         self.folder = HFFolder(directory)
+        _refuse_adapter(directory)
+        with naming_file(directory / CONFIG):
+            self._describe(directory)
+
+    def _describe(self, directory: Path) -> None:
+        """Reads what the folder's files say of the model."""
         self.family = family_of(self.folder.config)
         self.notes: list[str] = []
         remembered = read_sidecar(directory / SIDECAR)
@@ -161,6 +167,17 @@ class HFSource:
             "loss_scale": loss_scale,
             "vocab_size": self.native.vocab_size,
         }
+
+
+def _refuse_adapter(directory: Path) -> None:
+    """Raises ConfigError where transformers would add an adapter to a folder's weights."""
+    if (directory / ADAPTER).exists():
+        raise ConfigError(
+            str(directory / ADAPTER),
+            "an adapter",
+            "transformers with peft adds it to the weights when it loads the folder. Merge it first (peft: merge_and_unload, then "
+            "save_pretrained into another folder), or remove the file to import the weights without it",
+        )
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import zipfile
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from megatron_samoe.dist_checkpointing.saved_tensor import is_plain, refuse_packed, refuse_repacked, why_not_loaded
 from megatron_samoe.dist_checkpointing.store import LATEST
 from megatron_samoe.errors import CheckpointError, shown
+from megatron_samoe.parsing import read_file
 
 FILE_NAME = "model_optim_rng.pt"
 #: The layout of query, key and value that all of Megatron-core's versions write.
@@ -78,11 +78,13 @@ def find_iteration(root: Path, ckpt_step: int | None = None) -> Path:
         name = f"iter_{ckpt_step:07d}"
     else:
         try:
-            text = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-        except OSError:
+            text = read_file(root / LATEST).decode("utf-8", errors="replace").strip()
+        except FileNotFoundError:
             raise CheckpointError(
-                f"{root} is no checkpoint of Megatron's: it has neither {LATEST} nor mp_rank_*."
+                f"{root} is not a checkpoint of Megatron's: it has neither {LATEST} nor mp_rank_*."
             ) from None
+        except OSError as error:
+            raise CheckpointError(f"{root / LATEST} cannot be read: {error.strerror}.") from None
         if text != "release" and not re.fullmatch(r"[0-9]{1,18}", text):
             raise CheckpointError(f"{root / LATEST} is damaged: it holds {text[:40]!r}.")
         name = text if text == "release" else f"iter_{int(text):07d}"
@@ -146,9 +148,3 @@ def load_rank_file(folder: Path) -> dict[str, Any]:
             f"{path} has checkpoint_version {shown(version)}; this program reads {CHECKPOINT_VERSION}."
         )
     return content
-
-
-def some(names: Sequence[str]) -> str:
-    """Returns the first few of many names."""
-    rest = len(names) - 3
-    return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")

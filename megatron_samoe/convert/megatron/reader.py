@@ -25,13 +25,12 @@ from megatron_samoe.convert.megatron.rank_files import (
     load_rank_file,
     place_of,
     rank_folders,
-    some,
 )
 from megatron_samoe.convert.native import NativeModel, lossless_precision
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
 from megatron_samoe.dist_checkpointing.saved_tensor import is_plain
-from megatron_samoe.errors import CheckpointError, ConfigError, is_odd_name, shown
+from megatron_samoe.errors import CheckpointError, ConfigError, is_odd_name, naming_file, shown, some
 from megatron_samoe.optimizer.mixed_precision import LossScale
 
 _LOCAL_LAYER = re.compile(r"decoder\.layers\.(\d{1,7})\.")
@@ -95,7 +94,8 @@ class MegatronReader:
         vocab = vocab_size or _count(args, "vocab_size", padded, folders[0])
         if not 0 < vocab <= padded:
             raise ConfigError("--vocab-size", vocab, f"must be from 1 to the {padded} rows of {self.directory}")
-        validate_model(config)
+        with naming_file(f"{folders[0]}'s arguments"):
+            validate_model(config)
         if config.moe.most_experts % layout.expert_parallel and config.moe.expert_layout != "dense":
             raise CheckpointError(
                 f"{folders[0]}: its arguments say {config.moe.most_experts} experts on {layout.expert_parallel} expert-parallel "

@@ -183,10 +183,12 @@ def completed(entries: Entries, config: Mapping[str, Any], family: str) -> dict[
         name = entries.own_name(key)
         entry = entries.entry(name)
         if entry is None:
+            if config[key] is None or config[key] is False:
+                continue  # the class lacks what is switched off here
             raise ConfigError(
                 f"config.json: {readable(key)}",
                 config[key],
-                f"is no entry whose meaning for {family} is known; remove it if it "
+                f"is not an entry whose meaning for {family} is known; remove it if it "
                 f"changes nothing that the model computes.{nearest(readable(key), entries.table)}",
             )
         entry.refuse_wrong(key, config[key])

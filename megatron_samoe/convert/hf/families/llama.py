@@ -151,7 +151,9 @@ LLAMA = Family(
     "dense, RMSNorm, rotary positions, gated SiLU MLPs",
     tensors=tensors(),
     # The unread ones are written by other programs into Llama's files.
-    entries=Entries({**_LLAMA, "head_dim": may(int)}, unread=("is_llama_config", "rope_interleaved")),
+    entries=Entries(
+        {**_LLAMA, "head_dim": may(int)}, unread=("is_llama_config", "max_sequence_length", "rope_interleaved")
+    ),
     options=(*OPTIONS, BIASES),
     fixed={**DENSE, "qk_layernorm": False, "add_qkv_bias": False, "sliding_window": None},
     rules=(whole_heads,),
