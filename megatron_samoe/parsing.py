@@ -1,14 +1,15 @@
-"""YAML and JSON of whoever wrote them: what is wrong with a text is one ValueError of one line, whatever the text. And
-what is written for others to read: whole, and legal JSON.
+"""Files, YAML and JSON of whoever wrote them: what is wrong with a text is one ValueError of one line, whatever the text,
+and what is wrong with a file one OSError with its reason. And what is written for others to read: complete, and legal JSON.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import math
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,9 +18,39 @@ import yaml
 
 #: No file that is read here needs more.
 MAX_DEPTH, MAX_VALUES = 100, 1_000_000
+MAX_YAML_CHARACTERS, MAX_FILE_BYTES = 1 << 20, 16 << 20
+#: Of a text whose fault the slower loader may look for: it takes a second for these.
+_EXPLAINED_CHARACTERS = 100_000
 #: What constructors of tags raise for values that the tags do not fit.
 _WRONG_VALUES = (LookupError, AttributeError, TypeError, OverflowError)
 _MERGE = "tag:yaml.org,2002:merge"
+
+
+def read_file(path: str | os.PathLike, most_bytes: int | None = MAX_FILE_BYTES) -> bytes:
+    """Returns a file's bytes.
+
+    Args:
+        most_bytes: of the file; None for any number.
+
+    Raises:
+        OSError: it cannot be read; or it is a pipe or a device, which may never end; or it is larger. `strerror` says why.
+    """
+    # Without waiting for whoever may write into a pipe.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, and must be a file", str(path))
+        if most_bytes is not None and status.st_size > most_bytes:
+            reason = f"it has {status.st_size:,} bytes, and such a file has at most {most_bytes:,}"
+            raise OSError(errno.EFBIG, reason, str(path))
+        return file.read()
+
+
+def read_text(path: str | os.PathLike, most_bytes: int | None = MAX_FILE_BYTES) -> str:
+    """Returns a file's text in UTF-8, by `read_file`; UnicodeDecodeError where it is not one."""
+    return read_file(path, most_bytes).decode("utf-8").replace("\r\n", "\n")
 
 
 #: What a JSON object or a YAML mapping with texts for keys becomes.
@@ -42,7 +73,7 @@ class _Rules:
                 continue
             key = self.construct_object(key_node, deep=deep)  # type: ignore[attr-defined]
             if key in seen:
-                raise ValueError(f"the key {key!r} stands twice, {' '.join(str(node.start_mark).split())}")
+                raise ValueError(f"the key {key!r} is there twice, {' '.join(str(key_node.start_mark).split())}")
             seen.add(key)
         return super().construct_mapping(node, deep)  # type: ignore[no-any-return, misc]
 
@@ -54,7 +85,7 @@ for _first in "-+0123456789":
 
 
 class _FastLoader(_Rules, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """libyaml's, in a twentieth of the time. It bounds the stack, and says less of what is wrong."""
+    """libyaml's, in a twentieth of the time. It bounds the stack, and says less of what is wrong with the syntax."""
 
 
 class _Loader(_Rules, yaml.SafeLoader):
@@ -77,14 +108,27 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: it is not YAML, or not of those; with a reason of one line.
     """
-    with contextlib.suppress(Exception):  # what is wrong is told by the slower loader
-        return _document(_FastLoader, text)
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise ValueError(f"has {len(text):,} characters, and no file here needs more than {MAX_YAML_CHARACTERS:,}")
     try:
-        return _document(_Loader, text)
-    except _WRONG_VALUES:
-        raise ValueError("has a tag or a character that does not fit its value") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return _document(_FastLoader, text)
+    except ValueError as error:  # of the rules here
         raise ValueError(_one_line(error)) from None
+    except Exception as error:
+        # The slower loader says more of what is wrong.
+        fault: Exception = error if len(text) > _EXPLAINED_CHARACTERS else _fault(text, error)
+    if isinstance(fault, _WRONG_VALUES):
+        raise ValueError("has a tag or a character that does not fit its value") from None
+    raise ValueError(_one_line(fault)) from None
+
+
+def _fault(text: str, found: Exception) -> Exception:
+    """Returns what the slower loader finds wrong with a text, or what was `found` where it finds nothing."""
+    try:
+        _document(_Loader, text)
+    except (yaml.YAMLError, ValueError, RecursionError, *_WRONG_VALUES) as error:
+        return error
+    return found
 
 
 def _document(kind: type, text: str) -> Any:
@@ -108,7 +152,9 @@ def _expanded(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, 
     for child in _children(node):
         child_size, child_depth = _expanded(child, known)
         size, depth = size + child_size, max(depth, child_depth + 1)
-        if size > MAX_VALUES or depth > MAX_DEPTH:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"is nested in more than {MAX_DEPTH} levels")
+        if size > MAX_VALUES:
             raise ValueError("has aliases that stand for more values than any file here needs")
     known[id(node)] = (size, depth)
     return size, depth
@@ -179,4 +225,4 @@ def write_whole(path: Path, text: str) -> None:
 def _one_line(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return f"is nested in more than {MAX_DEPTH} levels"
-    return " ".join(str(error).split())[:500]
+    return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())[:500]

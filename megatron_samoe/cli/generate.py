@@ -22,7 +22,7 @@ from megatron_samoe.inference.engine import Engine, Precision, Serving
 from megatron_samoe.inference.request import FinishReason, Request
 from megatron_samoe.inference.sampling import SamplingOptions, check_sampling
 from megatron_samoe.parallel_state import ParallelState
-from megatron_samoe.parsing import parse_json
+from megatron_samoe.parsing import parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,7 @@ class Generate:
         if self.prompts_file not in (None, "-"):
             path = Path(self.prompts_file)
             try:
-                with path.open(encoding="utf-8") as file:
-                    return read_prompts(file, str(path), path.suffix == ".jsonl")
+                return read_prompts(io.StringIO(read_text(path, None)), str(path), path.suffix == ".jsonl")
             except OSError as error:
                 raise DataError(f"{path} cannot be read: {error.strerror}.") from None
         if self.interactive or (self.prompts_file is None and sys.stdin.isatty()):

@@ -10,7 +10,7 @@ from itertools import chain
 from megatron_samoe.cli.program import program
 from megatron_samoe.datasets.preprocess.options import InputFormat, OnBadInput, PreprocessOptions
 from megatron_samoe.datasets.train_tokenizer import TokenizerKind, corpus_texts, train_byte_bpe, train_sentencepiece
-from megatron_samoe.errors import DataError
+from megatron_samoe.errors import DataError, some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class TrainTokenizer:
         texts = corpus_texts(options, self.sample_mb << 20, self.seed)
         first = next(texts, None)
         if first is None:
-            raise DataError("The corpus is empty: no text to train a tokenizer on.")
+            raise DataError(f"The corpus is empty: {some(self.input)} hold no text to train a tokenizer on.")
         path, size = self._train(chain([first], texts))
         print(f"wrote {path}: {size:,} entries")
         if size < self.vocab_size:

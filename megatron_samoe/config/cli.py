@@ -20,7 +20,7 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.typed import convert
 from megatron_samoe.config.validate import idle_options, refuse_idle, without_idle_options
 from megatron_samoe.errors import ConfigError, ConfigErrors, nearest
-from megatron_samoe.parsing import parse_yaml
+from megatron_samoe.parsing import parse_yaml, read_text
 
 #: Groups, and single fields of other groups, that describe the model rather than a run of it.
 CHECKPOINT_GROUPS = ("model", "moe")
@@ -168,7 +168,7 @@ def _take_config_flag(args: list[str]) -> tuple[list[str], Path | None]:
 def read_yaml(path: Path) -> Mapping[str, Any]:
     """Returns the mapping in a YAML file; ConfigError where it holds none."""
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
+        content = parse_yaml(read_text(path))
     except OSError as error:
         raise ConfigError("--config", str(path), f"cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
+import stat
 import tempfile
 from typing import Any, Protocol
 
@@ -143,7 +145,7 @@ def fetch_index(url: str, cache_path: str | None) -> str:
         raise DataError(f"{url} does not exist.") from error
     tag = str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created") or "")
     name = hashlib.sha256(f"{url}\n{info.get('size')}\n{tag}".encode()).hexdigest()[:32]
-    folder = cache_path or os.path.join(tempfile.gettempdir(), f"megatron_samoe_index_{os.getuid()}")
+    folder = cache_path or _own_folder(os.path.join(tempfile.gettempdir(), f"megatron_samoe_index_{os.getuid()}"))
     os.makedirs(folder, exist_ok=True)
     local = os.path.join(folder, f"{name}.idx")
     if not os.path.exists(local):
@@ -151,6 +153,19 @@ def fetch_index(url: str, cache_path: str | None) -> str:
             fs.get_file(key, f"{partial}/idx")
             os.replace(f"{partial}/idx", local)
     return local
+
+
+def _own_folder(path: str) -> str:
+    """Returns a folder whose name others can guess, made if missing; DataError where others could put files into it."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise DataError(
+            f"{path} is not a folder of this user's that nobody else can write to, so no index is read from it: remove it, "
+            "or give --data-cache-path."
+        )
+    return path
 
 
 def open_bin(path: str, use_mmap: bool) -> BinReader:

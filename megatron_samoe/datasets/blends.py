@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_samoe.errors import DataError, shown
-from megatron_samoe.parsing import finite_float, parse_yaml
+from megatron_samoe.parsing import finite_float, parse_yaml, read_text
 
 SPLITS = ("train", "valid", "test")
 
@@ -72,8 +72,7 @@ def read_blend_yaml(path: str) -> Blend | dict[str, Blend]:
     Relative paths are relative to the file.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            content = parse_yaml(file.read())
+        content = parse_yaml(read_text(path))
     except OSError as error:
         raise DataError(f"The blend {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:

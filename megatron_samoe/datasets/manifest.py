@@ -6,11 +6,10 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from megatron_samoe.datasets.bin_readers import filesystem, is_remote
 from megatron_samoe.errors import DataError, shown
-from megatron_samoe.parsing import JsonObject, parse_json
+from megatron_samoe.parsing import JsonObject, parse_json, read_text
 
 FORMAT_VERSION = 1
 _COUNTS = (
@@ -66,7 +65,7 @@ def read(path_prefix: str) -> Manifest | None:
             fs, key = filesystem(path)
             text = fs.cat_file(key).decode()
         else:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_text(path)
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:

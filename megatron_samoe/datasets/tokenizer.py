@@ -6,18 +6,28 @@ Types carry Megatron's names: SentencePieceTokenizer, HuggingFaceTokenizer (a to
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from megatron_samoe.errors import DataError, nearest, nearest_file
+from megatron_samoe.parsing import parse_json, read_file
 
 EOD_NAMES = ("<|endoftext|>", "<eod>", "<|eod|>", "<EOD>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+
+
+#: Of a file: the largest vocabularies have some 40 MB.
+_MAX_BYTES = 1 << 28
+#: Characters that one may become.
+_MAX_GROWTH = 1000
 
 
 #: Ids of several texts joined (int32), and how many each has (int64).
@@ -92,7 +102,9 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
             self.vocab_size = int(self._processor.vocab_size())
         except (RuntimeError, OSError) as error:
-            raise DataError(f"{model} is not a SentencePiece model: {error}.") from error
+            raise DataError(
+                f"{model} is not a SentencePiece model: {error}.{_other_type(content, 'SentencePieceTokenizer')}"
+            ) from error
         self.fingerprint = hashlib.sha256(b"SentencePieceTokenizer\0" + content).hexdigest()
         named = [self._processor.piece_to_id(name) for name in EOD_NAMES]
         candidates = [i for i in named if i >= 0 and i != self._processor.unk_id()] + [self._processor.eos_id()]
@@ -124,10 +136,10 @@ class HuggingFaceTokenizer(Tokenizer):
         if os.path.isdir(path):
             path = os.path.join(path, "tokenizer.json")
         content = _read(path, "--tokenizer-model")
-        try:
+        with _library_errors(
+            lambda e: f"{path} is not a tokenizer.json: {e}.{_other_type(content, 'HuggingFaceTokenizer')}"
+        ):
             tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{path} is not a tokenizer.json: {error}") from error
         self._start(tokenizer, hashlib.sha256(b"HuggingFaceTokenizer\0" + content).hexdigest(), path)
 
     # Whether the text <|endoftext|> stands for the token, as the `tokenizers` library reads it.
@@ -136,6 +148,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def _start(self, tokenizer: Any, fingerprint: str, shown: str) -> None:
         from megatron_samoe.datasets.byte_bpe import tiktoken_encoding
 
+        for part in ("normalizer", "decoder"):
+            if (growth := _growth(_description(getattr(tokenizer, part)))) > _MAX_GROWTH:
+                raise DataError(
+                    f"{shown}: its {part} can make {growth:,.0f} characters of one, and {_MAX_GROWTH:,} are allowed: a line of text "
+                    "would fill the memory."
+                )
         self._tokenizer, self.fingerprint = tokenizer, fingerprint
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -168,15 +186,14 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         if self._fast is not None:
             return self._encode_fast(text).tolist()
-        try:
+        with _cannot_encode():
             return self._tokenizer.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # the library raises bare Exception, such as for an unknown token that is not there
-            raise DataError(f"The tokenizer cannot encode a text: {error}.") from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if self._fast is not None:
             return super().encode_batch(texts)
-        return [row.ids for row in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _cannot_encode():
+            return [row.ids for row in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_arrays(self, texts: Sequence[str]) -> JoinedIds:
         if self._fast is None:
@@ -198,13 +215,12 @@ class GPT2BPETokenizer(HuggingFaceTokenizer):
         import tokenizers
 
         vocab_bytes, merge_bytes = _read(vocab_file, "--vocab-file"), _read(merge_file, "--merge-file")
-        try:
+        wrong = f"{vocab_file} and {merge_file} are not a GPT-2 vocabulary and merges"
+        with _library_errors(lambda e: f"{wrong}: {e}.{_other_type(vocab_bytes, 'GPT2BPETokenizer')}"):
             vocab = json.loads(vocab_bytes)
             lines = [line for line in merge_bytes.decode().split("\n") if line and not line.startswith("#version")]
             merges = [tuple(line.rstrip("\r").split(" ")) for line in lines]
             model = tokenizers.models.BPE(vocab=vocab, merges=merges)  # type: ignore[arg-type]
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{vocab_file} and {merge_file} are no GPT-2 vocabulary and merges: {error}") from error
         tokenizer = tokenizers.Tokenizer(model)
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -247,9 +263,59 @@ def tokenizer_of(named: Any) -> Tokenizer:
     return build_tokenizer(named.tokenizer_type, named.tokenizer_model, named.vocab_file, named.merge_file)
 
 
+@contextlib.contextmanager
+def _library_errors(message: Callable[[str], str]) -> Iterator[None]:
+    """Raises DataError, with a message by the reason, where `tokenizers` raises a bare Exception or panics."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(message(" ".join(str(error).split())[:300].rstrip("."))) from None
+
+
+def _cannot_encode() -> contextlib.AbstractContextManager[None]:
+    """Returns `_library_errors` of a text, such as for an unknown token that is not there."""
+    return _library_errors(lambda error: f"The tokenizer cannot encode a text: {error}.")
+
+
+def _description(part: Any) -> Any:
+    """Returns what a tokenizer.json says of a normalizer or decoder; None where there is none."""
+    return None if part is None else parse_json(part.__getstate__())
+
+
+def _growth(step: Any) -> float:
+    """Returns how many characters a normalizer or decoder of a tokenizer.json can make of one, by replacing."""
+    if not isinstance(step, dict):
+        return 1.0
+    if steps := step.get("normalizers") or step.get("decoders"):
+        return math.prod(map(_growth, steps))
+    if step.get("type") != "Replace":
+        return 1.0
+    pattern, content = step["pattern"], len(step["content"])
+    if "String" in pattern:
+        return max(1.0, content / max(1, len(pattern["String"])))
+    with contextlib.suppress(re.error):
+        if re.match(pattern["Regex"], ""):  # it is also between any two characters
+            return 1.0 + content
+    return max(1.0, content)
+
+
+def _other_type(content: bytes, wanted: str) -> str:
+    """Returns a sentence about the type of tokenizer that a file is of, by its first bytes; empty where it is not another."""
+    head = content[:4096].lstrip()
+    if content.startswith(b"\n") and b"<unk>" in head:  # the first field of a protocol buffer: a piece
+        found = "SentencePieceTokenizer"
+    elif head.startswith(b"{"):
+        is_whole = re.search(rb'"(version|added_tokens|truncation|model)"\s*:', head)
+        found = "HuggingFaceTokenizer" if is_whole else "GPT2BPETokenizer"
+    else:
+        return ""
+    return "" if found == wanted else f" It looks like a file for --tokenizer-type {found}."
+
+
 def _read(path: str, flag: str) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return read_file(path, _MAX_BYTES)
     except OSError as error:
         raise DataError(f"{flag} {path!r} cannot be read: {error.strerror}.{nearest_file(path)}") from error

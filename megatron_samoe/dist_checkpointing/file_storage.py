@@ -41,8 +41,11 @@ from torch.futures import Future as TorchFuture
 
 from megatron_samoe.dist_checkpointing.saved_tensor import read_saved_tensor_into
 from megatron_samoe.errors import CheckpointError, is_odd_name, shown
+from megatron_samoe.parsing import read_file
 
 METADATA = ".metadata"
+#: Of the table of contents: some million parts of tensors.
+MAX_METADATA_BYTES = 1 << 30
 BLOCK_BYTES = 4 << 20
 #: Below this, finding where a tensor begins takes longer than a copy.
 DIRECT_BYTES = 4 << 20
@@ -100,7 +103,7 @@ def read_metadata(directory: str | os.PathLike) -> Metadata:
     """
     path = Path(directory) / METADATA
     try:
-        content = path.read_bytes()
+        content = read_file(path, MAX_METADATA_BYTES)
         refuse_hollow(content)
         metadata = _MetadataUnpickler(io.BytesIO(content)).load()
     except CheckpointError:

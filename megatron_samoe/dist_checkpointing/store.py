@@ -23,10 +23,10 @@ from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.saved import upgrade
 from megatron_samoe.dist_checkpointing.file_storage import digest_of, new_digest
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedState, read_sharded
-from megatron_samoe.errors import CheckpointError, shown
+from megatron_samoe.errors import CheckpointError, shown, some
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import ParallelState
-from megatron_samoe.parsing import finite_float, parse_json, parse_yaml
+from megatron_samoe.parsing import finite_float, parse_json, parse_yaml, read_file, read_text
 
 LATEST = "latest_checkpointed_iteration.txt"
 CONFIG, TRAIN_STATE = "config.yaml", "train_state.json"
@@ -169,7 +169,7 @@ def _description_problems(directory: Path) -> list[str]:
 
 def _read_latest(root: Path) -> int | None:
     try:
-        return int((root / LATEST).read_text())
+        return int(read_file(root / LATEST))
     except (OSError, ValueError):
         return None
 
@@ -189,17 +189,13 @@ def _refuse_foreign(root: Path, flag: str = "--load") -> None:
     runs = [str(p) for p in below if not re.match("checkpoints$|iter_", p.name) and _has_checkpoint(str(p))]
     if runs:
         raise CheckpointError(
-            f"{flag} {root} is a folder above runs and has no checkpoint itself: give one of {_listed(runs)}."
+            f"{flag} {root} is a folder above runs and has no checkpoint itself: give one of {some(runs)}."
         )
     if entries:
         raise CheckpointError(
-            f"{flag} {root} holds no checkpoint of this program, but {_listed(entries)}."
+            f"{flag} {root} holds no checkpoint of this program, but {some(entries)}."
             " Give another folder, or convert the checkpoint."
         )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more entries" if len(names) > 3 else "")
 
 
 def probe_save_dir(root: str) -> None:
@@ -219,7 +215,7 @@ class _NewerFormat(CheckpointError):
 
 def read_config(directory: Path) -> Mapping[str, Any]:
     """Returns the configuration saved with a checkpoint."""
-    digest = read_train_state(directory).get("digests", {}).get(CONFIG)
+    digest = read_train_state(directory)["digests"].get(CONFIG)
     config = _read_mapping(directory / CONFIG, parse_yaml)
     if digest is not None and digest_of(directory / CONFIG, digest) != digest:
         raise CheckpointError(f"{directory / CONFIG} differs from what was written.")
@@ -239,12 +235,13 @@ def read_train_state(directory: Path, needed: Sequence[str] = ()) -> dict[str, A
         raise _NewerFormat(
             f"{directory} has format version {shown(version)}; this program reads up to {FORMAT_VERSION}."
         )
-    digest = content.pop("digest", None)
-    if digest is not None and (not isinstance(digest, str) or digest != digest_of_values(content, digest)):
-        raise CheckpointError(f"{directory / TRAIN_STATE} differs from what was written.")
-    missing = [key for key in ("format_version", *needed) if key not in content]
+    # Every release has written both digests, so a description without them is not what was written.
+    missing = [key for key in ("format_version", "digests", "digest", *needed) if key not in content]
     if missing:
         raise CheckpointError(f"{directory / TRAIN_STATE} is damaged: it has no {', '.join(missing)}.")
+    digest = content.pop("digest")
+    if not isinstance(digest, str) or digest != digest_of_values(content, digest):
+        raise CheckpointError(f"{directory / TRAIN_STATE} differs from what was written.")
     refuse_wrong_values(content, str(directory / TRAIN_STATE))
     return content
 
@@ -305,14 +302,16 @@ def digest_of_values(content: Mapping[str, Any], like: str = "") -> str:
 
 def attachments_of(directory: Path) -> dict[str, bytes]:
     """Returns the contents of the files in a checkpoint's subfolders, by their path in it."""
-    digests = read_train_state(directory).get("digests", {})
+    digests = read_train_state(directory)["digests"]
     return {name: (directory / name).read_bytes() for name in digests if "/" in name and (directory / name).is_file()}
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
-        content = parse(path.read_text())
-    except (OSError, ValueError) as error:
+        content = parse(read_text(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
         held = "is empty" if content is None else f"holds a {type(content).__name__} in place of a mapping"
@@ -334,7 +333,7 @@ def damaged_files(directory: Path, parallel: ParallelState) -> list[str]:
 
     All ranks call it together; each reads its share of the files.
     """
-    digests = read_train_state(directory).get("digests", {})
+    digests = read_train_state(directory)["digests"]
     bad = []
     for name in sorted(digests)[parallel.rank :: parallel.world_size]:
         path = directory / name

@@ -14,10 +14,11 @@ import io
 import lzma
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -133,6 +134,10 @@ def _describe(path: str, wanted: str) -> InputFile:
             status = os.stat(path)
         except OSError as error:
             raise DataError(f"--input {path!r} cannot be read: {error.strerror}.") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(
+                f"--input {path!r} is a pipe or a device, and must be a file; {STDIN} reads standard input."
+            )
         size, mtime = status.st_size, status.st_mtime_ns
     if format_ is None:
         with open_stream(InputFile(path, "", compression, size)) as stream:
@@ -324,6 +329,22 @@ def _lines(stream: BinaryIO, limit: int) -> Iterator[bytes]:
         rest = piece[cut:]
 
 
+def _refuse_other_columns(path: str, schema: Any, keys: Iterable[str]) -> None:
+    """Raises DataError where a Parquet file lacks a column, has it twice, or holds no text in it."""
+    import pyarrow
+
+    kinds = [str(kind) for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())]
+    for key in keys:
+        held = [field.type for field in schema if field.name == key]
+        if not held:
+            raise DataError(f"{path} has no column {key!r}; its columns are {', '.join(schema.names)}.")
+        if len(held) > 1:
+            raise DataError(f"{path} has {len(held)} columns {key!r}; a column of texts must have a name of its own.")
+        kind = held[0].value_type if pyarrow.types.is_dictionary(held[0]) else held[0]
+        if str(kind).removesuffix("_view") not in (*kinds, "null"):
+            raise DataError(f"{path}: the column {key!r} holds {held[0]}, and must hold text: {', '.join(kinds)}.")
+
+
 def _cut_parquet(file: InputFile, options: PreprocessOptions, plain: bool) -> Iterator[dict[str, Any]]:
     pyarrow_parquet = optional_import("pyarrow.parquet", "data", file.path)
     with tempfile.TemporaryFile(dir=os.path.dirname(options.output_prefix) or ".") as spool:
@@ -334,10 +355,7 @@ def _cut_parquet(file: InputFile, options: PreprocessOptions, plain: bool) -> It
                 shutil.copyfileobj(stream, spool, 1 << 20)
             source = spool
         parquet = pyarrow_parquet.ParquetFile(source, memory_map=False)
-        missing = [key for key in options.json_keys if key not in parquet.schema_arrow.names]
-        if missing:
-            columns = ", ".join(parquet.schema_arrow.names)
-            raise DataError(f"{file.path} has no column {missing[0]!r}; its columns are {columns}.")
+        _refuse_other_columns(file.path, parquet.schema_arrow, options.json_keys)
         total = max(parquet.metadata.num_rows, 1)
         row_bytes = max(file.num_bytes // total, 1)
         size, done = max(1, min(8192, options.chunk_bytes // row_bytes)), 0

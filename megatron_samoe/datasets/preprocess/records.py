@@ -52,7 +52,7 @@ def read(chunk: Chunk, options: PreprocessOptions) -> Records:
         for number, row in enumerate(chunk.rows):
             texts = (row,) if chunk.kind == "texts" else row
             records.add(number, _decode(texts, options, is_first=number == 0))
-            records.num_bytes += sum(len(text) for text in texts if text is not None)
+            records.num_bytes += sum(len(text) for text in texts if isinstance(text, (str, bytes)))
         records.num_lines = len(chunk.rows)
     else:
         lines = _range_lines(chunk, options) if chunk.kind == "range" else _split(chunk.data)
@@ -81,7 +81,7 @@ def _range_lines(chunk: Chunk, options: PreprocessOptions) -> Iterator[bytes]:
         if start:
             # The line that reaches over the border belongs to the chunk it starts in.
             file.seek(start - 1)
-            start = _skip_line(file, start - 1)
+            start = _next_line(file, start - 1, chunk.end)
         if start >= chunk.end:
             return
         file.seek(start)
@@ -94,13 +94,16 @@ def _range_lines(chunk: Chunk, options: PreprocessOptions) -> Iterator[bytes]:
             yield (tail + rest).removesuffix(b"\n")
 
 
-def _skip_line(file: Any, position: int) -> int:
-    """Returns where the line after the one at `position` starts, reading in bounded steps."""
-    while block := file.readline(1 << 20):
+def _next_line(file: Any, position: int, end: int) -> int:
+    """Returns where the line after the one at `position` starts; `end` if that is not before it.
+
+    It reads no further, or a line of many chunks would be read by each of them up to its end.
+    """
+    while position < end and (block := file.readline(min(1 << 20, end - position))):
         position += len(block)
         if block.endswith(b"\n"):
-            break
-    return position
+            return position
+    return end
 
 
 def _parse(line: bytes, options: PreprocessOptions) -> Found:

@@ -26,7 +26,7 @@ from megatron_samoe.datasets.preprocess.options import DEFAULT_CHUNK_BYTES, Prep
 from megatron_samoe.datasets.preprocess.progress import Progress
 from megatron_samoe.datasets.preprocess.worker import Summary, TokenizerFacts
 from megatron_samoe.datasets.preprocess.writer import NO_ROOM, Written, partial_paths
-from megatron_samoe.errors import DataError
+from megatron_samoe.errors import DataError, some
 from megatron_samoe.parsing import JsonObject
 
 MAX_HELD = 2
@@ -294,7 +294,9 @@ class _Run:
         if self._totals.places[0].num_documents and any(place.num_bytes for place in self._totals.places):
             return
         details = finish.describe_losses(self._totals)
-        raise DataError(f"The corpus is empty: {len(self._files)} file(s) hold no document with a token.{details}")
+        raise DataError(
+            f"The corpus is empty: {some([f.path for f in self._files])} hold no document with a token.{details}"
+        )
 
 
 class _Source:

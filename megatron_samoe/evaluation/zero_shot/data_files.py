@@ -12,7 +12,7 @@ from typing import Any
 from megatron_samoe.errors import DataError, nearest_file, optional_import, shown
 from megatron_samoe.evaluation.zero_shot.items import Document
 from megatron_samoe.evaluation.zero_shot.task import Task
-from megatron_samoe.parsing import parse_json
+from megatron_samoe.parsing import parse_json, read_file
 
 #: A few packed bytes can stand for gigabytes; texts shrink to a fifth or so.
 LEAST_LIMIT, MOST_TIMES = 64 << 20, 100
@@ -87,7 +87,7 @@ def read_rows(task: Task, data_dir: Path | None, hub: bool = False) -> Iterator[
     if not (task.labels and beside.is_file()):
         yield from rows
         return
-    labels, count = beside.read_text().split(), 0
+    labels, count = read_file(beside).decode().split(), 0
     for count, (where, row) in enumerate(rows, 1):
         if count > len(labels):
             raise DataError(f"{where}: {task.labels} beside it has only {len(labels)} labels.")
@@ -101,7 +101,7 @@ def read_text(path: Path) -> str:
     opener: Any = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix)
     try:
         if opener is None:
-            return path.read_bytes().decode("utf-8")
+            return read_file(path, None).decode("utf-8")
         with opener(path, "rb") as file:
             most = max(LEAST_LIMIT, MOST_TIMES * path.stat().st_size)
             content = file.read(most + 1)

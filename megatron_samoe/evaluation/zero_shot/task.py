@@ -16,7 +16,7 @@ from megatron_samoe.config.typed import typed
 from megatron_samoe.errors import ConfigError, DataError, nearest
 from megatron_samoe.evaluation.zero_shot.layouts import LAYOUTS
 from megatron_samoe.evaluation.zero_shot.metrics import METRICS
-from megatron_samoe.parsing import parse_yaml
+from megatron_samoe.parsing import parse_yaml, read_text
 
 TASK_DIR = Path(__file__).parent / "tasks"
 Kind = Literal["multiple_choice", "partial", "greedy_match", "generate"]
@@ -109,7 +109,7 @@ def load_task(name: str) -> Task:
     elif name not in known:
         raise ConfigError("--tasks", name, f"must be one of {', '.join(known)}, or a .yaml file.{nearest(name, known)}")
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
+        content = parse_yaml(read_text(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a readable task file: {error}") from error
     return parse_task(content, str(path))

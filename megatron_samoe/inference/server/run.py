@@ -21,6 +21,7 @@ from megatron_samoe.inference.server.models import NamedModel, ServedModels
 from megatron_samoe.installation import install_extra
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.parsing import read_text
 
 #: Where the access token is looked for if no file is given.
 KEY_VARIABLE = "MEGATRON_SAMOE_API_KEY"
@@ -113,7 +114,7 @@ def read_api_key(path: Path | None) -> str | None:
     else:
         source = "--api-key-file"
         try:
-            key = path.read_text(encoding="utf-8").strip()
+            key = read_text(path).strip()
             mode = path.stat().st_mode
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(source, str(path), f"cannot be read: {error}") from error

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_samoe.errors import ConfigError, shown
-from megatron_samoe.parsing import _document, _FastLoader, _Loader, parse_json, parse_yaml
+from megatron_samoe.parsing import MAX_YAML_CHARACTERS, _document, _FastLoader, _Loader, parse_json, parse_yaml
 
 BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{n}: &a{n} [{','.join(9 * [f'*a{n - 1}'])}]\n" for n in range(1, 12)
@@ -41,7 +41,7 @@ SCRAPS = st.lists(
         ("a: !!bool x", "a tag or a character that does not fit"),
         ("!!map [x]", "expected a mapping node"),
         ("? [1]\n: 2", "unhashable"),
-        ("a: 1\na: 2", "'a' stands twice"),
+        ("a: 1\na: 2", "'a' is there twice"),
         ("a: " + "9" * 5000, "4300 digits"),
         ('"\\UFFFFFFFF"', "a tag or a character that does not fit"),
         ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
@@ -130,3 +130,39 @@ def test_aliases_and_merges_that_people_write_are_read() -> None:
 def test_a_message_is_not_as_large_as_what_it_refuses(value: object) -> None:
     assert len(shown(value)) <= 1000
     assert len(str(ConfigError("--lr", value, "must be a number"))) < 1100
+
+
+def _filled(line: str, end: str = "", size: int = MAX_YAML_CHARACTERS) -> str:
+    """Returns as many numbered lines as a file may have, and an end."""
+    count = size // len(line.format(999_999))
+    return "".join(line.format(n) for n in range(count)) + end
+
+
+LARGE = {
+    "keys": _filled("k{}: 1\n"),
+    "keys, and a fault of syntax at the end": _filled("k{}: 1\n", "x: [\n"),
+    "keys, and one twice": _filled("k{}: 1\n", "k0: 1\n"),
+    "anchors": _filled("- &a{} 1\n"),
+    "too many": _filled("k{}: 1\n", size=12 * MAX_YAML_CHARACTERS),
+    "digits": "a: " + "9" * 100_000,
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_a_large_file_is_read_or_refused_in_seconds(case: str) -> None:
+    """The bound of processor time is ten times what it takes here; the slower loader alone would take a minute."""
+    start = time.process_time()
+    try:
+        parse_yaml(LARGE[case])
+        assert case in ("keys", "anchors")
+    except ValueError as error:
+        assert case not in ("keys", "anchors") and "\n" not in str(error) and len(str(error)) < 600
+    assert time.process_time() - start < 30
+
+
+def test_a_fault_has_its_line_and_no_made_up_file() -> None:
+    with pytest.raises(ValueError, match="at line 2, column 1") as caught:
+        parse_yaml("a: [1,\n")
+    assert "<unicode string>" not in str(caught.value)
+    with pytest.raises(ValueError, match="the key 'a' is there twice, at line 3, column 1"):
+        parse_yaml("a: 1\nb: 2\na: 3\n")

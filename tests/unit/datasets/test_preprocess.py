@@ -88,6 +88,82 @@ def test_parquet(tmp_path: Path, suffix: str) -> None:
         run.preprocess(options(tmp_path, f"in.parquet{suffix}", json_keys=("txet",)))
 
 
+def _columns() -> dict[str, tuple[bool, object]]:
+    """Columns of Parquet files by name: whether each is text, and its values."""
+    import datetime
+    from decimal import Decimal
+
+    import pyarrow as pa
+
+    day, texts = datetime.date(2020, 2, 2), ["one", "two"]
+    return {
+        **{f"{kind}": (True, pa.array(texts, kind)) for kind in (pa.string(), pa.large_string(), pa.string_view())},
+        **{f"{kind}": (True, pa.array([t.encode() for t in texts], kind)) for kind in (pa.binary(), pa.large_binary())},
+        "dictionary": (True, pa.array(texts).dictionary_encode()),
+        "numbers in a dictionary": (False, pa.array([1, 2]).dictionary_encode()),
+        **{f"{kind}": (False, pa.array([1, 2], kind)) for kind in (pa.int8(), pa.int64(), pa.uint16(), pa.float64())},
+        "bool": (False, pa.array([True, False])),
+        "date": (False, pa.array([day, day])),
+        "timestamp": (False, pa.array([datetime.datetime(2020, 2, 2)] * 2)),
+        "duration": (False, pa.array([datetime.timedelta(1)] * 2)),
+        "decimal": (False, pa.array([Decimal("1.5")] * 2)),
+        "list": (False, pa.array([texts, texts])),
+        "struct": (False, pa.array([{"a": "b"}] * 2)),
+    }
+
+
+@pytest.mark.parametrize("on_bad_input", ["fail", "skip"])
+def test_a_parquet_column_of_every_type(tmp_path: Path, on_bad_input: str) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    for number, (name, (is_text, values)) in enumerate(_columns().items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        parquet.write_table(pa.table({"text": values}), folder / "in.parquet")
+        given = options(folder, "in.parquet", on_bad_input=on_bad_input)
+        if is_text:
+            run.preprocess(given)
+            assert decoded(folder / "out_text_document") == ["one", "two"], name
+        else:
+            with pytest.raises(DataError, match=r"in\.parquet: the column 'text' holds .*, and must hold text"):
+                run.preprocess(given)
+
+
+def test_a_parquet_column_that_is_there_twice(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    parquet.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "in.parquet")
+    with pytest.raises(DataError, match=r"in\.parquet has 2 columns 'text'"):
+        run.preprocess(options(tmp_path, "in.parquet"))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_line_of_many_chunks_is_read_once(tmp_path: Path, suffix: str) -> None:
+    """Bytes that the process has read, as Linux counts them: with each chunk read up to the line's end, 128 times as many."""
+    size = 16 << 20
+    content = jsonl(["first"]) + b'{"text": "' + b"x" * size + b'"}\n' + jsonl(["last"])
+    (tmp_path / f"in.jsonl{suffix}").write_bytes(compressed(content, suffix))
+    before = _bytes_read()
+    report = run.preprocess(
+        options(tmp_path, f"in.jsonl{suffix}", on_bad_input="skip", chunk_bytes=1 << 16, max_document_bytes=1 << 20)
+    )
+    assert _bytes_read() - before < 2 * size
+    assert decoded(tmp_path / "out_text_document") == ["first", "last"] and report.num_bad >= 1
+
+
+def _bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_an_empty_corpus_names_its_files(tmp_path: Path) -> None:
+    for name in "abcde":
+        (tmp_path / f"{name}.jsonl").write_bytes(b"\n")
+    with pytest.raises(DataError, match=r"The corpus is empty: .*a\.jsonl, .*b\.jsonl, .*c\.jsonl and 2 more hold"):
+        run.preprocess(options(tmp_path, "*.jsonl"))
+
+
 def test_text_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Title\n\nCHAPTER I\nOne.\n\nCHAPTER II\nTwo.\n")
     (tmp_path / "b.txt").write_text("\ufeffwhole")

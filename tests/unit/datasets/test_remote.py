@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from megatron_samoe.config.data import DataConfig
-from megatron_samoe.datasets.bin_readers import RemoteBinReader
+from megatron_samoe.datasets.bin_readers import RemoteBinReader, fetch_index
 from megatron_samoe.datasets.build import build_train_valid_test_datasets
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
@@ -111,3 +112,28 @@ def test_blocks_of_remote_data(tmp_path: Path) -> None:
         assert reader._block.cache_info().currsize <= 3
     with pytest.raises(DataError, match="were asked for"):
         reader.read(np.dtype("<u2"), 2, 9998)
+
+
+@pytest.mark.parametrize("how", ["open to others", "a link", "a file"])
+def test_a_folder_for_indexes_that_others_could_fill_is_not_used(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    prefix = make(tmp_path / "x")
+    fsspec.filesystem("memory").put_file(f"{prefix}.idx", "/index/x.idx")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = tmp_path / f"megatron_samoe_index_{os.getuid()}"
+    if how == "open to others":
+        folder.mkdir()
+        folder.chmod(0o777)
+    elif how == "a link":
+        (tmp_path / "other").mkdir()
+        folder.symlink_to(tmp_path / "other")
+    else:
+        folder.write_text("")
+    with pytest.raises(DataError, match=r"nobody else can write to.*--data-cache-path"):
+        fetch_index("memory://index/x.idx", None)
+    folder.unlink() if folder.is_symlink() or folder.is_file() else folder.rmdir()
+    assert Path(fetch_index("memory://index/x.idx", None)).read_bytes() == Path(f"{prefix}.idx").read_bytes()
+    assert folder.stat().st_mode & 0o777 == 0o700

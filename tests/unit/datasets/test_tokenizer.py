@@ -173,7 +173,7 @@ def test_files_that_are_no_tokenizers(tmp_path: Path, kind: str) -> None:
 def test_gpt2_files_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "v.json").write_text(json.dumps({"a": 0}))
     (tmp_path / "m.txt").write_text("x y\n")
-    with pytest.raises(DataError, match="no GPT-2 vocabulary"):
+    with pytest.raises(DataError, match="not a GPT-2 vocabulary"):
         build_tokenizer("GPT2BPETokenizer", None, str(tmp_path / "v.json"), str(tmp_path / "m.txt"))
     (tmp_path / "m.txt").write_text("")
     with pytest.raises(DataError, match="no end-of-document token"):
@@ -194,3 +194,95 @@ def test_training_refuses_what_cannot_be(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["--type", "byte-bpe", "--vocab-size", "300", *words]) == 1
     assert "empty" in capsys.readouterr().err
     assert not list(tmp_path.glob("t*.json"))
+
+
+def test_a_file_for_another_type_of_tokenizer_is_recognised(tmp_path: Path) -> None:
+    """Each type is given each file that the libraries write."""
+    import sentencepiece
+    import tokenizers
+
+    (tmp_path / "text").write_text("some words of a text\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "sp"), vocab_size=16, minloglevel=2
+    )
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["some words"], vocab_size=260, show_progress=False)
+    bpe.save_model(str(tmp_path))
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    files = {
+        "SentencePieceTokenizer": "sp.model",
+        "HuggingFaceTokenizer": "tokenizer.json",
+        "GPT2BPETokenizer": "vocab.json",
+    }
+    for wanted in files:
+        for right, name in files.items():
+            if wanted != right:
+                path = str(tmp_path / name)
+                given = (
+                    {"vocab_file": path, "merge_file": path}
+                    if wanted == "GPT2BPETokenizer"
+                    else {"tokenizer_model": path}
+                )
+                with pytest.raises(DataError, match=rf"{name}.* It looks like a file for --tokenizer-type {right}\."):
+                    build_tokenizer(wanted, **given)
+
+
+def _with_parts(path: Path, **parts: object) -> str:
+    """Writes a tokenizer.json of single bytes with a normalizer, pre-tokenizer or decoder, and returns its path."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "b": 1, "<eod>": 2}, merges=[]))
+    content = json.loads(tokenizer.to_str()) | parts
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def _replace(content: str, **pattern: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+DOUBLES = _replace("aa", String="a")
+
+
+@pytest.mark.parametrize(
+    ("part", "steps", "growth"),
+    [
+        ("normalizer", [DOUBLES] * 60, 2**60),
+        ("normalizer", [{"type": "Sequence", "normalizers": [DOUBLES] * 6}] * 2, 2**12),
+        ("normalizer", [_replace("b" * 2000, Regex="a+")], 2000),
+        ("normalizer", [_replace("bbb", Regex="x*")] * 10, 4**10),
+        ("decoder", [DOUBLES] * 11, 2**11),
+    ],
+)
+def test_a_tokenizer_that_makes_very_much_of_a_text_is_refused(
+    part: str, steps: list[object], growth: int, tmp_path: Path
+) -> None:
+    key = f"{part}s"
+    path = _with_parts(tmp_path / "tokenizer.json", **{part: {"type": "Sequence", key: steps}})
+    with pytest.raises(DataError, match=rf"tokenizer.json: its {part} can make {growth:,} characters of one"):
+        build_tokenizer("HuggingFaceTokenizer", path)
+
+
+def test_replacements_that_tokenizers_have_are_read(tmp_path: Path) -> None:
+    """A text becomes twice as long at most by each, and the library's own result says so."""
+    steps = [
+        _replace("\u2581", String=" "),
+        *([_replace("b", Regex="c{2,}")] * 20),
+        {"type": "Prepend", "prepend": "\u2581"},
+    ]
+    path = _with_parts(tmp_path / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
+    assert build_tokenizer("HuggingFaceTokenizer", path).encode("aba") == [0, 1, 0]
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer"])
+def test_a_regular_expression_that_takes_for_ever_is_an_error(part: str, tmp_path: Path) -> None:
+    """The library gives up and panics, which is not even an Exception."""
+    slow = {"Regex": "(a+)+$"}
+    parts = {
+        "normalizer": {"type": "Replace", "pattern": slow, "content": "b"},
+        "pre_tokenizer": {"type": "Split", "pattern": slow, "behavior": "Isolated", "invert": False},
+    }
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", _with_parts(tmp_path / "t.json", **{part: parts[part]}))
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(DataError, match=r"The tokenizer cannot encode a text: .*retry-limit"):
+            encode("a" * 60 + "!")
