@@ -115,8 +115,10 @@ def test_however_many_wait_others_are_answered(
         held, is_answered = [], beginning.endswith(b"\r\n\r\n")
         for _ in range(most + 20):
             held.append(opened(running.client, beginning))
-            while is_answered and b"ready" not in held[-1].recv(4096):
-                pass
+            came = b"ready" if not is_answered else b""
+            while b"ready" not in came:
+                came = received(held[-1])
+                assert came, "it was closed before it was answered"
         assert running.client.complete("x", max_tokens=1).status == 200
         # The first have waited longest.
         for connection in held[:20]:

@@ -95,7 +95,6 @@ def test_max_tokens_fills_the_context_and_no_more() -> None:
         ("logprobs", True, "from 0 to 20"), ("logprobs", 21, "from 0 to 20"), ("ignore_eos", "no", "true or false"),
         ("stream_options", {"include_usage": True}, '"stream": true'), ("stream_options", {"a": 1}, "include_usage"),
         ("user", 5, "must be text"), ("user", "\ud800", "surrogate"),
-        ("n", 10**4299, "too large"), ("max_tokens", 10**4300 - 1, "too large"), ("logprobs", -(10**4299), "too large"),
     ],
 )  # fmt: skip
 def test_a_value_that_is_not_allowed_is_named(field: str, value: Any, part: str) -> None:
