@@ -105,7 +105,7 @@ class _ServerFlags(ServerOptions):
     max_body_bytes: Number = ServerOptions.max_body_bytes
     """size of a request; more are refused with 413"""
     body_timeout_s: Annotated[float, tyro.conf.arg(name="body-timeout", metavar="N")] = ServerOptions.body_timeout_s
-    """seconds in which a request's head must have come, and then its body"""
+    """seconds in which a request's head must have come, and then its body; idle connections are closed after as many"""
     drain_timeout_s: Annotated[float, tyro.conf.arg(name="drain-timeout", metavar="N")] = ServerOptions.drain_timeout_s
     """seconds that open requests have after SIGTERM"""
 

@@ -67,27 +67,44 @@ class Gate:
                 self._metrics.count_http(route, status)
             await send(message)
 
-        self._num_open += 1
+        has_place = False
+
+        def take_place() -> None:
+            nonlocal has_place
+            if has_place:
+                return
+            if self._num_open >= self._limits.max_connections:
+                raise ApiError(
+                    503,
+                    f"The server answers {self._limits.max_connections} HTTP requests at a time, and has as many.",
+                    kind="service_unavailable_error",
+                    code="too_many_connections",
+                    retry_after_s=1,
+                )
+            has_place = True
+            self._num_open += 1
+
+        async def received() -> MutableMapping[str, Any]:
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                take_place()
+            return message
+
         try:
             self._check(scope)
+            # A body that is still on its way takes no place from requests that are complete.
+            if scope["method"] != "POST":
+                take_place()
         except ApiError as error:
             await send_error(error, counted)
         else:
-            await self._app(scope, receive, counted)
+            await self._app(scope, received, counted)
         finally:
-            self._num_open -= 1
+            self._num_open -= has_place
             if status and not is_whole:  # a stream whose client has gone
                 self._metrics.count_http(route, CLIENT_GONE)
 
     def _check(self, scope: Scope) -> None:
-        if self._num_open > self._limits.max_connections:
-            raise ApiError(
-                503,
-                f"The server answers {self._limits.max_connections} HTTP requests at a time, and has as many.",
-                kind="service_unavailable_error",
-                code="too_many_connections",
-                retry_after_s=1,
-            )
         headers = dict(scope["headers"])
         # A page of another site whose name was made to lead here comes with that name; browsers always send one, and
         # only HTTP/1.0 may do without.
@@ -179,10 +196,15 @@ async def gone(receive: Receive) -> None:
         pass
 
 
+def error_content(error: ApiError) -> tuple[dict[str, str], bytes]:
+    """Returns the header fields and the body of an error in OpenAI's shape."""
+    body = json.dumps(error.body).encode()
+    return {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}, body
+
+
 async def send_error(error: ApiError, send: Send) -> None:
     """Answers with an error in OpenAI's shape."""
-    body = json.dumps(error.body).encode()
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}
+    headers, body = error_content(error)
     if error.status in (408, 413):
         headers["Connection"] = "close"  # part of the body may still be on its way
     pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from megatron_samoe.datasets.tokenizer import Tokenizer
-from megatron_samoe.errors import ConfigError, ConfigErrors, nearest
+from megatron_samoe.errors import ConfigError, ConfigErrors, nearest, shown
 from megatron_samoe.inference.request import MOST_LOGPROBS, Request, TokenEvent, TokenScore
 from megatron_samoe.inference.sampling import SamplingOptions, check_sampling
 
@@ -126,14 +127,19 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     """Returns the JSON object of a request.
 
     Raises:
-        ApiError: it is no JSON, or not an object.
+        ApiError: it is no JSON, names a field twice, or is not an object.
     """
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError(f"it gives {_shown(Counter(name for name, _ in pairs).most_common(1)[0][0])} twice")
+        return found
+
     try:
-        body = json.loads(raw, parse_constant=refuse)
+        body = json.loads(raw, parse_constant=refuse, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ApiError(400, f"The request's body is not JSON in UTF-8: {reason}.", code="invalid_json") from error
@@ -169,8 +175,7 @@ def parse_completion(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCa
             sampling = SamplingOptions(**{**options, "seed": seed, "max_new_tokens": allowed})
             requests.append(Request(ids, sampling, logprobs, scores_prompt=echo and logprobs is not None))
             heads.append((facts.tokenizer.decode(ids) if text is None else text) if echo else "")
-    tokens = sum(map(len, prompts))
-    tells = logprobs is not None
+    tokens, tells = sum(map(len, prompts)), logprobs is not None
     return CompletionCall(tuple(requests), tuple(heads), tokens, stream, include_usage, tells, adds_tokens)
 
 
@@ -239,7 +244,8 @@ def usage_body(prompt_tokens: int, completion_tokens: int) -> dict:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
+    # What json.loads has just read may be nested deeper than json.dumps writes.
+    text = shown(value) if isinstance(value, (list, dict)) else json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -262,6 +268,8 @@ def _flag(body: Mapping[str, Any], name: str) -> bool:
 
 def _check_fields(body: Mapping[str, Any]) -> None:
     for name, value in body.items():
+        if isinstance(value, int) and abs(value) >= 2**64:  # Python refuses to write a sum of 4,300 digits
+            raise _bad(name[:60], value, "is too large a number")
         if name in UNSUPPORTED:
             if isinstance(value, bool) or value not in UNSUPPORTED[name]:
                 told = f"{name} is not supported by this server: leave it out."
@@ -269,9 +277,9 @@ def _check_fields(body: Mapping[str, Any]) -> None:
         elif name not in FIELDS:
             told = f"{_shown(name)} is no field of a completion request.{nearest(name, FIELDS)}"
             raise ApiError(400, f"{told} Known are {', '.join(FIELDS)}.", param=name[:60], code="unknown_field")
-    user = _value(body, "user", "")
-    if not isinstance(user, str):
+    if not isinstance(user := _value(body, "user", ""), str):
         raise _bad("user", user, "must be text")
+    _encodable("user", user)
 
 
 def _include_usage(body: Mapping[str, Any]) -> bool:
@@ -341,8 +349,7 @@ def _logprobs(body: Mapping[str, Any]) -> int | None:
 
 def _max_tokens(body: Mapping[str, Any], prompt_tokens: int, facts: ModelFacts) -> int:
     """Returns the most new tokens for a prompt, as OpenAI counts: prompt and answer share the context."""
-    context_length = facts.context_length
-    room = context_length - prompt_tokens
+    room = facts.context_length - prompt_tokens
     given = body.get("max_tokens")
     if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 0):
         raise _bad("max_tokens", given, "must be a whole number, 0 or more")
@@ -350,17 +357,16 @@ def _max_tokens(body: Mapping[str, Any], prompt_tokens: int, facts: ModelFacts) 
         raise _bad("max_tokens", given, 'asks for nothing without "echo": true, which gives the prompt back')
     wanted = 1 if given is None else given
     if wanted > room:
-        told = f"The model's context has {context_length} tokens, and the request needs {prompt_tokens + wanted}"
+        told = f"The model's context has {facts.context_length} tokens, and the request needs {prompt_tokens + wanted}"
         told += f": {prompt_tokens} of the prompt and {wanted} to generate."
         raise ApiError(400, told, param="prompt" if room < 1 else "max_tokens", code=_TOO_LONG)
     # The engine makes one token in any case.
     allowed = min(DEFAULT_MAX_TOKENS, room) if given is None else max(given, 1)
     # The engine refuses it as well, but hears of it only when a stream has begun. The last token needs no place.
-    if prompt_tokens + allowed - 1 > facts.cache_tokens:
-        told = f"The server's key-value cache has {facts.cache_tokens} tokens, and the request needs "
-        told += (
-            f"{prompt_tokens + allowed - 1}: {prompt_tokens} of the prompt and {allowed} to generate, but for the last."
-        )
+    needed = prompt_tokens + allowed - 1
+    if needed > facts.cache_tokens:
+        told = f"The server's key-value cache has {facts.cache_tokens} tokens, and the request needs {needed}"
+        told += f": {prompt_tokens} of the prompt and {allowed} to generate, but for the last."
         raise ApiError(400, told, param="max_tokens", code=_TOO_LONG)
     return allowed
 
@@ -381,9 +387,6 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
         "seed": _value(body, "seed", secrets.randbits(63)),
         "ignore_eod": _flag(body, "ignore_eos"),
     }
-    for name, value in options.items():
-        if isinstance(value, int) and abs(value) >= 2**64:
-            raise _bad(name, value, "is too large a number")
     try:
         check_sampling(SamplingOptions(**options))
     except ConfigErrors as errors:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import re
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +17,7 @@ from typing import Any
 
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.inference.server.app import build_app
+from megatron_samoe.inference.server.connection import waiting_protocol
 from megatron_samoe.inference.server.gate import GateLimits
 from megatron_samoe.inference.server.metrics import ServerMetrics
 from megatron_samoe.inference.server.models import NamedModel, ServedModels
@@ -44,9 +47,11 @@ class ServerOptions:
         allowed_origins: of pages that browsers may let ask, beside the server's own: https://NAME, or "*" for all.
         max_queue: choices that may wait beside those that run; more are refused with 429.
         max_choices: most prompts times choices of one request.
-        max_connections: HTTP requests that are answered at a time; more are refused with 503.
+        max_connections: HTTP requests that are answered at a time; more are refused with 503. Four times as many
+            connections and 64 may be open, and no more than half of the files that the process may open.
         max_body_bytes: of a request; more are refused with 413.
-        body_timeout_s: in which a request's body must have come.
+        body_timeout_s: in which a request's head must have come, and then its body. Idle connections are closed after as
+            many, and on Linux those that do not take their answer.
         drain_timeout_s: how long open requests may go on after SIGTERM or SIGINT.
     """
 
@@ -201,10 +206,15 @@ class Server:
         metrics = ServerMetrics()
         self._models = ServedModels(models, group, metrics, options.max_queue, options.max_choices)
         _open(listener)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: for clients that do not read; connections have it from here
+            most_ms = min(math.ceil(1000 * options.body_timeout_s), 2**31 - 1)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, most_ms)
         self._options, self._listener = options, listener
         gate = GateLimits(options.api_key, options.names, options.allowed_origins, options.max_connections)
         app = build_app(self._models, metrics, gate, options.max_body_bytes, options.body_timeout_s)
-        # Connections that send nothing cost little, so there may be many; the gate counts those that ask.
+        # Connections that wait cost little, so there may be many; the gate counts requests that are complete.
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        most = min(4 * options.max_connections + 64, files // 2)
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -212,10 +222,10 @@ class Server:
             lifespan="off",
             server_header=False,
             loop="asyncio",
-            http="h11",
+            http=waiting_protocol(most),
             ws="none",
-            timeout_keep_alive=30,
-            limit_concurrency=4 * options.max_connections + 64,
+            backlog=max(1, files // 16),  # taken at once: too many are closed some rounds of the loop later
+            timeout_keep_alive=options.body_timeout_s,  # type: ignore[arg-type]  # any number of seconds will do
             timeout_graceful_shutdown=max(1, round(LAST_WORDS_S)),
         )
         self._uvicorn = _signalled(uvicorn.Server)(config, self._on_signal)
@@ -255,6 +265,8 @@ class Server:
         serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listener]))
         while not self._uvicorn.started and not serving.done():
             await asyncio.sleep(0.005)
+        if self._uvicorn.started:
+            self._listener.listen(BACKLOG)  # asyncio lets the system hold only as many as it takes at once
         ready()
         asked, failed = asyncio.create_task(self._asked.wait()), asyncio.create_task(self._models.failed.wait())
         await asyncio.wait((serving, asked, failed), return_when=asyncio.FIRST_COMPLETED)

@@ -18,7 +18,7 @@ from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import TokenEvent
 from megatron_samoe.inference.server.models import check_names
-from megatron_samoe.inference.server.protocol import joined_logprobs
+from megatron_samoe.inference.server.protocol import FIELDS, UNSUPPORTED, joined_logprobs
 from megatron_samoe.language_model import LanguageModel
 from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.serving import (
@@ -197,14 +197,49 @@ def test_a_body_over_the_limit_is_413_and_the_client_hears_it(client: Client) ->
     connection.close()
 
 
-def test_a_head_that_is_no_http_and_one_without_a_host(client: Client) -> None:
-    for head, status in ((b"garbage\r\n\r\n", b"400 Bad Request"), (b"GET /health HTTP/1.0\r\n\r\n", b"200 OK")):
-        with socket.create_connection((client.host, client.port), timeout=20) as connection:
-            connection.sendall(head)
-            content = b""
-            while piece := connection.recv(4096):
-                content += piece
-        assert content.startswith(b"HTTP/1.1 " + status), content
+def test_a_head_without_a_host(client: Client) -> None:
+    with socket.create_connection((client.host, client.port), timeout=20) as connection:
+        connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert read_to_end(connection).startswith(b"HTTP/1.1 200 OK")
+
+
+#: JSON, or nearly so, that is right in no field: Python or a conversion refuses it, or it is too large for one.
+HOSTILE = {
+    "digits": "9" * 4300, "a minus": "-" + "9" * 4300, "a digit more": "9" * 4301, "a million digits": "9" * 10**6,
+    "digits of a float": "1" * 400, "above 64 bits": str(2**64), "infinity": "1e400", "minus": "-1e400",
+    "an exponent": "1e" + "9" * 1000, "NaN": "NaN", "named infinity": "Infinity", "minus infinity": "-Infinity",
+    "half a pair": '"\\ud800"', "in a list": '["\\udfff"]', "as a key": '{"\\ud800": 1}', "twice": '{"a": 1, "a": 1}',
+    "tokens": f"[{'9' * 4300}]", "lists of tokens": f"[[{'9' * 4300}]]", "nested": "[" * 500 + "]" * 500,
+    "nested to the end": "[" * 10**5, "nested objects": '{"a":' * 500 + "1" + "}" * 500,
+}  # fmt: skip
+
+
+def test_values_that_are_right_in_no_field(loaded: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
+    fields = {"/v1/completions": (*FIELDS, *UNSUPPORTED, "other"), "/v1/experts": ("model", "prompt", "other")}
+    with serving(loaded, show_experts=True) as running:
+
+        def refusal(path: str, field: str, value: str) -> dict[str, Any]:
+            given = '"prompt": "x", ' * (field != "prompt")
+            answer = running.client.ask("POST", path, f'{{{given}"{field}": {value}}}'.encode())
+            assert len(answer.content) < 1000, (field, value[:20])
+            status = 404 if field == "model" and answer.status == 404 else 400
+            return check_error(answer, status, "", type="invalid_request_error")
+
+        for path, names in fields.items():
+            for field in names:
+                for value in HOSTILE.values():
+                    refusal(path, field, value)
+        # Where the parser just does not give up, the words of the refusal are made at about the same depth.
+        fits, not_any_more = 500, 10**5
+        while not_any_more - fits > 1:
+            depth = (fits + not_any_more) // 2
+            if refusal("/v1/completions", "n", "[" * depth + "]" * depth)["code"] == "invalid_json":
+                not_any_more = depth
+            else:
+                fits = depth
+        for depth in range(fits - 30, fits):
+            refusal("/v1/completions", "n", "[" * depth + "]" * depth)
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_names_of_other_sites_are_refused(client: Client) -> None:

@@ -94,7 +94,7 @@ def test_max_tokens_fills_the_context_and_no_more() -> None:
         ("stream", "yes", "true or false"), ("echo", 1, "true or false"),
         ("logprobs", True, "from 0 to 20"), ("logprobs", 21, "from 0 to 20"), ("ignore_eos", "no", "true or false"),
         ("stream_options", {"include_usage": True}, '"stream": true'), ("stream_options", {"a": 1}, "include_usage"),
-        ("user", 5, "must be text"),
+        ("user", 5, "must be text"), ("user", "\ud800", "surrogate"),
     ],
 )  # fmt: skip
 def test_a_value_that_is_not_allowed_is_named(field: str, value: Any, part: str) -> None:
@@ -130,7 +130,7 @@ def test_another_model_is_not_found() -> None:
 
 @pytest.mark.parametrize(
     "raw", [b"", b"{", b"nonsense", b'{"prompt": "\xff"}', b'{"temperature": NaN}', b'{"seed": ' + b"9" * 5000 + b"}",
-            b"[" * 100_000, b"[]", b'"text"', b"null"],
+            b"[" * 100_000, b'{"n": 1, "n": 2}', b'{"logit_bias": {"1": 0, "2": 0, "1": 0}}', b"[]", b'"text"', b"null"],
 )  # fmt: skip
 def test_a_body_that_is_no_json_object(raw: bytes) -> None:
     with pytest.raises(ApiError) as caught:
