@@ -1,9 +1,32 @@
 // Checks of the bindings: every tensor is looked at before its pointer goes below.
 #pragma once
 
+#include <cstdint>
+#include <initializer_list>
+
 #include "torch_abi.h"
 
 namespace samoe {
+
+// Counts (of experts, of groups times experts) that an op makes though no tensor is as large.
+constexpr int64_t kMostCounts = int64_t{1} << 20;
+// What the sizes of a tensor without elements may come to, where 1 stands for 0: it has no memory that bounds them, and
+// products of them would wrap round.
+constexpr int64_t kMostPlaces = INT32_MAX - 1;
+
+// For all numbers that come from outside and are no tensor's size.
+inline void check_range(int64_t value, const char* name, int64_t low, int64_t high) {
+  SAMOE_CHECK(value >= low && value <= high, name, " = ", value, ": from ", low, " to ", high);
+}
+
+// Of numbers that are not negative. It must not wrap round: what is compared with it would be wrong.
+inline int64_t product(std::initializer_list<int64_t> factors) {
+  int64_t result = 1;
+  for (const int64_t factor : factors)
+    SAMOE_CHECK(!__builtin_mul_overflow(result, factor, &result), "the product of ",
+                Sizes(factors.begin(), factors.size()), " is too large");
+  return result;
+}
 
 // The checks of one call of an op, for every backend: all its tensors lie on one device.
 class TensorChecks {
@@ -21,6 +44,10 @@ class TensorChecks {
   void check_device(const Tensor& tensor, const Name&... name) const {
     SAMOE_CHECK(tensor.device() == device_, name..., " is on ", tensor.device(), "; this op takes tensors on ",
                 device_);
+    if (tensor.numel() != 0) return;
+    int64_t left = kMostPlaces;
+    for (const int64_t size : tensor.sizes()) left /= size > 1 ? size : 1;
+    SAMOE_CHECK(left > 0, name..., " is ", tensor.sizes(), "; sizes without elements come to at most ", kMostPlaces);
   }
 
   void check_tensor(const Tensor& tensor, const char* name, int64_t dims, ScalarType dtype) const {

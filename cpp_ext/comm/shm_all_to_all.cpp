@@ -79,6 +79,8 @@ std::string ShmAllToAll::start(const char* input, char* output, const std::vecto
   const Header& own = peers_[static_cast<size_t>(rank_)].segment.header();
   if (own.state.load() == static_cast<uint32_t>(State::aborted)) return error_ = what() + "aborted here: " + own.reason;
   if (running_) return what() + "the exchange before it has not ended";
+  for (const Peer& peer : peers_)
+    if (peer.segment.fd() < 0) return what() + "not connected to all ranks";
   ++operation_;
   for (int r = 0; r < world_; ++r) {
     Peer& peer = peers_[static_cast<size_t>(r)];

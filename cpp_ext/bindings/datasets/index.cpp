@@ -14,7 +14,7 @@ namespace datasets = samoe::datasets;
 int64_t shuffle_legacy(Tensor values, Tensor key, int64_t position) {
   check_contiguous(key, "key", 1, kInt);
   SAMOE_CHECK(key.numel() == 624, "key has ", key.numel(), " words, not 624");
-  SAMOE_CHECK(position >= 0 && position <= 624, "position = ", position, ": from 0 to 624");
+  check_range(position, "position", 0, 624);
   auto* words = reinterpret_cast<uint32_t*>(key.mutable_data_ptr<int32_t>());
   const int start = static_cast<int>(position);
   if (values.scalar_type() == kInt) {

@@ -33,6 +33,13 @@ inline const float* floats_or_null(const MaybeTensor& tensor, const char* name, 
   return tensor->const_data_ptr<float>();
 }
 
+// How many rows the matrices of a stack have together: their elements would not say it of rows without any.
+inline int64_t rows_of(const Tensor& w) {
+  int64_t rows = 1;
+  for (int64_t dim = 0; dim + 1 < w.dim(); ++dim) rows = product({rows, w.size(dim)});
+  return rows;
+}
+
 // A stack of [outputs, inputs] matrices; scales are one per row.
 inline Matrix matrix_of(const Tensor& w, const MaybeTensor& scale, const char* name,
                         const TensorChecks& checks = on_cpu()) {
@@ -42,7 +49,7 @@ inline Matrix matrix_of(const Tensor& w, const MaybeTensor& scale, const char* n
   SAMOE_CHECK(type == kFloat || type == kBFloat16 || type == kChar, name, " is ", type,
                    ", not Float, BFloat16 or Char");
   SAMOE_CHECK(scale.has_value() == (type == kChar), name, ": int8 weights, and they alone, have scales");
-  const float* scales = floats_or_null(scale, name, w.size(-1) == 0 ? 0 : w.numel() / w.size(-1), checks);
+  const float* scales = floats_or_null(scale, name, rows_of(w), checks);
   const auto kind = type == kFloat      ? WeightType::f32
                     : type == kBFloat16 ? WeightType::bf16
                                             : WeightType::i8;
@@ -59,16 +66,20 @@ class Scratch {
     next_ = buffer.mutable_data_ptr<float>();
     SAMOE_CHECK(reinterpret_cast<uintptr_t>(next_) % 16 == 0, "scratch does not begin at a multiple of 16 bytes");
   }
-  float* floats(int64_t count) {
-    count = (count + 15) / 16 * 16;
-    SAMOE_CHECK(count <= left_, "scratch is too small by ", count - left_, " floats");
+  // As many as the sizes come to, rounded up to 16.
+  float* floats(std::initializer_list<int64_t> sizes) {
+    const int64_t wanted = product(sizes), left = left_ / 16 * 16;
+    SAMOE_CHECK(wanted <= left, "scratch is too small: it has ", left, " floats left, not ", wanted);
+    const int64_t count = (wanted + 15) / 16 * 16;
     float* piece = next_;
     next_ += count;
     left_ -= count;
     return piece;
   }
-  int64_t* integers(int64_t count) { return reinterpret_cast<int64_t*>(floats(2 * count)); }
-  void* bytes(int64_t count) { return floats((count + 3) / 4); }
+  int64_t* integers(std::initializer_list<int64_t> sizes) {
+    return reinterpret_cast<int64_t*>(floats({2, product(sizes)}));
+  }
+  void* bytes(int64_t count) { return floats({(count + 3) / 4}); }
   // What was not handed out.
   float* rest() const { return next_; }
   int64_t num_left() const { return left_; }
@@ -88,8 +99,7 @@ inline cpu::DecodeNorm norm_of(const float* x, int64_t num_tokens, int64_t hidde
 inline cpu::DecodeLinear linear_of(const float* x, int64_t num_tokens, int64_t inputs, const Tensor& w,
                                    const MaybeTensor& scale, const MaybeTensor& bias, int64_t outputs, float* out,
                                    bool accumulate, const char* name, const TensorChecks& checks = on_cpu()) {
-  SAMOE_CHECK(w.size(-1) == inputs && w.numel() == inputs * outputs, name, " is ", w.sizes(), ", not ", outputs,
-                    " x ", inputs);
+  SAMOE_CHECK(w.size(-1) == inputs && rows_of(w) == outputs, name, " is ", w.sizes(), ", not ", outputs, " x ", inputs);
   return {x, matrix_of(w, scale, name, checks), floats_or_null(bias, name, outputs, checks), num_tokens, inputs, outputs,
           accumulate, out, threads_for(bytes_of(w))};
 }
@@ -227,9 +237,9 @@ inline void check_index(const Tensor& index, const char* name, int64_t num_exper
 // Experts but for what they are given and what they write.
 inline cpu::DecodeExperts experts_of(int64_t hidden, const ExpertArguments& a, const TensorChecks& checks = on_cpu()) {
   SAMOE_CHECK(a.w2.dim() == 3 && a.w2.size(1) == hidden, "w2 is ", a.w2.sizes(), ", not [.., ", hidden, ", F]");
-  const int64_t ffn = a.w2.size(2), width = a.gated ? 2 * ffn : ffn, num_experts = a.index1.size(0);
+  const int64_t ffn = a.w2.size(2), width = product({a.gated ? 2 : 1, ffn}), num_experts = a.index1.size(0);
   SAMOE_CHECK(a.w1.dim() == (a.gated ? 4 : 3) && a.w1.size(-1) == hidden &&
-                        a.w1.numel() == a.w1.size(0) * width * hidden,
+                        rows_of(a.w1) == product({a.w1.size(0), width}),
                     "w1 is ", a.w1.sizes(), " beside w2 ", a.w2.sizes());
   check_index(a.index1, "index1", num_experts, a.w1.size(0), checks);
   check_index(a.index2, "index2", num_experts, a.w2.size(0), checks);
@@ -242,8 +252,8 @@ inline cpu::DecodeExperts experts_of(int64_t hidden, const ExpertArguments& a, c
   e.index2_E = a.index2.const_data_ptr<int64_t>();
   e.w1 = matrix_of(a.w1, a.scale1, "w1", checks);
   e.w2 = matrix_of(a.w2, a.scale2, "w2", checks);
-  e.b1 = floats_or_null(a.b1, "b1", a.w1.size(0) * width, checks);
-  e.b2 = floats_or_null(a.b2, "b2", a.w2.size(0) * hidden, checks);
+  e.b1 = floats_or_null(a.b1, "b1", product({a.w1.size(0), width}), checks);
+  e.b2 = floats_or_null(a.b2, "b2", product({a.w2.size(0), hidden}), checks);
   e.factor1_E = floats_or_null(a.factor1, "factor1", num_experts, checks);
   e.factor2_E = floats_or_null(a.factor2, "factor2", num_experts, checks);
   e.hidden = hidden;

@@ -26,10 +26,10 @@ class CudaDecode : public samoe::CudaBackend {
     SAMOE_CHECK(a.norm_scale == nullptr && a.bias_E == nullptr && a.candidates_E == nullptr && a.num_groups == 0 &&
                     a.mixing_T2 == nullptr && a.factor == 1.0f,
                 "a GPU chooses by logits alone");
-    int64_t* counts = pieces.integers(a.num_experts);
-    float* sums = pieces.floats(a.num_experts);
-    float* z_sum = pieces.floats(1);
-    float* logsumexp = pieces.floats(a.num_tokens);
+    int64_t* counts = pieces.integers({a.num_experts});
+    float* sums = pieces.floats({a.num_experts});
+    float* z_sum = pieces.floats({1});
+    float* logsumexp = pieces.floats({a.num_tokens});
     const cpu::GateForward gate = {a.logits_TE, a.num_tokens, a.num_experts, a.topk, 1,     a.sigmoid, a.pre_softmax,
                                    a.probs_TK,  a.ids_TK,     counts,        sums,   z_sum, logsumexp, a.num_threads};
     launch(cuda::gate_forward, gate, pieces.bytes(cuda::gate_workspace_bytes(gate)));

@@ -40,7 +40,7 @@ void multiply(const samoe::Matrix& x, const cpu::Matrix& w, const float* bias, b
     const samoe::Matrix as_it_lies = {const_cast<void*>(w.data), x.dtype, out.columns, inputs, inputs};
     return add_times_transposed(x, as_it_lies, out, memory);
   }
-  const int64_t step = std::min(out.columns, std::max<int64_t>(64, kWideElements / inputs));
+  const int64_t step = std::min(out.columns, std::max<int64_t>(64, kWideElements / std::max<int64_t>(1, inputs)));
   const samoe::Matrix wide = memory.matrix(DType::f32, step, inputs);
   for (int64_t begin = 0; begin < out.columns; begin += step) {
     const int64_t end = std::min(out.columns, begin + step);
@@ -153,7 +153,7 @@ void run_linear(const cpu::DecodeLinear& a) {
 void run_experts(const cpu::DecodeExperts& a) {
   // Of an expert that has its fair part of the tokens. Rounded products pay from 8 tokens on; a layer's bound is higher, so
   // that batches that are decoded keep fp32.
-  const int64_t fair = a.num_tokens * a.topk / a.num_experts;
+  const int64_t fair = a.num_tokens * a.topk / std::max<int64_t>(1, a.num_experts);
   const bool pays = rounds(a.w1.type) ? fair >= 8 : takes_products(a.w1.type, fair);
   if (takes_products(a.w1.type, a.num_tokens) && pays) return expert_products(a);
   cpu::kernels().decode_experts(a);

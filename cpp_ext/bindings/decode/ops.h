@@ -46,7 +46,7 @@ void attend(const B& backend, cpu::DecodeAttention a, const float* qkv, int64_t 
   a.pages = places.pages.const_data_ptr<int32_t>();
   a.pages_per_slot = places.pages.size(1);
   a.num_tokens = num_tokens;
-  a.qkv_scratch = pieces.floats(num_tokens * a.kv_heads * (a.queries_per_kv + 2) * a.head_dim);
+  a.qkv_scratch = pieces.floats({num_tokens, a.kv_heads, a.queries_per_kv + 2, a.head_dim});
   a.out = out;
   a.num_threads = threads_for(num_tokens * a.kv_heads * a.queries_per_kv * a.head_dim * 256);
   backend.attention(a, places.pages.size(0), keys.size(0), num_angles.value_or(0), pieces);
@@ -63,12 +63,12 @@ void decode_attention_block(const Tensor& x, const Tensor& norm_weight, const Ma
   backend.check_contiguous(x, "x", 2, kFloat);
   SAMOE_CHECK(qkv_w.dim() == 4 && qkv_w.size(1) > 2, "qkv is ", qkv_w.sizes(), ", not [G, Q + 2, D, H]");
   const int64_t T = x.size(0), H = x.size(1), G = qkv_w.size(0), Q = qkv_w.size(1) - 2, D = qkv_w.size(2);
-  const int64_t width = G * (Q + 2) * D;
+  const int64_t width = product({G, Q + 2, D});
   Scratch pieces(scratch, backend);
   float* residual = x.mutable_data_ptr<float>();
-  float* normed = pieces.floats(T * H);
-  float* qkv = pieces.floats(T * width);
-  float* attended = pieces.floats(T * G * Q * D);
+  float* normed = pieces.floats({T, H});
+  float* qkv = pieces.floats({T, width});
+  float* attended = pieces.floats({T, G, Q, D});
   backend.norm(norm_of(residual, T, H, norm_weight, norm_bias, epsilon, rms, normed, backend));
   backend.linear(linear_of(normed, T, H, qkv_w, qkv_scale, qkv_bias, width, qkv, false, "qkv", backend));
   attend(backend, attention_of(G, Q, D, head_norms, epsilon, rms, cos, sin, keys, values, backend), qkv, T,
@@ -93,7 +93,7 @@ void run_experts(const B& backend, cpu::DecodeExperts e, const Tensor& w1, const
   e.probs_TK = probs;
   e.num_tokens = num_tokens;
   e.topk = topk;
-  e.h_NF = pieces.floats(num_tokens * topk * e.ffn);
+  e.h_NF = pieces.floats({num_tokens, topk, e.ffn});
   e.y_NH = y;
   e.combine = combine;
   e.out_TH = out;
@@ -129,12 +129,12 @@ void route(const B& backend, const float* x, int64_t num_tokens, int64_t hidden,
            Scratch& pieces, int64_t* ids, float* probs, float* shared = nullptr) {
   auto choice = choice_of(num_tokens, hidden, router, backend);
   const int64_t E = choice.num_experts;
-  choice.logits_TE = pieces.floats(num_tokens * E);
+  choice.logits_TE = pieces.floats({num_tokens, E});
   choice.ids_TK = ids;
   choice.probs_TK = probs;
   backend.linear(linear_of(x, num_tokens, hidden, router.weight, {}, {}, E, choice.logits_TE, false, "router", backend));
   if (router.mixing.has_value()) {
-    float* mixing = pieces.floats(num_tokens * 2);
+    float* mixing = pieces.floats({num_tokens, 2});
     backend.linear(linear_of(x, num_tokens, hidden, *router.mixing, {}, router.mixing_bias, 2, mixing, false, "mixing", backend));
     choice.mixing_T2 = mixing;
     choice.shared_T = shared;
@@ -180,9 +180,9 @@ void decode_moe_block(const Tensor& x, const Tensor& norm_weight, const MaybeTen
       experts_of(H, {index1, index2, w1, scale1, b1, w2, scale2, b2, factor1, factor2, gated}, backend);
   Scratch pieces(scratch, backend);
   float* residual = x.mutable_data_ptr<float>();
-  float* normed = pieces.floats(T * H);
-  int64_t* ids = pieces.integers(T * topk);
-  float* probs = pieces.floats(T * topk);
+  float* normed = pieces.floats({T, H});
+  int64_t* ids = pieces.integers({T, topk});
+  float* probs = pieces.floats({T, topk});
   backend.norm(norm_of(residual, T, H, norm_weight, norm_bias, epsilon, rms, normed, backend));
   if (router.has_value()) {
     const MaybeTensor none;
@@ -190,7 +190,7 @@ void decode_moe_block(const Tensor& x, const Tensor& norm_weight, const MaybeTen
   } else {  // a dense MLP is a single expert
     backend.choose_only_expert(T, ids, probs);
   }
-  float* y = pieces.floats(T * topk * H);
+  float* y = pieces.floats({T, topk, H});
   run_experts(backend, experts, w1, w2, normed, T, ids, probs, topk, pieces, y, true, residual);
 }
 
@@ -208,7 +208,8 @@ void combine_rows(const Tensors& banks, const std::vector<MaybeTensor>& scales, 
     SAMOE_CHECK(banks[p].sizes().equals(out.sizes()), "a bank is ", banks[p].sizes(), ", out ", out.sizes());
     sources.push_back(matrix_of(banks[p], scales[p], "bank", backend));
   }
-  const int64_t cols = out.size(-1), rows = cols == 0 ? 0 : out.numel() / cols;
+  if (out.numel() == 0) return;
+  const int64_t cols = out.size(-1), rows = rows_of(out);
   backend.combine_rows({sources.data(), coefficients.const_data_ptr<float>(), coefficients.size(0), rows, cols,
                         target.type, out.mutable_data_ptr(),
                         out_scale.has_value() ? out_scale->mutable_data_ptr<float>() : nullptr,

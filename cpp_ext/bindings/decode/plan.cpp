@@ -57,7 +57,8 @@ int64_t decode_plan(const Tensor& words, const MaybeTensor& words_scale, const M
   const int64_t T = x.size(0), H = x.size(1);
   SAMOE_CHECK(words.dim() == 2 && words.size(1) == H, "words are ", words.sizes(), ", not [V, ", H, "]");
   SAMOE_CHECK(output.sizes().equals(words.sizes()), "output is ", output.sizes(), ", words ", words.sizes());
-  SAMOE_CHECK(max_logits >= 0, "max_logits = ", max_logits);
+  check_range(max_logits, "max_logits", 0, INT64_MAX);
+  max_logits = std::min(max_logits, T);  // a step has no more tokens
   auto plan = std::make_shared<Plan>();
   plan->x = x;
   plan->scratch = scratch;
@@ -97,18 +98,18 @@ void decode_plan_attention(int64_t number, const Tensor& norm_weight, const Mayb
   const auto plan = find_plan(number);
   SAMOE_CHECK(qkv_w.dim() == 4 && qkv_w.size(1) > 2, "qkv is ", qkv_w.sizes(), ", not [G, Q + 2, D, H]");
   const int64_t T = plan->max_tokens, H = plan->step.hidden;
-  const int64_t G = qkv_w.size(0), Q = qkv_w.size(1) - 2, D = qkv_w.size(2), width = G * (Q + 2) * D;
+  const int64_t G = qkv_w.size(0), Q = qkv_w.size(1) - 2, D = qkv_w.size(2), width = product({G, Q + 2, D});
   Scratch pieces(plan->scratch);
   float* residual = plan->step.x_TH;
-  float* normed = pieces.floats(T * H);
-  float* qkv = pieces.floats(T * width);
+  float* normed = pieces.floats({T, H});
+  float* qkv = pieces.floats({T, width});
   DecodeLayer layer = {};
   layer.attention_norm = norm_of(residual, 0, H, norm_weight, norm_bias, epsilon, rms, normed);
   layer.qkv = linear_of(normed, 0, H, qkv_w, qkv_scale, qkv_bias, width, qkv, false, "qkv");
   layer.attention = attention_of(G, Q, D, head_norms, epsilon, rms, plan->cos, plan->sin, keys, values);
   layer.attention.qkv = qkv;
-  layer.attention.qkv_scratch = pieces.floats(T * width);
-  float* attended = layer.attention.out = pieces.floats(T * G * Q * D);
+  layer.attention.qkv_scratch = pieces.floats({T, width});
+  float* attended = layer.attention.out = pieces.floats({T, G, Q, D});
   layer.output = linear_of(attended, 0, G * Q * D, out_w, out_scale, out_bias, H, residual, true, "output");
   SAMOE_CHECK(plan->num_pages < 0 || keys.size(0) == plan->num_pages, "keys have ", keys.size(0),
                     " pages, those of other layers ", plan->num_pages);
@@ -129,8 +130,8 @@ samoe::cpu::DecodeExperts planned_experts(Plan& plan, const float* normed, const
   e.ids_TK = ids != nullptr ? ids : plan.zeros.const_data_ptr<int64_t>();
   e.probs_TK = probs != nullptr ? probs : plan.ones.const_data_ptr<float>();
   e.topk = topk;
-  e.h_NF = pieces.floats(plan.max_tokens * topk * e.ffn);
-  e.y_NH = pieces.floats(plan.max_tokens * topk * e.hidden);
+  e.h_NF = pieces.floats({plan.max_tokens, topk, e.ffn});
+  e.y_NH = pieces.floats({plan.max_tokens, topk, e.hidden});
   e.combine = true;
   e.out_TH = plan.step.x_TH;
   return e;
@@ -144,18 +145,18 @@ void decode_plan_mlp(int64_t number, const Tensor& norm_weight, const MaybeTenso
                      const Tensor& w2, const MaybeTensor& scale2, const MaybeTensor& b2, const MaybeTensor& factor1,
                      const MaybeTensor& factor2, bool gated) {
   const auto plan = find_plan(number);
-  DecodeLayer& layer = plan->last_layer();
+  DecodeLayer layer = plan->last_layer();  // replaced when all of it is right
   const int64_t T = plan->max_tokens, H = plan->step.hidden, E = index1.size(0);
   SAMOE_CHECK(topk >= 1 && topk <= E && (router.has_value() || topk == 1), "topk = ", topk, " of ", E, " experts");
   Scratch pieces(plan->scratch);
-  float* normed = pieces.floats(T * H);
+  float* normed = pieces.floats({T, H});
   layer.mlp_norm = norm_of(plan->step.x_TH, 0, H, norm_weight, norm_bias, epsilon, rms, normed);
   int64_t* ids = nullptr;
   float* probs = nullptr;
   if (router.has_value()) {
-    float* logits = pieces.floats(T * E);
-    ids = pieces.integers(T * topk);
-    probs = pieces.floats(T * topk);
+    float* logits = pieces.floats({T, E});
+    ids = pieces.integers({T, topk});
+    probs = pieces.floats({T, topk});
     layer.router = linear_of(normed, 0, H, *router, {}, {}, E, logits, false, "router");
     layer.choice = choice_of(0, H, {*router, norm_scale, router_bias, candidates, mixing, mixing_bias, topk, sigmoid, pre_softmax,
                                     num_groups, group_topk, factor});
@@ -163,7 +164,7 @@ void decode_plan_mlp(int64_t number, const Tensor& norm_weight, const MaybeTenso
     layer.choice.probs_TK = probs;
     layer.choice.ids_TK = ids;
     if (mixing.has_value()) {
-      float* mixed = pieces.floats(T * 2);
+      float* mixed = pieces.floats({T, 2});
       layer.mixing = linear_of(normed, 0, H, *mixing, {}, mixing_bias, 2, mixed, false, "mixing");
       layer.choice.mixing_T2 = mixed;
       layer.choice.shared_T = plan->mixed.mutable_data_ptr<float>();
@@ -173,6 +174,7 @@ void decode_plan_mlp(int64_t number, const Tensor& norm_weight, const MaybeTenso
       *plan, normed, ids, probs, topk,
       {index1, index2, w1, scale1, b1, w2, scale2, b2, factor1, factor2, gated}, pieces);
   plan->keep({norm_weight, norm_bias, router, norm_scale, router_bias, candidates, mixing, mixing_bias});
+  plan->last_layer() = layer;
 }
 
 void decode_plan_shared(int64_t number, const Tensor& index1, const Tensor& index2, const Tensor& w1,
@@ -182,7 +184,7 @@ void decode_plan_shared(int64_t number, const Tensor& index1, const Tensor& inde
   DecodeLayer& layer = plan->last_layer();
   SAMOE_CHECK(layer.experts.w1.type == matrix_of(w1, scale1, "w1").type, "the layer's experts are of another type");
   Scratch pieces(plan->scratch);
-  const float* normed = pieces.floats(plan->max_tokens * plan->step.hidden);
+  const float* normed = pieces.floats({plan->max_tokens, plan->step.hidden});
   layer.shared = planned_experts(*plan, normed, nullptr, layer.choice.shared_T, 1,
                                  {index1, index2, w1, scale1, b1, w2, scale2, b2, factor1, factor2, gated}, pieces);
 }

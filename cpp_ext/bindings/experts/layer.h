@@ -46,8 +46,7 @@ inline ExpertLayer check_expert_layer(const TensorChecks& checks, const Tensor& 
   check_bias(b2, "b2", 2, hidden);
   int64_t total = 0;
   for (const int64_t n : rows) {
-    SAMOE_CHECK(n >= 0, "an expert has ", n, " rows");
-    total += n;
+    SAMOE_CHECK(n >= 0 && !__builtin_add_overflow(total, n, &total), "an expert has ", n, " rows");
   }
   SAMOE_CHECK(total == x.size(0), "rows sums to ", total, ", x has ", x.size(0), " rows");
   return {w1, w2, b1, b2, gated, rows.vec(), total, hidden, width, up, dtype_of(x)};

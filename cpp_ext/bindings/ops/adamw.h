@@ -10,6 +10,7 @@ namespace samoe {
 namespace ops {
 
 constexpr int64_t kElementsPerThread = 16384;
+constexpr int64_t kMostSteps = 1000;  // of Newton and Schulz: ten times what an option allows
 
 // A run may be any view of contiguous memory: its shape does not matter, its order does.
 inline void check_run(const TensorChecks& checks, const Tensor& tensor, const char* name, size_t i, int64_t num,
@@ -62,11 +63,13 @@ inline void newton_schulz(const Tensor& x, int64_t num_steps, int64_t steps_at_o
   const CpuBackend backend(x, "x");
   backend.check_contiguous(x, "x", 3, kFloat);
   backend.check_sizes(out, "out", x.sizes(), kFloat);
-  SAMOE_CHECK(steps_at_once >= 1, "steps_at_once is ", steps_at_once);
+  check_range(num_steps, "num_steps", 0, kMostSteps);
+  check_range(steps_at_once, "steps_at_once", 1, kMostSteps);
+  if (x.numel() == 0) return;
   const auto number = [](double v) { return static_cast<float>(v); };
   cpu::kernels().newton_schulz({x.const_data_ptr<float>(), x.size(0), x.size(1), x.size(2), static_cast<int>(num_steps),
                                 static_cast<int>(steps_at_once), number(a), number(b), number(c), number(epsilon), number(factor),
-                                out.mutable_data_ptr<float>(), backend.threads(x.numel() * 16, 64 << 10, static_cast<int>(x.size(0)))});
+                                out.mutable_data_ptr<float>(), backend.threads(x.numel() * 16, 64 << 10, x.size(0))});
 }
 
 inline void add_optimizer_ops(Library& m) {

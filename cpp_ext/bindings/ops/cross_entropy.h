@@ -15,6 +15,7 @@ inline std::tuple<Tensor, Tensor, Tensor> cross_entropy_parts(const Tensor& logi
   backend.check_rows(logits, "logits");
   backend.check_sizes(labels, "labels", {logits.size(0)}, kLong);
   const int64_t num_tokens = logits.size(0), width = logits.size(1);
+  check_range(first_id, "first_id", 0, INT64_MAX - width);
   Tensor peak = uninitialized({num_tokens}, logits, kFloat), sum = uninitialized({num_tokens}, logits, kFloat);
   Tensor target = uninitialized({num_tokens}, logits, kFloat);
   backend.cross_entropy_forward({dtype_of(logits), logits.const_data_ptr(), labels.const_data_ptr<int64_t>(),
@@ -32,6 +33,7 @@ inline Tensor cross_entropy_backward(const Tensor& logits, const Tensor& labels,
   backend.check_sizes(logsumexp, "logsumexp", {logits.size(0)}, kFloat);
   backend.check_sizes(dloss, "dloss", {logits.size(0)}, kFloat);
   const int64_t num_tokens = logits.size(0), width = logits.size(1);
+  check_range(first_id, "first_id", 0, INT64_MAX - width);
   Tensor dlogits = uninitialized(logits.sizes(), logits);
   backend.cross_entropy_backward({dtype_of(logits), logits.const_data_ptr(), labels.const_data_ptr<int64_t>(),
                                   logsumexp.const_data_ptr<float>(), dloss.const_data_ptr<float>(), num_tokens, width,

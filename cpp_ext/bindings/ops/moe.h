@@ -1,6 +1,7 @@
 // The routing and pool ops for every backend (cpu_backend.h, cuda_backend.h): checks, allocation, launch.
 #pragma once
 
+#include <algorithm>
 #include <tuple>
 
 #include "../check.h"
@@ -8,6 +9,14 @@
 
 namespace samoe {
 namespace ops {
+
+// Tokens in groups, each with its counts of the experts.
+inline void check_groups(const Tensor& logits, int64_t num_groups) {
+  const int64_t num_tokens = logits.size(0);
+  SAMOE_CHECK(num_groups >= 1 && num_tokens % num_groups == 0, "num_groups = ", num_groups,
+                    ": a divisor of the number of tokens, ", num_tokens);
+  check_range(product({num_groups, logits.size(1)}), "num_groups x experts", 0, std::max(logits.numel(), kMostCounts));
+}
 
 template <typename B>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate(const Tensor& logits, int64_t topk, bool sigmoid,
@@ -20,10 +29,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate(const Tenso
     SAMOE_CHECK(key->sizes().equals(logits.sizes()), "key ", key->sizes(), " and logits ", logits.sizes(), " differ");
   }
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
-  SAMOE_CHECK(topk >= 1 && topk <= num_experts, "topk = ", topk, ": from 1 to ", num_experts);
+  check_range(topk, "topk", 1, num_experts);
   SAMOE_CHECK(num_experts < INT32_MAX, "too many experts: ", num_experts);
-  SAMOE_CHECK(num_groups >= 1 && num_tokens % num_groups == 0, "num_groups = ", num_groups,
-                    ": a divisor of the number of tokens, ", num_tokens);
+  check_groups(logits, num_groups);
   Tensor probs = uninitialized({num_tokens, topk}, logits), ids = uninitialized({num_tokens, topk}, logits, kLong);
   Tensor counts = uninitialized({num_groups, num_experts}, logits, kLong), score_sum = uninitialized({num_groups, num_experts}, logits);
   Tensor z_sum = uninitialized({}, logits), logsumexp = uninitialized({num_tokens}, logits);
@@ -45,7 +53,7 @@ Tensor topk_gate_backward(const Tensor& logits, const Tensor& logsumexp, const T
   backend.check_contiguous(probs, "probs", 2, kFloat);
   backend.check_contiguous(ids, "ids", 2, kLong);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
-  SAMOE_CHECK(num_groups >= 1 && num_tokens % num_groups == 0, "num_groups = ", num_groups);
+  check_groups(logits, num_groups);
   SAMOE_CHECK(logsumexp.size(0) == num_tokens && probs.size(0) == num_tokens && ids.sizes().equals(probs.sizes()),
                     "the saved tensors do not belong to these logits");
   backend.check_index(ids, "ids", 0, num_experts);
@@ -65,7 +73,7 @@ template <typename B>
 std::tuple<Tensor, Tensor, Tensor, Tensor> make_permutation(const Tensor& ids, int64_t num_experts) {
   const B backend(ids, "ids");
   backend.check_contiguous(ids, "ids", 2, kLong);
-  SAMOE_CHECK(num_experts >= 1, "num_experts = ", num_experts);
+  check_range(num_experts, "num_experts", 1, kMostCounts);
   SAMOE_CHECK(ids.numel() < INT32_MAX, "too many slots: ", ids.numel());
   const Tensor counts = uninitialized({num_experts}, ids), ends = uninitialized({num_experts}, ids, kInt);
   const CountedSlots slots = backend.count_slots(ids, counts, ends);
@@ -81,7 +89,7 @@ Tensor permute(const Tensor& x, const Tensor& slot_of_row, int64_t topk) {
   backend.check_rows(x, "x");
   backend.check_contiguous(slot_of_row, "slot_of_row", 1, kLong);
   SAMOE_CHECK(topk >= 1, "topk = ", topk);
-  backend.check_index(slot_of_row, "slot_of_row", 0, x.size(0) * topk);
+  backend.check_index(slot_of_row, "slot_of_row", 0, product({x.size(0), topk}));
   const int64_t num_rows = slot_of_row.size(0);
   const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
   Tensor rows = uninitialized({num_rows, x.size(1)}, x);
@@ -98,6 +106,7 @@ Tensor unpermute(const Tensor& rows, const MaybeTensor& probs, const Tensor& row
   backend.check_rows(rows, "rows");
   backend.check_contiguous(row_of_slot, "row_of_slot", 2, kLong);
   backend.check_sizes(probs, "probs", row_of_slot.sizes(), kFloat);
+  SAMOE_CHECK(row_of_slot.size(1) >= 1, "row_of_slot is ", row_of_slot.sizes(), "; a token has at least one slot");
   backend.check_index(row_of_slot, "row_of_slot", -1, rows.size(0));
   Tensor y = uninitialized({row_of_slot.size(0), rows.size(1)}, rows);
   backend.unpermute({dtype_of(rows), rows.const_data_ptr(), data_or_null<float>(probs),
@@ -161,6 +170,7 @@ void combine_banks(const Tensor& coefficients, const Tensor& banks, const Tensor
   const auto [num_layers, num_groups, num_banks, num_elements] = check_banks(backend, coefficients, banks);
   SAMOE_CHECK(out.scalar_type() == kFloat || out.scalar_type() == kBFloat16, "out is ", out.scalar_type());
   check_strided(backend, out, "out", out.scalar_type(), {num_layers, num_groups, num_elements});
+  if (out.numel() == 0) return;
   backend.combine(
       {coefficients.const_data_ptr<float>(), strided(banks.const_data_ptr<float>(), banks), dtype_of(out),
        strided(static_cast<char*>(out.mutable_data_ptr()), out, static_cast<int64_t>(out.element_size())), num_layers,
@@ -176,6 +186,7 @@ Tensor combine_banks_backward(const Tensor& coefficients, const Tensor& banks, c
   check_strided(backend, dbanks, "dbanks", kFloat, {num_banks, num_groups, num_elements});
   check_strided(backend, dweights, "dweights", kFloat, {num_layers, num_groups, num_elements});
   Tensor dcoefficients = uninitialized(coefficients.sizes(), coefficients);
+  if (coefficients.numel() == 0) return dcoefficients;
   backend.combine_backward(
       {coefficients.const_data_ptr<float>(), strided(banks.const_data_ptr<float>(), banks),
        strided(dweights.const_data_ptr<float>(), dweights), strided(dbanks.mutable_data_ptr<float>(), dbanks),

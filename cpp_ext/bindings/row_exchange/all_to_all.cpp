@@ -35,8 +35,8 @@ std::vector<Part> parts_of(const std::vector<int64_t>& offsets, const std::vecto
   for (size_t r = 0; r < bytes.size(); ++r) {
     SAMOE_CHECK(bytes[r] >= 0, name, " has a negative split of ", bytes[r], " bytes");
     const int64_t offset = offsets.empty() ? end : offsets[r];
-    SAMOE_CHECK(offset >= 0 && offset <= size - bytes[r], name, " has ", size, " bytes and a part from ", offset,
-                      " to ", offset + bytes[r]);
+    SAMOE_CHECK(offset >= 0 && offset <= size - bytes[r], name, " has ", size, " bytes and a part of ", bytes[r],
+                      " at ", offset);
     parts.push_back({offset, bytes[r]});
     end = offset + bytes[r];
   }

@@ -19,6 +19,7 @@ using samoe::comm::ShmAllToAll;
 
 int64_t shm_create(int64_t rank, int64_t world, int64_t spins, double timeout_s) {
   SAMOE_CHECK(world >= 1 && world <= 4096 && rank >= 0 && rank < world, "rank ", rank, " of ", world);
+  check_range(spins, "spins", 0, INT32_MAX);
   auto communicator =
       std::make_shared<ShmAllToAll>(static_cast<int>(rank), static_cast<int>(world), static_cast<int>(spins), timeout_s);
   const std::string problem = communicator->create();
@@ -32,8 +33,8 @@ std::tuple<Tensor, std::string> shm_stage_rows(int64_t handle, const Tensor& x, 
                                                double seconds) {
   SAMOE_CHECK(x.device().is_cpu() && x.dim() == 2 && x.is_contiguous(), "x is not a contiguous CPU matrix");
   check_contiguous(index, "index", 1, kLong);
-  SAMOE_CHECK(divisor >= 1, "divisor = ", divisor);
-  check_index(index, "index", 0, x.size(0) * divisor);
+  check_range(divisor, "divisor", 1, INT64_MAX);
+  check_index(index, "index", 0, product({x.size(0), divisor}));
   const int64_t num_rows = index.size(0), row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
   std::shared_ptr<Mapping> memory;
   std::string why;

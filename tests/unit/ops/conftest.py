@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,17 @@ from tests.harness import emulated_cuda
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The namespace of the CUDA ops."""
+def library_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of the CUDA ops."""
     if shutil.which("g++") is None or not emulated_cuda.BINDINGS:
         pytest.skip("needs g++ and the source tree")
-    definitions = emulated_cuda.load_library(emulated_cuda.build_library(tmp_path_factory.mktemp("emulated")))
+    return emulated_cuda.build_library(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="session")
+def library(library_file: Path) -> Iterator[Any]:
+    """The namespace of the CUDA ops."""
+    definitions = emulated_cuda.load_library(library_file)
     yield getattr(torch.ops, emulated_cuda.NAMESPACE)
     definitions._destroy()
 

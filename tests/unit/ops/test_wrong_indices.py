@@ -1,12 +1,16 @@
-"""An index that names nothing is an error of the op that takes it, forward and backward, and ends no process.
+"""What an op cannot take is an error of the op that is given it, forward and backward, and ends no process.
 
-On a CPU the op refuses it; a CUDA kernel stops by an assertion, in the emulation as on a device.
+An index that names nothing is refused on a CPU; a CUDA kernel stops at it by an assertion, in the emulation as on a
+device. Other arguments are refused before anything runs.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +23,7 @@ from megatron_samoe.ops.decode_parts import Places
 from megatron_samoe.ops.grouped_mlp import grouped_mlp
 from megatron_samoe.ops.permute import gather_rows, make_permutation
 from megatron_samoe.ops.topk_gate import ChoiceRule, described
+from tests.harness import emulated_cuda
 from tests.harness.op_checks import expert_weights
 from tests.unit.ops.test_decode import Routing, make_attention, make_experts, make_norm, normal
 
@@ -137,3 +142,86 @@ def test_rows_of_experts_are_all_rows(rows: list[int]) -> None:
         weights = expert_weights(len(rows), 24, 16, "gelu", True, dtype)
         with pytest.raises((ValueError, RuntimeError), match="rows"):
             grouped_mlp(torch.ones(5, 16, dtype=dtype), rows, weights, "gelu")
+
+
+MOST = (1 << 63) - 1
+#: Least and most of each integer of the calls in tests/harness/raw_calls.py, whose tensors have the sizes given there.
+#: Of others no number that is tried would do.
+TAKEN: dict[str, tuple[int, int]] = {
+    "topk_gate topk": (1, 4),
+    "topk_gate num_groups": (1, 6),
+    "make_permutation num_experts": (1, 1 << 20),
+    "permute topk": (1, MOST // 3),
+    "cross_entropy_parts first_id": (0, MOST - 20),
+    "cross_entropy_backward first_id": (0, MOST - 20),
+    "adamw step": (1, MOST),
+    "decode_route num_groups": (0, 4),
+    "decode_route group_topk": (1, 2),
+    "decode_moe_block topk": (1, 2),
+    "decode_plan max_logits": (0, MOST),
+    "decode_plan_mlp num_groups": (0, 2),
+    "decode_plan_mlp group_topk": (1, 1),
+    "decode_plan_mlp topk": (1, 2),
+    "decode_plan_close plan": (-MOST - 1, MOST),
+    "newton_schulz num_steps": (0, 1000),
+    "newton_schulz steps_at_once": (1, 1000),
+    "set_products fp32_tokens": (-MOST - 1, MOST),
+    "set_products bf16_tokens": (-MOST - 1, MOST),
+    "build_sample_index seq_length": (1, 4),
+    "gather_samples dtype_code": (1, 8),
+    "shuffle_legacy position": (0, 624),
+    "all_to_all_finish exchange": (-MOST - 1, MOST),
+    "all_to_all_close handle": (-MOST - 1, MOST),
+    "shm_create rank": (0, 0),
+    "shm_create world": (1, 1),
+    "shm_create spins": (0, (1 << 31) - 1),
+    "shm_stage_rows divisor": (1, MOST // 3),
+}
+
+
+def _raw_calls(*library: Path) -> list[list[str]]:
+    """Makes all calls of tests/harness/raw_calls.py in a process, and in another one those after a call that ended it.
+
+    Returns each call: its number, op, what is wrong, its integer, and how it ended.
+    """
+    lines: list[str] = []
+    for _ in range(20):
+        command = [sys.executable, "-m", "tests.harness.raw_calls", str(len(lines)), *map(str, library)]
+        result = subprocess.run(command, cwd=emulated_cuda.ROOT, capture_output=True, text=True, timeout=300)
+        lines += result.stdout.splitlines()
+        if result.returncode == 0:
+            break
+        assert result.returncode < 0, result.stderr
+        lines[-1] += f"ended by signal {-result.returncode}"
+    return [line.split("\t") for line in lines]
+
+
+def _check_raw_calls(*library: Path) -> set[str]:
+    """Returns the ops that refuse a well-formed call."""
+    calls = _raw_calls(*library)
+    assert len(calls) > 8_000
+    too_much = [call[4] for call in calls if call[2] == "too much for memory"]
+    assert all(outcome.startswith("MemoryError") for outcome in too_much)
+    bad = [call for call in calls if call[4].startswith(("ended by", "SystemError"))]
+    short = [call for call in calls if "alloc" in call[4] and not call[4].startswith("not made")]
+    assert bad == [] and len(short) == len(too_much)
+    refused = {op for _, op, what, _, outcome in calls if what.endswith("as it should be") and outcome != "returned"}
+    for _, op, what, integer, outcome in calls:
+        if integer and op not in refused:
+            name, _, value = integer.partition("=")
+            low, high = TAKEN.get(f"{op} {name}", (0, -1))
+            assert (outcome == "returned") == (low <= int(value) <= high), (op, what, outcome)
+    return refused
+
+
+@needs_library
+def test_no_argument_ends_a_process_or_fills_memory() -> None:
+    refused = _check_raw_calls()
+    assert all(op.startswith("nccl_") for op in refused)
+
+
+@needs_library
+@pytest.mark.night
+def test_no_argument_of_a_gpus_ops_does(library_file: Path) -> None:
+    """By the bindings that share their checks with those of CPUs, and the emulated kernels."""
+    assert _check_raw_calls(library_file) == {"decode_route"}, "a GPU chooses by logits alone"

@@ -1,6 +1,7 @@
 // Pool combination W[l,g] = sum_p A[l,g,p] T[p,g] for all layers in one pass over the banks, and its backward in one
 // pass over the layers' gradients. Work is cut into blocks of a group's elements that stay in the first-level cache.
 #include <cstdlib>
+#include <new>
 
 #include "../../kernels.h"
 #include "vec.h"
@@ -192,6 +193,7 @@ void combine_backward(const CombineBackward& c) {
   const int64_t num_tasks = c.num_groups * tasks_per_group;
   const int64_t num_sums = c.num_layers * c.num_banks;
   double* sums = static_cast<double*>(std::calloc(static_cast<size_t>(num_tasks * num_sums + 1), sizeof(double)));
+  if (sums == nullptr) throw std::bad_alloc();
 #pragma omp parallel for schedule(static) num_threads(c.num_threads)
   for (int64_t task = 0; task < num_tasks; ++task) {
     const int64_t g = task / tasks_per_group;

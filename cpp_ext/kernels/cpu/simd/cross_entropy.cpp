@@ -61,16 +61,23 @@ SAMOE_INLINE float one_logit(const T* row, int64_t v) {
   return sum_lanes(load_part(row + v, 1));
 }
 
+// The column of a token's label, or -1 where the label is another part's. Labels may be any numbers.
+template <typename A>
+SAMOE_INLINE int64_t column_of(const A& a, int64_t t) {
+  const int64_t label = a.labels_T[t];
+  return label >= a.first_id && label - a.first_id < a.width ? label - a.first_id : -1;
+}
+
 template <typename T>
 void forward_typed(const CrossEntropyForward& a) {
   const T* logits = static_cast<const T*>(a.logits_TV);
 #pragma omp parallel for schedule(static) num_threads(a.num_threads)
   for (int64_t t = 0; t < a.num_tokens; ++t) {
     const T* row = logits + t * a.width;
-    const int64_t label = a.labels_T[t] - a.first_id;
+    const int64_t label = column_of(a, t);
     a.peak_T[t] = peak_of(row, a.width);
     a.sum_T[t] = static_cast<float>(sum_of(row, a.width, a.peak_T[t]));
-    a.target_T[t] = label >= 0 && label < a.width ? one_logit(row, label) : 0.0f;
+    a.target_T[t] = label >= 0 ? one_logit(row, label) : 0.0f;
   }
 }
 
@@ -95,8 +102,8 @@ void backward_typed(const CrossEntropyBackward& a) {
           write(out + v, value, streamed);
         }
       }
-      const int64_t label = a.labels_T[t] - a.first_id;
-      if (label < 0 || label >= a.width) continue;
+      const int64_t label = column_of(a, t);
+      if (label < 0) continue;
       if (streamed) fence();  // before an ordinary store into the same line
       const vf value = exp(splat(one_logit(row, label) - logsumexp)) * gradient - gradient;
       store_part(out + label, value, 1);

@@ -74,9 +74,10 @@ void store_i8(const float* row, int64_t num_cols, int8_t* out, float* scale) {
 }  // namespace
 
 void combine_rows(const CombineRows& a) {
+  const ThreadFloats memory(a.num_threads, a.num_cols);
 #pragma omp parallel num_threads(a.num_threads)
   {
-    float* sum = thread_floats(a.num_cols);
+    float* sum = memory.own();
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < a.num_rows; ++row) {
       bool first = true;

@@ -8,6 +8,10 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include "../../decode.h"
 #include "vec.h"
 
@@ -42,6 +46,24 @@ static float* thread_floats(int64_t count) {
   static thread_local ThreadMemory memory;
   return static_cast<float*>(memory.bytes(count * static_cast<int64_t>(sizeof(float))));
 }
+
+// Floats for each thread of a parallel region, made before it: a failure inside would end the process.
+class ThreadFloats {
+ public:
+  ThreadFloats(int num_threads, int64_t count)
+      : count_((count + 15) / 16 * 16), data_(thread_floats(num_threads * count_)) {}
+  float* own() const {
+#if defined(_OPENMP)
+    return data_ + omp_get_thread_num() * count_;
+#else
+    return data_;
+#endif
+  }
+
+ private:
+  int64_t count_;
+  float* data_;
+};
 
 // 2 kLanes bf16 as they lie, two in a lane; those after the first `left` are 0.
 SAMOE_INLINE vu load_pairs(const uint16_t* p, int64_t left) {

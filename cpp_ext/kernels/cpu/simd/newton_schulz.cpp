@@ -191,9 +191,10 @@ void one(const NewtonSchulz& a, const float* in, float* out, float* work) {
 
 void newton_schulz(const NewtonSchulz& a) {
   const int64_t m = padded(a.rows < a.columns ? a.rows : a.columns), n = padded(a.rows < a.columns ? a.columns : a.rows);
+  const ThreadFloats memory(a.num_threads, 3 * m * n + kSquares * m * m);
 #pragma omp parallel num_threads(a.num_threads)
   {
-    float* const work = thread_floats(3 * m * n + kSquares * m * m);
+    float* const work = memory.own();
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < a.num; ++i) one(a, a.x + i * a.rows * a.columns, a.out + i * a.rows * a.columns, work);
   }
