@@ -4,8 +4,8 @@ MEGATRON_SAMOE_BUILD=auto (default) builds what the machine allows, with the CUD
 nvcc is at hand, and installs the pure-Python package otherwise; cpu and cuda insist and fail where they cannot be built;
 none builds nothing.
 
-Use `pip install --no-build-isolation -e .` or `python setup.py build_ext --inplace`: the extension is compiled with the
-headers of the running environment's torch, which an isolated build does not see. `make wheels` makes wheels.
+`pip install .` brings a torch of its own to build with; `pip install --no-build-isolation -e .` and `python setup.py build_ext
+--inplace` take the environment's. `make wheels` makes wheels.
 """
 
 import importlib.util
@@ -47,19 +47,19 @@ def sources() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in found if "testing" not in path.parts]
 
 
-def refuse_isolated_build() -> None:
+def refuse_build_without_torch() -> None:
     """Ends a build that sees no torch: what it installed would be slower than it could be, and nobody would know."""
     building = {"bdist_wheel", "editable_wheel", "build_ext", "install", "develop"} & set(sys.argv)
     if not building or os.environ.get("MEGATRON_SAMOE_BUILD") == "none" or importlib.util.find_spec("torch"):
         return
     sys.exit(
-        "error: this build sees no torch, against which the extension is compiled. Install torch first and give "
-        "--no-build-isolation (pip install torch numpy setuptools wheel; pip install --no-build-isolation .), or set "
-        "MEGATRON_SAMOE_BUILD=none for the pure-Python package, which is slower."
+        "error: this build sees no torch, against which the extension is compiled. Leave --no-build-isolation out, so that "
+        "pip brings it; or install it first (pip install torch numpy setuptools wheel); or set MEGATRON_SAMOE_BUILD=none for "
+        "the pure-Python package, which is slower."
     )
 
 
-refuse_isolated_build()
+refuse_build_without_torch()
 # optional: an extension that could not be built must not stop the installation.
 setup(
     ext_modules=[Extension("megatron_samoe._C", sources(), optional=True)],

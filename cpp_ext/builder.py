@@ -296,7 +296,7 @@ class BuildExtension(build_ext):
             if mode != "auto" or isinstance(error, SettingError):
                 raise SystemExit(f"megatron_samoe: the compiled extension could not be built. {error}") from None
             there = [path for path in (library, ROOT / "megatron_samoe" / "_C.so") if path.exists()]
-            # pip's isolated builds have no torch; they must not cost the library of an earlier one.
+            # A build that fails must not cost the library of an earlier one.
             if there and all(digest_of_sources().encode() in path.read_bytes() for path in there):
                 print(f"megatron_samoe: the compiled extension stays as it was built.\n  {error}", file=sys.stderr)
                 return

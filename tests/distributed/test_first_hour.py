@@ -129,7 +129,7 @@ def test_ctrl_c_is_one_line_from_the_first_on(words: list[str]) -> None:
 
 
 def test_a_build_without_torch_says_so(tmp_path: Path) -> None:
-    """pip's isolated builds: without this the extension would be missing and nobody would know."""
+    """Without this the extension would be missing and nobody would know."""
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(REPOSITORY / name, tmp_path)
     shutil.copytree(REPOSITORY / "cpp_ext", tmp_path / "cpp_ext", ignore=shutil.ignore_patterns("__pycache__"))

@@ -213,7 +213,7 @@ class Server:
         gate = GateLimits(options.api_key, options.names, options.allowed_origins, options.max_connections)
         app = build_app(self._models, metrics, gate, options.max_body_bytes, options.body_timeout_s)
         # Connections that wait cost little, so there may be many; the gate counts requests that are complete.
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**31  # -1 says that there is no limit
         most = min(4 * options.max_connections + 64, files // 2)
         config = uvicorn.Config(
             app,

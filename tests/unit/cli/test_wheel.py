@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,16 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
     return result.stdout
 
 
+def copied_sources(tree: Path) -> Path:
+    """Copies what a build takes, without what is built, and returns the folder."""
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "results", "_build", "reference")
+    for name in ("cpp_ext", "megatron_samoe", "examples"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tree)
+    return tree
+
+
 @pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm, which lists a library's symbols")
 def test_the_library_uses_the_stable_abi_of_torch_alone() -> None:
@@ -38,12 +49,7 @@ def test_the_library_uses_the_stable_abi_of_torch_alone() -> None:
 
 @pytest.mark.night
 def test_a_wheel_works_without_sources_and_compiler(tmp_path: Path) -> None:
-    tree, wheels, installed = tmp_path / "tree", tmp_path / "wheels", tmp_path / "installed"
-    ignored = shutil.ignore_patterns("*.so", "__pycache__", "results", "_build", "reference")
-    for name in ("cpp_ext", "megatron_samoe", "examples"):
-        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / name, tree)
+    tree, wheels, installed = copied_sources(tmp_path / "tree"), tmp_path / "wheels", tmp_path / "installed"
     pip = (sys.executable, "-m", "pip")
     run(*pip, "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(tree),
         cwd=tmp_path, MEGATRON_SAMOE_BUILD="cpu")  # fmt: skip
@@ -66,3 +72,17 @@ def test_a_wheel_works_without_sources_and_compiler(tmp_path: Path) -> None:
     assert (tmp_path / "empty/new/configs/study.yaml").read_bytes() == (
         ROOT / "examples/configs/study.yaml"
     ).read_bytes()
+
+
+@pytest.mark.night
+def test_pip_installs_the_sources_into_a_fresh_environment(tmp_path: Path) -> None:
+    """As a stranger does, without another word: pip brings torch to the build, and the extension is there and used."""
+    venv.create(tmp_path / "fresh", with_pip=True)
+    python = str(tmp_path / "fresh" / "bin" / "python")
+    tree = copied_sources(tmp_path / "tree")
+    done = subprocess.run([python, "-m", "pip", "install", str(tree)], capture_output=True, text=True, timeout=1800)
+    if "No matching distribution" in done.stderr or "Connection" in done.stderr:
+        pytest.skip(f"pip reaches no registry: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    said = run(python, "-m", "megatron_samoe", "doctor", cwd=tmp_path)
+    assert re.search(r"ok +compiled extension +_C.so", said), said
