@@ -157,6 +157,14 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} of very many digits"
 
 
+def in_units(value: float, unit: str) -> str:
+    """Returns a number of a unit as a reader takes it in: three digits, with the prefix that leaves one to three before the point."""
+    for power, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * power:  # which would be 1e+03 of the next
+            return f"{value / power:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
 def readable(name: str) -> str:
     """Returns a name from a file as it can be printed: control characters escaped, and cut where it is long."""
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name[:300])

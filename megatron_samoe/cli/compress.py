@@ -18,6 +18,7 @@ from megatron_samoe import children
 from megatron_samoe.cli.program import Count, program
 from megatron_samoe.config.option import flag
 from megatron_samoe.convert.edited_model import open_checkpoint
+from megatron_samoe.dist_checkpointing.store import newest_in_words
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table, read_records
 from megatron_samoe.fit.compress.healing import (
@@ -167,7 +168,8 @@ def _heal(
     logger.info(f"{stage.name}: megatron-samoe pretrain --config {shlex.quote(str(path))}")
     # A process of its own: the trainer keeps freed memory, and the stages before may have taken much.
     if children.run([sys.executable, "-m", "megatron_samoe", "pretrain", "--config", str(path)]).returncode != 0:
-        raise MegatronSamoeError(f"{stage.name} has not ended; the same command goes on from its last checkpoint.")
+        newest = newest_in_words(run_dir / "checkpoints")
+        raise MegatronSamoeError(f"{stage.name} has not ended; the same command goes on with it. {newest}")
     return open_checkpoint(run_dir / "checkpoints").directory
 
 

@@ -16,6 +16,7 @@ import torch
 
 from megatron_samoe import __version__
 from megatron_samoe.cli.program import program
+from megatron_samoe.errors import in_units
 from megatron_samoe.installation import extras, how_to_build, install_extra
 from megatron_samoe.ops import extension
 from megatron_samoe.runtime.free_memory import free_memory_bytes
@@ -47,7 +48,7 @@ def findings(shared_memory: Path = Path("/dev/shm")) -> Iterator[Finding]:
     )
     yield _extension()
     yield from _devices()
-    yield Finding("ok", "memory", f"{free_memory_bytes(torch.device('cpu')) / 1e9:.1f} GB are free")
+    yield Finding("ok", "memory", f"{in_units(free_memory_bytes(torch.device('cpu')), 'B')} are free")
     yield _shared_memory(shared_memory)
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = soft != resource.RLIM_INFINITY and soft < LEAST_FILES
@@ -80,7 +81,7 @@ def _devices() -> Iterator[Finding]:
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         yield Finding(
-            "ok", f"GPU {number}", f"{facts.name}, {facts.total_memory / 1e9:.0f} GB, sm_{facts.major}{facts.minor}"
+            "ok", f"GPU {number}", f"{facts.name}, {in_units(facts.total_memory, 'B')}, sm_{facts.major}{facts.minor}"
         )
     version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     yield Finding("ok", "NCCL", version)
@@ -93,11 +94,11 @@ def _shared_memory(folder: Path) -> Finding:
         )
     free = shutil.disk_usage(folder).free
     if free >= LEAST_SHARED_BYTES:
-        return Finding("ok", "shared memory", f"{free / 1e9:.1f} GB in {folder}")
+        return Finding("ok", "shared memory", f"{in_units(free, 'B')} in {folder}")
     return Finding(
         "problem",
         "shared memory",
-        f"{folder} has {free / 1e6:.0f} MB, too little for ranks of one host that exchange large batches; a container gets more "
+        f"{folder} has {in_units(free, 'B')}, too little for ranks of one host that exchange large batches; a container gets more "
         "by --shm-size 8g",
     )
 

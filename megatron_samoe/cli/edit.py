@@ -17,7 +17,7 @@ from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.hf.export import refuse_other_tensors
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
-from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.errors import CheckpointError, ConfigError, in_units
 from megatron_samoe.fit.surgery.pool import SetOptions, pool_moe, tie_layers
 from megatron_samoe.fit.surgery.select import select_samoe, tie_selected
 from megatron_samoe.fit.surgery.student import keep_layers
@@ -178,7 +178,7 @@ def _sizes(source: CheckpointReader, edited: EditedModel) -> str:
     (count, num_bytes), (new_count, new_bytes) = _size(source), _size(edited)
     dropped = sum(name.startswith("optimizer.") for name in source.tensors)
     return (
-        f"{count:,} parameters ({num_bytes / 1e6:,.1f} MB) become {new_count:,} ({new_bytes / 1e6:,.1f} MB); "
+        f"{count:,} parameters ({in_units(num_bytes, 'B')}) become {new_count:,} ({in_units(new_bytes, 'B')}); "
         f"{dropped} tensors of optimizer state are dropped."
     )
 

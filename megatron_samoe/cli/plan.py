@@ -133,19 +133,24 @@ def layouts_table(layouts: Sequence[PlannedLayout]) -> str:
             [
                 layout.name(),
                 layout.options(),
-                *(f"{b / 1e9:.2f}" for b in held),
-                *(f"{sent.get(kind, 0.0) / 1e9:.2f}" for kind in kinds),
-                f"{layout.cost.step_s:.3f}",
+                *map(_gigabytes, held),
+                *(_gigabytes(sent.get(kind, 0.0)) for kind in kinds),
+                f"{layout.cost.step_s:.3g}",
                 f"{layout.tokens_per_s:,.0f}",
             ]
         )
     return format_table(rows)
 
 
+def _gigabytes(num_bytes: float) -> str:
+    """Returns a cell of a column in GB, of a small model too."""
+    return f"{num_bytes / 1e9:.2f}" if num_bytes >= 1e8 else f"{num_bytes / 1e9:.2g}"
+
+
 def best_in_detail(layout: PlannedLayout) -> str:
     """Returns the parts of the best layout's step and memory, and its flags."""
-    seconds = ", ".join(f"{part} {s:.4f}" for part, s in layout.cost.seconds.items())
-    memory = ", ".join(f"{part} {b / 1e9:.3f}" for part, b in layout.memory.parts().items())
+    seconds = ", ".join(f"{part} {s:.3g}" for part, s in layout.cost.seconds.items())
+    memory = ", ".join(f"{part} {_gigabytes(b)}" for part, b in layout.memory.parts().items())
     return (
         f"best: {layout.name()}\n  seconds: {seconds}\n  GB on rank {layout.rank}: {memory}\n"
         f"  flags: {' '.join(layout.flags()) or 'none: the defaults'}" + _idle(layout)

@@ -28,10 +28,11 @@ from megatron_samoe.dist_checkpointing.teacher import find_teacher
 from megatron_samoe.errors import (
     CheckpointError,
     ConfigError,
-    HostDiffersError,
     HostRefusedError,
+    JobEndedError,
     MegatronSamoeError,
     ToldToLeaveError,
+    in_units,
 )
 from megatron_samoe.log import configure_logging, logger
 from megatron_samoe.parallel_state import backend, launcher
@@ -51,6 +52,9 @@ from megatron_samoe.training.state import BF16_PRODUCTS, CUDA_KERNELS, PLAIN_KEY
 from megatron_samoe.training.teacher import refuse_unfit
 from megatron_samoe.training.trainer import Trainer
 
+#: How long ranks that meet the same fault leave each other to say so.
+SPEAKING_S = 2.0
+
 
 def main(argv: Sequence[str] | None = None, extensions: Extensions | None = None, hooks: Sequence[Hook] = ()) -> int:
     """Runs the program and returns its exit status.
@@ -61,9 +65,12 @@ def main(argv: Sequence[str] | None = None, extensions: Extensions | None = None
     """
     rank = launcher.rank()
     configure_logging(rank)
+    config: PretrainConfig | None = None
     try:
         with backend.telling_other_hosts():
-            config = parse_pretrain_args(sys.argv[1:] if argv is None else argv, _saved_config, quiet=rank != 0)
+            config = parse_pretrain_args(
+                sys.argv[1:] if argv is None else argv, _saved_config, quiet=launcher.local_rank() > 0
+            )
             config, num_ranks = _fit_to_ranks(config)
         pretrain(config, num_ranks, extensions, hooks)
     except ToldToLeaveError as error:
@@ -72,10 +79,14 @@ def main(argv: Sequence[str] | None = None, extensions: Extensions | None = None
     except MegatronSamoeError as error:
         return _report(error, rank)
     except SystemExit as error:
-        _let_first_speak(error, rank)
+        _let_first_speak(error)
+        if error.code and not dist.is_initialized():  # the parser's, which has said why
+            launcher.refuse_restart()
         return int(error.code or 0)
     except KeyboardInterrupt:
-        print("interrupted before the step was done; the last checkpoint is intact", file=sys.stderr)
+        if launcher.local_rank() == 0:
+            left = "" if config is None else f": {store.newest_in_words(config.checkpoint.save)}"
+            print(f"interrupted before the step was done{left}", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
@@ -216,7 +227,7 @@ def _enough_memory(config: PretrainConfig, vocab_size: int, parallel: ParallelSt
         raise ConfigError(
             "--hidden-size and others",
             config.model.hidden_size,
-            f"the model does not fit in the memory of rank {parallel.rank}, which needs {needed / 1e9:,.1f} GB. More tensor, "
+            f"the model does not fit in the memory of rank {parallel.rank}, which needs {in_units(needed, 'B')}. More tensor, "
             "pipeline or expert parallelism, --use-distributed-optimizer or a smaller model need less.",
         ) from error
 
@@ -259,13 +270,15 @@ def _transport(parallel: ParallelState) -> str:
 
 
 def _report(error: MegatronSamoeError, rank: int) -> int:
-    _let_first_speak(error, rank)
-    # Before ranks have met, those of other hosts may have met nothing.
-    if rank == 0 or not error.collective or (launcher.local_rank() == 0 and not dist.is_initialized()):
+    """Says what went wrong, on the first rank of every host at least: each host has a log of its own."""
+    _let_first_speak(error)
+    is_first = launcher.local_rank() == 0
+    if is_first or not error.collective:
         message = f"error{f' (rank {rank})' if rank else ''}: {error}"
         print(message, file=sys.stderr, flush=True)
         _tell_launcher(message)
-    if error.permanent and (launcher.local_rank() == 0 or not error.collective):
+    _let_other_hosts_speak(error)
+    if error.permanent and (is_first or not error.collective):
         launcher.refuse_restart()
     return error.exit_status
 
@@ -279,13 +292,19 @@ def _tell_launcher(message: str) -> None:
             json.dump({"message": details}, file)
 
 
-def _let_first_speak(error: BaseException, rank: int) -> None:
-    """Waits a little on other ranks: a launcher stops them all when the first leaves, so one of many equal messages is shown. A
-    host that the job goes on without leaves first, or the job would begin anew with it.
+def _let_first_speak(error: BaseException) -> None:
+    """Waits a little on other ranks of a host: a launcher stops them all when the first leaves, so one of many equal messages is
+    shown. A host that the job goes on without leaves first, or the job would begin anew with it.
     """
-    first = launcher.local_rank() if isinstance(error, HostDiffersError) else rank
-    if first != 0 or isinstance(error, HostRefusedError):
-        time.sleep(2.0)
+    if launcher.local_rank() > 0 or isinstance(error, HostRefusedError):
+        time.sleep(SPEAKING_S)
+
+
+def _let_other_hosts_speak(error: MegatronSamoeError) -> None:
+    """Waits a little where other hosts meet the same fault: this one's launcher may hold the store without which theirs end."""
+    is_theirs = error.ends_job and (error.collective or isinstance(error, JobEndedError))
+    if is_theirs and launcher.has_other_hosts():
+        time.sleep(SPEAKING_S)
 
 
 if __name__ == "__main__":

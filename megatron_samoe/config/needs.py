@@ -68,7 +68,7 @@ WSD_SAMPLES = Need(
     lambda c: WSD.is_met(c) and TRAIN_SAMPLES.is_met(c), "needs --lr-decay-style WSD and --train-samples"
 )
 SPIKE_WINDOW = _need("training.spike_window")
-FP16 = _need("training.fp16")
+FP16 = _need("training.fp16", why=", which needs CUDA")
 TOKENIZER_FILE = Need(
     lambda c: c.data.tokenizer_type != "ByteTokenizer", "has no use with --tokenizer-type ByteTokenizer"
 )

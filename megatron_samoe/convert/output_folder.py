@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_samoe.dist_checkpointing.saving import fsync_dir, shown_bytes
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.dist_checkpointing.saving import fsync_dir
+from megatron_samoe.errors import CheckpointError, in_units
 
 #: Room left besides what is written, for the file system's own needs.
 SPARE_BYTES = 32 << 20
@@ -37,8 +37,8 @@ def require_space(directory: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < num_bytes + SPARE_BYTES:
         raise CheckpointError(
-            f"--save-dir {directory}: {shown_bytes(num_bytes)} are to be written beside {shown_bytes(SPARE_BYTES)} that stay free, "
-            f"and the disk has {shown_bytes(free)} left."
+            f"--save-dir {directory}: {in_units(num_bytes, 'B')} are to be written beside {in_units(SPARE_BYTES, 'B')} that stay free, "
+            f"and the disk has {in_units(free, 'B')} left."
         )
 
 

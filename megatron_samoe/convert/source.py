@@ -17,7 +17,7 @@ from megatron_samoe.convert.megatron.rank_files import rank_folders
 from megatron_samoe.convert.megatron.reader import MegatronReader
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors
-from megatron_samoe.errors import CheckpointError, ConfigError, readable
+from megatron_samoe.errors import CheckpointError, ConfigError, in_units, readable
 
 Kind = Literal["native", "megatron", "hf"]
 #: What a model can become: GGUF is written only.
@@ -113,7 +113,7 @@ def open_source(directory: Path, wanted: str, ckpt_step: int | None = None, voca
 
 def _without_optimizer(reader: CheckpointReader) -> tuple[str, ...]:
     size = sum(t.num_bytes for name, t in reader.tensors.items() if name.startswith("optimizer."))
-    return (f"Its optimizer state ({size / 1e6:,.1f} MB) is left out.",) if size else ()
+    return (f"Its optimizer state ({in_units(size, 'B')}) is left out.",) if size else ()
 
 
 def recast(source: GlobalTensors, dtype: torch.dtype) -> EditedModel:

@@ -26,7 +26,7 @@ from megatron_samoe.convert.source import Source, recast
 from megatron_samoe.datasets.carried_tokenizer import read_files, with_carried
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor, write_checkpoint
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.errors import CheckpointError, in_units
 
 #: A number of a layer or expert in a tensor's name; w1 and w2 are names.
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=weight)\d+$")
@@ -60,7 +60,7 @@ class Conversion:
         """Yields the tensors of each file in lines; those that differ in numbers only share one."""
         for file, tensors in self.files.items():
             size = sum(t.num_bytes for t in tensors.values())
-            yield f"{file}: {len(tensors):,} tensors, {size / 1e6:,.1f} MB"
+            yield f"{file}: {len(tensors):,} tensors, {in_units(size, 'B')}"
             alike: dict[tuple[str, StoredTensor], int] = {}
             for name, tensor in tensors.items():
                 key = _NUMBER.sub("*", name), tensor

@@ -38,7 +38,7 @@ from megatron_samoe.dist_checkpointing.store import (
     repair,
     whole_iterations,
 )
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.errors import CheckpointError, in_units
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import ParallelState, WaitClock
 
@@ -200,11 +200,6 @@ class BackgroundSaver:
             raise error
 
 
-def shown_bytes(num_bytes: int) -> str:
-    """Returns a number of bytes as a reader takes it in."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
-
-
 def bytes_to_write(state: WritableState) -> int:
     """Returns an upper bound of the bytes that this rank writes."""
     return sum(
@@ -238,11 +233,11 @@ def _free_space(root: Path) -> str:
     """Returns a remark if the disk is nearly full or file sizes are limited, which torch's own message does not say."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY and limit < 1 << 32:
-        return f" (no file of this process may have more than {limit / 1e6:,.1f} MB: ulimit -f)"
+        return f" (no file of this process may have more than {in_units(limit, 'B')}: ulimit -f)"
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(root).free
         if free < 1 << 28:
-            return f" (the disk has {shown_bytes(free)} left)"
+            return f" (the disk has {in_units(free, 'B')} left)"
     return ""
 
 
@@ -263,7 +258,7 @@ def _free_bytes(root: Path, needed_bytes: int) -> int:
     free = shutil.disk_usage(root).free
     if needed_bytes > free:
         raise NoRoomError(
-            f"a checkpoint takes {shown_bytes(needed_bytes)}, and {root} has {shown_bytes(free)} left; make room, keep fewer "
+            f"a checkpoint takes {in_units(needed_bytes, 'B')}, and {root} has {in_units(free, 'B')} left; make room, keep fewer "
             "(--keep-last), or leave optimizer state out (--no-save-optim)"
         )
     return free

@@ -24,7 +24,7 @@ from megatron_samoe.config.saved import upgrade
 from megatron_samoe.dist_checkpointing.file_storage import digest_of, new_digest
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedState, read_sharded
 from megatron_samoe.errors import CheckpointError, shown, some
-from megatron_samoe.log import logger
+from megatron_samoe.log import say_once
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.parsing import finite_float, parse_json, parse_yaml, read_file, read_text
 
@@ -57,6 +57,24 @@ def whole_iterations(root: str | Path) -> list[int]:
     names = os.listdir(root) if os.path.isdir(root) else []
     found = [int(m[1]) for name in names if (m := re.fullmatch(r"iter_(\d{7,})", name))]
     return sorted(i for i in found if (iteration_dir(root, i) / TRAIN_STATE).is_file())
+
+
+def newest_in_words(root: str | Path | None) -> str:
+    """Returns a sentence on what a run that saves to a folder, or nowhere, has left to go on from, as the folder is now."""
+    if root is None:
+        return "Nothing was saved, since there is neither --save nor --run-dir."
+    try:
+        os.listdir(root)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return f"Whether {root} has a complete checkpoint cannot be seen: {error.strerror}."
+    done = whole_iterations(root)
+    return (
+        f"The newest complete checkpoint is {iteration_dir(root, done[-1])}."
+        if done
+        else f"{root} has no complete checkpoint."
+    )
 
 
 def checkpoints_of(load: str) -> str:
@@ -136,7 +154,7 @@ def find_checkpoint(config: CheckpointConfig, problems_of: Callable[[Path], list
         problems = _description_problems(directory) or problems_of(directory)
         if not problems:
             for line in damaged:
-                logger.warning(f"{line} It is passed over; loading iteration {iteration}.")
+                say_once(f"{line} It is passed over; loading iteration {iteration}.")
             return directory
         damaged.append(f"{directory} is damaged: {'; '.join(problems[:3]).rstrip('.')}.")
     hint = "Choose another with --ckpt-step." if config.ckpt_step is not None and len(iterations) > 1 else ""
@@ -150,9 +168,7 @@ def _in_order_of_choice(config: CheckpointConfig, iterations: list[int]) -> list
         return [config.ckpt_step]
     latest = _read_latest(Path(config.load))
     if latest is not None and latest not in iterations:
-        logger.warning(
-            f"{config.load}/{LATEST} names iteration {latest}, which is not there; loading {iterations[-1]}."
-        )
+        say_once(f"{config.load}/{LATEST} names iteration {latest}, which is not there; loading {iterations[-1]}.")
     newest = latest if latest in iterations else iterations[-1]
     return [i for i in reversed(iterations) if i <= newest]
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.errors import ConfigError, in_units
 from megatron_samoe.models.layer_layout import LayerPlace, all_layers
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.moe.scores import score_of
@@ -132,15 +132,11 @@ def choose_serving(serving: Serving, model: RankModel, needed: dict[Serving, int
     if serving in fitting:
         return serving
     asked = ways[0] if serving == "auto" else serving
-    others = "".join(f"; {way} takes {_gigabytes(needed[way])}" for way in ways if way != asked)
+    others = "".join(f"; {way} takes {in_units(needed[way], 'B')}" for way in ways if way != asked)
     advice = f"{fitting[0]} fits" if fitting else "none fits; a smaller precision, max_batch or max_tokens takes less"
     raise ConfigError(
         "serving",
         serving,
-        f"{asked} experts and the key-value cache take {_gigabytes(needed[asked])} more memory and "
-        f"{_gigabytes(free_bytes)} are free{others}; {advice}",
+        f"{asked} experts and the key-value cache take {in_units(needed[asked], 'B')} more memory and "
+        f"{in_units(max(free_bytes, 0), 'B')} are free{others}; {advice}",
     )
-
-
-def _gigabytes(num_bytes: int) -> str:
-    return f"{max(num_bytes, 0) / 1e9:.3g} GB"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.meeting import Meeting
 from megatron_samoe.parallel_state.rank_store import join_store
 from megatron_samoe.parallel_state.silent_hosts import silent_hosts
+from megatron_samoe.parallel_state.state import CONNECTING
 from megatron_samoe.start import die_with_torchrun
 
 #: What torch says when communication fails where it raises a bare RuntimeError; elsewhere it is a DistError.
@@ -48,6 +50,7 @@ UNTYPED_FAILURES = re.compile(
     )
 )
 
+_Result = TypeVar("_Result")
 #: How long a rank that leaves before it met the others tries to tell those of other hosts.
 TELLING_S = 5.0
 
@@ -150,17 +153,18 @@ def initialize_distributed(
         ) from error
     num_ranks = num_ranks or world_size
     if number < num_ranks:
-        _connect(config, device, store, number, num_ranks, timeout)
+        _connect(config, device, meeting, store, number, num_ranks, timeout)
     return meeting
 
 
 def _connect(
     config: ParallelConfig,
     device: torch.device,
+    meeting: Meeting,
     store: dist.Store,
     rank: int,
     size: int,
-    timeout: timedelta | None = None,
+    timeout: timedelta,
 ) -> None:
     """Makes the process group of all ranks, after they met at the store."""
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -171,13 +175,28 @@ def _connect(
     # All ranks of a one-host job can talk over loopback even where the host's name does not resolve.
     if backend == "gloo" and launcher.local_world_size() == launcher.world_size():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    limit, began = min(timeout, CONNECTING), time.monotonic()
+    connect = partial(dist.init_process_group, backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        _within(limit.total_seconds() + TELLING_S, connect)
+        dist.distributed_c10d._set_pg_timeout(timeout)
     except (ValueError, RuntimeError) as error:
+        # Of two ranks that cannot connect one may know at once, and the other when its time is up.
+        left_s = limit.total_seconds() + 2 * TELLING_S - (time.monotonic() - began)
+        problem = str(error).splitlines()[0]
+        try:
+            problem, lost = _within(left_s + TELLING_S, partial(meeting.compare_problems, problem, size, left_s))
+        except RuntimeError:
+            lost = ["the store of the job"]
+        if lost:
+            raise CommunicationError(
+                f"Rank {rank} of {size} met the others, and lost {', '.join(lost)} before {backend} had connected them: "
+                f"{problem} {silent_hosts(meeting.hosts)}".rstrip()
+            ) from error
         variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
         chosen = os.environ.get(variable)
         raise CommunicationError(
-            f"Rank {rank} of {size} met the others, but {backend} could not connect them: {str(error).splitlines()[0]} "
+            f"Rank {rank} of {size} met the others, but {backend} could not connect them: {problem} "
             f"{variable} names the network interface that ranks talk over: "
             + (f"it is {chosen!r}." if chosen else "it is not set, so the one of the host's name was taken.")
         ) from error
@@ -188,12 +207,16 @@ def telling_other_hosts() -> Iterator[None]:
     """Tells ranks of other hosts, which would wait for this one, of a permanent fault that comes before ranks meet."""
     try:
         yield
-    except MegatronSamoeError as error:
+    except (MegatronSamoeError, SystemExit) as error:
+        if isinstance(error, MegatronSamoeError):
+            permanent, message, error.collective = error.permanent, str(error), launcher.local_rank() > 0
+        else:
+            permanent, message = bool(error.code), "a flag is unknown or malformed, as its host's output says"
         size = int(os.environ.get("WORLD_SIZE", "1"))
-        if error.permanent and launcher.local_rank() == 0 and launcher.local_world_size() < size:
+        if permanent and launcher.local_rank() == 0 and launcher.local_world_size() < size:
             with contextlib.suppress(ValueError, OSError, RuntimeError):  # nobody is there to be told
                 store, rank = join_store(timedelta(seconds=TELLING_S))
-                Meeting(store, rank, size).stay_away(str(error))
+                Meeting(store, rank, size).stay_away(message)
                 time.sleep(TELLING_S if rank == 0 else 0.0)  # since it holds the store
         raise
 
@@ -229,21 +252,29 @@ def shared_fate(meeting: Meeting | None) -> Iterator[None]:
 
 def _at_store(action: Callable[[], None]) -> None:
     """Does something at a store that may be gone as well, or on a host that no longer answers; raises JobEndedError of it."""
-    ended: list[JobEndedError] = []
+    with contextlib.suppress(RuntimeError):
+        _within(TELLING_S, action)
+
+
+def _within(limit_s: float, action: Callable[[], _Result]) -> _Result:
+    """Returns what an action does; RuntimeError where that takes longer, as it may where a host no longer answers."""
+    results: list[_Result] = []
+    errors: list[Exception] = []
 
     def attempt() -> None:
         try:
-            action()
-        except JobEndedError as error:
-            ended.append(error)
-        except RuntimeError:
-            pass
+            results.append(action())
+        except Exception as error:
+            errors.append(error)
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
-    thread.join(TELLING_S)
-    if ended:
-        raise ended[0]
+    thread.join(limit_s)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise RuntimeError(f"no answer came within {limit_s:.0f} s.")
+    return results[0]
 
 
 def leave_distributed() -> None:

@@ -135,6 +135,20 @@ class Meeting:
                 return
             time.sleep(_SHORTEST_PAUSE_S)
 
+    def compare_problems(self, problem: str, num_ranks: int, wait_s: float) -> tuple[str, list[str]]:
+        """Returns what the first rank met that could not connect to others, which may know more than one that only waited, and
+        the ranks that do not come here in time, of the first so many. All that live call it.
+        """
+        here = f"rank {self._rank} ({socket.gethostname()})"
+        first = self._attempt.compare_set("unconnected", "", f"{here}: {problem}").decode()
+        self._attempt.set(f"unconnected/{self._rank}", "")
+        until, absent = time.monotonic() + wait_s, list(range(num_ranks))
+        while absent := [rank for rank in absent if not self._attempt.check([f"unconnected/{rank}"])]:
+            if time.monotonic() > until:
+                break
+            time.sleep(_LONGEST_PAUSE_S)
+        return first, [f"rank {rank} ({json.loads(self._attempt.get(f'facts/{rank}'))[0]})" for rank in absent]
+
     def end(self, message: str) -> None:
         """Ends the job: tells the ranks of this attempt and of all later ones why."""
         self._board.set("ended", f"rank {self._rank} on {socket.gethostname()}: {message}")

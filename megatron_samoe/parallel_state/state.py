@@ -20,6 +20,9 @@ from megatron_samoe.parallel_state.token_share import TokenShare
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+#: How long ranks that have met may take to connect: seconds where all are well. One that is lost then is not waited for longer.
+CONNECTING = timedelta(seconds=60)
+
 
 class PendingRows(Protocol):
     """An exchange of rows that runs in the background."""
@@ -333,7 +336,9 @@ def initialize_model_parallel(
     for name in GROUPS:
         for ranks in grid.groups(name):
             if len(ranks) > 1 and ranks not in handles:
-                handles[ranks] = dist.new_group(list(ranks), timeout=timeout)
+                handles[ranks] = dist.new_group(list(ranks), timeout=min(timeout, CONNECTING))
+                if rank in ranks:
+                    dist.distributed_c10d._set_pg_timeout(timeout, handles[ranks])
             if rank in ranks:
                 handle = handles[ranks] if len(ranks) > 1 else None
                 groups[name] = Group(name, ranks, ranks.index(rank), handle, waits=waits)

@@ -27,7 +27,7 @@ from megatron_samoe.config.option import flag
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import refuse_unknown, validate
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.errors import ConfigError, in_units
 from megatron_samoe.planning.layout_cost import Cluster, Cost, step_cost
 from megatron_samoe.planning.memory import RankMemory, largest_rank_memory
 from megatron_samoe.planning.teacher import planned_teacher
@@ -144,9 +144,9 @@ def _too_large(smallest: PlannedLayout, cluster: Cluster) -> ConfigError:
     return ConfigError(
         "--memory-gb",
         cluster.memory_bytes / 1e9,
-        f"must be at least {need / 1e9:.2f} for any layout on {cluster.world_size} ranks: the smallest, "
-        f"{smallest.name()} ({smallest.options() or 'no options'}), misses {(need - cluster.memory_bytes) / 1e9:.2f} GB "
-        f"(most of it {largest}, {parts[largest] / 1e9:.2f} GB on rank {smallest.rank}); add ranks or make the model smaller",
+        f"must be at least {math.ceil(need / 1e7) / 100} for any layout on {cluster.world_size} ranks: the smallest, "
+        f"{smallest.name()} ({smallest.options() or 'no options'}), misses {in_units(need - cluster.memory_bytes, 'B')} "
+        f"(most of it {largest}, {in_units(parts[largest], 'B')} on rank {smallest.rank}); add ranks or make the model smaller",
     )
 
 

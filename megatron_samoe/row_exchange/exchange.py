@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from megatron_samoe.config.rules.layout import ON_CPUS
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.parallel_state.state import Group
 from megatron_samoe.row_exchange.communicator import Communicator
@@ -34,9 +35,7 @@ def with_exchange(
         ConfigError: the extension is asked for and cannot be had, or exchanges by nodes on the CPU.
     """
     if by_nodes and device.type == "cpu":
-        raise ConfigError(
-            "--moe-hierarchical-all-to-all", True, "is for CUDA; on the CPU hosts come first by themselves"
-        )
+        raise ConfigError("--moe-hierarchical-all-to-all", True, f"needs CUDA: {ON_CPUS}")
     if group.size == 1 or backend == "torch" or (backend == "auto" and device.type != "cpu"):
         return group
     exchange: Communicator | None
@@ -47,5 +46,8 @@ def with_exchange(
     else:
         exchange = create_nccl_communicator(group, timeout_s, device)
     if exchange is None and backend == "extension":
-        raise ConfigError("--moe-all-to-all-backend", backend, "cannot be had here (the reason is above); torch can")
+        without = ", without --moe-hierarchical-all-to-all" if by_nodes else ""
+        raise ConfigError(
+            "--moe-all-to-all-backend", backend, f"cannot be had here (the reason is above); torch can{without}"
+        )
     return replace(group, exchange=exchange)

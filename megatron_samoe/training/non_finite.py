@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_samoe.dist_checkpointing.store import newest_in_words
 from megatron_samoe.errors import NonFiniteLossError
 from megatron_samoe.pipeline_parallel.schedule_plan import forward_plan
 from megatron_samoe.training.micro_batches import Batch, run_micro_batches
@@ -33,7 +34,7 @@ def raise_non_finite(setup: TrainSetup, state: TrainState, batches: Sequence[Bat
         place = f"first seen in {where} on rank {rank}" + (f", micro-batch {micro_batch}" if micro_batch >= 0 else "")
     raise NonFiniteLossError(
         f"Iteration {state.iteration + 1}: loss {result.lm_loss}, gradient norm {result.grad_norm}; {place}. "
-        "No weight was changed and the last checkpoint is intact. A lower --lr, more warm-up or --clip-grad may help; "
+        f"No weight was changed. {newest_in_words(setup.config.checkpoint.save)} A lower --lr, more warm-up or --clip-grad may help; "
         "so may looking at the data of this step.",
         collective=True,
     )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.errors import ConfigError, in_units
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import Group, ParallelState
 from megatron_samoe.planning.memory import rank_memory
@@ -47,13 +47,15 @@ def _refuse_too_little_memory(config: PretrainConfig, vocab_size: int, parallel:
     for host in sorted({row[0] for row in rows}):
         of_host = [row for row in rows if row[0] == host]
         total, left = sum(row[1] for row in of_host), min(row[2] for row in of_host)
-        logger.info(f"preflight: {len(of_host)} ranks of {host} will need {total / 1e9:.2f} GB of {left / 1e9:.2f} GB")
+        logger.info(
+            f"preflight: {len(of_host)} ranks of {host} will need {in_units(total, 'B')} of {in_units(left, 'B')}"
+        )
         if total > left:
             raise ConfigError(
                 "--preflight",
                 True,
-                f"{len(of_host)} ranks of {host} will need {total / 1e9:.2f} GB and it has "
-                f"{left / 1e9:.2f} GB left; fewer ranks per host, --use-distributed-optimizer, a smaller "
+                f"{len(of_host)} ranks of {host} will need {in_units(total, 'B')} and it has "
+                f"{in_units(left, 'B')} left; fewer ranks per host, --use-distributed-optimizer, a smaller "
                 "--micro-batch-size or --recompute-granularity full need less (megatron-samoe plan tells)",
             )
 
@@ -78,9 +80,9 @@ def _speeds(parallel: ParallelState, ranks: Sequence[str]) -> list[str]:
     for _ in range(_ROUNDS):
         parallel.world.barrier()
         seconds.append(_timed(lambda: [torch.mm(x, x) for _ in range(8)], parallel.device))
-    rates = [8 * 2 * _SIZE**3 / s / 1e9 for s in parallel.world.all_gather_object(statistics.median(seconds))]
-    logger.info(f"preflight: {min(rates):.0f} to {max(rates):.0f} GFLOP/s per rank")
-    return _slow(rates, ranks, "GFLOP/s")
+    rates = [8 * 2 * _SIZE**3 / s for s in parallel.world.all_gather_object(statistics.median(seconds))]
+    logger.info(f"preflight: {in_units(min(rates), 'FLOP/s')} to {in_units(max(rates), 'FLOP/s')} per rank")
+    return _slow(rates, ranks, "FLOP/s")
 
 
 def _links(parallel: ParallelState) -> list[str]:
@@ -93,18 +95,19 @@ def _links(parallel: ParallelState) -> list[str]:
             x = torch.zeros(_BYTES // 4, device=parallel.device)
             group.all_reduce(x)
             seconds = [_timed(lambda x=x, group=group: group.all_reduce(x), parallel.device) for _ in range(_ROUNDS)]
-            rate = 2 * (group.size - 1) / group.size * _BYTES / statistics.median(seconds) / 1e9
+            rate = 2 * (group.size - 1) / group.size * _BYTES / statistics.median(seconds)
         found = {ranks: rate for ranks, rate in parallel.world.all_gather_object((group.ranks, rate)) if rate}
         if found:
-            logger.info(f"preflight: {min(found.values()):.2f} to {max(found.values()):.2f} GB/s in {name} groups")
-            warnings += _slow(list(found.values()), [f"the {name} group of ranks {list(r)}" for r in found], "GB/s")
+            least, most = (in_units(rate, "B/s") for rate in (min(found.values()), max(found.values())))
+            logger.info(f"preflight: {least} to {most} in {name} groups")
+            warnings += _slow(list(found.values()), [f"the {name} group of ranks {list(r)}" for r in found], "B/s")
     return warnings
 
 
 def _slow(rates: Sequence[float], names: Sequence[str], unit: str) -> list[str]:
     usual = statistics.median_high(rates)  # of two the faster: their mean would hide the slower
     return [
-        f"{name} has {rate:.2f} {unit}, the median is {usual:.2f}"
+        f"{name} has {in_units(rate, unit)}, the median is {in_units(usual, unit)}"
         for name, rate in zip(names, rates, strict=True)
         if rate < SLOW * usual
     ]

@@ -11,9 +11,9 @@ from pathlib import Path
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.dist_checkpointing.folder_lock import NAME, folder_lock
-from megatron_samoe.dist_checkpointing.saving import bytes_to_write, look_for_room, shown_bytes
+from megatron_samoe.dist_checkpointing.saving import bytes_to_write, look_for_room
 from megatron_samoe.dist_checkpointing.store import probe_save_dir, whole_iterations
-from megatron_samoe.errors import CheckpointError, ConfigError, HostDiffersError
+from megatron_samoe.errors import CheckpointError, ConfigError, HostDiffersError, in_units
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.meeting import common, refused
@@ -112,11 +112,11 @@ class DiskRoom:
         free = self._look("begin to train")
         kept = most_checkpoints(self._config, iteration, self._last)
         logger.info(
-            f"a checkpoint takes {shown_bytes(self._num_bytes)}; {self._config.save} has {shown_bytes(free)} left"
+            f"a checkpoint takes {in_units(self._num_bytes, 'B')}; {self._config.save} has {in_units(free, 'B')} left"
         )
         if (kept - self._to_be_deleted()) * self._num_bytes > free:
             logger.info(
-                f"{kept} checkpoints, as many as this run comes to hold, take {shown_bytes(kept * self._num_bytes)}: the run "
+                f"{kept} checkpoints, as many as this run comes to hold, take {in_units(kept * self._num_bytes, 'B')}: the run "
                 "will end when there is no more room. --keep-last keeps fewer, a longer --save-interval makes fewer"
             )
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver
-from megatron_samoe.dist_checkpointing.store import whole_iterations
+from megatron_samoe.dist_checkpointing.store import newest_in_words, whole_iterations
 from megatron_samoe.errors import (
     CheckpointError,
     CommunicationError,
@@ -70,7 +70,7 @@ class Trainer:
 
         Raises:
             CheckpointError: another run writes to the same folder, or it cannot be written to.
-            CommunicationError: another rank died or hung; the last checkpoint is intact.
+            CommunicationError: another rank died or hung.
         """
         with self._naming_lost_ranks(), owned_folder(self.config, self.setup.parallel), ExitSignals() as signals:
             self._load()
@@ -94,7 +94,7 @@ class Trainer:
                 self._finish_saving()
                 logger.info(f"exiting after iteration {self.state.iteration}: {reason}")
                 if self.state.iteration < self.config.training.train_iters:
-                    signals.part()
+                    signals.part(newest_in_words(self.config.checkpoint.save))
                 return
         self._save()
         self._finish_saving()
@@ -168,7 +168,7 @@ class Trainer:
                 message(hook)
             except OSError as error:
                 raise MegatronSamoeError(
-                    f"{hook.place} cannot be written: {error}. The last checkpoint is intact."
+                    f"{hook.place} cannot be written: {error}. {newest_in_words(self.config.checkpoint.save)}"
                 ) from error
 
     def _load(self) -> None:
@@ -266,7 +266,7 @@ class Trainer:
                 problem = str(error).splitlines()[0]
                 raise CommunicationError(
                     f"Rank {parallel.rank} of {parallel.world_size} lost another rank while {watch.doing}: {problem} "
-                    f"The last checkpoint is intact.{watch.lost_others(problem)}"
+                    f"{newest_in_words(self.config.checkpoint.save)}{watch.lost_others(problem)}"
                 ) from error
 
 
@@ -309,11 +309,14 @@ class ExitSignals:
         more = f" and {len(self.told) - _NAMED} others" if len(self.told) > _NAMED else ""
         return ", ".join(self.told[:_NAMED]) + more
 
-    def part(self) -> None:
+    def part(self, saved: str) -> None:
         """Leaves a job of several hosts whose ranks agreed on SIGTERM, so that no torchrun takes its rank for one that is done.
 
         A torchrun that has sent the signal itself asks for no status: its host leaves, hosts join, or the job is to end.
         Another one tries again. Torchruns of several hosts send it a little sooner or later.
+
+        Args:
+            saved: what there is to go on from, as a sentence.
 
         Raises:
             ToldToLeaveError: the signal came to this rank.
@@ -325,12 +328,12 @@ class ExitSignals:
         while self.received is None:
             if time.monotonic() > until:
                 raise HostsLeftError(
-                    f"SIGTERM came to {self.who} and not to this rank, which tries again, from the checkpoint that all have "
-                    "saved. SIGUSR1 to any rank ends a job on all hosts.",
+                    f"SIGTERM came to {self.who} and not to this rank, which tries again. {saved} "
+                    "SIGUSR1 to any rank ends a job on all hosts.",
                     collective=launcher.local_rank() > 0,
                 )
             time.sleep(0.05)
-        raise ToldToLeaveError(f"SIGTERM came to {self.who}: all ranks have saved, and leave.")
+        raise ToldToLeaveError(f"SIGTERM came to {self.who}: all ranks leave. {saved}")
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

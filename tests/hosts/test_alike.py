@@ -1,4 +1,4 @@
-"""Hosts that differ are refused before a step, by one error that names the host and the difference; a spare of an elastic job
+"""Hosts that differ are refused before a step, by an error on each host that names the host and the difference; a spare of an elastic job
 alone, and the job goes on.
 """
 
@@ -24,6 +24,7 @@ PACKAGE = REPOSITORY / "megatron_samoe"
 DIFFERENCES: dict[str, tuple[Mapping[Path, Path], Sequence[str], Mapping[str, str], str]] = {
     "configuration": ({}, ["--lr", "3e-4"], {}, r"--lr = '0.0003 on HOST \(rank \d\)': must be alike .* is 0.0001 on FIRST"),
     "layout": ({}, ["--pipeline-model-parallel-size", "2"], {}, r"--pipeline-model-parallel-size = '2 on HOST"),
+    "flag": ({}, ["--no-such-flag"], {}, r"Unrecognized options: --no-such-flag|by rank \d on HOST: a flag is unknown"),
     "illegal": ({}, ["--hidden-size", "15"], {}, r"--num-attention-heads"),
     "version": ({PACKAGE / "moved.py": PACKAGE / "log.py"}, [], {}, r"megatron_samoe = '.*, files \w+ on HOST"),
     "build": ({}, [], {"MEGATRON_SAMOE_ISA": "avx2"}, r"MEGATRON_SAMOE_ISA = 'avx2 on HOST .* is missing on FIRST"),
@@ -53,12 +54,14 @@ def test_a_host_that_differs_is_named(what: str, cluster: Cluster) -> None:
     job = Job(cluster, start=False, save_interval=10, distributed_timeout_minutes=0.2)
     job.start(hosts[0])
     job.start(hosts[1], *flags, **environment)
+    problem = problem.replace("HOST", "host1").replace("FIRST", "host0")
     for name, agent in job.agents.items():
         assert agent.wait(60) != (0,), f"{name}:\n{job.output()}"
-    output = job.output()
-    said = re.findall(r"^error.*?: (.*(?:\n  .*)*)", output, re.MULTILINE)
-    problem = problem.replace("HOST", "host1").replace("FIRST", "host0")
-    assert said and all(re.search(problem, paragraph) for paragraph in said), output
+    for agent in job.agents.values():  # each host has a log, which its user reads
+        output = agent.output()
+        said = re.findall(r"^error.*?: (.*(?:\n  .*)*)", output, re.MULTILINE)
+        assert re.search(problem, output) and all(re.search(problem, paragraph) for paragraph in said), job.output()
+        assert "attempts left" not in output
     assert job.step() == 0 and not any(host.processes() for host in hosts)
 
 
@@ -67,6 +70,8 @@ def test_a_host_that_differs_is_named(what: str, cluster: Cluster) -> None:
 @pytest.mark.parametrize("place", [0, 2])
 def test_a_spare_that_differs_is_refused(what: str, place: int, cluster: Cluster, undisturbed: list[float]) -> None:
     """Torchrun gives ranks by names of hosts, so a spare may be the first of them."""
+    if what == "flag":
+        pytest.skip("the parser writes no paragraph")
     if (what, place) == ("folder", 2):
         pytest.skip("a host that stands by does not save: its folder is compared when it takes part")
     covered, flags, environment, problem = DIFFERENCES[what]

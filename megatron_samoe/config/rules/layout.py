@@ -18,6 +18,9 @@ from megatron_samoe.config.option import flag
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Rows, Table
 
+#: Of --moe-hierarchical-all-to-all.
+ON_CPUS = "on CPUs hosts come first by themselves"
+
 
 def _world(config: PretrainConfig, world_size: int) -> Rows:
     layout, size, above = config.parallel, 1, ""
@@ -72,7 +75,7 @@ def _matrices(config: PretrainConfig, _: int) -> Rows:
     is_idle = layout.moe_shared_expert_overlap and config.shared_expert_size is None
     yield "moe_shared_expert_overlap", is_idle, "needs --moe-shared-expert-intermediate-size or --moe-residual-mlp"
     is_plain = layout.moe_hierarchical_all_to_all and layout.moe_all_to_all_backend != "extension"
-    yield "moe_hierarchical_all_to_all", is_plain, "needs --moe-all-to-all-backend extension"
+    yield "moe_hierarchical_all_to_all", is_plain, f"needs --moe-all-to-all-backend extension, and CUDA: {ON_CPUS}"
 
 
 def _divided_tokens(config: PretrainConfig, cause: str, divides: bool) -> tuple[str, object, str]:

@@ -6,6 +6,7 @@ import sys
 import time
 
 from megatron_samoe.datasets.preprocess.journal import Totals
+from megatron_samoe.errors import in_units
 
 
 class Progress:
@@ -42,7 +43,7 @@ class Progress:
         text = (
             f"{documents:,} documents, {tokens:,} tokens, {(documents - self._first_documents) / elapsed:,.0f} "
             "documents/s, "
-            f"{(totals.num_bytes - self._first_bytes) / 1e6 / elapsed:.1f} MB/s{left}"
+            f"{in_units((totals.num_bytes - self._first_bytes) / elapsed, 'B/s')}{left}"
         )
         if self._terminal:
             filled = int(30 * share)

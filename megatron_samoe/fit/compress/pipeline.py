@@ -20,7 +20,7 @@ from megatron_samoe.convert.layer_experts import LayerExperts
 from megatron_samoe.datasets.carried_tokenizer import with_carried
 from megatron_samoe.datasets.tokenizer import tokenizer_of
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.errors import ConfigError, in_units
 from megatron_samoe.fit.calibration import LayerCalibration, calibrate, calibration_bytes, output_sums
 from megatron_samoe.fit.compress import baselines
 from megatron_samoe.fit.compress.compressible import expert_bytes, require_compressible
@@ -140,14 +140,14 @@ class Compression:
         model = sum(t.num_bytes for n, t in self.source.tensors.items() if not n.startswith("optimizer."))
         free = free_memory_bytes(torch.device("cpu"))
         logger.info(
-            f"memory: calibration {needed / 1e6:,.1f} MB beside the model's {model / 1e6:,.1f} MB, the fit then about "
-            f"{fit / 1e6:,.1f} MB besides; {free / 1e6:,.0f} MB are free"
+            f"memory: calibration {in_units(needed, 'B')} beside the model's {in_units(model, 'B')}, the fit then about "
+            f"{in_units(fit, 'B')} besides; {in_units(free, 'B')} are free"
         )
         if needed + model > free:
             raise ConfigError(
                 "--load-dir",
                 self.options.load_dir,
-                f"takes {(needed + model) / 1e9:,.1f} GB to calibrate, and {free / 1e9:,.1f} GB are free",
+                f"takes {in_units(needed + model, 'B')} to calibrate, and {in_units(free, 'B')} are free",
             )
 
     # 2. Choose and match

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+from megatron_samoe.dist_checkpointing.store import newest_in_words
 from megatron_samoe.errors import ReplicaDriftError
 from megatron_samoe.parallel_state.parameter_tag import tag_of
 from megatron_samoe.training.hook import Hook, Run
@@ -39,6 +40,6 @@ def check_pool_replicas(setup: TrainSetup, iteration: int) -> None:
             odd = [rank for rank, d in zip(group.ranks, digests, strict=True) if d != digests[0]]
             raise ReplicaDriftError(
                 f"Iteration {iteration}: copies of the pool's {name} differ: ranks {odd} against rank {group.ranks[0]}. "
-                "Weights are no longer those of one model; go on from the last checkpoint, and look for faulty memory "
-                "or a broken link on these ranks."
+                f"Weights are no longer those of one model. {newest_in_words(setup.config.checkpoint.save)} Look for faulty "
+                "memory or a broken link on these ranks."
             )

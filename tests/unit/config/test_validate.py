@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from megatron_samoe.config import PretrainConfig, derived
 from megatron_samoe.config import validate as validation
 from megatron_samoe.config.cli import from_mapping, read_yaml
+from megatron_samoe.config.option import all_options
 from megatron_samoe.config.rules import Row, Table, layout, model, moe, run
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError, ConfigErrors
@@ -21,6 +23,7 @@ from tests.harness.tiny import with_options
 
 #: Modules of rules.
 KINDS = (layout, model, moe, run)
+SOURCES = "\n".join(path.read_text() for path in (Path(__file__).resolve().parents[3] / "megatron_samoe").rglob("*.py"))
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples/configs"
 QUICKSTART = Path(__file__).resolve().parents[3] / "megatron_samoe/cli/quickstart_data/config.yaml"
 VALID = with_options(PretrainConfig(), mock_data=True)
@@ -337,6 +340,38 @@ def test_every_row_of_every_table_holds_in_a_case_above(monkeypatch: pytest.Monk
         if not any((file, line) in held for line in range(row.lineno, (row.end_lineno or 0) + 1))
     ]
     assert not silent, f"no case reaches the rows at {silent}"
+
+
+def test_what_only_cuda_does_is_advised_for_cuda() -> None:
+    """Else a rule sends a user of a CPU to an option that is refused there. Which these are their refusals say."""
+    bound = set(re.findall(r'ConfigError\(\s*"(--[\w-]+)", True, f?"needs (?:a )?CUDA', SOURCES))
+    assert bound == {"--fp16", "--moe-hierarchical-all-to-all"}
+    told = [error for options, world_size, _, _ in BROKEN for error in errors_of(options, world_size)]
+    about = [e for e in told if e.field in bound or any(f"needs {flag}" in e.allowed for flag in bound)]
+    silent = [str(error) for error in about if "CUDA" not in error.allowed and "excludes" not in error.allowed]
+    assert about and not silent
+
+
+DEFAULTS = {name: default for _, name, _, default, _ in all_options(PretrainConfig())}
+
+
+def test_no_rule_advises_what_another_refuses() -> None:
+    """An option is given what its refusal says that it needs, and is not sent elsewhere then."""
+    followed = 0
+    for options, world_size, flag, _ in BROKEN:
+        for error in errors_of(options, world_size):
+            advice = re.match(r"needs (--[\w-]+)(?: ([\w]+))?(?:[,;]| or | with |$)", error.allowed)
+            name = "" if advice is None else advice[1][2:].replace("-", "_")
+            if error.field != flag or advice is None or not (advice[2] or DEFAULTS[name] is False):
+                continue
+            again = errors_of({**options, name: advice[2] or True}, world_size)
+            assert not [
+                str(e)
+                for e in again
+                if e.allowed == error.allowed or (e.field == advice[1] and "excludes" in e.allowed)
+            ]
+            followed += 1
+    assert followed > 20, followed
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_families_are_found_out(made: SimpleNamespace, run: Run, tmp_path: Path)
     assert_same(MegatronReader(tmp_path / "c"), open_checkpoint(tmp_path / "b"))
     result = run("--load-dir", made.native, "--save-dir", tmp_path / "d", "--hf-model-type", "mixtral")
     assert "MixtralForCausalLM" in result.out and "mixtral was asked for" in result.out
-    assert "Its optimizer state (0.0 MB) is left out." in result.out
+    assert "Its optimizer state (" in result.out and "(0 " not in result.out
 
 
 @pytest.mark.parametrize(

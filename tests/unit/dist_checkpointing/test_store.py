@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -296,6 +297,35 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(
             store.find_checkpoint(config(tmp_path, ckpt_step=9), whole)
 
 
+def test_what_is_wrong_with_a_folder_is_said_once_however_often_it_is_looked_at(
+    tmp_path: Path, messages: list[str]
+) -> None:
+    """A start looks for its checkpoint three times: for the step, for the tokenizer, and to load it."""
+    save(tmp_path, 5)
+    damage(save(tmp_path, 9) / store.TRAIN_STATE, "half")
+    (tmp_path / store.LATEST).write_text("11")
+    for problems_of in (lambda _: [], lambda _: [], whole):
+        assert store.find_checkpoint(config(tmp_path), problems_of) == store.iteration_dir(tmp_path, 5)
+    assert sorted(re.findall("is damaged|names iteration 11", "".join(messages))) == [
+        "is damaged",
+        "names iteration 11",
+    ]
+
+
+def test_what_is_left_is_what_the_folder_has(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    assert store.newest_in_words(None).startswith("Nothing was saved")
+    assert store.newest_in_words(root) == f"{root} has no complete checkpoint."
+    (root / ".iter_0000004.unfinished").mkdir(parents=True)
+    (root / "iter_0000004").mkdir()
+    assert store.newest_in_words(root) == f"{root} has no complete checkpoint."
+    for iteration in (2, 3):
+        save(root, iteration)
+    assert store.newest_in_words(root) == f"The newest complete checkpoint is {root / 'iter_0000003'}."
+    (tmp_path / "file").touch()
+    assert "cannot be seen: Not a directory" in store.newest_in_words(tmp_path / "file")
+
+
 def test_digests_are_blake3_and_older_kinds_are_still_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new = save(tmp_path / "new", 1)
     digests = store.read_train_state(new)["digests"]
@@ -362,7 +392,9 @@ def test_room_is_looked_for_before_writing(tmp_path: Path, monkeypatch: pytest.M
     usage = shutil.disk_usage(tmp_path)
     needed = saving.bytes_to_write(tensors())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
-    with pytest.raises(CheckpointError, match=r"takes 0\.0 MB, and \S+ has 0\.0 MB left; make room.*are as they were"):
+    with pytest.raises(
+        CheckpointError, match=r"takes 16\.4 kB, and \S+ has 16\.4 kB left; make room.*are as they were"
+    ):
         save(tmp_path, 9)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000005", store.LATEST]
 

@@ -8,15 +8,19 @@ import shutil
 import signal
 import socket
 import sys
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_samoe.config import ParallelConfig
 from megatron_samoe.errors import CommunicationError, ConfigError
 from megatron_samoe.parallel_state import backend, launcher
+from megatron_samoe.parallel_state.meeting import Meeting
 from megatron_samoe.parallel_state.rank_store import join_store, serve_store
 
 
@@ -46,6 +50,39 @@ def test_a_port_that_another_job_has_is_named(first_of_two: pytest.MonkeyPatch) 
         first_of_two.setenv("MASTER_PORT", str(port))
         with pytest.raises(CommunicationError, match=f"at 127.0.0.1:{port}: .*(EADDRINUSE|in use)"):
             join()
+
+
+@pytest.mark.parametrize("lives", [False, True])
+def test_a_rank_that_is_lost_before_gloo_connects_is_named_and_not_waited_for(
+    lives: bool, first_of_two: pytest.MonkeyPatch
+) -> None:
+    """Another rank meets this one and is never heard of again, as after a loss of power; or it lives, and gloo has no way to it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    first_of_two.setenv("MASTER_PORT", str(port))
+    first_of_two.setattr(backend, "CONNECTING", timedelta(seconds=1))
+    first_of_two.setattr(backend, "TELLING_S", 0.5)
+
+    def other() -> None:
+        meeting = Meeting(dist.TCPStore("127.0.0.1", port, 2, timeout=timedelta(seconds=10)), 1, 2)
+        meeting.meet(10.0)
+        meeting.compare({})
+        if lives:
+            meeting.compare_problems("no route", 2, 5.0)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    began = time.monotonic()
+    said = (
+        r"gloo could not connect them: rank \d \(.*\): .*GLOO_SOCKET_IFNAME"
+        if lives
+        else rf"lost rank 1 \({socket.gethostname()}\) before"
+    )
+    with pytest.raises(CommunicationError, match=f"Rank 0 of 2 met the others, .*{said}") as caught:
+        backend.initialize_distributed(ParallelConfig(distributed_timeout_minutes=10), torch.device("cpu"), 2, {})
+    thread.join(10)
+    assert time.monotonic() - began < 10 and ("SOCKET_IFNAME" in str(caught.value)) == lives
 
 
 @pytest.mark.parametrize("name", launcher.FOREIGN_WORLD_SIZES)

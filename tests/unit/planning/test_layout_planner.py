@@ -172,7 +172,7 @@ def test_less_memory_leads_to_recomputation_and_then_to_a_refusal_that_says_by_h
     assert roomy.config.training.recompute_granularity is None
     tight = plan_layouts(config, 103, with_world(1, memory_bytes=roomy.memory.total * 0.8))[0]
     assert tight.config.training.recompute_granularity == "full" and tight.cost.step_s > roomy.cost.step_s
-    with pytest.raises(ConfigError, match=r"--memory-gb = 1e-06.*smallest, tp1 pp1 dp1.*misses .* GB"):
+    with pytest.raises(ConfigError, match=r"--memory-gb = 1e-06.*smallest, tp1 pp1 dp1.*misses .* MB"):
         plan_layouts(config, 103, with_world(1, memory_bytes=1000))
 
 

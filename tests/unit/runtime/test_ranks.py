@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -142,14 +144,16 @@ def test_launch_order_is_the_programs_where_our_exchange_shares_gpus_with_torchs
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(backend.dist, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(backend.dist.distributed_c10d, "_set_pg_timeout", lambda _: None)
+    others: Any = (None, None, 0, 2, timedelta(minutes=1))
     for chosen, device, order in (
         ("torch", GPU, None),
         ("extension", torch.device("cpu"), None),
         ("extension", GPU, "1"),
     ):
         monkeypatch.delenv("NCCL_LAUNCH_ORDER_IMPLICIT", raising=False)
-        backend._connect(ParallelConfig(moe_all_to_all_backend=chosen), device, None, 0, 2)
+        backend._connect(ParallelConfig(moe_all_to_all_backend=chosen), device, *others)
         assert os.environ.get("NCCL_LAUNCH_ORDER_IMPLICIT") == order
     monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "0")
-    backend._connect(ParallelConfig(moe_all_to_all_backend="extension"), GPU, None, 0, 2)
+    backend._connect(ParallelConfig(moe_all_to_all_backend="extension"), GPU, *others)
     assert os.environ["NCCL_LAUNCH_ORDER_IMPLICIT"] == "0"

@@ -86,7 +86,7 @@ def test_a_run_that_could_not_save_takes_no_step(
         train(tmp_path)
     message = str(caught.value)
     assert message.startswith("cannot begin to train: a checkpoint takes ") and "[0 steps]" in message
-    assert f"{tmp_path} has {sizes[1] / 1e6:.1f} MB left; make room" in message and "--keep-last" in message
+    assert f"{tmp_path} has {sizes[1] / 1e6:.3g} MB left; make room" in message and "--keep-last" in message
 
 
 @pytest.mark.parametrize("async_save", [False, True], ids=["waiting", "background"])
@@ -128,7 +128,7 @@ def test_both_numbers_are_said_before_the_first_step(
     with caplog.at_level(logging.INFO, "megatron_samoe"), pytest.raises(CheckpointError):
         train(tmp_path)
     said = caplog.text
-    assert f"a checkpoint takes {sizes[1] / 1e6:.1f} MB; {tmp_path} has" in said
+    assert f"a checkpoint takes {sizes[1] / 1e6:.3g} MB; {tmp_path} has" in said
     assert "3 checkpoints, as many as this run comes to hold, take" in said and "--keep-last keeps fewer" in said
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 
 import pytest
 
 from megatron_samoe.cli import pretrain as cli_pretrain
 from megatron_samoe.errors import (
+    CheckpointError,
+    CommunicationError,
     ConfigError,
+    ConfigErrors,
     HostDiffersError,
     HostRefusedError,
     HostsLeftError,
+    JobEndedError,
     MegatronSamoeError,
     ToldToLeaveError,
 )
@@ -35,7 +40,7 @@ def part(agreed: signal.Signals, sent_after_s: float | None = None) -> None:
         timer = threading.Timer(sent_after_s or 0.0, os.kill, (os.getpid(), agreed))
         timer.start() if sent_after_s is not None else None
         try:
-            signals.part()
+            signals.part("iter_0000007 is left.")
         finally:
             timer.cancel()
 
@@ -56,7 +61,9 @@ def test_a_rank_that_is_told_leaves_as_one_that_is_not_done(
 ) -> None:
     """Its torchrun would wait for the other hosts' ends and train no more, where it has not sent the signal itself."""
     on_one_of_two_hosts.setattr(trainer, "PARTING_S", 60.0)
-    with pytest.raises(ToldToLeaveError, match=r"rank 2 \(host1\), .*: all ranks have saved") as raised:
+    with pytest.raises(
+        ToldToLeaveError, match=r"rank 2 \(host1\), .*: all ranks leave. iter_0000007 is left."
+    ) as raised:
         part(signal.SIGTERM, sent_after_s)
     assert raised.value.exit_status == 143 and not raised.value.permanent
 
@@ -78,29 +85,50 @@ def test_other_ways_to_leave_are_for_all_hosts(on_one_of_two_hosts: pytest.Monke
     part(signal.SIGTERM)
 
 
+ALIKE = ConfigErrors([ConfigError("--lr", 1, "must be alike on all hosts")])
+DIFFERS = HostDiffersError([ConfigError("--lr", 1, "must be alike")])
+
+
 @pytest.mark.parametrize(
-    ("error", "rank", "local_rank", "waits"),
+    ("error", "rank", "local_rank", "course"),
     [
-        (ConfigError("--lr", 1, "must be less"), 0, 0, False),
-        (ConfigError("--lr", 1, "must be less"), 2, 0, True),
-        (HostDiffersError([ConfigError("--lr", 1, "must be alike")]), 2, 0, False),
-        (HostDiffersError([ConfigError("--lr", 1, "must be alike")]), 3, 1, True),
-        (HostRefusedError("host2 cannot take part"), 0, 0, True),
+        (ALIKE, 0, 0, ["says", "waits", "leaves"]),
+        (ALIKE, 2, 0, ["says", "waits", "leaves"]),
+        (ALIKE, 1, 1, ["waits", "waits", "leaves"]),
+        (CheckpointError("it is damaged", collective=True), 2, 0, ["says", "waits", "leaves"]),
+        (JobEndedError("rank 1 ended it"), 0, 0, ["says", "waits", "leaves"]),
+        (CommunicationError("rank 1 is gone"), 0, 0, ["says", "leaves"]),
+        (DIFFERS, 2, 0, ["says", "leaves"]),
+        (DIFFERS, 3, 1, ["waits", "leaves"]),
+        (HostRefusedError("host2 cannot take part"), 0, 0, ["waits", "says", "leaves"]),
     ],
 )
-def test_who_leaves_first_is_seen_and_is_a_host_that_the_job_goes_on_without(
-    error: MegatronSamoeError, rank: int, local_rank: int, waits: bool, monkeypatch: pytest.MonkeyPatch
+def test_every_host_says_what_all_meet_before_any_launcher_may_end(
+    error: MegatronSamoeError, rank: int, local_rank: int, course: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The others' torchruns begin anew with all hosts that are there then."""
+    """A launcher may hold the store without which others end. A host that the job goes on without leaves first: the others'
+    torchruns begin anew with all hosts that are there then.
+    """
 
     def meet_it(*_: object, **__: object) -> None:
         raise error
 
-    slept: list[float] = []
+    class Output:
+        def write(self, text: str) -> None:
+            seen.append("says") if text.startswith("error") else None
+
+        def flush(self) -> None:
+            pass
+
+    seen: list[str] = []
     monkeypatch.setattr(cli_pretrain, "configure_logging", lambda rank: None)  # which other tests would inherit
-    monkeypatch.setattr(cli_pretrain, "parse_pretrain_args", meet_it)
-    monkeypatch.setattr(cli_pretrain.time, "sleep", slept.append)
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    for name in ("parse_pretrain_args", "_fit_to_ranks"):
+        monkeypatch.setattr(cli_pretrain, name, lambda *_, **__: (None, 4))
+    monkeypatch.setattr(cli_pretrain, "pretrain", meet_it)
+    monkeypatch.setattr(cli_pretrain.time, "sleep", lambda _: seen.append("waits"))
+    monkeypatch.setattr(sys, "stderr", Output())
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", 2), ("WORLD_SIZE", 4)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
     assert cli_pretrain.main([]) != 0
-    assert bool(slept) == waits
+    assert [*seen, "leaves"] == course
