@@ -23,7 +23,7 @@ from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.meeting import Meeting
 from megatron_samoe.parallel_state.rank_store import join_store
 from megatron_samoe.parallel_state.silent_hosts import silent_hosts
-from megatron_samoe.parallel_state.state import CONNECTING
+from megatron_samoe.parallel_state.state import connecting_time
 from megatron_samoe.start import die_with_torchrun
 
 #: What torch says when communication fails where it raises a bare RuntimeError; elsewhere it is a DistError.
@@ -175,7 +175,7 @@ def _connect(
     # All ranks of a one-host job can talk over loopback even where the host's name does not resolve.
     if backend == "gloo" and launcher.local_world_size() == launcher.world_size():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    limit, began = min(timeout, CONNECTING), time.monotonic()
+    limit, began = connecting_time(size, timeout), time.monotonic()
     connect = partial(dist.init_process_group, backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
         _within(limit.total_seconds() + TELLING_S, connect)

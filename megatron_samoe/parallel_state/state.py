@@ -20,8 +20,12 @@ from megatron_samoe.parallel_state.token_share import TokenShare
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-#: How long ranks that have met may take to connect: seconds where all are well. One that is lost then is not waited for longer.
-CONNECTING = timedelta(seconds=60)
+
+def connecting_time(num_ranks: int, timeout: timedelta) -> timedelta:
+    """Returns how long ranks that have met may take to connect: seconds where all are well. One that is lost then is not waited
+    for until the time-out of their exchanges.
+    """
+    return min(timeout, timedelta(seconds=60 + num_ranks / 10))
 
 
 class PendingRows(Protocol):
@@ -336,7 +340,7 @@ def initialize_model_parallel(
     for name in GROUPS:
         for ranks in grid.groups(name):
             if len(ranks) > 1 and ranks not in handles:
-                handles[ranks] = dist.new_group(list(ranks), timeout=min(timeout, CONNECTING))
+                handles[ranks] = dist.new_group(list(ranks), timeout=connecting_time(grid.world_size, timeout))
                 if rank in ranks:
                     dist.distributed_c10d._set_pg_timeout(timeout, handles[ranks])
             if rank in ranks:

@@ -61,7 +61,7 @@ def test_a_rank_that_is_lost_before_gloo_connects_is_named_and_not_waited_for(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     first_of_two.setenv("MASTER_PORT", str(port))
-    first_of_two.setattr(backend, "CONNECTING", timedelta(seconds=1))
+    first_of_two.setattr(backend, "connecting_time", lambda size, timeout: timedelta(seconds=1))
     first_of_two.setattr(backend, "TELLING_S", 0.5)
 
     def other() -> None:
