@@ -285,11 +285,13 @@ def _description(part: Any) -> Any:
 
 
 def _growth(step: Any) -> float:
-    """Returns how many characters a normalizer or decoder of a tokenizer.json can make of one, by replacing."""
+    """Returns how many characters a normalizer or decoder of a tokenizer.json can make of one."""
     if not isinstance(step, dict):
         return 1.0
     if steps := step.get("normalizers") or step.get("decoders"):
         return math.prod(map(_growth, steps))
+    if step.get("type") == "Prepend":
+        return 1.0 + len(step["prepend"])
     if step.get("type") != "Replace":
         return 1.0
     pattern, content = step["pattern"], len(step["content"])

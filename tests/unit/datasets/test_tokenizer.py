@@ -251,6 +251,7 @@ DOUBLES = _replace("aa", String="a")
         ("normalizer", [{"type": "Sequence", "normalizers": [DOUBLES] * 6}] * 2, 2**12),
         ("normalizer", [_replace("b" * 2000, Regex="a+")], 2000),
         ("normalizer", [_replace("bbb", Regex="x*")] * 10, 4**10),
+        ("normalizer", [{"type": "Prepend", "prepend": "b" * 1999}], 2000),
         ("decoder", [DOUBLES] * 11, 2**11),
     ],
 )
