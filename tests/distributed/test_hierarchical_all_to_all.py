@@ -220,4 +220,4 @@ def test_the_backend_is_the_one_asked_for_or_an_error():
         run_ranks(_chosen, 2, "torch", False, True) == run_ranks(_chosen, 2, "auto", False, False) == ["NoneType"] * 2
     )
     assert all("cannot be had here" in message for message in run_ranks(_chosen, 2, "extension", False, False))
-    assert all("is for CUDA" in message for message in run_ranks(_chosen, 2, "extension", True, True))
+    assert all("needs CUDA" in message for message in run_ranks(_chosen, 2, "extension", True, True))

@@ -1,0 +1,1 @@
+"""Layers that share experts, in programs of others."""

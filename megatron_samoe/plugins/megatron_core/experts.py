@@ -1,0 +1,73 @@
+"""What a MoE layer of Megatron-Core has in the place of its experts, and what the model has for all of its layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from megatron_samoe.parallel_state.parameter_tag import tag_of
+
+if TYPE_CHECKING:
+    from megatron_samoe.plugins.megatron_core.sharing import ExpertSharing
+
+
+class LentExperts(MegatronModule):
+    """The experts of one layer, which `ExpertSharing` lends; built and called as Megatron-Core's own experts are.
+
+    Attributes:
+        part: what the layer owns: its coefficients, its own experts, or nothing; set by `ExpertSharing.attach`.
+    """
+
+    part: nn.Module
+
+    def __init__(
+        self, num_local_experts: int, config: Any, sharing: ExpertSharing, submodules: Any = None, pg_collection: Any = None
+    ):
+        super().__init__(config)
+        self.sharing, self.moe_index = (sharing,), -1  # in a tuple: it is not a module of this one
+
+    def forward(self, rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """Returns the results [R, H] of rows sorted by expert, times their probabilities, and no bias."""
+        run = self.sharing[0].experts(self.moe_index)
+        return run(rows, tokens_per_expert) * probs[:, None].to(rows.dtype), None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Returns the layer's own part for Megatron-Core's checkpoints."""
+        return self.sharing[0].sharded(self.part, prefix, sharded_offsets)
+
+
+class SharedExperts(MegatronModule):
+    """What all layers share, on one rank."""
+
+    def __init__(self, config: Any, sharing: ExpertSharing, part: nn.Module):
+        super().__init__(config)
+        self.sharing, self.part = (sharing,), part
+        # Loading writes new weights, of which nothing is combined yet.
+        self.register_load_state_dict_post_hook(lambda *_: sharing.forget())
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Returns the banks for Megatron-Core's checkpoints, each once for all layers and stages."""
+        return self.sharing[0].sharded(self.part, prefix)
+
+
+def sharded_tensor(name: str, parameter: nn.Parameter, state: Any, prepended: Any = ()) -> ShardedTensor:
+    """Returns a parameter's place in the complete tensor, and which copy of it this rank has."""
+    spec = tag_of(parameter).shard
+    shift = len(prepended)
+    pieces = [(shift + dim, state.group(axis).rank, state.group(axis).size) for dim, axis in spec.partition]
+    copies = [axis for axis in ("etp", "ep") if axis not in dict((axis, 0) for _, axis in spec.partition)]
+    number = 0
+    for axis in copies:
+        number = number * state.group(axis).size + state.group(axis).rank
+    stage = state.pp.rank if spec.family == "pool" else 0
+    return ShardedTensor.from_rank_offsets(
+        name,
+        parameter.data,
+        *prepended,
+        *pieces,
+        replica_id=(stage, number, state.edp.rank),
+        prepend_axis_num=shift,
+    )
