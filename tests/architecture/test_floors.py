@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dist_checkpointing",),
     ("datasets",),
     ("planning", "runtime"),
-    ("training", "inference", "convert", "evaluation"),
+    ("training", "inference", "convert", "evaluation", "plugins"),
     ("language_model", "fit", "interop", "compress"),
     ("cli",),
     ("gpu_check",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 import warnings
@@ -45,8 +46,7 @@ class Norm(nn.Module):
 def start(layout: Layout) -> None:
     """Makes Megatron-Core's groups; in a process of one rank the default group as well."""
     warnings.simplefilter("ignore")
-    from tests.harness import megatron_on_cpu  # noqa: F401
-
+    importlib.import_module("tests.harness.megatron_on_cpu")  # before megatron.core
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -71,7 +71,7 @@ def model_config(layout: Layout) -> Any:
         "gated_linear_unit": True, "activation_func": nn.functional.silu, "normalization": "RMSNorm", "layernorm_epsilon": 1e-5,
         "attention_dropout": 0.0, "hidden_dropout": 0.0, "use_cpu_initialization": True, "bias_dropout_fusion": False,
         "masked_softmax_fusion": False, "gradient_accumulation_fusion": False, "apply_rope_fusion": False,
-        "params_dtype": torch.float32, "pipeline_dtype": torch.float32, "variable_seq_lengths": False,
+        "params_dtype": torch.float32, "pipeline_dtype": torch.float32, "batch_p2p_comm": False,
     }  # fmt: skip
     return TransformerConfig(
         **{**options, **layout.options},
@@ -141,7 +141,9 @@ def batches(step: int) -> Tensor:
     return torch.randint(0, VOCABULARY, (BATCHES, 2, LENGTH + 1), generator=generator)
 
 
-def train(layout: Layout, sharing: str | None, options: dict[str, Any], steps: int = 3, fault: str | None = None) -> dict[str, Any]:
+def train(
+    layout: Layout, sharing: str | None, options: dict[str, Any], steps: int = 3, fault: str | None = None
+) -> dict[str, Any]:
     """Returns losses and norms of a few steps, and copies of what is shared that differ between ranks.
 
     Args:
@@ -205,4 +207,87 @@ def _copies(shares: Any) -> dict[str, float]:
     return found
 
 
-FAULTS: dict[str, Any] = {}
+def _sum_over_the_wrong_group(shares: Any) -> None:
+    for parameter in shares._shared.parameters():
+        parameter.allreduce = not parameter.allreduce
+
+
+def _count_once_a_stage(shares: Any) -> None:
+    for parameter in shares._shared.parameters():
+        parameter.shared = False
+
+
+def _leave_one_copy_alone(shares: Any) -> None:
+    if shares.state.pp.rank:
+        for parameter in shares._shared.parameters():
+            parameter.requires_grad_(False)
+
+
+def _send_before_the_end(shares: Any) -> None:
+    """Completes gradients after the optimizer has them."""
+    shares._lender_of_step, finish = None, shares.finalize_model_grads
+
+    def late(model: Any, *args: Any, **kwargs: Any) -> None:
+        lender = shares._lender
+        end = lender.finish_step
+        lender.finish_step = lambda: None
+        finish(model, *args, **kwargs)
+        lender.finish_step = end
+        end()
+
+    shares.finalize_model_grads = late
+
+
+def _combine_once(shares: Any) -> None:
+    shares.forget = lambda: None
+
+
+#: What a plug-in could do wrong, planted after the model is attached.
+FAULTS: dict[str, Any] = {
+    "summed over the wrong group": _sum_over_the_wrong_group,
+    "counted once a stage": _count_once_a_stage,
+    "one stage's copy not updated": _leave_one_copy_alone,
+    "sent before the last micro-batch": _send_before_the_end,
+    "a stale combination": _combine_once,
+}
+
+
+def saved(layout: Layout, sharing: str, options: dict[str, Any], folder: str) -> list[float]:
+    """Saves the model of a layout by Megatron-Core's dist_checkpointing; returns its losses of a batch."""
+    from megatron.core import dist_checkpointing
+
+    start(layout)
+    _, chunks, _ = built(layout, sharing, options)
+    fill(chunks)
+    dist_checkpointing.save(chunks[0].sharded_state_dict(), folder)
+    return _losses(chunks[0])
+
+
+def loaded(layout: Layout, sharing: str, options: dict[str, Any], folder: str) -> list[float]:
+    """Loads it in another layout, over a model of other values that it has used; returns the same losses."""
+    from megatron.core import dist_checkpointing
+
+    start(layout)
+    _, chunks, _ = built(layout, sharing, {**options, "seed": 7})
+    fill(chunks)
+    _losses(chunks[0])
+    chunks[0].load_state_dict(dist_checkpointing.load(chunks[0].sharded_state_dict(), folder))
+    return _losses(chunks[0])
+
+
+@torch.no_grad()
+def _losses(model: Any) -> list[float]:
+    """Returns the mean loss of a batch, on the last stage."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward_step(iterator: Any, model: Any) -> Any:
+        ids = next(iterator)
+        mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
+        out = model(ids[:, :-1], torch.arange(LENGTH).expand(len(ids), -1), mask, labels=ids[:, 1:])
+        return out, lambda loss: (loss.mean(), {"loss": loss.mean()})
+
+    found = get_forward_backward_func()(
+        forward_step_func=forward_step, data_iterator=iter(batches(9)), model=model, num_microbatches=BATCHES, seq_length=LENGTH,
+        micro_batch_size=2, forward_only=True,
+    )  # fmt: skip
+    return [float(one["loss"]) for one in found]

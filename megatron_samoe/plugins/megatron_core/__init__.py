@@ -1,10 +1,14 @@
 """Layers that share experts in Megatron-Core; see docs/megatron_core.md.
 
-    sharing, experts     the pool and its gradients, and what a layer has in the place of its experts
-    rank_layout          Megatron-Core's groups as a `ParallelState`
-    refusals             options that meet shared experts wrongly
+sharing, experts     the pool and its gradients, and what a layer has in the place of its experts
+rank_layout          Megatron-Core's groups as a `ParallelState`
+refusals             options that meet shared experts wrongly
 """
 
-from megatron_samoe.plugins.megatron_core.sharing import ExpertSharing
+from megatron_samoe.errors import optional_import
+
+optional_import("megatron.core", "megatron-core", __name__)
+
+from megatron_samoe.plugins.megatron_core.sharing import ExpertSharing  # noqa: E402
 
 __all__ = ["ExpertSharing"]

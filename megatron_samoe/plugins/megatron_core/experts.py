@@ -24,7 +24,12 @@ class LentExperts(MegatronModule):
     part: nn.Module
 
     def __init__(
-        self, num_local_experts: int, config: Any, sharing: ExpertSharing, submodules: Any = None, pg_collection: Any = None
+        self,
+        num_local_experts: int,
+        config: Any,
+        sharing: ExpertSharing,
+        submodules: Any = None,
+        pg_collection: Any = None,
     ):
         super().__init__(config)
         self.sharing, self.moe_index = (sharing,), -1  # in a tuple: it is not a module of this one

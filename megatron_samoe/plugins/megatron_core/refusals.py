@@ -39,7 +39,11 @@ OF_MODEL = (
 )
 #: Of DistributedDataParallelConfig.
 OF_DDP = (
-    Refusal("overlap_grad_reduce", _is_on, "must be False: gradients of shared experts are complete after the last micro-batch"),
+    Refusal(
+        "overlap_grad_reduce",
+        _is_on,
+        "must be False: gradients of shared experts are complete after the last micro-batch",
+    ),
     Refusal("use_megatron_fsdp", _is_on, NOT_PARAMETERS),
 )
 

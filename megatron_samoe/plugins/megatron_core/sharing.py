@@ -69,7 +69,9 @@ class ExpertSharing:
             **options,
         )
         if expert_sharing in ("pool", "neighbours"):
-            raise ConfigError("expert_sharing", expert_sharing, "needs a router that Megatron-Core lacks; tied shares sets")
+            raise ConfigError(
+                "expert_sharing", expert_sharing, "needs a router that Megatron-Core lacks; tied shares sets"
+            )
         if moe.samoe_granularity == "expert" and self.state.etp.size > 1:
             raise ConfigError("samoe_granularity", "expert", "must be layer with expert_tensor_parallel_size above 1")
         #: Indices among MoE layers, by layer from 0.
@@ -90,9 +92,7 @@ class ExpertSharing:
             tuple(self._moe_index[i] for i in layers if i in self._moe_index) for layers in layers_of_stage(config)
         )
         shapes = (shape,) * len(self._moe_index)
-        self._way = MappedSharing(
-            SharingContext(moe, self._num_users, shapes, stages, self.state, config.params_dtype)
-        )
+        self._way = MappedSharing(SharingContext(moe, self._num_users, shapes, stages, self.state, config.params_dtype))
         self._parts: dict[int, nn.Module] = {}
         self._shared: SharedExperts | None = None
         self._lender: ExpertLender | None = None
@@ -106,7 +106,7 @@ class ExpertSharing:
         """
         spec, found = copy.deepcopy(spec), 0
         for layer in getattr(spec, "layer_specs", None) or [spec]:
-            mlp = getattr(layer.submodules, "mlp", None)
+            mlp: Any = getattr(layer.submodules, "mlp", None)
             # From 0.17 on a partial of the layer, before that a spec of it.
             is_partial = isinstance(mlp, functools.partial)
             if (mlp.func if is_partial else getattr(mlp, "module", None)) is not MoELayer:
@@ -116,7 +116,9 @@ class ExpertSharing:
             submodules.experts = lent if is_partial else ModuleSpec(module=LentExperts, params={"sharing": self})
             found += 1
         if not found:
-            raise ConfigError("spec", type(spec).__name__, "has no MoE layer: give num_experts to the function that makes it")
+            raise ConfigError(
+                "spec", type(spec).__name__, "has no MoE layer: give num_experts to the function that makes it"
+            )
         return spec
 
     def attach(self, model: nn.Module) -> nn.Module:
@@ -127,8 +129,10 @@ class ExpertSharing:
         """
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         if not all(isinstance(layer.experts, LentExperts) for layer in layers):
-            raise ConfigError("model", type(model).__name__, "has MoE layers that do not borrow: build it by ExpertSharing.spec")
-        named = {}
+            raise ConfigError(
+                "model", type(model).__name__, "has MoE layers that do not borrow: build it by ExpertSharing.spec"
+            )
+        named: dict[str, nn.Parameter] = {}
         for layer in layers:
             number = layer.layer_number - 1
             experts = layer.experts
@@ -148,10 +152,11 @@ class ExpertSharing:
         """Tells Megatron-Core how a parameter is split and who holds copies of it."""
         marks: Any = parameter
         spec = tag_of(parameter).shard
-        split = {axis for _, axis in spec.partition if self.state.group(axis).size > 1}
-        marks.allreduce = not (self.state.ep.size > 1 and "ep" in dict((axis, 0) for _, axis in spec.partition))
-        # Each rank counts its own experts in norms, whether or not they are split over tensor-parallel ranks, too.
-        marks.tensor_model_parallel = tag_of(parameter).is_routed_expert or "ep" in split
+        # Of experts, or of coefficients of each expert.
+        by_expert = "ep" in [axis for _, axis in spec.partition]
+        marks.allreduce = not (by_expert and self.state.edp.size != self.state.dp_cp.size)
+        # Tensor-parallel ranks have experts of their own, or their own part of each: all count in norms.
+        marks.tensor_model_parallel = by_expert
         marks.partition_dim, marks.partition_stride = -1, 1
         # A coefficient's gradient is a sum over tensor-parallel ranks, which have other experts or other parts of them.
         marks.sequence_parallel = bool(self.config.sequence_parallel and spec.partial and marks.allreduce)
@@ -180,16 +185,17 @@ class ExpertSharing:
         """
         refuse(getattr(model[0], "ddp_config", None), OF_DDP)
         if self._lender is None:
-            raise ConfigError("model", type(model[0]).__name__, "has not used its shared experts: call ExpertSharing.attach")
+            raise ConfigError(
+                "model", type(model[0]).__name__, "has not used its shared experts: call ExpertSharing.attach"
+            )
         self._lender.finish_step()
         finalize_model_grads(model, *args, **kwargs)
         for parameter in self._on_several_stages():
-            torch.distributed.all_reduce(
-                parameter.main_grad, group=parallel_state.get_pipeline_model_parallel_group()  # type: ignore[attr-defined]
-            )
+            stages = parallel_state.get_pipeline_model_parallel_group()
+            torch.distributed.all_reduce(parameter.main_grad, group=stages)
         self.forget()
 
-    def _on_several_stages(self) -> Iterator[nn.Parameter]:
+    def _on_several_stages(self) -> Iterator[Any]:
         for parameter in () if self._shared is None else self._shared.parameters():
             if getattr(parameter, "shared_embedding", False):
                 yield parameter
@@ -206,4 +212,6 @@ def _activation(config: Any) -> Activation:
         return "swiglu"
     if not gated and function is torch.nn.functional.gelu:
         return "gelu_exact"
-    raise ConfigError("activation_func", getattr(function, "__name__", function), "must be gated SiLU, or GELU without gates")
+    raise ConfigError(
+        "activation_func", getattr(function, "__name__", function), "must be gated SiLU, or GELU without gates"
+    )

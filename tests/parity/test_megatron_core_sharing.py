@@ -1,0 +1,278 @@
+"""Experts that layers of Megatron-Core's own model share: its results are ours, its gradients follow from its own experts', and
+every layout trains as one process does."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.convert.fold import fold_shared
+from megatron_samoe.convert.megatron import MegatronLayout, plan_export, write_export
+from megatron_samoe.convert.megatron.rank_files import FILE_NAME
+from megatron_samoe.errors import ConfigError, DataError
+from megatron_samoe.models.rank_model import stored_name
+from tests.harness.megatron_training import FAULTS, Layout, built, loaded, saved, start, train
+from tests.harness.pairs import first_by_day
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
+from tests.parity.test_megatron_checkpoints import LOCAL, cpu_in_place_of_cuda, megatron_model, megatron_rank  # noqa: F401
+from tests.unit.convert.memory_source import MemorySource, logits, new_source
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+
+BANKS = {"num_expert_banks": 2}
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "own": ("own", {}),
+    "2 banks": ("combined", BANKS),
+    "2 banks by layer": ("combined", {**BANKS, "samoe_combine": "layer"}),
+    "8 banks of each expert": ("combined", {"num_expert_banks": 8, "samoe_granularity": "expert"}),
+    "softmax": ("combined", {**BANKS, "samoe_normalization": "softmax"}),
+    "l2": ("combined", {**BANKS, "samoe_normalization": "l2"}),
+    "tied": ("tied", {}),
+    "two sets": ("tied", {"num_expert_sets": 2}),
+    "scaled": ("scaled", {}),
+    "map": ("own,0,0,own", {}),
+}
+
+
+def shared_source(way: str, options: dict[str, Any]) -> MemorySource:
+    """Returns a random model of ours."""
+    sharing = {} if way == "own" else {"expert_sharing": way}
+    config = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24, "moe_router_pre_softmax": True}
+    return new_source(tiny_config("moe", **config, **sharing, **options))
+
+
+def with_sharing(args: argparse.Namespace, way: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Returns Megatron-Core's model of a checkpoint's arguments, whose layers share their experts, and what shares them."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    from megatron_samoe.plugins.megatron_core import ExpertSharing
+
+    made: list[Any] = []
+    spec_of = gpt_layer_specs.get_gpt_decoder_block_spec
+
+    def spec(config: Any, **words: Any) -> Any:
+        made.append(ExpertSharing(config, way, **options))
+        return made[0].spec(spec_of(config, **words))
+
+    import tests.parity.test_megatron_checkpoints as theirs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theirs, "get_gpt_decoder_block_spec", spec)
+        model = megatron_model(args)
+    return made[0].attach(model), made[0]
+
+
+def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Returns logits [T, V], without padding."""
+    tokens, length = batch["tokens"], batch["tokens"].shape[1]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    result: Tensor = model(tokens, torch.arange(length).expand_as(tokens), mask)
+    return result.flatten(0, 1)[:, :VOCAB_SIZE]
+
+
+def borrowed(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Returns what layers share and own of their experts, by our names."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("expert_pool.part."):
+            found[stored_name(f"expert_pool.{name.removeprefix('expert_pool.part.')}")] = parameter
+        elif ".experts.part." in name:
+            layer, _, rest = name.removeprefix("decoder.layers.").partition(".mlp.experts.part.")
+            found[stored_name(f"layers.{layer}.moe.experts.{rest}")] = parameter
+    return found
+
+
+def effective(source: MemorySource, own: dict[str, Tensor], normalization: str) -> dict[tuple[int, str], Tensor]:
+    """Returns each layer's weights W[l, e] = sum_p A[l, p] T[p, e] as functions of `own`, by layer and matrix."""
+    weights = {}
+    for layer in range(4):
+        for row, name in enumerate(("w1", "w2")):
+            a = own.get(f"layers.{layer}.moe.combination")
+            if (mine := own.get(f"layers.{layer}.moe.experts.{name}")) is not None:
+                weights[layer, name] = mine
+                continue
+            sets = [n for n in own if n.startswith("expert_pool.") and n.endswith(f".{name}")]
+            bank = own[sets[min(layer * len(sets) // 4, len(sets) - 1)]]
+            if a is None:
+                weights[layer, name] = bank[0]
+                continue
+            a = a.softmax(-1) if normalization == "softmax" else a
+            a = a / a.norm(dim=-1, keepdim=True) if normalization == "l2" else a
+            mixed = a[row].expand(bank.shape[1], -1)
+            weights[layer, name] = torch.einsum("ep,pe...->e...", mixed, bank)
+    return weights
+
+
+@pytest.mark.parametrize("case", WAYS)
+def test_its_loss_and_gradients_are_those_of_megatrons_own_experts(case: str, tmp_path: Path) -> None:
+    """The loss is ours, too. Megatron-Core's gradient of each expert it owns gives that of banks and coefficients, by autograd
+    through W = A T, written out here."""
+    way, options = WAYS[case]
+    source = shared_source(way, options)
+    exported = write_export(
+        plan_export(source if way == "own" else fold_shared(source), MegatronLayout(1, 1, 1, style=LOCAL)), tmp_path, 1
+    )
+    content = torch.load(exported / "mp_rank_00" / FILE_NAME, weights_only=False)
+    batch = global_batch(from_mapping(source.config, "test"), 0)
+    with megatron_rank(content["args"], 0):
+        reference = megatron_model(content["args"])
+        reference.load_state_dict(content["model"], strict=True)
+        model, sharing = with_sharing(content["args"], way, options)
+        missing, left = model.load_state_dict(content["model"], strict=False)
+        shared = borrowed(model)
+        assert all("experts" in name for name in left) and len(missing) == len(shared)
+        for name, parameter in shared.items():
+            parameter.data.copy_(source.weights[name].view_as(parameter))
+            parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+        sharing.forget()
+        expected, found = logits_of(reference.eval(), batch), logits_of(model.eval(), batch)
+        for result in (expected, found):
+            torch.nn.functional.cross_entropy(result, batch["labels"].flatten()).backward()
+        sharing._lender.finish_step()
+    torch.testing.assert_close(found, logits(source), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    theirs = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name in theirs:
+            torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+    own = {name: parameter.detach().clone().requires_grad_() for name, parameter in shared.items()}
+    total = torch.zeros(())
+    for (layer, name), weight in effective(source, own, str(options.get("samoe_normalization", "none"))).items():
+        kind = {"w1": "linear_fc1", "w2": "linear_fc2"}[name]
+        grads = [
+            theirs[f"decoder.layers.{layer}.mlp.experts.local_experts.{e}.{kind}.weight"].grad
+            for e in range(len(weight))
+        ]
+        total = total + (weight * torch.stack(grads).view_as(weight)).sum()
+    total.backward()
+    for name, parameter in shared.items():
+        grad = parameter.main_grad if parameter.grad is None else parameter.main_grad + parameter.grad
+        torch.testing.assert_close(grad, own[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert len(shared) >= 2
+
+
+#: Layouts with the number of their ranks.
+LAYOUTS: dict[str, tuple[Layout, int]] = {
+    "EP 2 x PP 2, ZeRO-1": (Layout(ep=2, pp=2, zero=True), 4),
+    "TP 2 + SP": (Layout(tp=2), 2),
+    "TP 2 + SP, ETP 2": (Layout(tp=2, etp=2), 2),
+    "TP 2 + SP, EP 2, ZeRO-1": (Layout(tp=2, ep=2, zero=True), 2),
+    "ETP 2": (Layout(etp=2), 2),
+    "DP 2, ZeRO-1": (Layout(zero=True), 2),
+    "EP 2": (Layout(ep=2), 2),
+    "PP 2": (Layout(pp=2), 2),
+    "interleaved PP 2": (Layout(pp=2, chunks=2), 2),
+    "interleaved PP 2, ZeRO-1": (Layout(pp=2, chunks=2, zero=True), 2),
+    "DP 2 x PP 2, ZeRO-1": (Layout(pp=2, zero=True), 4),
+    "EP 2 x PP 2": (Layout(ep=2, pp=2), 4),
+    "full recomputation": (
+        Layout(
+            pp=2, options={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        ),
+        2,
+    ),
+    "recomputed experts": (
+        Layout(ep=2, options={"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+        2,
+    ),
+}
+TRAINED = ("2 banks", "2 banks by layer", "tied", "scaled", "map")
+
+
+@functools.cache
+def one_process(case: str) -> dict[str, Any]:
+    return run_ranks(train, 1, Layout(), *WAYS[case])[0]
+
+
+def same(case: str, layout: str, fault: str | None = None) -> bool:
+    """Returns whether losses, norms with clipping, and copies of what is shared are those of one process."""
+    sizes, ranks = LAYOUTS[layout]
+    expected = one_process(case)
+    for found in run_ranks(train, ranks, sizes, *WAYS[case], 3, fault):
+        close = [found[name] == pytest.approx(expected[name], rel=2e-6) for name in ("losses", "norms")]
+        if not all(close) or any(found["copies"].values()):
+            return False
+    return True
+
+
+@pytest.mark.parametrize(("case", "layout"), first_by_day(product(TRAINED, LAYOUTS), 2))
+def test_a_layout_trains_as_one_process(case: str, layout: str) -> None:
+    """By Megatron-Core's data parallelism, optimizer and schedule, which the harness calls by name."""
+    assert same(case, layout)
+
+
+@pytest.mark.parametrize(
+    ("fault", "layout"),
+    [
+        pytest.param("summed over the wrong group", "EP 2 x PP 2", marks=pytest.mark.night),
+        pytest.param("counted once a stage", "PP 2", marks=pytest.mark.night),
+        pytest.param("one stage's copy not updated", "PP 2", marks=pytest.mark.night),
+        pytest.param("sent before the last micro-batch", "EP 2", marks=pytest.mark.night),
+        pytest.param("a stale combination", "EP 2", marks=pytest.mark.night),
+    ],
+)
+def test_what_a_plug_in_could_do_wrong_is_seen(fault: str, layout: str) -> None:
+    assert fault in FAULTS and not same("2 banks", layout, fault)
+
+
+@pytest.mark.night
+@pytest.mark.parametrize("case", ["2 banks", "tied", "map"])
+def test_a_checkpoint_of_torch_dist_loads_in_another_layout(case: str, tmp_path: Path) -> None:
+    """Each bank is in it once, and what was combined before loading is combined anew."""
+    expected = run_ranks(saved, 4, Layout(ep=2, pp=2), *WAYS[case], str(tmp_path))[-1]
+    assert len(expected) == 4
+    for layout, ranks in ((Layout(tp=2), 2), (Layout(), 1)):
+        assert run_ranks(loaded, ranks, layout, *WAYS[case], str(tmp_path))[0] == pytest.approx(expected, rel=1e-6)
+
+
+def _refused(options: dict[str, Any], sharing: str, words: dict[str, Any]) -> str:
+    start(Layout())
+    try:
+        built(Layout(options=options), sharing, words)
+    except ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+REFUSED: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
+    ({"add_bias_linear": True}, "tied", {}, "add_bias_linear = True: must be False"),
+    ({}, "tide", {}, "--expert-sharing = 'tide': must be one of"),
+    ({}, "0,1", {}, "one for each of 4 MoE layers"),
+    ({}, "pool", {}, "needs a router that Megatron-Core lacks"),
+    ({"activation_func": torch.nn.functional.relu}, "tied", {}, "activation_func = 'relu': must be gated SiLU"),
+    (
+        {"moe_apply_probs_on_input": True, "moe_router_topk": 1},
+        "tied",
+        {},
+        "moe_apply_probs_on_input = True: must be False",
+    ),
+]
+
+
+def _all_refusals() -> list[str]:
+    return [_refused(*case[:3]) for case in REFUSED]
+
+
+def test_wrong_use_is_one_sentence() -> None:
+    found = run_ranks(_all_refusals, 1)[0]
+    for (*_, expected), message in zip(REFUSED, found, strict=True):
+        assert expected in message and "\n" not in message, message
+
+
+def test_without_megatron_core_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    for name in [name for name in sys.modules if name.startswith("megatron_samoe.plugins.megatron_core")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(DataError, match=r"needs the package megatron: .*megatron-core"):
+        importlib.import_module("megatron_samoe.plugins.megatron_core")
