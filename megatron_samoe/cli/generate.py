@@ -227,6 +227,8 @@ class Generate:
                 return read_prompts(io.StringIO(read_text(path, None)), str(path), path.suffix == ".jsonl")
             except OSError as error:
                 raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from None
         if self.interactive or (self.prompts_file is None and sys.stdin.isatty()):
             return None
         return read_prompts(sys.stdin, "standard input", as_json=False)

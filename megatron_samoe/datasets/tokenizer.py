@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_samoe.errors import DataError, nearest, nearest_file
+from megatron_samoe.errors import DataError, nearest, nearest_file, readable
 from megatron_samoe.parsing import parse_json, read_file
 
 EOD_NAMES = ("<|endoftext|>", "<eod>", "<|eod|>", "<EOD>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
@@ -271,7 +271,7 @@ def _library_errors(message: Callable[[str], str]) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise DataError(message(" ".join(str(error).split())[:300].rstrip("."))) from None
+        raise DataError(message(readable(" ".join(str(error).split())).rstrip("."))) from None
 
 
 def _cannot_encode() -> contextlib.AbstractContextManager[None]:

@@ -145,6 +145,8 @@ class SafetensorsReader:
             raise CheckpointError(f"{path} is not a safetensors file, is damaged, or is cut off: {reason}.") from None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
+        except MemoryError:  # of addresses: the library maps the file
+            raise CheckpointError(f"{path} cannot be read: it is larger than this process may map.") from None
         self._offsets: dict[str, int] = {}
         self.tensors: dict[str, StoredTensor] = {}
         for name, (kind, shape) in header.items():

@@ -12,7 +12,7 @@ from megatron_samoe.config.data import DataConfig
 from megatron_samoe.convert.hf.sentencepiece_fast import fast_tokenizer, processor_of
 from megatron_samoe.datasets.tokenizer import ByteTokenizer, build_tokenizer
 from megatron_samoe.errors import DataError
-from megatron_samoe.parsing import parse_json
+from megatron_samoe.parsing import parse_json, read_file
 
 TOKENIZER, TOKENIZER_CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 _BYTE_EOD = "<|endoftext|>"
@@ -145,6 +145,6 @@ def imported_tokenizer(data: DataConfig, folder: Path, kept_at: Path) -> tuple[D
 
 def _is_byte(path: Path) -> bool:
     try:
-        return parse_json(path.read_bytes())["model"].get("vocab") == _letters_of_bytes()
-    except (ValueError, KeyError, TypeError, AttributeError):  # not a tokenizer of the library, which says why
+        return parse_json(read_file(path))["model"].get("vocab") == _letters_of_bytes()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not a tokenizer of the library, which says why
         return False

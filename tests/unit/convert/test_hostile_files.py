@@ -12,7 +12,7 @@ import tempfile
 import time
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,39 +40,8 @@ from megatron_samoe.dist_checkpointing.file_storage import METADATA, read_metada
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
 from megatron_samoe.errors import MegatronSamoeError
 from tests.harness.tiny import tiny_config
+from tests.hostile.changes import ODD, changed
 from tests.unit.convert.memory_source import new_source
-
-#: What stands in for a value somewhere.
-ODD = (
-    None, True, -1, 0, 1.5, 1e308, float("nan"), float("inf"), 10**9, 2**63, 10**18, 10**400, "", "x", "1e9", [], [[1]],
-    {}, {"a": {}}, [None] * 40, "y" * 5000,
-)  # fmt: skip
-
-
-def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Yields the path of every value within mappings and lists."""
-    yield path
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in inner:
-        yield from places(child, (*path, key))
-
-
-def changed(value: Any, rng: random.Random) -> Any:
-    """Returns a copy in which one or two values are odd, missing, or under another name."""
-    value = copy.deepcopy(value)
-    for _ in range(rng.choice((1, 1, 1, 2))):
-        *path, last = rng.choice([p for p in places(value) if p])
-        holder = value
-        for key in path:
-            holder = holder[key]
-        if rng.random() < 0.15:
-            del holder[last]
-        elif rng.random() < 0.1 and isinstance(holder, dict):
-            holder[rng.choice(("x", "", 7, "num_layers"))] = holder.pop(last)
-        else:
-            holder[last] = copy.deepcopy(rng.choice(ODD))
-    return value
-
 
 SEEDS = pytest.mark.parametrize("seeds", [range(300), pytest.param(range(300, 3000), marks=pytest.mark.night)], ids=str)
 
@@ -106,6 +75,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def write_state(folder: Path, state: Any) -> None:
     """Writes a training state whose own digest is right, so that its other values are looked at."""
+    state = json.loads(json.dumps(state))  # whose keys are texts
     signed = {**state, "digest": store.digest_of_values(state)} if isinstance(state, dict) else state
     (folder / store.TRAIN_STATE).write_text(json.dumps(signed))
 

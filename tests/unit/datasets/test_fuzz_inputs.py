@@ -19,7 +19,7 @@ from megatron_samoe.datasets.inspect import verify
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.datasets.preprocess.run import preprocess
 from megatron_samoe.errors import DataError
-from tests.unit.datasets.mutation import mutate
+from tests.hostile.changes import mutate
 
 # Mutations per kind of file; 10000 in all with SAMOE_FUZZ=3000.
 NUM_MUTATIONS = int(os.environ.get("SAMOE_FUZZ", "120"))

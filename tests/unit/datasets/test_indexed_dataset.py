@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_samoe.datasets import index_format
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron_samoe.errors import DataError
-from tests.unit.datasets.mutation import mutate
+from tests.hostile.changes import mutate
 
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # Mutations tried per kind of file; 10000 with SAMOE_FUZZ=10000.

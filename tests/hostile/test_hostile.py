@@ -1,0 +1,115 @@
+"""Hostile files end in a sentence or are read: a few by day, ten minutes of them at night. And what is planted is found."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hostile.__main__ import main, search
+from tests.hostile.formats import MAKERS, VICTIMS, Case
+from tests.hostile.trial import MOST_GROWTH_MB, REACHED, Trials, fault_of
+
+#: Changes that make much to read.
+LARGE = re.compile("MB|million|thousand|bomb|a long text|what no value is")
+
+
+def is_small(case: Case) -> bool:
+    """Whether a case is tried in less than a second."""
+    return not LARGE.search(case.drawn[1]) and "process" not in case.drawn[2].split()
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trials]:
+    with Trials(tmp_path_factory.mktemp("hostile")) as trials:
+        yield trials
+
+
+def test_hostile_files_by_day(trials: Trials) -> None:
+    assert search(trials, 2, 1, is_small, most=16) == []
+
+
+@pytest.mark.night
+def test_hostile_files_at_night(trials: Trials) -> None:
+    """SAMOE_HOSTILE_SEED draws other ones."""
+    assert search(trials, 10, int(os.environ.get("SAMOE_HOSTILE_SEED", "1"))) == []
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "yaml" else pytest.param(kind, marks=pytest.mark.night) for kind in MAKERS]
+)
+def test_sound_files_are_read(kind: str, trials: Trials, tmp_path: Path) -> None:
+    """Else a refusal would say nothing about what was changed."""
+    sound = trials.sound(kind)
+    commands = {
+        words.replace("{file}", f"{{in}}/{v.glob}") for v in VICTIMS if v.format == kind for words in v.commands
+    }
+    for number, words in enumerate(sorted(commands)):
+        place = tmp_path / str(number)
+        shutil.copytree(sound, place / "in")
+        (place / "out").mkdir()
+        end = trials.run(words, place, place)
+        assert not fault_of(end, (), place / "CANARY") and "error" not in end.output, f"{words}\n{end.output}"
+
+
+def hang() -> None:
+    os.mkfifo("pipe")
+    signal.alarm(1)
+    open("pipe").close()
+
+
+def work() -> None:
+    os.kill(os.getpid(), signal.SIGXCPU)
+
+
+def fill() -> None:
+    bytearray(MOST_GROWTH_MB + 100 << 20)
+
+
+def overfill() -> None:
+    print(len(b"x" * (8 << 30)))
+
+
+def run_code() -> None:
+    exec("open('CANARY', 'w')")
+
+
+def write_above() -> None:
+    Path("../outside").touch()
+    open("../outside", "w").close()
+
+
+def start_a_program() -> None:
+    subprocess.run(["true"], check=True)
+
+
+def connect() -> None:
+    with socket.socket() as one:
+        one.connect_ex(("127.0.0.1", 9))
+
+
+@pytest.mark.parametrize(
+    ("function", "fault"),
+    [(hang, "hangs for"), (work, "takes 20 s of processor"), (fill, "takes 1,"), (overfill, "traceback: MemoryError"),
+     (run_code, "runs code of the file"), (write_above, REACHED + "open"), (start_a_program, REACHED + "subprocess.Popen"),
+     (connect, REACHED + "socket.connect"), (os.abort, "dies by SIGABRT"), (os.getpid, "ends with status")],
+)  # fmt: skip
+def test_what_a_command_must_not_do_is_seen(
+    function: Callable[[], None], fault: str, trials: Trials, tmp_path: Path
+) -> None:
+    end = trials.worker.run(tmp_path, function)
+    assert fault_of(end, ("file",), tmp_path / "CANARY").startswith(fault), end
+
+
+def test_a_case_is_repeated_by_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    number = next(n for n in range(500) if "not there" in Case(4, n).drawn[1] and "yaml" in Case(4, n).drawn[0].glob)
+    assert main(["--replay", f"4:{number}"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(str(Case(4, number))) and "No such file" in shown and shown.endswith("all is well\n")

@@ -1,0 +1,250 @@
+"""The trial of a hostile file: a command in a process of its own with little time and memory, whose every look outside is seen."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_samoe.cli.command import module_of
+from megatron_samoe.errors import MegatronSamoeError
+from tests.harness import ranks
+from tests.harness.program import is_change
+from tests.hostile.formats import MAKERS, Case
+
+#: Of one command: processor time, time on a busy machine, and memory beyond what its imports take.
+CPU_S, WALL_S, MOST_BYTES = 20, 60, 3 << 30
+#: More memory than any of the files explains: the longest text has 300 MB.
+MOST_GROWTH_MB = 1500
+#: What Python tells of before it starts a program or talks to a host.
+RUNS = ("os.exec", "os.posix_spawn", "os.system", "socket.connect", "socket.getaddrinfo", "subprocess.Popen")
+REACHED = "REACHED OUTSIDE: "
+#: Loaded before any process is forked.
+_COMMANDS = ("pretrain", "preprocess", "train-tokenizer", "inspect-dataset", "convert", "inspect", "generate", "plan")
+MODULES = (*map(module_of, _COMMANDS), "megatron_samoe.language_model", "tests.harness.serving", "pandas",
+           "pyarrow.parquet", "tokenizers", "sentencepiece", "safetensors.torch")  # fmt: skip
+#: With what a command ends: an error, a wrong flag, damage that `inspect verify` found.
+PARAGRAPH = re.compile(
+    r"^(?:error[^:\n]*: |megatron-samoe [^:\n]*: |.*: DAMAGED \(.*\n  )(.*(?:\n  .*)*)", re.MULTILINE
+)
+
+
+@dataclass(frozen=True)
+class End:
+    """How a process ended.
+
+    Attributes:
+        status: its exit status, or a signal's number below 0.
+        growth_mb: its most memory, beyond that of a process that does nothing.
+    """
+
+    status: int
+    output: str
+    growth_mb: float = 0.0
+
+
+class Worker:
+    """A process that has loaded everything and computed nothing, so that it may fork one for each command."""
+
+    def __init__(self) -> None:
+        self._pipe, there = ranks._context.Pipe()
+        self._process = ranks._context.Process(target=_serve, args=(there,))
+        self._process.start()
+        there.close()
+
+    def run(self, folder: Path, function: Callable[..., int | None], *args: Any) -> End:
+        """Returns how a function ends in a process of its own, which may write into a folder."""
+        self._pipe.send((folder, function, args))
+        return self._pipe.recv()  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Connection) -> None:
+    for module in MODULES:
+        importlib.import_module(module)
+    tqdm.get_lock()  # else each process would make one, and its tracker would tell of it
+    with tempfile.TemporaryDirectory() as folder:
+        base_mb = _run(Path(folder), os.getpid).growth_mb
+    with contextlib.suppress(EOFError):
+        while True:
+            folder, function, args = pipe.recv()
+            pipe.send(_run(folder, function, *args, base_mb=base_mb))
+
+
+def _run(folder: Path, function: Callable[..., int | None], *args: Any, base_mb: float = 0.0) -> End:
+    output = folder / "output.txt"
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            _confine(folder, output)
+            status = function(*args) or 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status & 127)
+    _, ended, used = os.wait4(pid, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # what it started
+    return End(os.waitstatus_to_exitcode(ended), output.read_text(errors="replace"), used.ru_maxrss / 1024 - base_mb)
+
+
+def _confine(folder: Path, output: Path) -> None:
+    """Bounds this process, and makes it say what it does outside of a folder."""
+    os.setsid()
+    for target, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):
+        os.dup2(os.open(path, flags, 0o644), target)
+    os.dup2(1, 2)
+    sys.stdin = open(0, closefd=False)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+    for number in (signal.SIGALRM, signal.SIGXCPU):
+        faulthandler.register(number, all_threads=False, chain=True)  # says where it was, and ends it
+    signal.alarm(WALL_S)
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 5))
+    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (has + MOST_BYTES, has + MOST_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    scratch = folder / "tmp"
+    scratch.mkdir(exist_ok=True)
+    tempfile.tempdir = os.environ["TMPDIR"] = str(scratch)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    legal = (str(folder.resolve()) + os.sep, "/dev/", "/proc/self/")
+
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        wrote = is_change(event, args) and not isinstance(args[0], int)
+        ran = event in RUNS and args[0] != sys.executable  # the program's own workers
+        if ran or (wrote and not os.path.realpath(os.fsdecode(args[0])).startswith(legal)):
+            os.write(2, f"\n{REACHED}{event} {args[0]!r}\n".encode(errors="replace"))
+
+    sys.addaudithook(watch)
+
+
+def command(words: list[str]) -> int:
+    """Runs a command as its command line does; `load` is the function of that name."""
+    name, *rest = words
+    if name != "load":
+        sys.argv = [f"megatron-samoe {name}", *rest]
+        return importlib.import_module(module_of(name)).main(rest)  # type: ignore[no-any-return]
+    try:
+        importlib.import_module("megatron_samoe.language_model").load(*rest).generate("Emma", max_new_tokens=2)
+    except MegatronSamoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+class Trials:
+    """Tries cases, one after the other, in a folder."""
+
+    def __init__(self, root: Path):
+        self.worker, self.root = Worker(), root
+
+    def __enter__(self) -> Trials:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.worker.close()
+
+    def sound(self, kind: str) -> Path:
+        """Returns the folder of a format's sound files, which are made once."""
+        folder = self.root / kind
+        if not folder.exists():
+            folder.mkdir()
+            made = self.worker.run(folder, MAKERS[kind], folder)
+            assert made.status == 0, made.output
+        return folder
+
+    def run(self, words: str, folder: Path, file: Path) -> End:
+        """Returns how a command ends for the files of a folder."""
+        places = {"in": folder / "in", "out": folder / "out", "file": file}
+        return self.worker.run(folder, command, [word.format_map(places) for word in words.split()])
+
+    def __call__(self, case: Case) -> tuple[str, End]:
+        """Returns what is wrong with the end of a case, nothing where all is well, and the end."""
+        victim, _, words = case.drawn
+        sound, folder = self.sound(victim.format), self.root / "case"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        made = self.worker.run(folder, case.prepare, sound, folder)
+        assert made.status == 0, f"{case}\n{made.output}"
+        path = next(sound.glob(victim.glob)).relative_to(sound)
+        end = self.run(words, folder, folder / "in" / path)
+        fault = fault_of(end, (path.stem, str(folder / "in")), folder / "CANARY")
+        if not fault and end.status == 0 and "skip" not in words:
+            judged = self.worker.run(folder, case.refuse, folder / "in" / path)
+            if judged.status != 0 and "emory" not in judged.output:
+                fault = f"accepts what another program refuses: {judged.output.strip().splitlines()[-1]}"
+            elif victim.format == "native" and "verify" in words:
+                fault = next(_unseen(sound, folder / "in"), "")
+        return fault, end
+
+
+def _unseen(sound: Path, hostile: Path) -> Iterator[str]:
+    """Yields what differs of a checkpoint in which verifying finds nothing."""
+    for path in (p for p in (sound / "run").rglob("iter_*/*") if p.is_file()):
+        other = hostile / path.relative_to(sound)
+        if not other.is_file() or path.read_bytes() != other.read_bytes():
+            yield f"verifies {path.name}, which is not as it was written"
+
+
+def fault_of(end: End, named: tuple[str, ...], canary: Path) -> str:
+    """Returns what is wrong with how a command ended that was given a hostile file; nothing where all is well.
+
+    Args:
+        named: texts of which its error must have one: the file, or the folder it is in.
+        canary: what exists if code of the file was run.
+    """
+    if canary.exists():
+        return "runs code of the file"
+    if REACHED in end.output:
+        return next(line for line in end.output.splitlines() if line.startswith(REACHED))
+    if end.status < 0:
+        name = signal.Signals(-end.status).name
+        words = {"SIGALRM": f"hangs for {WALL_S} s", "SIGXCPU": f"takes {CPU_S} s of processor time"}
+        return words.get(name, f"dies by {name}") + _place(end.output, 0)
+    if "Traceback (most recent call last)" in end.output:
+        return f"traceback: {end.output.strip().splitlines()[-1]}{_place(end.output, -1)}"
+    if end.growth_mb > MOST_GROWTH_MB:
+        return f"takes {end.growth_mb:,.0f} MB"
+    told = PARAGRAPH.findall(end.output)
+    # `inspect check` and `stat` end with 1 where they find something, which is not an error.
+    if end.status == 0 or (end.status == 1 and not told and "checkpoint in" in end.output):
+        return ""
+    if end.status not in (1, 2) or len(told) != 1:
+        return f"ends with status {end.status} and {len(told)} paragraphs of error"
+    if control := re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", told[0]):
+        return f"prints the control character {control[0]!r}"
+    if len(told[0]) > 6000:
+        return f"prints an error of {len(told[0]):,} characters"
+    return "" if any(name in told[0] for name in named) else f"prints an error that names no file: {told[0]}"
+
+
+def _place(output: str, which: int) -> str:
+    """Returns where in the program it was: the first line that a stack names, or the last that a traceback does."""
+    found = re.findall(r'File "[^"]*(megatron_samoe/[^"]+)", line (\d+)', output)
+    return f" ({':'.join(found[which])})" if found else ""
