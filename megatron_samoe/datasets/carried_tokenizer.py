@@ -8,6 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_samoe.config.data import DataConfig
+from megatron_samoe.datasets.tokenizer import MAX_TOKENIZER_BYTES
+from megatron_samoe.errors import CheckpointError
+from megatron_samoe.parsing import read_file
 
 #: Folder in a checkpoint's, and the options that name files.
 FOLDER = "tokenizer"
@@ -20,14 +23,17 @@ def read_files(data: DataConfig) -> dict[str, bytes]:
     for field in FIELDS:
         path = getattr(data, field)
         if path is not None and os.path.isfile(path):
-            files[f"{FOLDER}/{field}{Path(path).suffix}"] = Path(path).read_bytes()
+            files[f"{FOLDER}/{field}{Path(path).suffix}"] = read_file(path, MAX_TOKENIZER_BYTES)
     return files
 
 
 def files_in(directory: Path) -> dict[str, bytes]:
     """Returns the files that a checkpoint carries, by their path in it."""
     found = sorted((directory / FOLDER).iterdir()) if (directory / FOLDER).is_dir() else []
-    return {f"{FOLDER}/{path.name}": path.read_bytes() for path in found if path.stem in FIELDS}
+    try:
+        return {f"{FOLDER}/{p.name}": read_file(p, MAX_TOKENIZER_BYTES) for p in found if p.stem in FIELDS}
+    except OSError as error:
+        raise CheckpointError(f"{directory / FOLDER} is damaged: {error.filename}: {error.strerror}.") from None
 
 
 def with_carried(data: DataConfig, directory: Path, only_missing: bool = False) -> DataConfig:

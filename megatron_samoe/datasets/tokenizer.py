@@ -25,7 +25,7 @@ EOD_NAMES = ("<|endoftext|>", "<eod>", "<|eod|>", "<EOD>", "<|end_of_text|>", "<
 
 
 #: Of a file: the largest vocabularies have some 40 MB.
-_MAX_BYTES = 1 << 28
+MAX_TOKENIZER_BYTES = 1 << 28
 #: Characters that one may become.
 _MAX_GROWTH = 1000
 
@@ -318,6 +318,6 @@ def _other_type(content: bytes, wanted: str) -> str:
 
 def _read(path: str, flag: str) -> bytes:
     try:
-        return read_file(path, _MAX_BYTES)
+        return read_file(path, MAX_TOKENIZER_BYTES)
     except OSError as error:
         raise DataError(f"{flag} {path!r} cannot be read: {error.strerror}.{nearest_file(path)}") from error

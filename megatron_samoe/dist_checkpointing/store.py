@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.saved import upgrade
-from megatron_samoe.dist_checkpointing.file_storage import digest_of, new_digest
+from megatron_samoe.dist_checkpointing.file_storage import MAX_METADATA_BYTES, digest_of, new_digest
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedState, read_sharded
 from megatron_samoe.errors import CheckpointError, shown, some
 from megatron_samoe.log import say_once
@@ -319,7 +319,11 @@ def digest_of_values(content: Mapping[str, Any], like: str = "") -> str:
 def attachments_of(directory: Path) -> dict[str, bytes]:
     """Returns the contents of the files in a checkpoint's subfolders, by their path in it."""
     digests = read_train_state(directory)["digests"]
-    return {name: (directory / name).read_bytes() for name in digests if "/" in name and (directory / name).is_file()}
+    names = [name for name in digests if "/" in name and (directory / name).is_file()]
+    try:
+        return {name: read_file(directory / name, MAX_METADATA_BYTES) for name in names}
+    except OSError as error:
+        raise CheckpointError(f"{directory} is damaged: {error.filename}: {error.strerror}.") from None
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -355,6 +359,8 @@ def damaged_files(directory: Path, parallel: ParallelState) -> list[str]:
         path = directory / name
         if not path.is_file():
             bad.append(f"{name} is missing")
+        elif not name.endswith(".distcp") and path.stat().st_size > MAX_METADATA_BYTES:
+            bad.append(f"{name} is larger than what was written")
         elif digest_of(path, digests[name]) != digests[name]:
             bad.append(f"{name} differs from what was written")
     return [problem for part in parallel.world.all_gather_object(bad) for problem in part]

@@ -18,6 +18,7 @@ from megatron_samoe.log import logger
 from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.meeting import common, refused
 from megatron_samoe.parallel_state.state import ParallelState
+from megatron_samoe.parsing import read_text
 from megatron_samoe.training.checkpointing import run_state
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import TrainState
@@ -85,7 +86,7 @@ def _refuse_unshared(root: Path, parallel: ParallelState, patience_s: float, ela
 
 def _read(path: Path) -> str | None:
     with contextlib.suppress(OSError):
-        return path.read_text()
+        return read_text(path)
     return None
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.convert.hf.sentencepiece_fast import processor_of
 from megatron_samoe.convert.hf.tokenizer_files import TOKENIZER, tokenizer_files
+from megatron_samoe.datasets.tokenizer import MAX_TOKENIZER_BYTES
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.parsing import read_file
 
 #: gguf.TokenType, whose first six numbers are SentencePiece's.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -85,7 +86,7 @@ def _refused(what: str) -> ConfigError:
 def _sentencepiece(path: str, eod: int) -> Vocabulary:
     from sentencepiece import sentencepiece_model_pb2
 
-    content = Path(path).read_bytes()
+    content = read_file(path, MAX_TOKENIZER_BYTES)
     processor_of(content, path)  # which says what is wrong with a file
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(content)

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.convert.hf.sentencepiece_fast import fast_tokenizer, processor_of
-from megatron_samoe.datasets.tokenizer import ByteTokenizer, build_tokenizer
+from megatron_samoe.datasets.tokenizer import MAX_TOKENIZER_BYTES, ByteTokenizer, build_tokenizer
 from megatron_samoe.errors import DataError
 from megatron_samoe.parsing import parse_json, read_file
 
@@ -71,8 +71,9 @@ def tokenizer_files(data: DataConfig) -> TokenizerFiles:
     name = tokenizer.id_to_token(ours.eod)
     if kind == "GPT2BPETokenizer":
         assert data.vocab_file and data.merge_file
-        text = Path(data.merge_file).read_bytes()
-        files = {"vocab.json": Path(data.vocab_file).read_bytes(), "merges.txt": text, TOKENIZER: _json(tokenizer)}
+        text = read_file(data.merge_file, MAX_TOKENIZER_BYTES)
+        vocabulary = read_file(data.vocab_file, MAX_TOKENIZER_BYTES)
+        files = {"vocab.json": vocabulary, "merges.txt": text, TOKENIZER: _json(tokenizer)}
         note = f"{name} in a text is the token for transformers, and plain text for GPT2BPETokenizer."
         return TokenizerFiles(ours.eod, name, files, (note,))
     return TokenizerFiles(ours.eod, name, {TOKENIZER: _json(tokenizer)})
@@ -104,7 +105,7 @@ def _letters_of_bytes() -> dict[str, int]:
 
 
 def _sentencepiece(path: str, eod: int) -> TokenizerFiles:
-    content = Path(path).read_bytes()
+    content = read_file(path, MAX_TOKENIZER_BYTES)
     processor = processor_of(content, path)
     name = processor.id_to_piece(eod)
     fast = fast_tokenizer(content, processor)

@@ -357,7 +357,9 @@ def _cut_parquet(file: InputFile, options: PreprocessOptions, plain: bool) -> It
         parquet = pyarrow_parquet.ParquetFile(source, memory_map=False)
         _refuse_other_columns(file.path, parquet.schema_arrow, options.json_keys)
         total = max(parquet.metadata.num_rows, 1)
-        row_bytes = max(file.num_bytes // total, 1)
+        groups = range(parquet.metadata.num_row_groups)
+        unpacked = sum(parquet.metadata.row_group(i).total_byte_size for i in groups)
+        row_bytes = max(max(file.num_bytes, unpacked) // total, 1)
         size, done = max(1, min(8192, options.chunk_bytes // row_bytes)), 0
         for batch in parquet.iter_batches(batch_size=size, columns=list(options.json_keys)):
             columns_ = [batch.column(batch.schema.get_field_index(key)).to_pylist() for key in options.json_keys]
