@@ -218,14 +218,19 @@ def _count_once_a_stage(shares: Any) -> None:
 
 
 def _leave_one_copy_alone(shares: Any) -> None:
-    if shares.state.pp.rank:
-        for parameter in shares._shared.parameters():
-            parameter.requires_grad_(False)
+    finish = shares.finalize_model_grads
+
+    def without_gradient(*args: Any, **kwargs: Any) -> None:
+        finish(*args, **kwargs)
+        for parameter in shares._shared.parameters() if shares.state.pp.rank else ():
+            parameter.main_grad.zero_()
+
+    shares.finalize_model_grads = without_gradient
 
 
 def _send_before_the_end(shares: Any) -> None:
     """Completes gradients after the optimizer has them."""
-    shares._lender_of_step, finish = None, shares.finalize_model_grads
+    finish = shares.finalize_model_grads
 
     def late(model: Any, *args: Any, **kwargs: Any) -> None:
         lender = shares._lender

@@ -7,6 +7,7 @@ import argparse
 import functools
 import importlib
 import sys
+import types
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,6 @@ def test_a_checkpoint_of_torch_dist_loads_in_another_layout(case: str, tmp_path:
 
 
 def _refused(options: dict[str, Any], sharing: str, words: dict[str, Any]) -> str:
-    start(Layout())
     try:
         built(Layout(options=options), sharing, words)
     except ConfigError as error:
@@ -252,7 +252,7 @@ REFUSED: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
     ({}, "pool", {}, "needs a router that Megatron-Core lacks"),
     ({"activation_func": torch.nn.functional.relu}, "tied", {}, "activation_func = 'relu': must be gated SiLU"),
     (
-        {"moe_apply_probs_on_input": True, "moe_router_topk": 1},
+        {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True},
         "tied",
         {},
         "moe_apply_probs_on_input = True: must be False",
@@ -261,13 +261,42 @@ REFUSED: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
 
 
 def _all_refusals() -> list[str]:
+    start(Layout())
     return [_refused(*case[:3]) for case in REFUSED]
+
+
+def _refused_later() -> list[str]:
+    """Returns what is said of a spec without experts, of a model that was built by another spec, and of early gradients."""
+    start(Layout())
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    _, (model,), sharing = built(Layout(), "tied", {})
+    _, (other,), _ = built(Layout(), None, {})
+    model.ddp_config = types.SimpleNamespace(overlap_grad_reduce=True)
+    wrong = (
+        lambda: sharing.spec(get_gpt_layer_local_spec()),
+        lambda: sharing.attach(other),
+        lambda: sharing.finalize_model_grads([model]),
+    )
+    found = []
+    for use in wrong:
+        try:
+            use()
+        except ConfigError as error:
+            found.append(str(error))
+    return found
 
 
 def test_wrong_use_is_one_sentence() -> None:
     found = run_ranks(_all_refusals, 1)[0]
     for (*_, expected), message in zip(REFUSED, found, strict=True):
         assert expected in message and "\n" not in message, message
+
+
+def test_wrong_use_of_a_model_is_one_sentence() -> None:
+    spec, model, gradients = run_ranks(_refused_later, 1)[0]
+    assert "has no MoE layer: give num_experts" in spec and "build it by ExpertSharing.spec" in model
+    assert "overlap_grad_reduce = True: must be False" in gradients
 
 
 def test_without_megatron_core_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
