@@ -14,6 +14,7 @@ import re
 import types
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,13 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_samoe.convert.megatron import MegatronLayout, MegatronStyle, plan_export, write_export
+from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.convert.megatron import MegatronLayout, MegatronReader, MegatronStyle, plan_export, write_export
 from megatron_samoe.convert.megatron.arguments import UNSUPPORTED
 from megatron_samoe.convert.megatron.rank_files import FILE_NAME
+from megatron_samoe.parallel_state.state import single_process_state
+from megatron_samoe.training.setup import build_setup, initial_state
+from megatron_samoe.training.train_step import compute_gradients
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
 from tests.unit.convert.memory_source import MemorySource, logits, new_source
 
@@ -78,6 +83,8 @@ def megatron_model(args: argparse.Namespace) -> GPTModel:
             "moe_ffn_hidden_size": args.moe_ffn_hidden_size, "moe_router_topk": args.moe_router_topk,
             "moe_router_pre_softmax": args.moe_router_pre_softmax, "moe_token_dispatcher_type": "allgather",
             "moe_router_score_function": args.moe_router_score_function,
+            "moe_router_load_balancing_type": args.moe_router_load_balancing_type,
+            "moe_aux_loss_coeff": args.moe_aux_loss_coeff, "moe_z_loss_coeff": args.moe_z_loss_coeff,
             "moe_shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size,
             "moe_shared_expert_gate": args.moe_shared_expert_gate,
         }  # fmt: skip
@@ -91,6 +98,7 @@ def megatron_model(args: argparse.Namespace) -> GPTModel:
         pipeline_model_parallel_size=args.pipeline_model_parallel_size, pipeline_dtype=torch.float32,
         expert_model_parallel_size=args.expert_model_parallel_size,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size, use_cpu_initialization=True,
+        hidden_dropout=args.hidden_dropout, attention_dropout=args.attention_dropout,
         bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, **moe,
     )  # fmt: skip
     if args.num_experts is None:
@@ -137,6 +145,43 @@ def test_megatron_computes_our_logits(layout: str, options: dict, tmp_path: Path
         mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
         theirs = model(tokens, torch.arange(length).expand_as(tokens), mask)
     torch.testing.assert_close(theirs[..., :VOCAB_SIZE].flatten(0, 1), logits(source), rtol=1e-4, atol=1e-4)
+
+
+def our_router_gradients(source: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Returns the gradients of all routers' weights in a training step."""
+    config = from_mapping(source.config, "test")
+    training = replace(config.training, micro_batch_size=len(batch["tokens"]), global_batch_size=len(batch["tokens"]))
+    setup = build_setup(replace(config, training=training), VOCAB_SIZE, single_process_state(), torch.float32)
+    for name, parameter in setup.model.global_parameters().items():
+        parameter.data.copy_(source.read(name))
+    compute_gradients(setup, initial_state(setup), [batch])
+    return [p.main_grad for name, p in setup.model.global_parameters().items() if name.endswith("router.weight")]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "options"),
+    [
+        (3, {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.3, "moe_layer_freq": "0111"}),
+        (1, {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.3, "moe_router_pre_softmax": True}),
+        (2, {"moe_router_load_balancing_type": "none", "moe_z_loss_coeff": 0.02}),
+        (2, {"moe_aux_loss_coeff": 0.7, "moe_z_loss_coeff": 0.03, "moe_router_score_function": "sigmoid"}),
+    ],
+)  # fmt: skip
+def test_megatron_trains_routers_as_we_do(sequences: int, options: dict, tmp_path: Path) -> None:
+    """Balance and z-loss of the arguments, as Megatron computes them: in a model of ours and in one that is read."""
+    source = new_source(tiny_config("moe", style="llama", moe_router_topk=2, **options))
+    content = torch.load(export(source, tmp_path) / "mp_rank_00" / FILE_NAME, weights_only=False)
+    batch = global_batch(from_mapping(source.config, "test"), 0, sequences)
+    tokens = batch["tokens"]
+    with megatron_rank(content["args"], 0):
+        model = megatron_model(content["args"])
+        model.load_state_dict(content["model"], strict=True)
+        mask = torch.ones(1, 1, *[tokens.shape[1]] * 2, dtype=torch.bool).triu(1)
+        logits_BSV = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), mask)[..., :VOCAB_SIZE]
+        torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), batch["labels"].flatten()).backward()
+    theirs = [p.grad for name, p in model.named_parameters() if name.endswith("router.weight")]
+    for ours in (source, MegatronReader(tmp_path)):
+        torch.testing.assert_close(our_router_gradients(ours, batch), theirs, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)], ids=str)
