@@ -162,7 +162,8 @@ def our_router_gradients(source: Any, batch: dict[str, torch.Tensor]) -> list[to
     ("sequences", "options"),
     [
         (3, {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.3, "moe_layer_freq": "0111"}),
-        (1, {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.3, "moe_router_pre_softmax": True}),
+        (2, {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.3, "moe_router_pre_softmax": True}),
+        (2, {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.4, "moe_aux_loss_group_size": 2}),
         (2, {"moe_router_load_balancing_type": "none", "moe_z_loss_coeff": 0.02}),
         (2, {"moe_aux_loss_coeff": 0.7, "moe_z_loss_coeff": 0.03, "moe_router_score_function": "sigmoid"}),
     ],
