@@ -14,7 +14,6 @@ import re
 import types
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,8 @@ from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.convert.megatron import MegatronLayout, MegatronReader, MegatronStyle, plan_export, write_export
 from megatron_samoe.convert.megatron.arguments import UNSUPPORTED
 from megatron_samoe.convert.megatron.rank_files import FILE_NAME
-from megatron_samoe.parallel_state.state import single_process_state
-from megatron_samoe.training.setup import build_setup, initial_state
-from megatron_samoe.training.train_step import compute_gradients
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
-from tests.unit.convert.memory_source import MemorySource, logits, new_source
+from tests.unit.convert.memory_source import MemorySource, logits, new_source, router_gradients
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -147,17 +143,6 @@ def test_megatron_computes_our_logits(layout: str, options: dict, tmp_path: Path
     torch.testing.assert_close(theirs[..., :VOCAB_SIZE].flatten(0, 1), logits(source), rtol=1e-4, atol=1e-4)
 
 
-def our_router_gradients(source: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Returns the gradients of all routers' weights in a training step."""
-    config = from_mapping(source.config, "test")
-    training = replace(config.training, micro_batch_size=len(batch["tokens"]), global_batch_size=len(batch["tokens"]))
-    setup = build_setup(replace(config, training=training), VOCAB_SIZE, single_process_state(), torch.float32)
-    for name, parameter in setup.model.global_parameters().items():
-        parameter.data.copy_(source.read(name))
-    compute_gradients(setup, initial_state(setup), [batch])
-    return [p.main_grad for name, p in setup.model.global_parameters().items() if name.endswith("router.weight")]
-
-
 @pytest.mark.parametrize(
     ("sequences", "options"),
     [
@@ -182,7 +167,7 @@ def test_megatron_trains_routers_as_we_do(sequences: int, options: dict, tmp_pat
         torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), batch["labels"].flatten()).backward()
     theirs = [p.grad for name, p in model.named_parameters() if name.endswith("router.weight")]
     for ours in (source, MegatronReader(tmp_path)):
-        torch.testing.assert_close(our_router_gradients(ours, batch), theirs, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(router_gradients(ours, batch), theirs, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)], ids=str)
