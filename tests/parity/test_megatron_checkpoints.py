@@ -24,8 +24,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.convert.megatron import MegatronLayout, MegatronReader, MegatronStyle, plan_export, write_export
-from megatron_samoe.convert.megatron.arguments import UNSUPPORTED
+from megatron_samoe.convert.megatron.arguments import UNSUPPORTED, from_arguments, to_arguments
 from megatron_samoe.convert.megatron.rank_files import FILE_NAME
+from megatron_samoe.errors import CheckpointError
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
 from tests.unit.convert.memory_source import MemorySource, logits, new_source, router_gradients
 
@@ -204,14 +205,20 @@ def test_names_of_transformer_engine_are_megatrons_own_translation(tmp_path: Pat
     assert local == fused
 
 
-#: Options of megatron-core's configuration that an import reads, under the names of Megatron-LM's arguments.
-READ = {
-    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels",
-    "hidden_dropout", "attention_dropout", "layernorm_epsilon", "add_bias_linear", "add_qkv_bias", "gated_linear_unit",
-    "activation_func", "num_moe_experts", "normalization", "qk_layernorm", "init_method_std", "bias_activation_fusion",
-    "moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_layer_freq", "moe_ffn_hidden_size",
-    "moe_router_load_balancing_type", "moe_router_topk", "moe_router_pre_softmax", "moe_router_score_function",
-    "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_input_jitter_eps", "moe_expert_capacity_factor", "moe_token_drop_policy",
+#: Options of megatron-core's configuration that an import reads: Megatron-LM's argument, and a value that changes the model.
+READ: dict[str, tuple[str, Any]] = {
+    **{name: (name, value) for name, value in {
+        "num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 1, "ffn_hidden_size": 40,
+        "kv_channels": 16, "hidden_dropout": 0.3, "attention_dropout": 0.3, "add_bias_linear": True, "add_qkv_bias": True,
+        "normalization": "LayerNorm", "qk_layernorm": True, "init_method_std": 0.3, "moe_shared_expert_gate": True,
+        "moe_shared_expert_intermediate_size": 20, "moe_layer_freq": [0, 1, 0, 1], "moe_ffn_hidden_size": 20,
+        "moe_router_load_balancing_type": "none", "moe_router_topk": 3, "moe_router_pre_softmax": True,
+        "moe_router_score_function": "sigmoid", "moe_aux_loss_coeff": 0.3, "moe_z_loss_coeff": 0.3, "moe_input_jitter_eps": 0.3,
+        "moe_expert_capacity_factor": 1.5,
+    }.items()},
+    "layernorm_epsilon": ("norm_epsilon", 0.3), "gated_linear_unit": ("swiglu", False), "num_moe_experts": ("num_experts", 8),
+    "activation_func": ("squared_relu", True), "bias_activation_fusion": ("bias_gelu_fusion", False),
+    "moe_token_drop_policy": ("moe_token_drop_policy", "position"),
 }  # fmt: skip
 #: Options without effect on what a trained model computes, up to rounding: of training, layouts, kernels and memory.
 WITHOUT_EFFECT = re.compile(
@@ -240,3 +247,14 @@ def test_every_option_of_megatron_core_is_read_refused_or_without_effect() -> No
         if name not in READ and OTHER_NAME.get(name, name) not in refused and not WITHOUT_EFFECT.search(name)
     ]  # fmt: skip
     assert not unknown
+
+
+@pytest.mark.parametrize("option", READ)
+def test_options_that_are_read_change_the_model_or_are_refused(option: str) -> None:
+    config = tiny_config("moe", style="llama", moe_router_topk=2)
+    args = vars(to_arguments(config, VOCAB_SIZE, 112)) | {"moe_expert_capacity_factor": 2.0}
+    args |= {"swiglu": False} if option == "bias_activation_fusion" else {}  # of a GELU
+    name, value = READ[option]
+    read = from_arguments(argparse.Namespace(**args), "file")
+    with contextlib.suppress(CheckpointError):
+        assert from_arguments(argparse.Namespace(**args | {name: value}), "file") != read
