@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megatron_samoe.convert.edited_model import open_checkpoint
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
@@ -19,14 +20,18 @@ from tests.parity.hf_models import (
     exported,
     native,
     random_source,
+    some_ids,
     theirs,
     transformers,
 )
+from tests.unit.convert.memory_source import router_gradients
 
 pytestmark = pytest.mark.parity
 
 LLAMA: dict[str, Any] = {"style": "llama"}
 MOE: dict[str, Any] = {"style": "llama", "moe_router_topk": 2}
+#: Ends of names of routers' weights.
+ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight")
 #: Layout, options, the class that auto takes, and the class to ask for where it is another.
 CASES: dict[str, tuple[str, dict[str, Any], str, str | None]] = {
     "llama": ("dense", LLAMA, "LlamaForCausalLM", None),
@@ -152,3 +157,31 @@ def test_what_transformers_saves_again_comes_back_too(tmp_path: Path) -> None:
     for name in source.weights:
         if not name.startswith("training."):
             assert torch.equal(reader.read(name)[:257], source.weights[name][:257]), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**MOE, "moe_router_load_balancing_type": "none"},
+        {**MOE, "moe_aux_loss_coeff": 0.3},
+        {**MOE, "moe_aux_loss_coeff": 0.4, "qk_layernorm": True},
+        {**MOE, "moe_aux_loss_coeff": 0.2, "moe_router_pre_softmax": True},
+        {**MOE, "moe_aux_loss_coeff": 0.3, "qk_layernorm": True, "qk_layernorm_scope": "all"},
+        {**MOE, "moe_aux_loss_coeff": 0.3, "residual_multiplier": 1.5},
+    ],
+    ids=["none", "mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe"],
+)
+def test_transformers_balances_a_layer_as_we_train_it(options: dict[str, Any], tmp_path: Path) -> None:
+    """transformers sums over the chosen experts, of which ours is the mean, and over layers it averages first."""
+    source = random_source("moe", num_layers=1, **options)
+    folder = converted(native(tmp_path / "native", source).root, tmp_path / "hf", "--to", "hf")
+    model, ids_BS = theirs(folder), some_ids(1, 65)
+    batch = {"tokens": ids_BS[:, :-1], "labels": ids_BS[:, 1:], "loss_mask": torch.ones(1, ids_BS.shape[1] - 1)}
+    on, off = (model(batch["tokens"], labels=batch["labels"], output_router_logits=flag) for flag in (True, False))
+    (F.cross_entropy(off.logits[0], batch["labels"][0]) + (on.loss - off.loss) / 2).backward()
+    expected = [p.grad for name, p in model.named_parameters() if name.endswith(ROUTERS)]
+    assert len(expected) == 1
+    (folder / "megatron_samoe.json").unlink()  # or an import would take what it remembers
+    read = open_checkpoint(converted(folder, tmp_path / "back"))
+    for ours in (source, read):
+        torch.testing.assert_close(router_gradients(ours, batch), expected, rtol=1e-3, atol=1e-5)

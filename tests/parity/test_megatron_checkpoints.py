@@ -22,11 +22,13 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_samoe.convert.megatron import MegatronLayout, MegatronStyle, plan_export, write_export
-from megatron_samoe.convert.megatron.arguments import UNSUPPORTED
+from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.convert.megatron import MegatronLayout, MegatronReader, MegatronStyle, plan_export, write_export
+from megatron_samoe.convert.megatron.arguments import UNSUPPORTED, from_arguments, to_arguments
 from megatron_samoe.convert.megatron.rank_files import FILE_NAME
+from megatron_samoe.errors import CheckpointError
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
-from tests.unit.convert.memory_source import MemorySource, logits, new_source
+from tests.unit.convert.memory_source import MemorySource, logits, new_source, router_gradients
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -78,6 +80,8 @@ def megatron_model(args: argparse.Namespace) -> GPTModel:
             "moe_ffn_hidden_size": args.moe_ffn_hidden_size, "moe_router_topk": args.moe_router_topk,
             "moe_router_pre_softmax": args.moe_router_pre_softmax, "moe_token_dispatcher_type": "allgather",
             "moe_router_score_function": args.moe_router_score_function,
+            "moe_router_load_balancing_type": args.moe_router_load_balancing_type,
+            "moe_aux_loss_coeff": args.moe_aux_loss_coeff, "moe_z_loss_coeff": args.moe_z_loss_coeff,
             "moe_shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size,
             "moe_shared_expert_gate": args.moe_shared_expert_gate,
         }  # fmt: skip
@@ -91,6 +95,7 @@ def megatron_model(args: argparse.Namespace) -> GPTModel:
         pipeline_model_parallel_size=args.pipeline_model_parallel_size, pipeline_dtype=torch.float32,
         expert_model_parallel_size=args.expert_model_parallel_size,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size, use_cpu_initialization=True,
+        hidden_dropout=args.hidden_dropout, attention_dropout=args.attention_dropout,
         bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, **moe,
     )  # fmt: skip
     if args.num_experts is None:
@@ -139,6 +144,33 @@ def test_megatron_computes_our_logits(layout: str, options: dict, tmp_path: Path
     torch.testing.assert_close(theirs[..., :VOCAB_SIZE].flatten(0, 1), logits(source), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("sequences", "options"),
+    [
+        (3, {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.3, "moe_layer_freq": "0111"}),
+        (2, {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.3, "moe_router_pre_softmax": True}),
+        (2, {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.4, "moe_aux_loss_group_size": 2}),
+        (2, {"moe_router_load_balancing_type": "none", "moe_z_loss_coeff": 0.02}),
+        (2, {"moe_aux_loss_coeff": 0.7, "moe_z_loss_coeff": 0.03, "moe_router_score_function": "sigmoid"}),
+    ],
+)  # fmt: skip
+def test_megatron_trains_routers_as_we_do(sequences: int, options: dict, tmp_path: Path) -> None:
+    """Balance and z-loss of the arguments, as Megatron computes them: in a model of ours and in one that is read."""
+    source = new_source(tiny_config("moe", style="llama", moe_router_topk=2, **options))
+    content = torch.load(export(source, tmp_path) / "mp_rank_00" / FILE_NAME, weights_only=False)
+    batch = global_batch(from_mapping(source.config, "test"), 0, sequences)
+    tokens = batch["tokens"]
+    with megatron_rank(content["args"], 0):
+        model = megatron_model(content["args"])
+        model.load_state_dict(content["model"], strict=True)
+        mask = torch.ones(1, 1, *[tokens.shape[1]] * 2, dtype=torch.bool).triu(1)
+        logits_BSV = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), mask)[..., :VOCAB_SIZE]
+        torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), batch["labels"].flatten()).backward()
+    theirs = [p.grad for name, p in model.named_parameters() if name.endswith("router.weight")]
+    for ours in (source, MegatronReader(tmp_path)):
+        torch.testing.assert_close(router_gradients(ours, batch), theirs, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize(("layout", "options"), [CASES[0], CASES[2], CASES[3]])
 def test_every_rank_loads_its_file_strictly(layout: str, options: dict, sizes: tuple, tmp_path: Path) -> None:
@@ -173,14 +205,20 @@ def test_names_of_transformer_engine_are_megatrons_own_translation(tmp_path: Pat
     assert local == fused
 
 
-#: Options of megatron-core's configuration that an import reads, under the names of Megatron-LM's arguments.
-READ = {
-    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels",
-    "hidden_dropout", "attention_dropout", "layernorm_epsilon", "add_bias_linear", "add_qkv_bias", "gated_linear_unit",
-    "activation_func", "num_moe_experts", "normalization", "qk_layernorm", "init_method_std", "bias_activation_fusion",
-    "moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_layer_freq", "moe_ffn_hidden_size",
-    "moe_router_load_balancing_type", "moe_router_topk", "moe_router_pre_softmax", "moe_router_score_function",
-    "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_input_jitter_eps", "moe_expert_capacity_factor", "moe_token_drop_policy",
+#: Options of megatron-core's configuration that an import reads: Megatron-LM's argument, and a value that changes the model.
+READ: dict[str, tuple[str, Any]] = {
+    **{name: (name, value) for name, value in {
+        "num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 1, "ffn_hidden_size": 40,
+        "kv_channels": 16, "hidden_dropout": 0.3, "attention_dropout": 0.3, "add_bias_linear": True, "add_qkv_bias": True,
+        "normalization": "LayerNorm", "qk_layernorm": True, "init_method_std": 0.3, "moe_shared_expert_gate": True,
+        "moe_shared_expert_intermediate_size": 20, "moe_layer_freq": [0, 1, 0, 1], "moe_ffn_hidden_size": 20,
+        "moe_router_load_balancing_type": "none", "moe_router_topk": 3, "moe_router_pre_softmax": True,
+        "moe_router_score_function": "sigmoid", "moe_aux_loss_coeff": 0.3, "moe_z_loss_coeff": 0.3, "moe_input_jitter_eps": 0.3,
+        "moe_expert_capacity_factor": 1.5,
+    }.items()},
+    "layernorm_epsilon": ("norm_epsilon", 0.3), "gated_linear_unit": ("swiglu", False), "num_moe_experts": ("num_experts", 8),
+    "activation_func": ("squared_relu", True), "bias_activation_fusion": ("bias_gelu_fusion", False),
+    "moe_token_drop_policy": ("moe_token_drop_policy", "position"),
 }  # fmt: skip
 #: Options without effect on what a trained model computes, up to rounding: of training, layouts, kernels and memory.
 WITHOUT_EFFECT = re.compile(
@@ -209,3 +247,14 @@ def test_every_option_of_megatron_core_is_read_refused_or_without_effect() -> No
         if name not in READ and OTHER_NAME.get(name, name) not in refused and not WITHOUT_EFFECT.search(name)
     ]  # fmt: skip
     assert not unknown
+
+
+@pytest.mark.parametrize("option", READ)
+def test_options_that_are_read_change_the_model_or_are_refused(option: str) -> None:
+    config = tiny_config("moe", style="llama", moe_router_topk=2)
+    args = vars(to_arguments(config, VOCAB_SIZE, 112)) | {"moe_expert_capacity_factor": 2.0}
+    args |= {"swiglu": False} if option == "bias_activation_fusion" else {}  # of a GELU
+    name, value = READ[option]
+    read = from_arguments(argparse.Namespace(**args), "file")
+    with contextlib.suppress(CheckpointError):
+        assert from_arguments(argparse.Namespace(**args | {name: value}), "file") != read

@@ -45,6 +45,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 _OTHERS = {
     **dict.fromkeys(("add_bias_linear", "bf16", "fp16", "bias_gelu_fusion", "openai_gelu"), bool),
     "layernorm_epsilon": float,
+    "micro_batch_size": int,
 }
 #: Options that Megatron has under the same names, with the same meaning.
 _SAME_OF_MODEL = (
@@ -134,8 +135,12 @@ def _moe_arguments(config: PretrainConfig) -> dict[str, Any]:
             "cannot be exported without --disable-bias-linear: Megatron's shared experts have no bias",
         )
     pattern = [int(is_moe) for is_moe in parse_moe_layer_freq(moe.moe_layer_freq, model.num_layers)]
+    # Megatron's aux_loss is over the sequences of a micro-batch.
+    group, balancing = moe.balance_group_size, moe.moe_router_load_balancing_type
+    by_sequence = {"moe_router_load_balancing_type": "seq_aux_loss"} if balancing == "aux_loss" else {}
     return {
         **{name: getattr(moe, name) for name in _SAME_OF_MOE},
+        **(by_sequence if group == 1 else {"micro_batch_size": group}),
         "moe_layer_freq": pattern,
         "moe_ffn_hidden_size": config.expert_ffn_size,
         "moe_router_pre_softmax": moe.pre_softmax,
@@ -231,6 +236,8 @@ def _moe_config(get: Any, model: ModelConfig, where: str) -> MoEConfig:
     ffn = get("moe_ffn_hidden_size", model.mlp_size)
     coefficient = get("moe_aux_loss_coeff", 0.0) if balancing != "none" else default.moe_aux_loss_coeff
     options = {name: get(name, getattr(default, name)) for name in (*_SAME_OF_MOE, *_READ_OF_MOE)}
+    if balancing == "aux_loss" and get("micro_batch_size", 1) != 1:
+        options["moe_aux_loss_group_size"] = get("micro_batch_size")
     if not options["moe_expert_capacity_factor"]:
         del options["moe_token_drop_policy"]
     return MoEConfig(

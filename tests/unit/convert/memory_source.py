@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, Stor
 from megatron_samoe.models.rank_model import RankModel, build_model
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
+from megatron_samoe.training.setup import build_setup, initial_state
+from megatron_samoe.training.train_step import compute_gradients
 from tests.harness.tiny import VOCAB_SIZE, global_batch
 
 PLAIN_STATE = {"iteration": 7, "consumed_samples": 56, "consumed_tokens": 896, "vocab_size": VOCAB_SIZE,
@@ -86,3 +88,15 @@ def loss(source: GlobalTensors) -> float:
     batch = global_batch(model.config, 0)
     result, _ = model(batch["tokens"], ForwardContext(batch_size=len(batch["tokens"]), training=False))
     return float(model.loss(result, batch["labels"]).mean())
+
+
+def router_gradients(source: GlobalTensors, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """Returns the gradients of all routers' weights in a training step of one micro-batch."""
+    config, sequences = from_mapping(source.config, "test"), len(batch["tokens"])
+    training = replace(config.training, micro_batch_size=sequences, global_batch_size=sequences)
+    config = replace(config, training=training)
+    setup = build_setup(config, source.train_state["vocab_size"], single_process_state(), torch.float32)
+    for name, parameter in setup.model.global_parameters().items():
+        parameter.data.copy_(source.read(name))
+    compute_gradients(setup, initial_state(setup), [dict(batch)])
+    return [p.main_grad for name, p in setup.model.global_parameters().items() if name.endswith("router.weight")]

@@ -21,15 +21,17 @@ from tests.parity.hf_models import Native, native, random_source, some_ids
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 
-LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+#: Numbers that a file must carry: other than defaults, and large enough to show in logits.
+OWN: dict[str, Any] = {"rotary_base": 300.0, "norm_epsilon": 0.03}
+LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24, **OWN}
 AMONG_ALL = {**LLAMA, "moe_router_pre_softmax": True}
 OLMOE = {**AMONG_ALL, "qk_layernorm": True, "qk_layernorm_scope": "all"}
 GATE = {"moe_shared_expert_intermediate_size": 20, "moe_shared_expert_gate": True}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("llama", "dense", {"style": "llama"}),
-    "qwen2": ("qwen2", "dense", {"style": "llama", "add_qkv_bias": True}),
-    "qwen3": ("qwen3", "dense", {"style": "llama", "qk_layernorm": True}),
-    "gpt2": ("gpt2", "dense", {}),
+    "llama": ("llama", "dense", {"style": "llama", **OWN}),
+    "qwen2": ("qwen2", "dense", {"style": "llama", "add_qkv_bias": True, **OWN}),
+    "qwen3": ("qwen3", "dense", {"style": "llama", "qk_layernorm": True, **OWN}),
+    "gpt2": ("gpt2", "dense", {"norm_epsilon": 0.03}),
     "mixtral": ("llama", "moe", LLAMA),
     "tied": ("llama", "moe", {**LLAMA, "expert_sharing": "tied"}),
     "samoe": ("llama", "samoe", {**LLAMA, "untie_embeddings_and_output_weights": True}),
@@ -77,7 +79,7 @@ class Reference:
     def rope(self, x_SAD: Tensor) -> Tensor:
         if self.name == "gpt2":
             return x_SAD
-        size, length = x_SAD.shape[-1], len(x_SAD)
+        size, length = self.field("rope.dimension_count"), len(x_SAD)
         angles = torch.arange(length)[:, None] * self.field("rope.freq_base") ** (-torch.arange(0, size, 2) / size)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         neighbours = self.name == "llama"  # LLAMA_ROPE_TYPE_NORM; others turn channels half a head apart
@@ -94,7 +96,10 @@ class Reference:
             q, k, v = (self.linear(x_SH, f"{block}.attn_{n}") for n in "qkv")
         if self.name == "olmoe":
             q, k = self.norm(q, f"{block}.attn_q_norm"), self.norm(k, f"{block}.attn_k_norm")
-        q, k, v = (t.unflatten(-1, (n, -1)) for t, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+        size, wide = self.field("attention.key_length", -1), self.field("attention.value_length", -1)
+        q, k, v = (
+            t.unflatten(-1, sizes) for t, sizes in ((q, (heads, size)), (k, (kv_heads, size)), (v, (kv_heads, wide)))
+        )
         if self.name in ("qwen3", "qwen3moe"):
             q, k = self.norm(q, f"{block}.attn_q_norm"), self.norm(k, f"{block}.attn_k_norm")
         q, k = self.rope(q), self.rope(k)
@@ -138,10 +143,10 @@ class Reference:
 @pytest.mark.parametrize("case", CASES)
 def test_the_file_computes_our_logits(case: str, tmp_path: Path) -> None:
     name, layout, options = CASES[case]
-    ours = native(tmp_path / "native", random_source(layout, **options))
+    ours = native(tmp_path / "native", random_source(layout, seq_length=300, **options))
     reference = Reference(written(ours, tmp_path / "gguf"))
-    assert reference.name == name
-    ids_BS = some_ids(1)
+    assert reference.name == name and reference.field("context_length") == 300
+    ids_BS = some_ids(1, 300)
     torch.testing.assert_close(reference.logits(ids_BS[0]), ours.logits(ids_BS)[0], rtol=1e-4, atol=1e-4)
 
 

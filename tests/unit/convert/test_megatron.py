@@ -231,7 +231,7 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     torch.save({"args": argparse.Namespace()}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"before version 1\.6"):
         MegatronReader(tmp_path / "b")
-    with pytest.raises(CheckpointError, match="no checkpoint of Megatron's"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of Megatron's"):
         MegatronReader(tmp_path / "nowhere")
     (tmp_path / "c" / "iter_0000003").mkdir(parents=True)
     (tmp_path / "c" / "iter_0000003" / "metadata.json").write_text("{}")

@@ -78,6 +78,23 @@ def test_prompts_longer_than_a_step_are_scored_beside_others() -> None:
         assert best == pytest.approx(expected.max(-1).values.tolist(), rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize(("room", "scored"), [(24, False), (24, True), (70, True)])
+def test_requests_that_generate_get_a_token_in_every_step_of_a_long_prompt(room: int, scored: bool) -> None:
+    """Whether they came before or after it: what a step has room for beyond their tokens goes to the prompt."""
+    engine = Engine(loaded_tiny("moe", seq_length=300), max_batch=4, max_step_tokens=room)
+    run, sizes = engine._runner.run, []
+    engine._runner.run = lambda batch: sizes.append(len(batch.tokens_T)) or run(batch)  # type: ignore[method-assign,assignment,func-returns-value]
+    options = SamplingOptions(max_new_tokens=40, ignore_eod=True)
+    short = [engine.submit(Request([i, i + 1], options)) for i in range(2)]
+    engine.step()
+    long = engine.submit(Request([7] * 250, options, *((1, True) if scored else ())))
+    got: list[list[int]] = []
+    while not got or long not in got[-1]:
+        got.append([event.request_id for event in engine.step()])
+    assert all(set(short) <= set(ids) for ids in got), "a step of the prompt gave a request that generates no token"
+    assert max(sizes) <= room and len(got) >= 250 / room
+
+
 @pytest.mark.parametrize(
     ("logprobs", "problem"), [(21, "from 0 to 20"), (True, "from 0 to 20"), (None, "needs logprobs")]
 )

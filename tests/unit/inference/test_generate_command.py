@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from megatron_samoe.cli import generate
-from tests.harness.serving import save_tiny
+from megatron_samoe.language_model import LanguageModel
+from tests.harness.sampling import assert_drawn_from, their_probabilities
+from tests.harness.serving import load_tiny, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -85,18 +87,21 @@ def test_streaming_prints_pieces_as_they_come(run: Run, monkeypatch: pytest.Monk
     assert streams["whole"].num == 1 and streams["stream"].num > 5
 
 
-def test_sampling_options_count(run: Run) -> None:
-    def ids(*options: object, prompt: str = "Emma was") -> list[int]:
-        return run.json("--prompt", prompt, "--max-new-tokens", 16, "--ignore-eod", *options)[0]["ids"]
-
-    greedy = ids("--temperature", 0)
-    hot = ("--temperature", 100, "--top-k", 0)  # the tiny model's own choices are almost certain
-    assert ids(*hot, "--seed", 1) == ids(*hot, "--seed", 1) != ids(*hot, "--seed", 2)
-    assert ids("--temperature", 100, "--top-k", 1) == ids(*hot, "--top-p", 1e-6) == greedy
-    assert len(set(ids("--temperature", 0, "--repetition-penalty", 100))) == 16
-    # Prompts of a file have the seeds that follow each other.
-    two = run.json("--max-new-tokens", 16, "--ignore-eod", *hot, "--seed", 1, stdin="Emma was\nEmma was\n")
-    assert [r["ids"] for r in two] == [ids(*hot, "--seed", 1), ids(*hot, "--seed", 2)]
+def test_sampling_options_count(run: Run, folder: Path) -> None:
+    """Equal prompts of a file, with the seeds that follow each other, are independent draws."""
+    prompt, ids = "Emma was", list(b"Emma was")
+    logits_V = LanguageModel(load_tiny(folder)).logits(ids)[-1].numpy()
+    # The tiny model's own choices are almost certain, so its temperatures are high.
+    plain: dict[str, Any] = {"temperature": 9.0, "top_k": 0}
+    cut: dict[str, Any] = {"temperature": 7.0, "top_k": 40, "top_p": 0.9, "repetition_penalty": 3.0}
+    for given in (plain, cut):
+        flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+        drawn = run.json("--max-new-tokens", 1, "--max-batch", 100, *flags, stdin=f"{prompt}\n" * 250)
+        assert_drawn_from([(their_probabilities(logits_V, ids, **given), [result["ids"][0] for result in drawn])])
+    long = ("--prompt", prompt, "--max-new-tokens", 16, "--ignore-eod")
+    one = ("--temperature", 9, "--top-k", 0, "--seed", 2)
+    assert run.json(*long, *one) == run.json(*long, *one)
+    assert len(set(run.json(*long, "--temperature", 0, "--repetition-penalty", 100)[0]["ids"])) == 16
 
 
 def test_stop_texts_end_the_result(run: Run) -> None:

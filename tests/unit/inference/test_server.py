@@ -137,6 +137,10 @@ def test_seeds_repeat_and_choices_differ(client: Client) -> None:
     first, again = (texts(client.complete("Hi", seed=5, n=3, max_tokens=12)) for _ in range(2))
     other = texts(client.complete("Hi", seed=50, n=3, max_tokens=12))
     assert first == again and len({*first, *other}) == 6
+    # Choice i of prompt j has the seed + j n + i.
+    prompts, ask = ["Hi", "Emma", "Hi"], {"max_tokens": 12, "temperature": 9, "ignore_eos": True}
+    alone = [texts(client.complete(prompts[j], seed=5 + 2 * j + i, **ask))[0] for j in range(3) for i in range(2)]
+    assert texts(client.complete(prompts, seed=5, n=2, **ask)) == alone and len(set(alone)) == 6
 
 
 def test_stop_texts_end_an_answer_without_them(client: Client, loaded: LoadedModel) -> None:

@@ -83,6 +83,8 @@ def weighs_among_all(native: NativeModel) -> str | None:
 
 
 def _written_balance(native: NativeModel) -> dict[str, Any]:
+    # transformers sums over the chosen experts, and averages over layers before the product: from the same coefficient its
+    # loss is top-k / layers of ours. The number stays as it is, so that it reads as the one that a model was trained with.
     balanced = native.moe.moe_router_load_balancing_type != "none"
     return {"router_aux_loss_coef": native.moe.moe_aux_loss_coeff if balanced else 0.0}
 

@@ -1,0 +1,48 @@
+"""Tokens that an engine gives out are drawn from the distribution that transformers' logits processors compute."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_samoe.inference.engine import Engine
+from megatron_samoe.inference.request import Request
+from megatron_samoe.inference.sampling import SamplingOptions
+from tests.harness.sampling import assert_drawn_from, their_probabilities
+from tests.unit.inference.tiny_models import VOCAB, loaded_tiny
+
+pytestmark = pytest.mark.parity
+
+CASES: list[dict[str, Any]] = [
+    {"temperature": 0.6}, {"temperature": 2.5}, {"top_k": 7}, {"top_k": 60, "temperature": 3.0}, {"top_p": 0.8}, {"top_p": 0.35},
+    {"repetition_penalty": 2.5}, {"repetition_penalty": 0.6}, {"repetition_penalty": 1.8, "temperature": 0},
+    {"temperature": 1.4, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.7},
+]  # fmt: skip
+#: Distributions of a case, and requests for each, whose seeds follow each other as those of one request's choices do.
+ROWS, REQUESTS = 4, 300
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_tokens_are_drawn_as_transformers_says(options: dict[str, Any]) -> None:
+    engine, draws = Engine(loaded_tiny("moe"), max_batch=REQUESTS, max_step_tokens=9 * REQUESTS), []
+    for row in range(ROWS):
+        random = np.random.default_rng(row)
+        logits_V = random.normal(0, 4, VOCAB).astype(np.float32)
+        likely = logits_V.argsort()[-12:]
+        logits_V -= logits_V[likely].mean()  # penalties differ for logits above and below 0
+        *prompt, made = (
+            int(t) for t in [*random.choice(likely, 5), *random.choice(VOCAB - 1, 4), random.choice(likely[-3:])]
+        )
+        forced_V = np.where(np.arange(VOCAB) == made, 1e4, 0).astype(np.float32)
+        for seed in range(row * REQUESTS, (row + 1) * REQUESTS):
+            engine.submit(Request(prompt, SamplingOptions(2, seed=seed, ignore_eod=True, **options)))
+        for logits in (forced_V, logits_V):
+            engine._runner = Mock(run=Mock(return_value=torch.from_numpy(logits).expand(REQUESTS, -1)), device="cpu")
+            events = engine.step()
+        assert len(events) == REQUESTS and not engine.has_work
+        draws.append((their_probabilities(logits_V, [*prompt, made], **options), [event.token_id for event in events]))
+    assert_drawn_from(draws)
