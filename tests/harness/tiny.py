@@ -87,7 +87,7 @@ class RandomBatches:
         self.setup, self.steps = setup, 0
 
     def train_batches(self, consumed_samples: int) -> Iterator[list[dict[str, Tensor]]]:
-        """Yields the micro-batches of each step from where a run stands."""
+        """Yields the micro-batches of each step from where a run is."""
         while True:
             size, self.steps = self.setup.batch_size_after(consumed_samples), self.steps + 1
             yield micro_batches(self.setup, consumed_samples // self.setup.batch_size, size)

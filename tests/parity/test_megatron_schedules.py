@@ -50,16 +50,16 @@ def test_rates_are_those_of_megatrons_scheduler(style: Any, unit: str) -> None:
     draw = random.Random(style + unit)
     for _ in range(40):
         length, decay, batch = draw.randint(17, 90), draw.choice([None, 16, 48, 80, 112]), draw.randint(1, 7)
-        whole, share = decay or length, draw.randint(0, 15) / 16
-        by_share = (share * whole).is_integer() and draw.random() < 0.8  # else the two round it differently
-        warmup = int(share * whole) if by_share else draw.randint(0, 15)
-        wsd = draw.randint(1, whole - warmup)  # theirs begins to fall a step later where it would have in the warm-up
+        until, share = decay or length, draw.randint(0, 15) / 16
+        by_share = (share * until).is_integer() and draw.random() < 0.8  # else the two round it differently
+        warmup = int(share * until) if by_share else draw.randint(0, 15)
+        wsd = draw.randint(1, until - warmup)  # theirs begins to fall a step later where it would have in the warm-up
         lengths: dict[str, Any] = {f"lr_decay_{unit}": decay, f"lr_wsd_decay_{unit}": wsd}
         lengths |= {"lr_warmup_fraction": share} if by_share else {f"lr_warmup_{unit}": warmup}
         config = OptimizerConfig(lr=1e-3, min_lr=draw.choice([0.0, 1e-5, 7e-4]), lr_decay_style=style, **lengths)
         training = TrainingConfig(**{"train_iters" if unit == "iters" else "train_samples": length})
         scale = batch if unit == "iters" else 1
-        theirs = scheduler([], config, *(scale * n for n in (whole, warmup, wsd)))
+        theirs = scheduler([], config, *(scale * n for n in (until, warmup, wsd)))
         for iteration in range(-(-scale * (length + 40) // batch)):
             theirs.num_steps = as_of(theirs, iteration * batch, batch)
             found = rate_of_step(config, training, iteration, iteration * batch, batch)
