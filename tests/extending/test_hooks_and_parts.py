@@ -108,6 +108,33 @@ def test_hooks_are_called_at_every_point_on_every_rank(tmp_path: Path) -> None:
             assert ("checkpoint_saved", 2) in result["seen"]
 
 
+class Gradients(Hook):
+    """Keeps what it sees of main gradients: before any is reduced, and when all are."""
+
+    def wants_gradients(self, run: Run) -> bool:
+        return True
+
+    def backward_done(self, run: Run) -> None:
+        self.own = {name: p.main_grad.clone() for name, p in run.setup.buffers.parameters.items()}
+
+    def pre_optim_step(self, run: Run, grad_norm: float) -> None:
+        self.reduced = {name: p.main_grad.clone() for name, p in run.setup.buffers.parameters.items()}
+
+
+def gradients(config: PretrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    setup, hook = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel)), Gradients()
+    Trainer(setup, RandomBatches(setup), [hook]).run()  # type: ignore[arg-type]
+    return hook.own, hook.reduced
+
+
+def test_a_hook_sees_gradients_before_they_travel() -> None:
+    """Also where they would set off while the backward pass goes on."""
+    config = with_layout(tiny_config("dense", num_layers=1, train_iters=1), overlap=True, bucket=2000)
+    (first, reduced), (second, _) = run_ranks(gradients, 2, config)
+    for name, summed in reduced.items():
+        torch.testing.assert_close(first[name] + second[name], summed, rtol=1e-5, atol=1e-7, msg=name)
+
+
 def train_to(config: PretrainConfig, train_iters: int, parts: ModelParts | None = None, *hooks: Hook) -> None:
     config = with_options(config, train_iters=train_iters)
     setup = build_setup(config, VOCAB_SIZE, single_process_state(), extensions=Extensions(parts or ModelParts()))

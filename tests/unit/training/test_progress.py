@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.parallel_state.rank_grid import RankGrid
-from megatron_samoe.training import metrics, trainer
+from megatron_samoe.training import metrics
 from megatron_samoe.training.hook import Hook, Record, Run
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
@@ -41,11 +40,6 @@ class TenSeconds(Hook):
     def record(self, run: Run, record: Record) -> None:
         self.records.append(record)
 
-    def watch_by(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in (metrics, trainer):
-            now = {name: lambda: self.now for name in ("perf_counter", "monotonic")}
-            monkeypatch.setattr(module, "time", SimpleNamespace(**now, sleep=time.sleep))
-
 
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_records_of_a_run_whose_batches_grow(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +48,7 @@ def test_records_of_a_run_whose_batches_grow(world_size: int, monkeypatch: pytes
     config = tiny_config("dense", num_layers=1, train_iters=13, log_interval=3, lr_decay_style="linear", **RAMP)
     setup = build_setup(config, VOCAB_SIZE, replace(single_process_state(), grid=RankGrid(world_size)))
     hook = TenSeconds()
-    hook.watch_by(monkeypatch)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: hook.now))
     state = Trainer(setup, RandomBatches(setup), [hook]).run()  # type: ignore[arg-type]
     assert (state.iteration, state.consumed_samples, state.consumed_tokens) == (13, 58, 58 * 16)
     done, before = ((3, 6, 2), (6, 14, 4), (9, 28, 6), (12, 50, 8), (13, 58, 8)), (0, 0)
@@ -66,14 +60,6 @@ def test_records_of_a_run_whose_batches_grow(world_size: int, monkeypatch: pytes
         wanted["mfu"] = 6 * PRODUCTS * rate / (1e6 * world_size)
         assert {name: record[name] for name in wanted} == pytest.approx(wanted), iteration
         before = (iteration, samples)
-
-
-@pytest.mark.parametrize(("limit", "steps"), [(0.5, 3), (0.6, 4), (1.9, 12), (2.5, 13)])
-def test_an_exit_by_duration_is_in_minutes(limit: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config("dense", num_layers=1, train_iters=13, exit_duration_in_mins=limit, **RAMP)
-    setup, hook = build_setup(config, VOCAB_SIZE, single_process_state()), TenSeconds()
-    hook.watch_by(monkeypatch)
-    assert Trainer(setup, RandomBatches(setup), [hook]).run().iteration == steps  # type: ignore[arg-type]
 
 
 def test_a_step_of_a_growing_batch_is_one_of_its_size() -> None:
