@@ -49,8 +49,11 @@ LONG_FILES: frozenset[str] = frozenset()
 REMOTE_CODE = tuple(
     f"convert/hf/remote_code/{name}_samoe.py" for name in ("configuration", "modeling", "attention", "moe")
 )
-#: The plug-in's, which vLLM imports.
-PLUG_IN = tuple(f"convert/vllm/{name}.py" for name in ("__init__", "model", "plain_experts"))
+#: The plug-ins', which vLLM imports, or a program of Megatron-Core's.
+PLUG_IN = (
+    *(f"convert/vllm/{name}.py" for name in ("__init__", "model", "plain_experts")),
+    *(f"plugins/megatron_core/{name}.py" for name in ("__init__", "experts", "rank_layout", "sharing")),
+)
 
 
 def sources() -> list[Path]:

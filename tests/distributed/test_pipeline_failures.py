@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CommunicationError
 from megatron_samoe.parallel_state import initialize_model_parallel
-from megatron_samoe.training.setup import TrainSetup, build_setup
+from megatron_samoe.training.setup import build_setup
 from megatron_samoe.training.trainer import Trainer
 from tests.harness.mortal_ranks import run_mortal_ranks
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
-from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_layout, with_options
+from tests.harness.tiny import VOCAB_SIZE, RandomBatches, tiny_config, with_layout, with_options
 
 pytestmark = pytest.mark.distributed
 
@@ -31,22 +30,6 @@ TIMEOUT_S = 3.0
 HANG_S = 10.0
 #: Time for a loaded machine to notice, beyond the wait that is configured.
 SLACK_S = 6.0
-
-
-class Batches:
-    """Stands in for `RunData`."""
-
-    epoch_samples = None
-
-    def __init__(self, setup: TrainSetup):
-        self.setup = setup
-
-    def train_batches(self, consumed_samples: int) -> Iterator[list[dict[str, Any]]]:
-        """Yields the micro-batches of each step from where a run stands."""
-        step = consumed_samples // self.setup.batch_size
-        while True:
-            yield micro_batches(self.setup, step)
-            step += 1
 
 
 class Trouble:
@@ -77,7 +60,7 @@ def train_with_trouble(config: PretrainConfig, kind: str, victim: int, at_pass: 
         setup.model.chunks[0].register_forward_pre_hook(trouble)
     started = time.monotonic()
     try:
-        Trainer(setup, Batches(setup), []).run()
+        Trainer(setup, RandomBatches(setup), []).run()
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error), "seconds": time.monotonic() - started}
     return {"error": None, "message": "", "seconds": time.monotonic() - started}
@@ -144,7 +127,7 @@ def finish(config: PretrainConfig) -> int:
     """Trains on from the last checkpoint and returns the iteration reached."""
     parallel = initialize_model_parallel(config.parallel)
     setup = build_setup(config, VOCAB_SIZE, parallel)
-    return Trainer(setup, Batches(setup), []).run().iteration
+    return Trainer(setup, RandomBatches(setup), []).run().iteration
 
 
 def test_the_last_checkpoint_survives_and_is_trained_on_from(tmp_path: Path) -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import logging.handlers
 import re
 import signal
 import socket
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_samoe.log import logger
+from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.training import trainer
+from megatron_samoe.training.setup import build_setup
 from tests.harness.program import ProgramRun, arguments, iterations, records, start, start_command, write_corpus
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import VOCAB_SIZE, RandomBatches, tiny_config
 
 pytestmark = pytest.mark.distributed
 
@@ -100,8 +109,21 @@ def test_exit_interval_stops_where_it_divides(corpus: Path, tmp_path: Path) -> N
     assert [r["iteration"] for r in records(tmp_path / "run/metrics.jsonl")] == list(range(1, 11))
 
 
+def _late_by_the_last_clock(folder: str) -> tuple[int, str]:
+    """Trains by clocks of which only the last rank's goes on, by a minute a step; returns the iteration and what was said."""
+    config = tiny_config("dense", num_layers=1, train_iters=9, exit_duration_in_mins=2.5, save=folder)
+    setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
+    is_last = setup.parallel.rank == setup.parallel.world_size - 1
+    data, said = RandomBatches(setup), logging.handlers.BufferingHandler(1000)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(said)
+    trainer.time = SimpleNamespace(monotonic=lambda: 60.0 * data.steps * is_last, sleep=time.sleep)
+    state = trainer.Trainer(setup, data, []).run()  # type: ignore[arg-type]
+    return state.iteration, " ".join(record.getMessage() for record in said.buffer)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_exit_duration_stops_all_ranks(num_ranks: int, corpus: Path, tmp_path: Path) -> None:
-    args = arguments(data_path=corpus, save=tmp_path / "save", exit_duration_in_mins=0.01, **LONG)
-    run = start(args, tmp_path / "out", num_ranks=num_ranks)
-    assert_left_with_checkpoint(run, tmp_path / "save", "--exit-duration-in-mins 0.01")
+def test_exit_duration_stops_all_ranks(num_ranks: int, tmp_path: Path) -> None:
+    for iteration, said in run_ranks(_late_by_the_last_clock, num_ranks, str(tmp_path)):
+        assert iteration == 3 and "exiting after iteration 3: --exit-duration-in-mins 2.5" in said
+    assert iterations(tmp_path) == [3]

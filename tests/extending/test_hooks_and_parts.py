@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,29 +22,16 @@ from megatron_samoe.runtime.load import load_model
 from megatron_samoe.training.hook import Hook, Record, Run
 from megatron_samoe.training.hooks.loggers import ConsoleLog
 from megatron_samoe.training.micro_batches import Batch
-from megatron_samoe.training.setup import Extensions, TrainSetup, build_setup
+from megatron_samoe.training.setup import Extensions, build_setup
 from megatron_samoe.training.train_step import StepResult
 from megatron_samoe.training.trainer import Trainer
 from tests.extending.even_scores import EvenScores
 from tests.extending.expert_choice import ExpertChoiceRouter
 from tests.extending.sliding_window import SlidingWindowAttention
 from tests.harness.ranks import run_ranks
-from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_layout, with_options
+from tests.harness.tiny import VOCAB_SIZE, RandomBatches, tiny_config, with_layout, with_options
 
 pytestmark = pytest.mark.distributed
-
-
-class Batches:
-    """Data of random tokens, as the trainer asks for them."""
-
-    valid = test = epoch_samples = None
-
-    def __init__(self, setup: TrainSetup):
-        self.setup = setup
-
-    def train_batches(self, consumed_samples: int) -> Iterator[list[Batch]]:
-        for step in range(consumed_samples // self.setup.batch_size, 100):
-            yield micro_batches(self.setup, step)
 
 
 class Witness(Hook):
@@ -97,12 +84,12 @@ class FirstRank(Witness):
 def watched(config: PretrainConfig) -> dict[str, Any]:
     setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
     everywhere, first = Witness(), FirstRank()
-    Trainer(setup, Batches(setup), [everywhere]).run()  # type: ignore[arg-type]
+    Trainer(setup, RandomBatches(setup), [everywhere]).run()  # type: ignore[arg-type]
     other = replace(config, checkpoint=CheckpointConfig())
     setup = build_setup(other, VOCAB_SIZE, setup.parallel)
     # A hook of rank 0 alone must not communicate.
     first.pre_optim_step = lambda run, grad_norm: None  # type: ignore[method-assign,assignment]
-    Trainer(setup, Batches(setup), [first]).run()  # type: ignore[arg-type]
+    Trainer(setup, RandomBatches(setup), [first]).run()  # type: ignore[arg-type]
     return {"rank": dist.get_rank(), "seen": everywhere.seen, "records": everywhere.records, "first": len(first.seen)}
 
 
@@ -121,10 +108,37 @@ def test_hooks_are_called_at_every_point_on_every_rank(tmp_path: Path) -> None:
             assert ("checkpoint_saved", 2) in result["seen"]
 
 
+class Gradients(Hook):
+    """Keeps what it sees of main gradients: before any is reduced, and when all are."""
+
+    def wants_gradients(self, run: Run) -> bool:
+        return True
+
+    def backward_done(self, run: Run) -> None:
+        self.own = {name: p.main_grad.clone() for name, p in run.setup.buffers.parameters.items()}
+
+    def pre_optim_step(self, run: Run, grad_norm: float) -> None:
+        self.reduced = {name: p.main_grad.clone() for name, p in run.setup.buffers.parameters.items()}
+
+
+def gradients(config: PretrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    setup, hook = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel)), Gradients()
+    Trainer(setup, RandomBatches(setup), [hook]).run()  # type: ignore[arg-type]
+    return hook.own, hook.reduced
+
+
+def test_a_hook_sees_gradients_before_they_travel() -> None:
+    """Also where they would set off while the backward pass goes on."""
+    config = with_layout(tiny_config("dense", num_layers=1, train_iters=1), overlap=True, bucket=2000)
+    (first, reduced), (second, _) = run_ranks(gradients, 2, config)
+    for name, summed in reduced.items():
+        torch.testing.assert_close(first[name] + second[name], summed, rtol=1e-5, atol=1e-7, msg=name)
+
+
 def train_to(config: PretrainConfig, train_iters: int, parts: ModelParts | None = None, *hooks: Hook) -> None:
     config = with_options(config, train_iters=train_iters)
     setup = build_setup(config, VOCAB_SIZE, single_process_state(), extensions=Extensions(parts or ModelParts()))
-    Trainer(setup, Batches(setup), hooks).run()  # type: ignore[arg-type]
+    Trainer(setup, RandomBatches(setup), hooks).run()  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_of_foreign_parts_is_for_the_program_that_has_them(tmp_path: Path) -> None:
@@ -167,7 +181,7 @@ def test_parts_and_hooks_of_another_kind_are_refused() -> None:
         ModelParts(attention=lambda *arguments: SlidingWindowAttention(*arguments))
     setup = build_setup(tiny_config("moe"), VOCAB_SIZE, single_process_state())
     with pytest.raises(TypeError, match="is no Hook"):
-        Trainer(setup, Batches(setup), [Witness])  # type: ignore[arg-type,list-item]
+        Trainer(setup, RandomBatches(setup), [Witness])  # type: ignore[arg-type,list-item]
     with pytest.raises(TypeError, match=r"pre_optimizer_step is not one of a hook's points .* is it pre_optim_step"):
         type("Mistyped", (Hook,), {"pre_optimizer_step": lambda self, run: None})
 

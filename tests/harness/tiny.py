@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -67,13 +68,30 @@ def global_batch(config: PretrainConfig, step: int, batch_size: int = 8) -> dict
     }
 
 
-def micro_batches(setup: TrainSetup, step: int) -> list[dict[str, Tensor]]:
+def micro_batches(setup: TrainSetup, step: int, batch_size: int | None = None) -> list[dict[str, Tensor]]:
     """Returns this rank's micro-batches of a step on its device, dealt out as the sampler does."""
-    batch = global_batch(setup.config, step, setup.batch_size)
+    batch_size = batch_size or setup.batch_size
+    batch = global_batch(setup.config, step, batch_size)
     whole = {name: t.to(setup.parallel.device) for name, t in batch.items()}
     size, dp = setup.config.training.micro_batch_size, setup.parallel.dp
-    starts = range(dp.rank * size, setup.batch_size, size * dp.size)
+    starts = range(dp.rank * size, batch_size, size * dp.size)
     return [{name: t[start : start + size] for name, t in whole.items()} for start in starts]
+
+
+class RandomBatches:
+    """Data of random tokens, as the trainer asks for them; counts the steps that were begun."""
+
+    valid = test = epoch_samples = None
+
+    def __init__(self, setup: TrainSetup):
+        self.setup, self.steps = setup, 0
+
+    def train_batches(self, consumed_samples: int) -> Iterator[list[dict[str, Tensor]]]:
+        """Yields the micro-batches of each step from where a run is."""
+        while True:
+            size, self.steps = self.setup.batch_size_after(consumed_samples), self.steps + 1
+            yield micro_batches(self.setup, consumed_samples // self.setup.batch_size, size)
+            consumed_samples += size
 
 
 def gather_global(parts: dict[str, list[ShardedTensor]], parallel: ParallelState) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "untied_ends": {"expert_sharing": "tied", "untied_ends": 1},
     "scaled": {**LLAMA, "expert_sharing": "scaled", "num_expert_sets": 2},
     "scaled_map": {"expert_sharing": "scaled:own,0,1,1"},
+    "scaled_and_softmax": {"expert_sharing": "scaled:combined,0,0,combined", "samoe_normalization": "softmax"},
     "combined_middle": {**LLAMA, "expert_sharing": "combined", "untied_ends": 1, "samoe_normalization": "l2"},
     "mixed": {"num_layers": 6, "expert_sharing": "own,combined*2,0*2,own", "samoe_granularity": "expert",
               "moe_router_topk": 2, "moe_ffn_hidden_size": 32},

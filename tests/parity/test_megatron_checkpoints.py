@@ -12,7 +12,9 @@ import dataclasses
 import functools
 import re
 import types
+import typing
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
+from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_samoe.config.cli import from_mapping
@@ -35,6 +39,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state as mpu
+    from megatron.core.activations import squared_relu
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
@@ -205,56 +210,95 @@ def test_names_of_transformer_engine_are_megatrons_own_translation(tmp_path: Pat
     assert local == fused
 
 
-#: Options of megatron-core's configuration that an import reads: Megatron-LM's argument, and a value that changes the model.
-READ: dict[str, tuple[str, Any]] = {
-    **{name: (name, value) for name, value in {
-        "num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 1, "ffn_hidden_size": 40,
-        "kv_channels": 16, "hidden_dropout": 0.3, "attention_dropout": 0.3, "add_bias_linear": True, "add_qkv_bias": True,
-        "normalization": "LayerNorm", "qk_layernorm": True, "init_method_std": 0.3, "moe_shared_expert_gate": True,
-        "moe_shared_expert_intermediate_size": 20, "moe_layer_freq": [0, 1, 0, 1], "moe_ffn_hidden_size": 20,
-        "moe_router_load_balancing_type": "none", "moe_router_topk": 3, "moe_router_pre_softmax": True,
-        "moe_router_score_function": "sigmoid", "moe_aux_loss_coeff": 0.3, "moe_z_loss_coeff": 0.3, "moe_input_jitter_eps": 0.3,
-        "moe_expert_capacity_factor": 1.5,
-    }.items()},
-    "layernorm_epsilon": ("norm_epsilon", 0.3), "gated_linear_unit": ("swiglu", False), "num_moe_experts": ("num_experts", 8),
-    "activation_func": ("squared_relu", True), "bias_activation_fusion": ("bias_gelu_fusion", False),
-    "moe_token_drop_policy": ("moe_token_drop_policy", "position"),
-}  # fmt: skip
-#: Options without effect on what a trained model computes, up to rounding: of training, layouts, kernels and memory.
-WITHOUT_EFFECT = re.compile(
-    r"mtp_loss_scaling_factor|num_layers_in_|pipeline_model_parallel_layout|account_for_|attention_backend|fp32_residual"
-    r"|activation_func_fp8|qk_clip|log_max|test_mode|calculate_per_token_loss|dsa_indexer_(n_heads|head_dim|loss|use)"
-    r"|linear_(conv|key|value|num)|init_method$|output_layer_init_method|embedding_init|init_model_with_meta|apply_query_key"
-    r"|attention_softmax_in_fp32|disable_bf16|_fusion|persist_layer_norm|memory_efficient|use_fused_weighted|fused_single"
-    r"|recompute|distribute_saved|^fp8$|fp8_(recipe|quant|margin|interval|amax|wgrad|dot|multi)|tp_only_amax|first_last_layers"
-    r"|num_layers_at_|kitchen_attention_backend|use_kitchen_attention|^fp4$|fp4_(recipe|quant)|shared_expert_overlap|replay"
-    r"|router_padding|router_dtype|bias_update_rate|moe_grouped_gemm|legacy_grouped|token_dropping|dispatcher|deepep|hybridep"
-    r"|per_layer_logging|moe_pad_expert|cp_comm_type|cuda_graph|clone_scatter|disable_parameter|config_logger|flash_decode"
-    r"|batch_invariant|use_te_activation|inference_|symmetric_ar|use_inference|mamba_|mlp_chunks|hetereogenous_dist"
-    r"|transformer_impl|offload"
-)
-OTHER_NAME = {"layernorm_zero_centered_gamma": "apply_layernorm_1p"}
+#: What is known of the options of megatron-core's configuration.
+OPTIONS = yaml.safe_load(Path(__file__).with_name("megatron_options.yaml").read_text())
+OTHERWISE, TOGETHER, ARGUMENTS = OPTIONS["otherwise"], OPTIONS["together"], OPTIONS["arguments"]
+INHERITED = {f.name for f in dataclasses.fields(ModelParallelConfig)}
+FIELDS = [f for f in dataclasses.fields(TransformerConfig) if f.name not in INHERITED]
 
 
 def test_every_option_of_megatron_core_is_read_refused_or_without_effect() -> None:
     """A new option of Megatron must be put into one of the three before a model that uses it can be imported wrongly."""
-    inherited = {f.name for f in dataclasses.fields(ModelParallelConfig)}
-    names = [f.name for f in dataclasses.fields(TransformerConfig) if f.name not in inherited]
-    assert len(names) > 150
-    refused = set(UNSUPPORTED)
-    unknown = [
-        name for name in names
-        if name not in READ and OTHER_NAME.get(name, name) not in refused and not WITHOUT_EFFECT.search(name)
-    ]  # fmt: skip
-    assert not unknown
+    known = {*OTHERWISE, *OPTIONS["read"], *UNSUPPORTED}
+    names = [f.name for f in FIELDS if f.name not in known and ARGUMENTS.get(f.name) not in known]
+    without_effect = re.compile("|".join(OPTIONS["without_effect"]))
+    assert len(FIELDS) > 150 and not [name for name in names if not without_effect.search(name)]
 
 
-@pytest.mark.parametrize("option", READ)
-def test_options_that_are_read_change_the_model_or_are_refused(option: str) -> None:
-    config = tiny_config("moe", style="llama", moe_router_topk=2)
-    args = vars(to_arguments(config, VOCAB_SIZE, 112)) | {"moe_expert_capacity_factor": 2.0}
-    args |= {"swiglu": False} if option == "bias_activation_fusion" else {}  # of a GELU
-    name, value = READ[option]
-    read = from_arguments(argparse.Namespace(**args), "file")
-    with contextlib.suppress(CheckpointError):
-        assert from_arguments(argparse.Namespace(**args | {name: value}), "file") != read
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_changes_megatrons_results_changes_the_model_or_is_refused(name: str) -> None:
+    config = tiny_config("moe", style="llama", moe_router_topk=2, moe_router_load_balancing_type="aux_loss")
+    plain = vars(to_arguments(config, VOCAB_SIZE, 104))
+    together = {ARGUMENTS.get(n, n): v for n, v in TOGETHER.get(name, {}).items()}
+    changed = {ARGUMENTS.get(name, name): OTHERWISE[name]}
+    before = from_arguments(argparse.Namespace(**plain | together), "a file")
+    try:
+        after = from_arguments(argparse.Namespace(**plain | together | changed), "a file")
+    except CheckpointError as error:
+        assert f"cannot compute: {next(iter(changed))} is " in str(error)
+    else:
+        assert after != before
+
+
+def megatrons_results(**options: Any) -> dict[str, Tensor]:
+    """Returns logits of a tiny model in training, and gradients of their mean square and the losses of routing."""
+    own = {"activation_func": torch.nn.functional.silu, **OPTIONS["plain"], **options}
+    if own["activation_func"] is True:
+        own["activation_func"] = squared_relu
+    config = TransformerConfig(**own)
+    if config.num_moe_experts is None:
+        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    else:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+    model = GPTModel(config, spec, vocab_size=40, max_sequence_length=16, position_embedding_type="rope")
+    for name, p in model.named_parameters():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        p.data.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    torch.manual_seed(1)
+    tokens = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(2))
+    logits = model(tokens, torch.arange(16).expand_as(tokens), torch.ones(1, 1, 16, 16, dtype=torch.bool).triu(1))
+    logits.float().square().mean().backward()
+    return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def another_value(field: dataclasses.Field) -> Any:
+    """Returns a value of an option's type that is not its default; None where we know none."""
+    if isinstance(field.default, (bool, int, float)):
+        return not field.default if isinstance(field.default, bool) else field.default * 2
+    hint = typing.get_type_hints(TransformerConfig)[field.name]
+    kinds = (hint, *typing.get_args(hint))
+    words = [w for kind in kinds if typing.get_origin(kind) is typing.Literal for w in typing.get_args(kind)]
+    numbers = [{bool: True, int: 2, float: 0.5}.get(kind) for kind in kinds]
+    return next((value for value in (*numbers, *words) if value not in (None, field.default)), None)
+
+
+@pytest.mark.night
+def test_megatron_computes_the_same_whatever_the_other_options_are() -> None:
+    """By its own results, where it takes a value by itself on a CPU."""
+    axes = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
+    plain: dict[str, dict[str, Tensor]] = {}
+    wrong, answered = [], 0
+    with megatron_rank(argparse.Namespace(**{f"{axis}_parallel_size": 1 for axis in axes}), 0):
+        for field in FIELDS:
+            name, together = field.name, TOGETHER.get(field.name, {})
+            value = OTHERWISE.get(name, another_value(field))
+            if value is None or name in OPTIONS["read"] or name in OPTIONS["of_the_loop"]:
+                continue
+            before = plain.setdefault(str(together), {}) or megatrons_results(**together)
+            plain[str(together)] = before
+            try:
+                found = megatrons_results(**together | {name: value})
+            except Exception as error:  # it wants other options, a library or a GPU
+                said = repr(error)
+            else:
+                said = "the same" if same(before, found) else "others"
+                answered += 1
+            if (said != "others") if name in OTHERWISE else said == "others":
+                wrong.append(f"{name} = {value}: {said}")
+    assert not wrong and answered > 100
+
+
+def same(before: dict[str, Tensor], found: dict[str, Tensor]) -> bool:
+    return before.keys() == found.keys() and all(
+        t.shape == found[n].shape and torch.allclose(t, found[n], rtol=1e-4, atol=1e-6) for n, t in before.items()
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -186,6 +187,25 @@ def test_blends_and_splits_give_the_same_samples(
         np.testing.assert_array_equal(mine.dataset_index, yours.dataset_index)
         np.testing.assert_array_equal(mine.dataset_sample_index, yours.dataset_sample_index)
         assert_same_samples(mine, yours, 30)
+
+
+def test_one_cache_keeps_apart_all_that_an_index_depends_on(tmp_path: Path) -> None:
+    """Documents are of one length, so that the three splits, and two of the datasets, differ in nothing but their place."""
+    prefixes = [make_dataset(tmp_path / name, [20] * 90, place) for place, name in enumerate("ab")]
+    longer = make_dataset(tmp_path / "c", [21] * 90, 2)
+    usual: dict[str, Any] = {"blend": (prefixes, [0.5, 0.5]), "split": "1,1,1", "seq_length": 9, "seed": 3, "count": 50}
+    variants: list[dict[str, Any]] = [{}, {"seed": 4}, {"seq_length": 10}, {"count": 51}, {"count": 200}]
+    variants += [{"split": split} for split in ("1,2,3", "3,2,1")]
+    blends = [(prefixes, [0.4, 0.6]), (prefixes, None), ([prefixes[0], longer], [0.5, 0.5])]
+    variants += [{"blend": blend} for blend in (*blends, *(([prefix], None) for prefix in (*prefixes, longer)))]
+    for variant in (*variants, *variants):  # built, then read
+        options = usual | variant
+        (paths, weights), count, seq_length = options["blend"], options.pop("count"), options["seq_length"]
+        words = paths if weights is None else [w for pair in zip(map(str, weights), paths, strict=True) for w in pair]
+        data = DataConfig(data_path=tuple(words), split=options["split"], data_cache_path=str(tmp_path / "cache"))
+        ours = build_train_valid_test_datasets(data, (count,) * 3, seq_length, options["seed"], ByteTokenizer())
+        for mine, yours in zip(ours, their_datasets(options, [count] * 3), strict=True):
+            assert_same_samples(mine, yours, 15)
 
 
 def test_a_blend_per_split_and_whole_epochs(tmp_path: Path) -> None:

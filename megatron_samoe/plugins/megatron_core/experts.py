@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from megatron_samoe.moe.types import Experts
 from megatron_samoe.parallel_state.parameter_tag import tag_of
 
-if TYPE_CHECKING:
-    from megatron_samoe.plugins.megatron_core.sharing import ExpertSharing
+
+class Lends(Protocol):
+    """What these modules ask of `ExpertSharing`."""
+
+    def experts(self, moe_index: int) -> Experts:
+        """Returns the experts of a layer."""
+
+    def sharded(self, part: nn.Module, prefix: str, prepended: Any = ()) -> dict[str, Any]:
+        """Returns a part's parameters as Megatron-Core's checkpoints take them."""
+        ...
+
+    def forget(self) -> None:
+        """Lets weights be combined anew."""
 
 
 class LentExperts(MegatronModule):
@@ -27,7 +39,7 @@ class LentExperts(MegatronModule):
         self,
         num_local_experts: int,
         config: Any,
-        sharing: ExpertSharing,
+        sharing: Lends,
         submodules: Any = None,
         pg_collection: Any = None,
     ):
@@ -47,7 +59,7 @@ class LentExperts(MegatronModule):
 class SharedExperts(MegatronModule):
     """What all layers share, on one rank."""
 
-    def __init__(self, config: Any, sharing: ExpertSharing, part: nn.Module):
+    def __init__(self, config: Any, sharing: Lends, part: nn.Module):
         super().__init__(config)
         self.sharing, self.part = (sharing,), part
         # Loading writes new weights, of which nothing is combined yet.

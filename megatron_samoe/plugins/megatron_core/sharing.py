@@ -23,7 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.config.sharing_map import parse_sharing
+from megatron_samoe.config.sharing_map import parse_sharing, word_of
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.initialize import initialize_parameters
 from megatron_samoe.models.rank_model import stored_name
@@ -68,7 +68,8 @@ class ExpertSharing:
             samoe_pool_placement="replicated",
             **options,
         )
-        if expert_sharing in ("pool", "neighbours"):
+        word = word_of(expert_sharing)
+        if word is not None and word.options & {"pool_lock_step", "neighbour_unmask_steps"}:
             raise ConfigError(
                 "expert_sharing", expert_sharing, "needs a router that Megatron-Core lacks; tied shares sets"
             )
@@ -76,7 +77,7 @@ class ExpertSharing:
             raise ConfigError("samoe_granularity", "expert", "must be layer with expert_tensor_parallel_size above 1")
         #: Indices among MoE layers, by layer from 0.
         self._moe_index = {layer: i for i, layer in enumerate(i for i, is_one in enumerate(is_moe) if is_one)}
-        self._num_users = parse_sharing(
+        self._sources = parse_sharing(
             expert_sharing, len(self._moe_index), moe.num_expert_sets, moe.untied_ends, moe.num_neighbour_layers
         )
         shape = ExpertShape(
@@ -92,7 +93,7 @@ class ExpertSharing:
             tuple(self._moe_index[i] for i in layers if i in self._moe_index) for layers in layers_of_stage(config)
         )
         shapes = (shape,) * len(self._moe_index)
-        self._way = MappedSharing(SharingContext(moe, self._num_users, shapes, stages, self.state, config.params_dtype))
+        self._way = MappedSharing(SharingContext(moe, self._sources, shapes, stages, self.state, config.params_dtype))
         self._parts: dict[int, nn.Module] = {}
         self._shared: SharedExperts | None = None
         self._lender: ExpertLender | None = None

@@ -41,7 +41,9 @@ def default_hooks(config: PretrainConfig) -> list[Hook]:
     if config.moe.expert_layout != "dense":
         hooks.append(RouterWatch(config))
         moe = config.moe
-        if moe.has_coefficients and moe.samoe_normalization == "none" and not moe.samoe_freeze_coefficients:
+        # A factor on a set is never normalised.
+        can_vanish = moe.samoe_normalization == "none" or any(way.mixes and way.in_sets for way in moe.ways)
+        if moe.has_coefficients and can_vanish and not moe.samoe_freeze_coefficients:
             hooks.append(CoefficientWatch(moe))
         if logs.moe_per_layer_logging:
             hooks.append(LayerDiagnostics())

@@ -283,7 +283,18 @@ def test_cyclic_sampler_does_not_depend_on_the_ranks(
     streams = [iter(PretrainingRandomSampler(total, consumed, micro, rank, ranks, seed)) for rank in range(ranks)]
     resumed = [i for _ in range(40 // (micro * ranks)) for stream in streams for i in next(stream)]
     assert resumed == whole[consumed : consumed + len(resumed)]
-    assert sorted(whole[:total]) == list(range(total)) or len(whole) < total
+
+
+@given(total=st.integers(1, 60), seed=st.integers(0, 2**32 - 1))
+@settings(deadline=None)
+def test_each_epoch_of_a_cyclic_sampler_has_an_order_of_its_own(total: int, seed: int) -> None:
+    orders = []
+    for number in (seed, (seed + 1) % 2**32):
+        read = _take(iter(PretrainingRandomSampler(total, 0, 3, 0, 1, number)), 3 * total)
+        epochs = [tuple(read[start : start + total]) for start in range(0, 3 * total, total)]
+        assert all(sorted(epoch) == list(range(total)) for epoch in epochs), "each sample once"
+        orders += [tuple(range(total)), *epochs]
+    assert total < 20 or len(set(orders)) == 7, "of two seeds, and of no seed"
 
 
 def test_samplers_refuse_nonsense() -> None:

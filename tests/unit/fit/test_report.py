@@ -6,9 +6,14 @@ import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+import torch
+from scipy.special import softmax
+from scipy.stats import entropy
+from torch import Tensor
 
-from megatron_samoe.fit.compress.judge import Verdict
+from megatron_samoe.fit.compress.judge import Verdict, losses
 from megatron_samoe.fit.compress.report import Compressed, _hold_small_and_large, write_compression_report
 
 ORIGINAL = Verdict("original", 1000, 5.0, 0.0)
@@ -18,6 +23,30 @@ MADE = [
 ]
 HEALED = [Verdict(name, 500, 5.0 + ce, 0.1) for name, ce in (("healed-banks", 0.01), ("healed-routers", -0.01), ("original-longer", -0.06),
                                                              ("blind-healed", 0.03), ("pruned-healed", 0.2))]  # fmt: skip
+
+
+class Fixed:
+    """A model of a vocabulary of 5 entries, whose logits are drawn, and padded by what nobody may read."""
+
+    vocab_size = 5
+
+    def __init__(self, seed: int):
+        self.logits_TV = torch.randn(12, 8, generator=torch.Generator().manual_seed(seed)) * 2
+
+    def __call__(self, _ids: Tensor, _context: object) -> tuple[Tensor, None]:
+        return self.logits_TV, None
+
+
+def test_verdicts_are_scipys_entropies() -> None:
+    """KL is of the original's predictions from the model's, not the other way round."""
+    original, model = Fixed(1), Fixed(2)
+    ids_BS = torch.randint(5, (3, 5), generator=torch.Generator().manual_seed(3))
+    p, q = (softmax(m.logits_TV[:, :5].double().numpy(), axis=1) for m in (original, model))
+    loss, divergence = losses(original, model, [ids_BS, ids_BS])  # type: ignore[arg-type]
+    assert divergence == pytest.approx(entropy(p, q, axis=1).mean(), rel=1e-5)
+    assert divergence != pytest.approx(entropy(q, p, axis=1).mean(), rel=0.1)
+    assert loss == pytest.approx(-np.log(q[range(12), ids_BS[:, 1:].flatten()]).mean(), rel=1e-5)
+    assert losses(original, original, [ids_BS])[1] == pytest.approx(0, abs=1e-6)  # type: ignore[arg-type]
 
 
 def sections(path: Path, verdicts: list[Verdict]) -> dict[str, str]:

@@ -35,7 +35,7 @@ MODELS = {
     "samoe softmax": ("samoe", {"samoe_normalization": "softmax", "moe_shared_expert_intermediate_size": 24}),
     "samoe ends": ("samoe", {"untied_ends": 1}),
     "samoe and sets": ("moe", {"expert_sharing": "combined,0,combined,0", "style": "llama", "moe_router_topk": 2}),
-    "samoe and scaled": ("moe", {"expert_sharing": "scaled:combined,0,0,combined"}),
+    "samoe and scaled": ("moe", {"expert_sharing": "scaled:combined,0,0,combined", "samoe_normalization": "softmax"}),
     "tied": ("moe", {"expert_sharing": "tied", "untied_ends": 1, "moe_router_topk": 2}),
     "tied sets": ("moe", {"expert_sharing": "0,0,1,1", "num_experts": (4, 4, 8, 8), "style": "llama"}),
     "scaled": ("moe", {"expert_sharing": "scaled", "num_expert_sets": 2, "moe_router_topk": 2}),

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_samoe.convert.layer_experts import LayerExperts
 from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.moe.sharing.coefficients import bank_std_factor, initial_coefficients, normalize_coefficients
 from megatron_samoe.parallel_state import single_process_state
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
+from tests.unit.convert.memory_source import logits, new_source
 
 
 def start(normalization: str, **options: Any) -> list[list[float]]:
@@ -70,3 +72,21 @@ def test_bank_factor_undoes_the_norm_of_the_start(banks: int) -> None:
         config = tiny_config(num_expert_banks=banks, samoe_normalization=normalization, samoe_init=init).moe
         row = normalize_coefficients(initial_coefficients(config, 0, 4), normalization)
         assert bank_std_factor(config) * row.norm().item() == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("normalization", ["none", "l2", "softmax"])
+@pytest.mark.parametrize("granularity", ["layer", "expert"])
+def test_factors_on_a_set_are_factors_whatever_becomes_of_banks(normalization: str, granularity: str) -> None:
+    """Layers with the products, each as experts of its own, compute the same; so does what reads a layer's experts."""
+    options = {"samoe_normalization": normalization, "samoe_granularity": granularity}
+    scaled = new_source(tiny_config("moe", expert_sharing="scaled:combined,0,0,combined", **options))
+    plain = new_source(tiny_config("moe", expert_sharing="combined,own,own,combined", **options))
+    plain.weights |= {name: tensor for name, tensor in scaled.weights.items() if name in plain.weights}
+    factors, read = {1: (2.0, 3.0), 2: (-0.5, 1.5)}, LayerExperts(scaled)
+    for layer, (first, second) in factors.items():
+        scaled.weights[f"layers.{layer}.moe.combination"] = torch.tensor([[[first]], [[second]]])
+        for kind, factor in (("w1", first), ("b1", first), ("w2", second), ("b2", second)):
+            product = factor * scaled.weights[f"expert_pool.set.0.{kind}"][0]
+            plain.weights[f"layers.{layer}.moe.experts.{kind}"] = product
+            torch.testing.assert_close(read.read(read.layers[layer], kind), product)
+    torch.testing.assert_close(logits(scaled), logits(plain), rtol=1e-4, atol=1e-5)

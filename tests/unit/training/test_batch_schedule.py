@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from megatron_samoe.cli.pretrain import main
-from megatron_samoe.config import OptimizerConfig, PretrainConfig
+from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.derived import (
     batch_size_after,
     batch_sizes,
@@ -19,7 +18,6 @@ from megatron_samoe.config.derived import (
     with_train_iters,
 )
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
-from megatron_samoe.optimizer.schedule import learning_rate, rate_of_step
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.setup import build_setup, initial_state
@@ -46,22 +44,7 @@ def steps(config: PretrainConfig) -> Iterator[tuple[int, int]]:
 
 def test_a_batch_grows_in_equal_parts_of_the_samples() -> None:
     # Three increments of 2 from 2 to 8, each over 10 samples; a size changes at the step that follows.
-    sizes = [
-        (0, 2),
-        (2, 2),
-        (4, 2),
-        (6, 2),
-        (8, 2),
-        (10, 4),
-        (14, 4),
-        (18, 4),
-        (22, 6),
-        (28, 6),
-        (34, 8),
-        (42, 8),
-        (50, 8),
-    ]
-    assert list(steps(ramped())) == sizes
+    assert [size for _, size in steps(ramped())] == [2] * 5 + [4] * 3 + [6] * 2 + [8] * 3
     assert batch_sizes(ramped(), 1) == (2, 4, 6, 8)
     assert with_train_iters(ramped(), 1).training.train_iters == 10, "which was given, and so stays"
     assert with_train_iters(ramped(train_iters=100), 1).training.train_iters == 13
@@ -82,17 +65,6 @@ def test_a_run_that_goes_on_with_other_batches_trains_for_as_many_samples() -> N
     in_ramp = with_train_iters(ramped(train_iters=100), 1, (11, 22)).training.train_iters
     assert in_ramp == 11 + 5, "two of 6 and three of 8, as from the start"
     assert steps_for_samples(with_layout(config, tp=0), 1) is None
-
-
-def test_rates_of_samples_are_those_of_steps_where_batches_are_equal() -> None:
-    in_steps = OptimizerConfig(lr=1.0, min_lr=0.1, lr_warmup_iters=3, lr_decay_iters=9)
-    in_samples = OptimizerConfig(lr=1.0, min_lr=0.1, lr_warmup_samples=24, lr_decay_samples=72)
-    training = ramped(rampup_batch_size=None).training
-    for i in range(12):
-        assert rate_of_step(in_samples, training, i, 8 * i, 8) == pytest.approx(learning_rate(in_steps, 10, i))
-    assert rate_of_step(OptimizerConfig(lr=1.0, lr_warmup_samples=5), training, 0, 4, 8) == 1.0, (
-        "never above the highest"
-    )
 
 
 def train_all(config: PretrainConfig) -> list[tuple[float, float, int]]:

@@ -52,6 +52,8 @@ def test_layers_without_coefficients_are_not_off(caplog: pytest.LogCaptureFixtur
         ("samoe", {"samoe_normalization": "l2"}, False),
         ("moe", {}, False),
         ("moe", {"expert_sharing": "scaled", "num_expert_sets": 2}, True),
+        ("moe", {"expert_sharing": "scaled:combined,0,0,combined", "samoe_normalization": "l2"}, True),
+        ("moe", {"expert_sharing": "combined,0,0,combined", "samoe_normalization": "l2"}, False),
         ("dense", {}, False),
     ],
 )

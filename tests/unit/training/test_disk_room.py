@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,25 +14,10 @@ from megatron_samoe.dist_checkpointing.store import iteration_dir, whole_iterati
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.checkpointing import run_state
-from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.save_folder import most_checkpoints
-from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
+from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.trainer import Trainer
-from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config
-
-
-class Batches:
-    """Data of random tokens; counts the steps that were begun."""
-
-    valid = test = epoch_samples = None
-
-    def __init__(self, setup: TrainSetup):
-        self.setup, self.steps = setup, 0
-
-    def train_batches(self, consumed_samples: int) -> Iterator[list[Batch]]:
-        for step in range(consumed_samples // self.setup.batch_size, 100):
-            self.steps += 1
-            yield micro_batches(self.setup, step)
+from tests.harness.tiny import VOCAB_SIZE, RandomBatches, tiny_config
 
 
 def train(folder: Path, **options: object) -> int:
@@ -47,7 +31,7 @@ def train(folder: Path, **options: object) -> int:
         **options,
     }
     setup = build_setup(tiny_config("samoe", **options), VOCAB_SIZE, single_process_state())
-    data = Batches(setup)
+    data = RandomBatches(setup)
     try:
         Trainer(setup, data, []).run()  # type: ignore[arg-type]
     except CheckpointError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeErr
 from megatron_samoe.log import logger
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.planning.accounting import train_flops_per_token
 from megatron_samoe.planning.layout_cost import Cluster
 from megatron_samoe.planning.layout_planner import plan_layouts
@@ -38,7 +39,7 @@ from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.teacher import load_teacher
 from megatron_samoe.training.train_step import compute_gradients, train_step
 from megatron_samoe.training.trainer import Trainer
-from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_layout, with_options
+from tests.harness.tiny import VOCAB_SIZE, RandomBatches, micro_batches, tiny_config, with_layout, with_options
 
 STATE = single_process_state()
 TEACHER: dict[str, Any] = {"layout": "moe", "num_layers": 3, "hidden_size": 40, "num_experts": 6, "init_method_std": 0.2,
@@ -112,19 +113,6 @@ def test_evaluation_knows_no_teacher(teacher: Path) -> None:
     assert evaluate(setup, batches) == evaluate(replace(setup, teacher=None), batches)
 
 
-class Batches:
-    """Data of random tokens, as the trainer asks for them."""
-
-    valid = test = epoch_samples = None
-
-    def __init__(self, setup: TrainSetup):
-        self.setup = setup
-
-    def train_batches(self, consumed_samples: int) -> Iterator[list[Batch]]:
-        for step in range(consumed_samples // self.setup.batch_size, 100):
-            yield micro_batches(self.setup, step)
-
-
 class Witness(Hook):
     """Whether there is a teacher before each step, and what steps recorded of it."""
 
@@ -153,7 +141,7 @@ def run(config: PretrainConfig, folder: Path, **options: Any) -> tuple[dict[str,
         config, train_iters=6, log_interval=1, eval_iters=0, save=str(folder), load=str(folder), **options
     )
     setup, witness = build_setup(config, VOCAB_SIZE, STATE), Witness()
-    Trainer(setup, Batches(setup), [witness]).run()  # type: ignore[arg-type]
+    Trainer(setup, RandomBatches(setup), [witness]).run()  # type: ignore[arg-type]
     tensors = dict(setup.model.global_parameters()) | {
         f"{kind} {name}": t for name in setup.optimizer.masters for kind, t in setup.optimizer.moments(name).items()
     }
@@ -210,12 +198,14 @@ def test_mfu_counts_forward_passes_of_the_teacher(teacher: Path, monkeypatch: py
     state = initial_state(taught)
     result, state = train_step(taught, state, micro_batches(taught, 0))
     timed = metrics.StepTime(2.0, 2.0, taught.tokens_after(0) / 2.0)
-    counts = [
-        metrics.make_record(s, state, result, timed, None)["mfu"] for s in (taught, replace(taught, teacher=None))
-    ]
     saved = find_teacher(str(teacher)).trained
     more = train_flops_per_token(with_options(saved, seq_length=16), VOCAB_SIZE) / 3
-    assert counts[0] - counts[1] == pytest.approx(more * taught.tokens_after(0) / 2.0 / 1e9)
+    for world_size in (1, 4):
+        among = replace(taught, parallel=replace(STATE, grid=RankGrid(world_size)))
+        counts = [
+            metrics.make_record(s, state, result, timed, None)["mfu"] for s in (among, replace(among, teacher=None))
+        ]
+        assert counts[0] - counts[1] == pytest.approx(more * 8 * 16 / 2.0 / (1e9 * world_size))
 
 
 @pytest.mark.parametrize(
