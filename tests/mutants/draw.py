@@ -1,16 +1,17 @@
 """Draws mutants: the package with one small wrong change, the same for the same seed.
 
-Cosmic Ray's operators change comparisons, arithmetic, numbers, truth values, loops and handlers; two more leave out a named
-argument and take max for min. Messages, annotations and decorators are left as they are: they change nothing that a run
-computes.
+Operators are Cosmic Ray's and two more. Messages, annotations and decorators are left as they are.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import random
 import re
 from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from cosmic_ray.ast import ast_nodes, get_ast
@@ -18,8 +19,8 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.operators.operator import Operator
 from cosmic_ray.plugins import get_operator, operator_names
 
-from tests.mutants import PROJECT, Mutant, room_of
-
+PROJECT = Path(__file__).resolve().parents[2]
+Mutant = dict[str, Any]
 Span = tuple[tuple[int, int], tuple[int, int]]
 #: What people write by mistake. Others of Cosmic Ray's, such as ** for +, any test finds.
 KEPT = re.compile(
@@ -66,10 +67,10 @@ class OtherFunction(ArgumentLeftOut):
         return node
 
 
-OPERATORS: dict[str, Operator] = {
-    **{name.removeprefix("core/"): get_operator(name)() for name in sorted(operator_names()) if KEPT.fullmatch(name)},
-    "ArgumentLeftOut": ArgumentLeftOut(), "OtherFunction": OtherFunction(),
-}  # fmt: skip
+OPERATORS = {
+    name.removeprefix("core/"): get_operator(name)() for name in sorted(operator_names()) if KEPT.fullmatch(name)
+}
+OPERATORS |= {"ArgumentLeftOut": ArgumentLeftOut(), "OtherFunction": OtherFunction()}
 
 
 def draw(seed: int, number: int) -> list[Mutant]:
@@ -78,17 +79,16 @@ def draw(seed: int, number: int) -> list[Mutant]:
     for path in sorted((PROJECT / "megatron_samoe").rglob("*.py")):
         file = str(path.relative_to(PROJECT))
         for changes in _changes(path.read_text()):
-            rooms.setdefault(room_of(file), []).append((file, changes))
+            rooms.setdefault(file.split("/")[1].removesuffix(".py"), []).append((file, changes))
     seats = dict.fromkeys(rooms, 1)
     while sum(seats.values()) < number:
         seats[max(rooms, key=lambda room: len(rooms[room]) / (seats[room] + 1))] += 1
-    chosen = []
+    chosen: list[Mutant] = []
     for room, lines in rooms.items():
         generator = random.Random(f"{seed} {room}")
         drawn = (_mutant(file, *generator.choice(changes)) for file, changes in generator.sample(lines, len(lines)))
-        found = [mutant for mutant, _ in zip(filter(None, drawn), range(seats[room]), strict=False)]
-        chosen += [{"seed": seed, **mutant} for mutant in sorted(found, key=lambda m: (m["file"], m["line"]))]
-    return chosen
+        chosen += sorted(islice(filter(None, drawn), seats[room]), key=lambda m: (m["file"], m["line"]))
+    return [{"seed": seed, **mutant} for mutant in chosen]
 
 
 def _changes(text: str) -> list[list[tuple[str, int]]]:
@@ -102,7 +102,7 @@ def _changes(text: str) -> list[list[tuple[str, int]]]:
             unpacks = "Binary" in name and node.parent.type in ("parameters", "dictorsetmaker")
             if not unpacks and not any(begin <= start < end for begin, end in nothing):
                 found.setdefault(start[0], []).append((name, occurrence))
-    return [found[line] for line in sorted(found)]
+    return [changes for _, changes in sorted(found.items())]
 
 
 def _computes_nothing(tree: ast.AST, lines: list[str]) -> Iterator[Span]:
@@ -111,27 +111,24 @@ def _computes_nothing(tree: ast.AST, lines: list[str]) -> Iterator[Span]:
         parts: list[Any] = [getattr(node, "annotation", None), getattr(node, "returns", None)]
         parts += [*getattr(node, "decorator_list", ()), node if hasattr(node, "lineno") else None]
         for part in filter(None, parts):
-            # Columns of ast count bytes.
-            rows = [lines[line - 1].encode() for line in (part.lineno, part.end_lineno)]
-            begin, end = len(rows[0][: part.col_offset].decode()), len(rows[1][: part.end_col_offset].decode())
+            ends = ((part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset))  # in bytes
+            begin, end = ((line, len(lines[line - 1].encode()[:column].decode())) for line, column in ends)
             is_type = isinstance(part, ast.BinOp) and ast.unparse(part.right) == "None"
-            if part is not node or is_type or NOTHING.match(lines[part.lineno - 1], begin):
-                yield (part.lineno, begin), (part.end_lineno, end)
+            if part is not node or is_type or NOTHING.match(lines[begin[0] - 1], begin[1]):
+                yield begin, end
 
 
 def _mutant(file: str, operator: str, occurrence: int) -> Mutant | None:
     """Returns the lines of a file before and after a change; None if it changes nothing or the result is not Python."""
     text = (PROJECT / file).read_text()
     mutated = mutate_code(text, OPERATORS[operator], occurrence) or text
-    try:
-        if ast.dump(ast.parse(mutated)) == ast.dump(ast.parse(text)):
-            return None
-    except SyntaxError:
-        return None
-    old, new = text.split("\n"), mutated.split("\n")
-    first = next(i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)
-    last = next(i for i, (a, b) in enumerate(zip(old[::-1], new[::-1], strict=False)) if a != b)
-    # A line that goes away takes its neighbour along.
-    last = min(last, len(old) - first - 1, len(new) - first - 1)
-    before, after = ("\n".join(lines[first : len(lines) - last]) for lines in (old, new))
-    return {"file": file, "line": first + 1, "before": before, "after": after, "operator": operator}
+    with contextlib.suppress(SyntaxError):
+        if ast.dump(ast.parse(mutated)) != ast.dump(ast.parse(text)):
+            old, new = text.split("\n"), mutated.split("\n")
+            first = next(i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)
+            last = next(i for i, (a, b) in enumerate(zip(old[::-1], new[::-1], strict=False)) if a != b)
+            # A line that goes away takes its neighbour along.
+            last = min(last, len(old) - first - 1, len(new) - first - 1)
+            before, after = ("\n".join(lines[first : len(lines) - last]) for lines in (old, new))
+            return {"file": file, "line": first + 1, "before": before, "after": after, "operator": operator}
+    return None
