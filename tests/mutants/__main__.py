@@ -63,7 +63,8 @@ def pytest(project: Path, tests: list[str], limit_s: int) -> tuple[str, str]:
 
 
 def outcome(mutant: Mutant, project: Path, tests: list[str], limit_s: int) -> tuple[str, str]:
-    """Returns what the tests say of a mutant; a test that fails without it as well says nothing."""
+    """Returns what the tests say of a mutant: a test that fails without it as well says nothing, and what takes twice as long
+    with it hangs."""
     path = project / mutant["file"]
     right = path.read_text() if path.exists() else ""
     wrong = planted(mutant, right)
@@ -71,6 +72,8 @@ def outcome(mutant: Mutant, project: Path, tests: list[str], limit_s: int) -> tu
         path.write_text(wrong)
         kind, test = pytest(project, tests, limit_s)
         path.write_text(right)
+        if kind == "limit" and pytest(project, tests, limit_s // 2)[0] == "survived":
+            return "found", "hangs"
         if kind != "found" or "::" not in test or pytest(project, [test], limit_s)[0] == "survived":
             return kind, test
         tests = [*tests, "--deselect", test]
