@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile
 # Without it, each of some hundred interpreters would compile torch and the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: gpu-check docs wheels install quickstart test test-unit test-distributed test-all sanitize lint results-check check-python clean
+.PHONY: gpu-check docs wheels install quickstart test test-unit test-distributed test-all mutants sanitize lint results-check check-python clean
 
 install: $(VENV)/.installed
 
@@ -69,6 +69,12 @@ test-all: lint
 	$(if $(filter 1/%,$(SHARD)),$(MAKE) sanitize docs)
 	$(BIN)/python -m tests.search --minutes $(SEARCH_MINUTES) --seed $(firstword $(subst /, ,$(SHARD)))
 	@echo "test-all: part $(SHARD) on commit $(COMMIT) passed"
+
+# For a night; one that was ended goes on.
+mutants: $(VENV)/.installed-tests
+	$(BIN)/python -m tests.mutants draw --seed $(SEED)
+	$(BIN)/python -m tests.mutants run --seed $(SEED)
+	$(BIN)/python -m tests.mutants run --seed $(SEED) --day
 
 # Address, undefined-behaviour and thread sanitizers over the extension's torch-free part.
 sanitize:

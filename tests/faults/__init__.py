@@ -1,1 +1,0 @@
-"""Faults planted in the package, to see whether the tests find them: the list that was drawn, and its runner."""
