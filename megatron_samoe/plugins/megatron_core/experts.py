@@ -18,7 +18,7 @@ class Lends(Protocol):
     def experts(self, moe_index: int) -> Experts:
         """Returns the experts of a layer."""
 
-    def sharded(self, part: nn.Module, prefix: str, prepended: Any = ()) -> dict[str, Any]:
+    def sharded(self, part: nn.Module, prefix: str, label: str = "") -> dict[str, Any]:
         """Returns a part's parameters as Megatron-Core's checkpoints take them."""
         ...
 
@@ -52,8 +52,11 @@ class LentExperts(MegatronModule):
         return run(rows, tokens_per_expert) * probs[:, None].to(rows.dtype), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """Returns the layer's own part for Megatron-Core's checkpoints."""
-        return self.sharing[0].sharded(self.part, prefix, sharded_offsets)
+        """Returns the layer's own part for Megatron-Core's checkpoints.
+
+        Its names have the layer's number: Megatron-Core stacks tensors that all layers have, and not all own the same.
+        """
+        return self.sharing[0].sharded(self.part, prefix, f"layer_{self.moe_index}.")
 
 
 class SharedExperts(MegatronModule):
@@ -70,21 +73,12 @@ class SharedExperts(MegatronModule):
         return self.sharing[0].sharded(self.part, prefix)
 
 
-def sharded_tensor(name: str, parameter: nn.Parameter, state: Any, prepended: Any = ()) -> ShardedTensor:
+def sharded_tensor(name: str, parameter: nn.Parameter, state: Any) -> ShardedTensor:
     """Returns a parameter's place in the complete tensor, and which copy of it this rank has."""
     spec = tag_of(parameter).shard
-    shift = len(prepended)
-    pieces = [(shift + dim, state.group(axis).rank, state.group(axis).size) for dim, axis in spec.partition]
-    copies = [axis for axis in ("etp", "ep") if axis not in dict((axis, 0) for _, axis in spec.partition)]
-    number = 0
-    for axis in copies:
-        number = number * state.group(axis).size + state.group(axis).rank
+    pieces = [(dim, state.group(axis).rank, state.group(axis).size) for dim, axis in spec.partition]
+    copy = 0
+    for axis in sorted({"etp", "ep"}.difference(axis for _, axis in spec.partition)):
+        copy = copy * state.group(axis).size + state.group(axis).rank
     stage = state.pp.rank if spec.family == "pool" else 0
-    return ShardedTensor.from_rank_offsets(
-        name,
-        parameter.data,
-        *prepended,
-        *pieces,
-        replica_id=(stage, number, state.edp.rank),
-        prepend_axis_num=shift,
-    )
+    return ShardedTensor.from_rank_offsets(name, parameter.data, *pieces, replica_id=(stage, copy, state.edp.rank))

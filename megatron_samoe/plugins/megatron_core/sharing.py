@@ -76,8 +76,8 @@ class ExpertSharing:
         if moe.samoe_granularity == "expert" and self.state.etp.size > 1:
             raise ConfigError("samoe_granularity", "expert", "must be layer with expert_tensor_parallel_size above 1")
         #: Indices among MoE layers, by layer from 0.
-        self._moe_index = {layer: i for i, layer in enumerate(i for i, is_one in enumerate(is_moe) if is_one)}
-        self._sources = parse_sharing(
+        self._moe_index = {layer: sum(is_moe[:layer]) for layer, is_one in enumerate(is_moe) if is_one}
+        sources = parse_sharing(
             expert_sharing, len(self._moe_index), moe.num_expert_sets, moe.untied_ends, moe.num_neighbour_layers
         )
         shape = ExpertShape(
@@ -93,11 +93,11 @@ class ExpertSharing:
             tuple(self._moe_index[i] for i in layers if i in self._moe_index) for layers in layers_of_stage(config)
         )
         shapes = (shape,) * len(self._moe_index)
-        self._way = MappedSharing(SharingContext(moe, self._sources, shapes, stages, self.state, config.params_dtype))
+        self._way = MappedSharing(SharingContext(moe, sources, shapes, stages, self.state, config.params_dtype))
         self._parts: dict[int, nn.Module] = {}
         self._shared: SharedExperts | None = None
         self._lender: ExpertLender | None = None
-        self._is_current, self._wants_gradient = False, False
+        self._is_current = False
 
     def spec(self, spec: Any) -> Any:
         """Returns a copy of a layer's or a block's spec whose MoE layers borrow their experts.
@@ -171,7 +171,6 @@ class ExpertSharing:
         if not self._is_current:
             self._lender.begin_step()
             self._is_current = True
-        self._wants_gradient |= torch.is_grad_enabled()
         return self._lender.experts(moe_index)
 
     def forget(self) -> None:
@@ -201,10 +200,10 @@ class ExpertSharing:
             if getattr(parameter, "shared_embedding", False):
                 yield parameter
 
-    def sharded(self, part: nn.Module, prefix: str, prepended: Any = ()) -> dict[str, Any]:
-        """Returns a part's parameters as Megatron-Core's checkpoints take them."""
-        found = {f"{prefix}part.{n}": p for n, p in part.named_parameters()}
-        return {name: sharded_tensor(name, p, self.state, prepended) for name, p in found.items()}
+    def sharded(self, part: nn.Module, prefix: str, label: str = "") -> dict[str, Any]:
+        """Returns a part's parameters as Megatron-Core's checkpoints take them, under names with a label."""
+        named = dict(part.named_parameters())
+        return {f"{prefix}part.{n}": sharded_tensor(f"{prefix}{label}{n}", p, self.state) for n, p in named.items()}
 
 
 def _activation(config: Any) -> Activation:
