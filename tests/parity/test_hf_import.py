@@ -173,7 +173,12 @@ def test_what_ours_cannot_compute_is_refused(case: str, changes: dict[str, Any],
     config = getattr(transformers, f"{name}Config")(**own)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
     status, _, err = run("--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "native")
-    assert status == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1
+    assert (
+        status == 2
+        and message in err
+        and err.startswith(f"error: {tmp_path}/hf/config.json: ")
+        and err.count("\n") == 1
+    )
     assert not (tmp_path / "native").exists()
 
 

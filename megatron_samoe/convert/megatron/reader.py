@@ -80,7 +80,9 @@ class MegatronReader:
         first = load_rank_file(folders[0])
         args = first["args"]
         self.arguments: Mapping[str, Any] = vars(args)
-        config = from_arguments(args, str(folders[0]))
+        where = f"{folders[0]}'s arguments"
+        with naming_file(where):
+            config = from_arguments(args, str(folders[0]))
         layout = _layout_of(args, folders[0])
         self._index = _read_index(folders, first, layout)
         self._layout = replace(layout, style=_style_of(self._index))
@@ -94,7 +96,7 @@ class MegatronReader:
         vocab = vocab_size or _count(args, "vocab_size", padded, folders[0])
         if not 0 < vocab <= padded:
             raise ConfigError("--vocab-size", vocab, f"must be from 1 to the {padded} rows of {self.directory}")
-        with naming_file(f"{folders[0]}'s arguments"):
+        with naming_file(where):
             validate_model(config)
         if config.moe.most_experts % layout.expert_parallel and config.moe.expert_layout != "dense":
             raise CheckpointError(

@@ -20,7 +20,7 @@ from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.megatron import MegatronLayout, MegatronReader, MegatronStyle, plan_export, write_export
 from megatron_samoe.convert.megatron.rank_files import FILE_NAME
-from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
 from tests.harness.tiny import tiny_config
 from tests.unit.convert.memory_source import MemorySource, logits, new_source
 
@@ -238,6 +238,18 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "c" / "latest_checkpointed_iteration.txt").write_text("3")
     with pytest.raises(CheckpointError, match="format torch_dist"):
         MegatronReader(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_layers": 10**9}, {"num_query_groups": 3}, {"moe_router_topk": 99}, {"num_experts": 0}, {"hidden_size": "x"}],
+)
+def test_a_wrong_argument_is_refused_by_the_file_that_has_it(wrong: dict[str, object], tmp_path: Path) -> None:
+    path = export(new_source(tiny_config("moe", style="llama")), tmp_path) / "mp_rank_00" / FILE_NAME
+    content = torch.load(path, weights_only=False)
+    torch.save({**content, "args": argparse.Namespace(**{**vars(content["args"]), **wrong})}, path)
+    with pytest.raises(MegatronSamoeError, match="mp_rank_00"):
+        MegatronReader(tmp_path)
 
 
 def test_mutated_files_are_read_or_refused_in_words(tmp_path: Path) -> None:
