@@ -6,12 +6,16 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import os
+import re
+import subprocess
 import sys
 import types
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +24,7 @@ from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.megatron import MegatronLayout, plan_export, write_export
 from megatron_samoe.convert.megatron.rank_files import FILE_NAME
+from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_samoe.errors import ConfigError, DataError
 from megatron_samoe.models.rank_model import stored_name
 from tests.harness.megatron_training import FAULTS, Layout, built, loaded, saved, start, train
@@ -305,3 +310,34 @@ def test_without_megatron_core_it_says_what_to_install(monkeypatch: pytest.Monke
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(DataError, match=r"needs the package megatron: .*megatron-core"):
         importlib.import_module("megatron_samoe.plugins.megatron_core")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        pytest.param(1, ("--train-iters", "10"), id="one process"),
+        pytest.param(
+            4,
+            ("--train-iters", "20", "--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2",
+             "--use-distributed-optimizer"),
+            marks=pytest.mark.night, id="four",
+        ),
+        pytest.param(2, ("--train-iters", "20", "--expert-sharing", "none"), marks=pytest.mark.night, id="own experts"),
+    ],
+)  # fmt: skip
+def test_the_example_learns_a_text(ranks: int, words: tuple[str, ...], tmp_path: Path) -> None:
+    """Bytes that repeat, by Megatron-Core's data set: the loss begins at that of a guess and falls."""
+    builder = IndexedDatasetBuilder(f"{tmp_path}/corpus.bin", np.uint16)
+    for _ in range(40):
+        builder.add_document(np.array([*b"one two three four " * 40, 256], np.uint16), [761])
+    builder.finalize(f"{tmp_path}/corpus.idx")
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "tests/harness/run_on_cpu.py",
+               "examples/megatron_core/pretrain_pool.py", "--data-path", f"{tmp_path}/corpus", "--seq-length", "32",
+               "--save", f"{tmp_path}/saved", *words]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+),", done.stdout, re.MULTILINE)]
+    assert losses[0] == pytest.approx(np.log(257), abs=0.2) and losses[-1] < losses[0] - 1
+    assert (tmp_path / "saved" / ".metadata").exists()
