@@ -285,9 +285,13 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any], rtol: float) -
     Weights in fp32 may differ by a thousandth of what AdamW can have moved them. An update is Lipschitz in the gradients, with
     a constant of twice the rate over epsilon, so what rounding does to gradients does little to weights: eight times less than
     that, measured. A rate 1 % off, or decay left out, does more.
+
+    Norms in fp32 may differ five times as far as the rest. By the products of some processors (AVX-512) a first step's norm of
+    one process is 2.7e-5 off that in fp64, where layouts agree to 1e-13.
     """
-    for key in ("losses", "norms", "balance", "divergences"):
-        torch.testing.assert_close(torch.tensor(actual[key]), torch.tensor(expected[key]), rtol=rtol, atol=0.0)
+    for key, times in (("losses", 1), ("norms", 5), ("balance", 1), ("divergences", 1)):
+        found, wanted = torch.tensor(actual[key]), torch.tensor(expected[key])
+        torch.testing.assert_close(found, wanted, rtol=times * rtol, atol=0.0, msg=lambda m, k=key: f"{k}: {m}")
     torch.testing.assert_close(actual["expert_norms"], expected["expert_norms"], rtol=10 * rtol, atol=0.0)
     assert actual["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():

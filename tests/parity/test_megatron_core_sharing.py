@@ -170,16 +170,16 @@ def test_its_loss_and_gradients_are_those_of_megatrons_own_experts(case: str, tm
 
 #: Layouts with the number of their ranks.
 LAYOUTS: dict[str, tuple[Layout, int]] = {
+    "TP 2 + SP, EP 2, ZeRO-1": (Layout(tp=2, ep=2, zero=True), 2),
+    "interleaved PP 2, ZeRO-1": (Layout(pp=2, chunks=2, zero=True), 2),
     "EP 2 x PP 2, ZeRO-1": (Layout(ep=2, pp=2, zero=True), 4),
     "TP 2 + SP": (Layout(tp=2), 2),
     "TP 2 + SP, ETP 2": (Layout(tp=2, etp=2), 2),
-    "TP 2 + SP, EP 2, ZeRO-1": (Layout(tp=2, ep=2, zero=True), 2),
     "ETP 2": (Layout(etp=2), 2),
     "DP 2, ZeRO-1": (Layout(zero=True), 2),
     "EP 2": (Layout(ep=2), 2),
     "PP 2": (Layout(pp=2), 2),
     "interleaved PP 2": (Layout(pp=2, chunks=2), 2),
-    "interleaved PP 2, ZeRO-1": (Layout(pp=2, chunks=2, zero=True), 2),
     "DP 2 x PP 2, ZeRO-1": (Layout(pp=2, zero=True), 4),
     "EP 2 x PP 2": (Layout(ep=2, pp=2), 4),
     "full recomputation": (

@@ -231,7 +231,7 @@ def test_damaged_sources_leave_nothing_behind(made: SimpleNamespace, run: Run, t
     folder = copied(made, "hf", tmp_path / "hf")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert_refused(run("--load-dir", folder, "--save-dir", tmp_path / "new"), "damaged or cut off")
+    assert_refused(run("--load-dir", folder, "--save-dir", tmp_path / "new"), "is damaged, or is cut off")
     folder = copied(made, "megatron", tmp_path / "megatron")
     path = next(folder.rglob("*.pt"))
     path.write_bytes(path.read_bytes()[:-2000])

@@ -71,7 +71,8 @@ def test_a_small_divergence_keeps_its_digits_and_none_is_negative() -> None:
     kl_T = kl_divergence_terms(student_TV, teacher_TV, *lses, 1.0)
     expected_T = plain_kl(student_TV.double(), teacher_TV.double(), 1.0)
     assert expected_T.max() < 1e-3
-    torch.testing.assert_close(kl_T.double(), expected_T, rtol=1e-2, atol=1e-8)
+    # From the logarithms of two softmaxes the smallest would not keep to this.
+    torch.testing.assert_close(kl_T.double(), expected_T, rtol=1e-2, atol=6e-8)
     same = kl_divergence_terms(student_TV, student_TV, lses[0], lses[0], 1.0)
     assert torch.equal(same, torch.zeros(50))
 
