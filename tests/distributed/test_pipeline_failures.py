@@ -105,6 +105,8 @@ def test_the_others_end_in_time_and_say_why(case: str, tmp_path: Path) -> None:
     neighbours = [r["message"] for rank, r in enumerate(results) if rank != victim and "Pipeline stage" in r["message"]]
     if "pp" in sizes:
         assert any("micro-batch" in m and "virtual stage" in m for m in neighbours), results
+        said = "never got" if kind == "hang" else "lost its connection"
+        assert all(said in message for message in neighbours), neighbours
     else:
         assert all("while computing iteration" in r["message"] for i, r in enumerate(results) if i != victim)
 

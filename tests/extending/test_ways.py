@@ -26,8 +26,11 @@ from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.kv_cache import PageTable
 from megatron_samoe.inference.serving import Serving
 from megatron_samoe.inference.single_runner import SingleRunner
+from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.planning.accounting import count_parameters
 from megatron_samoe.planning.memory import rank_memory
+from megatron_samoe.training.hooks.moe_diagnostics import gathered_coefficients
+from megatron_samoe.training.setup import build_setup
 from tests.extending.near_banks import WINDOW
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 from tests.parity.hf_models import converted, native, random_source, some_ids, their_logits, theirs
@@ -120,6 +123,15 @@ def test_one_whose_experts_are_no_mixtures_trains_and_is_not_decoded(
     assert "trains and is not decoded" in capfd.readouterr().err
     assert diagnose_main(["--load", str(tmp_path), "--batches", "2"]) == 0
     assert "no gradients to compare" in capfd.readouterr().out
+
+
+def test_coefficients_of_mixtures_are_logged_after_layers_that_are_not() -> None:
+    options = {"expert_sharing": "low_rank*2,combined*2", "samoe_init": "uniform", "samoe_normalization": "l2"}
+    setup = build_setup(tiny_config("moe", **options, num_expert_banks=3), VOCAB_SIZE, single_process_state())
+    found, raw = gathered_coefficients(setup), setup.model.global_parameters()
+    for layer in range(4):
+        expected = torch.nn.functional.normalize(raw[f"layers.{layer}.moe.combination"].detach().double(), dim=-1)
+        torch.testing.assert_close(found[layer], expected * (layer > 1), atol=1e-6, rtol=0)
 
 
 def entry(folder: Path, name: str, value: str) -> None:

@@ -33,6 +33,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                                    "qk_layernorm": True}),
     "no_positions": ("samoe", {**LLAMA, "position_embedding_type": "none", "moe_layer_freq": "0110"}),
     "sigmoid": ("moe", {"moe_router_topk": 2, "moe_router_score_function": "sigmoid", "moe_layer_freq": "0101"}),
+    "gated": ("samoe", {**LLAMA, **SHARED, "moe_shared_expert_gate": True}),
+    "residual": ("samoe", {"moe_residual_mlp": True}),
     "dense": ("dense", {"normalization": "RMSNorm"}),
 }  # fmt: skip
 

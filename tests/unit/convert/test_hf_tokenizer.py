@@ -1,4 +1,4 @@
-"""A SentencePiece model beside exported weights: AutoTokenizer gives the ids and texts of the run's own tokenizer."""
+"""A tokenizer next to exported weights: transformers gives the ids and texts of the run's own tokenizer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -61,3 +62,17 @@ def test_a_model_that_cuts_words_otherwise_goes_without_a_fast_one(tmp_path: Pat
     )  # fmt: skip
     files = tokenizer_files(options_of(tmp_path / "tok.model"))
     assert list(files.files) == ["tokenizer.model"] and "has no equal among fast tokenizers" in files.notes[0]
+
+
+def test_gpt2_files_are_those_of_transformers_own_class(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator([CORPUS[:150_000]], 700, special_tokens=["<|endoftext|>"], show_progress=False)
+    vocabulary, merges = bpe.save_model(str(tmp_path))
+    data = DataConfig(tokenizer_type="GPT2BPETokenizer", vocab_file=vocabulary, merge_file=merges)
+    tokenizer_files(data).write(tmp_path / "hf", 128)
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(tmp_path / "hf")
+    text = CORPUS[200_000:240_000]
+    expected = tokenizers.ByteLevelBPETokenizer.from_file(vocabulary, merges).encode(text).ids
+    assert theirs(text).input_ids == expected and theirs.decode(expected) == text
+    assert theirs.eos_token_id == bpe.token_to_id("<|endoftext|>") and theirs.model_max_length == 128

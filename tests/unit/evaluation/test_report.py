@@ -279,6 +279,12 @@ def test_the_first_screen_names_the_best_and_the_smallest_as_good(runs_dir: Path
     assert "No smaller model comes within 0.5 of it" in glance_text([groups[0], better, edited], margin=0.5)
 
 
+def is_seen(place: int, image: np.ndarray) -> bool:
+    """Returns whether a plot has the colour of a report's n-th model."""
+    wanted = np.array([int(plots.colour(place)[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return (np.abs(image - wanted).max(-1) < 0.02).sum() > 10
+
+
 def test_every_model_is_seen_in_every_plot_of_costs(runs_dir: Path) -> None:
     groups = group_runs([read_run(path) for path in folders(runs_dir)])
     same = {"some cost": {group.name: 2.0 for group in groups}, "another": {group.name: 2.0 for group in groups}}
@@ -286,8 +292,14 @@ def test_every_model_is_seen_in_every_plot_of_costs(runs_dir: Path) -> None:
     panels = image[: int(0.8 * len(image))]  # without the legend
     for half in np.array_split(panels, 2, axis=1):
         for place in range(len(groups)):
-            wanted = np.array([int(plots.colour(place)[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-            assert (np.abs(half - wanted).max(-1) < 0.02).sum() > 10, place
+            assert is_seen(place, half), place
+
+
+def test_models_have_their_colours_where_the_first_has_no_experts(runs_dir: Path) -> None:
+    groups = group_runs([read_run(path) for path in folders(runs_dir)])
+    image = plt.imread(io.BytesIO(plots_experts.load_entropies(groups)))[:, :, :3]
+    seen = [group.name for place, group in enumerate(groups) if is_seen(place, image)]
+    assert groups[0].name == "dense" and seen == ["moe", "samoe"]
 
 
 def test_gradients_are_means_over_the_second_half_and_experts(runs_dir: Path) -> None:

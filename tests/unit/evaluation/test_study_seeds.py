@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_samoe.errors import ConfigError
@@ -48,6 +49,14 @@ def test_the_sweeps_best_run_is_found_in_place_of_the_first_seeds(tmp_path: Path
     plan.store = tmp_path / "store"
     results_store.put(plan.store, swept[1].directory)
     assert plan.take(first) and plan.is_finished(first), "so it is not trained again"
+
+
+def test_a_value_between_is_the_vertex_of_numpys_parabola(tmp_path: Path) -> None:
+    plan, losses = plan_of(tmp_path, sweep=SWEEP | {"choose": "vertex"}), (3.0, 2.8, 2.9)
+    for run, loss in zip([r for r in plan.all_runs() if r.variant.name == "own" and r.swept], losses, strict=True):
+        finish(plan, run, loss)
+    a, b, _ = np.polyfit(np.log(SWEEP["values"]), losses, 2)
+    assert plan.optima()[("own", "")].value == pytest.approx(np.exp(-b / (2 * a)))
 
 
 def test_a_best_value_at_an_end_is_followed_by_one_beyond(tmp_path: Path) -> None:

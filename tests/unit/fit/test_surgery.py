@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,18 +74,24 @@ def test_noise_sets_copies_apart_by_its_share_of_the_spread() -> None:
     assert not torch.equal(w1[0], w1[1])
 
 
-def test_fewer_banks_than_layers_lose_what_is_reported() -> None:
+def test_fewer_banks_than_layers_are_the_nearest_and_lose_what_is_reported() -> None:
     dense = new_source(tiny_config("dense"))
-    edited = upcycle_dense(dense, UpcycleOptions(MoEConfig("samoe", num_experts=2, num_expert_banks=2)))
+    moe = MoEConfig("samoe", num_experts=3, moe_router_topk=1, num_expert_banks=2)
+    edited = upcycle_dense(dense, UpcycleOptions(moe))
     folded = fold_shared(edited)
-    for layer in range(4):
-        mlp = dense.weights[f"layers.{layer}.mlp.fc1.weight"]
-        bias = dense.weights[f"layers.{layer}.mlp.fc1.bias"]
-        lost = torch.cat([
-            (folded.read(f"layers.{layer}.moe.experts.w1")[0] - mlp).flatten(),
-            folded.read(f"layers.{layer}.moe.experts.b1")[0] - bias,
-        ]).norm() / torch.cat([mlp.flatten(), bias]).norm()  # fmt: skip
-        assert float(edited.report[2 + layer].split()[1]) == pytest.approx(float(lost), abs=0.01)
+    # The one expert of three that an undecided router chooses has a weight of 1/3: outputs are three times as large.
+    for column, (number, factor) in enumerate(((1, 1), (2, 3)), start=1):
+        mlps, experts = [], []
+        for layer in (f"layers.{i}." for i in range(4)):
+            mlp = [dense.weights[f"{layer}mlp.fc{number}.{part}"].flatten() for part in ("weight", "bias")]
+            expert = [folded.read(f"{layer}moe.experts.{part}{number}")[0].flatten() for part in "wb"]
+            mlps.append(np.concatenate(mlp))
+            experts.append(np.concatenate(expert) / factor)
+        u, s, vt = np.linalg.svd(mlps, full_matrices=False)
+        nearest = (u[:, :2] * s[:2]) @ vt[:2]
+        np.testing.assert_allclose(experts, nearest, atol=1e-5)
+        lost = np.linalg.norm(nearest - mlps, axis=1) / np.linalg.norm(mlps, axis=1)
+        assert [float(line.split()[column]) for line in edited.report[2:6]] == pytest.approx(lost, abs=0.001)
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from megatron_samoe import children
 from megatron_samoe.gpu_check import command
 from megatron_samoe.gpu_check.command import main
 
@@ -43,6 +46,27 @@ def test_a_piece_that_fails_says_why_and_fails_the_check(tmp_path: Path, capsys:
     content = results(tmp_path)["profile"]
     assert content["state"] == "failed" and "nothing" in content["why"]
     assert "## profile: failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("deed", "state", "why"),
+    [("writes", "ok", ""), ("ends", "failed", "said, and complained"), ("hangs", "failed", "it took more than 180 s")],
+)
+def test_a_piece_has_a_result_however_its_process_ends(
+    deed: str, state: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(words: Sequence[str], timeout: float, **_: object) -> subprocess.CompletedProcess[str]:
+        task = json.loads(words[-1])
+        if deed == "hangs":
+            raise subprocess.TimeoutExpired(words, timeout)
+        if deed == "writes":
+            (Path(task["folder"]) / f"{task['name']}.json").write_text('{"state": "ok", "why": "", "rows": [{"a": 1}]}')
+        return subprocess.CompletedProcess(words, 0, "said,", " and complained")
+
+    monkeypatch.setattr(children, "run", run)
+    assert main([*DRY, "--output-dir", str(tmp_path), "--pieces", "machine"]) == (state == "failed")
+    rows = [{"a": 1}] if state == "ok" else []
+    assert results(tmp_path) == {"machine": {"state": state, "why": why, "rows": rows}}
 
 
 def test_a_machine_without_a_gpu_is_refused_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

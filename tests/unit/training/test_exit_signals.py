@@ -15,13 +15,18 @@ from megatron_samoe.errors import (
     CommunicationError,
     ConfigError,
     ConfigErrors,
+    DataError,
+    ExtensionError,
     HostDiffersError,
     HostRefusedError,
     HostsLeftError,
     JobEndedError,
     MegatronSamoeError,
+    NonFiniteLossError,
+    ReplicaDriftError,
     ToldToLeaveError,
 )
+from megatron_samoe.parallel_state import launcher
 from megatron_samoe.training import trainer
 from megatron_samoe.training.trainer import ExitSignals
 
@@ -85,6 +90,18 @@ def test_other_ways_to_leave_are_for_all_hosts(on_one_of_two_hosts: pytest.Monke
     part(signal.SIGTERM)
 
 
+def let_meet(error: MegatronSamoeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the command's training meet an error."""
+
+    def meet_it(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli_pretrain, "configure_logging", lambda rank: None)  # which other tests would inherit
+    for name in ("parse_pretrain_args", "_fit_to_ranks"):
+        monkeypatch.setattr(cli_pretrain, name, lambda *_, **__: (None, 4))
+    monkeypatch.setattr(cli_pretrain, "pretrain", meet_it)
+
+
 ALIKE = ConfigErrors([ConfigError("--lr", 1, "must be alike on all hosts")])
 DIFFERS = HostDiffersError([ConfigError("--lr", 1, "must be alike")])
 
@@ -110,9 +127,6 @@ def test_every_host_says_what_all_meet_before_any_launcher_may_end(
     torchruns begin anew with all hosts that are there then.
     """
 
-    def meet_it(*_: object, **__: object) -> None:
-        raise error
-
     class Output:
         def write(self, text: str) -> None:
             seen.append("says") if text.startswith("error") else None
@@ -121,10 +135,7 @@ def test_every_host_says_what_all_meet_before_any_launcher_may_end(
             pass
 
     seen: list[str] = []
-    monkeypatch.setattr(cli_pretrain, "configure_logging", lambda rank: None)  # which other tests would inherit
-    for name in ("parse_pretrain_args", "_fit_to_ranks"):
-        monkeypatch.setattr(cli_pretrain, name, lambda *_, **__: (None, 4))
-    monkeypatch.setattr(cli_pretrain, "pretrain", meet_it)
+    let_meet(error, monkeypatch)
     monkeypatch.setattr(cli_pretrain.time, "sleep", lambda _: seen.append("waits"))
     monkeypatch.setattr(sys, "stderr", Output())
     for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", 2), ("WORLD_SIZE", 4)):
@@ -132,3 +143,35 @@ def test_every_host_says_what_all_meet_before_any_launcher_may_end(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
     assert cli_pretrain.main([]) != 0
     assert [*seen, "leaves"] == course
+
+
+@pytest.mark.parametrize(
+    ("error", "can_pass"),
+    [
+        (ALIKE, False),
+        (DIFFERS, False),
+        (DataError("the corpus is damaged"), False),
+        (NonFiniteLossError("the loss is nan"), False),
+        (ReplicaDriftError("ranks differ"), False),
+        (JobEndedError("rank 1 ended it"), False),
+        (ExtensionError("it is not built"), False),
+        (CheckpointError("it is damaged"), True),
+        (CommunicationError("rank 1 is gone"), True),
+        (HostsLeftError("host1 left"), True),
+        (ToldToLeaveError("all ranks leave"), True),
+        (HostRefusedError("host2 cannot take part"), True),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_a_launcher_tries_again_where_a_fault_can_pass(
+    error: MegatronSamoeError, can_pass: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent: list[tuple[int, int]] = []
+    let_meet(error, monkeypatch)
+    monkeypatch.setattr(launcher.os, "kill", lambda *signal_of: sent.append(signal_of))
+    monkeypatch.setattr(cli_pretrain, "SPEAKING_S", 0.0)
+    for name, value in {"TORCHELASTIC_RUN_ID": "7", "TORCHELASTIC_MAX_RESTARTS": "3", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli_pretrain.main([]) != 0
+    assert sent == ([] if can_pass else [(os.getppid(), signal.SIGTERM)])
+    assert ("not to try again" in capsys.readouterr().err) != can_pass

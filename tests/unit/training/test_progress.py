@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ from megatron_samoe.training.hook import Hook, Record, Run
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
 from megatron_samoe.training.trainer import Trainer
+from tests.harness.program import PRETRAIN, arguments, call, write_corpus
 from tests.harness.tiny import VOCAB_SIZE, RandomBatches, micro_batches, tiny_config
 
 #: Steps of 2, 2, 2, 2, 2, 4, 4, 4, 6, 6, 8, 8, 8 sequences of 16 tokens.
@@ -88,3 +91,11 @@ def test_a_model_without_a_preference_has_losses_by_hand() -> None:
     assert routing is not None
     assert (loss, routing.load_balance_loss) == pytest.approx((math.log(103), 1.0))
     assert routing.z_loss == pytest.approx(math.log(4) ** 2)
+
+
+def test_a_bar_shows_the_share_of_the_corpus(tmp_path: Path) -> None:
+    """90% of 40 documents of 150 tokens; six steps of eight sequences of 64 tokens."""
+    data = {"data_path": write_corpus(tmp_path / "corpus"), "data_cache_path": tmp_path / "cache"}
+    ended = call(PRETRAIN, *arguments(**data, seq_length=64, eval_iters=0, log_progress=True))
+    assert ended.returncode == 0, ended.stderr
+    assert re.findall(r"epoch=([0-9.]+)", ended.stderr)[-1] == f"{6 * 8 * 64 / (0.9 * 40 * 150):.2f}"
