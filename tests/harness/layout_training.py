@@ -142,7 +142,7 @@ MODELS: dict[str, dict[str, Any]] = {
                           "moe_router_topk_scaling_factor": 2.5},
     # Attention and what else layers may have.
     "window": {"layout": "dense", **LLAMA, "sliding_window": 5, "window_attn_skip_freq": 2},
-    "sinks and cap": {"layout": "moe", **LLAMA, "moe_router_topk": 2, "softmax_type": "learnable", "attn_logit_softcapping": 0.5},
+    "sinks and cap": {"layout": "moe", **LLAMA, "moe_router_topk": 2, "softmax_type": "learnable", "attn_logit_softcapping": 2.0},
     "olmoe": {"layout": "moe", **LLAMA, "moe_router_topk": 2, "qk_layernorm": True, "qk_layernorm_scope": "all", "clip_qkv": 0.5},
     "granite": {"layout": "moe", **LLAMA, "moe_router_topk": 2, "attention_multiplier": 0.1, "embedding_multiplier": 6.0,
                 "residual_multiplier": 0.3, "logits_scaling": 2.5, "attention_bias": True, "softmax_type": "off-by-one"},
@@ -285,13 +285,10 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any], rtol: float) -
     Weights in fp32 may differ by a thousandth of what AdamW can have moved them. An update is Lipschitz in the gradients, with
     a constant of twice the rate over epsilon, so what rounding does to gradients does little to weights: eight times less than
     that, measured. A rate 1 % off, or decay left out, does more.
-
-    Norms in fp32 may differ five times as far as the rest. By the products of some processors (AVX-512) a first step's norm of
-    one process is 2.7e-5 off that in fp64, where layouts agree to 1e-13.
     """
-    for key, times in (("losses", 1), ("norms", 5), ("balance", 1), ("divergences", 1)):
+    for key in ("losses", "norms", "balance", "divergences"):
         found, wanted = torch.tensor(actual[key]), torch.tensor(expected[key])
-        torch.testing.assert_close(found, wanted, rtol=times * rtol, atol=0.0, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(found, wanted, rtol=rtol, atol=0.0, msg=lambda m, k=key: f"{k}: {m}")
     torch.testing.assert_close(actual["expert_norms"], expected["expert_norms"], rtol=10 * rtol, atol=0.0)
     assert actual["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():
