@@ -101,6 +101,8 @@ def _merges_agree(vocab: dict[str, int], merges: list[tuple[str, ...]], reachabl
         return False
     last = -1
     for left, right in merges:
+        if not {left, right, left + right} <= vocab.keys():  # a file in which a token is twice
+            return False
         result = vocab[left + right]
         # Ids that grow strictly along the list also make every result unique.
         if result <= last or max(vocab[left], vocab[right]) >= result:

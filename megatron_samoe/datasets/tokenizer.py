@@ -6,6 +6,7 @@ Types carry Megatron's names: SentencePieceTokenizer, HuggingFaceTokenizer (a to
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import math
@@ -136,6 +137,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if os.path.isdir(path):
             path = os.path.join(path, "tokenizer.json")
         content = _read(path, "--tokenizer-model")
+        _refuse_lying_map(content, path)
         with _library_errors(
             lambda e: f"{path} is not a tokenizer.json: {e}.{_other_type(content, 'HuggingFaceTokenizer')}"
         ):
@@ -219,7 +221,7 @@ class GPT2BPETokenizer(HuggingFaceTokenizer):
         with _library_errors(lambda e: f"{wrong}: {e}.{_other_type(vocab_bytes, 'GPT2BPETokenizer')}"):
             vocab = json.loads(vocab_bytes)
             lines = [line for line in merge_bytes.decode().split("\n") if line and not line.startswith("#version")]
-            merges = [tuple(line.rstrip("\r").split(" ")) for line in lines]
+            merges = [tuple(line.rstrip("\r").split(" ", 2)) for line in lines]
             model = tokenizers.models.BPE(vocab=vocab, merges=merges)  # type: ignore[arg-type]
         tokenizer = tokenizers.Tokenizer(model)
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -277,6 +279,22 @@ def _library_errors(message: Callable[[str], str]) -> Iterator[None]:
 def _cannot_encode() -> contextlib.AbstractContextManager[None]:
     """Returns `_library_errors` of a text, such as for an unknown token that is not there."""
     return _library_errors(lambda error: f"The tokenizer cannot encode a text: {error}.")
+
+
+def _refuse_lying_map(content: bytes, path: str) -> None:
+    """Raises DataError where a tokenizer.json has a map of characters that is shorter than it says: the library would take the
+    memory that it asks for, or end the process.
+
+    The map is SentencePiece's: the bytes of a trie as four bytes, the trie, and what characters become.
+    """
+    for encoded in re.findall(rb'"precompiled_charsmap"\s*:\s*"([^"]*)"', content):
+        try:
+            packed = base64.b64decode(encoded)
+        except ValueError:
+            packed = b""
+        size = int.from_bytes(packed[:4], "little")
+        if encoded and (len(packed) < 4 or size % 4 or 4 + size > len(packed)):
+            raise DataError(f"{path} is damaged: its precompiled_charsmap is shorter than it says.")
 
 
 def _description(part: Any) -> Any:

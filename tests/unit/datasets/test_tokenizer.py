@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import string
 from pathlib import Path
@@ -287,3 +289,41 @@ def test_a_regular_expression_that_takes_for_ever_is_an_error(part: str, tmp_pat
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
         with pytest.raises(DataError, match=r"The tokenizer cannot encode a text: .*retry-limit"):
             encode("a" * 60 + "!")
+
+
+@pytest.mark.parametrize(
+    ("packed", "is_sound"),
+    [
+        (b"\xff\xff\xff\x0b" + bytes(300), False),
+        (b"\x08", False),
+        (b"\x05\0\0\0" + bytes(8), False),
+        (b"\x08\0\0\0" + bytes(9), True),
+    ],
+)
+def test_a_map_of_characters_that_lies_is_refused(packed: bytes, is_sound: bool, tmp_path: Path) -> None:
+    """By itself the library ends the process."""
+    part = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(packed).decode()}
+    path = _with_parts(tmp_path / "tokenizer.json", normalizer=part)
+    if is_sound:
+        assert build_tokenizer("HuggingFaceTokenizer", path).vocab_size == 3
+        return
+    with pytest.raises(
+        DataError, match=r"tokenizer\.json is damaged: its precompiled_charsmap is shorter than it says"
+    ):
+        build_tokenizer("HuggingFaceTokenizer", path)
+
+
+def test_a_vocabulary_with_a_token_twice_is_read_by_the_library(tmp_path: Path) -> None:
+    import tokenizers
+
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["some words of a text"] * 3, vocab_size=270, special_tokens=["<eod>"], show_progress=False)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    text = (tmp_path / "tokenizer.json").read_text()
+    vocab = json.loads(text)["model"]["vocab"]
+    one, other = list(vocab)[-2:]
+    (tmp_path / "tokenizer.json").write_text(text.replace(json.dumps(other), json.dumps(one), 1))
+    with contextlib.suppress(DataError):  # the library may refuse it
+        ours = build_tokenizer("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"))
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        assert ours.encode("some words") == theirs.encode("some words", add_special_tokens=False).ids
