@@ -164,7 +164,7 @@ _TABLES = (BYTES, BYTES + " --on-bad-input skip", BYTES + " --executor process -
 _ROWS = (*_TABLES, BYTES + " --max-document-mb 1 --on-bad-input skip", BYTES + " --split-sentences --deduplicate exact",
          BYTES + " --input-format text --document-kb 64")  # fmt: skip
 _GPT2 = _tokenized("GPT2BPETokenizer", "--vocab-file {in}/tokenizer-vocab.json --merge-file {in}/tokenizer-merges.txt")
-_CONFIG = f"--config {{file}} {PINNED}"
+_CONFIG = f"--config {{file}} {PINNED} --mock-data"
 _NO_HOLES = {name: change for name, change in ANY.items() if name != changes.HOLES}
 _CORPUS = ("inspect-dataset verify {in}/corpus", "inspect-dataset stats {in}/corpus", "inspect-dataset decode {in}/corpus",
            f"pretrain --data-path {{in}}/corpus --split 100,0,0 {PINNED}")  # fmt: skip

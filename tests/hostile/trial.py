@@ -194,7 +194,9 @@ class Trials:
         assert made.status == 0, f"{case}\n{made.output}"
         path = next(sound.glob(victim.glob)).relative_to(sound)
         end = self.run(words, folder, folder / "in" / path)
-        fault = fault_of(end, (path.stem, str(folder / "in")), folder / "CANARY")
+        # Of a configuration an error may name the option, as it does of a flag.
+        named = (path.stem, str(folder / "in"), *(("error: --",) if "--config" in words else ()))
+        fault = fault_of(end, named, folder / "CANARY")
         if not fault and end.status == 0 and "skip" not in words:
             judged = self.worker.run(folder, case.refuse, folder / "in" / path)
             if judged.status != 0 and "emory" not in judged.output:
