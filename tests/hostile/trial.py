@@ -195,7 +195,7 @@ class Trials:
         path = next(sound.glob(victim.glob)).relative_to(sound)
         end = self.run(words, folder, folder / "in" / path)
         # Of a configuration an error may name the option, as it does of a flag.
-        named = (path.stem, str(folder / "in"), *(("error: --",) if "--config" in words else ()))
+        named = (path.stem, str(folder / "in"), *(("--",) if "--config" in words else ()))
         fault = fault_of(end, named, folder / "CANARY")
         if not fault and end.status == 0 and "skip" not in words:
             judged = self.worker.run(folder, case.refuse, folder / "in" / path)
