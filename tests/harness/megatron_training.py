@@ -129,8 +129,6 @@ def fill(chunks: list[Any]) -> None:
             shape = [n * tp if split and d == dim else n for d, n in enumerate(parameter.shape)]
             generator = torch.Generator().manual_seed(zlib.crc32(".".join(words).encode()))
             full = torch.randn(shape, generator=generator) * 0.1 + (1.0 if parameter.dim() == 1 else 0.0)
-            if split and name.endswith("linear_qkv.weight"):
-                pass  # heads are whole on a rank: query groups come one after the other
             with torch.no_grad():
                 parameter.copy_(full.chunk(tp, dim)[rank] if split else full)
 
@@ -139,6 +137,14 @@ def batches(step: int) -> Tensor:
     """Returns ids [batches, 2, length + 1] of a step, the same on all ranks."""
     generator = torch.Generator().manual_seed(step)
     return torch.randint(0, VOCABULARY, (BATCHES, 2, LENGTH + 1), generator=generator)
+
+
+def _forward_step(iterator: Any, model: Any) -> Any:
+    """Runs a micro-batch as Megatron-Core's schedule asks; returns the losses and what takes their mean."""
+    ids = next(iterator)
+    mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    out = model(ids[:, :-1], torch.arange(LENGTH).expand(len(ids), -1), mask, labels=ids[:, 1:])
+    return out, lambda loss: (loss.mean(), {"loss": loss.mean().detach()})
 
 
 def train(
@@ -169,19 +175,13 @@ def train(
     dp, number = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     losses, norms = [], []
 
-    def forward_step(iterator: Any, model: Any) -> Any:
-        ids = next(iterator)
-        mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
-        out = model(ids[:, :-1], torch.arange(LENGTH).expand(len(ids), -1), mask, labels=ids[:, 1:])
-        return out, lambda loss: (loss.mean(), {"loss": loss.mean().detach()})
-
     for step in range(steps):
         own = batches(step)[number::dp]
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         found = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=[iter(own) for _ in model] if len(model) > 1 else iter(own),
+            forward_step_func=_forward_step, data_iterator=[iter(own) for _ in model] if len(model) > 1 else iter(own),
             model=model if len(model) > 1 else model[0], num_microbatches=BATCHES // dp, seq_length=LENGTH, micro_batch_size=2,
             forward_only=False,
         )  # fmt: skip
@@ -285,14 +285,8 @@ def _losses(model: Any) -> list[float]:
     """Returns the mean loss of a batch, on the last stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    def forward_step(iterator: Any, model: Any) -> Any:
-        ids = next(iterator)
-        mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
-        out = model(ids[:, :-1], torch.arange(LENGTH).expand(len(ids), -1), mask, labels=ids[:, 1:])
-        return out, lambda loss: (loss.mean(), {"loss": loss.mean()})
-
     found = get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=iter(batches(9)), model=model, num_microbatches=BATCHES, seq_length=LENGTH,
+        forward_step_func=_forward_step, data_iterator=iter(batches(9)), model=model, num_microbatches=BATCHES, seq_length=LENGTH,
         micro_batch_size=2, forward_only=True,
     )  # fmt: skip
     return [float(one["loss"]) for one in found]
