@@ -128,8 +128,8 @@ def word_of(text: str) -> Word | None:
 
 
 def words_with(option: str) -> str:
-    """Returns the words beside which an option has an effect, for a user."""
-    *most, last = (name for name, word in _WORDS.items() if option in word.options)
+    """Returns the words beside which an option has an effect, for a user; nothing where it does not depend on them."""
+    *most, last = [name for name, word in _WORDS.items() if option in word.options] or [""]
     return f"{', '.join(most)} or {last}" if most else last
 
 

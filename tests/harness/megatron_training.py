@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import tempfile
 import warnings
 import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 VOCABULARY, LENGTH, BATCHES = 64, 16, 4
+#: What another package would install: the way `near` of tests/extending.
+SITE = str(Path(__file__).parents[1] / "extending" / "site")
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Layout:
     etp: int = 1
     chunks: int = 1
     zero: bool = False
-    micro_batches: int = 2
+    overlap: bool = False
+    length: int = LENGTH
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -46,6 +51,7 @@ class Norm(nn.Module):
 def start(layout: Layout) -> None:
     """Makes Megatron-Core's groups; in a process of one rank the default group as well."""
     warnings.simplefilter("ignore")
+    sys.path.insert(0, SITE)
     importlib.import_module("tests.harness.megatron_on_cpu")  # before megatron.core
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -61,11 +67,11 @@ def start(layout: Layout) -> None:
 
 
 def model_config(layout: Layout) -> Any:
-    """Returns the TransformerConfig of four layers of four experts."""
+    """Returns the TransformerConfig of four layers of eight experts."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     options = {
-        "num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 4, "num_moe_experts": 4,
+        "num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 4, "num_moe_experts": 8,
         "moe_router_topk": 2, "moe_ffn_hidden_size": 48, "ffn_hidden_size": 48, "moe_aux_loss_coeff": 0.01,
         "moe_router_load_balancing_type": "aux_loss", "moe_token_dispatcher_type": "alltoall", "add_bias_linear": False,
         "gated_linear_unit": True, "activation_func": nn.functional.silu, "normalization": "RMSNorm", "layernorm_epsilon": 1e-5,
@@ -101,7 +107,7 @@ def built(layout: Layout, sharing: str | None, options: dict[str, Any]) -> tuple
         stage = number if layout.chunks > 1 else None
         count = get_num_layers_to_build(config, vp_stage=stage)
         model = GPTModel(
-            config, TransformerBlockSubmodules([spec] * count, Norm), vocab_size=VOCABULARY, max_sequence_length=LENGTH,
+            config, TransformerBlockSubmodules([spec] * count, Norm), vocab_size=VOCABULARY, max_sequence_length=layout.length,
             position_embedding_type="rope", share_embeddings_and_output_weights=False,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage), vp_stage=stage,
@@ -133,78 +139,145 @@ def fill(chunks: list[Any]) -> None:
                 parameter.copy_(full.chunk(tp, dim)[rank] if split else full)
 
 
-def batches(step: int) -> Tensor:
+def batches(step: int, length: int = LENGTH) -> Tensor:
     """Returns ids [batches, 2, length + 1] of a step, the same on all ranks."""
     generator = torch.Generator().manual_seed(step)
-    return torch.randint(0, VOCABULARY, (BATCHES, 2, LENGTH + 1), generator=generator)
+    return torch.randint(0, VOCABULARY, (BATCHES, 2, length + 1), generator=generator)
 
 
 def _forward_step(iterator: Any, model: Any) -> Any:
     """Runs a micro-batch as Megatron-Core's schedule asks; returns the losses and what takes their mean."""
     ids = next(iterator)
-    mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
-    out = model(ids[:, :-1], torch.arange(LENGTH).expand(len(ids), -1), mask, labels=ids[:, 1:])
-    return out, lambda loss: (loss.mean(), {"loss": loss.mean().detach()})
+    length = ids.shape[1] - 1
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    out = model(ids[:, :-1], torch.arange(length).expand(len(ids), -1), mask, labels=ids[:, 1:])
+    return out, lambda loss: (loss.float().mean(), {"loss": loss.float().mean().detach()})
 
 
-def train(
-    layout: Layout, sharing: str | None, options: dict[str, Any], steps: int = 3, fault: str | None = None
-) -> dict[str, Any]:
-    """Returns losses and norms of a few steps, and copies of what is shared that differ between ranks.
+class Training:
+    """A model with Megatron-Core's data parallelism, optimizer and schedule.
 
     Args:
         fault: the name of a fault of `FAULTS` that is planted.
     """
-    start(layout)
-    from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    config, chunks, shares = built(layout, sharing, options)
-    fill(chunks)
-    if fault is not None:
-        FAULTS[fault](shares)
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=layout.zero, grad_reduce_in_fp32=True)
-    model = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(optimizer="adam", lr=1e-2, min_lr=1e-2, weight_decay=0.0, clip_grad=0.5,
-                        use_distributed_optimizer=layout.zero), model,
-    )  # fmt: skip
-    config.finalize_model_grads_func = finalize_model_grads if shares is None else shares.finalize_model_grads
-    dp, number = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    losses, norms = [], []
+    def __init__(self, layout: Layout, sharing: str | None, options: dict[str, Any], fault: str | None = None):
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.transformer.module import Float16Module
 
-    for step in range(steps):
-        own = batches(step)[number::dp]
+        self.layout = layout
+        config, chunks, self.shares = built(layout, sharing, options)
+        fill(chunks)
+        if fault is not None:
+            FAULTS[fault](self.shares)
+        gathers = layout.overlap and layout.zero
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=layout.zero, grad_reduce_in_fp32=True, overlap_grad_reduce=layout.overlap,
+            overlap_param_gather=gathers,
+        )  # fmt: skip
+        if config.bf16:
+            chunks = [Float16Module(config, chunk) for chunk in chunks]
+        self.model = [DistributedDataParallel(config, ddp, c, disable_bucketing=i > 0) for i, c in enumerate(chunks)]
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(optimizer="adam", lr=1e-2, min_lr=1e-2, weight_decay=0.0, clip_grad=0.5, bf16=config.bf16,
+                            params_dtype=config.params_dtype, use_distributed_optimizer=layout.zero,
+                            overlap_param_gather=gathers), self.model,
+        )  # fmt: skip
+        config.finalize_model_grads_func = finalize_model_grads
+        if self.shares is not None:
+            config.finalize_model_grads_func = self.shares.finalize_model_grads
+            if options.get("pool_lock_step"):
+                self.shares.follow(self.optimizer)
+        if layout.overlap:
+            config.no_sync_func = [c.no_sync for c in self.model] if len(self.model) > 1 else self.model[0].no_sync
+
+    def step(self, number: int) -> tuple[float, float]:
+        """Trains on a batch; returns its loss, the same on all ranks, and the norm before clipping."""
+        from megatron.core import parallel_state
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        model, dp = self.model, parallel_state.get_data_parallel_world_size()
+        own = batches(number, self.layout.length)[parallel_state.get_data_parallel_rank() :: dp]
         for chunk in model:
             chunk.zero_grad_buffer()
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         found = get_forward_backward_func()(
             forward_step_func=_forward_step, data_iterator=[iter(own) for _ in model] if len(model) > 1 else iter(own),
-            model=model if len(model) > 1 else model[0], num_microbatches=BATCHES // dp, seq_length=LENGTH, micro_batch_size=2,
-            forward_only=False,
+            model=model if len(model) > 1 else model[0], num_microbatches=BATCHES // dp, seq_length=self.layout.length,
+            micro_batch_size=2, forward_only=False,
         )  # fmt: skip
-        _, norm, _ = optimizer.step()
+        _, norm, _ = self.optimizer.step()
         total = torch.tensor([sum(float(one["loss"]) for one in found) / (BATCHES // dp), float(bool(found))])
         dist.all_reduce(total)
-        losses.append(float(total[0] / total[1]))
-        norms.append(float(norm))
-    return {"losses": losses, "norms": norms, "copies": _copies(shares)}
+        return float(total[0] / total[1]), float(norm)
+
+
+def count_calls() -> dict[str, int]:
+    """Returns how often Megatron-Core's own layer, router, dispatcher and data parallelism will have been called."""
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    calls: dict[str, int] = {}
+
+    def count(kind: Any, name: str) -> None:
+        method, key = getattr(kind, name), f"{kind.__name__}.{name}"
+        calls[key] = 0
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[key] += 1
+            return method(*args, **kwargs)
+
+        setattr(kind, name, counted)
+
+    count(MoELayer, "forward")
+    count(TopKRouter, "routing")
+    count(MoEAlltoAllTokenDispatcher, "token_dispatch")
+    count(DistributedDataParallel, "finish_grad_sync")
+    return calls
+
+
+#: A way of sharing with its options, and a fault that is planted.
+Case = tuple[str | None, dict[str, Any], str | None]
+
+
+def train(layout: Layout, cases: list[Case], steps: int = 4) -> list[dict[str, Any]]:
+    """Returns for each case losses and norms of a few steps, how far copies of what is shared differ between ranks, and whether
+    Megatron-Core's own parts ran."""
+    start(layout)
+    results, calls = [], count_calls()
+    for sharing, options, fault in cases:
+        training = Training(layout, sharing, options, fault)
+        losses, norms = zip(*(training.step(step) for step in range(steps)), strict=True)
+        results.append(
+            {
+                "losses": losses,
+                "norms": norms,
+                "copies": _copies(training.shares),
+                "idle": [part for part, count in calls.items() if not count],
+            }
+        )
+        calls.update(dict.fromkeys(calls, 0))
+    return results
 
 
 def _copies(shares: Any) -> dict[str, float]:
     """Returns how far this rank's shared parameters are from those of the first rank that holds the same ones."""
     if shares is None or shares._shared is None:
         return {}
-    found: dict[str, float] = {}
     place = (shares.state.ep.rank, shares.state.etp.rank)
-    for name, parameter in shares._shared.named_parameters():
-        copies: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(copies, (place, parameter.detach()))
-        first = next(tensor for other, tensor in copies if other == place)
-        found[name] = float((parameter.detach() - first).abs().max())
-    return found
+    own = {name: parameter.detach() for name, parameter in shares._shared.named_parameters()}
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (place, own))
+    same = [held for other, held in everywhere if other == place]
+    first = {name: next(held[name] for held in same if name in held) for name in own}
+    return {name: float((parameter - first[name]).abs().max()) for name, parameter in own.items()}
 
 
 def _sum_over_the_wrong_group(shares: Any) -> None:
@@ -247,6 +320,19 @@ def _combine_once(shares: Any) -> None:
     shares.forget = lambda: None
 
 
+def _leave_moments(shares: Any) -> None:
+    """Moves experts without what Adam keeps of them."""
+    from megatron_samoe.plugins.megatron_core import candidates
+
+    kept = candidates._kept
+
+    def without_moments(*args: Any) -> Any:
+        main, moments, begin = kept(*args)
+        return main, [None for _ in moments], begin
+
+    candidates._kept = without_moments
+
+
 #: What a plug-in could do wrong, planted after the model is attached.
 FAULTS: dict[str, Any] = {
     "summed over the wrong group": _sum_over_the_wrong_group,
@@ -254,6 +340,7 @@ FAULTS: dict[str, Any] = {
     "one stage's copy not updated": _leave_one_copy_alone,
     "sent before the last micro-batch": _send_before_the_end,
     "a stale combination": _combine_once,
+    "a lock that leaves moments": _leave_moments,
 }
 
 

@@ -10,8 +10,8 @@ import os
 import re
 import subprocess
 import sys
-import types
-from itertools import product
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_samoe.config.cli import from_mapping
+import megatron_samoe
+from megatron_samoe.config.cli import from_mapping, to_mapping
+from megatron_samoe.config.sharing_map import ways
 from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.megatron import MegatronLayout, plan_export, write_export
 from megatron_samoe.convert.megatron.rank_files import FILE_NAME
 from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_samoe.errors import ConfigError, DataError
 from megatron_samoe.models.rank_model import stored_name
-from tests.harness.megatron_training import FAULTS, Layout, built, loaded, saved, start, train
+from tests.harness.megatron_training import FAULTS, SITE, Layout, built, loaded, saved, start, train
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
@@ -37,6 +39,8 @@ from tests.unit.convert.memory_source import MemorySource, logits, new_source
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 BANKS = {"num_expert_banks": 2}
+#: Options with which experts are opened or closed.
+CHANGES = {"pool_lock_step", "pool_lock_anneal_steps", "neighbour_unmask_steps"}
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "own": ("own", {}),
     "2 banks": ("combined", BANKS),
@@ -48,14 +52,52 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "two sets": ("tied", {"num_expert_sets": 2}),
     "scaled": ("scaled", {}),
     "map": ("own,0,0,own", {}),
+    "pool": ("pool", {}),
+    "locked pool": ("pool", {"pool_lock_step": 2, "pool_lock_anneal_steps": 2}),
+    "neighbours": ("neighbours", {}),
+    "opened neighbours": ("neighbours", {"neighbour_unmask_steps": 2}),
+    "of another package": ("near", {"num_expert_banks": 3}),
 }
 
 
-def shared_source(way: str, options: dict[str, Any]) -> MemorySource:
-    """Returns a random model of ours."""
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets the package that has the way `near` stand beside this one, as pip would."""
+    monkeypatch.syspath_prepend(SITE)
+    ways.cache_clear()
+    yield
+    ways.cache_clear()
+
+
+def shared_source(way: str, options: dict[str, Any]) -> tuple[MemorySource, MemorySource, dict[int, Tensor]]:
+    """Returns a random model of ours, the same without factors on its experts, and the factors of each layer, if it has any."""
     sharing = {} if way == "own" else {"expert_sharing": way}
-    config = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24, "moe_router_pre_softmax": True}
-    return new_source(tiny_config("moe", **config, **sharing, **options))
+    experts = {"pool": {"num_experts": 8}, "neighbours": {"num_experts": 2}}.get(way, {})
+    config = {
+        "style": "llama",
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 24,
+        "moe_router_pre_softmax": True,
+        **experts,
+    }
+    source = new_source(tiny_config("moe", **config, **sharing, **options))
+    factors = {}
+    for layer in range(4):
+        if way == "near":  # as in all that were trained
+            source.weights[f"layers.{layer}.moe.combination"] *= near_banks(layer, options["num_expert_banks"])
+        if (name := f"layers.{layer}.moe.router.candidates") in source.weights:
+            few = torch.arange(len(source.weights[name])).roll(layer) % 3 * 0.5
+            factors[layer] = source.weights[name] = few
+    open_to_all = {n: t for n, t in source.weights.items() if not n.endswith("candidates")}
+    kept = {n: v for n, v in options.items() if n not in CHANGES}
+    plain = to_mapping(tiny_config("moe", **config, **sharing, **kept))
+    return source, replace(source, weights=open_to_all, config=plain), factors
+
+
+def limit(router: Any, factors_E: Tensor) -> None:
+    """Gives a router of Megatron-Core's own factors on its scores, softmax(z + log f)."""
+    gating = router.gating
+    router.gating = lambda x: gating(x) + factors_E.log()
 
 
 def with_sharing(args: argparse.Namespace, way: str, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -113,6 +155,7 @@ def effective(source: MemorySource, own: dict[str, Tensor], normalization: str) 
             if a is None:
                 weights[layer, name] = bank[0]
                 continue
+            a = a * near_banks(layer, a.shape[-1]) if any(".near." in name for name in own) else a
             a = a.softmax(-1) if normalization == "softmax" else a
             a = a / a.norm(dim=-1, keepdim=True) if normalization == "l2" else a
             mixed = a[row].expand(bank.shape[1], -1)
@@ -120,15 +163,21 @@ def effective(source: MemorySource, own: dict[str, Tensor], normalization: str) 
     return weights
 
 
+def near_banks(layer: int, banks: int) -> Tensor:
+    """Returns 1 for the two banks around a layer's depth, of four layers; see tests/extending/near_banks.py."""
+    nearest = min(int((layer + 0.5) / 4 * banks), banks - 1)
+    first = min(max(nearest - 1, 0), banks - 2)
+    return torch.tensor([float(first <= bank < first + 2) for bank in range(banks)])
+
+
 @pytest.mark.parametrize("case", WAYS)
 def test_its_loss_and_gradients_are_those_of_megatrons_own_experts(case: str, tmp_path: Path) -> None:
     """The loss is ours, too. Megatron-Core's gradient of each expert it owns gives that of banks and coefficients, by autograd
     through W = A T, written out here."""
     way, options = WAYS[case]
-    source = shared_source(way, options)
-    exported = write_export(
-        plan_export(source if way == "own" else fold_shared(source), MegatronLayout(1, 1, 1, style=LOCAL)), tmp_path, 1
-    )
+    source, plain, factors = shared_source(way, options)
+    folded = plain if way == "own" else fold_shared(plain)
+    exported = write_export(plan_export(folded, MegatronLayout(1, 1, 1, style=LOCAL)), tmp_path, 1)
     content = torch.load(exported / "mp_rank_00" / FILE_NAME, weights_only=False)
     batch = global_batch(from_mapping(source.config, "test"), 0)
     with megatron_rank(content["args"], 0):
@@ -137,7 +186,12 @@ def test_its_loss_and_gradients_are_those_of_megatrons_own_experts(case: str, tm
         model, sharing = with_sharing(content["args"], way, options)
         missing, left = model.load_state_dict(content["model"], strict=False)
         shared = borrowed(model)
-        assert all("experts" in name for name in left) and len(missing) == len(shared)
+        changing = {name for name in missing if name.endswith(("router.candidates", "router.steps"))}
+        assert all("experts" in name for name in left) and len(missing) == len(shared) + len(changing)
+        assert bool(changing) == bool(factors)
+        for layer, factors_E in factors.items():
+            limit(reference.decoder.layers[layer].mlp.router, factors_E)
+            model.decoder.layers[layer].mlp.router.candidates.copy_(factors_E)
         for name, parameter in shared.items():
             parameter.data.copy_(source.weights[name].view_as(parameter))
             parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
@@ -168,78 +222,116 @@ def test_its_loss_and_gradients_are_those_of_megatrons_own_experts(case: str, tm
     assert len(shared) >= 2
 
 
-#: Layouts with the number of their ranks.
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+#: Layouts with the number of their ranks; the first ones have each axis and run by day.
 LAYOUTS: dict[str, tuple[Layout, int]] = {
+    "EP 2 x PP 2, ZeRO-1, overlap": (Layout(ep=2, pp=2, zero=True, overlap=True), 4),
+    "TP 2 + SP, ETP 2": (Layout(tp=2, etp=2), 2),
+    "interleaved PP 2, recomputed": (Layout(pp=2, chunks=2, options=RECOMPUTED), 2),
     "TP 2 + SP, EP 2, ZeRO-1": (Layout(tp=2, ep=2, zero=True), 2),
+    "DP 2, overlap": (Layout(overlap=True), 2),
+    "DP 2 x PP 2, ZeRO-1, overlap": (Layout(pp=2, zero=True, overlap=True), 4),
+    "interleaved PP 2 x DP 2, overlap, recomputed": (Layout(pp=2, chunks=2, overlap=True, options=RECOMPUTED), 4),
     "interleaved PP 2, ZeRO-1": (Layout(pp=2, chunks=2, zero=True), 2),
+    "EP 2 x PP 2": (Layout(ep=2, pp=2), 4),
     "EP 2 x PP 2, ZeRO-1": (Layout(ep=2, pp=2, zero=True), 4),
     "TP 2 + SP": (Layout(tp=2), 2),
-    "TP 2 + SP, ETP 2": (Layout(tp=2, etp=2), 2),
-    "ETP 2": (Layout(etp=2), 2),
+    "TP 2 + SP, ETP 2, ZeRO-1": (Layout(tp=2, etp=2, zero=True), 2),
     "DP 2, ZeRO-1": (Layout(zero=True), 2),
     "EP 2": (Layout(ep=2), 2),
+    "EP 2, ZeRO-1": (Layout(ep=2, zero=True), 2),
     "PP 2": (Layout(pp=2), 2),
-    "interleaved PP 2": (Layout(pp=2, chunks=2), 2),
-    "DP 2 x PP 2, ZeRO-1": (Layout(pp=2, zero=True), 4),
-    "EP 2 x PP 2": (Layout(ep=2, pp=2), 4),
-    "full recomputation": (
-        Layout(
-            pp=2, options={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        ),
-        2,
-    ),
-    "recomputed experts": (
+    "PP 2, ZeRO-1": (Layout(pp=2, zero=True), 2),
+    "recomputed experts, EP 2": (
         Layout(ep=2, options={"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
         2,
     ),
 }
-TRAINED = ("2 banks", "2 banks by layer", "tied", "scaled", "map")
+TRAINED = (
+    "2 banks",
+    "2 banks by layer",
+    "tied",
+    "scaled",
+    "map",
+    "locked pool",
+    "opened neighbours",
+    "of another package",
+)
 
 
 @functools.cache
-def one_process(case: str) -> dict[str, Any]:
-    return run_ranks(train, 1, Layout(), *WAYS[case])[0]
+def one_process() -> dict[str, Any]:
+    """Returns the results of each way in one process."""
+    return dict(zip(TRAINED, run_ranks(train, 1, Layout(), [(*WAYS[case], None) for case in TRAINED])[0], strict=True))
 
 
-def same(case: str, layout: str, fault: str | None = None) -> bool:
-    """Returns whether losses, norms with clipping, and copies of what is shared are those of one process."""
+def differences(layout: str, cases: dict[str, str | None]) -> dict[str, list[str]]:
+    """Returns for each way, and a fault that is planted in it, what differs on some rank from one process."""
     sizes, ranks = LAYOUTS[layout]
-    expected = one_process(case)
-    for found in run_ranks(train, ranks, sizes, *WAYS[case], 3, fault):
-        close = [found[name] == pytest.approx(expected[name], rel=2e-6) for name in ("losses", "norms")]
-        if not all(close) or any(found["copies"].values()):
-            return False
-    return True
+    wrong: dict[str, list[str]] = {}
+    results = run_ranks(train, ranks, sizes, [(*WAYS[case], fault) for case, fault in cases.items()], timeout_s=300)
+    for found in results:
+        for case, result in zip(cases, found, strict=True):
+            expected = one_process()[case]
+            wrong.setdefault(case, []).extend(
+                f"{name} {result[name]}, not {expected[name]}"
+                for name in ("losses", "norms")
+                if result[name] != pytest.approx(expected[name], rel=2e-6)
+            )
+            wrong[case] += [f"{part} did not run" for part in result["idle"]]
+            wrong[case] += [f"copies of {name} differ by {by}" for name, by in result["copies"].items() if by]
+    return wrong
 
 
-@pytest.mark.parametrize(("case", "layout"), first_by_day(product(TRAINED, LAYOUTS), 2))
-def test_a_layout_trains_as_one_process(case: str, layout: str) -> None:
-    """By Megatron-Core's data parallelism, optimizer and schedule, which the harness calls by name."""
-    assert same(case, layout)
-
-
-@pytest.mark.parametrize(
-    ("fault", "layout"),
-    [
-        pytest.param("summed over the wrong group", "EP 2 x PP 2", marks=pytest.mark.night),
-        pytest.param("counted once a stage", "PP 2", marks=pytest.mark.night),
-        pytest.param("one stage's copy not updated", "PP 2", marks=pytest.mark.night),
-        pytest.param("sent before the last micro-batch", "EP 2", marks=pytest.mark.night),
-        pytest.param("a stale combination", "EP 2", marks=pytest.mark.night),
-    ],
-)
-def test_what_a_plug_in_could_do_wrong_is_seen(fault: str, layout: str) -> None:
-    assert fault in FAULTS and not same("2 banks", layout, fault)
+@pytest.mark.parametrize("layout", first_by_day(LAYOUTS, 3))
+def test_a_layout_trains_as_one_process(layout: str) -> None:
+    """Four steps with clipping, each way: by Megatron-Core's data parallelism, optimizer and schedule, which the harness calls by
+    name. Losses, norms and copies of what is shared are those of one process."""
+    assert differences(layout, dict.fromkeys(TRAINED)) == {case: [] for case in TRAINED}
 
 
 @pytest.mark.night
-@pytest.mark.parametrize("case", ["2 banks", "tied", "map"])
+@pytest.mark.parametrize("layout", ["EP 2 x PP 2", "EP 2 x PP 2, ZeRO-1, overlap"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_a_plug_in_could_do_wrong_is_seen(fault: str, layout: str) -> None:
+    case = "locked pool" if "lock" in fault else "2 banks"
+    assert differences(layout, {case: fault})[case]
+
+
+BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+
+
+@pytest.mark.night
+def test_bf16_trains_as_fp32_does_nearly() -> None:
+    """Adam's masters are Megatron-Core's; a step of bf16 is 2^-8 of a weight."""
+    cases = [(*WAYS[case], None) for case in TRAINED]
+    layout = Layout(ep=2, pp=2, zero=True, overlap=True, options=BF16)
+    for found in run_ranks(train, 4, layout, cases, timeout_s=300):
+        for case, result in zip(TRAINED, found, strict=True):
+            assert result["losses"] == pytest.approx(one_process()[case]["losses"], rel=2e-3), case
+            assert result["norms"] == pytest.approx(one_process()[case]["norms"], rel=2e-2), case
+            assert not any(result["copies"].values()) and not result["idle"]
+
+
+@pytest.mark.night
+@pytest.mark.parametrize("case", ["2 banks", "tied", "map", "locked pool", "of another package"])
 def test_a_checkpoint_of_torch_dist_loads_in_another_layout(case: str, tmp_path: Path) -> None:
     """Each bank is in it once, and what was combined before loading is combined anew."""
     expected = run_ranks(saved, 4, Layout(ep=2, pp=2), *WAYS[case], str(tmp_path))[-1]
     assert len(expected) == 4
     for layout, ranks in ((Layout(tp=2), 2), (Layout(), 1)):
         assert run_ranks(loaded, ranks, layout, *WAYS[case], str(tmp_path))[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_plug_in_has_no_parallel_code_of_ours() -> None:
+    """But that of a way of sharing: Megatron-Core reduces, dispatches, schedules and steps."""
+    folder = Path(megatron_samoe.__file__).parent / "plugins" / "megatron_core"
+    rooms = {
+        module.split(".")[1]
+        for file in folder.glob("*.py")
+        for module in re.findall(r"^from (megatron_samoe\.[\w.]+) import", file.read_text(), re.MULTILINE)
+    }
+    assert rooms <= {"config", "errors", "models", "moe", "ops", "parallel_state", "plugins"}
 
 
 def _refused(options: dict[str, Any], sharing: str, words: dict[str, Any]) -> str:
@@ -254,7 +346,20 @@ REFUSED: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
     ({"add_bias_linear": True}, "tied", {}, "add_bias_linear = True: must be False"),
     ({}, "tide", {}, "--expert-sharing = 'tide': must be one of"),
     ({}, "0,1", {}, "one for each of 4 MoE layers"),
-    ({}, "pool", {}, "needs a router that Megatron-Core lacks"),
+    ({}, "tied", {"pool_lock_step": 3}, "pool_lock_step = 3: has an effect with expert_sharing pool only"),
+    (
+        {"num_moe_experts": 4},
+        "pool",
+        {"pool_lock_step": 3},
+        "num_moe_experts = 4: must be a multiple of the 4 MoE layers",
+    ),
+    ({}, "neighbours", {"num_neighbour_layers": 3}, "num_neighbour_layers = 3: must divide the 4 MoE layers"),
+    (
+        {"moe_expert_capacity_factor": 1.0},
+        "neighbours",
+        {"neighbour_unmask_steps": 3},
+        "moe_expert_capacity_factor = 1.0",
+    ),
     ({"activation_func": torch.nn.functional.relu}, "tied", {}, "activation_func = 'relu': must be gated SiLU"),
     (
         {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True},
@@ -277,7 +382,6 @@ def _refused_later() -> list[str]:
 
     _, (model,), sharing = built(Layout(), "tied", {})
     _, (other,), _ = built(Layout(), None, {})
-    model.ddp_config = types.SimpleNamespace(overlap_grad_reduce=True)
     wrong = (
         lambda: sharing.spec(get_gpt_layer_local_spec()),
         lambda: sharing.attach(other),
@@ -301,7 +405,7 @@ def test_wrong_use_is_one_sentence() -> None:
 def test_wrong_use_of_a_model_is_one_sentence() -> None:
     spec, model, gradients = run_ranks(_refused_later, 1)[0]
     assert "has no MoE layer: give num_experts" in spec and "build it by ExpertSharing.spec" in model
-    assert "overlap_grad_reduce = True: must be False" in gradients
+    assert "model = 'GPTModel': must be wrapped in Megatron-Core's DistributedDataParallel" in gradients
 
 
 def test_without_megatron_core_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from tools.benchmarks.dispatch import Dispatch
 from tools.benchmarks.expert_parallel import ExpertParallel
 from tools.benchmarks.gpu_budget import GpuBudget
 from tools.benchmarks.layer import MoELayerBenchmark
+from tools.benchmarks.megatron_core import MegatronCore
 from tools.benchmarks.muon import MuonBenchmark
 from tools.benchmarks.ops import AdamW, CrossEntropy, DocumentAttention, Linear, Pool
 from tools.benchmarks.parallel import Bubble, Memory, Overhead, StepTime
@@ -29,7 +30,7 @@ from tools.benchmarks.train import TrainStep
 
 _ALL = (MoELayerBenchmark, TrainStep, Roofline, ExpertParallel, AllToAll, Dispatch, Pool, Linear, CrossEntropy, DocumentAttention,
         AdamW, MuonBenchmark, Decode, Prompt, CheckpointBenchmark, ConvertBenchmark, DataBenchmark, Serve, Servers, RingAttention,
-        GpuBudget)  # fmt: skip
+        GpuBudget, MegatronCore)  # fmt: skip
 BENCHMARKS: dict[str, Commands] = {
     **{one.name: one for one in _ALL},
     "parallel": Group(

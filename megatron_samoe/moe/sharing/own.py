@@ -15,9 +15,14 @@ from megatron_samoe.parallel_state.state import ParallelState
 
 
 class OwnExperts(nn.Module):
-    """The experts of a standard MoE layer: parameters of that layer alone."""
+    """The experts of a standard MoE layer: parameters of that layer alone.
+
+    Attributes:
+        uses_main_grads: whether gradients are added to main gradients at once; else autograd hands them on.
+    """
 
     is_sharded = False
+    uses_main_grads = True
 
     def __init__(self, shape: ExpertShape, state: ParallelState, dtype: torch.dtype):
         super().__init__()
@@ -29,7 +34,7 @@ class OwnExperts(nn.Module):
         """Returns y_RH; see `types.Experts`."""
         parameters = dict(self.named_parameters())
         weights = without_repeated_bias(weights_of(parameters), self.state)
-        grads = main_grads_of(parameters)
+        grads = main_grads_of(parameters) if self.uses_main_grads else None
         if grads is not None:
             grads = without_repeated_bias(grads, self.state)
         return grouped_mlp(x_RH, rows_per_expert, weights, self.activation, grads)

@@ -2,7 +2,8 @@
 
 sharing, experts     the pool and its gradients, and what a layer has in the place of its experts
 rank_layout          Megatron-Core's groups as a `ParallelState`
-refusals             options that meet shared experts wrongly
+candidates           routers that choose some experts of a set only, and experts that move
+options              how layers share, and what is refused
 """
 
 from megatron_samoe.errors import optional_import

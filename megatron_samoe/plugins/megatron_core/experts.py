@@ -42,6 +42,7 @@ class LentExperts(MegatronModule):
         sharing: Lends,
         submodules: Any = None,
         pg_collection: Any = None,
+        name: str | None = None,
     ):
         super().__init__(config)
         self.sharing, self.moe_index = (sharing,), -1  # in a tuple: it is not a module of this one

@@ -16,7 +16,7 @@ from megatron_samoe.parallel_state.state import ParallelState, planned_state
 
 
 def rank_state(config: Any) -> ParallelState:
-    """Returns this rank's place in Megatron-Core's layout. Its groups exchange nothing: Megatron-Core does that.
+    """Returns this rank's place in Megatron-Core's layout. Stages alone can exchange: else Megatron-Core does it.
 
     Args:
         config: Megatron-Core's TransformerConfig.
@@ -44,7 +44,9 @@ def rank_state(config: Any) -> ParallelState:
     if ours != theirs:
         raise ConfigError("order of parallel axes", theirs, f"must be Megatron-Core's default, which gives {ours}")
     device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
-    return replace(planned_state(grid, rank, config.sequence_parallel), device=device)
+    state = planned_state(grid, rank, config.sequence_parallel)
+    stages = replace(state.pp, handle=parallel_state.get_pipeline_model_parallel_group())
+    return replace(state, device=device, pp=stages)
 
 
 def is_moe_layer(config: Any) -> list[bool]:

@@ -17,25 +17,27 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.config.sharing_map import parse_sharing, word_of
+from megatron_samoe.config.sharing_map import parse_sharing
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.initialize import initialize_parameters
 from megatron_samoe.models.rank_model import stored_name
+from megatron_samoe.moe.candidates import CandidateSchedule, candidate_schedule
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.sharing.mapped import MappedSharing
+from megatron_samoe.moe.sharing.own import OwnExperts
 from megatron_samoe.moe.sharing.way import ExpertLender, SharingContext
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.grouped_mlp import Activation
 from megatron_samoe.parallel_state.parameter_tag import tag_of
+from megatron_samoe.plugins.megatron_core.candidates import CandidateRouter, global_counts, reorder, steps_done
 from megatron_samoe.plugins.megatron_core.experts import LentExperts, SharedExperts, sharded_tensor
+from megatron_samoe.plugins.megatron_core.options import OF_MODEL, OF_SCHEDULE, refuse, sharing_options
 from megatron_samoe.plugins.megatron_core.rank_layout import is_moe_layer, layers_of_stage, rank_state
-from megatron_samoe.plugins.megatron_core.refusals import OF_DDP, OF_MODEL, refuse
 
 
 class ExpertSharing:
@@ -49,9 +51,9 @@ class ExpertSharing:
 
     Args:
         config: Megatron-Core's TransformerConfig.
-        expert_sharing: as --expert-sharing: own, combined, tied, scaled, a map, or a way from outside the package.
+        expert_sharing: as --expert-sharing; of neighbours, num_moe_experts are those of a whole block.
         seed: of the first values of experts and coefficients.
-        options: of `MoEConfig`, such as num_expert_banks, num_expert_sets, samoe_combine and samoe_normalization.
+        options: of `MoEConfig`, such as num_expert_banks, num_expert_sets, samoe_combine and pool_lock_step.
 
     Raises:
         ConfigError: an option of the model meets shared experts wrongly, or the layers cannot share so.
@@ -61,22 +63,11 @@ class ExpertSharing:
         refuse(config, OF_MODEL)
         is_moe = is_moe_layer(config)
         self.config, self.seed, self.state = config, seed, rank_state(config)
-        moe = MoEConfig(
-            expert_layout="moe",
-            expert_sharing=expert_sharing,
-            num_experts=config.num_moe_experts,
-            samoe_pool_placement="replicated",
-            **options,
-        )
-        word = word_of(expert_sharing)
-        if word is not None and word.options & {"pool_lock_step", "neighbour_unmask_steps"}:
-            raise ConfigError(
-                "expert_sharing", expert_sharing, "needs a router that Megatron-Core lacks; tied shares sets"
-            )
-        if moe.samoe_granularity == "expert" and self.state.etp.size > 1:
-            raise ConfigError("samoe_granularity", "expert", "must be layer with expert_tensor_parallel_size above 1")
         #: Indices among MoE layers, by layer from 0.
         self._moe_index = {layer: sum(is_moe[:layer]) for layer, is_one in enumerate(is_moe) if is_one}
+        moe = sharing_options(config, expert_sharing, options, len(self._moe_index))
+        if moe.samoe_granularity == "expert" and self.state.etp.size > 1:
+            raise ConfigError("samoe_granularity", "expert", "must be layer with expert_tensor_parallel_size above 1")
         sources = parse_sharing(
             expert_sharing, len(self._moe_index), moe.num_expert_sets, moe.untied_ends, moe.num_neighbour_layers
         )
@@ -98,6 +89,11 @@ class ExpertSharing:
         self._shared: SharedExperts | None = None
         self._lender: ExpertLender | None = None
         self._is_current = False
+        self._chunks: list[Any] = []
+        self._schedule = candidate_schedule(moe)
+        self._moves_experts = moe.pool_lock_step is not None
+        self._routers: dict[int, CandidateRouter] = {}
+        self._optimizer: Any = None
 
     def spec(self, spec: Any) -> Any:
         """Returns a copy of a layer's or a block's spec whose MoE layers borrow their experts.
@@ -115,6 +111,8 @@ class ExpertSharing:
             submodules = mlp.keywords["submodules"] if is_partial else mlp.submodules
             lent = functools.partial(LentExperts, sharing=self)
             submodules.experts = lent if is_partial else ModuleSpec(module=LentExperts, params={"sharing": self})
+            if self._schedule is not None:
+                submodules.router = CandidateRouter
             found += 1
         if not found:
             raise ConfigError(
@@ -139,7 +137,12 @@ class ExpertSharing:
             experts = layer.experts
             experts.moe_index = self._moe_index[number]
             experts.part = self._parts[experts.moe_index] = self._way.layer_part(experts.moe_index)
+            if isinstance(experts.part, OwnExperts):
+                experts.part.uses_main_grads = False  # Megatron-Core's hooks want gradients from autograd
             named |= {f"layers.{number}.moe.experts.{n}": p for n, p in experts.part.named_parameters()}
+            if self._schedule is not None:
+                self._routers[experts.moe_index] = layer.router
+                layer.router.candidates.copy_(self._schedule.start(experts.moe_index, layer.router.num_experts))
         if self._shared is None and (part := self._way.shared_part()) is not None:
             self._shared = SharedExperts(self.config, self, part)
             model.add_module("expert_pool", self._shared)
@@ -164,11 +167,20 @@ class ExpertSharing:
         if spec.family == "pool" and self.state.pp.size > 1:
             marks.shared, marks.shared_embedding = self.state.pp.rank > 0, True
 
+    def follow(self, optimizer: Any) -> None:
+        """Takes Megatron-Core's optimizer, whose rows the lock of a pool moves with their experts; pool_lock_step needs it."""
+        if optimizer.config.optimizer != "adam" or getattr(optimizer.config, "use_precision_aware_optimizer", False):
+            raise ConfigError(
+                "optimizer", optimizer.config.optimizer, "must be adam, not aware of precision, with pool_lock_step"
+            )
+        self._optimizer = optimizer
+
     def experts(self, moe_index: int) -> Experts:
         """Returns the experts of a layer, by the weights that the optimizer has last written."""
         if self._lender is None:
             self._lender = self._way.lender(self._parts, None if self._shared is None else self._shared.part)
         if not self._is_current:
+            self._wait_for_weights()
             self._lender.begin_step()
             self._is_current = True
         return self._lender.experts(moe_index)
@@ -181,19 +193,68 @@ class ExpertSharing:
         """Completes gradients of what is shared, and calls Megatron-Core's function; give it as finalize_model_grads_func.
 
         Raises:
-            ConfigError: data parallelism sends gradients before they are complete.
+            ConfigError: gradients are sent before they are complete, or a lock has no optimizer to follow.
         """
-        refuse(getattr(model[0], "ddp_config", None), OF_DDP)
+        if not isinstance(model[0], DistributedDataParallel):
+            raise ConfigError(
+                "model", type(model[0]).__name__, "must be wrapped in Megatron-Core's DistributedDataParallel"
+            )
+        refuse(self.config, OF_SCHEDULE)
+        if self._moves_experts and self._optimizer is None:
+            raise ConfigError(
+                "pool_lock_step", "given", "moves rows of the optimizer's state: call ExpertSharing.follow(optimizer)"
+            )
         if self._lender is None:
             raise ConfigError(
                 "model", type(model[0]).__name__, "has not used its shared experts: call ExpertSharing.attach"
             )
         self._lender.finish_step()
+        self._chunks = model
+        self._wait_for_weights()  # that were on their way in the first step, before the chunks were known
+        for chunk, parameter in self._held():
+            # Overlapped data parallelism sends a bucket once each of its parameters was announced as often as in the first
+            # step. Autograd announces some of these, each time that a layer has used them; this is the last time.
+            if chunk.ddp_config.overlap_grad_reduce:
+                chunk.param_to_bucket_group[parameter].register_grad_ready(parameter)
         finalize_model_grads(model, *args, **kwargs)
         for parameter in self._on_several_stages():
             stages = parallel_state.get_pipeline_model_parallel_group()
             torch.distributed.all_reduce(parameter.main_grad, group=stages)
+        if self._schedule is not None:
+            self._change_candidates(self._schedule)
         self.forget()
+
+    @torch.no_grad()
+    def _change_candidates(self, schedule: CandidateSchedule) -> None:
+        """Opens or closes experts for the next step; where a lock decides, experts move together with their gradients."""
+        like = torch.zeros(self.config.num_moe_experts, device=self.state.device)
+        iteration = steps_done(self._routers.values(), like)
+        counts_LE = global_counts(self._routers, len(self._moe_index), like) if self._moves_experts else like
+        factors_E = {moe_index: router.candidates for moe_index, router in self._routers.items()}
+        order_E = schedule.update(factors_E, counts_LE, iteration, self.state)
+        if order_E is None:
+            return
+        order_E = order_E.to(like.device)
+        for parameter in () if self._shared is None else self._shared.parameters():
+            dim = next(dim for dim, axis in tag_of(parameter).shard.partition if axis == "ep")
+            reorder(self._optimizer, parameter, dim, order_E, is_split=self.state.ep.size > 1)
+        for router in self._routers.values():
+            reorder(self._optimizer, router.weight, 0, order_E, is_split=False)
+            for factors in (router.candidates, router.expert_bias):
+                if factors is not None:
+                    factors.copy_(factors[order_E])
+
+    def _held(self) -> Iterator[tuple[Any, nn.Parameter]]:
+        """Yields what layers own and share, each with the chunk that reduces its gradient."""
+        for part in (*self._parts.values(), *(() if self._shared is None else (self._shared,))):
+            for parameter in part.parameters():
+                yield from ((chunk, parameter) for chunk in self._chunks if parameter in chunk.param_to_bucket_group)
+
+    def _wait_for_weights(self) -> None:
+        """Waits for weights that the distributed optimizer gathers while the model runs."""
+        for chunk, parameter in self._held():
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.param_to_bucket_group[parameter].finish_param_sync(skip_next_bucket_dispatch=True)
 
     def _on_several_stages(self) -> Iterator[Any]:
         for parameter in () if self._shared is None else self._shared.parameters():
