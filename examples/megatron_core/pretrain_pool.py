@@ -43,8 +43,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--data-path", required=True, help="prefix of a .bin and .idx")
     parser.add_argument("--save", help="folder for a torch_dist checkpoint at the end")
     parser.add_argument("--expert-sharing", default="combined", help="a way, or none for experts of each layer's own")
-    parser.add_argument("--num-expert-banks", type=int, default=2)
+    parser.add_argument("--num-expert-banks", type=int, help="of a way that combines banks")
+    parser.add_argument("--pool-lock-step", type=int, help="of --expert-sharing pool")
     parser.add_argument("--use-distributed-optimizer", action="store_true")
+    parser.add_argument("--overlap-grad-reduce", action="store_true")
     parser.add_argument("--bf16", action="store_true")
     sizes = {
         "vocab-size": 257, "seq-length": 128, "train-iters": 50, "micro-batch-size": 2, "global-batch-size": 8, "num-layers": 4,
@@ -123,8 +125,8 @@ def main() -> None:
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     sharing = None
     if args.expert_sharing != "none":
-        banks = {"num_expert_banks": args.num_expert_banks} if args.expert_sharing == "combined" else {}
-        sharing = ExpertSharing(config, args.expert_sharing, **banks)
+        options = {name: getattr(args, name) for name in ("num_expert_banks", "pool_lock_step")}
+        sharing = ExpertSharing(config, args.expert_sharing, **{n: v for n, v in options.items() if v is not None})
         spec = sharing.spec(spec)
     model = GPTModel(
         config, spec, args.vocab_size, args.seq_length, position_embedding_type="rope", share_embeddings_and_output_weights=False,
@@ -135,13 +137,17 @@ def main() -> None:
         sharing.attach(model)
         config.finalize_model_grads_func = sharing.finalize_model_grads
     model = model.cuda().to(config.params_dtype)
-    wrapped = DistributedDataParallel(
-        config, DistributedDataParallelConfig(use_distributed_optimizer=args.use_distributed_optimizer, grad_reduce_in_fp32=True), model
+    reduction = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=args.overlap_grad_reduce, use_distributed_optimizer=args.use_distributed_optimizer,
     )  # fmt: skip
+    wrapped = DistributedDataParallel(config, reduction, model)
+    config.no_sync_func = wrapped.no_sync if args.overlap_grad_reduce else None
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="adam", lr=args.lr, clip_grad=1.0, weight_decay=0.1, bf16=args.bf16,
                         params_dtype=config.params_dtype, use_distributed_optimizer=args.use_distributed_optimizer), [wrapped],
     )  # fmt: skip
+    if sharing is not None and args.pool_lock_step:
+        sharing.follow(optimizer)
     batches = samples(args, dataset(args))
     per_rank = args.global_batch_size // args.micro_batch_size // parallel_state.get_data_parallel_world_size()
     for step in range(1, args.train_iters + 1):

@@ -255,6 +255,8 @@ def train(layout: Layout, cases: list[Case], steps: int = 4) -> list[dict[str, A
     for sharing, options, fault in cases:
         training = Training(layout, sharing, options, fault)
         losses, norms = zip(*(training.step(step) for step in range(steps)), strict=True)
+        for chunk in training.model if layout.zero and layout.overlap else ():
+            chunk.start_param_sync(force_sync=True)  # weights that else arrive in the next step
         results.append(
             {
                 "losses": losses,

@@ -237,6 +237,7 @@ LAYOUTS: dict[str, tuple[Layout, int]] = {
     "EP 2 x PP 2, ZeRO-1": (Layout(ep=2, pp=2, zero=True), 4),
     "TP 2 + SP": (Layout(tp=2), 2),
     "TP 2 + SP, ETP 2, ZeRO-1": (Layout(tp=2, etp=2, zero=True), 2),
+    "ETP 2": (Layout(etp=2), 2),
     "DP 2, ZeRO-1": (Layout(zero=True), 2),
     "EP 2": (Layout(ep=2), 2),
     "EP 2, ZeRO-1": (Layout(ep=2, zero=True), 2),
