@@ -74,6 +74,20 @@ _METADATA_NAMES = {
 }
 
 
+#: Packages whose plans of saving Megatron-Core keeps beside the table. Nothing of them is needed.
+_OF_PLANS = ("torch.distributed.checkpoint.", "megatron.core.", "nvidia_resiliency_ext.")
+
+
+class Inert:
+    """Stands for an object that is passed over: it takes any arguments and does nothing."""
+
+    def __init__(self, *args: Any):
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        """Forgets the state."""
+
+
 class _AnyProperties(TensorProperties):
     """A tensor's properties as any release of torch saved them: later ones add to the tuple, and earlier ones cannot take it."""
 
@@ -85,6 +99,8 @@ class _AnyProperties(TensorProperties):
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         known = name in _METADATA_NAMES.get(module, ())
+        if not known and module.startswith(_OF_PLANS):
+            return Inert
         if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             raise CheckpointError(
                 f"The checkpoint's {METADATA} names {module}.{name}, which no table of contents needs: it is not loaded, "
