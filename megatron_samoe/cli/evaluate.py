@@ -34,7 +34,6 @@ from megatron_samoe.evaluation.zero_shot.variation import (
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state import ParallelState, launcher
 from megatron_samoe.parsing import JsonObject
-from megatron_samoe.runtime.load import load_model
 
 #: Environment variable that stands in for --data-dir.
 DATA_VARIABLE = "MEGATRON_SAMOE_EVAL_DATA"
@@ -208,8 +207,7 @@ def _ask_models(options: Evaluate, questions: Questions) -> tuple[list[Run], lis
 
 
 def _ask_model(options: Evaluate, parallel: ParallelState, folder: str, step: int | None, questions: Questions) -> Run:
-    own = options.tokenizer_model if folder == options.load else None
-    loaded = load_model(folder, parallel, options.layout(), ckpt_step=step, tokenizer_model=own)
+    loaded = options.loaded(parallel, folder, step)
     logger.info(f"{loaded.directory}")
     predictor = ModelPredictor(loaded, options.batch_size, _bar)
     return Run(

@@ -51,9 +51,7 @@ class ModelConfig:
     Llama 3's, or as YaRN's (arXiv:2309.00071)."""
     rope_scaling_factor: float = model_option(1.0, READERS, range=ABOVE_ZERO, needs=needs.ROPE_SCALING)
     """Factor by which they are stretched."""
-    rope_original_max_positions: int | None = model_option(
-        None, READERS, range=POSITIVE, needs=needs.TRAINED_LENGTH
-    )
+    rope_original_max_positions: int | None = model_option(None, READERS, range=POSITIVE, needs=needs.TRAINED_LENGTH)
     """Length of the sequences that the model was trained on before."""
     rope_low_freq_factor: float = model_option(1.0, NOT_MEGATRON, range=ABOVE_ZERO, needs=needs.LLAMA3_ROPE)
     """llama3: angles that turn less often than this over the trained length are stretched whole."""

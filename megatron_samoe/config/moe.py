@@ -90,9 +90,7 @@ class MoEConfig:
     experts have the largest sum of scores (DeepSeek-V3)."""
     moe_router_group_topk: int | None = model_option(None, READERS, range=POSITIVE, needs=needs.EXPERT_GROUPS)
     """Groups of experts that a token may use."""
-    moe_router_topk_scaling_factor: float | None = model_option(
-        None, READERS, range=ABOVE_ZERO, needs=needs.EXPERTS
-    )
+    moe_router_topk_scaling_factor: float | None = model_option(None, READERS, range=ABOVE_ZERO, needs=needs.EXPERTS)
     """Factor on the chosen experts' weights; 1 if not given."""
     moe_router_pre_softmax: bool | None = model_option(None, READERS, needs=needs.EXPERTS)
     """Weigh experts by their score among all experts (Switch) rather than among the chosen (GShard). Derived if not

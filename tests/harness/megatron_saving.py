@@ -35,7 +35,9 @@ LATENTS = {
 class Core(nn.Module):
     """Attention over keys and values of different widths, which Transformer Engine's has and torch's here has not."""
 
-    def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, softmax_scale: float, **_: Any):
+    def __init__(
+        self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, softmax_scale: float, **_: Any
+    ):
         super().__init__()
         self.scale = softmax_scale
 
@@ -55,6 +57,7 @@ class Model:
     """
 
     latent: bool = False
+    vocabulary: int = VOCABULARY
     tied: bool = False
     sharing: str | None = None
     sharing_options: dict[str, Any] = field(default_factory=dict)
@@ -94,7 +97,7 @@ def _built(layout: Layout, kind: Model) -> tuple[Any, Any, Any]:
     count = get_num_layers_to_build(config)
     first = parallel_state.get_pipeline_model_parallel_rank() * count
     model = GPTModel(
-        config, TransformerBlockSubmodules([spec(one) for one in is_moe[first : first + count]], Norm), vocab_size=VOCABULARY,
+        config, TransformerBlockSubmodules([spec(one) for one in is_moe[first : first + count]], Norm), vocab_size=kind.vocabulary,
         max_sequence_length=LENGTH, position_embedding_type="rope", share_embeddings_and_output_weights=kind.tied,
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
     )  # fmt: skip
@@ -105,16 +108,18 @@ def _arguments(config: Any, kind: Model) -> argparse.Namespace:
     """Returns what Megatron-LM's training program keeps of its command line."""
     plain = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     plain = {_ARGUMENTS.get(name, name): value for name, value in plain.items() if not callable(value)}
-    return argparse.Namespace(
-        **plain | kind.sharing_options, expert_sharing=kind.sharing, position_embedding_type="rope", rotary_base=10000,
-        rotary_percent=1.0, group_query_attention=config.num_query_groups != config.num_attention_heads, seq_length=LENGTH,
-        max_position_embeddings=LENGTH, untie_embeddings_and_output_weights=not kind.tied, vocab_size=VOCABULARY,
-        make_vocab_size_divisible_by=VOCABULARY,
-    ) if not kind.latent else argparse.Namespace(
-        **plain, position_embedding_type="rope", group_query_attention=False, seq_length=LENGTH,
-        max_position_embeddings=LENGTH, untie_embeddings_and_output_weights=True, vocab_size=VOCABULARY,
-        make_vocab_size_divisible_by=VOCABULARY,
-    )  # fmt: skip
+    plain |= kind.sharing_options
+    plain |= {
+        "position_embedding_type": "rope",
+        "group_query_attention": config.num_query_groups != config.num_attention_heads,
+        "seq_length": LENGTH,
+        "max_position_embeddings": LENGTH,
+        "untie_embeddings_and_output_weights": not kind.tied,
+        "vocab_size": kind.vocabulary,
+        "make_vocab_size_divisible_by": 8,
+        "expert_sharing": kind.sharing,
+    }
+    return argparse.Namespace(**{"rotary_base": 10000, "rotary_percent": 1.0, **plain})
 
 
 def _run(model: Any, steps: int, train: Any = None, labels: bool = True) -> list[Any]:
@@ -166,7 +171,7 @@ def saved(layout: Layout, kind: Model, folder: str, steps: int = 2) -> Tensor | 
     optimizer, _ = _trained(config, model, shares, steps)
     weights = model.sharded_state_dict(metadata=kind.metadata)
     state = {"args": _arguments(config, kind), "iteration": steps, "checkpoint_version": 3.0, "model": weights}
-    if kind.metadata is None and not kind.latent:
+    if kind.metadata is None and not kind.latent and shares is None:
         state["optimizer"] = optimizer.sharded_state_dict(weights)
     dist_checkpointing.save(state, folder)
     with torch.no_grad():
