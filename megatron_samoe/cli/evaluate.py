@@ -16,8 +16,10 @@ import tyro
 from megatron_samoe.cli.model_arguments import LayoutOptions, ModelOptions, rank_program
 from megatron_samoe.cli.program import Count
 from megatron_samoe.config.option import flag
+from megatron_samoe.convert.opener import format_of
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.errors import CheckpointError, ConfigError, DataError
+from megatron_samoe.dist_checkpointing.store import LoadWords
+from megatron_samoe.errors import ConfigError, DataError
 from megatron_samoe.evaluation.zero_shot import tables
 from megatron_samoe.evaluation.zero_shot.lm_eval_adapter import run_harness
 from megatron_samoe.evaluation.zero_shot.predictors import CONSTANT, ConstantPredictor, ModelPredictor
@@ -78,11 +80,11 @@ class Evaluate(ModelOptions):
     """only the first N items of each task"""
     predictor: Annotated[str, tyro.conf.arg(help=_WHO)] = "model"
     load: str = ""
-    """folder of a run or of checkpoints, saved by any layout"""
+    """folder of a run, of checkpoints saved by any layout, or of another program's model"""
     checkpoints: Annotated[str | None, tyro.conf.arg(metavar="LAST:N")] = None
     """mean, sd and range over the last N, or over a list such as 800,900"""
     compare_with: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """another folder of checkpoints, for paired tests on the same items"""
+    """another folder, for paired tests on the same items"""
     batch_size: Count = None
     """sequences of a forward pass; 4,096 tokens' worth if not given"""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -138,8 +140,8 @@ def _checked(options: Evaluate) -> Evaluate:
         store.checkpoints_of(folder) if folder else folder for folder in (options.load, options.compare_with)
     )
     options = replace(options, load=load or "", compare_with=other)
-    if options.compare_with and not store.whole_iterations(options.compare_with):  # its turn comes last
-        raise CheckpointError(f"--compare-with {options.compare_with} has no checkpoint.")
+    if options.compare_with:
+        format_of(options.compare_with, LoadWords("--compare-with "))  # its turn comes last
     _check_outputs(options)
     return options
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch.distributed as dist
 import tyro
 
-from megatron_samoe.cli.program import Commands, Count, Number, Program, main_of, read
+from megatron_samoe.cli.program import Commands, Count, Number, Program, Words, main_of, read
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.convert.opener import open_verified
 from megatron_samoe.dist_checkpointing.store import LoadWords

@@ -19,7 +19,7 @@ from megatron_samoe.convert.layer_experts import layer_of
 from megatron_samoe.convert.megatron.arguments import to_arguments
 from megatron_samoe.convert.megatron.dist_files import COMMON, FORMAT
 from megatron_samoe.convert.megatron.export import folded_for_megatron, layout_arguments, notes_of, track, with_rows
-from megatron_samoe.convert.megatron.names import LOCAL, MegatronLayout, MegatronStyle, slices_of
+from megatron_samoe.convert.megatron.names import FUSED_NORMS, LOCAL, MegatronLayout, slices_of
 from megatron_samoe.convert.megatron.rank_files import CHECKPOINT_VERSION, DISTRIBUTED
 from megatron_samoe.convert.output_folder import new_folder, require_space
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
@@ -28,8 +28,6 @@ from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.tensor_parallel.layers import padded_vocab_size
 
-#: Both of Megatron's kinds of modules: a norm that either keeps is written under both names.
-_STYLES = [replace(style, experts="stacked") for style in (MegatronStyle(), LOCAL)]
 #: Modules that keep a state besides their parameters, None without FP8; of a layer, and of each of its experts.
 _EXTRA = (
     "self_attention.linear_qkv self_attention.linear_proj self_attention.linear_q_proj self_attention.linear_q_down_proj \
@@ -76,6 +74,7 @@ def plan_dist_export(source: GlobalTensors) -> DistPlan:
     is_stacked = len(set(is_moe)) == 1
     arguments = vars(to_arguments(config, vocab_size, padded)) | layout_arguments(source, config, MegatronLayout())
     arguments |= {"ckpt_format": FORMAT, **({"moe_layer_freq": 1} if is_stacked else {})}
+    layout = MegatronLayout(1, 1, 1, 1, replace(LOCAL, experts="stacked"))
     tensors: dict[str, list[UnreadTensor]] = {}
 
     def add(key: str, layer: int | None, part: UnreadTensor) -> None:
@@ -87,20 +86,27 @@ def plan_dist_export(source: GlobalTensors) -> DistPlan:
     for name in model_names(source):
         stored, layer = source.tensors[name], layer_of(name)
         shape = (padded, *stored.shape[1:]) if name in VOCABULARY else stored.shape
-        layouts = [MegatronLayout(1, 1, 1, 1, style) for style in _STYLES]
-        ours = [slices_of(name, shape, layer, is_moe[layer or 0], layout, config.model)[0] for layout in layouts]
-        for key, part in {part.name: part for part in ours}.items():
-            made = UnreadTensor(_taking(source, name, padded, part.take), part.shape, stored.dtype)
-            add(key, layer, made)
+        part = slices_of(name, shape, layer, is_moe[layer or 0], layout, config.model)[0]
+        for key in _names_of(part.name, config.model.multi_latent_attention):
+            add(key, layer, UnreadTensor(_taking(source, name, padded, part.take), part.shape, stored.dtype))
         if name.endswith(".moe.router.weight") and not config.model.disable_bias_linear:
             zeros = torch.zeros(config.moe.most_experts, dtype=stored.dtype)
             add(
-                ours[0].name.replace("weight", "bias"),
+                part.name.replace("weight", "bias"),
                 layer,
                 UnreadTensor(zeros.clone, tuple(zeros.shape), zeros.dtype),
             )
     objects = _extra_states(is_moe, config.moe.most_experts, is_stacked)
     return DistPlan(source, arguments, tensors, objects, notes + notes_of(config, vocab_size, padded))
+
+
+def _names_of(key: str, has_latents: bool) -> list[str]:
+    """Returns the names of a tensor: of a norm that a module may keep, one for each kind of modules of Megatron's."""
+    names = [key]
+    for fused, alone in FUSED_NORMS.items():
+        if alone in key and (has_latents or "_up_proj" not in fused):
+            names.append(key.replace(alone, fused))
+    return names
 
 
 def _taking(source: GlobalTensors, name: str, padded: int, take: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
