@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.entry_points import added
 from megatron_samoe.convert.hf.export import differences
-from megatron_samoe.convert.hf.folder import CONFIG, HFFolder, WeightFile, is_hf_folder
+from megatron_samoe.convert.hf.folder import HFFolder, WeightFile, is_hf_folder
 from megatron_samoe.convert.hf.source import HFSource
 from megatron_samoe.convert.megatron.rank_files import (
     DISTRIBUTED,
@@ -71,6 +71,8 @@ class Format:
 
 
 def _find_native(path: Path, step: int | None, words: LoadWords, problems_of: Problems) -> Path:
+    if step is not None and (path / store.TRAIN_STATE).is_file():
+        raise ConfigError(words.step, step, f"{path} is one checkpoint; give its parent to choose another")
     wanted = CheckpointConfig(load=str(path), ckpt_step=step, exit_on_missing_checkpoint=True)
     found = store.find_checkpoint(wanted, problems_of, words)
     assert found is not None
@@ -214,7 +216,7 @@ NATIVE, HF, MEGATRON, TORCH_DIST = "native", "hf", "megatron", "torch_dist"
 _OURS = (
     Format(
         HF,
-        f"a Hugging Face folder ({CONFIG} and weights)",
+        "a Hugging Face folder",
         is_hf_folder,
         _find_hf,
         _read_hf,

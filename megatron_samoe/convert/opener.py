@@ -87,10 +87,10 @@ def format_of(path: str | Path, words: LoadWords = LOAD_DIR) -> Format:
     found = next((one for one in formats() if one.recognises(path)), None)
     if found is not None:
         return found
-    known = "; ".join(one.described for one in formats())
+    known = "; ".join(one.described for one in sorted(formats(), key=lambda one: one.name != NATIVE))
     if not path.is_dir():
         raise CheckpointError(
-            f"{words.path}{path} is {'a file' if path.exists() else 'not there'}; it must be the folder of a run or {known}."
+            f"{words.path}{path} is {'a file' if path.exists() else 'not there'}; it must be {known}."
         )
     if (path / ADAPTER).exists():
         raise CheckpointError(
@@ -100,7 +100,7 @@ def format_of(path: str | Path, words: LoadWords = LOAD_DIR) -> Format:
     store.refuse_above_runs(path, words)
     names = sorted(readable(entry.name) for entry in path.iterdir())
     held = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}" if names else "nothing"
-    raise CheckpointError(f"{words.path}{path} holds {held}; it must be the folder of a run or {known}.")
+    raise CheckpointError(f"{words.path}{path} holds {held}; it must be {known}.")
 
 
 def open_stored(

@@ -90,10 +90,14 @@ class Compression:
 
     def require_teacher(self, folder: str) -> None:
         """Raises ConfigError where a model was trained with another tokenizer than the one that is compressed."""
-        teacher = open_folder(folder, words=LoadWords("--teacher "), wanted=NATIVE).tensors
+        teacher = open_folder(folder, words=LoadWords("--teacher "))
+        if teacher.kind != NATIVE:
+            raise ConfigError(
+                "--teacher", folder, f"is {teacher.described}; it must be a run: convert it with megatron-samoe convert"
+            )
         own, other = (
             (m.train_state.get("vocab_size"), {n: b for n, b in m.attachments.items() if "tokenizer" in n})
-            for m in (self.source, teacher)
+            for m in (self.source, teacher.tensors)
         )
         if own != other:
             raise ConfigError(

@@ -126,7 +126,7 @@ def test_shards_are_as_large_as_asked_for(made: SimpleNamespace, run: Run, tmp_p
     ("options", "message"),
     [
         (["--load-dir", "{root}/nowhere"], "is not there; it must be a checkpoint of this program"),
-        (["--load-dir", "{root}"], "holds hf, megatron, native; it must be"),
+        (["--load-dir", "{root}"], "is a folder above runs and has no checkpoint itself: give one of"),
         (["--load-dir", "{hf}/config.json"], "is a file; it must be"),
         (["--load-dir", "{native}"], "--to = 'auto': this program's checkpoints load in any layout as they are"),
         (["--load-dir", "{native}", "--to", "native"], "the source is one already"),

@@ -95,13 +95,15 @@ def test_a_command_opens_a_kind_of_folder(command: str, kind: str, folders: dict
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_is_no_model_is_refused_in_the_commands_words(command: str, tmp_path: Path) -> None:
+def test_what_is_no_model_is_refused_in_the_commands_words(
+    command: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     run, word = COMMANDS[command]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()
     for folder, said in ((tmp_path / "nope", "is not there"), (tmp_path / "other", "holds notes.txt")):
         with pytest.raises(CheckpointError) as error:
-            run(folder, tmp_path / "out", tmp_path / "text")
+            run(folder, tmp_path / "out", folders["text"])
         message = str(error.value).removeprefix("error: ").strip()
         assert message.startswith(f"{word} {folder} {said}".strip()) and "torch_dist" in message, message
         assert "\n" not in message and ("--" in message) == word.startswith("--")
