@@ -15,10 +15,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.dist_checkpointing import saving, store
-from megatron_samoe.dist_checkpointing.file_storage import METADATA, read_metadata
 from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
 from megatron_samoe.dist_checkpointing.saved_tensor import read_saved_tensor
 from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor
+from megatron_samoe.dist_checkpointing.table_of_contents import METADATA, read_metadata
 from megatron_samoe.errors import CheckpointError, shown
 from megatron_samoe.parallel_state.state import single_process_state
 

@@ -33,8 +33,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_samoe.dist_checkpointing.file_storage import Reader, read_metadata
+from megatron_samoe.dist_checkpointing.file_storage import Reader
 from megatron_samoe.dist_checkpointing.streaming_writer import StreamingWriter
+from megatron_samoe.dist_checkpointing.table_of_contents import read_metadata
 from megatron_samoe.errors import CheckpointError, some
 from megatron_samoe.parallel_state.shard_spec import FlatSlice, ShardSpec, is_counted_here
 from megatron_samoe.parallel_state.state import ParallelState

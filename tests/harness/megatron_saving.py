@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,6 +174,7 @@ def saved(layout: Layout, kind: Model, folder: str, steps: int = 2) -> Tensor | 
     state = {"args": _arguments(config, kind), "iteration": steps, "checkpoint_version": 3.0, "model": weights}
     if kind.metadata is None and not kind.latent and shares is None:
         state["optimizer"] = optimizer.sharded_state_dict(weights)
+    os.makedirs(folder, exist_ok=True)
     dist_checkpointing.save(state, folder)
     with torch.no_grad():
         logits = _run(model.eval(), 9, labels=False)

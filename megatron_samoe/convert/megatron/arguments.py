@@ -258,7 +258,7 @@ def _moe_config(get: Any, model: ModelConfig, where: str) -> MoEConfig:
         options["moe_aux_loss_group_size"] = get("micro_batch_size")
     if not options["moe_expert_capacity_factor"]:
         del options["moe_token_drop_policy"]
-    if get("expert_sharing", "none") not in ("none", "own"):
+    if get("expert_sharing", "none") != "none":
         options |= {name: get(name) for name in _OF_SHARING if get(name) is not None}
     return MoEConfig(
         **options

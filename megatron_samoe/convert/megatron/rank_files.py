@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from megatron_samoe.dist_checkpointing.file_storage import Inert
 from megatron_samoe.dist_checkpointing.saved_tensor import is_plain, refuse_packed, refuse_repacked, why_not_loaded
 from megatron_samoe.dist_checkpointing.store import LATEST
+from megatron_samoe.dist_checkpointing.table_of_contents import Inert
 from megatron_samoe.errors import CheckpointError, shown
 from megatron_samoe.parsing import read_file
 
