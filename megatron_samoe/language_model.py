@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.convert.opener import PYTHON, open_verified
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.zero_shot.items import Document
@@ -26,23 +27,29 @@ from megatron_samoe.runtime.load import LoadedModel, load_model
 
 
 def load(
-    path: str | Path, step: int | None = None, *, tokenizer_model: str | None = None, device: str = "cpu"
+    path: str | Path,
+    step: int | None = None,
+    *,
+    tokenizer_model: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
 ) -> LanguageModel:
-    """Returns the model of a checkpoint, in this process.
+    """Returns the model of a folder, in this process.
 
     Args:
-        path: folder of a run, of checkpoints, or of one checkpoint.
+        path: folder of a run, of checkpoints, of one checkpoint, of Hugging Face, or of Megatron-LM.
         step: iteration to load; the newest if not given.
         tokenizer_model: file of the tokenizer, where it has moved since training.
+        dtype: of the weights, such as torch.bfloat16; as they are stored if not given.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
         DataError: its tokenizer is not there.
         ConfigError: the model does not fit one process.
     """
-    return LanguageModel(
-        load_model(str(path), single_process_state(device), ckpt_step=step, tokenizer_model=tokenizer_model)
-    )
+    state = single_process_state(device)
+    opened = open_verified(path, state, step, PYTHON)
+    return LanguageModel(load_model(opened, state, tokenizer_model=tokenizer_model, dtype=dtype))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import yaml
 from megatron_samoe import children
 from megatron_samoe.cli.program import Count, program
 from megatron_samoe.config.option import flag
-from megatron_samoe.convert.edited_model import open_checkpoint
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.store import newest_in_words
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table, read_records
@@ -79,7 +79,7 @@ class Compress(CompressOptions):
         own = HealOptions(self.heal_lr, self.heal_global_batch_size, self.teacher_weight)
         if sum(iters):
             require_rate_and_batch(compression.config, own)
-        teacher = self.teacher or str(compression.source.directory)
+        teacher = self.teacher or str(compression.directory)
         compression.require_teacher(teacher)
         fitted = compression.fitted().directory
         heal = partial(_heal, compression, teacher)
@@ -170,7 +170,7 @@ def _heal(
     if children.run([sys.executable, "-m", "megatron_samoe", "pretrain", "--config", str(path)]).returncode != 0:
         newest = newest_in_words(run_dir / "checkpoints")
         raise MegatronSamoeError(f"{stage.name} has not ended; the same command goes on with it. {newest}")
-    return open_checkpoint(run_dir / "checkpoints").directory
+    return open_folder(run_dir / "checkpoints").directory
 
 
 main = program(Compress)

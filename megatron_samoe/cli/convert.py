@@ -12,13 +12,18 @@ from tqdm import tqdm
 
 from megatron_samoe.cli.program import Count, program
 from megatron_samoe.config.option import flag
+from megatron_samoe.convert.hf.export import refuse_other_tensors
 from megatron_samoe.convert.hf.target import targets
 from megatron_samoe.convert.megatron import MegatronLayout, MegatronStyle
 from megatron_samoe.convert.megatron.names import ExpertStyle
-from megatron_samoe.convert.source import DTYPES, Kind, Source, TargetKind, open_source
-from megatron_samoe.convert.target import Conversion, plan_gguf, plan_hf, plan_megatron, plan_native
+from megatron_samoe.convert.opener import open_folder
+from megatron_samoe.convert.precision import DTYPES
+from megatron_samoe.convert.target import Conversion, plan_gguf, plan_hf, plan_megatron, plan_native, plan_torch_dist
+from megatron_samoe.dist_checkpointing.opened import Opened
 from megatron_samoe.errors import ConfigError, nearest
 
+#: What a model can become: GGUF is written only.
+TargetKind = Literal["native", "megatron", "torch_dist", "hf", "gguf"]
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -80,21 +85,21 @@ class ToHuggingFace:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Converts a model between this program's checkpoints, Megatron-LM's per-rank files (format torch) and Hugging Face folders.
+    """Converts a model between this program's checkpoints, Megatron-LM's (torch_dist, or per-rank files) and Hugging Face folders.
 
-    Both families are found out: the source's from its files; the target is Megatron's if a --target-* size is given, Hugging
+    Both formats are found out: the source's from its files; the target is Megatron's if a --target-* size is given, Hugging
     Face's if one of its options is, and else a checkpoint of this program, unless that is what the source is. --to gguf writes
     llama.cpp's file. Weights only: optimizer state stays behind.
     """
 
     load_dir: str
-    """checkpoint folder, one iteration's folder, or Hugging Face folder"""
+    """folder of a run, of checkpoints, of one iteration, or of Hugging Face"""
     save_dir: str
     """where to write; nothing that is there is overwritten"""
-    source: Annotated[Literal["auto"] | Kind, tyro.conf.arg(name="from")] = "auto"
-    """family of the source"""
+    source: Annotated[str, tyro.conf.arg(name="from", metavar="FORMAT")] = "auto"
+    """format of the source: native, megatron (per-rank files), torch_dist, hf, or auto"""
     target: Annotated[Literal["auto"] | TargetKind, tyro.conf.arg(name="to")] = "auto"
-    """family of the target"""
+    """format of the target"""
     ckpt_step: int | None = None
     """iteration to convert; the newest if not given"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -110,9 +115,15 @@ class Convert:
 
     def run(self) -> None:
         """Converts it."""
-        source = open_source(Path(self.load_dir), self.source, self.ckpt_step, self.vocab_size)
+        source = open_folder(self.load_dir, self.ckpt_step, wanted=self.source, vocab_size=self.vocab_size)
+        refuse_other_tensors(source)
         conversion = self._plan(source)
-        lines = [f"From {source.described}.", *source.notes, f"To {conversion.described}.", *conversion.lines]
+        lines = [
+            f"From {source.described} in {source.directory}.",
+            *source.notes,
+            f"To {conversion.described}.",
+            *conversion.lines,
+        ]
         print("\n".join(lines))
         if self.dry_run:
             print("\n".join([*conversion.listing(), "Nothing is written (--dry-run)."]))
@@ -121,7 +132,7 @@ class Convert:
             written = conversion.write(bar.update)
         print(f"Written to {written}.{conversion.hint}")
 
-    def _plan(self, source: Source) -> Conversion:
+    def _plan(self, source: Opened) -> Conversion:
         target = self._target(source)
         save_dir, dtype, carries_tokenizer = Path(self.save_dir), DTYPES.get(self.dtype), not self.no_tokenizer
         if target == "native":
@@ -130,9 +141,11 @@ class Convert:
             return plan_gguf(source, save_dir, dtype, carries_tokenizer)
         if target == "megatron":
             return plan_megatron(source, save_dir, dtype, self.to_megatron.layout(), self.to_megatron.release)
+        if target == "torch_dist":
+            return plan_torch_dist(source, save_dir, dtype, self.to_megatron.release)
         return plan_hf(source, save_dir, dtype, carries_tokenizer, **self.to_hugging_face.options())
 
-    def _target(self, source: Source) -> TargetKind:
+    def _target(self, source: Opened) -> TargetKind:
         """Returns the target's family.
 
         Raises:
@@ -152,10 +165,12 @@ class Convert:
         if target == source.kind == "native":
             raise ConfigError("--to", target, "the source is one already, and loads in any layout as it is")
         for family, options in given.items():
+            if target == "torch_dist":  # which loads in any layout
+                options = {name: value for name, value in options.items() if name != "release"}
             if options and target != family:
                 name, value = next(iter(options.items()))
                 raise ConfigError(flag(name), value, f"is for --to {family}, not {target}")
-        if self.no_tokenizer and target == "megatron":
+        if self.no_tokenizer and target in ("megatron", "torch_dist"):
             raise ConfigError("--no-tokenizer", True, "is for --to hf, gguf and native: Megatron's files hold none")
         found: TargetKind = target
         return found

@@ -12,11 +12,12 @@ import tyro
 
 from megatron_samoe.cli.program import Group, Number, program
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.convert.edited_model import EditedModel, model_names, open_checkpoint
+from megatron_samoe.convert.edited_model import EditedModel, model_names
 from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.hf.export import refuse_other_tensors
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
+from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
 from megatron_samoe.errors import CheckpointError, ConfigError, in_units
 from megatron_samoe.fit.surgery.pool import SetOptions, pool_moe, tie_layers
 from megatron_samoe.fit.surgery.select import select_samoe, tie_selected
@@ -32,7 +33,7 @@ class Edit:
     """What makes another model from a trained one."""
 
     load_dir: str
-    """folder of checkpoints, or one checkpoint's folder"""
+    """folder of a run, of checkpoints, or of another program's model"""
     ckpt_step: int | None = None
     """iteration; the newest if not given"""
     save_dir: str
@@ -40,18 +41,19 @@ class Edit:
     dry_run: bool = False
     """say what would be done, and write nothing"""
 
-    def edited(self, source: CheckpointReader) -> EditedModel:
+    def edited(self, source: GlobalTensors) -> EditedModel:
         """Returns the other model."""
         raise NotImplementedError
 
     def run(self) -> None:
         """Writes it."""
-        source = open_checkpoint(self.load_dir, self.ckpt_step)
+        opened = open_folder(self.load_dir, self.ckpt_step)
+        source = opened.model
         iteration = int(source.train_state.get("iteration", 0))
         target = store.iteration_dir(self.save_dir, iteration)
         if target.exists():
             raise CheckpointError(f"{target} exists; give another --save-dir.")
-        refuse_other_tensors(source)
+        refuse_other_tensors(opened)
         edited = self.edited(source)
         print("\n".join(edited.report))
         print(_sizes(source, edited))
@@ -92,7 +94,7 @@ class Upcycle(Edit):
     """spread of the routers' weights; derived if not given"""
     seed: int = 1234
 
-    def edited(self, source: CheckpointReader) -> EditedModel:
+    def edited(self, source: GlobalTensors) -> EditedModel:
         names = {f.name for f in fields(MoEConfig)} & {f.name for f in fields(self)} - {"moe_router_pre_softmax"}
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.moe_router_pre_softmax or self.no_moe_router_pre_softmax:
@@ -112,7 +114,7 @@ class Pool(Edit):
     samoe_granularity: Granularity = "layer"
     """coefficients per layer, or per layer and expert"""
 
-    def edited(self, source: CheckpointReader) -> EditedModel:
+    def edited(self, source: GlobalTensors) -> EditedModel:
         return pool_moe(source, self.num_expert_banks, self.samoe_granularity, self.expert_sharing)
 
 
@@ -129,7 +131,7 @@ class Tie(Edit):
     sets_from: Annotated[str, tyro.conf.arg(metavar="LAYERS")] = "average"
     """average, or for each set the layer whose experts it takes, such as 0,4"""
 
-    def edited(self, source: CheckpointReader) -> EditedModel:
+    def edited(self, source: GlobalTensors) -> EditedModel:
         layers = None if self.sets_from == "average" else _numbers("--sets-from", self.sets_from)
         return tie_layers(source, self.expert_sharing, SetOptions(self.num_expert_sets, self.untied_ends, layers))
 
@@ -138,7 +140,7 @@ class Tie(Edit):
 class Fold(Edit):
     """a model whose layers share experts becomes the plain MoE that computes the same"""
 
-    def edited(self, source: CheckpointReader) -> EditedModel:
+    def edited(self, source: GlobalTensors) -> EditedModel:
         return fold_shared(source)
 
 
@@ -152,7 +154,7 @@ class Select(Edit):
     """banks: a SaMoE with one-hot coefficients; tied: sets that layers use as they are, where --scale keep is for w2 alone and
     moves into the weights of routing"""
 
-    def edited(self, source: CheckpointReader) -> EditedModel:
+    def edited(self, source: GlobalTensors) -> EditedModel:
         return (select_samoe if self.to == "banks" else tie_selected)(source, self.scale)
 
 
@@ -163,7 +165,7 @@ class Student(Edit):
     keep_layers: Annotated[str, tyro.conf.arg(metavar="LAYERS")]
     """rising numbers, such as 0,2,4"""
 
-    def edited(self, source: CheckpointReader) -> EditedModel:
+    def edited(self, source: GlobalTensors) -> EditedModel:
         return keep_layers(source, _numbers("--keep-layers", self.keep_layers))
 
 
@@ -174,7 +176,7 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _sizes(source: CheckpointReader, edited: EditedModel) -> str:
+def _sizes(source: GlobalTensors, edited: EditedModel) -> str:
     (count, num_bytes), (new_count, new_bytes) = _size(source), _size(edited)
     dropped = sum(name.startswith("optimizer.") for name in source.tensors)
     return (
@@ -183,7 +185,7 @@ def _sizes(source: CheckpointReader, edited: EditedModel) -> str:
     )
 
 
-def _size(model: CheckpointReader | EditedModel) -> tuple[int, int]:
+def _size(model: GlobalTensors) -> tuple[int, int]:
     """Returns elements and bytes of a model's weights."""
     stored = [model.tensors[name] for name in model_names(model)]
     return sum(t.num_elements for t in stored), sum(t.num_bytes for t in stored)

@@ -16,8 +16,10 @@ import tyro
 from megatron_samoe.cli.model_arguments import LayoutOptions, ModelOptions, rank_program
 from megatron_samoe.cli.program import Count
 from megatron_samoe.config.option import flag
+from megatron_samoe.convert.opener import format_of
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.errors import CheckpointError, ConfigError, DataError
+from megatron_samoe.dist_checkpointing.store import LoadWords
+from megatron_samoe.errors import ConfigError, DataError
 from megatron_samoe.evaluation.zero_shot import tables
 from megatron_samoe.evaluation.zero_shot.lm_eval_adapter import run_harness
 from megatron_samoe.evaluation.zero_shot.predictors import CONSTANT, ConstantPredictor, ModelPredictor
@@ -34,7 +36,6 @@ from megatron_samoe.evaluation.zero_shot.variation import (
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state import ParallelState, launcher
 from megatron_samoe.parsing import JsonObject
-from megatron_samoe.runtime.load import load_model
 
 #: Environment variable that stands in for --data-dir.
 DATA_VARIABLE = "MEGATRON_SAMOE_EVAL_DATA"
@@ -79,11 +80,11 @@ class Evaluate(ModelOptions):
     """only the first N items of each task"""
     predictor: Annotated[str, tyro.conf.arg(help=_WHO)] = "model"
     load: str = ""
-    """folder of a run or of checkpoints, saved by any layout"""
+    """folder of a run, of checkpoints saved by any layout, or of another program's model"""
     checkpoints: Annotated[str | None, tyro.conf.arg(metavar="LAST:N")] = None
     """mean, sd and range over the last N, or over a list such as 800,900"""
     compare_with: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """another folder of checkpoints, for paired tests on the same items"""
+    """another folder, for paired tests on the same items"""
     batch_size: Count = None
     """sequences of a forward pass; 4,096 tokens' worth if not given"""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -139,8 +140,8 @@ def _checked(options: Evaluate) -> Evaluate:
         store.checkpoints_of(folder) if folder else folder for folder in (options.load, options.compare_with)
     )
     options = replace(options, load=load or "", compare_with=other)
-    if options.compare_with and not store.whole_iterations(options.compare_with):  # its turn comes last
-        raise CheckpointError(f"--compare-with {options.compare_with} has no checkpoint.")
+    if options.compare_with:
+        format_of(options.compare_with, LoadWords("--compare-with "))  # its turn comes last
     _check_outputs(options)
     return options
 
@@ -208,8 +209,7 @@ def _ask_models(options: Evaluate, questions: Questions) -> tuple[list[Run], lis
 
 
 def _ask_model(options: Evaluate, parallel: ParallelState, folder: str, step: int | None, questions: Questions) -> Run:
-    own = options.tokenizer_model if folder == options.load else None
-    loaded = load_model(folder, parallel, options.layout(), ckpt_step=step, tokenizer_model=own)
+    loaded = options.loaded(parallel, folder, step)
     logger.info(f"{loaded.directory}")
     predictor = ModelPredictor(loaded, options.batch_size, _bar)
     return Run(

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -14,19 +15,59 @@ from torch import Tensor
 
 from megatron_samoe.cli.program import Group, program
 from megatron_samoe.convert.edited_model import NOT_MODEL
+from megatron_samoe.convert.formats import NATIVE
+from megatron_samoe.convert.hf.folder import WeightFile
 from megatron_samoe.convert.hf.parts import VOCABULARY
 from megatron_samoe.convert.inspect.health import Health, as_plain, check_health
 from megatron_samoe.convert.inspect.numbers import Difference, difference, statistics
-from megatron_samoe.convert.inspect.open import Opened, open_any, verify
 from megatron_samoe.convert.inspect.sharing import described_sharing
-from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
+from megatron_samoe.convert.opener import open_folder, open_stored, verify
+from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
+from megatron_samoe.dist_checkpointing.store import LoadWords
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.parsing import JsonObject, without_infinities
 
 #: Exit statuses, as those of diff and grep.
 FINE, FOUND, TROUBLE = 0, 1, 2
-TEXT = """Looks at checkpoints of this program, of Megatron-LM (format torch) and of Hugging Face, one tensor in memory
+#: A folder is no flag's value here.
+WORDS = LoadWords("")
+TEXT = """Looks at checkpoints of this program, of Megatron-LM and of Hugging Face, one tensor in memory
 at a time. Exits with 0 where nothing is wrong or different, with 1 where something is, with 2 where it cannot tell."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is looked at.
+
+    Attributes:
+        source: its tensors, under our names or those of the files.
+    """
+
+    kind: str
+    directory: Path
+    source: GlobalTensors | WeightFile
+    train_state: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def opened(folder: str, step: int | None, raw: bool = False) -> Side:
+    """Returns a folder's model; ConfigError where ours is another, which `raw` looks at all the same."""
+    if raw:
+        found, directory, stored = open_stored(folder, step, WORDS)
+        return Side(found.name, directory, stored)
+    try:
+        model = open_folder(folder, step, WORDS)
+    except ConfigError as error:
+        if error.field == WORDS.step:
+            raise
+        raise ConfigError(
+            error.field, error.value, f"{error.allowed} --raw looks at the tensors as they are."
+        ) from None
+    notes = () if model.kind == NATIVE else model.notes
+    tensors = model.tensors
+    return Side(model.kind, model.directory, tensors, tensors.train_state, tensors.config, notes)
+
 
 Result = tuple[int, Mapping[str, Any], list[str]]
 
@@ -71,7 +112,7 @@ class InspectTensors(Inspect):
     raw: bool = False
     """names and shapes as in the files of other programs"""
 
-    def chosen(self, opened: Opened, model_only: bool = False) -> dict[str, StoredTensor]:
+    def chosen(self, side: Side, model_only: bool = False) -> dict[str, StoredTensor]:
         """Returns the tensors that were asked for."""
         try:
             pattern = re.compile(self.match or "")
@@ -79,22 +120,22 @@ class InspectTensors(Inspect):
             raise ConfigError("--match", self.match, f"is no regular expression: {error}") from None
         return {
             name: stored
-            for name, stored in opened.source.tensors.items()
+            for name, stored in side.source.tensors.items()
             if pattern.search(name) and not ((self.model_only or model_only) and name.startswith(NOT_MODEL))
         }
 
-    def open(self) -> tuple[Opened, dict[str, StoredTensor], int]:
+    def open(self) -> tuple[Side, dict[str, StoredTensor], int]:
         """Returns the checkpoint, what is chosen of it, and how wide a column for the names is."""
-        opened = open_any(self.directory, self.ckpt_step, self.raw)
-        chosen = self.chosen(opened)
-        return opened, chosen, max(map(len, chosen), default=4)
+        side = opened(self.directory, self.ckpt_step, self.raw)
+        chosen = self.chosen(side)
+        return side, chosen, max(map(len, chosen), default=4)
 
 
-def _described(opened: Opened) -> list[str]:
-    step = (opened.train_state or {}).get("iteration")
+def _described(side: Side) -> list[str]:
+    step = (side.train_state or {}).get("iteration")
     return [
-        f"{opened.kind} checkpoint in {opened.directory}" + (f", iteration {step}" if step is not None else ""),
-        *opened.notes,
+        f"{side.kind} checkpoint in {side.directory}" + (f", iteration {step}" if step is not None else ""),
+        *side.notes,
     ]
 
 
@@ -103,7 +144,7 @@ class List(InspectTensors):
     """names, shapes and sizes"""
 
     def found(self) -> Result:
-        opened, chosen, width = self.open()
+        side, chosen, width = self.open()
         described = {
             n: {"shape": list(t.shape), "dtype": t.dtype_name, "bytes": t.num_bytes} for n, t in chosen.items()
         }
@@ -112,16 +153,16 @@ class List(InspectTensors):
         model = sum(t.num_elements for name, t in chosen.items() if not name.startswith(NOT_MODEL))
         lines.append(f"{len(chosen)} tensors, {count:,} elements ({model:,} of the model), {size:,} bytes.")
         values = {
-            "kind": opened.kind,
-            "directory": str(opened.directory),
-            "train_state": opened.train_state,
-            "config": opened.config,
+            "kind": side.kind,
+            "directory": str(side.directory),
+            "train_state": side.train_state,
+            "config": side.config,
             "elements": count,
             "model_elements": model,
             "bytes": size,
             "tensors": described,
         }
-        return FINE, values, [*_described(opened), *lines]
+        return FINE, values, [*_described(side), *lines]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +170,10 @@ class Stat(InspectTensors):
     """smallest, largest, mean, spread, NaN and Inf"""
 
     def found(self) -> Result:
-        opened, chosen, width = self.open()
-        found = {name: statistics(opened.source.read(name)) for name in chosen}
+        side, chosen, width = self.open()
+        found = {name: statistics(side.source.read(name)) for name in chosen}
         head = f"{'tensor':{width}}  {'smallest':>10} {'largest':>10} {'mean':>10} {'spread':>10} {'zeros':>7} NaN/Inf"
-        lines = [*_described(opened), head]
+        lines = [*_described(side), head]
         for name, s in found.items():
             numbers = " ".join(f"{value:10.3e}" for value in (s.minimum, s.maximum, s.mean, s.std))
             lines.append(f"{name:{width}}  {numbers} {s.zeros:7.1%} {s.nan}/{s.inf}")
@@ -165,8 +206,8 @@ class Diff(InspectTensors):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name}", getattr(self, name), "must be 0 or more")
         asked = ((self.directory, self.ckpt_step), (self.other, self.other_step))
-        sides = tuple(open_any(folder, step, self.raw) for folder, step in asked)
-        others = any(side.kind != "native" for side in sides)  # which keep the model alone
+        sides = tuple(opened(folder, step, self.raw) for folder, step in asked)
+        others = any(side.kind != NATIVE for side in sides)  # which keep the model alone
         first, second = chosen = [self.chosen(side, model_only=others) for side in sides]
         padding = _Padding(sides)
         only = [[name for name in own if name not in other] for own, other in (chosen, chosen[::-1])]
@@ -202,7 +243,7 @@ class Diff(InspectTensors):
 class _Padding:
     """Rows of the vocabulary beyond the last token, which each family rounds up and fills as it likes."""
 
-    def __init__(self, sides: Sequence[Opened]):
+    def __init__(self, sides: Sequence[Side]):
         sizes = {(side.train_state or {}).get("vocab_size") for side in sides}
         same_family = len({side.kind for side in sides}) == 1
         # In one family all rows count; without a common vocabulary nothing is known to be padding.
@@ -236,7 +277,7 @@ class Verify(Inspect):
     """check files against their digests, names and shapes; every iteration unless one is given"""
 
     def found(self) -> Result:
-        verdicts = verify(self.directory, self.ckpt_step)
+        verdicts = verify(self.directory, self.ckpt_step, WORDS)
         lines = []
         for verdict in verdicts:
             state = "DAMAGED" if verdict.problems else "whole"
@@ -261,10 +302,10 @@ class Check(Inspect):
             raise ConfigError("--dead-below", self.dead_below, "must be a share between 0 and 1")
         if self.start_step is not None and self.start is None:
             raise ConfigError("--start-step", self.start_step, "needs --start")
-        opened = open_any(self.directory, self.ckpt_step)
-        start = None if self.start is None else open_any(self.start, self.start_step)
-        health = check_health(opened.source, None if start is None else start.source, self.dead_below)  # type: ignore[arg-type]
-        return (FINE if health.is_sound else FOUND), as_plain(health), [*_described(opened), *_health_lines(health)]
+        side = opened(self.directory, self.ckpt_step)
+        start = None if self.start is None else opened(self.start, self.start_step)
+        health = check_health(side.source, None if start is None else start.source, self.dead_below)  # type: ignore[arg-type]
+        return (FINE if health.is_sound else FOUND), as_plain(health), [*_described(side), *_health_lines(health)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,9 +313,9 @@ class Sharing(Inspect):
     """which layers share which experts, and how large these are"""
 
     def found(self) -> Result:
-        opened = open_any(self.directory, self.ckpt_step)
-        text, stores = described_sharing(opened.source)  # type: ignore[arg-type]
-        lines = [*_described(opened), f"--expert-sharing {text}" if stores else "No layer has experts."]
+        side = opened(self.directory, self.ckpt_step)
+        text, stores = described_sharing(side.source)  # type: ignore[arg-type]
+        lines = [*_described(side), f"--expert-sharing {text}" if stores else "No layer has experts."]
         for s in stores:
             layers = ", ".join(map(str, s.layers))
             lines.append(

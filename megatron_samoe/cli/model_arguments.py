@@ -11,6 +11,8 @@ import tyro
 
 from megatron_samoe.cli.program import Commands, Count, Number, Program, Words, main_of, read
 from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.convert.opener import open_verified
+from megatron_samoe.dist_checkpointing.store import LoadWords
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.log import configure_logging
 from megatron_samoe.parallel_state import ParallelState, backend, launcher
@@ -34,7 +36,7 @@ class LayoutOptions:
 @dataclass(frozen=True, kw_only=True)
 class _CheckpointOptions:
     load: str
-    """folder of a run or of checkpoints, saved by any layout"""
+    """folder of a run, of checkpoints saved by any layout, or of another program's model"""
     tokenizer_model: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """in place of the tokenizer that the checkpoint carries"""
     ckpt_step: Count = None
@@ -51,15 +53,15 @@ class ModelOptions(LayoutOptions, _CheckpointOptions):
             raise ConfigError("--num-threads", num_threads, "must be 1 or more")
         return join_ranks(self.layout(), num_threads)
 
-    def loaded(self, parallel: ParallelState, combine: bool = True, folder: str | None = None) -> LoadedModel:
-        """Returns the model of the checkpoint, or that of another folder."""
+    def loaded(
+        self, parallel: ParallelState, folder: str | None = None, step: int | None = None, combine: bool = True
+    ) -> LoadedModel:
+        """Returns the model of --load at --ckpt-step, or that of another folder at an iteration."""
+        if folder is None:
+            folder, step = self.load, self.ckpt_step
+        opened = open_verified(folder, parallel, step, LoadWords())
         return load_model(
-            self.load if folder is None else folder,
-            parallel,
-            self.layout(),
-            ckpt_step=self.ckpt_step,
-            combine=combine,
-            tokenizer_model=self.tokenizer_model,
+            opened, parallel, self.layout(), combine, self.tokenizer_model if folder == self.load else None
         )
 
 

@@ -15,9 +15,9 @@ import tyro
 
 from megatron_samoe.cli.model_arguments import ModelOptions, rank_program
 from megatron_samoe.cli.program import Count, Number
-from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.option import flag
-from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.convert.opener import format_of
+from megatron_samoe.dist_checkpointing.store import LoadWords
 from megatron_samoe.errors import CommunicationError, ConfigError
 from megatron_samoe.inference.engine import Engine, Precision, Serving
 from megatron_samoe.inference.server.models import NamedModel, check_names
@@ -73,7 +73,7 @@ class ServedModel(ModelOptions):
         self, parallel: ParallelState, folder: str, beside: Collection[Engine] = ()
     ) -> tuple[Engine, LoadedModel]:
         """Returns the engine of a folder's model, and the model."""
-        loaded = self.loaded(parallel, folder=folder)
+        loaded = self.loaded(parallel, folder, self.ckpt_step)
         names = ["dtype", "max_step_tokens", "weights_folder"]
         if loaded.config.moe.has_pool or not self.beside:
             names += ["serving", "cache_experts"]
@@ -188,7 +188,7 @@ class Serve:
             if self.model.beside and value is not None:
                 raise ConfigError(flag(name), value, "is for one model; leave out --beside")
         for folder in folders:  # all, before the first is loaded
-            store.find_checkpoint(CheckpointConfig(load=folder, exit_on_missing_checkpoint=True))
+            format_of(folder, LoadWords())
         return dict(zip(names, folders, strict=True))
 
     def _follow(self, parallel: ParallelState) -> int:

@@ -46,24 +46,22 @@ class ModelConfig:
     """Base of the rotary angles."""
     rotary_percent: float = model_option(1.0, READERS, range=BY_RULES, needs=needs.ROTARY)
     """Share of each head's channels that is rotated."""
-    rope_scaling_type: Literal["linear", "llama3", "yarn"] | None = model_option(None, NOT_MEGATRON, needs=needs.ROTARY)
+    rope_scaling_type: Literal["linear", "llama3", "yarn"] | None = model_option(None, READERS, needs=needs.ROTARY)
     """How rotary angles are stretched for sequences longer than those a model was trained on: all by the same factor, as
     Llama 3's, or as YaRN's (arXiv:2309.00071)."""
-    rope_scaling_factor: float = model_option(1.0, NOT_MEGATRON, range=ABOVE_ZERO, needs=needs.ROPE_SCALING)
+    rope_scaling_factor: float = model_option(1.0, READERS, range=ABOVE_ZERO, needs=needs.ROPE_SCALING)
     """Factor by which they are stretched."""
-    rope_original_max_positions: int | None = model_option(
-        None, NOT_MEGATRON, range=POSITIVE, needs=needs.TRAINED_LENGTH
-    )
+    rope_original_max_positions: int | None = model_option(None, READERS, range=POSITIVE, needs=needs.TRAINED_LENGTH)
     """Length of the sequences that the model was trained on before."""
     rope_low_freq_factor: float = model_option(1.0, NOT_MEGATRON, range=ABOVE_ZERO, needs=needs.LLAMA3_ROPE)
     """llama3: angles that turn less often than this over the trained length are stretched whole."""
     rope_high_freq_factor: float = model_option(4.0, NOT_MEGATRON, range=ABOVE_ZERO, needs=needs.LLAMA3_ROPE)
     """llama3: angles that turn more often than this stay as they are."""
-    yarn_beta_fast: float = model_option(32.0, NOT_MEGATRON, range=ABOVE_ZERO, needs=needs.YARN)
+    yarn_beta_fast: float = model_option(32.0, READERS, range=ABOVE_ZERO, needs=needs.YARN)
     """YaRN: angles that turn more often than this over the trained length stay as they are."""
-    yarn_beta_slow: float = model_option(1.0, NOT_MEGATRON, range=ABOVE_ZERO, needs=needs.YARN)
+    yarn_beta_slow: float = model_option(1.0, READERS, range=ABOVE_ZERO, needs=needs.YARN)
     """YaRN: angles that turn less often than this are stretched whole."""
-    yarn_attention_factor: float | None = model_option(None, NOT_MEGATRON, range=ABOVE_ZERO, needs=needs.YARN)
+    yarn_attention_factor: float | None = model_option(None, READERS, range=ABOVE_ZERO, needs=needs.YARN)
     """YaRN: factor on rotated queries and keys. Derived if not given: 0.1 ln(factor) + 1."""
     normalization: Literal["LayerNorm", "RMSNorm"] = model_option("LayerNorm", READERS)
     """Kind of the normalisation layers."""
@@ -88,7 +86,7 @@ class ModelConfig:
     (OLMoE)."""
     clip_qkv: float | None = model_option(None, NOT_MEGATRON, range=ABOVE_ZERO)
     """c: queries, keys and values are cut to [-c, c], after their norms (OLMo)."""
-    attention_multiplier: float | None = model_option(None, NOT_MEGATRON, range=ABOVE_ZERO)
+    attention_multiplier: float | None = model_option(None, READERS, range=ABOVE_ZERO)
     """Factor on the products of queries and keys (Granite). Derived if not given: 1 / sqrt(size of a head's queries)."""
     embedding_multiplier: float = model_option(1.0, NOT_MEGATRON, range=ABOVE_ZERO)
     """Factor on token embeddings (Granite)."""
@@ -109,17 +107,17 @@ class ModelConfig:
     """c: attention scores s become c tanh(s / c)."""
     final_logit_softcapping: float | None = model_option(None, HERE_ALONE, range=ABOVE_ZERO)
     """The same of the output's logits."""
-    multi_latent_attention: bool = model_option(False, NOT_MEGATRON)
+    multi_latent_attention: bool = model_option(False, READERS)
     """Multi-head latent attention (DeepSeek-V2): keys and values of all heads from one small vector per token."""
-    q_lora_rank: int | None = model_option(None, NOT_MEGATRON, range=POSITIVE, needs=needs.LATENTS)
+    q_lora_rank: int | None = model_option(None, READERS, range=POSITIVE, needs=needs.LATENTS)
     """Size of the latent that queries are made from; queries are made from the residual stream if not given."""
-    kv_lora_rank: int = model_option(512, NOT_MEGATRON, range=POSITIVE, needs=needs.LATENTS)
+    kv_lora_rank: int = model_option(512, READERS, range=POSITIVE, needs=needs.LATENTS)
     """Size of the latent that keys and values are made from."""
-    qk_head_dim: int = model_option(128, NOT_MEGATRON, range=POSITIVE, needs=needs.LATENTS)
+    qk_head_dim: int = model_option(128, READERS, range=POSITIVE, needs=needs.LATENTS)
     """Channels of a head's queries and keys without positions."""
-    qk_pos_emb_head_dim: int = model_option(64, NOT_MEGATRON, range=POSITIVE, needs=needs.LATENTS)
+    qk_pos_emb_head_dim: int = model_option(64, READERS, range=POSITIVE, needs=needs.LATENTS)
     """Channels of queries, and of the key that all heads share, which are rotated."""
-    v_head_dim: int = model_option(128, NOT_MEGATRON, range=POSITIVE, needs=needs.LATENTS)
+    v_head_dim: int = model_option(128, READERS, range=POSITIVE, needs=needs.LATENTS)
     """Channels of a head's values."""
     init_method_std: float = model_option(0.02, READERS, range=ABOVE_ZERO, may_differ=True)
     """Standard deviation of initial weights; output projections use it divided by sqrt(2 * num_layers)."""

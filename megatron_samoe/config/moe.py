@@ -78,21 +78,19 @@ class MoEConfig:
     moe_router_expert_choice: bool = model_option(False, PLANNER, needs=needs.EXPERTS)
     """Let each expert choose the S * K / E tokens of a sequence that score it highest (Expert Choice). What it chooses depends
     on later tokens, so that such a model cannot generate text."""
-    moe_router_enable_expert_bias: bool = model_option(False, NOT_MEGATRON, needs=needs.EXPERTS)
+    moe_router_enable_expert_bias: bool = model_option(False, READERS, needs=needs.EXPERTS)
     """Choose experts by score + a bias of each expert, and weigh them by the score alone (DeepSeek-V3). After each step the
     bias of an expert with less than the mean load rises by --moe-router-bias-update-rate, that of one with more falls."""
     moe_router_bias_update_rate: float = model_option(
         1e-3, READERS, range=AT_LEAST_ZERO, needs=needs.EXPERT_BIAS, may_differ=True
     )
     """How far an expert's bias moves in a step."""
-    moe_router_num_groups: int | None = model_option(None, NOT_MEGATRON, range=POSITIVE, needs=needs.EXPERTS)
+    moe_router_num_groups: int | None = model_option(None, READERS, range=POSITIVE, needs=needs.EXPERTS)
     """Consecutive groups of experts, of which a token may use --moe-router-group-topk: those whose best K / group-topk
     experts have the largest sum of scores (DeepSeek-V3)."""
-    moe_router_group_topk: int | None = model_option(None, NOT_MEGATRON, range=POSITIVE, needs=needs.EXPERT_GROUPS)
+    moe_router_group_topk: int | None = model_option(None, READERS, range=POSITIVE, needs=needs.EXPERT_GROUPS)
     """Groups of experts that a token may use."""
-    moe_router_topk_scaling_factor: float | None = model_option(
-        None, NOT_MEGATRON, range=ABOVE_ZERO, needs=needs.EXPERTS
-    )
+    moe_router_topk_scaling_factor: float | None = model_option(None, READERS, range=ABOVE_ZERO, needs=needs.EXPERTS)
     """Factor on the chosen experts' weights; 1 if not given."""
     moe_router_pre_softmax: bool | None = model_option(None, READERS, needs=needs.EXPERTS)
     """Weigh experts by their score among all experts (Switch) rather than among the chosen (GShard). Derived if not

@@ -6,16 +6,13 @@ size passes through the memory of a few tensors.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping, to_mapping
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.derived import experts_per_layer, flag
@@ -24,9 +21,8 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import Source, written_options
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.config.validate import refuse_wrong_numbers, validate, without_idle_options
-from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor
-from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.layer_layout import LayerPlace, all_layers
 
 #: Names of one expert's tensors, in the order of reading that lets a bank be read once for all layers.
@@ -205,21 +201,3 @@ def uniform_fractions(num_experts: Sequence[int]) -> Tensor:
     for fractions_E, count in zip(fractions_LE, num_experts, strict=True):
         fractions_E[:count] = 1 / count
     return fractions_LE
-
-
-def open_checkpoint(load_dir: str | Path, ckpt_step: int | None = None) -> CheckpointReader:
-    """Returns the newest checkpoint of a folder of checkpoints, or the one whose own folder is given.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(load_dir)
-    if (path / store.TRAIN_STATE).is_file() and ckpt_step is None:
-        return CheckpointReader(path)
-    checkpoint = CheckpointConfig(load=str(path), ckpt_step=ckpt_step, exit_on_missing_checkpoint=True)
-    try:
-        directory = store.find_checkpoint(checkpoint)
-    except CheckpointError as error:  # in the words of these tools' flags
-        raise CheckpointError(re.sub("^--load ", "--load-dir ", str(error))) from None
-    assert directory is not None
-    return CheckpointReader(directory)

@@ -21,11 +21,12 @@ from megatron_samoe.convert.hf.export import plan_export, write_export
 from megatron_samoe.convert.hf.tokenizer_files import TOKENIZER, imported_tokenizer, tokenizer_files
 from megatron_samoe.convert.megatron.rank_files import folder_name
 from megatron_samoe.convert.output_folder import require_new, require_space
+from megatron_samoe.convert.precision import recast
 from megatron_samoe.convert.read_ahead import Progress, ReadAhead
-from megatron_samoe.convert.source import Source, recast
-from megatron_samoe.datasets.carried_tokenizer import read_files, with_carried
+from megatron_samoe.datasets.carried_tokenizer import read_files
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor, write_checkpoint
+from megatron_samoe.dist_checkpointing.opened import Opened
 from megatron_samoe.errors import CheckpointError, in_units
 
 #: A number of a layer or expert in a tensor's name; w1 and w2 are names.
@@ -70,7 +71,7 @@ class Conversion:
 
 
 def plan_hf(
-    source: Source, save_dir: Path, dtype: torch.dtype | None, with_tokenizer: bool, **options: Any
+    source: Opened, save_dir: Path, dtype: torch.dtype | None, with_tokenizer: bool, **options: Any
 ) -> Conversion:
     """Returns the plan of writing a Hugging Face folder.
 
@@ -83,8 +84,7 @@ def plan_hf(
         DataError: the tokenizer is not where the source says.
     """
     require_new(save_dir)
-    data = with_carried(source_config(source.tensors).data, source.directory)
-    tokenizer = tokenizer_files(data) if with_tokenizer else None
+    tokenizer = tokenizer_files(source.data) if with_tokenizer else None
     plan = plan_export(source.tensors, dtype=dtype, tokenizer=tokenizer, **options)
     family = plan.target.family
     lines = (*plan.target.why, *(tokenizer.notes if tokenizer else ("The folder has no tokenizer.",)))
@@ -94,7 +94,7 @@ def plan_hf(
     return Conversion(described, lines, plan.shards, partial(write_export, plan, save_dir), hint)
 
 
-def plan_gguf(source: Source, save_dir: Path, dtype: torch.dtype | None, with_tokenizer: bool) -> Conversion:
+def plan_gguf(source: Opened, save_dir: Path, dtype: torch.dtype | None, with_tokenizer: bool) -> Conversion:
     """Returns the plan of writing llama.cpp's file, model.gguf in a new folder.
 
     Raises:
@@ -103,15 +103,14 @@ def plan_gguf(source: Source, save_dir: Path, dtype: torch.dtype | None, with_to
         DataError: the tokenizer is not where the source says.
     """
     require_new(save_dir)
-    data = with_carried(source_config(source.tensors).data, source.directory)
-    plan = gguf_export.plan_export(source.tensors, data if with_tokenizer else None, dtype)
+    plan = gguf_export.plan_export(source.tensors, source.data if with_tokenizer else None, dtype)
     described = f"llama.cpp's architecture {plan.architecture.name} in {save_dir}/{gguf_export.FILE}"
     write = partial(gguf_export.write_export, plan, save_dir)
     return Conversion(described, plan.lines, {gguf_export.FILE: plan.stored}, write)
 
 
 def plan_megatron(
-    source: Source, save_dir: Path, dtype: torch.dtype | None, layout: megatron.MegatronLayout, release: bool
+    source: Opened, save_dir: Path, dtype: torch.dtype | None, layout: megatron.MegatronLayout, release: bool
 ) -> Conversion:
     """Returns the plan of writing Megatron-LM's per-rank files.
 
@@ -120,8 +119,8 @@ def plan_megatron(
         CheckpointError: the iteration is there already.
     """
     plan = megatron.plan_export(_recast(source.tensors, dtype), layout)
-    iteration = None if release else int(source.tensors.train_state.get("iteration", 0))
-    require_new(save_dir / ("release" if iteration is None else f"iter_{iteration:07d}"))
+    iteration, name = _iteration(source, release)
+    require_new(save_dir / name)
     pp, ep = plan.layout.pipeline_parallel, plan.layout.expert_parallel
     files = {
         folder_name(place, pp, ep): {t.part.name: t.stored for t in tensors} for place, tensors in plan.files.items()
@@ -133,7 +132,28 @@ def plan_megatron(
     return Conversion(described, plan.notes, files, partial(megatron.write_export, plan, save_dir, iteration))
 
 
-def plan_native(source: Source, save_dir: Path, dtype: torch.dtype | None, with_tokenizer: bool) -> Conversion:
+def plan_torch_dist(source: Opened, save_dir: Path, dtype: torch.dtype | None, release: bool) -> Conversion:
+    """Returns the plan of writing Megatron-LM's format torch_dist.
+
+    Raises:
+        ConfigError: Megatron has no such model.
+        CheckpointError: the iteration is there already.
+    """
+    plan = megatron.plan_dist_export(_recast(source.tensors, dtype))
+    iteration, name = _iteration(source, release)
+    require_new(save_dir / name)
+    described = f"Megatron-LM's format torch_dist in {save_dir}"
+    write = partial(megatron.write_dist_export, plan, save_dir, iteration)
+    return Conversion(described, plan.notes, {name: plan.stored}, write)
+
+
+def _iteration(source: Opened, release: bool) -> tuple[int | None, str]:
+    """Returns the iteration that Megatron's files are of, and the name of its folder."""
+    iteration = None if release else int(source.tensors.train_state.get("iteration", 0))
+    return iteration, "release" if iteration is None else f"iter_{iteration:07d}"
+
+
+def plan_native(source: Opened, save_dir: Path, dtype: torch.dtype | None, with_tokenizer: bool) -> Conversion:
     """Returns the plan of writing a checkpoint of this program.
 
     Raises:

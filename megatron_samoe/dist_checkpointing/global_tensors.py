@@ -15,10 +15,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.dist_checkpointing import saving, store
-from megatron_samoe.dist_checkpointing.file_storage import METADATA, read_metadata
 from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
 from megatron_samoe.dist_checkpointing.saved_tensor import read_saved_tensor
 from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor
+from megatron_samoe.dist_checkpointing.table_of_contents import METADATA, read_metadata
 from megatron_samoe.errors import CheckpointError, shown
 from megatron_samoe.parallel_state.state import single_process_state
 
@@ -77,20 +77,18 @@ class GlobalTensors(Protocol):
         """Returns a whole tensor on the CPU, and keeps no copy."""
 
 
-class CheckpointReader:
-    """A checkpoint of this program as global tensors, saved in any layout.
+class DistributedTensors:
+    """Tensors in a folder of torch.distributed.checkpoint, saved in any layout.
 
-    Args:
-        directory: of one checkpoint (`iter_NNNNNNN`).
+    Attributes:
+        tensors: descriptions by name.
 
     Raises:
-        CheckpointError: the folder is not a checkpoint of this program, is damaged, or has a newer format.
+        CheckpointError: its table of contents is missing, damaged, or names other classes than its own.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.config: Mapping[str, Any] = store.read_config(directory)
-        self.train_state: Mapping[str, Any] = store.read_train_state(directory)
         metadata = read_metadata(directory)
         self._stored = {
             name: entry
@@ -101,35 +99,39 @@ class CheckpointReader:
         self.tensors: Mapping[str, StoredTensor] = {
             name: StoredTensor(tuple(entry.size), entry.properties.dtype) for name, entry in self._stored.items()
         }
-        self._refuse_other_sizes()
-        self.attachments: Mapping[str, bytes] = store.attachments_of(directory)
 
-    def _refuse_other_sizes(self) -> None:
-        model, moe = self.config.get("model") or {}, self.config.get("moe") or {}
-        given = {name: model.get(name) for name in ("num_layers", "hidden_size")}
-        if moe.get("expert_layout", "dense") != "dense":
-            given["num_experts"] = moe.get("num_experts")
-        sizes = {name: size for name, size in given.items() if type(size) is int}
-        shapes = {name: stored.shape for name, stored in self.tensors.items()}
-        refuse_other_sizes(sizes, shapes, str(self.directory / store.CONFIG), "layers.")
-        vocab_size, words = self.train_state.get("vocab_size"), shapes.get("embedding.word.weight")
-        if words and vocab_size is not None and not vocab_size <= words[0]:
-            raise CheckpointError(
-                f"{self.directory / store.TRAIN_STATE} says vocab_size is {shown(vocab_size)}; there are {words[0]} embeddings."
-            )
+    def read(self, name: str, at: tuple[int, ...] = ()) -> Tensor:
+        """Returns a whole tensor, or the part of it at leading indices; only files that have some of it are read.
 
-    def read(self, name: str) -> Tensor:
-        """Returns a whole tensor; CheckpointError where its file is damaged or no tensor has that name."""
+        Raises:
+            CheckpointError: a file is damaged, or no tensor has that name.
+        """
         if name not in self._stored:
             raise CheckpointError(f"{self.directory} has no tensor {name}.")
-        stored = self._stored[name]
-        if len(stored.chunks) == 1 and stored.chunks[0].sizes == stored.size:
-            return self._read_chunk(name, stored.chunks[0])
-        whole = torch.empty(stored.size, dtype=stored.properties.dtype)
+        stored, depth, part = self._stored[name], len(at), None
         for chunk in stored.chunks:
-            place = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-            whole[place] = self._read_chunk(name, chunk)
-        return whole
+            inner = tuple(i - offset for i, offset in zip(at, chunk.offsets[:depth], strict=True))
+            if all(0 <= i < size for i, size in zip(inner, chunk.sizes[:depth], strict=True)):
+                taken = self._read_chunk(name, chunk)[inner]
+                if taken.shape == stored.size[depth:]:
+                    return taken
+                if part is None:
+                    part = torch.empty(stored.size[depth:], dtype=taken.dtype)
+                place = zip(chunk.offsets[depth:], chunk.sizes[depth:], strict=True)
+                part[tuple(slice(offset, offset + size) for offset, size in place)] = taken
+        return torch.empty(stored.size[depth:], dtype=stored.properties.dtype) if part is None else part
+
+    def read_object(self, name: str) -> bytes | None:
+        """Returns an object as it was saved, which runs no code; None where the folder has none of that name."""
+        place = self._places.get(MetadataIndex(name))
+        if place is None:
+            return None
+        try:
+            with open(self.directory / place.relative_path, "rb") as file:
+                file.seek(place.offset)
+                return file.read(place.length)
+        except OSError as error:
+            raise CheckpointError(f"{self.directory / place.relative_path} cannot be read: {error.strerror}.") from None
 
     def _read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
         place = self._places[MetadataIndex(name, chunk.offsets)]
@@ -146,6 +148,38 @@ class CheckpointReader:
                 f"place of {list(chunk.sizes)} {self.tensors[name].dtype}."
             )
         return tensor
+
+
+class CheckpointReader(DistributedTensors):
+    """A checkpoint of this program as global tensors, saved in any layout.
+
+    Args:
+        directory: of one checkpoint (`iter_NNNNNNN`).
+
+    Raises:
+        CheckpointError: the folder is not a checkpoint of this program, is damaged, or has a newer format.
+    """
+
+    def __init__(self, directory: Path):
+        self.config: Mapping[str, Any] = store.read_config(directory)
+        self.train_state: Mapping[str, Any] = store.read_train_state(directory)
+        super().__init__(directory)
+        self._refuse_other_sizes()
+        self.attachments: Mapping[str, bytes] = store.attachments_of(directory)
+
+    def _refuse_other_sizes(self) -> None:
+        model, moe = self.config.get("model") or {}, self.config.get("moe") or {}
+        given = {name: model.get(name) for name in ("num_layers", "hidden_size")}
+        if moe.get("expert_layout", "dense") != "dense":
+            given["num_experts"] = moe.get("num_experts")
+        sizes = {name: size for name, size in given.items() if type(size) is int}
+        shapes = {name: stored.shape for name, stored in self.tensors.items()}
+        refuse_other_sizes(sizes, shapes, str(self.directory / store.CONFIG), "layers.")
+        vocab_size, words = self.train_state.get("vocab_size"), shapes.get("embedding.word.weight")
+        if words and vocab_size is not None and not vocab_size <= words[0]:
+            raise CheckpointError(
+                f"{self.directory / store.TRAIN_STATE} says vocab_size is {shown(vocab_size)}; there are {words[0]} embeddings."
+            )
 
     def verify(self) -> list[str]:
         """Returns a line for each file that is missing, differs from what was written, or cannot be compared with it."""

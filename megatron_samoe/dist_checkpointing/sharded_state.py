@@ -6,6 +6,7 @@ reads whatever overlaps this rank's part, so the layout that saved does not matt
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +33,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_samoe.dist_checkpointing.file_storage import Reader, read_metadata
+from megatron_samoe.dist_checkpointing.file_storage import Reader
 from megatron_samoe.dist_checkpointing.streaming_writer import StreamingWriter
+from megatron_samoe.dist_checkpointing.table_of_contents import read_metadata
 from megatron_samoe.errors import CheckpointError, some
 from megatron_samoe.parallel_state.shard_spec import FlatSlice, ShardSpec, is_counted_here
 from megatron_samoe.parallel_state.state import ParallelState
@@ -69,29 +71,35 @@ class ShardedTensor:
 
 @dataclass(frozen=True)
 class UnreadTensor:
-    """A whole global tensor that is made just before it is written, and freed after."""
+    """A global tensor that is made just before it is written, and freed after.
+
+    Attributes:
+        at: leading indices, where it is a part of the global tensor.
+    """
 
     read: Callable[[], Tensor]
     global_shape: tuple[int, ...]
     dtype: torch.dtype
     is_owner: bool = True
+    at: tuple[int, ...] = ()
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Offset 0 in every dim."""
-        return (0,) * len(self.global_shape)
+        """Where the part begins in each dim."""
+        return (*self.at, *(0 for _ in self.global_shape[len(self.at) :]))
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """The place of the whole tensor."""
-        return ChunkStorageMetadata(torch.Size(self.offsets), torch.Size(self.global_shape))
+        """The place of the part in the global tensor."""
+        sizes = (*(1 for _ in self.at), *self.global_shape[len(self.at) :])
+        return ChunkStorageMetadata(torch.Size(self.offsets), torch.Size(sizes))
 
     @property
     def local(self) -> Tensor:
         """The tensor; each call makes a new one."""
         tensor = self.read()
-        assert tuple(tensor.shape) == self.global_shape and tensor.dtype == self.dtype
-        return tensor
+        assert tensor.shape == self.global_shape[len(self.at) :] and tensor.dtype == self.dtype
+        return tensor.reshape(self.chunk.sizes)
 
 
 #: The parts of each global tensor that this rank holds.
@@ -126,12 +134,12 @@ def sharded(
 class SavePlanner(DefaultSavePlanner):
     """Planner of writes: the parts that this rank owns."""
 
-    def __init__(self, state: WritableState):
+    def __init__(self, state: WritableState, objects: Mapping[str, bytes]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.sharded = state
+        self.sharded, self.objects = state, objects
 
     def create_local_plan(self) -> SavePlan:
-        """Returns one write item per owned part."""
+        """Returns one write item per owned part and per object."""
         items = [
             WriteItem(
                 index=MetadataIndex(name, torch.Size(t.offsets)),
@@ -146,11 +154,14 @@ class SavePlanner(DefaultSavePlanner):
             for t in parts
             if t.is_owner
         ]
+        items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self.objects]
         self.plan = SavePlan(items)
         return self.plan
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """Returns the tensor to write."""
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        """Returns what is to be written."""
+        if write_item.type == WriteItemType.BYTE_IO:
+            return io.BytesIO(self.objects[write_item.index.fqn])
         return next(
             t for t in self.sharded[write_item.index.fqn] if torch.Size(t.offsets) == write_item.index.offset
         ).local
@@ -208,13 +219,19 @@ def check_tensors(state: ShardedState, stored: Mapping[str, object]) -> None:
         raise CheckpointError(f"The checkpoint does not fit the model: {some(shaped)}.")
 
 
-def write_sharded(state: WritableState, directory: str, parallel: ParallelState) -> dict[str, str]:
-    """Writes a state into an existing folder and returns the digests of this rank's files; all ranks call it together."""
+def write_sharded(
+    state: WritableState, directory: str, parallel: ParallelState, objects: Mapping[str, bytes] | None = None
+) -> dict[str, str]:
+    """Writes a state into an existing folder and returns the digests of this rank's files; all ranks call it together.
+
+    Args:
+        objects: serialized values that this rank writes besides, by name.
+    """
     writer = StreamingWriter(directory)
     dcp.save(
         {},
         storage_writer=writer,
-        planner=SavePlanner(state),
+        planner=SavePlanner(state, objects or {}),
         process_group=parallel.world.handle,
         no_dist=parallel.world_size == 1,
     )

@@ -15,14 +15,15 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.saved import upgrade
-from megatron_samoe.dist_checkpointing.file_storage import MAX_METADATA_BYTES, digest_of, new_digest
+from megatron_samoe.dist_checkpointing.file_storage import digest_of, new_digest
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedState, read_sharded
+from megatron_samoe.dist_checkpointing.table_of_contents import MAX_METADATA_BYTES
 from megatron_samoe.errors import CheckpointError, shown, some
 from megatron_samoe.log import say_once
 from megatron_samoe.parallel_state.state import ParallelState
@@ -32,6 +33,14 @@ LATEST = "latest_checkpointed_iteration.txt"
 CONFIG, TRAIN_STATE = "config.yaml", "train_state.json"
 #: 2: files are digested by BLAKE3. Version 1 is read as well.
 FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class LoadWords:
+    """What the user of a caller calls what is loaded: in front of a folder, and the iteration."""
+
+    path: str = "--load "
+    step: str = "--ckpt-step"
 
 
 def iteration_dir(root: str | Path, iteration: int) -> Path:
@@ -116,11 +125,13 @@ def _has_checkpoint(folder: str) -> bool:
 def refuse_without_checkpoint(folder: str, flag: str) -> None:
     """Raises CheckpointError where a folder that a flag names has no checkpoint, saying what it has."""
     if not _has_checkpoint(folder):
-        _refuse_foreign(Path(folder), flag)
+        _refuse_foreign(Path(folder), LoadWords(f"{flag} "))
         raise CheckpointError(f"{flag} {folder} has no checkpoint.", collective=True)
 
 
-def find_checkpoint(config: CheckpointConfig, problems_of: Callable[[Path], list[str]] = lambda _: []) -> Path | None:
+def find_checkpoint(
+    config: CheckpointConfig, problems_of: Callable[[Path], list[str]] = lambda _: [], words: LoadWords = LoadWords()
+) -> Path | None:
     """Returns the folder that --load and --ckpt-step name; None where --load has no checkpoint.
 
     A damaged checkpoint is skipped for the next older one, with a warning, unless --ckpt-step asks for it.
@@ -128,6 +139,7 @@ def find_checkpoint(config: CheckpointConfig, problems_of: Callable[[Path], list
     Args:
         problems_of: returns what is wrong with the files of a checkpoint; if not given, only its description is
             checked.
+        words: what the user calls --load and --ckpt-step.
 
     Raises:
         CheckpointError: the asked iteration is missing or damaged, all checkpoints are damaged, or none is there with
@@ -142,11 +154,11 @@ def find_checkpoint(config: CheckpointConfig, problems_of: Callable[[Path], list
     _repair_if_possible(config.load)
     iterations = whole_iterations(config.load)
     if config.ckpt_step is not None and config.ckpt_step not in iterations:
-        raise CheckpointError(f"--ckpt-step {config.ckpt_step}: {config.load} has iterations {iterations or 'none'}.")
+        raise CheckpointError(f"{words.step} {config.ckpt_step}: {config.load} has iterations {iterations or 'none'}.")
     if not iterations:
-        _refuse_foreign(Path(config.load))
+        _refuse_foreign(Path(config.load), words)
         if config.exit_on_missing_checkpoint:
-            raise CheckpointError(f"--load {config.load} has no checkpoint.")
+            raise CheckpointError(f"{words.path}{config.load} has no checkpoint.")
         return None
     damaged: list[str] = []
     for iteration in _in_order_of_choice(config, iterations):
@@ -157,7 +169,7 @@ def find_checkpoint(config: CheckpointConfig, problems_of: Callable[[Path], list
                 say_once(f"{line} It is passed over; loading iteration {iteration}.")
             return directory
         damaged.append(f"{directory} is damaged: {'; '.join(problems[:3]).rstrip('.')}.")
-    hint = "Choose another with --ckpt-step." if config.ckpt_step is not None and len(iterations) > 1 else ""
+    hint = f"Choose another with {words.step}." if config.ckpt_step is not None and len(iterations) > 1 else ""
     raise CheckpointError(" ".join([*damaged[:3], hint]).strip(), collective=True)
 
 
@@ -190,10 +202,10 @@ def _read_latest(root: Path) -> int | None:
         return None
 
 
-def _refuse_foreign(root: Path, flag: str = "--load") -> None:
+def _refuse_foreign(root: Path, words: LoadWords = LoadWords()) -> None:
     """Raises CheckpointError where a folder to load from holds other things than checkpoints; an empty one passes."""
     if root.is_file():
-        raise CheckpointError(f"{flag} {root} is a file; it must be a folder of checkpoints.")
+        raise CheckpointError(f"{words.path}{root} is a file; it must be a folder of checkpoints.")
     if not root.is_dir():
         return
     entries = sorted(
@@ -201,16 +213,21 @@ def _refuse_foreign(root: Path, flag: str = "--load") -> None:
         for p in root.iterdir()
         if not re.fullmatch(r"\.iter_\d+\.(unfinished|replaced|deleted)|\..*\.tmp|\.lock|hangs|profile", p.name)
     )
+    refuse_above_runs(root, words)
+    if entries:
+        raise CheckpointError(
+            f"{words.path}{root} holds no checkpoint of this program, but {some(entries)}."
+            " Give another folder, or convert the checkpoint."
+        )
+
+
+def refuse_above_runs(root: Path, words: LoadWords) -> None:
+    """Raises CheckpointError naming the runs in a folder that has no checkpoint itself."""
     below = sorted(path for depth in ("*/", "*/*/") for path in root.glob(depth))
     runs = [str(p) for p in below if not re.match("checkpoints$|iter_", p.name) and _has_checkpoint(str(p))]
     if runs:
         raise CheckpointError(
-            f"{flag} {root} is a folder above runs and has no checkpoint itself: give one of {some(runs)}."
-        )
-    if entries:
-        raise CheckpointError(
-            f"{flag} {root} holds no checkpoint of this program, but {some(entries)}."
-            " Give another folder, or convert the checkpoint."
+            f"{words.path}{root} is a folder above runs and has no checkpoint itself: give one of {some(runs)}."
         )
 
 

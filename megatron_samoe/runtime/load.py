@@ -1,4 +1,4 @@
-"""The loading of a trained model from a checkpoint folder onto its ranks, ready to run."""
+"""The loading of a trained model from an opened folder onto its ranks, ready to run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
-from megatron_samoe.datasets.carried_tokenizer import with_carried
 from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
+from megatron_samoe.dist_checkpointing.opened import Opened
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
-from megatron_samoe.errors import ConfigError, DataError
+from megatron_samoe.errors import CheckpointError, ConfigError, DataError
 from megatron_samoe.models.rank_model import RankModel, build_model
 from megatron_samoe.parallel_state.parameter_tag import tag_of
 from megatron_samoe.parallel_state.state import ParallelState
@@ -39,43 +38,42 @@ class LoadedModel:
 
 
 def load_model(
-    load: str,
+    opened: Opened,
     parallel: ParallelState,
     layout: ParallelConfig | None = None,
-    ckpt_step: int | None = None,
     combine: bool = True,
     tokenizer_model: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> LoadedModel:
-    """Returns the model of the newest checkpoint in a folder, in this rank's layout.
+    """Returns the model of a folder that was opened, in this rank's layout; all ranks call it together.
 
     Args:
-        load: folder of a run, of checkpoints, or of one checkpoint.
         layout: of the ranks in `parallel`; one process if not given.
-        ckpt_step: iteration to load in place of the newest.
-        tokenizer_model: file of the tokenizer, in place of the one that the checkpoint carries or names.
         combine: combine a pool's experts, as the model's forward pass needs. False saves the memory of folded experts
             for an engine, which folds them itself or serves them on the fly or selected.
+        tokenizer_model: file of the tokenizer, in place of the one that the folder carries or names.
+        dtype: of the weights; as they are stored if not given.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged.
-        DataError: the checkpoint carries no tokenizer, and the one of training is not where it was.
+        CheckpointError: a file is damaged.
+        DataError: the folder carries no tokenizer, and the one of training is not where it was.
     """
-    wanted = CheckpointConfig(load=load, ckpt_step=ckpt_step, exit_on_missing_checkpoint=True)
-    directory = store.find_checkpoint(wanted, lambda d: store.damaged_files(d, parallel))
-    assert directory is not None
-    config = from_mapping(store.read_config(directory), str(directory / store.CONFIG))
+    directory = opened.directory
+    config = from_mapping(opened.tensors.config, f"the configuration of {directory}")
     # Only the model's part of the saved configuration counts here, on this run's ranks.
-    one_sequence = replace(config.training, micro_batch_size=1, global_batch_size=None)
-    config = replace(config, parallel=layout or ParallelConfig(), training=one_sequence, checkpoint=CheckpointConfig())
+    training = replace(config.training, micro_batch_size=1, global_batch_size=None)
+    if dtype is not None:
+        training = replace(training, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
+    config = replace(config, parallel=layout or ParallelConfig(), training=training, checkpoint=CheckpointConfig())
     validate(config, parallel.world_size)
-    tokenizer = _tokenizer(config.data, directory, tokenizer_model)
-    CheckpointReader(directory)  # refuses sizes that no tensor has, before a model has them
-    train_state = store.read_train_state(directory, ("vocab_size",))
+    tokenizer = _tokenizer(opened.data, tokenizer_model)
+    train_state = opened.tensors.train_state
+    if "vocab_size" not in train_state:
+        raise CheckpointError(f"{directory} does not say its vocab_size.", collective=True)
     store.refuse_parts(train_state, str(directory))
-    vocab_size = train_state["vocab_size"]
-    model = build_model(config, vocab_size, parallel)
+    model = build_model(config, train_state["vocab_size"], parallel)
     tensors = {n: sharded(p, tag_of(p).shard, parallel, tag_of(p).slice) for n, p in model.global_parameters().items()}
-    store.load_checkpoint(directory, tensors, parallel)
+    opened.load_into(tensors, parallel)
     model.eval().requires_grad_(False)
     if combine:
         with torch.no_grad():
@@ -85,8 +83,7 @@ def load_model(
     return LoadedModel(model, tokenizer, config, directory, pipeline)
 
 
-def _tokenizer(data: DataConfig, directory: Path, given: str | None) -> Tokenizer:
-    data = with_carried(data, directory)
+def _tokenizer(data: DataConfig, given: str | None) -> Tokenizer:
     if given is not None:
         if data.tokenizer_model is None:
             raise ConfigError(
@@ -99,6 +96,6 @@ def _tokenizer(data: DataConfig, directory: Path, given: str | None) -> Tokenize
         hint = (
             ""
             if given is not None
-            else " It was not saved with the checkpoint; --tokenizer-model says where it is now."
+            else " It was not saved with the model; --tokenizer-model (in Python tokenizer_model) says where it is now."
         )
         raise DataError(f"{error}{hint}") from None

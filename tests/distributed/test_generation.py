@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_samoe.config import CheckpointConfig, DataConfig, PretrainConfig
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.inference.kv_cache import PageTable, Span, make_batch, pages_for
 from megatron_samoe.inference.rank_runner import RankRunner
 from megatron_samoe.language_model import LanguageModel
@@ -48,7 +49,7 @@ def next_token_logits(loaded: LoadedModel, ids: list[int]) -> torch.Tensor:
 
 def run(folder: str, config: PretrainConfig) -> tuple[torch.Tensor, list[int], list[int]]:
     parallel = initialize_model_parallel(config.parallel)
-    loaded = load_model(folder, parallel, config.parallel)
+    loaded = load_model(open_folder(folder), parallel, config.parallel)
     logits_V = next_token_logits(loaded, PROMPT)
     greedy = LanguageModel(loaded).generate_ids(PROMPT, 20, temperature=0.0)
     return logits_V, greedy, LanguageModel(loaded).generate_ids(PROMPT, 8, temperature=1.0, top_k=20, seed=3)

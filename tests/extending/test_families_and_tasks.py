@@ -12,6 +12,7 @@ import torch
 
 from megatron_samoe.cli import evaluate
 from megatron_samoe.convert.hf import families
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
@@ -70,7 +71,7 @@ def test_a_family_of_another_package_goes_in_and_out(tmp_path: Path, tied: bool)
 
 @torch.no_grad()
 def logits(checkpoint: Path, ids_BS: torch.Tensor) -> torch.Tensor:
-    loaded = load_model(str(checkpoint), single_process_state())
+    loaded = load_model(open_folder(checkpoint), single_process_state())
     found, _ = loaded.model(ids_BS, ForwardContext(batch_size=len(ids_BS), training=False))
     return found.view(*ids_BS.shape, -1)[..., :VOCABULARY]
 

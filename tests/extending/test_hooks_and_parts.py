@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.config import CheckpointConfig, PretrainConfig
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.models.blueprint import ModelParts
 from megatron_samoe.moe.types import MoEStats, StatisticsLayout
@@ -154,7 +155,7 @@ def test_a_checkpoint_of_foreign_parts_is_for_the_program_that_has_them(tmp_path
         CheckpointError,
         match=r"parts from outside megatron_samoe \(router tests\.extending\.expert_choice\.ExpertChoiceRouter\)",
     ):
-        load_model(str(tmp_path / "c"), single_process_state())
+        load_model(open_folder(tmp_path / "c"), single_process_state())
 
 
 def test_a_balance_strategy_from_outside_keeps_nobody_from_running_a_model(
@@ -169,7 +170,7 @@ def test_a_balance_strategy_from_outside_keeps_nobody_from_running_a_model(
     assert "least load entropy" in line and "load balancing loss" not in line
     with pytest.raises(CheckpointError, match=r"parts from outside the package are .*EvenScores"):
         train_to(config, 2, None)
-    assert load_model(str(tmp_path / "c"), single_process_state()).config.moe.num_experts == 4
+    assert load_model(open_folder(tmp_path / "c"), single_process_state()).config.moe.num_experts == 4
 
 
 def test_parts_and_hooks_of_another_kind_are_refused() -> None:

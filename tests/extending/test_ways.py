@@ -15,9 +15,9 @@ from megatron_samoe.cli.generate import main as generate_main
 from megatron_samoe.cli.pretrain import main as pretrain_main
 from megatron_samoe.config.derived import sharing_map
 from megatron_samoe.config.sharing_map import GROUP, ways, written_map
-from megatron_samoe.convert.edited_model import open_checkpoint
 from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.inspect.sharing import described_sharing
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.run_summary import sharing_text
 from megatron_samoe.fit.surgery.pool import pool_moe
@@ -78,16 +78,16 @@ def test_it_goes_to_transformers_and_back(tmp_path: Path) -> None:
     assert model.model.expert_pool.near.down_proj.shape[0] == 3 * 4
     assert (their_logits(model, some_ids()) - ours.logits(some_ids())).abs().max() < 1e-4
     (folder / "megatron_samoe.json").unlink()
-    again = native(tmp_path / "again", open_checkpoint(converted(folder, tmp_path / "back")))
+    again = native(tmp_path / "again", open_folder(converted(folder, tmp_path / "back")).tensors)
     assert (again.logits(some_ids()) - ours.logits(some_ids())).abs().max() < 1e-5
 
 
 def test_it_is_folded_and_is_not_made_by_a_fit(tmp_path: Path) -> None:
     ours = native(tmp_path / "native", source())
-    folded = native(tmp_path / "folded", fold_shared(open_checkpoint(ours.root)))
+    folded = native(tmp_path / "folded", fold_shared(open_folder(ours.root).tensors))
     assert (folded.logits(some_ids()) - ours.logits(some_ids())).abs().max() < 1e-4
     with pytest.raises(ConfigError, match="must not have near, which is of another package"):
-        pool_moe(open_checkpoint(folded.root), 3, sharing="near")
+        pool_moe(open_folder(folded.root).tensors, 3, sharing="near")
 
 
 def test_it_is_planned_and_reported(tmp_path: Path) -> None:

@@ -66,8 +66,8 @@ def start(layout: Layout) -> None:
     model_parallel_cuda_manual_seed(1)
 
 
-def model_config(layout: Layout) -> Any:
-    """Returns the TransformerConfig of four layers of eight experts."""
+def model_config(layout: Layout, kind: Any = None) -> Any:
+    """Returns the TransformerConfig of four layers of eight experts, or a configuration of another class."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     options = {
@@ -79,7 +79,7 @@ def model_config(layout: Layout) -> Any:
         "masked_softmax_fusion": False, "gradient_accumulation_fusion": False, "apply_rope_fusion": False,
         "params_dtype": torch.float32, "pipeline_dtype": torch.float32, "batch_p2p_comm": False,
     }  # fmt: skip
-    return TransformerConfig(
+    return (kind or TransformerConfig)(
         **{**options, **layout.options},
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, sequence_parallel=layout.tp > 1,
         virtual_pipeline_model_parallel_size=layout.chunks if layout.chunks > 1 else None,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_samoe.config import CheckpointConfig, DataConfig
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import Request, TokenEvent
 from megatron_samoe.inference.sampling import SamplingOptions
@@ -45,7 +46,7 @@ def save_tiny(folder: Path, experts: str = "samoe", **options: Any) -> Path:
 
 def load_tiny(folder: Path) -> LoadedModel:
     """Returns the model of `save_tiny`, in this process."""
-    return load_model(str(folder), single_process_state())
+    return load_model(open_folder(folder), single_process_state())
 
 
 class SlowEngine(Engine):

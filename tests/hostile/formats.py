@@ -60,6 +60,14 @@ def _megatron(folder: Path) -> None:
     write_export(plan_export(source, MegatronLayout(1, 1, 1)), folder / "megatron", 7, lambda _: None)
 
 
+def _torch_dist(folder: Path) -> None:
+    from megatron_samoe.convert.megatron import plan_dist_export, write_dist_export
+    from tests.harness.tiny import tiny_config
+    from tests.unit.convert.memory_source import new_source
+
+    write_dist_export(plan_dist_export(new_source(tiny_config("moe", num_layers=2))), folder / "torch_dist", 7)
+
+
 def _tokenizers(folder: Path) -> None:
     from megatron_samoe.datasets.train_tokenizer import train_byte_bpe, train_sentencepiece
 
@@ -97,7 +105,7 @@ def _dataset(folder: Path) -> None:
 
 #: Writes sound files into a folder.
 MAKERS: dict[str, Callable[[Path], None]] = {
-    "native": _native, "megatron": _megatron, "safetensors": _hugging_face, "hf": _sharded, "pickled": _pickled,
+    "native": _native, "megatron": _megatron, "torch_dist": _torch_dist, "safetensors": _hugging_face, "hf": _sharded, "pickled": _pickled,
     "tokenizers": _tokenizers, "parquet": _parquet, "jsonl": _jsonl, "yaml": _yaml, "dataset": _dataset,
 }  # fmt: skip
 #: Sizes that a file does not choose, since work may be as large as they say.
@@ -158,6 +166,7 @@ def _tokenizer(path: Path) -> None:
 
 
 _OURS = (*_of_model("run", "hf", "megatron"), GENERATE + "--prompt Emma", "load {in}/run", f"pretrain {MODEL}")
+_DIST = (*_of_model("torch_dist", "hf", "native"), "load {in}/torch_dist")
 _MEGATRON, _HF = _of_model("megatron", "hf", "native"), _of_model("hf", "native", "megatron", "gguf", "hf")
 _TABLES = (BYTES, BYTES + " --on-bad-input skip", BYTES + " --executor process --workers 1",
            "train-tokenizer --type byte-bpe --vocab-size 300 --output-prefix {out}/made --input {file}")  # fmt: skip
@@ -177,6 +186,10 @@ VICTIMS = (
     Victim("native", "run/latest*", ANY | TEXT, _OURS),
     Victim("megatron", "megatron/iter_*/*/*.pt", ANY | changes.TORCH, _MEGATRON),
     Victim("megatron", "megatron/latest*", ANY | TEXT, _MEGATRON),
+    Victim("torch_dist", "torch_dist/iter_*/common.pt", ANY | changes.PICKLE | changes.TORCH, _DIST),
+    Victim("torch_dist", "torch_dist/iter_*/.metadata", ANY | changes.PICKLE, _DIST),
+    Victim("torch_dist", "torch_dist/iter_*/metadata.json", ANY | TEXT | JSON, _DIST),
+    Victim("torch_dist", "torch_dist/iter_*/*.distcp", _NO_HOLES, _DIST),
     Victim("safetensors", "hf/model.safetensors", ANY | changes.SAFETENSORS, _HF, _safetensors),
     Victim("hf", "hf/config.json", ANY | TEXT | JSON, _HF),
     Victim("hf", "hf/*.index.json", ANY | TEXT | JSON, _HF),

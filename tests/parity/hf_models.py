@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_samoe.cli import convert
 from megatron_samoe.config.cli import to_mapping
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.language_model import LanguageModel
 from megatron_samoe.models.layer_layout import all_layers
@@ -85,7 +86,7 @@ class Native:
 def native(root: Path, source: MemorySource) -> Native:
     """Returns a source as a checkpoint on disk, loaded as users load it."""
     write_checkpoint(root, 7, source)
-    return Native(root, source, load_model(str(root), single_process_state()))
+    return Native(root, source, load_model(open_folder(root), single_process_state()))
 
 
 def run(*arguments: object) -> tuple[int, str, str]:

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from megatron_samoe.convert.edited_model import open_checkpoint
 from megatron_samoe.convert.hf.families.samoe import _older_parts
 from megatron_samoe.convert.hf.source import HFSource
+from megatron_samoe.convert.opener import open_folder
 from tests.parity.hf_models import converted, native, random_source, some_ids, their_logits, theirs, transformers
 
 pytestmark = pytest.mark.parity
@@ -181,6 +181,6 @@ def test_a_folder_with_the_names_of_version_0_1_is_read(case: str, folders: dict
             (folder / path.name).write_bytes(path.read_bytes())
     save_file(older, folder / "model.safetensors")
     assert not set(load_file(folder / "model.safetensors")) & set(source.folder.tensors) - {"lm_head.weight"}
-    reader = open_checkpoint(converted(folder, tmp_path / "back"))
+    reader = open_folder(converted(folder, tmp_path / "back")).tensors
     for name in source.native.tensors:
         assert torch.equal(reader.read(name), source.read(name)), name

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import load_model
@@ -90,7 +91,7 @@ def made(case: str, **changes: Any) -> Any:
 
 def our_logits(root: Path, ids_BS: torch.Tensor) -> torch.Tensor:
     """Returns logits [B, S, V] of an imported checkpoint."""
-    model = load_model(str(root), single_process_state()).model
+    model = load_model(open_folder(root), single_process_state()).model
     with torch.no_grad():
         result, _ = model(ids_BS, ForwardContext(batch_size=len(ids_BS), training=False))
     return result.view(*ids_BS.shape, -1)[..., :VOCABULARY]

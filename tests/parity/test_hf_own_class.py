@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_samoe.config.model import ModelConfig
-from megatron_samoe.convert.edited_model import open_checkpoint
 from megatron_samoe.convert.hf.families.samoe import _RARE_MODEL_ENTRIES
 from megatron_samoe.convert.hf.remote_code.configuration_samoe import DEFAULTS, SamoeConfig
+from megatron_samoe.convert.opener import open_folder
 from tests.harness.pairs import first_by_day
 from tests.parity.hf_models import converted, exported, native, some_ids, their_logits, theirs
 
@@ -52,7 +52,7 @@ def test_it_gives_our_logits_and_text_and_its_config_tells_the_model(case: str, 
     ours, folder, model = exported("moe", CASES[case], tmp_path, "--to", "hf", tolerance=1e-4)
     assert type(model).__name__ == "SamoeForCausalLM" and model.model.expert_pool is not None
     (folder / "megatron_samoe.json").unlink()
-    reader = open_checkpoint(converted(folder, tmp_path / "back"))
+    reader = open_folder(converted(folder, tmp_path / "back")).tensors
     options = {name: value for name, value in CASES[case].items() if hasattr(ModelConfig, name)}
     assert {name: reader.config["model"][name] for name in options} == options
     again = native(tmp_path / "again", reader)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import load_model
@@ -97,7 +98,7 @@ def test_a_drawn_model_gives_its_logits_and_comes_back(seed: int, tmp_path: Path
     if dtype == torch.float32:
         ids_BS = torch.randint(0, options["vocab_size"], (2, 30))
         expected = their_logits(model, ids_BS)
-        ours = load_model(str(root), single_process_state()).model
+        ours = load_model(open_folder(root), single_process_state()).model
         logits, _ = ours(ids_BS, ForwardContext(batch_size=2, training=False))
         found = logits.view(*ids_BS.shape, -1)[..., : options["vocab_size"]]
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), (name, options)

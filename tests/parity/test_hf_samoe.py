@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_samoe.convert.edited_model import open_checkpoint
+from megatron_samoe.convert.opener import open_folder
 from tests.parity.hf_models import (
     Native,
     converted,
@@ -44,7 +44,7 @@ def test_our_class_gives_our_logits_and_text_and_comes_back(case: str, tmp_path:
     layout, options = CASES[case]
     ours, folder, model = exported(layout, options, tmp_path, "--to", "hf", tolerance=1e-5)
     assert type(model).__name__ == "SamoeForCausalLM" and type(model).__module__.startswith("transformers_modules.")
-    reader = open_checkpoint(converted(folder, tmp_path / "back"))
+    reader = open_folder(converted(folder, tmp_path / "back")).tensors
     for name, tensor in ours.source.weights.items():
         assert name.startswith("optimizer.") or torch.equal(reader.read(name), tensor), name
 
@@ -83,7 +83,7 @@ def test_automodel_saves_and_loads(pooled: tuple[Native, Path], tmp_path: Path) 
     config = transformers.AutoConfig.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     fresh = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()
     assert their_logits(fresh, ids_BS).isfinite().all() and fresh.num_parameters() == model.num_parameters()
-    reader = open_checkpoint(converted(tmp_path / "saved", tmp_path / "back"))
+    reader = open_folder(converted(tmp_path / "saved", tmp_path / "back")).tensors
     assert torch.equal(reader.read("expert_pool.bank.w1"), ours.source.weights["expert_pool.bank.w1"])
 
 

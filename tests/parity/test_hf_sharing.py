@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_samoe.convert.edited_model import open_checkpoint
+from megatron_samoe.convert.opener import open_folder
 from tests.harness.pairs import first_by_day
 from tests.parity.hf_models import Native, converted, native, random_source, run, some_ids, their_logits, theirs
 
@@ -77,7 +77,7 @@ def test_our_class_gives_our_logits_and_comes_back(case: str, tmp_path: Path) ->
     assert packed <= {"experts" if case in PACKED else "unlike_experts"}
     sets = {name.split(".")[3] for name, _ in model.named_parameters() if ".sets." in name}
     assert sets == {str(s.number) for s in ours.loaded.model.sources if s.way.in_sets}
-    reader = open_checkpoint(converted(folder, tmp_path / "back"))
+    reader = open_folder(converted(folder, tmp_path / "back")).tensors
     names = {name for name in ours.source.weights if not name.startswith("optimizer.")}
     assert set(reader.tensors) == names
     for name in names:
@@ -89,7 +89,7 @@ def test_our_class_gives_our_logits_and_comes_back(case: str, tmp_path: Path) ->
 def test_its_config_tells_the_model_without_ours(case: str, tmp_path: Path) -> None:
     ours, folder = exported(CASES[case], tmp_path, "--to", "hf", "--hf-model-type", "samoe")
     (folder / "megatron_samoe.json").unlink()
-    back = native(tmp_path / "again", open_checkpoint(converted(folder, tmp_path / "back")))
+    back = native(tmp_path / "again", open_folder(converted(folder, tmp_path / "back")).tensors)
     assert_same_logits(back.logits(some_ids()), ours.logits(some_ids()))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_samoe.convert.edited_model import open_checkpoint
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from tests.harness.pairs import first_by_day
 from tests.parity.hf_models import (
@@ -89,9 +89,9 @@ def test_stock_classes_give_our_logits_and_text_and_come_back(case: str, tmp_pat
         assert auto["architectures"] == [architecture]
     assert type(model).__name__ == (architecture if asked is None else "OlmoeForCausalLM")
     back = converted(folder, tmp_path / "back")
-    reader = open_checkpoint(back)
+    reader = open_folder(back).tensors
     assert_same_tensors(reader, ours.source.weights)
-    original = open_checkpoint(ours.root)
+    original = open_folder(ours.root).tensors
     assert reader.config == original.config
     volatile = ("digests", "digest", "optimizer_steps")
     assert {k: v for k, v in reader.train_state.items() if k not in volatile} == {
@@ -121,7 +121,7 @@ def test_bf16_checkpoints_come_back_bit_for_bit(layout: str, tmp_path: Path) -> 
     assert (folder / "model.safetensors.index.json").is_file()
     model = theirs(folder)
     assert model.dtype == torch.bfloat16 and model.config.eos_token_id == 256
-    assert_same_tensors(open_checkpoint(converted(folder, tmp_path / "back")), source.weights)
+    assert_same_tensors(open_folder(converted(folder, tmp_path / "back")).tensors, source.weights)
 
 
 def test_another_precision_is_that_of_rounding(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_another_precision_is_that_of_rounding(tmp_path: Path) -> None:
     assert all(t.dtype == torch.bfloat16 for t in state.values())
     expected = source.weights["layers.1.attention.output.weight"].bfloat16()
     assert torch.equal(state["model.layers.1.self_attn.o_proj.weight"], expected)
-    reader = open_checkpoint(converted(folder, tmp_path / "back", "--dtype", "fp32"))
+    reader = open_folder(converted(folder, tmp_path / "back", "--dtype", "fp32")).tensors
     assert torch.equal(reader.read("layers.1.attention.output.weight"), expected.float())
     assert not reader.config["training"]["bf16"]
 
@@ -153,7 +153,7 @@ def test_what_transformers_saves_again_comes_back_too(tmp_path: Path) -> None:
     source = random_source("moe", **MOE)
     folder = converted(native(tmp_path / "native", source).root, tmp_path / "hf", "--to", "hf")
     theirs(folder).save_pretrained(tmp_path / "again", max_shard_size="50KB")
-    reader = open_checkpoint(converted(tmp_path / "again", tmp_path / "back"))
+    reader = open_folder(converted(tmp_path / "again", tmp_path / "back")).tensors
     for name in source.weights:
         if not name.startswith("training."):
             assert torch.equal(reader.read(name)[:257], source.weights[name][:257]), name
@@ -182,6 +182,6 @@ def test_transformers_balances_a_layer_as_we_train_it(options: dict[str, Any], t
     expected = [p.grad for name, p in model.named_parameters() if name.endswith(ROUTERS)]
     assert len(expected) == 1
     (folder / "megatron_samoe.json").unlink()  # or an import would take what it remembers
-    read = open_checkpoint(converted(folder, tmp_path / "back"))
+    read = open_folder(converted(folder, tmp_path / "back")).tensors
     for ours in (source, read):
         torch.testing.assert_close(router_gradients(ours, batch), expected, rtol=1e-3, atol=1e-5)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.zero_shot.items import Document, Item
 from megatron_samoe.evaluation.zero_shot.lm_eval_adapter import harness_model, run_harness
@@ -207,7 +208,11 @@ def test_made_up_rows(task: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(not DATA, reason="MEGATRON_SAMOE_EVAL_DATA names no folder with the real data sets")
 @pytest.mark.parametrize("task, name", [("boolq", "boolq_val"), ("piqa", "piqa_val"), ("lambada", "lambada_openai")])
 def test_real_files(task: str, name: str, tmp_path: Path) -> None:
-    loaded = load_model(MODEL, single_process_state()) if MODEL else loaded_model("samoe", "llama", seq_length=1024)
+    loaded = (
+        load_model(open_folder(MODEL), single_process_state())
+        if MODEL
+        else loaded_model("samoe", "llama", seq_length=1024)
+    )
     result = compare(task, real_rows(task, name), Path(DATA), tmp_path, loaded)
     print(f"{task}: {result.num_items} items agree")
 

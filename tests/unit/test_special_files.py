@@ -20,8 +20,8 @@ from megatron_samoe.datasets.blends import read_blend_yaml
 from megatron_samoe.datasets.preprocess.inputs import find_inputs
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.datasets.tokenizer import build_tokenizer
-from megatron_samoe.dist_checkpointing.file_storage import read_metadata
 from megatron_samoe.dist_checkpointing.store import read_train_state
+from megatron_samoe.dist_checkpointing.table_of_contents import read_metadata
 from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.evaluation.zero_shot.data_files import read_text
 from megatron_samoe.evaluation.zero_shot.task import load_task

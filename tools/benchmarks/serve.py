@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import Request
@@ -65,7 +66,7 @@ class Serve(Benchmark):
 
 def expected_texts(load: str, wanted: list[Wanted]) -> tuple[dict[Wanted, str], int]:
     """Returns what an engine that has one request at a time makes of each (prompt, max_tokens), and its context."""
-    loaded = load_model(load, single_process_state())
+    loaded = load_model(open_folder(load), single_process_state())
     engine, found = Engine(loaded, max_batch=1), {}
     for prompt, max_tokens in wanted:
         engine.submit(Request(loaded.tokenizer.encode(prompt), SamplingOptions(max_tokens, temperature=0.0)))

@@ -66,6 +66,7 @@ def never(*_: int) -> Spec:
 
 def ours(spec: Spec) -> tuple[Spec, Measure]:
     """The engine of this package over a checkpoint."""
+    from megatron_samoe.convert.opener import open_folder
     from megatron_samoe.errors import ConfigError
     from megatron_samoe.inference import Engine, Request, SamplingOptions, load_model
     from megatron_samoe.inference.single_runner import SingleRunner
@@ -74,7 +75,7 @@ def ours(spec: Spec) -> tuple[Spec, Measure]:
 
     backend.set_num_threads(spec["threads"])
     before_mb = resident_mb()
-    loaded = load_model(spec["checkpoint"], single_process_state(), combine=False)
+    loaded = load_model(open_folder(spec["checkpoint"]), single_process_state(), combine=False)
     context = min(loaded.config.model.max_positions, spec["context"])
     try:
         engine = Engine(loaded, max_batch=spec["max_batch"], max_tokens=spec["max_batch"] * context,

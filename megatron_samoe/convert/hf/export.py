@@ -25,7 +25,8 @@ from megatron_samoe.convert.hf.tokenizer_files import TokenizerFiles
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.convert.output_folder import new_folder, require_space
 from megatron_samoe.convert.read_ahead import Progress, ReadAhead
-from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor, name_of
+from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor, name_of
+from megatron_samoe.dist_checkpointing.opened import Opened
 from megatron_samoe.dist_checkpointing.store import refuse_parts
 from megatron_samoe.errors import CheckpointError
 
@@ -39,9 +40,9 @@ def native_model(source: GlobalTensors) -> NativeModel:
     return NativeModel(source_config(source), vocab_size)
 
 
-def refuse_other_tensors(source: CheckpointReader) -> None:
-    """Raises CheckpointError where a checkpoint's model is not the one of its configuration."""
-    problems = differences(source)
+def refuse_other_tensors(source: Opened) -> None:
+    """Raises CheckpointError where a folder's model is not the one of its configuration."""
+    problems = differences(source.tensors)
     if problems:
         raise CheckpointError(f"{source.directory} is damaged: {problems[0]}{' (and more)' if problems[1:] else ''}.")
 

@@ -14,6 +14,7 @@ from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import refuse_excess
+from megatron_samoe.convert.megatron.latents import read_latents, written_latents
 from megatron_samoe.errors import CheckpointError, ConfigError, shown
 from megatron_samoe.parsing import finite_float
 
@@ -21,22 +22,19 @@ TOKENIZERS = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenize
 #: Arguments under which Megatron computes something that our model does not, with the values that are harmless.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
-        "apply_layernorm_1p rotary_interleaved use_rope_scaling multi_latent_attention squared_relu quick_geglu "
-        "moe_router_enable_expert_bias attention_output_gate qk_l2_norm is_hybrid_model "
+        "apply_layernorm_1p rotary_interleaved use_rope_scaling squared_relu quick_geglu attention_output_gate qk_l2_norm is_hybrid_model "
         "apply_residual_connection_post_layernorm moe_apply_probs_on_input layernorm_zero_centered_gamma "
         "moe_router_force_load_balancing heterogeneous_block_specs fp8_param fp4_param use_kitchen".split(),
         (False, None),
     ),
     **dict.fromkeys(
-        "window_size moe_router_num_groups moe_latent_size heterogeneous_layers_config_path experimental_attention_variant "
-        "no_rope_freq activation_func_clamp_value softmax_scale linear_attention_freq mrope_section moe_router_group_topk "
+        "window_size moe_latent_size heterogeneous_layers_config_path experimental_attention_variant "
+        "no_rope_freq activation_func_clamp_value softmax_scale linear_attention_freq mrope_section "
         "moe_router_topk_limited_devices spec quant_recipe window_attn_skip_freq dsa_indexer_topk".split(),
         (None,),
     ),
     "rotary_seq_len_interpolation_factor": (None, 1),
     "mtp_num_layers": (None, 0),
-    "rope_type": ("rope", None),
-    "moe_router_topk_scaling_factor": (None, 1.0),
     "softmax_type": ("vanilla-softmax", "vanilla", None),
     "add_position_embedding": (True, None),
     "glu_linear_offset": (0.0, None),
@@ -75,9 +73,23 @@ _SAME_OF_MOE = (
     "moe_aux_loss_coeff",
     "moe_shared_expert_intermediate_size",
     "moe_shared_expert_gate",
+    "moe_router_enable_expert_bias",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
 )
 #: More of them, which are not written as they are.
 _READ_OF_MOE = ("moe_expert_capacity_factor", "moe_token_drop_policy", "moe_z_loss_coeff", "moe_input_jitter_eps")
+#: Arguments of this program's plug-in, whose layers share experts in Megatron-Core.
+_OF_SHARING = (
+    "expert_sharing",
+    "num_expert_banks",
+    "num_expert_sets",
+    "untied_ends",
+    "samoe_combine",
+    "samoe_granularity",
+    "samoe_normalization",
+)
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 _TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 
@@ -116,6 +128,7 @@ def to_arguments(config: PretrainConfig, vocab_size: int, padded: int) -> argpar
     }
     if moe.expert_layout != "dense":
         values |= _moe_arguments(config)
+    values |= written_latents(model)
     return argparse.Namespace(**values)
 
 
@@ -188,6 +201,10 @@ def from_arguments(args: argparse.Namespace, where: str) -> PretrainConfig:
             "hidden_dropout": get("hidden_dropout", 0.0),
         }
     )
+    if get("multi_latent_attention", False):
+        model = read_latents(model, get, where)
+    elif get("rope_type", "rope") != "rope":
+        raise CheckpointError(f"{where}: rope_type is {get('rope_type')!r}, which is read with latent attention only.")
     model = _with_derived_sizes(model)
     data = DataConfig(mock_data=True)
     if get("tokenizer_type") in TOKENIZERS:
@@ -229,6 +246,7 @@ def _moe_config(get: Any, model: ModelConfig, where: str) -> MoEConfig:
     sigmoid = get("moe_router_score_function", "softmax") == "sigmoid"
     pre_softmax = bool(get("moe_router_pre_softmax", False)) and not (sigmoid and topk > 1)
     balancing = get("moe_router_load_balancing_type", "aux_loss")
+    balancing = balancing[0] if isinstance(balancing, list) and len(balancing) == 1 else balancing
     if balancing not in ("aux_loss", "seq_aux_loss", "none"):
         raise CheckpointError(
             f"{where}: moe_router_load_balancing_type is {balancing!r}; this model has aux_loss, seq_aux_loss and none."
@@ -240,6 +258,8 @@ def _moe_config(get: Any, model: ModelConfig, where: str) -> MoEConfig:
         options["moe_aux_loss_group_size"] = get("micro_batch_size")
     if not options["moe_expert_capacity_factor"]:
         del options["moe_token_drop_policy"]
+    if get("expert_sharing", "none") != "none":
+        options |= {name: get(name) for name in _OF_SHARING if get(name) is not None}
     return MoEConfig(
         **options
         | {

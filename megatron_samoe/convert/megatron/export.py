@@ -84,26 +84,42 @@ def plan_export(source: GlobalTensors, layout: MegatronLayout) -> ExportPlan:
     Raises:
         ConfigError: Megatron has no such model, or the layout does not divide it.
     """
+    source, config, notes = folded_for_megatron(source)
+    vocab_size = int(source.train_state["vocab_size"])
+    layout = layout.for_model(config)
+    check_layout(config, layout)
+    divisor = config.model.make_vocab_size_divisible_by * layout.tensor_parallel
+    padded = padded_vocab_size(vocab_size, divisor)
+    arguments = vars(to_arguments(config, vocab_size, padded)) | layout_arguments(source, config, layout)
+    files = _planned(source, config, layout, padded)
+    return ExportPlan(source, layout, arguments, files, padded, notes + notes_of(config, vocab_size, padded))
+
+
+def folded_for_megatron(source: GlobalTensors) -> tuple[GlobalTensors, PretrainConfig, tuple[str, ...]]:
+    """Returns a model as Megatron can have it, its configuration, and lines on what changes.
+
+    Raises:
+        ConfigError: Megatron has no such model.
+    """
     notes: tuple[str, ...] = ()
     config = from_mapping(source.config, "the checkpoint's config.yaml")
     if config.moe.shares_experts:
         source = fold_shared(source)
         config = from_mapping(source.config, "the folded model")
         notes = ("Megatron's layers share no experts: the model is folded into a plain MoE.",)
-    vocab_size = int(source.train_state["vocab_size"])
     refuse_unknown(config, "megatron", "Megatron's checkpoints")
     refuse_parts(source.train_state, "The checkpoint")
-    layout = layout.for_model(config)
-    check_layout(config, layout)
-    divisor = config.model.make_vocab_size_divisible_by * layout.tensor_parallel
-    padded = padded_vocab_size(vocab_size, divisor)
-    arguments = vars(to_arguments(config, vocab_size, padded)) | _layout_arguments(source, config, layout)
-    files = _planned(source, config, layout, padded)
+    return source, config, notes
+
+
+def notes_of(config: PretrainConfig, vocab_size: int, padded: int) -> tuple[str, ...]:
+    """Returns lines on what Megatron computes otherwise."""
+    notes: tuple[str, ...] = ()
     if not config.model.swiglu:
         notes += ("GELU here is its tanh form, which Megatron computes with --bias-gelu-fusion only.",)
     if padded > vocab_size:
         notes += (f"Megatron's softmax counts the {padded - vocab_size} rows of padding; here they take no part.",)
-    return ExportPlan(source, layout, arguments, files, padded, notes)
+    return notes
 
 
 def check_layout(config: PretrainConfig, layout: MegatronLayout) -> None:
@@ -144,11 +160,16 @@ def check_layout(config: PretrainConfig, layout: MegatronLayout) -> None:
         raise ConfigError("--target-expert-parallel-size", ep, "must be 1 for a dense model")
     if moe.expert_layout != "dense" and moe.most_experts % ep:
         raise ConfigError("--target-expert-parallel-size", ep, f"must divide --num-experts {moe.num_experts}")
+    if model.multi_latent_attention and layout.style.transformer_impl == "local" and tp > 1:
+        raise ConfigError(
+            "--target-tensor-parallel-size", tp, "must be 1 with latent attention and --transformer-impl local"
+        )
     if layout.style.experts == "legacy_grouped" and has_bias:
         raise ConfigError("experts", "legacy_grouped", "needs --disable-bias-linear: Megatron's GroupedMLP has no bias")
 
 
-def _layout_arguments(source: GlobalTensors, config: PretrainConfig, layout: MegatronLayout) -> dict[str, Any]:
+def layout_arguments(source: GlobalTensors, config: PretrainConfig, layout: MegatronLayout) -> dict[str, Any]:
+    """Returns the arguments of a layout and of a run's progress."""
     tp, ep, state = layout.tensor_parallel, layout.expert_parallel, source.train_state
     vpp, per_stage = layout.virtual_pipeline, config.model.num_layers // layout.pipeline_parallel
     return {
@@ -202,13 +223,13 @@ def _planned(
         stored, layer = source.tensors[name], layer_of(name)
         shape = (padded, *stored.shape[1:]) if name in VOCABULARY else stored.shape
         stage, chunk, number = homes.get(layer, first if name.startswith("embedding.") else last)
-        parts = slices_of(name, shape, number, is_moe.get(layer or 0, False), layout)
+        parts = slices_of(name, shape, number, is_moe.get(layer or 0, False), layout, config.model)
         add(parts, stage, chunk, stored.dtype)
         if name.endswith(".moe.router.weight") and not config.model.disable_bias_linear:
             key = parts[0].name.replace("weight", "bias")
             add([Constant(key, (config.moe.most_experts,), 0.0, "")], stage, chunk, stored.dtype)
         if name == VOCABULARY[0] and not config.model.untie_embeddings_and_output_weights and pp > 1:
-            tied = slices_of(VOCABULARY[1], shape, None, False, layout)
+            tied = slices_of(VOCABULARY[1], shape, None, False, layout, config.model)
             add([replace(part, native=name) for part in tied], *last[:2], stored.dtype)
     return files
 
@@ -231,10 +252,15 @@ def write_export(
         for stage in range(plan.layout.pipeline_parallel):
             places = [place for place in plan.files if place.pp == stage]
             _write_stage(plan, folder, places, iteration or 0, progress)
+    track(root, iteration)
+    return root / name
+
+
+def track(root: Path, iteration: int | None) -> None:
+    """Names the iteration in Megatron's tracker file."""
     tracker = root / f".{LATEST}.tmp"
     tracker.write_text("release" if iteration is None else str(iteration))
     os.replace(tracker, root / LATEST)
-    return root / name
 
 
 def _write_stage(
@@ -255,7 +281,7 @@ def _write_stage(
                 native = "" if isinstance(tensor.part, Constant) else tensor.part.native
                 wanted.setdefault(native, []).append((file, promise, tensor))
         for native, wishes in wanted.items():
-            whole = _with_rows(plan.source.read(native), native, plan.padded_vocab_size) if native else torch.empty(0)
+            whole = with_rows(plan.source.read(native), native, plan.padded_vocab_size) if native else torch.empty(0)
             for file, promise, tensor in wishes:
                 part = tensor.part
                 made = part.take(whole) if isinstance(part, Slice) else torch.zeros(part.shape, dtype=tensor.dtype)
@@ -289,7 +315,7 @@ def _has_extra_state(key: str) -> bool:
     return ".linear_" in key or key == "output_layer.weight"
 
 
-def _with_rows(tensor: Tensor, name: str, num_rows: int) -> Tensor:
+def with_rows(tensor: Tensor, name: str, num_rows: int) -> Tensor:
     """Returns a vocabulary's tensor with zero rows appended up to Megatron's rounding."""
     if name not in VOCABULARY or tensor.shape[0] >= num_rows:
         return tensor

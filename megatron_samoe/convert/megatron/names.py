@@ -14,11 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.convert.hf.parts import Part, matrix, vector
+from megatron_samoe.convert.hf.parts import Part, in_pairs, matrix, vector, whole
 from megatron_samoe.convert.megatron.rank_files import RankPlace
 
 ExpertStyle = Literal["grouped", "sequential", "legacy_grouped"]
+#: How torch_dist names them as well: all of a layer's in one tensor; or lent by the plug-in, under our names.
+StoredStyle = Literal[ExpertStyle, "stacked", "lent"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,11 @@ class MegatronStyle:
     """
 
     transformer_impl: Literal["transformer_engine", "local"] = "transformer_engine"
-    experts: ExpertStyle = "grouped"
+    experts: StoredStyle = "grouped"
+
+
+#: The names that a checkpoint is read by, whichever module kept a norm or an expert.
+LOCAL = MegatronStyle("local", "sequential")
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,15 @@ _OUTER = {
 }
 #: By our module in a layer: theirs, and these dims of the weight and of the bias.
 _MODULES: dict[str, tuple[str, int | None, int | None]] = {
+    "attention_norm": ("input_layernorm.{}", None, None),
+    "mlp_norm": ("pre_mlp_layernorm.{}", None, None),
     "attention.q_norm": ("self_attention.q_layernorm.{}", None, None),
     "attention.k_norm": ("self_attention.k_layernorm.{}", None, None),
+    "attention.kv_norm": ("self_attention.kv_layernorm.{}", None, None),
+    "attention.q_down": ("self_attention.linear_q_down_proj.{}", None, None),
+    "attention.q_up": ("self_attention.linear_q_up_proj.{}", 0, None),
+    "attention.kv_down": ("self_attention.linear_kv_down_proj.{}", None, None),
+    "attention.kv_up": ("self_attention.linear_kv_up_proj.{}", 0, None),
     "attention.qkv": ("self_attention.linear_qkv.{}", 0, 0),
     "attention.output": ("self_attention.linear_proj.{}", -1, None),
     "mlp.fc1": ("mlp.linear_fc1.{}", -2, -1),
@@ -111,7 +125,7 @@ _MODULES: dict[str, tuple[str, int | None, int | None]] = {
 
 
 def slices_of(
-    name: str, shape: tuple[int, ...], layer: int | None, is_moe: bool, layout: MegatronLayout
+    name: str, shape: tuple[int, ...], layer: int | None, is_moe: bool, layout: MegatronLayout, model: ModelConfig
 ) -> list[Slice]:
     """Returns what one of our tensors is on the ranks of a layout.
 
@@ -119,15 +133,24 @@ def slices_of(
         shape: of the tensor that the slices are views of.
         layer: the number that its layer has in the files.
         is_moe: whether its layer has experts.
+        model: whose tensor it is.
     """
     style, tp, etp = layout.style, layout.tensor_parallel, layout.etp
     if name in _OUTER:
         return _over_ranks(name, shape, *_OUTER[name], tp)
+    if style.experts == "lent" and _is_lent(name):
+        return [Slice(name, name, whole, shape)]
     module, _, leaf = name.split(".", 2)[2].rpartition(".")
     prefix = f"decoder.layers.{layer}."
     if module != "moe.experts":
-        theirs, of_weight, of_bias = _module(module, is_moe, style)
-        return _over_ranks(name, shape, prefix + theirs.format(leaf), of_bias if leaf == "bias" else of_weight, tp)
+        theirs, of_weight, of_bias = _MODULES[module]
+        key = _in_modules_of(style, theirs.format(leaf), is_moe, model)
+        if model.multi_latent_attention and module in ("attention.q_up", "attention.kv_down"):
+            order = in_pairs(model.qk_head_dim if of_weight == 0 else model.kv_lora_rank, model.qk_pos_emb_head_dim)
+            index = () if of_weight == 0 else None
+            parts = _over_ranks(name, shape, prefix + key, of_weight, tp, index=index)
+            return [replace(part, order=order) for part in parts]
+        return _over_ranks(name, shape, prefix + key, of_bias if leaf == "bias" else of_weight, tp)
     kind, number = "weight" if leaf[0] == "w" else "bias", leaf[1]
     _, of_weight, of_bias = _MODULES[f"mlp.fc{number}"]
     dim, per_rank = of_bias if kind == "bias" else of_weight, shape[0] // layout.expert_parallel
@@ -137,6 +160,8 @@ def slices_of(
         assert kind == "weight", "legacy grouped experts have no bias"
         runs = [slice(begin, begin + per_rank) for begin in range(0, shape[0], per_rank)]
         found = [(f"weight{number}", rank, run) for rank, run in enumerate(runs)]
+    elif style.experts == "stacked":
+        return [Slice(f"{prefix}mlp.experts.experts.linear_fc{number}.{kind}", name, whole, stacked(shape, kind))]
     else:
         form = "linear_fc{}.{}{}" if style.experts == "grouped" else "local_experts.{2}.linear_fc{0}.{1}"
         found = [(form.format(number, kind, e % per_rank), e // per_rank, e) for e in range(shape[0])]
@@ -147,14 +172,36 @@ def slices_of(
     ]
 
 
-def _module(module: str, is_moe: bool, style: MegatronStyle) -> tuple[str, int | None, int | None]:
-    is_fused = style.transformer_impl == "transformer_engine"
-    if module == "attention_norm":
-        return "self_attention.linear_qkv.layer_norm_{}" if is_fused else "input_layernorm.{}", None, None
-    if module == "mlp_norm":
-        # The norm before experts stands alone, since router and experts share its result.
-        return "mlp.linear_fc1.layer_norm_{}" if is_fused and not is_moe else "pre_mlp_layernorm.{}", None, None
-    return _MODULES[module]
+#: Norms by the module that may keep them, and alone.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+    "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
+    "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
+}
+
+
+def _in_modules_of(style: MegatronStyle, key: str, is_moe: bool, model: ModelConfig) -> str:
+    """Returns a key of a layer as the modules of a style have it."""
+    latent = model.multi_latent_attention
+    if key == "self_attention.linear_q_up_proj.weight" and model.q_lora_rank is None:
+        return "self_attention.linear_q_proj.weight"
+    for fused, alone in FUSED_NORMS.items() if style.transformer_impl == "transformer_engine" else ():
+        # The norm before experts, and before projections to latents, stands alone: several modules share its result.
+        shared = is_moe if "mlp" in fused else latent == ("qkv" in fused)
+        if key.startswith(alone) and not shared:
+            return fused + key.removeprefix(alone)
+    return key
+
+
+def _is_lent(name: str) -> bool:
+    """Whether a tensor is one of those that the plug-in for Megatron-Core keeps: of a pool, or of a layer's experts."""
+    return name.startswith("expert_pool.") or ".moe.experts." in name or name.endswith(".moe.combination")
+
+
+def stacked(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
+    """Returns the shape of all experts' matrices or biases in one tensor."""
+    return (shape[0], *(vector if kind == "bias" else matrix)(torch.Size(shape[1:])))
 
 
 def _over_ranks(
@@ -164,18 +211,18 @@ def _over_ranks(
     dim: int | None,
     size: int,
     ep: int | None = None,
-    index: int | slice | tuple[()] = (),
+    index: int | slice | tuple[()] | None = (),
 ) -> list[Slice]:
     """Returns one of Megatron's tensors on the tensor-parallel ranks that share it.
 
     Args:
         dim: that they share, None if all hold it whole, and `size` how many they are.
-        index: of its expert in ours, or of experts that it holds each transposed.
+        index: of its expert in ours, or of experts that it holds each transposed; None for one more dim before ours.
     """
     is_stacked = isinstance(index, slice)
 
-    def view(whole: Tensor, rank: int) -> Tensor:
-        own = whole[index] if dim is None else whole[index].tensor_split(size, dim)[rank]
+    def view(complete: Tensor, rank: int) -> Tensor:
+        own = complete[index] if dim is None else complete[index].tensor_split(size, dim)[rank]
         return own.movedim(-1, 1) if is_stacked else own
 
     parts = []

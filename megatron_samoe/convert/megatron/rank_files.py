@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import re
 import zipfile
 from contextlib import ExitStack
@@ -16,10 +17,13 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from megatron_samoe.dist_checkpointing.saved_tensor import is_plain, refuse_packed, refuse_repacked, why_not_loaded
 from megatron_samoe.dist_checkpointing.store import LATEST
+from megatron_samoe.dist_checkpointing.table_of_contents import Inert
 from megatron_samoe.errors import CheckpointError, shown
 from megatron_samoe.parsing import read_file
 
 FILE_NAME = "model_optim_rng.pt"
+#: The file that a checkpoint of format torch_dist has.
+DISTRIBUTED = "metadata.json"
 #: The layout of query, key and value that all of Megatron-core's versions write.
 CHECKPOINT_VERSION = 3.0
 
@@ -37,16 +41,6 @@ _NUMPY = (
     (np_multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
     (np_multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
 )
-
-
-class _Inert:
-    """Stands for an object that is passed over: it takes any arguments and does nothing."""
-
-    def __init__(self, *args: Any):
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        """Forgets the state."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,7 @@ def find_iteration(root: Path, ckpt_step: int | None = None) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if rank_folders(root):
+    if is_iteration(root):
         return root
     if ckpt_step is not None:
         name = f"iter_{ckpt_step:07d}"
@@ -88,11 +82,14 @@ def find_iteration(root: Path, ckpt_step: int | None = None) -> Path:
         if text != "release" and not re.fullmatch(r"[0-9]{1,18}", text):
             raise CheckpointError(f"{root / LATEST} is damaged: it holds {text[:40]!r}.")
         name = text if text == "release" else f"iter_{int(text):07d}"
-    if not rank_folders(root / name):
-        distributed = (root / name / "metadata.json").exists() or (root / name / ".metadata").exists()
-        hint = " It is of format torch_dist; save it with --ckpt-format torch." if distributed else ""
-        raise CheckpointError(f"{root / name} has no mp_rank_*/{FILE_NAME}.{hint}")
+    if not is_iteration(root / name):
+        raise CheckpointError(f"{root / name} has no mp_rank_*/{FILE_NAME}, and no {DISTRIBUTED} of format torch_dist.")
     return root / name
+
+
+def is_iteration(directory: Path) -> bool:
+    """Returns whether a folder is one iteration, of either format."""
+    return bool(rank_folders(directory)) or (directory / DISTRIBUTED).is_file()
 
 
 def rank_folders(directory: Path) -> list[Path]:
@@ -122,15 +119,7 @@ def load_rank_file(folder: Path) -> dict[str, Any]:
         CheckpointError: it is damaged, of an old format, or names code that is not needed to read it.
     """
     path = folder / FILE_NAME
-    with ExitStack() as stack:
-        try:
-            refuse_packed(path)
-            own = [name for name in get_unsafe_globals_in_checkpoint(path) if name.startswith("megatron.")]
-            known: list[Any] = [argparse.Namespace, *_NUMPY, *((_Inert, name) for name in (*_INERT, *own))]
-            stack.enter_context(torch.serialization.safe_globals(known))
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises many kinds
-            raise CheckpointError(f"{path} cannot be read: {why_not_loaded(error, path)}.") from None
+    content = load_plain(path, path)
     tensors = (
         [value for model in content.values() if isinstance(model, dict) for value in model.values() if is_plain(value)]
         if isinstance(content, dict)
@@ -148,3 +137,27 @@ def load_rank_file(folder: Path) -> dict[str, Any]:
             f"{path} has checkpoint_version {shown(version)}; this program reads {CHECKPOINT_VERSION}."
         )
     return content
+
+
+def load_plain(file: Path | io.BytesIO, where: Path) -> Any:
+    """Returns what torch.save wrote, with arguments of Megatron's, and with its classes replaced by ones that do nothing.
+
+    Args:
+        file: a path, whose tensors are mapped; or its bytes.
+        where: the path, for messages.
+
+    Raises:
+        CheckpointError: it is damaged, or names code that is not needed to read it.
+    """
+    with ExitStack() as stack:
+        try:
+            refuse_packed(file)
+            rewind = lambda: file.seek(0) if isinstance(file, io.BytesIO) else None  # noqa: E731
+            rewind()
+            own = [name for name in get_unsafe_globals_in_checkpoint(file) if name.startswith("megatron.")]
+            rewind()
+            known: list[Any] = [argparse.Namespace, *_NUMPY, *((Inert, name) for name in (*_INERT, *own))]
+            stack.enter_context(torch.serialization.safe_globals(known))
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=isinstance(file, Path))
+        except Exception as error:  # torch raises many kinds
+            raise CheckpointError(f"{where} cannot be read: {why_not_loaded(error, where)}.") from None

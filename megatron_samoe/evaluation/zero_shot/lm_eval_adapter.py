@@ -1,6 +1,6 @@
 """A model as lm-evaluation-harness sees one, so that any of its tasks can be run on it.
 
-    model = harness_model(load_model("runs/x/checkpoints", single_process_state()))
+    model = harness_model(load_model(open_folder("runs/x"), single_process_state()))
     lm_eval.simple_evaluate(model=model, tasks=["lambada_openai"])
 
 The harness (extra `eval`) is imported when a model is made, not before.

@@ -15,11 +15,13 @@ import torch
 
 from megatron_samoe.config.derived import num_moe_layers
 from megatron_samoe.config.sharing_map import Source, parse_sharing, word_of
-from megatron_samoe.convert.edited_model import EditedModel, open_checkpoint, with_sharing
+from megatron_samoe.convert.edited_model import EditedModel, with_sharing
+from megatron_samoe.convert.formats import NATIVE
 from megatron_samoe.convert.layer_experts import LayerExperts
-from megatron_samoe.datasets.carried_tokenizer import with_carried
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.datasets.tokenizer import tokenizer_of
-from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
+from megatron_samoe.dist_checkpointing.opened import Opened
+from megatron_samoe.dist_checkpointing.store import LoadWords
 from megatron_samoe.errors import ConfigError, in_units
 from megatron_samoe.fit.calibration import LayerCalibration, calibrate, calibration_bytes, output_sums
 from megatron_samoe.fit.compress import baselines
@@ -28,7 +30,7 @@ from megatron_samoe.fit.compress.fitting import fit_bytes, fit_inputs, fit_outpu
 from megatron_samoe.fit.compress.judge import Verdict, losses
 from megatron_samoe.fit.compress.options import CompressOptions, plan_of, refuse_options, texts
 from megatron_samoe.fit.compress.sharing_plan import SharingPlan, chosen_map, sets_in_budget
-from megatron_samoe.fit.compress.stage_folder import BEGIN, StageFolder
+from megatron_samoe.fit.compress.stage_folder import BEGIN, IMPORTED, StageFolder
 from megatron_samoe.fit.matching import MatchedLayer, best_numbering, in_order
 from megatron_samoe.fit.numbering import Numbering
 from megatron_samoe.fit.shared_model import FittedGroup, SharedGroup, renumbered_model, shared_groups, shared_model
@@ -55,15 +57,20 @@ class Compression:
 
     def __init__(self, options: CompressOptions):
         self.options = options
-        self.source = open_checkpoint(options.load_dir, options.ckpt_step)
+        opened = open_folder(options.load_dir, options.ckpt_step)
+        self.source, self.directory = opened.model, opened.directory
         self.config = require_compressible(self.source)
         self.num_layers = num_moe_layers(self.config)
-        tokenizer = tokenizer_of(with_carried(self.config.data, self.source.directory))
+        tokenizer = tokenizer_of(opened.data)
         self.texts = texts(options, self.config, int(self.source.train_state["vocab_size"]), tokenizer)
         refuse_options(options, self.layer_bytes, self.num_layers)
         self.folder = StageFolder(Path(options.save_dir))
-        begun = {"load_dir": str(self.source.directory.resolve())}
+        begun = {"load_dir": str(self.directory.resolve())}
         self.folder.stage(BEGIN, begun, lambda: {})
+        if opened.kind != NATIVE:  # healing trains from checkpoints
+            self.folder.stage(IMPORTED, begun, self._import)
+            opened = self.folder.model(IMPORTED)
+            self.source, self.directory = opened.model, opened.directory
 
     @property
     def layer_bytes(self) -> int:
@@ -74,15 +81,23 @@ class Compression:
         """Returns where each MoE layer's experts come from."""
         return parse_sharing(plan.sharing, self.num_layers)
 
+    def _import(self) -> JsonObject:
+        self.folder.write_model(IMPORTED, self.source)
+        return {}
+
     def _model(self, folder: str | Path) -> RankModel:
-        return load_model(str(folder), single_process_state()).model
+        return load_model(open_folder(folder), single_process_state()).model
 
     def require_teacher(self, folder: str) -> None:
         """Raises ConfigError where a model was trained with another tokenizer than the one that is compressed."""
-        teacher = open_checkpoint(folder)
+        teacher = open_folder(folder, words=LoadWords("--teacher "))
+        if teacher.kind != NATIVE:
+            raise ConfigError(
+                "--teacher", folder, f"is {teacher.described}; it must be a run: convert it with megatron-samoe convert"
+            )
         own, other = (
             (m.train_state.get("vocab_size"), {n: b for n, b in m.attachments.items() if "tokenizer" in n})
-            for m in (self.source, teacher)
+            for m in (self.source, teacher.tensors)
         )
         if own != other:
             raise ConfigError(
@@ -109,7 +124,7 @@ class Compression:
 
     def _calibrate(self) -> JsonObject:
         self._state_memory()
-        model = self._model(self.source.directory)
+        model = self._model(self.directory)
         found = calibrate(model, self.texts.calibration, self.options.num_samples, self.options.seed)
         self.folder.write_tensors("calibration", [vars(layer) for layer in found])
         least = min(int(layer.tokens_E.min()) for layer in found)
@@ -197,7 +212,7 @@ class Compression:
         """Returns the MoE layers that share, by what they share."""
         return shared_groups(self.sources(self.plan), self.plan.num_banks)
 
-    def matched(self) -> CheckpointReader:
+    def matched(self) -> Opened:
         """Returns the original in a common numbering, which computes the same."""
         self.folder.stage("matched", self._plan_settings(), self._match)
         return self.folder.model("matched")
@@ -223,7 +238,7 @@ class Compression:
 
     # 3. Fit
 
-    def fitted(self) -> CheckpointReader:
+    def fitted(self) -> Opened:
         """Returns the compressed model, not healed."""
         self.matched()
         self.folder.stage("fitted", self._fit_settings(), self._fit)
@@ -257,7 +272,7 @@ class Compression:
             samoe_normalization="none",
         )
         config = with_sharing(replace(self.config, moe=moe), sources)
-        self.folder.write_model("fitted", shared_model(matched, config, sources, fitted))
+        self.folder.write_model("fitted", shared_model(matched.model, config, sources, fitted))
         return {"lost_of_layer": _losses(fitted)}
 
     # 4. What to compare with
@@ -275,7 +290,7 @@ class Compression:
         except ConfigError as error:
             logger.info(f"others: no blind model: {error}")
         try:
-            kept = baselines.experts_in_budget(self.source, expert_bytes(self.fitted()))
+            kept = baselines.experts_in_budget(self.source, expert_bytes(self.fitted().model))
         except ConfigError as error:
             logger.info(f"others: neither pruned nor merged: {error}")
             return {"models": models, "experts": None}
@@ -291,7 +306,7 @@ class Compression:
 
     def folder_of(self, model: str) -> Path:
         """Returns the checkpoint of the original, or of a stage's model."""
-        return self.source.directory if model == "original" else self.folder.model(model).directory
+        return self.directory if model == "original" else self.folder.model(model).directory
 
     # 5. Judge
 
@@ -313,19 +328,19 @@ class Compression:
             # Each verdict is a stage of its own: healed models come later.
             def work(name: str = name, folder: Path = folder) -> JsonObject:
                 nonlocal original
-                original = original or self._model(self.source.directory)
+                original = original or self._model(self.directory)
                 model = original if name == "original" else self._model(folder)
                 loss, divergence = losses(original, model, self.texts.judged)
                 return Verdict(name, self._bytes(name, folder), loss, divergence).to_json()
 
-            which = settings | ({"healed": str(open_checkpoint(folder).directory)} if name in healed else {})
+            which = settings | ({"healed": str(open_folder(folder).directory)} if name in healed else {})
             verdicts.append(Verdict(**self.folder.stage(f"judged-{name}", which, work)))
         return verdicts
 
     def _bytes(self, name: str, folder: Path) -> int:
         if name == "merged":  # clusters are counted once
-            return expert_bytes(self.folder.model("pruned"))
-        return expert_bytes(open_checkpoint(folder))
+            return expert_bytes(self.folder.model("pruned").model)
+        return expert_bytes(open_folder(folder).model)
 
 
 def _losses(fitted: Sequence[FittedGroup]) -> JsonObject:

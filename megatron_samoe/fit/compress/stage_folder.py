@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from megatron_samoe.convert.edited_model import open_checkpoint
-from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, write_checkpoint
+from megatron_samoe.convert.opener import open_folder
+from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
+from megatron_samoe.dist_checkpointing.opened import Opened
 from megatron_samoe.dist_checkpointing.saving import fsync_dir
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.log import logger
@@ -20,6 +21,8 @@ from megatron_samoe.parsing import JsonObject, parse_json
 
 #: The stage that marks a folder as one of a compression.
 BEGIN = "compress"
+#: The stage that writes a model of another program as a checkpoint.
+IMPORTED = "imported"
 
 
 class StageFolder:
@@ -95,9 +98,9 @@ class StageFolder:
         (self.root / name).mkdir()
         write_checkpoint(self.root / name, int(model.train_state.get("iteration", 0)), model)
 
-    def model(self, name: str) -> CheckpointReader:
-        """Returns the checkpoint of a stage."""
-        return open_checkpoint(self.root / name)
+    def model(self, name: str) -> Opened:
+        """Returns the model of a stage."""
+        return open_folder(self.root / name)
 
     def _file(self, name: str) -> Path:
         return self.root / f"{name}.json"

@@ -16,9 +16,9 @@ import torch
 import yaml
 
 from megatron_samoe.cli import convert
-from megatron_samoe.convert.edited_model import open_checkpoint
 from megatron_samoe.convert.hf import export
 from megatron_samoe.convert.megatron import MegatronReader
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.convert.read_ahead import ReadAhead
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
 from megatron_samoe.errors import CheckpointError
@@ -74,14 +74,14 @@ def test_families_are_found_out(made: SimpleNamespace, run: Run, tmp_path: Path)
     result = run("--load-dir", made.hf, "--save-dir", tmp_path / "a")
     assert result.status == 0 and f"From a Hugging Face folder in {made.hf}." in result.out
     assert f"To a checkpoint of this program in {tmp_path / 'a' / 'iter_0000007'}." in result.out
-    assert_same(open_checkpoint(tmp_path / "a"), made.source)
+    assert_same(open_folder(tmp_path / "a").tensors, made.source)
     result = run("--load-dir", made.megatron, "--save-dir", tmp_path / "b")
     assert "From a checkpoint of Megatron-LM (format torch)" in result.out
     result = run(
         "--load-dir", tmp_path / "b" / "iter_0000007", "--save-dir", tmp_path / "c", "--target-tensor-parallel-size", 2
     )
     assert "Megatron-LM's format torch" in result.out and "tensor 2, pipeline 1, expert 1" in result.out
-    assert_same(MegatronReader(tmp_path / "c"), open_checkpoint(tmp_path / "b"))
+    assert_same(MegatronReader(tmp_path / "c"), open_folder(tmp_path / "b").tensors)
     result = run("--load-dir", made.native, "--save-dir", tmp_path / "d", "--hf-model-type", "mixtral")
     assert "MixtralForCausalLM" in result.out and "mixtral was asked for" in result.out
     assert "Its optimizer state (" in result.out and "(0 " not in result.out
@@ -126,7 +126,7 @@ def test_shards_are_as_large_as_asked_for(made: SimpleNamespace, run: Run, tmp_p
     ("options", "message"),
     [
         (["--load-dir", "{root}/nowhere"], "is not there; it must be a checkpoint of this program"),
-        (["--load-dir", "{root}"], "holds hf, megatron, native; it must be"),
+        (["--load-dir", "{root}"], "is a folder above runs and has no checkpoint itself: give one of"),
         (["--load-dir", "{hf}/config.json"], "is a file; it must be"),
         (["--load-dir", "{native}"], "--to = 'auto': this program's checkpoints load in any layout as they are"),
         (["--load-dir", "{native}", "--to", "native"], "the source is one already"),
@@ -297,7 +297,7 @@ def test_what_an_export_remembers_counts_only_for_its_own_model(
     edited_json(folder / "config.json", rotary_base=500.0)
     result = run("--load-dir", folder, "--save-dir", tmp_path / "a")
     assert "megatron_samoe.json describes another model than config.json, which is followed." in result.out
-    reader = open_checkpoint(tmp_path / "a")
+    reader = open_folder(tmp_path / "a").tensors
     assert reader.config["model"]["rotary_base"] == 500.0 and reader.train_state["iteration"] == 0
     for content in ("{}", json.dumps({"version": 1, "config": {"modell": {}}, "train_state": {"vocab_size": 9}})):
         (folder / "megatron_samoe.json").write_text(content)
@@ -315,7 +315,7 @@ def test_a_missing_tensor_of_ours_is_named(made: SimpleNamespace) -> None:
 
 def test_other_precisions_keep_what_training_keeps(made: SimpleNamespace, run: Run, tmp_path: Path) -> None:
     assert run("--load-dir", made.hf, "--save-dir", tmp_path / "native", "--dtype", "bf16").status == 0
-    reader = open_checkpoint(tmp_path / "native")
+    reader = open_folder(tmp_path / "native").tensors
     config = yaml.safe_load((reader.directory / "config.yaml").read_text())
     assert config["training"]["bf16"]
     assert reader.tensors["layers.0.attention.qkv.weight"].dtype == torch.bfloat16

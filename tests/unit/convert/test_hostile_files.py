@@ -36,8 +36,8 @@ from megatron_samoe.convert.megatron import MegatronLayout, plan_export, write_e
 from megatron_samoe.convert.megatron.arguments import from_arguments
 from megatron_samoe.convert.megatron.reader import MegatronReader
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.dist_checkpointing.file_storage import METADATA, read_metadata
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
+from megatron_samoe.dist_checkpointing.table_of_contents import METADATA, read_metadata
 from megatron_samoe.errors import MegatronSamoeError
 from tests.harness.tiny import tiny_config
 from tests.hostile.changes import ODD, changed

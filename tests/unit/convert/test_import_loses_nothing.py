@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_samoe.cli import convert
-from megatron_samoe.convert.edited_model import open_checkpoint
 from megatron_samoe.convert.hf.source import HFSource
 from megatron_samoe.convert.megatron import MegatronReader
 from megatron_samoe.convert.megatron.rank_files import FILE_NAME
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.errors import CheckpointError, MegatronSamoeError
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
@@ -53,7 +53,7 @@ def to_bf16(tensors: dict[str, torch.Tensor], keep: str = "nothing") -> None:
 )
 def test_a_bf16_embedding_does_not_round_wider_weights(wide: str, native: str, tmp_path: Path) -> None:
     source = HFSource(hf_folder(tmp_path, lambda tensors: to_bf16(tensors, keep=wide)))
-    original = open_checkpoint(tmp_path / "native")
+    original = open_folder(tmp_path / "native").tensors
     assert not source.native.config.training.bf16
     assert "several precisions" in source.notes[0] and "of float32" in source.notes[0]
     assert torch.equal(source.read(native), original.read(native))
@@ -71,7 +71,7 @@ def test_asking_for_fp32_keeps_every_bit(tmp_path: Path) -> None:
     folder = hf_folder(tmp_path, lambda tensors: to_bf16(tensors, keep="down_proj"))
     arguments = ["--load-dir", str(folder), "--save-dir", str(tmp_path / "back"), "--dtype", "fp32"]
     assert convert.main(arguments) == 0
-    back, original = open_checkpoint(tmp_path / "back"), open_checkpoint(tmp_path / "native")
+    back, original = open_folder(tmp_path / "back").tensors, open_folder(tmp_path / "native").tensors
     name = "layers.0.mlp.fc2.weight"
     assert back.tensors[name].dtype == torch.float32 and torch.equal(back.read(name), original.read(name))
 
@@ -121,7 +121,7 @@ def test_megatrons_wider_tensors_are_not_rounded(tmp_path: Path) -> None:
 
     reader = MegatronReader(megatron_folder(tmp_path, change))
     assert reader.config["training"]["bf16"] is False and "several precisions" in reader.notes[0]
-    expected = open_checkpoint(tmp_path / "native").read("final_norm.weight")
+    expected = open_folder(tmp_path / "native").tensors.read("final_norm.weight")
     assert torch.equal(reader.read("final_norm.weight"), expected)
 
 

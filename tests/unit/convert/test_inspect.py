@@ -324,7 +324,7 @@ def test_bad_input_is_one_paragraph(tmp_path: Path, capsys: Captured) -> None:
     cases = [
         (("list", tmp_path / "nowhere"), "is not there; it must be"),
         (("list", tmp_path / "foreign"), "holds notes.txt; it must be"),
-        (("list", good, "--ckpt-step", 9), "has no iteration 9; it has 7"),
+        (("list", good, "--ckpt-step", 9), "has iterations [7]"),
         (("list", good / "iter_0000007", "--ckpt-step", 7), "give its parent to choose another"),
         (("list", tmp_path / "hf", "--ckpt-step", 7), "holds one model only"),
         (("list", good, "--match", "("), "is no regular expression"),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.dist_checkpointing.file_storage import METADATA, read_metadata
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, StoredTensor, write_checkpoint
+from megatron_samoe.dist_checkpointing.table_of_contents import METADATA, read_metadata
 from megatron_samoe.errors import CheckpointError
 
 

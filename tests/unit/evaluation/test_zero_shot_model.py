@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_samoe.config import CheckpointConfig, DataConfig, PretrainConfig
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.datasets.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from megatron_samoe.errors import DataError
 from megatron_samoe.evaluation.zero_shot.encode import encode_pair, encode_prompt, rolling_queries, split_pair
@@ -232,7 +233,7 @@ def save(config: PretrainConfig) -> None:
 
 def answers(folder: str, config: PretrainConfig, batch_size: int | None) -> tuple[list[Any], list[Any], list[Any]]:
     parallel = initialize_model_parallel(config.parallel)
-    predictor = ModelPredictor(load_model(folder, parallel, config.parallel), batch_size)
+    predictor = ModelPredictor(load_model(open_folder(folder), parallel, config.parallel), batch_size)
     scores = predictor.score_pairs(PAIRS)
     found = predictor.generate([context for context, _ in PAIRS], ("e",), 4)
     return [s.loglikelihood for s in scores], [(s.is_greedy, s.cut_tokens, s.num_windows) for s in scores], found

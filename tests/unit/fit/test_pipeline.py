@@ -16,9 +16,10 @@ import torch
 from megatron_samoe.cli.compress import main as compress_main
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.derived import sharing_map
-from megatron_samoe.convert.edited_model import FRACTIONS, open_checkpoint
+from megatron_samoe.convert.edited_model import FRACTIONS
 from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.layer_experts import LayerExperts
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.errors import CheckpointError, ConfigError, DataError, MegatronSamoeError
 from megatron_samoe.fit.compress import baselines
@@ -260,7 +261,7 @@ def test_the_command_heals_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
         f'<h2 id="{s}">' in page for s in ("verdicts", "bytes", "healing", "layers")
     )
     fitted, banks, routers, pruned, pruned_healed, longer = (
-        open_checkpoint(tmp_path / "out" / place)
+        open_folder(tmp_path / "out" / place).tensors
         for place in (
             "fitted",
             "healed-banks/checkpoints",
@@ -274,7 +275,7 @@ def test_the_command_heals_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
         (fitted, banks, ("expert_pool.",)),
         (banks, routers, ("expert_pool.", ".router.", ".combination")),
         (pruned, pruned_healed, (".experts.", ".router.")),
-        (open_checkpoint(tmp_path / "run"), longer, ("",)),
+        (open_folder(tmp_path / "run").tensors, longer, ("",)),
     ):
         for name in before.tensors:
             if not name.startswith(("optimizer.", "training.")):
@@ -284,7 +285,7 @@ def test_the_command_heals_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
     assert json.loads((tmp_path / "out" / "verdicts.json").read_text()) == first
     last = ["--heal-iters", "4", "3", "2", "--no-heal-others"]
     assert compress_main([*words, *last]) == 0, capsys.readouterr().err
-    all_healed = open_checkpoint(tmp_path / "out" / "healed-all/checkpoints")
+    all_healed = open_folder(tmp_path / "out" / "healed-all/checkpoints").tensors
     changed = [n for n in routers.tensors if "." in n and not n.startswith(("optimizer.", "training."))]
     assert not any(torch.equal(routers.read(n), all_healed.read(n)) for n in changed)
     for more, what in (

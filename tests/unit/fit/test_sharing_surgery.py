@@ -14,9 +14,9 @@ from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.derived import sharing_map
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.sharing_map import parse_sharing, written_map
-from megatron_samoe.convert.edited_model import open_checkpoint
 from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.hf.export import differences
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.fit.matching_by_weights import match_to_mean
@@ -275,7 +275,7 @@ def test_the_tool_ties_selects_and_thins(tmp_path: Path, capsys: pytest.CaptureF
         status, output = run_edit(capsys, action, "--load-dir", source, "--save-dir", tmp_path / name, *words)
         assert status == 0 and f"{action}: " in output, output
         source = tmp_path / name
-    folded = open_checkpoint(source)
+    folded = open_folder(source).tensors
     assert folded.config["model"]["num_layers"] == 3 and differences(folded) == []
 
 

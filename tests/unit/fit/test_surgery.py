@@ -14,6 +14,7 @@ from megatron_samoe.cli import edit
 from megatron_samoe.config import MoEConfig
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.convert.fold import fold_shared
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.fit.bank_fit import fit_banks
@@ -276,7 +277,7 @@ def test_the_tool_goes_all_the_way_round(dense_run: Path, tmp_path: Path, capsys
         status, output = run_edit(capsys, action, "--load-dir", load_dir, "--save-dir", save_dir, *rest)
         assert status == 0, output
     for root in (moe, pooled, selected, folded):
-        assert load_model(str(root), single_process_state()).config.moe.expert_layout in ("moe", "samoe")
+        assert load_model(open_folder(root), single_process_state()).config.moe.expert_layout in ("moe", "samoe")
         train = arguments(
             model=False, run_dir=tmp_path / "run" / root.name, pretrained_checkpoint=root, use_checkpoint_args=True,
             mock_data=True, split=None, train_iters=1, eval_interval=1,

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.derived import parse_stage_layout
 from megatron_samoe.config.teacher import on_ranks_of
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.teacher import find_teacher
 from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
 from megatron_samoe.log import logger
@@ -76,7 +77,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(teacher: Path) -> No
     lm_loss, num_tokens, kl_loss, _ = compute_gradients(setup, initial_state(setup), batches)
     setup.model.begin_step()
     logits = setup.model(tokens, ForwardContext(8))[0].detach().requires_grad_()
-    loaded = load_model(str(teacher), STATE).model.double()
+    loaded = load_model(open_folder(teacher), STATE).model.double()
     loaded.dtype = torch.float64
     assert setup.teacher is not None
     theirs = setup.teacher.forward(tokens, 8, None, None, 0)

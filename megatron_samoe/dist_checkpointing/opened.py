@@ -1,0 +1,77 @@
+"""A folder that was opened: which format it is of, and its model's tensors under global names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_samoe.config.data import DataConfig
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor
+from megatron_samoe.dist_checkpointing.sharded_state import ShardedState
+from megatron_samoe.parallel_state.state import ParallelState
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model in a folder.
+
+    Attributes:
+        kind: name of its format.
+        described: the format in words.
+        directory: where its files are, which may be below the folder that was given.
+        tensors: as the files have them.
+        data: the options of its tokenizer, whose files are where they say.
+        model: the tensors with `data` as their configuration's, and with the tokenizer's files.
+        notes: lines that a user should know.
+    """
+
+    kind: str
+    described: str
+    directory: Path
+    tensors: GlobalTensors
+    data: DataConfig
+    model: GlobalTensors
+    notes: tuple[str, ...] = ()
+
+    def load_into(self, state: ShardedState, parallel: ParallelState) -> None:
+        """Fills this rank's parts of tensors; all ranks call it together.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape, or a file is damaged.
+        """
+        if isinstance(self.tensors, CheckpointReader):
+            store.load_checkpoint(self.directory, state, parallel)
+            return
+        for name, parts in state.items():
+            tensor = self.tensors.read(name)
+            for part in parts:
+                place = zip(part.offsets, part.local.shape, strict=True)
+                part.local.copy_(tensor[tuple(slice(offset, offset + size) for offset, size in place)])
+
+
+@dataclass(frozen=True)
+class WithTokenizer:
+    """A model's tensors, with another configuration and files besides."""
+
+    source: GlobalTensors
+    config: Mapping[str, Any]
+    attachments: Mapping[str, bytes]
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Descriptions by name."""
+        return self.source.tensors
+
+    @property
+    def train_state(self) -> Mapping[str, Any]:
+        """Plain values, as in a checkpoint's train_state.json."""
+        return self.source.train_state
+
+    def read(self, name: str) -> Tensor:
+        """Returns a whole tensor."""
+        return self.source.read(name)

@@ -1,0 +1,244 @@
+"""Checkpoints of format torch_dist against Megatron-Core, which writes and reads them by its own `dist_checkpointing`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import megatron_samoe
+from megatron_samoe.cli.program import read
+from megatron_samoe.cli.serve import Serve
+from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.convert.megatron import MegatronReader, plan_dist_export, write_dist_export
+from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
+from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor, write_sharded
+from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.models.rank_model import build_model
+from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.parallel_state.state import single_process_state
+from tests.harness.megatron_saving import LATENTS, Model, continued, saved
+from tests.harness.megatron_training import VOCABULARY, Layout, batches
+from tests.harness.program import call, write_corpus
+from tests.harness.ranks import run_ranks
+from tests.unit.convert.memory_source import MemorySource, new_source
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+
+DENSE = {"num_moe_experts": None, "moe_ffn_hidden_size": None, "num_query_groups": 2}
+DEEPSEEK = {
+    "moe_layer_freq": [0, 1, 1, 1], "moe_shared_expert_intermediate_size": 24, "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True, "moe_router_num_groups": 2, "moe_router_group_topk": 1,
+    "moe_router_topk_scaling_factor": 2.5,
+}  # fmt: skip
+NO_QUERY_LATENT = {"q_lora_rank": None, "rope_type": "rope", "rotary_scaling_factor": 1.0}
+#: By name, what Megatron-Core trains, and in which layout of how many ranks.
+CASES: dict[str, tuple[int, Layout, Model]] = {
+    "MoE": (1, Layout(), Model()),
+    "MoE, EP 2 x PP 2": (4, Layout(ep=2, pp=2), Model()),
+    "dense, tied": (1, Layout(options=DENSE), Model(tied=True)),
+    "dense layers, groups, biases, a shared expert": (1, Layout(options=DEEPSEEK), Model()),
+    "each expert apart": (1, Layout(), Model(metadata={"singleton_local_shards": True})),
+    "latent attention with YaRN": (1, Layout(options=LATENTS), Model(latent=True)),
+    "latent attention, dense layers": (
+        1,
+        Layout(options={**LATENTS, **NO_QUERY_LATENT, "moe_layer_freq": [0, 1, 1, 1]}),
+        Model(latent=True),
+    ),
+    "a pool": (1, Layout(), Model(sharing="combined", sharing_options={"num_expert_banks": 2})),
+    "a pool, EP 2 x PP 2": (4, Layout(ep=2, pp=2), Model(sharing="combined", sharing_options={"num_expert_banks": 2})),
+    "a map": (1, Layout(), Model(sharing="own,0,0,own")),
+}
+BY_DAY = ("dense layers, groups, biases, a shared expert", "latent attention with YaRN", "a pool")
+
+
+def by_day(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=() if name in BY_DAY else pytest.mark.night) for name in names]
+
+
+def logits(source: GlobalTensors, ids: Tensor) -> Tensor:
+    """Returns our logits [T, V] of ids [B, S]."""
+    model = build_model(
+        from_mapping(source.config, "test"), source.train_state["vocab_size"], single_process_state(), torch.float32
+    )
+    for name, parameter in model.global_parameters().items():
+        parameter.data.copy_(source.read(name))
+    model.eval().begin_step()
+    with torch.no_grad():
+        return model(ids, ForwardContext(batch_size=len(ids), training=False))[0][:, :VOCABULARY]
+
+
+def asked(step: int) -> tuple[Tensor, Tensor]:
+    """Returns the ids and labels, [B, S], that Megatron-Core is given in a step, all micro-batches together."""
+    ids = batches(step).flatten(0, 1)
+    return ids[:, :-1], ids[:, 1:]
+
+
+@pytest.mark.parametrize("case", by_day(*CASES))
+def test_what_megatron_core_trained_computes_the_same_here(case: str, tmp_path: Path) -> None:
+    ranks, layout, kind = CASES[case]
+    theirs = run_ranks(saved, ranks, layout, kind, str(tmp_path), timeout_s=600)[-1]
+    reader = MegatronReader(tmp_path)
+    torch.testing.assert_close(logits(reader, asked(9)[0]), theirs[:, :VOCABULARY], rtol=1e-5, atol=1e-5)
+    config = from_mapping(reader.config, "test")
+    assert config.moe.sharing == (kind.sharing or "own") and reader.train_state["iteration"] == 2
+    has_optimizer = kind.metadata is None and not kind.latent and kind.sharing is None
+    assert any("optimizer state" in note for note in reader.notes) == has_optimizer
+
+
+def ours_like(folder: Path) -> MemorySource:
+    """Returns a model of ours with other weights than the one that Megatron-Core saved, and of the same options."""
+    reader = MegatronReader(folder)
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        name: reader.read(name) + torch.randn(stored.shape, generator=generator) * 0.1
+        for name, stored in reader.tensors.items()
+    }
+    return MemorySource(weights, reader.config, reader.train_state)
+
+
+@pytest.mark.parametrize(
+    "case", by_day("MoE, EP 2 x PP 2", *BY_DAY[:2], "dense, tied", "latent attention, dense layers")
+)
+def test_megatron_core_trains_on_from_one_of_ours(case: str, tmp_path: Path) -> None:
+    """All of its weights are loaded, and its loss of the first step is ours."""
+    ranks, layout, kind = CASES[case]
+    run_ranks(saved, ranks, layout, kind, str(tmp_path / "theirs"), timeout_s=600)
+    ours = ours_like(tmp_path / "theirs")
+    folder = write_dist_export(plan_dist_export(ours), tmp_path / "ours", 3)
+    weights, losses = run_ranks(continued, ranks, layout, kind, str(folder), timeout_s=600)[-1]
+    tokens, labels = asked(0)
+    expected = torch.nn.functional.cross_entropy(logits(ours, tokens), labels.flatten())
+    assert losses[0] == pytest.approx(float(expected), rel=1e-5) and len(losses) == 2
+    final = next(weight for name, weight in weights.items() if name.endswith("final_layernorm.weight"))
+    assert torch.equal(final, ours.weights["final_norm.weight"])
+
+
+@pytest.mark.night
+def test_one_that_megatron_core_trained_is_exported_compressed_evaluated_and_served(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    kind = Model(vocabulary=264)
+    theirs = run_ranks(saved, 4, Layout(ep=2, pp=2), kind, str(tmp_path / "theirs"), timeout_s=600)[-1]
+
+    def done(program: str, *words: object) -> str:
+        found = call(f"megatron_samoe.cli.{program}", *map(str, words))
+        assert found.returncode == 0, found.stderr
+        return found.stdout
+
+    print(done("convert", "--load-dir", tmp_path / "theirs", "--save-dir", tmp_path / "hf", "--to", "hf"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        found = model(asked(9)[0]).logits.flatten(0, 1)
+    torch.testing.assert_close(found[:, :264], theirs[:, :264], rtol=1e-5, atol=1e-5)
+    write_corpus(tmp_path / "text", vocab_size=256)
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight\n" * 20)
+    for folder in ("theirs", "hf"):
+        done("compress", "--load-dir", tmp_path / folder, "--save-dir", tmp_path / f"small-{folder}", "--data-path",
+             tmp_path / "text", "--budget", 0.5, "--calibration-tokens", 512, "--judge-tokens", 128, "--num-samples", 16)  # fmt: skip
+        verdicts = json.loads((tmp_path / f"small-{folder}" / "verdicts.json").read_text())
+        assert verdicts["verdicts"]
+        assert "perplexity" in done("evaluate", "--load", tmp_path / folder, "--corpus", tmp_path / "text.txt")
+        served = read(Serve, ["--load", str(tmp_path / folder)])
+        engine, _ = served.model.engine(single_process_state(), str(tmp_path / folder))
+        assert engine.summary and megatron_samoe.load(tmp_path / folder).generate("one", 4)
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a checkpoint of format torch_dist that we wrote."""
+    from tests.harness.tiny import tiny_config
+
+    source = new_source(tiny_config("moe", style="llama", moe_router_topk=2))
+    return write_dist_export(plan_dist_export(source), tmp_path_factory.mktemp("ours"), 7)
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    content = torch.load(folder / "common.pt", weights_only=False)
+    change(content)
+    torch.save(content, folder / "common.pt")
+    return folder
+
+
+class Bomb:
+    """Unpickling it would create a file."""
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("exploded"),))
+
+
+REFUSED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (lambda c: c.pop("args"), r"keeps no arguments of Megatron-LM.*dist_checkpointing\.save\("),
+    (lambda c: c.update(extra=Bomb()), "could run any code"),
+    (lambda c: c.update(checkpoint_version=2.0), "checkpoint_version 2.0; 3.0 is read"),
+    (lambda c: setattr(c["args"], "num_layers", 3), r"num_layers|layers"),
+    (lambda c: setattr(c["args"], "num_experts", 8), "its arguments say"),
+    (lambda c: setattr(c["args"], "multi_latent_attention", True), "qk_layernorm is False"),
+    (lambda c: setattr(c["args"], "rope_type", "yarn"), "read with latent attention only"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_what_cannot_be_read_is_refused(
+    change: Callable[[dict[str, Any]], object],
+    message: str,
+    ours: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    folder = rewritten(Path(shutil.copytree(ours, tmp_path / "copy")), change)
+    with pytest.raises(CheckpointError, match=message) as error:
+        MegatronReader(folder)
+    assert "\n" not in str(error.value) and not Path("exploded").exists()
+
+
+def test_a_backend_that_is_another_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr", "sharded_backend_version": 1}))
+    with pytest.raises(CheckpointError, match="says sharded_backend 'zarr'; torch_dist is read"):
+        MegatronReader(tmp_path)
+
+
+def test_a_pool_whose_arguments_are_missing_is_refused(tmp_path: Path) -> None:
+    args = argparse.Namespace(num_layers=2, hidden_size=8, num_attention_heads=2, padded_vocab_size=16, num_experts=2)
+    part = UnreadTensor(lambda: torch.zeros(2, 2, 8, 8), (2, 2, 8, 8), torch.float32)
+    write_sharded({"expert_pool.bank.w1": [part]}, str(tmp_path), single_process_state())
+    torch.save({"args": args}, tmp_path / "common.pt")
+    (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
+    with pytest.raises(CheckpointError, match="its arguments keep no expert_sharing"):
+        MegatronReader(tmp_path)
+
+
+def test_arguments_are_read_from_an_object_as_newer_versions_keep_them(ours: Path, tmp_path: Path) -> None:
+    """From 0.20 on, what is no tensor is a list of one mapping, saved under one name among the tensors."""
+    import io
+
+    common, objects = io.BytesIO(), {}
+    torch.save([torch.load(ours / "common.pt", weights_only=False)], common)
+    objects["common_state/shard_0_1"] = common.getvalue()
+    reader = MegatronReader(ours)
+    plan = plan_dist_export(reader)
+    write_sharded(plan.tensors, str(tmp_path), single_process_state(), {**plan.objects, **objects})
+    (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    again = MegatronReader(tmp_path)
+    assert again.config == reader.config and again.train_state == reader.train_state
+    assert all(torch.equal(again.read(name), reader.read(name)) for name in reader.tensors)
+
+
+def test_what_megatron_has_not_is_not_written() -> None:
+    from tests.harness.tiny import tiny_config
+
+    for options, message in (
+        ({"rope_scaling_type": "linear", "rope_scaling_factor": 2.0}, "Megatron has yarn only"),
+        ({"attention_multiplier": 0.5}, "none but YaRN's"),
+        ({"sliding_window": 4}, "not known to Megatron's checkpoints"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan_dist_export(new_source(tiny_config("moe", style="llama", **options)))
