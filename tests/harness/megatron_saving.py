@@ -150,6 +150,8 @@ def _trained(config: Any, model: Any, shares: Any, steps: int) -> tuple[Any, lis
     wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-2, weight_decay=0.0), [wrapped])
     config.finalize_model_grads_func = finalize_model_grads if shares is None else shares.finalize_model_grads
+    if shares is not None:
+        shares.follow(optimizer)
     losses = []
     for step in range(steps):
         wrapped.zero_grad_buffer()

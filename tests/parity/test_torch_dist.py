@@ -54,6 +54,12 @@ CASES: dict[str, tuple[int, Layout, Model]] = {
     "a pool": (1, Layout(), Model(sharing="combined", sharing_options={"num_expert_banks": 2})),
     "a pool, EP 2 x PP 2": (4, Layout(ep=2, pp=2), Model(sharing="combined", sharing_options={"num_expert_banks": 2})),
     "a map": (1, Layout(), Model(sharing="own,0,0,own")),
+    "a locked pool": (
+        1,
+        Layout(),
+        Model(sharing="pool", sharing_options={"pool_lock_step": 1, "pool_lock_anneal_steps": 1}),
+    ),
+    "neighbours": (2, Layout(pp=2), Model(sharing="neighbours", sharing_options={"neighbour_unmask_steps": 4})),
 }
 BY_DAY = ("dense layers, groups, biases, a shared expert", "latent attention with YaRN", "a pool")
 

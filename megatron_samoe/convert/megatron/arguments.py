@@ -85,6 +85,10 @@ _OF_SHARING = (
     "expert_sharing",
     "num_expert_banks",
     "num_expert_sets",
+    "num_neighbour_layers",
+    "neighbour_unmask_steps",
+    "pool_lock_step",
+    "pool_lock_anneal_steps",
     "untied_ends",
     "samoe_combine",
     "samoe_granularity",
@@ -260,7 +264,7 @@ def _moe_config(get: Any, model: ModelConfig, where: str) -> MoEConfig:
         del options["moe_token_drop_policy"]
     if get("expert_sharing", "none") != "none":
         options |= {name: get(name) for name in _OF_SHARING if get(name) is not None}
-    return MoEConfig(
+    config = MoEConfig(
         **options
         | {
             "expert_layout": "moe",
@@ -272,6 +276,9 @@ def _moe_config(get: Any, model: ModelConfig, where: str) -> MoEConfig:
             "moe_aux_loss_coeff": coefficient,
         }
     )
+    if config.sharing_reads("num_neighbour_layers"):  # whose experts the plug-in counts by blocks
+        return replace(config, num_experts=config.most_experts // config.num_neighbour_layers)
+    return config
 
 
 def _refuse_wrong_types(args: argparse.Namespace, where: str) -> None:

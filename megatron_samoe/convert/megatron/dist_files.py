@@ -103,8 +103,8 @@ def _common(directory: Path, tensors: DistributedTensors) -> tuple[Path, Mapping
 def _entries(directory: Path, model: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Entry]]:
     """Yields tensors under canonical names, with layers one by one."""
     for name, stored in model.items():
-        if name.endswith(("weight_v", "bias_v")):
-            continue  # the second half of the tensor whose name ends in _w
+        if name.endswith(("weight_v", "bias_v", "mlp.router.steps")):
+            continue  # the second half of the tensor whose name ends in _w; a count of the plug-in's
         second, shape, key = "", stored.shape, name
         if name.endswith(("weight_w", "bias_w")):
             second, key = f"{name[:-1]}v", name[:-2]
