@@ -73,7 +73,9 @@ def main(write: bool) -> int:
         of_one_size = {name: plan for name, plan in plans.items() if name != "second_scaling"}
         tables = [verdict_table(verdicts), losses_table(models, held_out)]
         tables += [rates_table(of_one_size, models, optimizer) for optimizer in OPTIMIZERS]
-        repeat = rows_of("repeat")[-1]["validation_loss"]  # as the norm's control on later code than the store's MoE of 8
+        repeat = rows_of("repeat")[-1][
+            "validation_loss"
+        ]  # as the norm's control on later code than the store's MoE of 8
         norm = models["second_control/moe of 8, norm"][1].validation["validation_loss"]
         tables = [table for table in (*tables, by_size, frontier(models, held_out)) if table]
         known = (
@@ -86,7 +88,7 @@ def main(write: bool) -> int:
             every = plan.all_runs()
             print(f"{name}: {sum(map(plan.is_finished, every))} of {len(every)} runs are in the store")
         for claim in held_out.claims:
-            if missing := [name for name in claim.models if name not in held_out.whole]:
+            if missing := [n for n in (*claim.models, *claim.waits_for) if n not in held_out.whole]:
                 print(f"{claim.name} waits for {'; '.join(missing)}")
     for name, plot in plots_of(plans, models, held_out).items():
         if write and not plot.is_in(folder / name):

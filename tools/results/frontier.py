@@ -22,7 +22,6 @@ SERVINGS = ("folded", "on-the-fly")
 MADE = {
     "half/healed-routers": ("4 banks of 32, longer", True),
     "quarter/healed-routers": ("2 banks of 32, longer", True),
-    "late/4-banks-of-16": ("4 banks of 16", True),
     "late/moe-of-16": ("moe of 16", False),
 }
 

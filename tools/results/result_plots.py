@@ -92,8 +92,8 @@ def course(names: Sequence[str], models: Models) -> JsonObject:
     own = {seed: _validation(run) for seed, run in models[FEW].items()}
     found: dict[str, dict[int, float]] = {}
     for name in (name for name in names if short(name) != short(FEW)):
-        runs = {seed: run for seed, run in models[name].items() if run.config.optimizer.lr == _ONE_RATE}
-        runs = runs or models.get(f"{name}@{_ONE_RATE:g}", {})
+        at_rate = {seed: run for seed, run in models[name].items() if run.config.optimizer.lr == _ONE_RATE}
+        runs = at_rate or models.get(f"{name}@{_ONE_RATE:g}", {})
         others = {seed: _validation(run) for seed, run in runs.items() if seed in own}
         for step in sorted({step for row in others.values() for step in row}):
             d = [row[step] - own[seed][step] for seed, row in others.items() if step in own[seed].keys() & row]

@@ -1,4 +1,4 @@
-"""The registered claims of the study's second edition, judged on the test split from the runs of a store.
+"""The registered claims of the study, judged on the test split from the runs of a store.
 
 docs/results/registration.md states claims and tests. A claim is judged, and its models' losses are looked at, once all of its runs
 are there. Losses of these models give one spread within seeds. A model that was given up counts as not better.
@@ -31,6 +31,15 @@ _WAYS = (
     *(f"second_sharing/{way}" for way in ("neighbours", "tied middle", "scaled")),
 )
 
+#: E1 of the third edition, and FEW's further seeds, which count as FEW's from when all of E1 is there.
+_LOCK, _UNIPOOL, _NORM = (
+    "third_lock/pool, locked, softmax",
+    "third_unipool/pool, locked as UniPool",
+    "third_norm/moe of 8, norm",
+)
+MORE = "third_own/moe of 8"
+_E1 = (_LOCK, _UNIPOOL, _NORM, MORE)
+
 #: Losses by model and seed.
 Losses = Mapping[str, Mapping[int, float]]
 
@@ -41,6 +50,7 @@ class Claim:
 
     Attributes:
         pairs: models, each with its baseline.
+        waits_for: models whose runs must be there too, since losses of an experiment are looked at together.
         test: `mean`, the mean is at most the bound; `below`, the true mean is below it; `within`, it is no farther from zero;
             `none`, it is shown.
     """
@@ -49,6 +59,7 @@ class Claim:
     pairs: tuple[tuple[str, str], ...]
     test: Literal["mean", "below", "within", "none"]
     bound: float = 0.0
+    waits_for: tuple[str, ...] = ()
 
     @property
     def models(self) -> list[str]:
@@ -120,6 +131,10 @@ CLAIMS = (
         ),
         "none",
     ),
+    Claim("E1", ((_LOCK, FEW), (_UNIPOOL, FEW)), "below", waits_for=_E1),
+    Claim("E1, free", ((_LOCK, FEW),), "within", 0.01, waits_for=_E1),
+    Claim("E1, router", ((_LOCK, "second_sharing/pool, locked"),), "below", waits_for=_E1),
+    Claim("E1, router", ((_NORM, FEW),), "none", waits_for=_E1),
 )
 
 
@@ -144,7 +159,7 @@ class HeldOut:
     @property
     def ready(self) -> list[Claim]:
         """The claims that can be judged."""
-        return [claim for claim in self.claims if self.whole.issuperset(claim.models)]
+        return [claim for claim in self.claims if self.whole.issuperset((*claim.models, *claim.waits_for))]
 
     @property
     def judged(self) -> list[str]:
@@ -180,6 +195,8 @@ def losses_on_test(plans: Mapping[str, StudyPlan], models: Models, derived: Loss
             if all(plan.is_finished(run) for run in runs if run.variant == variant):
                 whole.add(name)
     seeds = {seed for name, row in trained.items() if name.startswith("second_") for seed in row}
+    if whole.issuperset(_E1):
+        trained[FEW] |= trained[MORE]
     whole |= {name for name, row in derived.items() if row.keys() >= seeds}
     return HeldOut(trained, derived, frozenset(whole), frozenset(given_up))
 

@@ -6,6 +6,8 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pandas
 import pytest
@@ -16,6 +18,7 @@ from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.evaluation import plots_study
 from megatron_samoe.evaluation.run_summary import RunSummary
+from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.statistics import common_spread, own_half_width
 from tests.unit.tools_results.made_runs import run_of
 from tools.results.frontier import frontier
@@ -31,6 +34,7 @@ from tools.results.verdicts import (
     compressed_losses,
     foreign_originals,
     judge,
+    losses_on_test,
     verdict_table,
 )
 
@@ -81,6 +85,32 @@ def test_a_loss_on_the_test_split_is_not_looked_at_before_all_of_a_claim_is_ther
     assert found.opened == {} and not list(judge(found))
     both = replace(found, claims=[SMALL, Claim("G8", (("second_s/good", "second_s/moe"),), "below")])
     assert list(both.opened) == ["second_s/moe", "second_s/good"] and len(list(judge(both))) == 1
+    waiting = replace(both, claims=[replace(claim, waits_for=("second_s/same",)) for claim in both.claims])
+    assert waiting.opened == {}, "an experiment's models are looked at together"
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_further_seeds_of_a_baseline_count_once_all_of_their_experiment_is_there(is_whole: bool) -> None:
+    def plan_of(*names: str) -> StudyPlan:
+        variants = [SimpleNamespace(name=name) for name in names]
+        runs = [SimpleNamespace(variant=variant) for variant in variants]
+        plan = SimpleNamespace(study=SimpleNamespace(variants=variants), given_up=list, all_runs=lambda: runs)
+        plan.is_finished = lambda run: is_whole or "UniPool" not in run.variant.name
+        return cast(StudyPlan, plan)
+
+    studies = {"second_regime": "moe of 8", "third_own": "moe of 8", "third_lock": "pool, locked, softmax"}
+    studies |= {
+        "third_norm": "moe of 8, norm",
+        "third_unipool": "pool, locked as UniPool",
+        "second_sharing": "pool, locked",
+    }
+    models = {f"{study}/{name}": {1: run_of(3.5)} for study, name in studies.items()}
+    models["third_own/moe of 8"] = {4: run_of(3.6)}
+    models["third_lock/pool, locked, softmax"] = {1: run_of(3.4), 4: run_of(3.4)}
+    found = losses_on_test({study: plan_of(name) for study, name in studies.items()}, models, {})
+    assert found.trained["second_regime/moe of 8"] == ({1: 4.5, 4: 4.6} if is_whole else {1: 4.5})
+    lock = [v for v in judge(found) if v.claim.name == "E1, free"]
+    assert [list(v.differences) for v in lock] == ([pytest.approx([-0.1, -0.2])] if is_whole else [])
 
 
 def test_a_spread_of_its_own_decides_an_interval_too() -> None:
