@@ -22,14 +22,13 @@ from tools.results.frontier import frontier  # noqa: E402
 from tools.results.measured import measured_heads, rows_of, wrong_tables  # noqa: E402
 from tools.results.model_table import OPTIMIZERS, losses_table, rates_table  # noqa: E402
 from tools.results.page_figures import Told, models_of, rewritten, with_table, wrong_figures  # noqa: E402
-from tools.results.registration import deviations, kept_plan, read_registration  # noqa: E402
+from tools.results.registration import deviations, kept_plan, read_registrations  # noqa: E402
 from tools.results.result_plots import plots_of  # noqa: E402
 from tools.results.scaling import scaling  # noqa: E402
 from tools.results.verdicts import (  # noqa: E402
     compressed_figures,
     compressed_losses,
     foreign_originals,
-    healed_losses,
     judge,
     known_figures,
     losses_on_test,
@@ -55,36 +54,41 @@ PAGES: dict[str, Told] = {
 def main(write: bool) -> int:
     """Returns 1 where a figure, a run or a folder of the store is not as it should be, having said which."""
     folder = ROOT / "docs/results"
-    registration = read_registration(folder / "registration.md", ROOT / "examples/studies")
+    registrations = read_registrations(folder / "registration.md", ROOT / "examples/studies")
     runs, problems = read_store(folder / "store")
-    trained_on = {split: content for split, content in registration.data.items() if split != "test"}
+    trained_on = {split: content for split, content in registrations[-1].data.items() if split != "test"}
     with tempfile.TemporaryDirectory() as place:
         first = kept_plan(folder / "first_edition.yaml", trained_on, folder / "store", Path(place) / "first")
         plans = {
             s.stem: kept_plan(s, registration.data, folder / "store", Path(place) / s.stem)
+            for registration in registrations[::-1]  # the page has the newest first
             for s in registration.studies
         }
-        problems += deviations(registration, plans, runs)
+        problems += deviations(registrations, plans, runs)
         models, compressed = models_of({"": first, **plans}, runs), compressed_losses(folder / "compression")
         held_out = losses_on_test(plans, models, compressed)
         problems += foreign_originals(held_out)
         verdicts = list(judge(held_out))
-        by_size, fitted = scaling(models, held_out)
+        by_size, lengthened = scaling(held_out)
         of_one_size = {name: plan for name, plan in plans.items() if name != "second_scaling"}
         tables = [verdict_table(verdicts), losses_table(models, held_out)]
         tables += [rates_table(of_one_size, models, optimizer) for optimizer in OPTIMIZERS]
+        repeat = rows_of("repeat")[-1][
+            "validation_loss"
+        ]  # as the norm's control on later code than the store's MoE of 8
+        norm = models["second_control/moe of 8, norm"][1].validation["validation_loss"]
         tables = [table for table in (*tables, by_size, frontier(models, held_out)) if table]
         known = (
-            {"the repeat": rows_of("repeat")[-1]["validation_loss"]}
-            | fitted
+            {"the repeat": repeat, "norm - the repeat": norm - repeat}
+            | lengthened
             | known_figures(held_out, verdicts)
-            | compressed_figures({**compressed, **healed_losses(folder / "compression")})
+            | compressed_figures(compressed)
         )
         for name, plan in plans.items():
             every = plan.all_runs()
             print(f"{name}: {sum(map(plan.is_finished, every))} of {len(every)} runs are in the store")
         for claim in held_out.claims:
-            if missing := [name for name in claim.models if name not in held_out.whole]:
+            if missing := [n for n in (*claim.models, *claim.waits_for) if n not in held_out.whole]:
                 print(f"{claim.name} waits for {'; '.join(missing)}")
     for name, plot in plots_of(plans, models, held_out).items():
         if write and not plot.is_in(folder / name):

@@ -2,6 +2,7 @@
 """G5 of docs/results/registration.md: each MoE of 32 of `second_regime`, compressed to a half and to a quarter of its expert bytes.
 
     python examples/studies/second_compression.py RUNS/second_regime OUT        # or beside each other, with --seeds
+    python examples/studies/second_compression.py RUNS/second_regime OUT --all-weights        # E5 of the third edition
 
 Results are in OUT, and what is kept of them in docs/results/compression: one file for each seed and budget with every model's loss on
 validation text, its divergence from the original there, and its loss on the test split, computed as the study's runs do. The
@@ -21,7 +22,11 @@ from megatron_samoe import children
 KEPT = Path(__file__).resolve().parents[2] / "docs/results/compression"
 BUDGETS = {"half": 0.5, "quarter": 0.25}
 #: Models whose loss on the test split is computed, with the folders that a compression leaves them in.
-TESTED = ("original", "fitted", "healed-routers", "blind-healed", "pruned-healed", "original-longer")
+TESTED = ("original", "fitted", "blind-healed", "pruned-healed", "original-longer")
+#: Options of healing and the folder of what they heal: by banks and routers at the original's peak rate, and, for E5 of the third
+#: edition, by all weights at a third of it.
+BY_STAGES = ("--heal-iters", 160, 320), "healed-routers"
+ALL_WEIGHTS = ("--heal-iters", 0, 0, 480, "--heal-lr", 1e-3), "healed-all"
 
 
 def samoe(*words: object) -> None:
@@ -39,22 +44,24 @@ def test_loss(run: Path, model: Path, data: Path) -> float:
     return float(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["test_loss"])
 
 
-def compress(original: Path, out: Path, data: Path, budget: float) -> dict[str, dict[str, float]]:
+def compress(original: Path, out: Path, data: Path, budget: float, all_weights: bool) -> dict[str, dict[str, float]]:
     """Returns what is kept of each model of a compression."""
+    heal, healed = ALL_WEIGHTS if all_weights else BY_STAGES
     samoe(
-        *("compress", "--load-dir", original, "--save-dir", out, "--budget", budget, "--heal-iters", 160, 320),
+        *("compress", "--load-dir", original, "--save-dir", out, "--budget", budget, *heal),
         *("--data-path", data / "train_text_document", "--calibration-tokens", 524288),
         *("--valid-data-path", data / "valid_text_document", "--judge-tokens", 524288),
     )
     models = {v.pop("model"): v for v in json.loads((out / "verdicts.json").read_text())["verdicts"]}
-    for name in TESTED:
+    for name in (*TESTED, healed):
         folder = original if name == "original" else out / name
         models[name]["test_loss"] = test_loss(out / f"test-{name}", folder, data / "test_text_document")
     return models
 
 
-def main(runs: Path, out: Path, seeds: Sequence[int]) -> None:
+def main(runs: Path, out: Path, seeds: Sequence[int], all_weights: bool) -> None:
     """Compresses all models of some seeds."""
+    kind = "whole_" if all_weights else ""
     for seed in seeds:
         # Seed 1 is the sweep's run at the rate that was chosen.
         places = [runs / "moe-of-32" / name for name in (f"seed-{seed}", f"lr-0.003/seed-{seed}")]
@@ -64,9 +71,9 @@ def main(runs: Path, out: Path, seeds: Sequence[int]) -> None:
                 f"error: no checkpoints in {places[0]} or {places[1]}: make examples/studies/second_regime.yaml first"
             )
         for name, budget in BUDGETS.items():
-            models = compress(original, out / f"seed-{seed}-{name}", runs / "data", budget)
+            models = compress(original, out / f"seed-{seed}-{kind}{name}", runs / "data", budget, all_weights)
             KEPT.mkdir(exist_ok=True)
-            (KEPT / f"seed-{seed}-{name}.json").write_text(json.dumps(models, indent=1) + "\n")
+            (KEPT / f"seed-{seed}-{kind}{name}.json").write_text(json.dumps(models, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -74,5 +81,6 @@ if __name__ == "__main__":
     parser.add_argument("runs", type=Path, help="folder of second_regime's runs")
     parser.add_argument("out", type=Path, help="folder of the compressions")
     parser.add_argument("--seeds", type=int, nargs="+", default=(1, 2, 3))
+    parser.add_argument("--all-weights", action="store_true", help="heal all weights at once, for E5")
     args = parser.parse_args()
-    main(args.runs, args.out, args.seeds)
+    main(args.runs, args.out, args.seeds, args.all_weights)

@@ -15,7 +15,7 @@ from megatron_samoe.evaluation.report import ReportData, write_group_report
 from megatron_samoe.evaluation.run_groups import RunGroup
 from megatron_samoe.evaluation.study.results_store import read_store
 from tools.results.page_figures import models_of
-from tools.results.registration import kept_plan, read_registration
+from tools.results.registration import kept_plan, read_registrations
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Models as the page of results names them.
@@ -32,7 +32,7 @@ NAMES = {
 def main() -> None:
     """Writes the page, and those of its pictures that the folder has."""
     folder = ROOT / "docs/results"
-    registration = read_registration(folder / "registration.md", ROOT / "examples/studies")
+    registration = read_registrations(folder / "registration.md", ROOT / "examples/studies")[-1]
     trained_on = {split: content for split, content in registration.data.items() if split != "test"}
     runs, _ = read_store(folder / "store")
     study = json.loads((folder / "shared_pool/results.json").read_text())

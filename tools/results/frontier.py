@@ -17,14 +17,12 @@ HEAD = "| decoding, fp32, one thread | test loss | MB | ms a step, batch 1 | bat
 SLACK = 1.03
 #: Ways to serve a pool; other models have one.
 SERVINGS = ("folded", "on-the-fly")
-#: Models made of others: the shape that was timed, and whether its layers share experts.
+#: Models made of others: the shape that was timed, and whether its layers share experts. Those of own experts that are worse than one
+#: of their shape from scratch have no row.
 MADE = {
     "half/healed-routers": ("4 banks of 32, longer", True),
-    "half/original-longer": ("moe of 32", False),
     "quarter/healed-routers": ("2 banks of 32, longer", True),
-    "late/4-banks-of-16": ("4 banks of 16", True),
     "late/moe-of-16": ("moe of 16", False),
-    "late/pruned-to-8": ("moe of 8", False),
 }
 
 
@@ -38,7 +36,6 @@ class Point:
 
     name: str
     shares: bool
-    is_given_up: bool
     loss: float
     num_bytes: float
     times: tuple[float, ...]
@@ -56,15 +53,12 @@ class Point:
 def frontier(models: Models, held_out: HeldOut) -> str:
     """Returns the table of the models that may be shown and were timed; nothing before one of them shares experts.
 
-    The last column names what dominates a model that shares, and says `own` of others. One that was given up is there only if nothing
-    dominates it.
+    The last column names what dominates a model that shares, and says `own` of others.
     """
     points = list(_points(models, held_out))
     owned = [point for point in points if not point.shares]
     rows = []
     for p in points:
-        if p.is_given_up and any(o.dominates(p) for o in owned):
-            continue
         best = min((o for o in owned if o.dominates(p)), key=lambda o: o.loss, default=None)
         told = ("" if best is None else best.name) if p.shares else "own"
         rows.append([p.name, f"{p.loss:.4f}", f"{p.num_bytes / 1e6:.1f}", *(f"{t:.3f}" for t in p.times), told])
@@ -73,7 +67,7 @@ def frontier(models: Models, held_out: HeldOut) -> str:
 
 def _points(models: Models, held_out: HeldOut) -> Iterable[Point]:
     timed = {(row["contestant"], row["batch"]): row for row in rows_of("decode/study")}
-    for model in held_out.judged:
+    for model in (name for name in held_out.judged if name in held_out.trained or name in MADE):
         if model in held_out.trained:
             runs = models[model].values()
             losses, shape, shares = held_out.trained[model], short(model), next(iter(runs)).config.moe.shares_experts
@@ -85,6 +79,4 @@ def _points(models: Models, held_out: HeldOut) -> Iterable[Point]:
             rows = [timed[key] for key in keys[way]]
             label = f"{short(model)}, {way}" if len(ways) > 1 else short(model)
             times = tuple(min(row["samples_ms"]) for row in rows)  # other programs only add to a round's time
-            yield Point(
-                label, shares, model in held_out.given_up, mean(losses.values()), 1e6 * rows[0]["weights_mb"], times
-            )
+            yield Point(label, shares, mean(losses.values()), 1e6 * rows[0]["weights_mb"], times)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from tools.results.page_figures import Block, blocks_of, like, without_code
-from tools.results.verdicts import healed_losses
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results"
 _NUMBER = re.compile(r"(?<![\w.,])[-+]?\d[\d,]*(?:\.\d+)?")
@@ -120,12 +119,15 @@ def _prompts() -> Figures:
 
 def _layers_worth() -> Figures:
     """What `megatron-samoe diagnose` wrote of the second edition's models."""
-    shared = ("4-banks-of-16", "8-banks-of-8-seed-2", "2-banks-of-32", "frozen", "scaled", "tied-middle")
-    cures = ("3-banks-of-16-rank-5", "4-banks-of-16-slower", "4-banks-of-16-late")
-    numbers = ("2-banks-of-8", "2-banks-of-128", "moe-of-128")
-    sizes = (f"2-banks-of-32-{size}" for size in ("width-48", "width-96", "4.9-m-tokens", "19.7-m-tokens"))
-    pools = ("pool-norm", "pool-softmax", "pool-locked")
-    for model in ("moe-of-8", "moe-of-32", *shared, *pools, "neighbours", *cures, *numbers, *sizes):
+    for model in (
+        "moe-of-8",
+        "moe-of-32",
+        "8-banks-of-8-seed-2",
+        "2-banks-of-32",
+        "tied-middle",
+        "pool-locked",
+        "neighbours",
+    ):
         yield json.loads((RESULTS / f"diagnoses/{model}.json").read_text(encoding="utf-8"))[0]["worth_L"]
 
 
@@ -140,13 +142,6 @@ def _compressed() -> Figures:
         yield [models[model]["test_loss"] - models["original"]["test_loss"] for models in kept]
 
 
-def _healed_whole() -> Figures:
-    """Validation loss over the original's, by seed, where all weights train at 1e-3."""
-    losses = healed_losses(RESULTS / "compression")
-    for model in ("healed-all", "original-longer", "moe-of-16"):
-        yield [loss - losses["all weights/original"][seed] for seed, loss in losses[f"all weights/{model}"].items()]
-
-
 def _quickstart() -> Figures:
     """What `megatron-samoe quickstart` printed."""
     lines = (RESULTS / "quickstart.txt").read_text(encoding="utf-8").splitlines()
@@ -158,7 +153,6 @@ def _quickstart() -> Figures:
 TABLES: Mapping[tuple[str, str], Callable[[], Figures]] = {
     ("README.md", "|model|parameters|"): _quickstart,
     ("docs/compression.md", "| test loss over the original's |"): _compressed,
-    ("docs/compression.md", "| validation loss over the original's |"): _healed_whole,
     ("docs/results/README.md", "| worth of a layer's experts |"): _layers_worth,
     ("docs/performance.md", "| GELU: experts, top-k |"): partial(_layer, "gelu", (1, 2), "deepspeed"),
     ("docs/performance.md", "| SwiGLU, top-1: experts, dtype |"): partial(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,26 @@ _TOKENIZER = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "
 
 @dataclass(frozen=True)
 class Registration:
-    """The YAML block of a registration's page.
+    """A YAML block of a registration's page.
 
     Attributes:
-        tag: of the commit that makes all runs.
         studies: files, in the order of their runs; the page has their names.
         data: checksum and size of the datasets train, valid and test, as a store names them.
         forced: environment variables of every run.
+        tag: of the commit where runs did not record it.
+        commit: of the code, which every run's machine.json must name, with no changed files.
     """
 
-    tag: str
     studies: tuple[Path, ...]
     data: Mapping[str, str]
     forced: Mapping[str, str]
     threads_per_rank: int
+    tag: str | None = None
+    commit: str | None = None
 
 
-def read_registration(page: Path, studies: Path) -> Registration:
-    """Returns what a page registers.
+def read_registrations(page: Path, studies: Path) -> list[Registration]:
+    """Returns what the blocks of a page register, in their order.
 
     Args:
         studies: folder of the studies' files.
@@ -50,8 +52,12 @@ def read_registration(page: Path, studies: Path) -> Registration:
     Raises:
         ConfigError: the page registers nothing, or something is missing.
     """
-    block = re.search(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    found = typed(Registration, yaml.safe_load(block[1]) if block else None, str(page))
+    blocks = re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [_registration(yaml.safe_load(block), page, studies) for block in blocks or [""]]
+
+
+def _registration(block: Any, page: Path, studies: Path) -> Registration:
+    found = typed(Registration, block, str(page))
     files = tuple(studies / f"{name}.yaml" for name in found.studies)
     for file in files:
         if not file.is_file():
@@ -73,15 +79,18 @@ def kept_plan(study: Path, data: Mapping[str, str], store: Path, root: Path) -> 
     return plan
 
 
-def deviations(registration: Registration, plans: Mapping[str, StudyPlan], runs: Mapping[str, RunSummary]) -> list[str]:
+def deviations(
+    registrations: Iterable[Registration], plans: Mapping[str, StudyPlan], runs: Mapping[str, RunSummary]
+) -> list[str]:
     """Returns where runs of a store that read test data are not as they were registered.
 
     Args:
-        plans: of the registered studies, by name, see `kept_plan`.
+        plans: of all registered studies, by name, see `kept_plan`.
         runs: of the store, by key.
     """
     planned = [(name, plan, run) for name, plan in plans.items() for run in plan.all_runs() if run.variant.is_trained]
-    settled = {plan.key_of(run): f"{name}: {run.label}" for name, plan, run in planned if plan.is_settled(run)}
+    settled = {plan.key_of(run): (name, run.label) for name, plan, run in planned if plan.is_settled(run)}
+    of_study = {study.stem: registration for registration in registrations for study in registration.studies}
     found: list[str] = []
     for key, run in runs.items():
         if not run.config.data.test_data_path:
@@ -89,7 +98,8 @@ def deviations(registration: Registration, plans: Mapping[str, StudyPlan], runs:
         if key not in settled:
             found += _unregistered(key, run.config, planned)
         else:
-            found += [f"{settled[key]} ({key}): {text}" for text in _elsewhere(registration, run)]
+            name, label = settled[key]
+            found += [f"{name}: {label} ({key}): {text}" for text in _elsewhere(of_study[name], run)]
     return found
 
 
@@ -137,7 +147,11 @@ def _flat(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _elsewhere(registration: Registration, run: RunSummary) -> Iterator[str]:
-    """Yields how a run's machine differs from the registered one."""
+    """Yields how a run's machine and code differ from the registered ones."""
+    code = {"commit": registration.commit, "patch": ""} if registration.commit else {}
+    for name, wanted in code.items():
+        if (got := run.machine.get(name)) != wanted:
+            yield f"machine.json has the {name} {got!r}, registered is {wanted!r}"
     forced = run.machine.get("forced", {})
     for name, value in registration.forced.items():
         if forced.get(name) != value:

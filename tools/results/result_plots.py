@@ -22,8 +22,9 @@ from tools.results.model_table import from_baseline, shown_losses
 from tools.results.page_figures import Models
 from tools.results.verdicts import FEW, HeldOut, by_seed, short
 
-#: Studies whose runs have the same steps, so that their courses can be compared.
-_ONE_LENGTH = ("second_regime", "second_sharing", "second_combination")
+#: Studies whose runs have the same steps and were tried at this rate, so that their courses can be compared: a run at a higher one is
+#: behind until its rate falls.
+_ONE_LENGTH, _ONE_RATE = ("second_regime", "second_sharing", "second_combination"), 3e-3
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def compared(models: Models, held_out: HeldOut) -> JsonObject:
 
 
 def course(names: Sequence[str], models: Models) -> JsonObject:
-    """Returns what `course.png` shows: validation losses minus those of the MoE of 8 by step, means over the seeds that both have.
+    """Returns what `course.png` shows: validation losses minus those of the MoE of 8 by step, means over the seeds that both have, all at
+    one rate: of a model whose best rate is another, seed 1.
 
     Args:
         names: of models, that of another study's MoE of 8 among them perhaps.
@@ -90,7 +92,9 @@ def course(names: Sequence[str], models: Models) -> JsonObject:
     own = {seed: _validation(run) for seed, run in models[FEW].items()}
     found: dict[str, dict[int, float]] = {}
     for name in (name for name in names if short(name) != short(FEW)):
-        others = {seed: _validation(run) for seed, run in models[name].items() if seed in own}
+        at_rate = {seed: run for seed, run in models[name].items() if run.config.optimizer.lr == _ONE_RATE}
+        runs = at_rate or models.get(f"{name}@{_ONE_RATE:g}", {})
+        others = {seed: _validation(run) for seed, run in runs.items() if seed in own}
         for step in sorted({step for row in others.values() for step in row}):
             d = [row[step] - own[seed][step] for seed, row in others.items() if step in own[seed].keys() & row]
             found.setdefault(short(name), {})[step] = round(mean(d), 5)
@@ -107,7 +111,10 @@ def _drawn_course(shown: JsonObject) -> bytes | None:
     for place, (name, row) in enumerate(shown.items()):
         axes.plot([int(step) for step in row], list(row.values()), f"{marker(place)}-", color=colour(place), label=name)
     axes.axhline(0, color="0.4", linewidth=1)
-    axes.set(xlabel="steps; the rate falls from 3,840 on", ylabel=f"validation loss minus that of {short(FEW)}, nats")
+    axes.set(
+        xlabel="steps, all at a rate of 3e-3 until 3,840, which then falls to 0",
+        ylabel=f"validation loss minus that of {short(FEW)}, nats",
+    )
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes.grid(alpha=0.3)
     return png_of(figure)

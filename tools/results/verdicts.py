@@ -1,4 +1,4 @@
-"""The registered claims of the study's second edition, judged on the test split from the runs of a store.
+"""The registered claims of the study, judged on the test split from the runs of a store.
 
 docs/results/registration.md states claims and tests. A claim is judged, and its models' losses are looked at, once all of its runs
 are there. Losses of these models give one spread within seeds. A model that was given up counts as not better.
@@ -31,6 +31,15 @@ _WAYS = (
     *(f"second_sharing/{way}" for way in ("neighbours", "tied middle", "scaled")),
 )
 
+#: E1 of the third edition, and FEW's further seeds, which count as FEW's from when all of E1 is there.
+_LOCK, _UNIPOOL, _NORM = (
+    "third_lock/pool, locked, softmax",
+    "third_unipool/pool, locked as UniPool",
+    "third_norm/moe of 8, norm",
+)
+MORE = "third_own/moe of 8"
+_E1 = (_LOCK, _UNIPOOL, _NORM, MORE)
+
 #: Losses by model and seed.
 Losses = Mapping[str, Mapping[int, float]]
 
@@ -41,6 +50,7 @@ class Claim:
 
     Attributes:
         pairs: models, each with its baseline.
+        waits_for: models whose runs must be there too, since losses of an experiment are looked at together.
         test: `mean`, the mean is at most the bound; `below`, the true mean is below it; `within`, it is no farther from zero;
             `none`, it is shown.
     """
@@ -49,6 +59,7 @@ class Claim:
     pairs: tuple[tuple[str, str], ...]
     test: Literal["mean", "below", "within", "none"]
     bound: float = 0.0
+    waits_for: tuple[str, ...] = ()
 
     @property
     def models(self) -> list[str]:
@@ -92,6 +103,15 @@ CLAIMS = (
         "none",
     ),
     Claim(
+        "equal bytes",
+        (
+            ("second_experts_8/2 banks of 8", "second_regime/dense"),
+            ("second_combination/2 banks of 32", FEW),
+            ("second_experts_128/2 banks of 128", MANY),
+        ),
+        "none",
+    ),
+    Claim(
         "G5",
         (
             ("half/healed-routers", "second_scratch/4 banks of 32, longer"),
@@ -100,6 +120,21 @@ CLAIMS = (
         "below",
     ),
     Claim("G5", (("half/healed-routers", "half/original-longer"),), "within", 0.02),
+    Claim(
+        "own experts",  # of as many bytes, from scratch, in 4,800 steps; a compressed model has had 5,280
+        (
+            ("late/moe-of-16", MANY),
+            ("half/healed-routers", "late/moe-of-16"),
+            ("quarter/healed-routers", FEW),
+            ("half/pruned-healed", "late/moe-of-16"),
+            ("quarter/pruned-healed", FEW),
+        ),
+        "none",
+    ),
+    Claim("E1", ((_LOCK, FEW), (_UNIPOOL, FEW)), "below", waits_for=_E1),
+    Claim("E1, free", ((_LOCK, FEW),), "within", 0.01, waits_for=_E1),
+    Claim("E1, router", ((_LOCK, "second_sharing/pool, locked"),), "below", waits_for=_E1),
+    Claim("E1, router", ((_NORM, FEW),), "none", waits_for=_E1),
 )
 
 
@@ -124,7 +159,7 @@ class HeldOut:
     @property
     def ready(self) -> list[Claim]:
         """The claims that can be judged."""
-        return [claim for claim in self.claims if self.whole.issuperset(claim.models)]
+        return [claim for claim in self.claims if self.whole.issuperset((*claim.models, *claim.waits_for))]
 
     @property
     def judged(self) -> list[str]:
@@ -159,7 +194,9 @@ def losses_on_test(plans: Mapping[str, StudyPlan], models: Models, derived: Loss
             trained[name] = {seed: run.validation["test_loss"] for seed, run in models[name].items()}
             if all(plan.is_finished(run) for run in runs if run.variant == variant):
                 whole.add(name)
-    seeds = {seed for row in trained.values() for seed in row}
+    seeds = {seed for name, row in trained.items() if name.startswith("second_") for seed in row}
+    if whole.issuperset(_E1):
+        trained[FEW] |= trained[MORE]
     whole |= {name for name, row in derived.items() if row.keys() >= seeds}
     return HeldOut(trained, derived, frozenset(whole), frozenset(given_up))
 
@@ -230,12 +267,12 @@ def judge(held_out: HeldOut) -> Iterator[Verdict]:
 def short(model: str) -> str:
     """Returns a model's name without its study's; of one that was compressed all of it."""
     study, _, name = model.partition("/")
-    return name if study.startswith("second_") else model.replace("/", " ")
+    return name if study.startswith(("second_", "third_")) else model.replace("/", " ")
 
 
 def verdict_table(verdicts: Iterable[Verdict]) -> str:
-    """Returns the table of Markdown."""
-    return table_of(HEAD, (verdict.cells for verdict in verdicts))
+    """Returns the table of Markdown; without G2, whose ten rows say the same."""
+    return table_of(HEAD, (verdict.cells for verdict in verdicts if verdict.claim.name != "G2"))
 
 
 def table_of(head: str, rows: Iterable[Iterable[str]]) -> str:
@@ -275,27 +312,14 @@ def foreign_originals(held_out: HeldOut) -> list[str]:
     ]
 
 
-def healed_losses(folder: Path) -> Losses:
-    """Returns the losses on validation text of models with all weights healed, of a half of the bytes, and of a MoE of 16, which has
-    as many, as `all weights/MODEL`."""
-    found: dict[str, dict[int, float]] = {}
-    for path in sorted(folder.glob("seed-?-late.json")):
-        kept = json.loads(path.read_text(encoding="utf-8"))["moe-of-16"]
-        found.setdefault("all weights/moe-of-16", {})[int(path.stem.split("-")[1])] = kept["validation_loss"]
-    for seed, losses in json.loads((folder / "all_weights.json").read_text(encoding="utf-8")).items():
-        for model, loss in losses.items():
-            found.setdefault(f"all weights/{model}", {})[int(seed)] = loss
-    return found
-
-
 def compressed_figures(losses: Losses) -> dict[str, float]:
-    """Returns mean losses by `BUDGET MODEL`, mean differences from the original, from it trained on and from a MoE of 16, by `BUDGET
-    MODEL - original`, and half intervals from their own spread."""
+    """Returns mean losses by `BUDGET MODEL`, mean differences from the original and from it trained on, by `BUDGET MODEL - original`,
+    and half intervals from their own spread."""
     rows = {name: np.array(row) for name, row in by_seed(losses).items()}
     found = {short(name): float(row.mean()) for name, row in rows.items()}
     for base, of_base in rows.items():
         budget, _, original = base.partition("/")
-        for name in rows if original in ("original", "original-longer", "moe-of-16") else ():
+        for name in rows if original in ("original", "original-longer") else ():
             if name.partition("/")[0] == budget and name != base:
                 found[f"{short(name)} - {original}"] = float((rows[name] - of_base).mean())
                 found[f"± {short(name)} - {original}"] = own_half_width(rows[name] - of_base)

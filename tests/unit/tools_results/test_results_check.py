@@ -17,7 +17,7 @@ from tests.unit.tools_results.made_runs import run_of
 from tools.results.measured import wrong_tables
 from tools.results.model_table import losses_table, rates_table
 from tools.results.page_figures import Models, models_of, rewritten, wrong_figures
-from tools.results.registration import Registration, deviations, kept_plan, read_registration
+from tools.results.registration import Registration, deviations, kept_plan, read_registrations
 from tools.results.verdicts import (
     CLAIMS,
     losses_on_test,
@@ -159,7 +159,7 @@ def test_a_study_makes_what_its_store_has_damaged(tmp_path: Path, caplog: pytest
 
 @pytest.fixture(scope="module")
 def registration() -> Registration:
-    found = read_registration(ROOT / "docs/results/registration.md", ROOT / "examples/studies")
+    found = read_registrations(ROOT / "docs/results/registration.md", ROOT / "examples/studies")[-1]
     return replace(found, studies=tuple(s for s in found.studies if s.stem == "second_combination"))
 
 
@@ -208,7 +208,7 @@ def test_runs_that_are_not_as_registered_are_named_with_what_differs(
     key = keep(store, config, registration, **machine)
     runs, problems = results_store.read_store(store)
     plans = {study.stem: kept_plan(study, registration.data, store, tmp_path / "kept")}
-    found = deviations(registration, plans, runs)
+    found = deviations([registration], plans, runs)
     assert not problems and bool(found) == (said is not None)
     assert said is None or any(key in text and said in text for text in found)
 
@@ -260,14 +260,37 @@ def test_models_under_adamw_have_a_table_of_their_own(tmp_path: Path, registrati
 
 def test_a_page_that_registers_nothing_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "registration.md"
-    missing = "studies = None: missing in .*; needed are tag, studies, data, forced, threads_per_rank"
+    missing = "studies = None: missing in .*; needed are studies, data, forced, threads_per_rank"
     for text, said in (("Nothing.", "must be a mapping in"), ("```yaml\ntag: x\n```\n", missing)):
         page.write_text(text)
         with pytest.raises(ConfigError, match=said):
-            read_registration(page, tmp_path)
+            read_registrations(page, tmp_path)
     page.write_text("```yaml\ntag: x\nstudies: [gone]\ndata: {}\nforced: {}\nthreads_per_rank: 1\n```\n")
     with pytest.raises(ConfigError, match=r"gone.yaml is missing"):
-        read_registration(page, tmp_path)
+        read_registrations(page, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [
+        ({"commit": "a" * 40, "patch": ""}, None),
+        ({"commit": "b" * 40, "patch": ""}, f"has the commit '{'b' * 40}', registered is '{'a' * 40}'"),
+        ({"commit": "a" * 40, "patch": "diff"}, "has the patch 'diff', registered is ''"),
+        ({}, "has the commit None"),
+    ],
+)
+def test_a_run_of_another_commit_than_the_registered_is_named(
+    tmp_path: Path, registration: Registration, machine: dict, said: str | None
+) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    [study] = registration.studies
+    planned = kept_plan(study, registration.data, store, tmp_path / "planned")
+    keep(store, planned.config_of(planned.all_runs()[0]), registration, **machine)
+    plans = {study.stem: kept_plan(study, registration.data, store, tmp_path / "kept")}
+    runs, _ = results_store.read_store(store)
+    found = deviations([replace(registration, commit="a" * 40)], plans, runs)
+    assert any(said in text for text in found) if said else not found
 
 
 def test_a_kept_run_is_read_by_its_own_key_alone(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pandas
 import pytest
@@ -15,8 +18,8 @@ from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.evaluation import plots_study
 from megatron_samoe.evaluation.run_summary import RunSummary
+from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.statistics import common_spread, own_half_width
-from megatron_samoe.planning.accounting import ParameterCount
 from tests.unit.tools_results.made_runs import run_of
 from tools.results.frontier import frontier
 from tools.results.page_figures import with_table
@@ -30,8 +33,8 @@ from tools.results.verdicts import (
     compressed_figures,
     compressed_losses,
     foreign_originals,
-    healed_losses,
     judge,
+    losses_on_test,
     verdict_table,
 )
 
@@ -82,6 +85,32 @@ def test_a_loss_on_the_test_split_is_not_looked_at_before_all_of_a_claim_is_ther
     assert found.opened == {} and not list(judge(found))
     both = replace(found, claims=[SMALL, Claim("G8", (("second_s/good", "second_s/moe"),), "below")])
     assert list(both.opened) == ["second_s/moe", "second_s/good"] and len(list(judge(both))) == 1
+    waiting = replace(both, claims=[replace(claim, waits_for=("second_s/same",)) for claim in both.claims])
+    assert waiting.opened == {}, "an experiment's models are looked at together"
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_further_seeds_of_a_baseline_count_once_all_of_their_experiment_is_there(is_whole: bool) -> None:
+    def plan_of(*names: str) -> StudyPlan:
+        variants = [SimpleNamespace(name=name) for name in names]
+        runs = [SimpleNamespace(variant=variant) for variant in variants]
+        plan = SimpleNamespace(study=SimpleNamespace(variants=variants), given_up=list, all_runs=lambda: runs)
+        plan.is_finished = lambda run: is_whole or "UniPool" not in run.variant.name
+        return cast(StudyPlan, plan)
+
+    studies = {"second_regime": "moe of 8", "third_own": "moe of 8", "third_lock": "pool, locked, softmax"}
+    studies |= {
+        "third_norm": "moe of 8, norm",
+        "third_unipool": "pool, locked as UniPool",
+        "second_sharing": "pool, locked",
+    }
+    models = {f"{study}/{name}": {1: run_of(3.5)} for study, name in studies.items()}
+    models["third_own/moe of 8"] = {4: run_of(3.6)}
+    models["third_lock/pool, locked, softmax"] = {1: run_of(3.4), 4: run_of(3.4)}
+    found = losses_on_test({study: plan_of(name) for study, name in studies.items()}, models, {})
+    assert found.trained["second_regime/moe of 8"] == ({1: 4.5, 4: 4.6} if is_whole else {1: 4.5})
+    lock = [v for v in judge(found) if v.claim.name == "E1, free"]
+    assert [list(v.differences) for v in lock] == ([pytest.approx([-0.1, -0.2])] if is_whole else [])
 
 
 def test_a_spread_of_its_own_decides_an_interval_too() -> None:
@@ -107,13 +136,6 @@ def test_models_that_were_compressed_are_judged_by_the_spread_of_trained_ones(tm
     derived = compressed_losses(tmp_path)
     assert sorted(derived) == ["half/healed", "half/original", "half/original-longer"]
     known = compressed_figures(derived)
-    (tmp_path / "all_weights.json").write_text(json.dumps({"2": {"original": 3.5, "healed-all": 3.52}}))
-    (tmp_path / "seed-2-late.json").write_text(json.dumps({"moe-of-16": {"validation_loss": 3.51, "test_loss": 3.4}}))
-    healed = healed_losses(tmp_path)
-    assert healed == {
-        f"all weights/{model}": {2: x} for model, x in (("original", 3.5), ("healed-all", 3.52), ("moe-of-16", 3.51))
-    }
-    assert compressed_figures(healed)["all weights healed-all - moe-of-16"] == pytest.approx(0.01)
     assert known["half healed"] == pytest.approx(3.215)
     assert known["half healed - original"] == pytest.approx(0.01)
     assert known["half healed - original-longer"] == pytest.approx(0.015)
@@ -128,29 +150,21 @@ def test_models_that_were_compressed_are_judged_by_the_spread_of_trained_ones(tm
 
 
 def test_scaling_is_told_once_all_its_runs_are_there() -> None:
-    sizes = {"width 48": (0.4, 9.8), "width 96": (1.2, 9.8), "4.9 M tokens": (0.55, 4.9), "19.7 M tokens": (0.55, 19.7)}
-    kinds = {"second_regime/dense": 0.0, "second_regime/moe of 8": 0.8, "second_combination/2 banks of 32": 0.6}
-    models: dict[str, dict[int, RunSummary]] = {}
-    for model, worth in kinds.items():
-        for size, (active, tokens) in {"": (0.55, 9.8), **sizes}.items():
-            loss = 1.0 + 2.0 * active**-0.2 * (1 + worth) ** -0.1 + 1.5 * tokens**-0.3
-            count = ParameterCount(int(1e6 * active * (1 + (worth and 0.8))), 0, int(1e6 * active))
-            moe = MoEConfig(expert_layout="samoe" if "banks" in model else "moe")
-            records = [{"iteration": 4800, "lm_loss": 1.0, "consumed_tokens": 1e6 * tokens}]
-            run = replace(run_of(0.0), config=PretrainConfig(moe=moe), parameters=count, records=records)
-            name = f"second_scaling/{model.partition('/')[2]}, {size}" if size else model
-            models[name] = {
-                1: replace(run, records=[*records, {"iteration": 4800, "validation_loss": loss, "test_loss": loss}])
-            }
-    found = held_out({name: {1: run[1].validation["test_loss"]} for name, run in models.items()}, SMALL)
-    table, known = scaling(models, found)
-    rows = [line.split(" | ") for line in table.splitlines()[2:]]
-    assert [row[4] for row in rows] == ["M < S < D"] * 5
-    assert [float(row[5].strip(" |")) for row in rows] == pytest.approx(
-        [float(r[3]) - float(r[2]) for r in rows], abs=2e-4
-    )
-    assert known["fit"] < 1e-3 and abs(known["fit held out"]) < 2e-3
-    assert scaling(models, replace(found, whole=found.whole - {"second_scaling/dense, width 96"})) == ("", {})
+    kinds = {"second_regime/dense": 3.6, "second_regime/moe of 8": 3.5, "second_combination/2 banks of 32": 3.54}
+    sizes = {"": 0.0, "width 48": 0.1, "width 96": -0.1, "4.9 M tokens": 0.2, "19.7 M tokens": -0.1}
+    losses = {
+        (f"second_scaling/{model.partition('/')[2]}, {size}" if size else model): {1: loss + more}
+        for model, loss in kinds.items()
+        for size, more in sizes.items()
+    }
+    found = held_out(losses, SMALL)
+    table, known = scaling(found)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [row[4:] for row in rows] == [["+0.0400", "0.60"]] * 5
+    assert rows[1] == ["width 64, 9.8 M tokens", "3.6000", "3.5000", "3.5400", "+0.0400", "0.60"]
+    a_tenth = math.log2(1.1)
+    assert list(known.values()) == pytest.approx([0.2 * a_tenth, 0.1 * a_tenth])
+    assert scaling(replace(found, whole=found.whole - {"second_scaling/dense, width 96"})) == ("", {})
 
 
 def test_a_pool_that_an_own_model_beats_in_all_is_dominated() -> None:
@@ -177,9 +191,6 @@ def test_a_pool_that_an_own_model_beats_in_all_is_dominated() -> None:
         "half healed-routers, on-the-fly": "late moe-of-16",
         "late moe-of-16": "own",
     }, "nobody has a lower loss than the tied middle"
-    given_up = frozenset(name for name in losses if name.startswith("second_sharing/"))
-    kept = frontier(models, replace(found, claims=[claim], given_up=given_up)).splitlines()[2:]
-    assert kept == [line for line in lines if "8 banks" not in line], "what nothing dominates is shown, given up or not"
     none = frontier(models, replace(found, claims=[Claim("G0", pairs[:1], "below")]))
     assert none == "", "no model shares experts"
 
@@ -208,11 +219,19 @@ def test_a_plot_says_what_it_shows_and_shows_models_of_as_many_steps(tmp_path: P
     assert plot.is_in(path) and not Plot(compared(models, later), plots_study.differences).is_in(path)
 
 
-def test_a_course_is_told_within_the_seeds_that_both_have() -> None:
+def at_rate(run: RunSummary, lr: float) -> RunSummary:
+    """Returns a run as if it had been trained at a rate."""
+    return replace(run, config=replace(run.config, optimizer=replace(run.config.optimizer, lr=lr)))
+
+
+def test_a_course_is_told_at_one_rate_within_the_seeds_that_both_have() -> None:
     models = {
-        "second_regime/moe of 8": {1: run_of(3.5), 2: run_of(3.6)},
-        "second_sharing/moe of 8": {1: run_of(3.5)},
-        "second_sharing/scaled": {2: run_of(3.75), 3: run_of(9.0)},
+        "second_regime/moe of 8": {1: at_rate(run_of(3.5), 3e-3), 2: at_rate(run_of(3.6), 3e-3)},
+        "second_sharing/moe of 8": {1: at_rate(run_of(3.5), 3e-3)},
+        "second_sharing/scaled": {2: at_rate(run_of(3.75), 3e-3), 3: at_rate(run_of(9.0), 3e-3)},
+        "second_regime/dense": {1: at_rate(run_of(3.6), 6e-3), 2: at_rate(run_of(3.7), 6e-3)},
+        "second_regime/dense@0.003": {1: at_rate(run_of(3.75), 3e-3)},
         "second_sharing/pool": {},
     }
-    assert course(list(models), models) == {"scaled": {"400": 0.15}}
+    names = [name for name in models if "@" not in name]
+    assert course(names, models) == {"scaled": {"400": 0.15}, "dense": {"400": 0.25}}
