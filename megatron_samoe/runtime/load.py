@@ -14,8 +14,8 @@ from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
-from megatron_samoe.datasets.carried_tokenizer import with_carried
-from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
+from megatron_samoe.datasets.carried_tokenizer import FOLDER, with_carried
+from megatron_samoe.datasets.tokenizer import Tokenizer, tokenizer_of
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
@@ -94,7 +94,7 @@ def _tokenizer(data: DataConfig, directory: Path, given: str | None) -> Tokenize
             )
         data = replace(data, tokenizer_model=given)
     try:
-        return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
+        tokenizer = tokenizer_of(data)
     except DataError as error:
         hint = (
             ""
@@ -102,3 +102,6 @@ def _tokenizer(data: DataConfig, directory: Path, given: str | None) -> Tokenize
             else " It was not saved with the checkpoint; --tokenizer-model says where it is now."
         )
         raise DataError(f"{error}{hint}") from None
+    if given is None:
+        tokenizer.folder = directory / FOLDER
+    return tokenizer
