@@ -64,3 +64,9 @@ def _check(messages: Sequence[Mapping[str, Any]]) -> None:
         for name, text in {"content": None, **message}.items():
             if not isinstance(text, str):
                 raise ConfigError("messages", text, f"a {name} must be a text")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(
+                    "messages", text, f"must be UTF-8 text, and is none at character {error.start}"
+                ) from None

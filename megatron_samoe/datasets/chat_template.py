@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import subprocess
 import sys
 import threading
@@ -21,8 +20,8 @@ from megatron_samoe.parsing import parse_json, read_file
 
 TEMPLATE, TOKENIZER_CONFIG, GENERATION_CONFIG = "chat_template.jinja", "tokenizer_config.json", "generation_config.json"
 _NAMES = (TEMPLATE, TOKENIZER_CONFIG, "special_tokens_map.json", GENERATION_CONFIG)
-#: In which a template must come to its end.
-RENDER_S = 10.0
+#: Of processor time, in which a template must come to its end.
+RENDER_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,13 @@ class _Renderer:
             asked, told = self._process.stdin, self._process.stdout
             assert asked is not None and told is not None
             with contextlib.suppress(OSError):  # it has ended
-                print(json.dumps(request), file=asked, flush=True)
-                if select.select([told], [], [], RENDER_S)[0]:
-                    line = told.readline()
+                print(json.dumps({**request, "seconds": RENDER_S}), file=asked, flush=True)
+                line = told.readline()
             if not line:
-                self._process.kill()
                 self._process.communicate()
-                return {"error": f"it has not ended within {RENDER_S:g} s and {render_chat.MEMORY_BYTES:,} bytes"}
+                return {
+                    "error": f"it has not ended within {RENDER_S:g} s of processor time and {render_chat.MEMORY_BYTES:,} bytes"
+                }
         return json.loads(line)
 
     def _started(self) -> subprocess.Popen[str]:

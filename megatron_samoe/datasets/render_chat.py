@@ -1,7 +1,7 @@
 """The process that renders chat templates: run as a file, it reads JSON objects, a line each, and answers each with one.
 
-Templates come with other people's models. Jinja's sandbox keeps them from Python's objects; this process bounds their memory,
-and whoever has started it ends it where one does not come to its end.
+Templates come with other people's models. Jinja's sandbox keeps them from Python's objects; this process bounds their memory
+and their time, and dies of a template that takes more.
 """
 
 from __future__ import annotations
@@ -46,15 +46,22 @@ def compiled(template: str) -> Any:
     return environment.from_string(template)
 
 
-def answer(template: str, variables: dict[str, Any]) -> dict[str, str]:
-    """Returns a rendered template under "text", or what is wrong with it under "error"."""
+def answer(template: str, variables: dict[str, Any], seconds: float) -> dict[str, str]:
+    """Returns a rendered template under "text", or what is wrong with it under "error".
+
+    Args:
+        seconds: of processor time after which Linux ends the process.
+    """
     try:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         text = compiled(template).render(**variables)
         if len(text) <= MOST_CHARACTERS:
             return {"text": text}
         return {"error": f"it makes {len(text):,} characters, and {MOST_CHARACTERS:,} are allowed"}
     except Exception as error:  # whatever a template does
         return {"error": " ".join(f"{error}".split())[:500] or type(error).__name__}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def main() -> None:

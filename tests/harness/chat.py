@@ -71,7 +71,7 @@ def chat_folder(folder: Path, template: str | None = CHATML, eos: int | list[int
     )  # fmt: skip
     torch.manual_seed(5)
     model = transformers.LlamaForCausalLM(config).eval()
-    model.generation_config.eos_token_id = words.eos_token_id if eos is None else eos
+    model.generation_config.eos_token_id = [words.eos_token_id, 0] if eos is None else eos
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import megatron_samoe
-from megatron_samoe.cli import convert
+from megatron_samoe.cli import convert, generate
 from megatron_samoe.datasets.chat_prompt import chat_prompt
 from megatron_samoe.datasets.chat_template import chat_files
 from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
 from megatron_samoe.datasets.train_tokenizer import train_sentencepiece
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.chat import CHATML, CONTEXT, CORPUS, TEMPLATES, chat_folder, chat_tokenizer
-from tests.harness.serving import serving
+from tests.harness.serving import load_tiny, save_tiny, serving
 
 transformers = pytest.importorskip("transformers", minversion="4.56")
 transformers.logging.set_verbosity_error()
@@ -157,8 +159,7 @@ def test_what_came_with_a_model_goes_with_it(folder: Path, native: Path, tmp_pat
     expected = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(QUESTION, tokenize=False)
     template = theirs.get_chat_template() if hasattr(theirs, "get_chat_template") else None
     assert theirs.apply_chat_template(QUESTION, tokenize=False, chat_template=template) == expected
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "back")
-    assert config.eos_token_id == transformers.AutoConfig.from_pretrained(folder).eos_token_id
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "back").eos_token_id == [2, 0]
 
 
 def test_gguf_has_the_template_and_the_end_of_an_answer(native: Path, tmp_path: Path) -> None:
@@ -229,6 +230,33 @@ def test_the_openai_client_gets_transformers_answers(folder: Path, loaded: Loade
             ask(model="tiny", messages=[{"role": "user", "content": "why " * 600}])
 
 
+def test_python_gives_transformers_answers_logits_and_loss(folder: Path, native: Path, tmp_path: Path) -> None:
+    model = megatron_samoe.load(native)
+    theirs, words = (k.from_pretrained(folder) for k in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer))
+    assert model.chat(QUESTION, 20, temperature=0.0) == words.decode(greedy(folder, QUESTION, 20))
+    assert model.chat("Why?", 9, temperature=0.0) == "".join(
+        model.stream([{"role": "user", "content": "Why?"}], 9, temperature=0.0)
+    )
+    assert "a chat template" in repr(model.tokenizer)
+    text = "Emma was very much surprised"
+    ids = words(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = theirs(ids, labels=ids)
+    torch.testing.assert_close(model.logits(text), expected.logits[0], rtol=1e-4, atol=1e-4)
+    assert model.loss(text) == model.loss(ids) == pytest.approx(float(expected.loss), rel=1e-5)
+    two = torch.stack([ids[0], ids[0].flip(0)])
+    with torch.no_grad():
+        assert model.loss(two) == pytest.approx(float(theirs(two, labels=two).loss), rel=1e-5)
+    # What is in memory is saved, not what was loaded.
+    model.loaded.model.global_parameters()["embedding.word.weight"].mul_(2.0)
+    model.save_pretrained(tmp_path / "saved")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(saved(ids).logits[0], model.logits(text), rtol=1e-4, atol=1e-4)
+    assert chat_files(tmp_path / "saved") == chat_files(folder)
+    with pytest.raises(CheckpointError, match="exists; nothing is overwritten"):
+        model.save_pretrained(tmp_path / "saved")
+
+
 def test_every_token_of_the_list_ends_an_answer(folder: Path, tmp_path: Path) -> None:
     """generation_config.json may name several, of which one comes early here."""
     end = greedy(folder, QUESTION, 8)[5]
@@ -243,3 +271,59 @@ def test_every_token_of_the_list_ends_an_answer(folder: Path, tmp_path: Path) ->
         body = {"messages": QUESTION, "temperature": 0, "max_tokens": 40}
         (choice,) = running.client.ask("POST", "/v1/chat/completions", body).json["choices"]
     assert choice["finish_reason"] == "stop" and choice["message"]["content"] == loaded.tokenizer.decode(expected)
+
+
+def test_the_command_talks(
+    folder: Path, native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    errors: list[str] = []
+
+    def run(*arguments: str, stdin: str = "", status: int = 0) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        fixed = ("--load", str(native), "--num-threads", "1", "--temperature", "0", "--max-new-tokens", "9")
+        assert generate.main([*fixed, *arguments]) == status
+        out, err = capsys.readouterr()
+        errors.append(err)
+        return err if status else out
+
+    def answer(*messages: str, system: str | None = None) -> str:
+        told = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(messages)]
+        return words.decode(greedy(folder, [{"role": "system", "content": system}] * bool(system) + told, 9))
+
+    assert run("--chat", "--prompt", "Why?", "--system", "Be kind.") == answer("Why?", system="Be kind.") + "\n"
+    # Prompts of a file are conversations of their own; those one by one are one.
+    said = ("Why?", "And then?")
+    assert run("--chat", stdin="\n".join(said)) == "".join(f"{answer(text)}\n" for text in said)
+    first = answer(said[0])
+    lines = [first, answer(said[0], first, said[1])]
+    assert run("--chat", "--interactive", stdin="\n".join(said)) == "".join(f"{line}\n" for line in lines)
+    long = run("--chat", "--interactive", stdin=f"{said[0]}\n{'why ' * 300}\n{said[0]}\n")
+    assert long == f"{first}\n{first}\n" and "error: prompt = " in errors[-1]
+    assert errors[-1].endswith("may have 256 tokens, the model's context; the conversation begins anew\n")
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": QUESTION}) + "\n" + json.dumps({"prompt": "Why?"}) + "\n")
+    told = [json.loads(line) for line in run("--chat", "--prompts-file", str(path), "--json").splitlines()]
+    assert [line["messages"] for line in told] == [QUESTION, [{"role": "user", "content": "Why?"}]]
+    assert [line["text"] for line in told] == [words.decode(greedy(folder, QUESTION, 9)), answer("Why?")]
+    for line, part in (
+        ({"prompt_ids": [1]}, "chats.jsonl, line 1: prompt_ids = (1,): are not for --chat"),
+        ({"messages": ["x"]}, "chats.jsonl, line 1: messages = 'x': each must have"),
+        ({"messages": []}, "must be a list such as"),
+    ):
+        path.write_text(json.dumps(line) + "\n")
+        assert part in run("--chat", "--prompts-file", str(path), status=2)
+    assert "--system = 'x': needs --chat" in run("--system", "x", "--prompt", "y", status=2)
+
+
+def test_a_base_model_says_that_it_does_not_talk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_tiny(tmp_path)
+    assert generate.main(["--load", str(path), "--chat", "--prompt", "Hello"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --chat = True: the model has no chat template: it is a base model, which continues texts\n"
+    )
+    with serving(load_tiny(path)) as running:
+        answer = running.client.ask("POST", "/v1/chat/completions", {"messages": QUESTION})
+        assert answer.status == 400 and answer.json["error"]["code"] == "no_chat_template"
+        assert answer.json["error"]["message"].startswith("The model 'tiny' has no chat template: it is a base model.")
+        assert running.client.ask("GET", "/v1/models").json["data"][0]["chats"] is False

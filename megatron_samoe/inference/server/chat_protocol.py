@@ -17,7 +17,6 @@ from megatron_samoe.inference.server.protocol import (
     api_error,
     bad_value,
     check_fields,
-    encodable,
     flag,
     max_new_tokens,
     num_choices,
@@ -120,4 +119,4 @@ def _text(content: Any) -> str:
             raise bad_value(
                 "messages", part.get("type"), "parts must be of the type text: models here read nothing else"
             )
-    return encodable("messages", "\n".join(part["text"] for part in parts))
+    return "\n".join(part["text"] for part in parts)

@@ -59,9 +59,9 @@ def test_a_template_that_does_not_end_is_ended(template: str, monkeypatch: pytes
     assert Chat("warm").render(HELLO) == "warm"
     monkeypatch.setattr(chat_template, "RENDER_S", 0.5)
     started = time.monotonic()
-    with pytest.raises(ConfigError, match=r"it has not ended within 0\.5 s"):
+    with pytest.raises(ConfigError, match=r"it has not ended within 0\.5 s of processor time"):
         Chat(template).render(HELLO)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60
     monkeypatch.undo()
     assert Chat("{{ messages[0].role }}").render(HELLO) == "user"
 
