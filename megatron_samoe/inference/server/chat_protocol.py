@@ -45,7 +45,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
 }
-_TOOLS = ("tools", "functions", "tool_calls", "tool_call_id", "function_call")
+_TOOLS = ("tools", "functions", "tool_choice", "tool_calls", "tool_call_id", "function_call")
 
 
 def parse_chat(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCall:
