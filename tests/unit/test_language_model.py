@@ -160,4 +160,6 @@ def test_the_notebook_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
     shown = capsys.readouterr().out
-    assert "perplexity" in shown and "combination" in shown and "next:" in shown
+    assert all(
+        part in shown for part in ("loss", "perplexity", "combination", "next:", "it is a base model", "config.json")
+    )
