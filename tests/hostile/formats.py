@@ -35,7 +35,10 @@ def _hugging_face(folder: Path, most_bytes: int = 1 << 30) -> None:
     source = new_source(tiny_config("moe", num_layers=2, style="llama", moe_router_topk=2))
     write_export(plan_export(source, max_shard_bytes=most_bytes), folder / "hf", lambda _: None)
     _tokenizers(folder / "hf")
-    talk = {"eos_token": {"content": "<|endoftext|>"}, "chat_template": [{"name": "default", "template": "{{ messages }}"}]}
+    talk = {
+        "eos_token": {"content": "<|endoftext|>"},
+        "chat_template": [{"name": "default", "template": "{{ messages }}"}],
+    }
     (folder / "hf/tokenizer_config.json").write_text(json.dumps(talk))
 
 
