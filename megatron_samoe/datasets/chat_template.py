@@ -57,11 +57,14 @@ class Chat:
 
 def chat_files(folder: Path) -> dict[str, bytes]:
     """Returns the files of a folder that say how its model talks, by their path in it; DataError where one cannot be read."""
-    more = [path.relative_to(folder).as_posix() for path in folder.glob("additional_chat_templates/*.jinja")]
-    try:
-        return {name: read_file(folder / name) for name in (*_NAMES, *sorted(more)) if (folder / name).exists()}
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from None
+    paths = [*(folder / name for name in _NAMES), *sorted(folder.glob("additional_chat_templates/*.jinja"))]
+    found: dict[str, bytes] = {}
+    for path in filter(Path.exists, paths):
+        try:
+            found[path.relative_to(folder).as_posix()] = read_file(path)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    return found
 
 
 def read_chat(files: Mapping[str, bytes], folder: str | Path = "") -> Chat:

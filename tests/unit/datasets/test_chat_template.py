@@ -138,3 +138,9 @@ def test_odd_values_say_nothing(tmp_path: Path) -> None:
         '{"eos_token": {"content": "</s>"}, "bos_token": null, "pad_token": 7}'
     )
     assert read_chat(chat_files(tmp_path)) == Chat(None, {"eos_token": "</s>"}, (1, 7))
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").mkdir()
+    with pytest.raises(DataError, match=f"^{tmp_path / 'generation_config.json'} cannot be read: Is a directory"):
+        chat_files(tmp_path)
