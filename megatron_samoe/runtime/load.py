@@ -14,7 +14,8 @@ from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
-from megatron_samoe.datasets.carried_tokenizer import FOLDER, with_carried
+from megatron_samoe.datasets.carried_tokenizer import chat_of, with_carried
+from megatron_samoe.datasets.chat_template import read_chat
 from megatron_samoe.datasets.tokenizer import Tokenizer, tokenizer_of
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
@@ -69,7 +70,9 @@ def load_model(
     config = replace(config, parallel=layout or ParallelConfig(), training=one_sequence, checkpoint=CheckpointConfig())
     validate(config, parallel.world_size)
     tokenizer = _tokenizer(config.data, directory, tokenizer_model)
-    CheckpointReader(directory)  # refuses sizes that no tensor has, before a model has them
+    reader = CheckpointReader(directory)  # refuses sizes that no tensor has, before a model has them
+    if tokenizer_model is None:  # else the files beside that one count
+        tokenizer.chat = read_chat(chat_of(reader.attachments), directory)
     train_state = store.read_train_state(directory, ("vocab_size",))
     store.refuse_parts(train_state, str(directory))
     vocab_size = train_state["vocab_size"]
@@ -94,7 +97,7 @@ def _tokenizer(data: DataConfig, directory: Path, given: str | None) -> Tokenize
             )
         data = replace(data, tokenizer_model=given)
     try:
-        tokenizer = tokenizer_of(data)
+        return tokenizer_of(data)
     except DataError as error:
         hint = (
             ""
@@ -102,6 +105,3 @@ def _tokenizer(data: DataConfig, directory: Path, given: str | None) -> Tokenize
             else " It was not saved with the checkpoint; --tokenizer-model says where it is now."
         )
         raise DataError(f"{error}{hint}") from None
-    if given is None:
-        tokenizer.folder = directory / FOLDER
-    return tokenizer
