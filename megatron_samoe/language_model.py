@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from inspect import Parameter
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.convert.opener import PYTHON, open_verified
+from megatron_samoe.convert.edited_model import EditedModel
+from megatron_samoe.convert.opener import PYTHON, open_folder, open_verified
+from megatron_samoe.convert.target import plan_hf
+from megatron_samoe.datasets.chat_prompt import chat_prompt
 from megatron_samoe.datasets.tokenizer import Tokenizer
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.errors import ConfigError, nearest
 from megatron_samoe.evaluation.zero_shot.items import Document
 from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor, Score
 from megatron_samoe.inference.engine import Engine
+from megatron_samoe.inference.kv_cache import PAGE
 from megatron_samoe.inference.request import Request, TokenEvent
 from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import LoadedModel, load_model
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def load(
@@ -76,6 +86,49 @@ class TextScore:
         return -self.loglikelihood / math.log(2) / max(self.num_bytes, 1)
 
 
+#: A text, or the messages of a conversation.
+Messages: TypeAlias = str | Sequence[Mapping[str, str]]
+
+
+class Sampling(TypedDict, total=False):
+    """How tokens are chosen; `SamplingOptions` has the meanings and defaults."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    stop: Sequence[str]
+    seed: int
+    ignore_eod: bool
+
+
+#: What other libraries call an option.
+_ELSEWHERE = {
+    "max_tokens": "is called max_new_tokens here",
+    "max_completion_tokens": "is called max_new_tokens here",
+    "do_sample": "is not needed: temperature=0 takes the most probable token, any other temperature samples",
+}
+
+
+def _sampling(max_new_tokens: int, given: Sampling) -> SamplingOptions:
+    """Returns the options of a request; ConfigError for one that is not known."""
+    for name, value in given.items():
+        if name not in Sampling.__annotations__:
+            known = f"is no option; there are max_new_tokens, {', '.join(Sampling.__annotations__)}"
+            raise ConfigError(name, value, _ELSEWHERE.get(name, f"{known}.{nearest(name, Sampling.__annotations__)}"))
+    return SamplingOptions(max_new_tokens, **given)  # type: ignore[arg-type]
+
+
+def _shows_options(method: _Method) -> _Method:
+    """Returns a method whose signature, as help() and notebooks show it, names the options of `Sampling`."""
+    shown = inspect.signature(method)
+    named = [p for p in shown.parameters.values() if p.kind != p.VAR_KEYWORD]
+    options = [f for f in fields(SamplingOptions) if f.name in Sampling.__annotations__]
+    named += [Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in options]
+    method.__signature__ = shown.replace(parameters=named)  # type: ignore[attr-defined]
+    return method
+
+
 class LanguageModel:
     """A loaded model. With several ranks, all of them make the same calls and get the same results.
 
@@ -85,6 +138,7 @@ class LanguageModel:
 
     def __init__(self, loaded: LoadedModel):
         self.loaded = loaded
+        self._unread: list[TokenEvent] = []
 
     @property
     def config(self) -> PretrainConfig:
@@ -104,68 +158,107 @@ class LanguageModel:
     def __repr__(self) -> str:
         return f"LanguageModel({self.loaded.directory}, {self.num_parameters:,} parameters, {self.config.moe.expert_layout})"
 
-    @torch.no_grad()
-    def logits(self, ids: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Tensor:
-        """Returns logits [S, V] of one sequence of ids, or [B, S, V] of B of one length, without padding of the vocabulary.
+    def logits(self, text: str | Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Tensor:
+        """Returns logits [S, V] of a text or of a sequence of ids, or [B, S, V] of B sequences of one length, without padding of
+        the vocabulary.
 
         Raises:
             ConfigError: ids are none of the vocabulary, of different lengths, or more than the context holds; or the model
                 is split over pipeline or tensor-parallel ranks.
         """
-        state, model = self.loaded.model.state, self.loaded.model
-        if state.pp.size * state.tp.size > 1:
-            raise ConfigError(
-                "logits", "a model on several ranks", "are those of a model in one piece; load it in one process"
-            )
-        try:
-            given = torch.as_tensor(ids)
-        except (ValueError, TypeError) as error:
-            raise ConfigError("ids", ids, "must be whole numbers, in sequences of one length") from error
-        ids_BS = given[None] if given.dim() == 1 else given
-        most = self.config.model.max_positions
-        if ids_BS.dim() != 2 or ids_BS.dtype.is_floating_point or not 0 < ids_BS.shape[1] <= most:
-            raise ConfigError(
-                "ids", list(given.shape), f"must be whole numbers of shape [S] or [B, S], with S from 1 to {most}"
-            )
-        if ids_BS.numel() and not 0 <= int(ids_BS.min()) <= int(ids_BS.max()) < model.vocab_size:
-            raise ConfigError(
-                "ids", f"{int(ids_BS.min())} to {int(ids_BS.max())}", f"must be from 0 to {model.vocab_size - 1}"
-            )
-        context = ForwardContext(batch_size=len(ids_BS), training=False)
-        found, _ = model(ids_BS.long().to(state.device), context)
-        return found.view(*ids_BS.shape, -1)[..., : model.vocab_size].view(*given.shape, -1)
+        ids = self._ids(text)
+        found_BSV = self._forward(ids[None] if ids.dim() == 1 else ids)
+        return found_BSV[0] if ids.dim() == 1 else found_BSV
 
-    @overload
-    def generate(self, prompts: str, max_new_tokens: int = 100, **sampling: Any) -> str: ...
-    @overload
-    def generate(self, prompts: Sequence[str], max_new_tokens: int = 100, **sampling: Any) -> list[str]: ...
-    def generate(self, prompts: str | Sequence[str], max_new_tokens: int = 100, **sampling: Any) -> str | list[str]:
-        """Returns the text that follows a prompt, or each of several, which are generated together.
-
-        A prompt longer than the context is cut from the left to half of it.
-        Each call makes an engine, which folds a pool's experts anew: for many calls keep an `Engine`.
-
-        Args:
-            sampling: other fields of `SamplingOptions`: temperature (0 is greedy), top_k, top_p, stop, seed, ...
+    def loss(self, text: str | Sequence[int] | Sequence[Sequence[int]] | Tensor) -> float:
+        """Returns the mean loss, in nats, of every token after the first, of what `logits` takes; a text longer than the context
+        has a `score_text`.
 
         Raises:
-            ConfigError: a prompt is empty, or an option is out of range.
+            ConfigError: as for `logits`; or there is one token alone.
         """
-        given = [prompts] if isinstance(prompts, str) else list(prompts)
-        texts = [""] * len(given)
-        for number, event in self._events([self.tokenizer.encode(text) for text in given], max_new_tokens, sampling):
-            texts[number] += event.text
-        return texts[0] if isinstance(prompts, str) else texts
+        ids = self._ids(text)
+        ids_BS = ids[None] if ids.dim() == 1 else ids
+        if ids_BS.shape[1] < 2:
+            raise ConfigError(
+                "ids", list(ids.shape), "needs two tokens or more: a loss is that of a token after others"
+            )
+        logits_BSV = self._forward(ids_BS)[:, :-1].float()
+        return float(F.cross_entropy(logits_BSV.flatten(0, 1), ids_BS[:, 1:].flatten().to(logits_BSV.device)))
 
-    def stream(self, prompt: str, max_new_tokens: int = 100, **sampling: Any) -> Iterator[str]:
-        """Yields the text that follows a prompt as it comes; see `generate`."""
-        for _, event in self._events([self.tokenizer.encode(prompt)], max_new_tokens, sampling):
-            yield event.text
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, texts: str, max_new_tokens: int = 100, **options: Unpack[Sampling]
+    ) -> str: ...
+    @overload
+    def generate(self, texts: Sequence[str], max_new_tokens: int = 100, **options: Unpack[Sampling]) -> list[str]: ...
+    @_shows_options
+    def generate(
+        self, texts: str | Sequence[str], max_new_tokens: int = 100, **options: Unpack[Sampling]
+    ) -> str | list[str]:
+        """Returns the text that follows a text, or each of several, which are generated together.
 
-    def generate_ids(self, prompt: Sequence[int], max_new_tokens: int = 100, **sampling: Any) -> list[int]:
-        """Returns the ids that follow a prompt's, without the end of the document; see `generate`."""
-        ids = [event.token_id for _, event in self._events([prompt], max_new_tokens, sampling)]
-        return ids[:-1] if ids[-1:] == [self.tokenizer.eod] else ids
+        The first call makes an engine, from the weights of then; later calls use it.
+
+        Args:
+            options: see `Sampling`; temperature=0 takes the most probable token.
+
+        Raises:
+            ConfigError: a text is empty or longer than the context, or an option is not known or out of range.
+        """
+        given = [texts] if isinstance(texts, str) else list(texts)
+        found = [""] * len(given)
+        sampling = _sampling(max_new_tokens, options)
+        for number, event in self._events([self.tokenizer.encode(text) for text in given], sampling):
+            found[number] += event.text
+        return found[0] if isinstance(texts, str) else found
+
+    @_shows_options
+    def chat(self, messages: Messages, max_new_tokens: int | None = None, **options: Unpack[Sampling]) -> str:
+        """Returns the model's answer to messages, by the chat template of its tokenizer.
+
+        Args:
+            messages: one text of a user, or a conversation: {"role": "system", "user" or "assistant", "content": TEXT}, ...
+            max_new_tokens: of the answer; until it or the context ends if not given.
+
+        Raises:
+            ConfigError: the model is a base model, without a template; the template refuses the messages; or as for `generate`.
+        """
+        given = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return "".join(self.stream(given, max_new_tokens, **options))
+
+    @_shows_options
+    def stream(self, text: Messages, max_new_tokens: int | None = 100, **options: Unpack[Sampling]) -> Iterator[str]:
+        """Yields what follows a text, or the answer to a conversation's messages, as it comes; see `generate` and `chat`."""
+        sampling = _sampling(self.config.model.max_positions if max_new_tokens is None else max_new_tokens, options)
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else chat_prompt(self.tokenizer, text)
+        events = self._events([ids], sampling)
+        return (event.text for _, event in events)
+
+    @_shows_options
+    def generate_ids(self, ids: Sequence[int], max_new_tokens: int = 100, **options: Unpack[Sampling]) -> list[int]:
+        """Returns the ids that follow others, without the one that ends a document or an answer; see `generate`."""
+        made = [event.token_id for _, event in self._events([ids], _sampling(max_new_tokens, options))]
+        return made[:-1] if made and made[-1] in self.tokenizer.ends else made
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the model as it is now, and its tokenizer, as a new folder for transformers, as `convert --to hf` does.
+
+        Raises:
+            CheckpointError: the folder exists, or the disk is too small.
+            ConfigError: no class of transformers computes the model; or it is on several ranks.
+        """
+        self._refuse_parts("save_pretrained")
+        source, loaded = open_folder(self.loaded.directory, words=PYTHON), self.loaded.model
+        tensors, now = source.tensors, loaded.global_parameters()
+        model = EditedModel(tensors.config, tensors.train_state, attachments=tensors.attachments)
+        for name in tensors.tensors:
+            if name in now:
+                model.add_value(name, now[name].detach().cpu())
+            else:
+                model.keep(tensors, name)
+        plan = plan_hf(replace(source, tensors=model), Path(folder), loaded.dtype, with_tokenizer=True)
+        plan.write(lambda num_bytes: None)
 
     def score(self, context: str, continuation: str) -> Score:
         """Returns the log-likelihood of a text after another, and whether greedy decoding gives it."""
@@ -180,13 +273,56 @@ class LanguageModel:
     def _predictor(self) -> ModelPredictor:
         return ModelPredictor(self.loaded)
 
-    def _events(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: dict[str, Any]
-    ) -> Iterator[tuple[int, TokenEvent]]:
-        engine = Engine(self.loaded, max_batch=max(min(len(prompts), 8), 1))
-        options, context = SamplingOptions(max_new_tokens, **sampling), engine.context_length
-        cut = [ids if len(ids) <= context else ids[-(context // 2) :] for ids in prompts]
-        numbers = {engine.submit(Request(ids, options)): number for number, ids in enumerate(cut)}
-        while engine.has_work:
-            for event in engine.step():
-                yield numbers[event.request_id], event
+    @cached_property
+    def _engine(self) -> Engine:
+        # Room for eight sequences that are short, or for one as long as the context.
+        return Engine(self.loaded, max_batch=8, max_tokens=max(self.config.model.max_positions + PAGE, 1 << 14))
+
+    def _events(self, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> Iterator[tuple[int, TokenEvent]]:
+        """Yields each new token with the number of its prompt. Several such iterators may share the engine's steps."""
+        numbers: dict[int, int] = {}
+        try:
+            for number, ids in enumerate(prompts):
+                own = replace(options, seed=(options.seed + number) % 2**64)
+                numbers[self._engine.submit(Request(ids, own))] = number
+            left = set(numbers)
+            while left:
+                if not any(event.request_id in left for event in self._unread):
+                    self._unread += self._engine.step()
+                mine = [event for event in self._unread if event.request_id in left]
+                self._unread = [event for event in self._unread if event.request_id not in left]
+                for event in mine:
+                    left -= {event.request_id} if event.finish_reason else set()
+                    yield numbers[event.request_id], event
+        finally:
+            for request_id in numbers:
+                self._engine.cancel(request_id)
+            self._unread = [event for event in self._unread if event.request_id not in numbers]
+
+    def _ids(self, text: str | Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Tensor:
+        """Returns a text's ids [S], or those that are given, [S] or [B, S]; ConfigError where they are none of the model's."""
+        try:
+            ids = torch.as_tensor(self.tokenizer.encode(text) if isinstance(text, str) else text)
+        except (ValueError, TypeError) as error:
+            raise ConfigError("ids", text, "must be a text, or whole numbers in sequences of one length") from error
+        most, vocab_size = self.config.model.max_positions, self.loaded.model.vocab_size
+        if ids.dim() not in (1, 2) or ids.dtype.is_floating_point or not 0 < ids.shape[-1] <= most:
+            raise ConfigError(
+                "ids", list(ids.shape), f"must be whole numbers of shape [S] or [B, S], with S from 1 to {most}"
+            )
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ConfigError("ids", f"{int(ids.min())} to {int(ids.max())}", f"must be from 0 to {vocab_size - 1}")
+        return ids.long()
+
+    @torch.no_grad()
+    def _forward(self, ids_BS: Tensor) -> Tensor:
+        """Returns logits [B, S, V]."""
+        self._refuse_parts("logits")
+        model = self.loaded.model
+        found, _ = model(ids_BS.to(model.state.device), ForwardContext(batch_size=len(ids_BS), training=False))
+        return found.view(*ids_BS.shape, -1)[..., : model.vocab_size]
+
+    def _refuse_parts(self, what: str) -> None:
+        state = self.loaded.model.state
+        if state.pp.size * state.tp.size > 1:
+            raise ConfigError(what, "a model on several ranks", "needs a model in one piece; load it in one process")

@@ -16,6 +16,7 @@ import tyro
 
 from megatron_samoe.cli.model_arguments import ModelOptions, rank_program
 from megatron_samoe.cli.program import Count, Number
+from megatron_samoe.datasets.chat_prompt import chat_prompt
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.errors import ConfigError, DataError, MegatronSamoeError
 from megatron_samoe.inference.engine import Engine, Precision, Serving
@@ -27,7 +28,7 @@ from megatron_samoe.parsing import parse_json, read_text
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as it was given; either text or ids.
+    """A prompt as it was given: text, ids or the messages of a conversation.
 
     Attributes:
         place: where it stands, for messages; empty for the only one.
@@ -36,6 +37,14 @@ class Prompt:
     text: str
     ids: tuple[Any, ...] | None = None
     place: str = ""
+    messages: tuple[dict[str, Any], ...] | None = None
+
+    def after(self, history: Sequence[dict[str, Any]]) -> Prompt:
+        """Returns the prompt as a user's message after others; ConfigError where it is ids."""
+        if self.ids is not None:
+            raise ConfigError(f"{self.place}: prompt_ids", self.ids, "are not for --chat, whose template makes the ids")
+        own = ({"role": "user", "content": self.text},) if self.messages is None else self.messages
+        return replace(self, messages=(*history, *own))
 
     def request(self, tokenizer: Tokenizer, sampling: SamplingOptions) -> Request:
         """Returns the request for it.
@@ -49,6 +58,8 @@ class Prompt:
             raise ConfigError(
                 "prompt", self.text, f"must be UTF-8 text, and is none at character {error.start}"
             ) from None
+        if self.messages is not None:
+            return Request(chat_prompt(tokenizer, self.messages), sampling)
         return Request(tokenizer.encode(self.text) if self.ids is None else self.ids, sampling)
 
 
@@ -56,7 +67,7 @@ def read_prompts(file: TextIO, name: str, as_json: bool) -> list[Prompt]:
     """Returns the prompts of a file; blank lines are none.
 
     Raises:
-        DataError: a line is no object with "prompt" or "prompt_ids", or the file has no prompt.
+        DataError: a line is no object with "prompt", "prompt_ids" or "messages", or the file has no prompt.
     """
     prompts = []
     try:
@@ -72,7 +83,7 @@ def read_prompts(file: TextIO, name: str, as_json: bool) -> list[Prompt]:
 
 
 def _from_json(line: str, place: str) -> Prompt:
-    wanted = f'{place}: must be a JSON object with a text "prompt" or a list of numbers "prompt_ids"'
+    wanted = f'{place}: must be a JSON object with a text "prompt", a list of numbers "prompt_ids", or with --chat "messages"'
     try:
         value = parse_json(line)
     except ValueError as error:
@@ -81,6 +92,8 @@ def _from_json(line: str, place: str) -> Prompt:
         return Prompt(value["prompt"], place=place)
     if isinstance(value, dict) and isinstance(value.get("prompt_ids"), list):
         return Prompt("", tuple(value["prompt_ids"]), place)
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        return Prompt("", None, place, tuple(value["messages"]))
     raise DataError(f"{wanted}.")
 
 
@@ -115,7 +128,7 @@ class Printer:
             if done and self._json:
                 self._print_json(first)
             elif done or self._stream:
-                whole = first.prompt.text + first.text
+                whole = (first.prompt.text if first.prompt.messages is None else "") + first.text
                 print(whole[first.shown :], end="\n" if done else "", flush=True)
                 first.shown = len(whole)
             if not done:
@@ -125,6 +138,7 @@ class Printer:
     def _print_json(self, result: Result) -> None:
         prompt = result.prompt
         asked = {"prompt": prompt.text} if prompt.ids is None else {"prompt_ids": list(prompt.ids)}
+        asked = asked if prompt.messages is None else {"messages": list(prompt.messages)}
         made = {"text": result.text, "finish_reason": result.reason, "ids": result.ids}
         print(json.dumps({**asked, **made}, ensure_ascii=False), flush=True)
 
@@ -158,6 +172,9 @@ class Generate:
     Prompts come from --prompt, from a file (a prompt a line; in .jsonl files objects with "prompt" or "prompt_ids"), from
     standard input, or one after another at a terminal. Those of a file are generated together, in batches that requests enter
     and leave as they come and end. Under torchrun the model is spread over the ranks, whichever layout saved the checkpoint.
+
+    With --chat, prompts are what a user says to a model with a chat template; each of a file begins a conversation, those of a
+    terminal continue one.
     """
 
     model: ModelOptions
@@ -167,6 +184,10 @@ class Generate:
     """a prompt a line, or .jsonl; - for standard input"""
     interactive: Annotated[bool, _ONE] = False
     """ask for prompts until the end of input; so it is without any of these at a terminal, else standard input is read"""
+    chat: bool = False
+    """print the model's answers; .jsonl files may hold "messages", each with a "role" and a "content\""""
+    system: str | None = None
+    """with --chat, what the model is told before the first message"""
     no_stream: bool = False
     """print a text when it is complete, not as it comes"""
     json: bool = False
@@ -191,6 +212,9 @@ class Generate:
 
     def _generate(self) -> None:
         check_sampling(self.sampling)
+        if self.system is not None and not self.chat:
+            raise ConfigError("--system", self.system, "needs --chat")
+        history = [{"role": "system", "content": self.system}] if self.system is not None else []
         parallel = self.model.join(self.num_threads)
         prompts, problem = None, None
         if parallel.rank == 0:
@@ -202,20 +226,29 @@ class Generate:
         if problem is not None:
             raise DataError(problem, collective=True)
         loaded = self.model.loaded(parallel, combine=False)
+        if self.chat and loaded.tokenizer.chat.template is None:
+            raise ConfigError(
+                "--chat", True, "the model has no chat template: it is a base model, which continues texts"
+            )
         engine = Engine(loaded, **vars(self.engine))
         directory = loaded.directory
         del loaded  # of which the engine keeps what it needs
         if prompts is not None:
+            prompts = [prompt.after(history) for prompt in prompts] if self.chat else prompts
             generate(engine, prompts, self, parallel.rank == 0)
             return
         if parallel.rank == 0:
             print(f"{directory}: {engine.summary}; a prompt a line", file=sys.stderr)
-        for number, prompt in enumerate(_ask(parallel)):
+        told = list(history)
+        for number, given in enumerate(_ask(parallel)):
+            prompt = given.after(told) if self.chat else given
             try:
-                generate(engine, [prompt], self, parallel.rank == 0, number)
+                (answer,) = generate(engine, [prompt], self, parallel.rank == 0, number)
+                told = [*(prompt.messages or ()), {"role": "assistant", "content": answer}]
             except ConfigError as error:
                 if parallel.rank == 0:
-                    print(f"error: {error}", file=sys.stderr)
+                    print(f"error: {error}{'; the conversation begins anew' * self.chat}", file=sys.stderr)
+                told = list(history)
 
     def _given_prompts(self) -> list[Prompt] | None:
         """Returns the prompts that are known at the start; None where they are asked for."""
@@ -234,8 +267,10 @@ class Generate:
         return read_prompts(sys.stdin, "standard input", as_json=False)
 
 
-def generate(engine: Engine, prompts: Sequence[Prompt], options: Generate, shows: bool, num_before: int = 0) -> None:
-    """Generates for some prompts together and prints what comes where `shows`.
+def generate(
+    engine: Engine, prompts: Sequence[Prompt], options: Generate, shows: bool, num_before: int = 0
+) -> list[str]:
+    """Generates for some prompts together, prints what comes where `shows`, and returns the texts.
 
     Args:
         num_before: prompts that were generated for before, which had the seeds before these.
@@ -245,6 +280,7 @@ def generate(engine: Engine, prompts: Sequence[Prompt], options: Generate, shows
     """
     sampling = options.sampling
     numbers: dict[int, int] = {}
+    texts = [""] * len(prompts)
     try:
         for number, prompt in enumerate(prompts):
             own = replace(sampling, seed=(sampling.seed + num_before + number) % 2**64)
@@ -256,11 +292,13 @@ def generate(engine: Engine, prompts: Sequence[Prompt], options: Generate, shows
         printer = Printer(prompts, options)
         while engine.has_work:
             for event in engine.step():
+                texts[numbers[event.request_id]] += event.text
                 if shows:
                     printer.take(numbers[event.request_id], event.token_id, event.text, event.finish_reason)
     finally:
         for request_id in numbers:
             engine.cancel(request_id)
+    return texts
 
 
 def _ask(parallel: ParallelState) -> Iterator[Prompt]:

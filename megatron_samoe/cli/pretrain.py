@@ -212,7 +212,7 @@ def _tokenizer(config: PretrainConfig) -> tuple[Tokenizer, dict[str, bytes], int
         raise ConfigError(
             "--vocab-size", vocab_size, f"must be at least the tokenizer's {tokenizer.vocab_size} entries"
         )
-    return tokenizer, read_files(data), vocab_size
+    return tokenizer, read_files(data, directory), vocab_size
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def open_folder(
     data = config.data
     if found.name == HF:
         data, _ = imported_tokenizer(data, directory, directory / TOKENIZER)
-    model = WithTokenizer(tensors, to_mapping(replace(config, data=data)), read_files(data))
+    model = WithTokenizer(tensors, to_mapping(replace(config, data=data)), {**read_files(data), **tensors.attachments})
     return Opened(found.name, found.described, directory, tensors, data, model, notes)
 
 

@@ -23,7 +23,7 @@ from megatron_samoe.convert.megatron.rank_files import folder_name
 from megatron_samoe.convert.output_folder import require_new, require_space
 from megatron_samoe.convert.precision import recast
 from megatron_samoe.convert.read_ahead import Progress, ReadAhead
-from megatron_samoe.datasets.carried_tokenizer import read_files
+from megatron_samoe.datasets.carried_tokenizer import chat_of, read_files
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor, write_checkpoint
 from megatron_samoe.dist_checkpointing.opened import Opened
@@ -84,7 +84,9 @@ def plan_hf(
         DataError: the tokenizer is not where the source says.
     """
     require_new(save_dir)
-    tokenizer = tokenizer_files(source.data) if with_tokenizer else None
+    tokenizer = None
+    if with_tokenizer:
+        tokenizer = replace(tokenizer_files(source.data), chat=chat_of(source.tensors.attachments))
     plan = plan_export(source.tensors, dtype=dtype, tokenizer=tokenizer, **options)
     family = plan.target.family
     lines = (*plan.target.why, *(tokenizer.notes if tokenizer else ("The folder has no tokenizer.",)))
@@ -175,8 +177,8 @@ def plan_native(source: Opened, save_dir: Path, dtype: torch.dtype | None, with_
 
     # A copied tokenizer is not yet where the configuration says.
     read_now = replace(config.data, tokenizer_model=str(source.directory / TOKENIZER)) if copied else config.data
-    carried = read_files(read_now) if with_tokenizer else {}
-    made = EditedModel(to_mapping(config), tensors.train_state, attachments=tensors.attachments or carried)
+    carried = {**read_files(read_now), **tensors.attachments} if with_tokenizer else {}
+    made = EditedModel(to_mapping(config), tensors.train_state, attachments=carried)
     for name in tensors.tensors:
         made.keep(tensors, name)
 

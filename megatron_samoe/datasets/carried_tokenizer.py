@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_samoe.config.data import DataConfig
+from megatron_samoe.datasets.chat_template import chat_files
 from megatron_samoe.datasets.tokenizer import MAX_TOKENIZER_BYTES
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.parsing import read_file
@@ -17,14 +18,31 @@ FOLDER = "tokenizer"
 FIELDS = ("tokenizer_model", "vocab_file", "merge_file")
 
 
-def read_files(data: DataConfig) -> dict[str, bytes]:
-    """Returns the files that a configuration names, by their path in a checkpoint; those that are not there are left out."""
-    files = {}
+def read_files(data: DataConfig, checkpoint: Path | None = None) -> dict[str, bytes]:
+    """Returns the files that a configuration names, by their path in a checkpoint; those that are not there are left out.
+
+    With them come those beside them that say how their model talks, or those of the checkpoint that a run goes on from.
+    """
+    files: dict[str, bytes] = {} if checkpoint is None else chat_in(checkpoint)
     for field in FIELDS:
         path = getattr(data, field)
+        if path is not None and os.path.isdir(path):
+            path = os.path.join(path, "tokenizer.json")
         if path is not None and os.path.isfile(path):
+            files |= chat_in(Path(path).parent, ".")
             files[f"{FOLDER}/{field}{Path(path).suffix}"] = read_file(path, MAX_TOKENIZER_BYTES)
     return files
+
+
+def chat_in(directory: Path, folder: str = FOLDER) -> dict[str, bytes]:
+    """Returns the files in a folder of a checkpoint that say how its model talks, by their path in a checkpoint."""
+    return {f"{FOLDER}/{name}": content for name, content in chat_files(directory / folder).items()}
+
+
+def chat_of(attachments: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Returns the files of `chat_in` among those that a checkpoint carries, by their path in a Hugging Face folder."""
+    inner = {name.partition("/")[2]: content for name, content in attachments.items()}
+    return {name: content for name, content in inner.items() if Path(name).stem not in FIELDS}
 
 
 def files_in(directory: Path) -> dict[str, bytes]:

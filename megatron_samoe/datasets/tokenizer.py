@@ -13,12 +13,15 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_samoe.datasets.chat_template import Chat, chat_files, read_chat
 from megatron_samoe.errors import DataError, nearest, nearest_file, readable
 from megatron_samoe.parsing import parse_json, read_file
 
@@ -42,11 +45,13 @@ class Tokenizer(ABC):
         vocab_size: entries, not padded; ids are below it.
         eod: id of the end-of-document token.
         fingerprint: hash of everything that decides the ids.
+        folder: of the files that say how its model talks; None for a model that does not.
     """
 
     vocab_size: int
     eod: int
     fingerprint: str
+    folder: Path | None = None
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -55,6 +60,36 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+
+    @property
+    def control_tokens(self) -> Mapping[str, int]:
+        """Tokens that mark the parts of a conversation, by the texts that chat templates have for them."""
+        return {}
+
+    @cached_property
+    def chat(self) -> Chat:
+        """How the tokenizer's model talks; DataError where a file of `folder` is damaged."""
+        return Chat() if self.folder is None else read_chat(chat_files(self.folder), self.folder)
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end an answer: of the document, and those that the files beside the tokenizer name."""
+        named = self.control_tokens.get(self.chat.tokens.get("eos_token", ""), self.eod)
+        return frozenset({self.eod, named, *self.chat.end_ids})
+
+    def encode_literally(self, text: str) -> list[int]:
+        """Returns the ids of a text in which no text of a control token stands for it, where the tokenizer can do so."""
+        return self.encode(text)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Returns the ids of a text in which the texts of control tokens stand for them."""
+        parts = re.split(f"({'|'.join(map(re.escape, self.control_tokens)) or '(?!)'})", text)
+        own = self.control_tokens
+        return [i for part in parts if part for i in ([own[part]] if part in own else self.encode(part))]
+
+    def __repr__(self) -> str:
+        chat = "" if self.chat.template is None else ", a chat template"
+        return f"{type(self).__name__}({self.vocab_size:,} tokens, end of a document {self.eod}{chat})"
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text."""
@@ -78,6 +113,7 @@ class ByteTokenizer(Tokenizer):
 
     vocab_size = 257
     eod = 256
+    control_tokens = {"<|endoftext|>": eod}  # noqa: RUF012
     fingerprint = hashlib.sha256(b"ByteTokenizer").hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -112,6 +148,12 @@ class SentencePieceTokenizer(Tokenizer):
         self.eod = candidates[0]
         if self.eod < 0:
             raise DataError(f"{model} has no end-of-document token; one of {', '.join(EOD_NAMES)} is needed.")
+        self.folder = Path(model).parent
+
+    @cached_property
+    def control_tokens(self) -> Mapping[str, int]:
+        control = [i for i in range(self.vocab_size) if i == self.eod or self._processor.is_control(i)]
+        return {self._processor.id_to_piece(i): i for i in control}
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text, out_type=int)
@@ -156,7 +198,7 @@ class HuggingFaceTokenizer(Tokenizer):
                     f"{shown}: its {part} can make {growth:,.0f} characters of one, and {_MAX_GROWTH:,} are allowed: a line of text "
                     "would fill the memory."
                 )
-        self._tokenizer, self.fingerprint = tokenizer, fingerprint
+        self._tokenizer, self.fingerprint, self.folder = tokenizer, fingerprint, Path(shown).parent
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocab = tokenizer.get_vocab(with_added_tokens=True)
@@ -190,6 +232,22 @@ class HuggingFaceTokenizer(Tokenizer):
             return self._encode_fast(text).tolist()
         with _cannot_encode():
             return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def control_tokens(self) -> Mapping[str, int]:
+        template, added = self.chat.template or "", self._tokenizer.get_added_tokens_decoder()
+        used = {t.content: i for i, t in added.items() if t.special or (t.content in template and t.content.strip())}
+        return {self._tokenizer.id_to_token(self.eod): self.eod, **used}
+
+    def encode_rendered(self, text: str) -> list[int]:
+        return self.encode(text) if self._specials_in_text else super().encode_rendered(text)
+
+    def encode_literally(self, text: str) -> list[int]:
+        steps = self._tokenizer  # which looks for added tokens before its steps
+        with _cannot_encode():
+            text = text if steps.normalizer is None else steps.normalizer.normalize_str(text)
+            cut = steps.pre_tokenizer.pre_tokenize_str(text) if steps.pre_tokenizer else [(text, None)]
+            return [token.id for part, _ in cut for token in steps.model.tokenize(part)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if self._fast is not None:

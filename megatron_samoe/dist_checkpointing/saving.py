@@ -89,7 +89,7 @@ def save_checkpoint(
         _write_durably(unfinished / CONFIG, yaml.safe_dump(dict(full_config), sort_keys=False))
         digests[CONFIG] = digest_of(unfinished / CONFIG)
         for name, attached in (attachments or {}).items():
-            (unfinished / name).parent.mkdir(exist_ok=True)
+            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
             _write_durably(unfinished / name, attached)
             fsync_dir((unfinished / name).parent)
             digests[name] = digest_of(unfinished / name)

@@ -93,6 +93,7 @@ class Engine:
     ):
         refuse_unknown(loaded.config, "decode", "the inference engine")
         self.tokenizer, self.vocab_size = loaded.tokenizer, loaded.model.vocab_size
+        self._ends = loaded.tokenizer.ends
         #: Most tokens of one sequence, prompt and result together.
         self.context_length = loaded.config.model.max_positions
         _check_sizes(max_batch, max_tokens, max_step_tokens)
@@ -241,7 +242,7 @@ class Engine:
         options = sequence.request.sampling
         reason: FinishReason | None = None
         text = ""
-        if token == self.tokenizer.eod and not options.ignore_eod:
+        if token in self._ends and not options.ignore_eod:
             reason = "stop"
         else:
             text = sequence.text.push(token)

@@ -14,7 +14,9 @@ from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
-from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
+from megatron_samoe.datasets.carried_tokenizer import chat_of
+from megatron_samoe.datasets.chat_template import read_chat
+from megatron_samoe.datasets.tokenizer import Tokenizer, tokenizer_of
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.opened import Opened
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
@@ -67,6 +69,8 @@ def load_model(
     config = replace(config, parallel=layout or ParallelConfig(), training=training, checkpoint=CheckpointConfig())
     validate(config, parallel.world_size)
     tokenizer = _tokenizer(opened.data, tokenizer_model)
+    if tokenizer_model is None:  # else the files beside that one count
+        tokenizer.chat = read_chat(chat_of(opened.model.attachments), directory)
     train_state = opened.tensors.train_state
     if "vocab_size" not in train_state:
         raise CheckpointError(f"{directory} does not say its vocab_size.", collective=True)
@@ -91,7 +95,7 @@ def _tokenizer(data: DataConfig, given: str | None) -> Tokenizer:
             )
         data = replace(data, tokenizer_model=given)
     try:
-        return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
+        return tokenizer_of(data)
     except DataError as error:
         hint = (
             ""

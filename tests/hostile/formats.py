@@ -35,6 +35,11 @@ def _hugging_face(folder: Path, most_bytes: int = 1 << 30) -> None:
     source = new_source(tiny_config("moe", num_layers=2, style="llama", moe_router_topk=2))
     write_export(plan_export(source, max_shard_bytes=most_bytes), folder / "hf", lambda _: None)
     _tokenizers(folder / "hf")
+    talk = {
+        "eos_token": {"content": "<|endoftext|>"},
+        "chat_template": [{"name": "default", "template": "{{ messages }}"}],
+    }
+    (folder / "hf/tokenizer_config.json").write_text(json.dumps(talk))
 
 
 def _sharded(folder: Path) -> None:
@@ -194,6 +199,7 @@ VICTIMS = (
     Victim("hf", "hf/config.json", ANY | TEXT | JSON, _HF),
     Victim("hf", "hf/*.index.json", ANY | TEXT | JSON, _HF),
     Victim("hf", "hf/generation_config.json", ANY | JSON, _HF),
+    Victim("hf", "hf/tokenizer_config.json", ANY | TEXT | JSON, _HF),
     Victim("hf", "hf/tokenizer.json", ANY | JSON | changes.TOKENIZER, _HF),
     Victim("hf", "hf/megatron_samoe.json", ANY | JSON, _HF),
     Victim("hf", "hf/model-*1-of*.safetensors", ANY, _HF, _safetensors),

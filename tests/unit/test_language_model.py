@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import math
 import subprocess
@@ -13,6 +15,8 @@ import torch
 
 import megatron_samoe
 from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.inference.sampling import SamplingOptions
+from megatron_samoe.language_model import Sampling
 from tests.harness.program import REPOSITORY
 from tests.harness.serving import CONTEXT, save_tiny
 
@@ -43,6 +47,7 @@ def test_logits_decide_greedy_text_and_scores(model: megatron_samoe.LanguageMode
     assert logits.shape == (len(ids), model.loaded.model.vocab_size)
     torch.testing.assert_close(model.logits([ids, ids])[1], logits)
     torch.testing.assert_close(model.logits(torch.tensor(ids)), logits)
+    torch.testing.assert_close(model.logits(TEXT), logits)
     greedy = model.generate_ids(ids, 5, temperature=0.0)
     again = list(ids)
     for _ in greedy:
@@ -61,6 +66,53 @@ def test_texts_come_alone_together_or_as_a_stream(model: megatron_samoe.Language
     assert model.generate([], 5) == []
 
 
+def test_options_are_named_for_readers_and_by_sentences(model: megatron_samoe.LanguageModel) -> None:
+    for method in (model.generate, model.stream, model.chat, model.generate_ids):
+        shown = inspect.signature(method).parameters
+        assert shown["temperature"].default == 1.0 and "options" not in shown
+    defaults = {f.name: f.type for f in dataclasses.fields(SamplingOptions)}
+    assert {"max_new_tokens", *Sampling.__annotations__} == set(defaults)
+    for name, said in (
+        ("max_tokens", "is called max_new_tokens here"),
+        ("do_sample", "temperature=0 takes"),
+        ("temprature", "Did you mean 'temperature'"),
+    ):
+        for use in (model.generate, model.stream, model.chat):
+            with pytest.raises(ConfigError, match=f"{name} = 5: .*{said}"):
+                use("Emma", **{name: 5})  # type: ignore[operator]
+    with pytest.raises(ConfigError, match="top_p = 7: must be above 0"):
+        model.generate("Emma", top_p=7)
+
+
+def test_one_engine_makes_all_texts_also_several_at_a_time(model: megatron_samoe.LanguageModel) -> None:
+    alone = {prompt: model.generate(prompt, 12, temperature=0.0) for prompt in ("Emma", "Mr. Knightley", "She")}
+    engine = model._engine
+    one, other = (model.stream(prompt, 12, temperature=0.0) for prompt in ("Emma", "Mr. Knightley"))
+    pieces = {"Emma": next(one), "Mr. Knightley": next(other)}
+    assert model.generate("She", 12, temperature=0.0) == alone["She"], "between the pieces of others"
+    left = model.stream("She", 12, temperature=0.0)
+    next(left)
+    left.close()  # type: ignore[attr-defined]
+    for first, second in zip(one, other, strict=False):
+        pieces["Emma"] += first
+        pieces["Mr. Knightley"] += second
+    pieces["Emma"] += "".join(one)
+    pieces["Mr. Knightley"] += "".join(other)
+    assert pieces == {prompt: alone[prompt] for prompt in pieces}
+    assert model._engine is engine and not engine.has_work and not model._unread
+
+
+def test_equal_texts_of_a_list_are_drawn_apart(model: megatron_samoe.LanguageModel) -> None:
+    first, second = model.generate(["Emma", "Emma"], 12, temperature=9.0, seed=4)
+    assert first != second and second == model.generate("Emma", 12, temperature=9.0, seed=5)
+
+
+def test_the_model_and_its_tokenizer_show_what_they_are(model: megatron_samoe.LanguageModel) -> None:
+    assert repr(model.tokenizer) == "ByteTokenizer(257 tokens, end of a document 256)"
+    with pytest.raises(ConfigError, match="it is a base model, which continues texts"):
+        model.chat("Hello")
+
+
 def test_a_text_longer_than_the_context_has_a_perplexity(model: megatron_samoe.LanguageModel) -> None:
     text = TEXT * 5
     assert len(text) > CONTEXT
@@ -68,7 +120,9 @@ def test_a_text_longer_than_the_context_has_a_perplexity(model: megatron_samoe.L
     assert score.num_tokens == score.num_bytes == len(text)
     assert score.perplexity == pytest.approx(math.exp(-score.loglikelihood / len(text)))
     assert score.bits_per_byte == pytest.approx(math.log2(score.perplexity))
-    assert isinstance(model.generate(text, 3), str)
+    for use in (model.generate, lambda text: list(model.stream(text)), model.logits):
+        with pytest.raises(ConfigError, match=str(len(text))):  # nothing is cut without a word
+            use(text)
 
 
 @pytest.mark.parametrize(
@@ -79,12 +133,18 @@ def test_a_text_longer_than_the_context_has_a_perplexity(model: megatron_samoe.L
         ([0.5], "must be whole numbers of shape"),
         ([0] * (CONTEXT + 1), f"with S from 1 to {CONTEXT}"),
         ([257], "must be from 0 to 256"),
-        (["a"], "must be whole numbers"),
+        (["a"], "must be a text, or whole numbers"),
     ],
 )
 def test_wrong_ids_are_named(model: megatron_samoe.LanguageModel, ids: list, problem: str) -> None:
-    with pytest.raises(ConfigError, match=problem):
-        model.logits(ids)
+    for use in (model.logits, model.loss):
+        with pytest.raises(ConfigError, match=problem):
+            use(ids)
+
+
+def test_a_token_alone_has_no_loss(model: megatron_samoe.LanguageModel) -> None:
+    with pytest.raises(ConfigError, match="needs two tokens or more"):
+        model.loss("E")
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
@@ -100,4 +160,6 @@ def test_the_notebook_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
     shown = capsys.readouterr().out
-    assert "perplexity" in shown and "combination" in shown and "next:" in shown
+    assert all(
+        part in shown for part in ("loss", "perplexity", "combination", "next:", "it is a base model", "config.json")
+    )

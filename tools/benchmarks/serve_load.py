@@ -232,7 +232,7 @@ class Client:
             "body too large": (path, {"prompt": "x" * (1 << 20)}, 413),
             "unknown field": (path, {"prompt": prompt, "max_token": 3}, 400),
             "unknown model": (path, {"prompt": prompt, "model": "another"}, 404),
-            "unknown path": ("/v1/chat/completions", {"prompt": prompt}, 404),
+            "unknown path": ("/v1/chats", {"prompt": prompt}, 404),
         }[kind]
 
     def _check_error(self, outcome: Outcome, answer: Any, status: int) -> None:

@@ -26,6 +26,8 @@ from megatron_samoe.convert.hf.parts import Part
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.convert.output_folder import new_folder, require_space
 from megatron_samoe.convert.read_ahead import Progress, ReadAhead
+from megatron_samoe.datasets.carried_tokenizer import chat_of
+from megatron_samoe.datasets.chat_template import read_chat
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
 from megatron_samoe.errors import ConfigError
 
@@ -70,7 +72,7 @@ def plan_export(source: GlobalTensors, data: DataConfig | None, dtype: torch.dty
     gguf_package()
     native = native_model(source)
     one, folded = choose_architecture(native)
-    words = None if data is None else vocabulary(data)
+    words = None if data is None else vocabulary(data, read_chat(chat_of(source.attachments)))
     lines = [f"llama.cpp computes it as {one.family.name}"]
     if native.moe.shares_experts:
         source = fold_shared(source)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.convert.hf.sentencepiece_fast import processor_of
 from megatron_samoe.convert.hf.tokenizer_files import TOKENIZER, tokenizer_files
+from megatron_samoe.datasets.chat_template import Chat
 from megatron_samoe.datasets.tokenizer import MAX_TOKENIZER_BYTES
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.parsing import read_file
@@ -33,6 +34,8 @@ class Vocabulary:
         scores: of SentencePiece's pieces.
         merges: of byte-level BPE.
         space_prefix: whether a space is put before a text.
+        template: of conversations, in Jinja.
+        end: of an answer; that of a document if not given.
     """
 
     model: str
@@ -43,6 +46,8 @@ class Vocabulary:
     scores: list[float] | None = None
     merges: list[str] | None = None
     space_prefix: bool = False
+    template: str | None = None
+    end: int | None = None
 
     def write(self, writer: Any, vocab_size: int) -> None:
         """Adds it to a GGUF file; entries of the model beyond the tokenizer's are unused."""
@@ -57,14 +62,16 @@ class Vocabulary:
             # llama.cpp wants some; this one joins what is no letter of any text.
             writer.add_token_merges(self.merges or [f"{self.tokens[self.eod]} {self.tokens[self.eod]}"])
         writer.add_bos_token_id(self.eod)
-        writer.add_eos_token_id(self.eod)
+        writer.add_eos_token_id(self.eod if self.end is None else self.end)
+        if self.template is not None:
+            writer.add_chat_template(self.template)
         writer.add_add_bos_token(False)
         writer.add_add_eos_token(False)
         writer.add_add_space_prefix(self.space_prefix)
 
 
-def vocabulary(data: DataConfig) -> Vocabulary:
-    """Returns the vocabulary of a run's tokenizer.
+def vocabulary(data: DataConfig, chat: Chat) -> Vocabulary:
+    """Returns the vocabulary of a run's tokenizer, and how its model talks.
 
     Raises:
         ConfigError: llama.cpp would cut texts otherwise.
@@ -73,8 +80,11 @@ def vocabulary(data: DataConfig) -> Vocabulary:
     files = tokenizer_files(data)  # which says what is wrong with a tokenizer
     if data.tokenizer_type == "SentencePieceTokenizer":
         assert data.tokenizer_model is not None
-        return _sentencepiece(data.tokenizer_model, files.eod)
-    return _byte_level(json.loads(files.files[TOKENIZER]), files.eod)
+        made = _sentencepiece(data.tokenizer_model, files.eod)
+    else:
+        made = _byte_level(json.loads(files.files[TOKENIZER]), files.eod)
+    end = chat.tokens.get("eos_token")
+    return replace(made, template=chat.template, end=made.tokens.index(end) if end in made.tokens else None)
 
 
 def _refused(what: str) -> ConfigError:

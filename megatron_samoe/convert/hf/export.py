@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ def write_export(plan: ExportPlan, directory: Path, progress: Progress = lambda 
     with new_folder(directory) as folder:
         _write_weights(plan, folder, progress)
         _write_json(folder / CONFIG, _config(plan))
-        _write_json(folder / GENERATION_CONFIG, _generation_config(plan))
+        _write_json(folder / GENERATION_CONFIG, _generation_config(plan))  # the tokenizer may bring another one
         if plan.tokenizer is not None:
             plan.tokenizer.write(folder, plan.native.model.max_positions)
         if plan.target.family.name == "samoe":
@@ -174,9 +175,9 @@ def _elements(plan: ExportPlan, source: GlobalTensors) -> Iterator[tuple[str, Te
         yield constant.name, torch.full(constant.shape, constant.value, dtype=plan.tensors[constant.name].dtype)
 
 
-def _token_ids(plan: ExportPlan) -> dict[str, int | None]:
-    eod = None if plan.tokenizer is None else plan.tokenizer.eod
-    return {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": None}
+def _token_ids(plan: ExportPlan) -> dict[str, Any]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return dict.fromkeys(names) if plan.tokenizer is None else plan.tokenizer.token_ids
 
 
 def _config(plan: ExportPlan) -> dict[str, object]:

@@ -21,6 +21,8 @@ from megatron_samoe.convert.hf.folder import ADAPTER, CONFIG, HFFolder
 from megatron_samoe.convert.hf.parts import Constant, Part, Parts, join, parts_of
 from megatron_samoe.convert.hf.sidecar import SIDECAR, Remembered, read_sidecar
 from megatron_samoe.convert.native import NativeModel, lossless_precision
+from megatron_samoe.datasets.carried_tokenizer import chat_in, chat_of
+from megatron_samoe.datasets.chat_template import read_chat
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
 from megatron_samoe.errors import CheckpointError, ConfigError, naming_file, nearest
@@ -77,7 +79,8 @@ class HFSource:
         if self._fractions_LE is not None:
             self.tensors[FRACTIONS] = StoredTensor(tuple(self._fractions_LE.shape), torch.float32)
         self.config: Mapping[str, Any] = to_mapping(self.native.config)
-        self.attachments: Mapping[str, bytes] = {}
+        self.attachments: Mapping[str, bytes] = chat_in(directory, ".")
+        read_chat(chat_of(self.attachments), directory)  # which says what is wrong with a file
         self.train_state: Mapping[str, Any] = self._train_state(remembered)
 
     def read(self, name: str) -> Tensor:

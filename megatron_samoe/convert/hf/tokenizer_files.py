@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.convert.hf.sentencepiece_fast import fast_tokenizer, processor_of
+from megatron_samoe.datasets.chat_template import GENERATION_CONFIG, TOKENIZER_CONFIG, mapping_in
 from megatron_samoe.datasets.tokenizer import MAX_TOKENIZER_BYTES, ByteTokenizer, build_tokenizer
 from megatron_samoe.errors import DataError
 from megatron_samoe.parsing import parse_json, read_file
 
-TOKENIZER, TOKENIZER_CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 _BYTE_EOD = "<|endoftext|>"
 
 
@@ -26,18 +27,28 @@ class TokenizerFiles:
         eod: id of the end-of-document token, and eod_name its text.
         files: contents by name.
         notes: lines that a user should know.
+        chat: files that came with the tokenizer and say how its model talks, by name (`chat_template.chat_files`).
     """
 
     eod: int
     eod_name: str
     files: Mapping[str, bytes]
     notes: tuple[str, ...] = ()
+    chat: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def token_ids(self) -> dict[str, Any]:
+        """Ids of special tokens for config.json: those that came with the tokenizer, else the end of a document."""
+        own = {"bos_token_id": self.eod, "eos_token_id": self.eod, "pad_token_id": None}
+        given = mapping_in(self.chat, GENERATION_CONFIG)
+        return {name: given.get(name, token) for name, token in own.items()}
 
     def write(self, folder: Path, max_length: int) -> None:
         """Writes the files; `max_length` is the model's longest sequence."""
-        for name, content in self.files.items():
+        for name, content in {**self.files, **self.chat}.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
-        if TOKENIZER not in self.files:
+        if TOKENIZER not in self.files or TOKENIZER_CONFIG in self.chat:
             return
         # Like ours, it adds no token of its own to a text.
         config = {

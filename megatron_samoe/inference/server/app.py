@@ -8,14 +8,13 @@ import contextlib
 import hashlib
 import json
 import re
-import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.inference.expert_use import expert_use
+from megatron_samoe.inference.server.answers import ChatAnswers, CompletionAnswers, joined_logprobs
+from megatron_samoe.inference.server.chat_protocol import parse_chat
 from megatron_samoe.inference.server.expert_protocol import experts_body, parse_text
 from megatron_samoe.inference.server.gate import (
     CLIENT_GONE,
@@ -34,21 +33,17 @@ from megatron_samoe.inference.server.models import ServedModel, ServedModels
 from megatron_samoe.inference.server.protocol import (
     ApiError,
     CompletionCall,
-    TokenTexts,
-    choice_body,
-    completion_body,
-    joined_logprobs,
+    ModelFacts,
     parse_body,
     parse_completion,
-    usage_body,
 )
 from megatron_samoe.log import logger
 
 PAGE = Path(__file__).with_name("page.html")
 
 
-#: Makes bodies of one answer of their choices and usage.
-_Answer: TypeAlias = Callable[[list[dict], "dict | None"], dict]
+#: Makes a call of a body.
+_Parse: TypeAlias = Callable[[Mapping[str, Any], ModelFacts], CompletionCall]
 
 
 class _Routes:
@@ -93,6 +88,7 @@ class _Routes:
             "owned_by": "megatron_samoe",
             "max_model_len": model.facts.context_length,
             "shows_experts": model.shown is not None,
+            "chats": model.facts.tokenizer.chat.template is not None,
         }
 
     async def experts(self, request: Any) -> Any:
@@ -114,6 +110,12 @@ class _Routes:
         return self._responses.JSONResponse(experts_body(ids, layers, model.facts.tokenizer))
 
     async def completions(self, request: Any) -> Any:
+        return await self._answered(request, parse_completion, CompletionAnswers)
+
+    async def chat(self, request: Any) -> Any:
+        return await self._answered(request, parse_chat, ChatAnswers)
+
+    async def _answered(self, request: Any, parse: _Parse, form: type[CompletionAnswers]) -> Any:
         self._models.check_open()
         try:
             raw = await read_body(request.headers, request.receive, self._max_body_bytes, self._body_timeout_s)
@@ -122,17 +124,14 @@ class _Routes:
         # JSON and tokenizers take their time over a long prompt, and other requests' tokens wait for this thread.
         body = await asyncio.to_thread(parse_body, raw)
         model = self._models.asked(body)
-        call = await asyncio.to_thread(parse_completion, body, model.facts)
+        call = await asyncio.to_thread(parse, body, model.facts)
         job = model.service.open(call.requests, call.prompt_tokens)
-        answer = partial(completion_body, f"cmpl-{secrets.token_hex(12)}", now_s(), model.facts.name)
-        shown = _token_texts(call, model.facts.tokenizer)
+        answers = form(call, model.facts.name, model.facts.tokenizer, now_s())
         if call.stream:
-            return _EventStream(self._stream(call, job, answer, shown), job)
-        return await self._whole(call, job, answer, shown, request.receive)
+            return _EventStream(self._stream(call, job, answers), job)
+        return await self._whole(call, job, answers, request.receive)
 
-    async def _whole(
-        self, call: CompletionCall, job: Job, answer: _Answer, shown: list[TokenTexts], receive: Any
-    ) -> Any:
+    async def _whole(self, call: CompletionCall, job: Job, answers: CompletionAnswers, receive: Any) -> Any:
         texts, num_tokens = list(call.heads), 0
         reasons: list[str | None] = [None] * len(texts)
         logprobs: list[list[dict]] = [[] for _ in texts]
@@ -145,47 +144,40 @@ class _Routes:
                 reasons[index] = event.finish_reason
                 num_tokens += call.adds_tokens
                 if call.tells_logprobs:
-                    logprobs[index].append(shown[index].body(event))
+                    logprobs[index].append(answers.logprobs(index, event))
 
         if not await _done_for_client(collect(), job, receive):
             return self._responses.Response(status_code=CLIENT_GONE)
         choices = [
-            choice_body(i, text, reason, joined_logprobs(parts))
+            answers.choice(i, text, reason, joined_logprobs(parts))
             for i, (text, reason, parts) in enumerate(zip(texts, reasons, logprobs, strict=True))
         ]
-        return self._responses.JSONResponse(answer(choices, usage_body(call.prompt_tokens, num_tokens)))
+        return self._responses.JSONResponse(answers.body(choices, num_tokens))
 
-    async def _stream(
-        self, call: CompletionCall, job: Job, answer: _Answer, shown: list[TokenTexts]
-    ) -> AsyncIterator[bytes]:
+    async def _stream(self, call: CompletionCall, job: Job, answers: CompletionAnswers) -> AsyncIterator[bytes]:
         num_tokens, heads = 0, list(call.heads)
-        for index, head in enumerate(heads):
-            if head and not call.tells_logprobs:
-                yield _event(answer([choice_body(index, head, None)], None))
+        for index in range(len(heads)):
+            if (opening := answers.opening(index)) is not None:
+                yield _event(answers.body([opening], None, streamed=True))
         try:
             async for index, made in job.tokens():
                 event = call.told(made)
                 num_tokens += call.adds_tokens
+                text, logprobs = event.text, None
                 if call.tells_logprobs:
                     # A prompt's probabilities come with the first token, so its text waits for them.
-                    text, heads[index] = heads[index] + event.text, ""
-                    yield _event(
-                        answer([choice_body(index, text, event.finish_reason, shown[index].body(event))], None)
-                    )
-                elif event.text or event.finish_reason:
-                    yield _event(answer([choice_body(index, event.text, event.finish_reason)], None))
+                    text, heads[index] = heads[index] + text, ""
+                    logprobs = answers.logprobs(index, event)
+                if text or event.finish_reason or logprobs:
+                    piece = answers.streamed(index, text, event.finish_reason, logprobs)
+                    yield _event(answers.body([piece], None, streamed=True))
         except ApiError as error:
             # The status is long sent, so the error comes as an event, and no [DONE] follows.
             yield _event(error.body)
             return
         if call.include_usage:
-            yield _event(answer([], usage_body(call.prompt_tokens, num_tokens)))
+            yield _event(answers.body([], num_tokens, streamed=True))
         yield b"data: [DONE]\n\n"
-
-
-def _token_texts(call: CompletionCall, tokenizer: Tokenizer) -> list[TokenTexts]:
-    prompts = [request.prompt_ids if request.scores_prompt else () for request in call.requests]
-    return [TokenTexts(tokenizer, ids, call.adds_tokens) for ids in prompts]
 
 
 class _EventStream:
@@ -288,6 +280,7 @@ def build_app(
         Route("/v1/models/", routes.models),
         Route("/v1/models/{name:path}", routes.model),
         Route("/v1/completions", routes.completions, methods=["POST"]),
+        Route("/v1/chat/completions", routes.chat, methods=["POST"]),
         Route("/v1/experts", routes.experts, methods=["POST"]),
     ]
     handlers: Any = {ApiError: _answer_error, HTTPException: _answer_http_error, Exception: _answer_fault}

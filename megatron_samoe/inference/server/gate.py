@@ -23,7 +23,7 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 #: Paths that need no token: the page asks for it, and balancers have none.
 OPEN_PATHS = ("/", "/health")
-ROUTES = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/experts")
+ROUTES = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/experts")
 #: A body that is too large is still read up to so many times the limit, so that its sender hears the reason: many
 #: clients look for an answer only after they have sent everything.
 OVERREAD = 16

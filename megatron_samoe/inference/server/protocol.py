@@ -1,8 +1,8 @@
-"""OpenAI's completions API as plain values: what a request body means, and the bodies of answers and errors.
+"""OpenAI's completions API as plain values: what a request body means, and the bodies of errors.
 
 Nothing here knows of a web server or an engine, so every rule is tested without either. The field names and shapes are
 those of OpenAI's API reference for `/v1/completions`; `top_k`, `repetition_penalty` and `ignore_eos` are names that
-other servers of this API have added.
+other servers of this API have added. `chat_protocol` is the same for chats, `answers` has the bodies of answers.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from typing import Any
 
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.errors import ConfigError, ConfigErrors, nearest, shown
-from megatron_samoe.inference.request import MOST_LOGPROBS, Request, TokenEvent, TokenScore
+from megatron_samoe.inference.request import MOST_LOGPROBS, Request, TokenEvent
 from megatron_samoe.inference.sampling import SamplingOptions, check_sampling
 
 #: max_tokens where a request does not say, as OpenAI's.
 DEFAULT_MAX_TOKENS = 16
 MAX_STOPS = 4
-#: Fields with an effect, and "user", which names who asks and changes no answer.
 FIELDS = tuple(
     "model prompt max_tokens n temperature top_p top_k repetition_penalty stop seed echo logprobs stream stream_options "
     "ignore_eos user".split()
 )
+#: Fields that name who asks, or an answer's use, and change no answer.
+LABELS = ("user", "safety_identifier", "prompt_cache_key")
 #: Fields of the API that this server has no code for, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
-    "frequency_penalty": (None, 0),
+    "frequency_penalty": (None, 0, 0.0),
     "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
+    "presence_penalty": (None, 0, 0.0),
     "suffix": (None, ""),
 }
 _TOO_LONG = "context_length_exceeded"
@@ -154,93 +155,26 @@ def parse_completion(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCa
     Raises:
         ApiError: a field is unknown or unsupported, has a value that is not allowed, or the prompt does not fit.
     """
-    _check_fields(body)
-    stream, echo, include_usage = _flag(body, "stream"), _flag(body, "echo"), _include_usage(body)
-    n = _value(body, "n", 1)
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise _bad("n", n, "must be a whole number, 1 or more")
+    check_fields(body, FIELDS, UNSUPPORTED)
+    stream, echo, include_usage = flag(body, "stream"), flag(body, "echo"), wants_usage(body)
     given = given_prompts(body)
-    if len(given) * n > facts.max_choices:
-        asked = f"The request asks for {len(given) * n} choices ({len(given)} prompts, n = {n})"
-        raise ApiError(400, f"{asked}; this server makes at most {facts.max_choices} for one request.", param="n")
+    n = num_choices(body, len(given), facts)
     texts, prompts = encoded(given, facts.tokenizer)
     check_tokens(prompts, facts.vocab_size)
-    options, logprobs = _sampling(body), _logprobs(body)
-    adds_tokens = body.get("max_tokens") != 0
+    options, logprobs, asked = sampling_options(body), num_logprobs(body, "logprobs"), body.get("max_tokens")
+    if type(asked) is int and asked == 0 and not echo:
+        raise bad_value("max_tokens", asked, 'asks for nothing without "echo": true, which gives the prompt back')
     requests, heads = [], []
     for place, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
-        allowed = _max_tokens(body, len(ids), facts)
+        # The engine makes one token in any case.
+        allowed = max_new_tokens("max_tokens", asked, len(ids), facts, least=0, default=DEFAULT_MAX_TOKENS) or 1
         for choice in range(n):
             seed = (options["seed"] + place * n + choice) % 2**64
             sampling = SamplingOptions(**{**options, "seed": seed, "max_new_tokens": allowed})
             requests.append(Request(ids, sampling, logprobs, scores_prompt=echo and logprobs is not None))
             heads.append((facts.tokenizer.decode(ids) if text is None else text) if echo else "")
     tokens, tells = sum(map(len, prompts)), logprobs is not None
-    return CompletionCall(tuple(requests), tuple(heads), tokens, stream, include_usage, tells, adds_tokens)
-
-
-def completion_body(call_id: str, created: int, model: str, choices: Sequence[dict], usage: dict | None) -> dict:
-    """Returns an answer, or one piece of a streamed answer."""
-    body = {"id": call_id, "object": "text_completion", "created": created, "model": model, "choices": list(choices)}
-    return body if usage is None else {**body, "usage": usage}
-
-
-def choice_body(index: int, text: str, finish_reason: str | None, logprobs: dict | None = None) -> dict:
-    """Returns one choice of an answer."""
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-
-
-class TokenTexts:
-    """One choice's log-probabilities as OpenAI shows them: each token with its text and its place in the choice's text.
-
-    Tokens may end within a character; a token's text is then a replacement sign, and two of "top_logprobs" may look alike, of
-    which the more probable is kept.
-
-    Args:
-        prompt_ids: where the answer begins with its prompt.
-        adds_tokens: see `CompletionCall`.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), adds_tokens: bool = True):
-        self._decode, self._prompt_ids, self._offset = tokenizer.decode, prompt_ids, 0
-        self._adds_tokens = adds_tokens
-
-    def body(self, event: TokenEvent) -> dict:
-        """Returns the "logprobs" of a new token, with the first those of the prompt before it."""
-        scores: list[TokenScore | None] = [event.score] if self._adds_tokens else []
-        ids = [event.token_id] if self._adds_tokens else []
-        if self._prompt_ids:
-            # Nothing stands before the first token, so it has no probability.
-            ids, scores = [*self._prompt_ids, *ids], [None, *event.prompt_scores, *scores]
-            self._prompt_ids = ()
-        texts = [self._decode([token]) for token in ids]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
-        return {
-            "tokens": texts,
-            "token_logprobs": [score and score.logprob for score in scores],
-            "top_logprobs": [score and self._top(score) for score in scores],
-            "text_offset": offsets,
-        }
-
-    def _top(self, score: TokenScore) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for token, logprob in (*score.top, (score.token_id, score.logprob)):
-            found.setdefault(self._decode([token]), logprob)
-        return found
-
-
-def joined_logprobs(parts: Sequence[dict]) -> dict | None:
-    """Returns the "logprobs" of an answer from those of its tokens; None without any."""
-    return {key: [value for part in parts for value in part[key]] for key in parts[0]} if parts else None
-
-
-def usage_body(prompt_tokens: int, completion_tokens: int) -> dict:
-    """Returns the numbers of tokens of an answer."""
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+    return CompletionCall(tuple(requests), tuple(heads), tokens, stream, include_usage, tells, asked != 0)
 
 
 def _shown(value: Any) -> str:
@@ -249,46 +183,55 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _bad(name: str, value: Any, allowed: str) -> ApiError:
+def bad_value(name: str, value: Any, allowed: str) -> ApiError:
+    """Returns the refusal of a field's value."""
     return ApiError(400, f"{name} = {_shown(value)}: {allowed}.", param=name)
 
 
-def _value(body: Mapping[str, Any], name: str, default: Any) -> Any:
+def given_value(body: Mapping[str, Any], name: str, default: Any) -> Any:
     """Returns a field; null means that it is not given."""
     value = body.get(name)
     return default if value is None else value
 
 
-def _flag(body: Mapping[str, Any], name: str) -> bool:
-    value = _value(body, name, False)
+def flag(body: Mapping[str, Any], name: str) -> bool:
+    """Returns a field that is true or false; false if not given."""
+    value = given_value(body, name, False)
     if not isinstance(value, bool):
-        raise _bad(name, value, "must be true or false")
+        raise bad_value(name, value, "must be true or false")
     return value
 
 
-def _check_fields(body: Mapping[str, Any]) -> None:
+def check_fields(body: Mapping[str, Any], fields: Sequence[str], unsupported: Mapping[str, Sequence[Any]]) -> None:
+    """Raises ApiError for a field that is not known, or asks for what the server cannot do.
+
+    Args:
+        unsupported: fields of the API that have no code here, with the values that ask for nothing.
+    """
     for name, value in body.items():
         if isinstance(value, int) and abs(value) >= 2**64:  # Python refuses to write a sum of 4,300 digits
-            raise _bad(name[:60], value, "is too large a number")
-        if name in UNSUPPORTED:
-            if isinstance(value, bool) or value not in UNSUPPORTED[name]:
+            raise bad_value(name[:60], value, "is too large a number")
+        if name in unsupported:
+            if not any(type(value) is type(idle) and value == idle for idle in unsupported[name]):
                 told = f"{name} is not supported by this server: leave it out."
                 raise ApiError(400, told, param=name, code="unsupported_field")
-        elif name not in FIELDS:
-            told = f"{_shown(name)} is no field of a completion request.{nearest(name, FIELDS)}"
-            raise ApiError(400, f"{told} Known are {', '.join(FIELDS)}.", param=name[:60], code="unknown_field")
-    if not isinstance(user := _value(body, "user", ""), str):
-        raise _bad("user", user, "must be text")
-    _encodable("user", user)
+        elif name not in fields:
+            told = f"{_shown(name)} is no field of such a request.{nearest(name, fields)}"
+            raise ApiError(400, f"{told} Known are {', '.join(fields)}.", param=name[:60], code="unknown_field")
+        elif name in LABELS and not isinstance(value, str | None):
+            raise bad_value(name, value, "must be text")
+        elif name in LABELS and value is not None:
+            encodable(name, value)
 
 
-def _include_usage(body: Mapping[str, Any]) -> bool:
-    options = _value(body, "stream_options", {})
+def wants_usage(body: Mapping[str, Any]) -> bool:
+    """Returns whether a stream is to end with the numbers of tokens."""
+    options = given_value(body, "stream_options", {})
     if not isinstance(options, dict) or set(options) - {"include_usage"}:
-        raise _bad("stream_options", options, 'may hold "include_usage" alone')
-    if options and not _flag(body, "stream"):
-        raise _bad("stream_options", options, 'needs "stream": true')
-    return _flag(options, "include_usage")
+        raise bad_value("stream_options", options, 'may hold "include_usage" alone')
+    if options and not flag(body, "stream"):
+        raise bad_value("stream_options", options, 'needs "stream": true')
+    return flag(options, "include_usage")
 
 
 def _is_tokens(value: Any) -> bool:
@@ -302,7 +245,7 @@ def given_prompts(body: Mapping[str, Any]) -> list[Any]:
         raise ApiError(400, "prompt is missing: a text, tokens, or a list of either.", param="prompt")
     given = [value] if isinstance(value, str) or _is_tokens(value) else value
     if not isinstance(given, list) or not given:
-        raise _bad("prompt", value, "must be a text, tokens, or a list of either")
+        raise bad_value("prompt", value, "must be a text, tokens, or a list of either")
     return given
 
 
@@ -311,19 +254,20 @@ def encoded(given: list[Any], tokenizer: Tokenizer) -> tuple[list[str | None], l
     texts, prompts = [], []
     for prompt in given:
         if isinstance(prompt, str):
-            ids = tokenizer.encode(_encodable("prompt", prompt))
+            ids = tokenizer.encode(encodable("prompt", prompt))
             if not ids:
-                raise _bad("prompt", prompt, "must hold at least one token")
+                raise bad_value("prompt", prompt, "must hold at least one token")
         elif _is_tokens(prompt):
             ids = prompt
         else:
-            raise _bad("prompt", prompt, "each must be a text or a list of whole numbers that is not empty")
+            raise bad_value("prompt", prompt, "each must be a text or a list of whole numbers that is not empty")
         texts.append(prompt if isinstance(prompt, str) else None)
         prompts.append(ids)
     return texts, prompts
 
 
-def _encodable(name: str, text: str) -> str:
+def encodable(name: str, text: str) -> str:
+    """Returns a field's text; ApiError where it is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -337,55 +281,71 @@ def check_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     for ids in prompts:
         outside = next((i for i in ids if not 0 <= i < vocab_size), None)
         if outside is not None:
-            raise _bad("prompt", outside, f"tokens must be whole numbers from 0 to {vocab_size - 1}")
+            raise bad_value("prompt", outside, f"tokens must be whole numbers from 0 to {vocab_size - 1}")
 
 
-def _logprobs(body: Mapping[str, Any]) -> int | None:
-    value = body.get("logprobs")
+def num_logprobs(body: Mapping[str, Any], name: str) -> int | None:
+    """Returns how many of the most probable tokens an answer is to show in each place."""
+    value = body.get(name)
     if value is not None and not (type(value) is int and 0 <= value <= MOST_LOGPROBS):
-        raise _bad("logprobs", value, f"must be a whole number from 0 to {MOST_LOGPROBS}")
+        raise bad_value(name, value, f"must be a whole number from 0 to {MOST_LOGPROBS}")
     return value
 
 
-def _max_tokens(body: Mapping[str, Any], prompt_tokens: int, facts: ModelFacts) -> int:
-    """Returns the most new tokens for a prompt, as OpenAI counts: prompt and answer share the context."""
+def num_choices(body: Mapping[str, Any], num_prompts: int, facts: ModelFacts) -> int:
+    """Returns the choices of each prompt."""
+    n = given_value(body, "n", 1)
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise bad_value("n", n, "must be a whole number, 1 or more")
+    if num_prompts * n > facts.max_choices:
+        asked = f"The request asks for {num_prompts * n} choices ({num_prompts} prompts, n = {n})"
+        raise ApiError(400, f"{asked}; this server makes at most {facts.max_choices} for one request.", param="n")
+    return n
+
+
+def max_new_tokens(
+    name: str, given: Any, prompt_tokens: int, facts: ModelFacts, *, least: int, default: int, prompt: str = "prompt"
+) -> int:
+    """Returns the most new tokens for a prompt, as OpenAI counts: prompt and answer share the context.
+
+    Args:
+        name, given: the field that says them, and its value.
+        default: most where that says nothing.
+        prompt: the field of the prompt.
+    """
     room = facts.context_length - prompt_tokens
-    given = body.get("max_tokens")
-    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 0):
-        raise _bad("max_tokens", given, "must be a whole number, 0 or more")
-    if given == 0 and not _flag(body, "echo"):
-        raise _bad("max_tokens", given, 'asks for nothing without "echo": true, which gives the prompt back')
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < least):
+        raise bad_value(name, given, f"must be a whole number, {least} or more")
     wanted = 1 if given is None else given
     if wanted > room:
         told = f"The model's context has {facts.context_length} tokens, and the request needs {prompt_tokens + wanted}"
         told += f": {prompt_tokens} of the prompt and {wanted} to generate."
-        raise ApiError(400, told, param="prompt" if room < 1 else "max_tokens", code=_TOO_LONG)
-    # The engine makes one token in any case.
-    allowed = min(DEFAULT_MAX_TOKENS, room) if given is None else max(given, 1)
+        raise ApiError(400, told, param=prompt if room < 1 else name, code=_TOO_LONG)
+    allowed = min(default, room) if given is None else given
     # The engine refuses it as well, but hears of it only when a stream has begun. The last token needs no place.
-    needed = prompt_tokens + allowed - 1
+    needed = prompt_tokens + max(allowed, 1) - 1
     if needed > facts.cache_tokens:
         told = f"The server's key-value cache has {facts.cache_tokens} tokens, and the request needs {needed}"
         told += f": {prompt_tokens} of the prompt and {allowed} to generate, but for the last."
-        raise ApiError(400, told, param="max_tokens", code=_TOO_LONG)
+        raise ApiError(400, told, param=name, code=_TOO_LONG)
     return allowed
 
 
-def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
+def sampling_options(body: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the engine's options, but for max_new_tokens."""
-    stop = _value(body, "stop", [])
+    stop = given_value(body, "stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):
-        raise _bad("stop", stop, f"must be a text or a list of at most {MAX_STOPS} texts, none of them empty")
-    top_k = _value(body, "top_k", 0)
+        raise bad_value("stop", stop, f"must be a text or a list of at most {MAX_STOPS} texts, none of them empty")
+    top_k = given_value(body, "top_k", 0)
     options = {
-        "temperature": _value(body, "temperature", 1.0),
-        "top_p": _value(body, "top_p", 1.0),
+        "temperature": given_value(body, "temperature", 1.0),
+        "top_p": given_value(body, "top_p", 1.0),
         "top_k": 0 if top_k == -1 and type(top_k) is int else top_k,  # -1 for all is what other servers take
-        "repetition_penalty": _value(body, "repetition_penalty", 1.0),
-        "stop": tuple(_encodable("stop", s) for s in stop),
-        "seed": _value(body, "seed", secrets.randbits(63)),
-        "ignore_eod": _flag(body, "ignore_eos"),
+        "repetition_penalty": given_value(body, "repetition_penalty", 1.0),
+        "stop": tuple(encodable("stop", s) for s in stop),
+        "seed": given_value(body, "seed", secrets.randbits(63)),
+        "ignore_eod": flag(body, "ignore_eos"),
     }
     try:
         check_sampling(SamplingOptions(**options))

@@ -16,6 +16,7 @@ from megatron_samoe.cli import convert
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.convert.gguf.tokenizer import _byte_level, vocabulary
 from megatron_samoe.convert.hf.tokenizer_files import tokenizer_files
+from megatron_samoe.datasets.chat_template import Chat
 from megatron_samoe.errors import ConfigError
 from tests.parity.hf_models import Native, native, random_source, some_ids
 
@@ -252,9 +253,9 @@ def test_sentencepiece(options: dict[str, Any], named: str | None, tmp_path: Pat
     )
     if named is not None:
         with pytest.raises(ConfigError, match=named):
-            vocabulary(data)
+            vocabulary(data, Chat())
         return
-    found = vocabulary(data)
+    found = vocabulary(data, Chat())
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
     assert (found.model, found.pre, found.space_prefix) == ("llama", "default", True)
     assert found.tokens == [processor.id_to_piece(i) for i in range(processor.vocab_size())]

@@ -12,7 +12,7 @@ import torch
 
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import TokenEvent
-from megatron_samoe.inference.server.protocol import joined_logprobs
+from megatron_samoe.inference.server.answers import joined_logprobs
 from megatron_samoe.inference.server.worker import ThreadShares
 from megatron_samoe.language_model import LanguageModel
 from megatron_samoe.runtime.load import LoadedModel

@@ -17,8 +17,9 @@ from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import TokenEvent
+from megatron_samoe.inference.server.answers import joined_logprobs
 from megatron_samoe.inference.server.models import check_names
-from megatron_samoe.inference.server.protocol import FIELDS, UNSUPPORTED, joined_logprobs
+from megatron_samoe.inference.server.protocol import FIELDS, UNSUPPORTED
 from megatron_samoe.language_model import LanguageModel
 from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.serving import (
@@ -180,7 +181,7 @@ def test_refusals_have_a_status_and_a_message(client: Client) -> None:
     check_error(client.complete("x", max_token=1), 400, "Did you mean", param="max_token")
     check_error(client.complete("x", n=7), 400, "at most 6", param="n")
     check_error(client.complete("x", model="gpt-4"), 404, "not served", code="model_not_found")
-    check_error(ask("GET", "/v1/chat/completions"), 404, "There is no", code="not_found")
+    check_error(ask("GET", "/v1/chats"), 404, "There is no", code="not_found")
     check_error(ask("GET", "/v1/completions"), 405, "does not take GET")
     assert ask("GET", "/v1/completions").headers["allow"] == "POST"
     check_error(ask("GET", "/v1/models/gpt-4"), 404, "not served", code="model_not_found")

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_samoe.cli import convert
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import TokenEvent
+from megatron_samoe.language_model import LanguageModel
 from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.browser import Browser, browser, needs_browser
+from tests.harness.chat import chat_folder
 from tests.harness.serving import RunningServer, greedy_text, load_tiny, save_tiny, serving, wait_for
 
 pytestmark = [needs_browser, pytest.mark.night]
@@ -126,6 +129,48 @@ def test_a_model_that_refuses_says_so_and_shows_no_older_answer(
         hidden = [page.run(f"return document.getElementById('{n}').hidden") for n in ("experts", "experts-1")]
         assert hidden == [True, True], "strips of other texts"
     page.complaints()
+
+
+def test_a_chat_goes_on_with_what_was_said(page: Browser, loaded: LoadedModel, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    assert not convert.main(["--load-dir", str(chat_folder(tmp_path / "hf")), "--save-dir", str(tmp_path / "native")])
+    talks = LanguageModel(load_tiny(tmp_path / "native"))
+    with serving(talks.loaded, engine=PacedEngine(talks.loaded, max_batch=2), beside={"base": loaded}) as running:
+        page.resize(1100, 800)
+        page.open(f"{running.server.url}/")
+        page.wait_for(lambda: page.text("title") == "Chat with")
+        assert page.run("return document.getElementById('heading-1').closest('section').hidden"), (
+            "a base model does not talk"
+        )
+        told: list[dict[str, str]] = [{"role": "system", "content": "Be <b>kind</b>."}]
+        page.set("system", told[0]["content"])
+        for said in ("Why?", "And then?"):
+            complete(page, said, max_tokens="9", temperature="0")
+            page.wait_for(lambda: "tokens in" in page.text("state"))
+            told += [{"role": "user", "content": said}]
+            told += [{"role": "assistant", "content": talks.chat(told, 9, temperature=0.0)}]
+            page.wait_for(lambda: page.run("return document.getElementById('prompt').value") == "")
+        shown = "return [...document.querySelectorAll('#text .turn')].map(e => [e.dataset.role, e.textContent])"
+        assert page.run(shown) == [[turn["role"], turn["content"]] for turn in told]
+        for width in (320, 1100):
+            page.resize(width, 700)
+            assert page.run("return document.documentElement.scrollWidth") <= width
+        complete(page, "Stop me", max_tokens="90", temperature="0")
+        page.wait_for(lambda: page.text("state") == "writing")
+        page.click("halt")
+        page.wait_for(lambda: page.text("state") == "stopped")
+        page.click("on")
+        assert page.text("text") == "" and page.complaints() == []
+        complete(page, "Why?", max_tokens="9", temperature="0")
+        page.wait_for(lambda: "tokens in" in page.text("state"))
+        begun = [told[0], {"role": "user", "content": "Why?"}]
+        assert page.run(shown)[-1] == ["assistant", talks.chat(begun, 9, temperature=0.0)]
+        page.run("const v = document.getElementById('view'); v.value = 'text'; v.dispatchEvent(new Event('change'))")
+        assert page.text("title") == "Completions of" and page.text("text") == ""
+        complete(page, "Hello", max_tokens="5", temperature="0")
+        page.wait_for(lambda: "tokens in" in page.text("state") and "tokens in" in page.text("state-1"))
+        assert page.text("text") == "Hello" + greedy_text(talks.loaded, "Hello", 5)
+        assert page.complaints() == []
 
 
 def test_stopping_frees_the_place(page: Browser, running: RunningServer) -> None:

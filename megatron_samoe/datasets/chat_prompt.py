@@ -1,0 +1,72 @@
+"""The tokens of a conversation's prompt, in which what users write does not become a control token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from megatron_samoe.datasets.tokenizer import Tokenizer
+from megatron_samoe.errors import ConfigError
+
+ROLES = ("system", "user", "assistant")
+#: Signs that no text has a use for, around a text of a control token that a user has written.
+_OPEN, _CLOSE = "\U000f0000", "\U000f0001"
+
+
+def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Returns the ids that a model's answer to messages follows, by the template of its tokenizer.
+
+    The text of a control token within a message, such as <|im_end|>, stays text.
+
+    Args:
+        messages: of a "role" (system, user or assistant) and a "content", a text.
+
+    Raises:
+        ConfigError: a message is none; the model has no template, or it fails (see `Chat.render`); or a message has the text
+            of a control token, which the tokenizer cannot read otherwise.
+    """
+    _check(messages)
+    control = "|".join(map(re.escape, sorted(tokenizer.control_tokens, key=len, reverse=True))) or "(?!)"
+
+    def marked(text: str) -> str:
+        return re.sub(control, f"{_OPEN}\\g<0>{_CLOSE}", text.replace(_OPEN, "").replace(_CLOSE, ""))
+
+    given = [{name: text if name == "role" else marked(text) for name, text in m.items()} for m in messages]
+    # A template may take a message to pieces, and a sign away from its other.
+    parts = re.split(f"{_OPEN}({control}){_CLOSE}|[{_OPEN}{_CLOSE}]", tokenizer.chat.render(given))
+    ids = tokenizer.encode_rendered(parts[0])
+    for written, after in zip(parts[1::2], parts[2::2], strict=True):
+        if written is not None:
+            literal = _continued(tokenizer.encode_literally, written)
+            if tokenizer.control_tokens[written] in literal:
+                told = f"has the text {written}, which this model's tokenizer cannot tell from the control token"
+                raise ConfigError("messages", messages, told)
+            ids += literal
+        ids += _continued(tokenizer.encode_rendered, after)
+    return ids
+
+
+def _continued(encode: Any, text: str) -> list[int]:
+    """Returns the ids of a text within another one, before whose first word SentencePiece puts no space."""
+    before, ids = encode("\n"), encode("\n" + text)
+    return ids[len(before) :] if ids[: len(before)] == before else encode(text)
+
+
+def _check(messages: Sequence[Mapping[str, Any]]) -> None:
+    if isinstance(messages, str) or not isinstance(messages, Iterable) or not messages:
+        raise ConfigError("messages", messages, 'must be a list such as [{"role": "user", "content": "Hello"}]')
+    for message in messages:
+        if not isinstance(message, Mapping) or set(message) - {"role", "content", "name"}:
+            raise ConfigError("messages", message, 'each must have a "role" and a "content", and may have a "name"')
+        if message.get("role") not in ROLES:
+            raise ConfigError("messages", message.get("role"), f"a role must be one of {', '.join(ROLES)}")
+        for name, text in {"content": None, **message}.items():
+            if not isinstance(text, str):
+                raise ConfigError("messages", text, f"a {name} must be a text")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(
+                    "messages", text, f"must be UTF-8 text, and is none at character {error.start}"
+                ) from None
