@@ -11,6 +11,7 @@ into a higher layer of the package (tests/architecture/test_floors.py) than the 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import sys
 import tempfile
@@ -103,7 +104,8 @@ def way(calls: Sequence[Call], first_step: int) -> list[str]:
 
 def opened(calls: Sequence[Call], first_step: int) -> list[str]:
     """Returns the files that a reader of the way opens, in order; one after another is never the same."""
-    on_way, found = set(way(calls, first_step)), []
+    on_way = set(way(calls, first_step))
+    found: list[str] = []
     for call in calls[: first_step + 1]:
         calls_it = call.file in on_way or (call.caller is not None and calls[call.caller].file in on_way)
         if calls_it and not is_value(call) and found[-1:] != [call.file]:
@@ -122,10 +124,10 @@ def is_value(call: Call) -> bool:
 
 def climbs(files: Sequence[str]) -> list[tuple[str, str]]:
     """Returns the calls of a row of files that go into a higher layer of the package than the one before."""
-    from tests.architecture.test_floors import FLOOR_OF
+    layers = importlib.import_module("tests.architecture.test_floors").FLOOR_OF
 
-    def layer(file: str) -> int:
-        return FLOOR_OF[file.partition("/")[0].removesuffix(".py")]
+    def layer(file: str) -> Any:
+        return layers[file.partition("/")[0].removesuffix(".py")]
 
     return [(before, after) for before, after in pairwise(files) if layer(after) > layer(before)]
 

@@ -15,7 +15,7 @@ import torch
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.training import metrics
-from megatron_samoe.training.hook import Hook, Record, Run
+from megatron_samoe.training.hook import Hook, Record, Training
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
 from megatron_samoe.training.trainer import Trainer
@@ -37,10 +37,10 @@ class TenSeconds(Hook):
     def __init__(self) -> None:
         self.records: list[Record] = []
 
-    def pre_optim_step(self, run: Run, grad_norm: float) -> None:
+    def pre_optim_step(self, run: Training, grad_norm: float) -> None:
         self.now += 10
 
-    def record(self, run: Run, record: Record) -> None:
+    def record(self, run: Training, record: Record) -> None:
         self.records.append(record)
 
 

@@ -33,7 +33,7 @@ from megatron_samoe.tensor_parallel.layers import padded_vocab_size
 from megatron_samoe.training import metrics
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.evaluate import evaluate
-from megatron_samoe.training.hook import Hook, Record, Run
+from megatron_samoe.training.hook import Hook, Record, Training
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.teacher import load_teacher
@@ -122,7 +122,7 @@ class Witness(Hook):
         self.lm: dict[int, float] = {}
         self.alive: weakref.ref[Any] | None = None
 
-    def pre_step(self, run: Run, batches: Sequence[Batch]) -> None:
+    def pre_step(self, run: Training, batches: Sequence[Batch]) -> None:
         number, found = run.state.iteration + 1, run.setup.teacher
         self.taught[number] = found is not None
         if found is not None:
@@ -131,7 +131,7 @@ class Witness(Hook):
             gc.collect()
             assert self.alive() is None, "the teacher's memory is free before the first step without it"
 
-    def record(self, run: Run, record: Record) -> None:
+    def record(self, run: Training, record: Record) -> None:
         self.kl[run.state.iteration], self.lm[run.state.iteration] = record.get("kl_loss"), record["lm_loss"]
 
 
