@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import torch
 
+from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.dist_checkpointing.store import newest_in_words
 from megatron_samoe.errors import CommunicationError
 from megatron_samoe.parallel_state.backend import is_communication_failure
@@ -40,6 +41,11 @@ class HangWatch:
         self.doing = "starting"
         self._file: IO[str] | None = None
         self._header_bytes = 0
+
+    @staticmethod
+    def of(config: PretrainConfig, rank: int) -> HangWatch:
+        """Returns what watches a rank of a run."""
+        return HangWatch(config.folder_of("hangs"), rank, 60.0 * config.parallel.distributed_timeout_minutes)
 
     def __enter__(self) -> HangWatch:
         if self.folder is not None:

@@ -107,6 +107,13 @@ class Hook:
         """Training ends, for whatever reason."""
 
 
+def refuse_strange(hooks: Sequence[Hook]) -> None:
+    """Raises TypeError naming the first of some hooks that is none."""
+    for hook in hooks:
+        if not isinstance(hook, Hook):
+            raise TypeError(f"{hook!r} is no Hook: give an instance of a class derived from training.hook.Hook")
+
+
 def __getattr__(name: str) -> Any:
     if name != "Run":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,22 +14,22 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver
-from megatron_samoe.dist_checkpointing.store import newest_in_words, whole_iterations
+from megatron_samoe.dist_checkpointing.store import newest_in_words
 from megatron_samoe.errors import CheckpointError, MegatronSamoeError
 from megatron_samoe.log import logger
 from megatron_samoe.training.batches import RunData
-from megatron_samoe.training.checkpointing import find_run, load_run, save_run
+from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.evaluate import evaluate_run
 from megatron_samoe.training.hang_watch import HangWatch
-from megatron_samoe.training.hook import Hook
-from megatron_samoe.training.metrics import Stopwatch, make_record
+from megatron_samoe.training.hook import Hook, refuse_strange
+from megatron_samoe.training.metrics import make_record
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.non_finite import raise_non_finite
+from megatron_samoe.training.resume import resume
 from megatron_samoe.training.save_folder import DiskRoom, owned_folder
 from megatron_samoe.training.setup import TrainSetup, initial_state
 from megatron_samoe.training.state import TrainState
-from megatron_samoe.training.teacher import load_teacher
-from megatron_samoe.training.train_step import StepResult, named_range, train_step
+from megatron_samoe.training.train_step import StepResult, Stopwatch, named_range, train_step
 
 
 class Trainer:
@@ -41,15 +41,13 @@ class Trainer:
 
     def __init__(self, setup: TrainSetup, data: RunData, hooks: Sequence[Hook]):
         self.setup, self.data, self.config, parallel = setup, data, setup.config, setup.parallel
-        strange = [hook for hook in hooks if not isinstance(hook, Hook)]
-        if strange:
-            raise TypeError(f"{strange[0]!r} is no Hook: give an instance of a class derived from training.hook.Hook")
+        refuse_strange(hooks)
         self.hooks = [hook for hook in hooks if parallel.rank == 0 or not hook.rank_0_only]
         self._asked = [hook for hook in hooks if not hook.rank_0_only]
         self.state = initial_state(setup)
         self.stopwatch = Stopwatch(parallel.world.waits)
         limit = timedelta(minutes=self.config.parallel.distributed_timeout_minutes)
-        self.watch = HangWatch(self.config.folder_of("hangs"), parallel.rank, limit.total_seconds())
+        self.watch = HangWatch.of(self.config, parallel.rank)
         self.saver = BackgroundSaver(parallel, limit) if self.config.checkpoint.async_save else None
         self._began, self._saved_at = time.monotonic(), -1
 
@@ -77,32 +75,9 @@ class Trainer:
     def _load(self) -> None:
         """Goes on from the checkpoint that there is, if any."""
         self.watch.begin("loading")
-        checkpoint, trains = self.config.checkpoint, not self.config.training.skip_train
-        self._warn_of_starting_again()
-        if checkpoint.save is None and trains:
-            logger.info("no --save and no --run-dir: the model is gone when this run ends")
-        found = find_run(self.setup)
-        if found is not None:
-            self.state = load_run(self.setup, self.state, found)
-        elif checkpoint.load:
-            logger.info(f"no checkpoint in {checkpoint.load}: starting from the beginning")
-        if checkpoint.load == checkpoint.save:
+        self.setup, self.state = resume(self.setup, self.state)
+        if self.config.checkpoint.load == self.config.checkpoint.save:
             self._saved_at = self.state.iteration
-        done = self.state.iteration >= self.config.training.train_iters
-        if trains and not done and self.config.distillation.teaches_after(self.state.iteration):
-            self.setup = replace(self.setup, teacher=load_teacher(self.config, self.setup.model))
-
-    def _warn_of_starting_again(self) -> None:
-        checkpoint = self.config.checkpoint
-        if not checkpoint.finetune or checkpoint.save is None or self.config.training.skip_train:
-            return
-        done = whole_iterations(checkpoint.save)
-        if done and checkpoint.save != checkpoint.load:
-            logger.info(
-                f"--finetune starts at iteration 0 though --save {checkpoint.save} has iteration {done[-1]}, and will "
-                f"replace its checkpoints. To go on from there, give --load {checkpoint.save} --pretrained-checkpoint "
-                f"{checkpoint.load} in place of --load and --finetune."
-            )
 
     def _evaluate_only(self) -> None:
         record = {"iteration": self.state.iteration, **evaluate_run(self, with_test=True)}

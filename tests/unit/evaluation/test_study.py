@@ -52,9 +52,7 @@ def test_runs_go_seed_by_seed_and_edited_ones_after_their_source(tmp_path: Path)
     assert [(run.seed, run.variant.name) for run in plan] == [
         (seed, name) for seed in (1, 2) for name in ("own experts", "one pool", "one pool, one bank")
     ]
-    assert plan[1].variant.flags == (
-        "--expert-layout", "samoe", "--num-expert-banks", "2", "--samoe-freeze-coefficients"
-    )  # fmt: skip
+    assert plan[1].variant.options == STUDY["runs"]["one pool"]
     assert plan[5].directory == tmp_path / "one-pool-one-bank" / "seed-2"
     assert (plan[5].variant.edited_from, plan[5].variant.edit) == ("one pool", "select")
 

@@ -73,9 +73,7 @@ def test_a_rank_that_is_told_leaves_as_one_that_is_not_done(
 ) -> None:
     """Its torchrun would wait for the other hosts' ends and train no more, where it has not sent the signal itself."""
     on_one_of_two_hosts.setattr(exit_signals, "PARTING_S", 60.0)
-    with pytest.raises(
-        ToldToLeaveError, match=r"rank 2 \(host1\), .*: all ranks leave. Nothing was saved"
-    ) as raised:
+    with pytest.raises(ToldToLeaveError, match=r"rank 2 \(host1\), .*: all ranks leave. Nothing was saved") as raised:
         part(signal.SIGTERM, sent_after_s)
     assert raised.value.exit_status == 143 and not raised.value.permanent
 
@@ -120,9 +118,7 @@ def let_meet(error: MegatronSamoeError, monkeypatch: pytest.MonkeyPatch) -> None
         raise error
 
     monkeypatch.setattr(cli_pretrain, "configure_logging", lambda rank: None)  # which other tests would inherit
-    for name in ("parse_pretrain_args", "_fit_to_ranks"):
-        monkeypatch.setattr(cli_pretrain, name, lambda *_, **__: (None, 4))
-    monkeypatch.setattr(cli_pretrain, "pretrain", meet_it)
+    monkeypatch.setattr(cli_pretrain, "resolve", meet_it)
 
 
 ALIKE = ConfigErrors([ConfigError("--lr", 1, "must be alike on all hosts")])

@@ -37,7 +37,7 @@ from megatron_samoe.training.hook import Hook, Record, Training
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.teacher import load_teacher
-from megatron_samoe.training.train_step import compute_gradients, train_step
+from megatron_samoe.training.train_step import StepTime, compute_gradients, train_step
 from megatron_samoe.training.trainer import Trainer
 from tests.harness.tiny import VOCAB_SIZE, RandomBatches, micro_batches, tiny_config, with_layout, with_options
 
@@ -197,7 +197,7 @@ def test_mfu_counts_forward_passes_of_the_teacher(teacher: Path, monkeypatch: py
     taught = taught_setup(student(teacher))
     state = initial_state(taught)
     result, state = train_step(taught, state, micro_batches(taught, 0))
-    timed = metrics.StepTime(2.0, 2.0, taught.tokens_after(0) / 2.0)
+    timed = StepTime(2.0, 2.0, taught.tokens_after(0) / 2.0)
     saved = find_teacher(str(teacher)).trained
     more = train_flops_per_token(with_options(saved, seq_length=16), VOCAB_SIZE) / 3
     for world_size in (1, 4):

@@ -1,10 +1,11 @@
 """Counts what a reader passes between a pretraining's command line and its first optimizer step.
 
-    python tools/trace_start.py [flags of megatron-samoe pretrain in place of a tiny run's]
+    python -m tools.pages.trace_start [flags of megatron-samoe pretrain, in place of a tiny run's]
 
 The *way* is the files of the functions that are on the stack when the first step begins. A reader reads these files, and
 opens each file that they call into: all of these are counted. What is behind an opened file is not, nor are properties,
-lambdas and comprehensions, which are read in place. A *climb* is a call, in the order in which the program makes them,
+lambdas and comprehensions, which are read in place. A method counts in the file of the first class that has it: of a hook,
+a reader opens what hooks are. A *climb* is a call, in the order in which the program makes them,
 into a higher layer of the package (tests/architecture/test_floors.py) than the call before went.
 """
 
@@ -25,8 +26,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = str(ROOT / "megatron_samoe") + "/"
 #: Where the first step begins.
 FIRST_STEP = ("training/train_step.py", "train_step")
@@ -77,7 +77,7 @@ class Tracer:
         above = frame.f_back
         while above is not None and above not in self._numbers:
             above = above.f_back
-        call = Call(file.removeprefix(PACKAGE), frame.f_code.co_qualname, above and self._numbers[above])
+        call = Call(interface(frame), frame.f_code.co_qualname, None if above is None else self._numbers[above])
         self._numbers[frame] = len(self.calls)
         self.calls.append(call)
         if (call.file, call.function) == FIRST_STEP:
@@ -90,6 +90,16 @@ class Tracer:
             if frame.f_code.co_filename.startswith(PACKAGE):
                 yield frame.f_code.co_name
             frame = frame.f_back
+
+
+def interface(frame: FrameType) -> str:
+    """Returns the file of a function, or of the first class of the package that has a method of its name."""
+    code = frame.f_code
+    this = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    kinds = [kind for kind in type(this).__mro__ if code.co_name in vars(kind) and kind.__module__ in sys.modules]
+    files = [str(getattr(sys.modules[kind.__module__], "__file__", "")) for kind in kinds]
+    own = [file for file in files if file.startswith(PACKAGE)] if code.co_filename in files else []
+    return (own[-1] if own else code.co_filename).removeprefix(PACKAGE)
 
 
 def way(calls: Sequence[Call], first_step: int) -> list[str]:
