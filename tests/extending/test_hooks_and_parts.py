@@ -242,3 +242,9 @@ def test_statistics_that_were_not_declared_are_named(sums: dict[str, int], probl
     told = MoEStats(0, {name: torch.ones(size) for name, size in sums.items()})
     with pytest.raises(ValueError, match=problem):
         layout.add(layout.zeros(1, torch.device("cpu")), told)
+
+
+def test_the_former_name_of_a_run_under_way_warns() -> None:
+    with pytest.warns(FutureWarning, match="training.hook.Run is now Training"):
+        from megatron_samoe.training.hook import Run
+    assert Run is Training
