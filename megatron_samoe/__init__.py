@@ -1,6 +1,7 @@
 """Pretraining of mixture-of-experts language models that share one pool of experts (SaMoE).
 
-`load("runs/x")` gives a trained model for Python; see `language_model`. Importing the package loads no torch.
+`pretrain(config)` trains a model in Python, see `training.run`, and `load("runs/x")` gives a trained one, see
+`language_model`. Importing the package loads no torch.
 """
 
 import importlib
@@ -15,12 +16,12 @@ if sys.argv[:1] == ["-m"]:  # so it is while `python -m megatron_samoe...` looks
     prepare()
 
 #: What the package's top gives, from a module that is loaded when it is asked for.
-_LAZY = ("LanguageModel", "load")
+_LAZY = {"LanguageModel": "language_model", "load": "language_model", "pretrain": "training.run"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module("megatron_samoe.language_model"), name)
+        return getattr(importlib.import_module(f"megatron_samoe.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

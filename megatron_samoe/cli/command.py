@@ -50,19 +50,22 @@ def usage(prog: str, commands: Mapping[str, str], text: str = "") -> str:
     return f"usage: {prog} COMMAND ...\n\n{above}{lines}\n\n{prog} COMMAND --help tells about each."
 
 
+def _help() -> str:
+    return usage("megatron-samoe", {name: what for name, (_, what) in COMMANDS.items()})
+
+
 def main() -> int:
     """Runs a command and returns its exit status."""
     start.prepare()
     name, rest = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
-    help_text = usage("megatron-samoe", {name: what for name, (_, what) in COMMANDS.items()})
     if name in ("-h", "--help"):
-        print(help_text)
+        print(_help())
         return 0
     if name == "--version":
         print(__version__)
         return 0
     if name not in COMMANDS:
-        print(f"error: {name} is no command.{nearest(name, COMMANDS)}\n\n{help_text}", file=sys.stderr)
+        print(f"error: {name} is no command.{nearest(name, COMMANDS)}\n\n{_help()}", file=sys.stderr)
         return 2
     # Parsers name the program by this, and so do their messages.
     sys.argv = [f"megatron-samoe {name}", *rest]

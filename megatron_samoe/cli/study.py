@@ -13,6 +13,7 @@ import tyro
 
 from megatron_samoe.cli.program import HandsOn, program
 from megatron_samoe.cli.report import main as report_main
+from megatron_samoe.config.cli import as_flags
 from megatron_samoe.errors import ConfigError, MegatronSamoeError, nearest, nearest_file
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.evaluation.study.definition import plan_runs, read_study
@@ -137,7 +138,7 @@ def _show_plan(plan: StudyPlan, names: Collection[str] | None) -> None:
     for run in plan.chosen(names):
         state = "finished" if plan.is_finished(run) else "to do" if plan.is_settled(run) else "waits for a sweep"
         edit = f"{run.variant.edit} of {run.variant.edited_from}"
-        what = shlex.join(run.variant.flags) if run.variant.is_trained else edit
+        what = shlex.join(as_flags(run.variant.options)) if run.variant.is_trained else edit
         print(f"{state:8}  {plan.name_of(run)}  {what}")
 
 

@@ -1,24 +1,25 @@
 """The configuration as flat Megatron flags and YAML files, through tyro.
 
 Precedence, lowest first: defaults, the YAML file of --config, the checkpoint's configuration (with
---use-checkpoint-args), flags.
+--use-checkpoint-args), flags. Who said an option is kept beside it (`Asked`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
 from megatron_samoe.config.option import all_options, flag
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.typed import convert
-from megatron_samoe.config.validate import idle_options, refuse_idle, without_idle_options
+from megatron_samoe.config.validate import refuse_idle, without_idle_options
 from megatron_samoe.errors import ConfigError, ConfigErrors, nearest
 from megatron_samoe.parsing import parse_yaml, read_text
 
@@ -26,49 +27,103 @@ from megatron_samoe.parsing import parse_yaml, read_text
 CHECKPOINT_GROUPS = ("model", "moe")
 CHECKPOINT_FIELDS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
 _GROUPS = tuple(f.name for f in dataclasses.fields(PretrainConfig))
+#: Who can say an option, the last of whom counts; a flag is also what a caller in Python says.
+Source: TypeAlias = Literal["file", "checkpoint", "flag"]
 
 
-def parse_pretrain_args(
-    argv: Sequence[str],
-    read_checkpoint_config: Callable[[PretrainConfig], Mapping[str, Any] | None] | None = None,
-    prog: str = "megatron-samoe pretrain",
-    quiet: bool = False,
-    accept_idle: bool = False,
-) -> PretrainConfig:
-    """Returns the configuration that a command line describes. A flag may take away what options of the file need, as
-    `--expert-layout dense` those of experts: these are left out.
+@dataclass(frozen=True)
+class Asked:
+    """A configuration, and who said each of its options.
+
+    Attributes:
+        said: who, by option: the last of them counts. Other options have their defaults, or follow from what was said.
+        replaced: options to which a flag or a checkpoint gave another value than they had below.
+    """
+
+    config: PretrainConfig
+    said: Mapping[str, Source]
+    replaced: frozenset[str] = frozenset()
+
+    @staticmethod
+    def of(config: PretrainConfig | Mapping[str, Any]) -> Asked:
+        """Returns what a caller in Python asks for: a configuration, or options by name as in a YAML file."""
+        if isinstance(config, Mapping):
+            return Asked(PretrainConfig(), {}).with_options(config, "the configuration")
+        known = all_options(config)
+        stated = [name for _, name, value, default, facts in known if value != default and facts.has_effect(config)]
+        return Asked(config, dict.fromkeys(stated, "flag"))
+
+    def with_options(self, options: Mapping[str, Any], place: str, source: Source = "flag") -> Asked:
+        """Returns it with options by name, as a YAML file has them.
+
+        Args:
+            place: where they stand, for error messages.
+        """
+        said = {**self.said, **dict.fromkeys(stated_in_mapping(options), source)}
+        return self._with(apply_mapping(self.config, options, place), said, source)
+
+    def with_flags(self, args: Sequence[str], prog: str, quiet: bool = False) -> Asked:
+        """Returns it with the flags of a command line; see `parse`."""
+        _refuse_foreign_names(args)
+        said: dict[str, Source] = {**self.said, **dict.fromkeys(stated_in_args(args), "flag")}
+        return self._with(_parse_flags(args, self.config, prog, quiet), said, "flag")
+
+    def with_checkpoint(self, saved: Mapping[str, Any]) -> Asked:
+        """Returns it with the model of a checkpoint's configuration, but for what flags say of it."""
+        part = {group: saved.get(group) or {} for group in CHECKPOINT_GROUPS}
+        part["data"] = {k: v for k, v in (saved.get("data") or {}).items() if k in CHECKPOINT_FIELDS}
+        flags = {name for name, source in self.said.items() if source == "flag"}
+        part = {group: {n: v for n, v in options.items() if n not in flags} for group, options in part.items()}
+        read = [name for options in part.values() for name in options]
+        said: dict[str, Source] = {**self.said, **dict.fromkeys(read, "checkpoint")}
+        return self._with(apply_mapping(self.config, part, "the checkpoint's config.yaml"), said, "checkpoint")
+
+    def as_file(self) -> Asked:
+        """Returns it as what a file says, to which flags of a run are added."""
+        return replace(self, said=dict.fromkeys(self.said, "file"))
+
+    def _with(self, config: PretrainConfig, said: Mapping[str, Source], source: Source) -> Asked:
+        """Returns it with what a source has said. A number of experts without a layout means experts of each layer's own."""
+        pairs = zip(all_options(self.config), all_options(config), strict=True)
+        changed = {name for (_, name, old, *_), (_, _, new, *_) in pairs if old != new}
+        if "num_experts" in said and "expert_layout" not in said:
+            config = replace(config, moe=replace(config.moe, expert_layout="moe"))
+        return Asked(config, said, self.replaced | (frozenset() if source == "file" else changed))
+
+    def settled(self) -> PretrainConfig:
+        """Returns the configuration without those options of the file that have no effect because a flag or a checkpoint took
+        away what they need, as `--expert-layout dense` does to those of experts.
+
+        Raises:
+            ConfigErrors: another option that somebody said has no effect.
+        """
+        config = self.config.with_run_dir()
+        refuse_idle(config, self.said, self.replaced)
+        of_file = [name for name, source in self.said.items() if source == "file"]
+        return without_idle_options(config, _GROUPS, of_file)
+
+
+def parse(argv: Sequence[str], prog: str = "megatron-samoe pretrain", quiet: bool = False) -> Asked:
+    """Returns what a command line asks for.
 
     Args:
         argv: arguments without the program's name.
-        read_checkpoint_config: returns the saved configuration of the checkpoint that the command line names, or None
-            where there is none; called only with --use-checkpoint-args.
         quiet: print no messages about wrong flags, because another rank does.
-        accept_idle: accept options without effect, for who asks which they are.
 
     Raises:
-        ConfigError: a YAML key is unknown or its value has the wrong type, or an option that is stated has no effect.
+        ConfigError: a YAML key is unknown or its value has the wrong type.
         SystemExit: a flag is unknown or malformed (the message went to standard error), or help was asked for.
     """
     args, yaml_path = _take_config_flag(list(argv))
-    _refuse_foreign_names(args)
-    base, in_args, in_file = PretrainConfig(), stated_in_args(args), frozenset[str]()
+    asked = Asked(PretrainConfig(), {})
     if yaml_path is not None:
-        mapping = read_yaml(yaml_path)
-        base, in_file = apply_mapping(base, mapping, str(yaml_path)), stated_in_file(mapping)
-    of_file, base = with_implied_layout(base, in_file), with_implied_layout(base, in_file | in_args)
-    config = _parse_flags(args, base, prog, quiet)
-    if config.checkpoint.use_checkpoint_args and read_checkpoint_config is not None:
-        saved = read_checkpoint_config(config.with_run_dir())
-        if saved is not None:
-            base = apply_mapping(base, _model_part(saved), "the checkpoint's config.yaml")
-            config = _parse_flags(args, base, prog, quiet)
-    config = config.with_run_dir()
-    if not accept_idle:
-        # What a flag took from the file's options is no mistake of the file.
-        of_itself = idle_options(of_file.with_run_dir(), in_file)
-        refuse_idle(config, in_args | of_itself.keys())
-        config = without_idle_options(config, vars(config), in_file - in_args)
-    return config
+        asked = asked.with_options(read_yaml(yaml_path), str(yaml_path), "file")
+    return asked.with_flags(args, prog, quiet)
+
+
+def parse_pretrain_args(argv: Sequence[str], prog: str = "megatron-samoe pretrain") -> PretrainConfig:
+    """Returns the configuration that a command line describes, whatever a checkpoint says; see `parse` and `Asked.settled`."""
+    return parse(argv, prog).settled()
 
 
 def stated_in_args(args: Sequence[str]) -> frozenset[str]:
@@ -77,19 +132,12 @@ def stated_in_args(args: Sequence[str]) -> frozenset[str]:
     return frozenset(names | {name.removeprefix("no_") for name in names})
 
 
-def stated_in_file(mapping: Mapping[str, Any]) -> frozenset[str]:
+def stated_in_mapping(mapping: Mapping[str, Any]) -> frozenset[str]:
     """Returns the fields that a YAML file names; none of a whole saved configuration, which holds every default."""
     if all(isinstance(mapping.get(group), Mapping) for group in _GROUPS):
         return frozenset()
     inner = [key for group in mapping.values() if isinstance(group, Mapping) for key in group]
     return frozenset(str(key).replace("-", "_").lstrip("_") for key in [*mapping, *inner])
-
-
-def with_implied_layout(config: PretrainConfig, stated: Collection[str]) -> PretrainConfig:
-    """Returns the configuration with experts of each layer's own where their number is stated and no layout is."""
-    if "num_experts" not in stated or "expert_layout" in stated:
-        return config
-    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, expert_layout="moe"))
 
 
 def _refuse_foreign_names(args: Sequence[str]) -> None:
@@ -227,19 +275,27 @@ def apply_mapping(base: PretrainConfig, mapping: Mapping[str, Any], source: str)
     for group, fields in ((group, fields) for group, fields in changes.items() if fields):
         hints = get_type_hints(type(groups[group]))
         checked = {name: convert(_form(name, value), hints[name], name, source) for name, value in fields.items()}
-        updated[group] = dataclasses.replace(groups[group], **checked)
-    return dataclasses.replace(base, **updated)
+        updated[group] = replace(groups[group], **checked)
+    return replace(base, **updated)
 
 
 def _form(name: str, value: Any) -> Any:
-    """Returns a value as its option has it: YAML reads a pattern of layers, whose own form is a text, as a list."""
-    return str(value) if name == "moe_layer_freq" and isinstance(value, list) else value
+    """Returns a value as its option has it: a list of layers where the option's own form is a text of them."""
+    if not isinstance(value, list) or name not in ("moe_layer_freq", "expert_sharing"):
+        return value
+    return str(value) if name == "moe_layer_freq" else ",".join(map(str, value))
 
 
-def _model_part(saved: Mapping[str, Any]) -> dict[str, Any]:
-    part = {group: saved.get(group) or {} for group in CHECKPOINT_GROUPS}
-    part["data"] = {k: v for k, v in (saved.get("data") or {}).items() if k in CHECKPOINT_FIELDS}
-    return part
+def as_flags(options: Mapping[str, Any]) -> list[str]:
+    """Returns options of a configuration as a command line has them."""
+    switches = {name for _, name, _, default, _ in all_options(PretrainConfig()) if isinstance(default, bool)}
+    words: list[str] = []
+    for name, value in options.items():
+        if isinstance(value, bool) and name in switches:
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        else:
+            words += [flag(name), *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return words
 
 
 @cache

@@ -7,12 +7,35 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from megatron_samoe.config.derived import divisors
+from megatron_samoe.config.derived import data_parallel_size, divisors
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.teacher import on_ranks_of
 from megatron_samoe.config.training import LoggingConfig
 from megatron_samoe.config.validate import validate, without_idle_options
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.log import logger
+
+
+def fit_to_ranks(
+    config: PretrainConfig, started: int, teacher: PretrainConfig | None = None
+) -> tuple[PretrainConfig, int]:
+    """Returns a legal configuration for the ranks that were started, and how many of them it uses: with --elastic that of
+    `fit_layout`, whose arguments these are.
+    """
+    if not config.parallel.elastic:
+        validate(config, started)
+        return config, started
+    fitted, used = fit_layout(config, started, teacher)
+    layout, wanted = fitted.parallel, config.parallel
+    logger.info(
+        f"elastic: {used} of {started} ranks work as tensor {layout.tensor_model_parallel_size}, "
+        + (f"context {layout.context_parallel_size}, " if layout.context_parallel_size > 1 else "")
+        + f"pipeline {layout.pipeline_model_parallel_size}, expert {layout.expert_model_parallel_size}, data "
+        f"{data_parallel_size(fitted, used)}, micro-batches of {fitted.training.micro_batch_size}"
+        + ("" if layout == wanted else " (another layout than was asked for)")
+        + (f"; {started - used} stand by" if used < started else "")
+    )
+    return fitted, used
 
 
 def fit_layout(

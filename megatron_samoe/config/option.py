@@ -38,10 +38,16 @@ BY_RULES = Range(lambda x: True, "")
 
 @dataclass(frozen=True)
 class Need:
-    """The condition without which an option has no effect; `words` may name values of the configuration."""
+    """The condition without which an option has no effect.
+
+    Attributes:
+        words: for a user; they may name values of the configuration.
+        reads: the options that decide whether it is met.
+    """
 
     is_met: Callable[[Any], bool]
     words: str
+    reads: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,18 @@ class Facts:
     may_differ: bool = False
     read_by: frozenset[str] | Callable[[Value], frozenset[str]] = READERS
 
+    def has_effect(self, config: Any) -> bool:
+        """Returns whether what the option needs is chosen."""
+        return self.needs is None or self.needs.is_met(config)
+
     def is_idle(self, config: Any) -> bool:
         """Returns whether a value other than the default would have no effect, and be an error."""
-        return self.needs is not None and not self.may_be_idle and not self.needs.is_met(config)
+        return not self.may_be_idle and not self.has_effect(config)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Options that decide whether it has an effect."""
+        return () if self.needs is None else self.needs.reads
 
     def what_is_missing(self, config: Any) -> str:
         """Returns what an option that has no effect lacks, for a user."""

@@ -7,7 +7,7 @@ layouts, `model.py` and `moe.py` models, and `run.py` anything else of a run.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from megatron_samoe.config.derived import with_train_iters
@@ -73,21 +73,22 @@ def _idle(config: PretrainConfig) -> Iterator[tuple[str, str, Value, ConfigError
             yield group, name, default, ConfigError(flag(name), value, facts.what_is_missing(config))
 
 
-def idle_options(config: PretrainConfig, stated: Collection[str]) -> dict[str, ConfigError]:
-    """Returns the errors of stated options that have no effect, at their default or not: whoever wrote one meant something by it.
+def refuse_idle(config: PretrainConfig, said: Mapping[str, str], replaced: frozenset[str]) -> None:
+    """Raises ConfigErrors naming each option that somebody said and that has no effect, at its default or not: whoever said it
+    meant something by it. None takes a file's value back and is no option.
 
-    None takes a file's value back and is no option.
+    Args:
+        said: who said an option; one of a "file" is not refused where something else replaced what it needs.
+        replaced: options to which something else than the file gave a value.
     """
-    return {
-        name: ConfigError(flag(name), value, facts.what_is_missing(config))
-        for _, name, value, _, facts in all_options(config)
-        if name in stated and value is not None and facts.needs is not None and not facts.needs.is_met(config)
-    }
-
-
-def refuse_idle(config: PretrainConfig, stated: Collection[str]) -> None:
-    """Raises ConfigErrors naming each stated option that has no effect."""
-    _raise_if_any(list(idle_options(config, stated).values()))
+    _raise_if_any(
+        [
+            ConfigError(flag(name), value, facts.what_is_missing(config))
+            for _, name, value, _, facts in all_options(config)
+            if name in said and value is not None and not facts.has_effect(config)
+            if said[name] == "flag" or (said[name] == "file" and replaced.isdisjoint(facts.reads))
+        ]
+    )
 
 
 def without_idle_options(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_samoe.config.data import DataConfig
+from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.datasets.chat_template import chat_files
-from megatron_samoe.datasets.tokenizer import MAX_TOKENIZER_BYTES
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.datasets.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer, tokenizer_of
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.log import logger
 from megatron_samoe.parsing import read_file
 
 #: Folder in a checkpoint's, and the options that name files.
@@ -67,3 +70,37 @@ def with_carried(data: DataConfig, directory: Path, only_missing: bool = False) 
         if getattr(data, field) is not None and not (only_missing and os.path.exists(getattr(data, field)))
     }
     return replace(data, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a run makes tokens with.
+
+    Attributes:
+        files: of the tokenizer, by their path in a checkpoint that carries them.
+        size: entries, at least the tokenizer's.
+    """
+
+    tokenizer: Tokenizer
+    files: Mapping[str, bytes]
+    size: int
+
+
+def vocabulary_of(config: PretrainConfig) -> Vocabulary:
+    """Returns the vocabulary of a run. A tokenizer whose files are gone is the one that the checkpoint to load carries.
+
+    Raises:
+        ConfigError: --vocab-size is less than the tokenizer's.
+        DataError: a tokenizer's file is missing or damaged.
+    """
+    data = config.data
+    directory = None if config.checkpoint.load is None else store.find_checkpoint(config.checkpoint)
+    if directory is not None:
+        data = with_carried(data, directory, only_missing=True)
+        if data != config.data:
+            logger.info(f"the tokenizer is the one that {directory} carries")
+    tokenizer = tokenizer_of(data)
+    size = data.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise ConfigError("--vocab-size", size, f"must be at least the tokenizer's {tokenizer.vocab_size} entries")
+    return Vocabulary(tokenizer, read_files(data, directory), size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,3 +61,16 @@ def find_teacher(folder: str, problems_of: Callable[[Path], list[str]] = lambda 
     saved = store.read_train_state(directory, ("vocab_size",))
     trained = from_mapping(store.read_config(directory), str(directory / store.CONFIG))
     return SavedTeacher(directory, trained, saved["vocab_size"], saved.get(store.PARTS) or {})
+
+
+def teacher_of(student: PretrainConfig) -> PretrainConfig | None:
+    """Returns the configuration of the teacher whose model a layout must fit as well; None where there is none.
+
+    Ranks may not know alike whether the teacher has left, so it counts while its folder is there.
+    """
+    folder = student.distillation.teacher
+    if folder is None or student.training.skip_train:
+        return None
+    with contextlib.suppress(CheckpointError):
+        return find_teacher(folder).trained
+    return None

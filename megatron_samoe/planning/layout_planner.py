@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
+from megatron_samoe.config.cli import as_flags
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.derived import (
     data_parallel_size,
@@ -23,7 +24,6 @@ from megatron_samoe.config.derived import (
     uneven_layout,
     virtual_stages,
 )
-from megatron_samoe.config.option import flag
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import refuse_unknown, validate
@@ -92,10 +92,7 @@ class PlannedLayout:
                 value = getattr(getattr(self.config, group), name)
                 if value != getattr(getattr(default, group), name):
                     chosen[name] = value
-        words = []
-        for name, value in chosen.items():
-            words += [flag(name)] if value is True else [flag(name), str(value)]
-        return words
+        return as_flags(chosen)
 
 
 PLANNED_FIELDS = {

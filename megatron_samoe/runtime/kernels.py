@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -36,15 +37,40 @@ _TIMEOUT_S = 120.0
 _NOT_BUILT = "it was not built"
 
 
-def choose_kernels(parallel: ParallelState, recorded: Sequence[str] | None, timeout_s: float = _TIMEOUT_S) -> None:
-    """Chooses the CUDA kernels of this run; all ranks call it together. One line says what was chosen.
+@dataclass(frozen=True)
+class Kernels:
+    """What a run computes with where a device leaves a choice, and keeps when it goes on.
+
+    Attributes:
+        cuda: CUDA kernels in use; None where nothing has chosen among them.
+        products: how CPUs multiply experts in bf16; None likewise.
+    """
+
+    cuda: Sequence[str] | None = None
+    products: str | None = None
+
+
+def choose(parallel: ParallelState, recorded: Kernels) -> Kernels:
+    """Returns what this run computes with, the same on all ranks, which call it together.
+
+    Args:
+        recorded: what it has computed with so far.
+    """
+    return Kernels(choose_kernels(parallel, recorded.cuda), choose_products(parallel, recorded.products))
+
+
+def choose_kernels(
+    parallel: ParallelState, recorded: Sequence[str] | None, timeout_s: float = _TIMEOUT_S
+) -> Sequence[str] | None:
+    """Chooses the CUDA kernels of this run and returns them, or None where there is no choice; all ranks call it together. One
+    line says what was chosen.
 
     Args:
         recorded: those that the run has used so far, which it keeps; None for a run that has none behind it.
         timeout_s: for the comparison of one kernel and the start of its process.
     """
     if not (runs_behind_host(parallel.device) and extension.cuda_kernels_are_chosen()):
-        return
+        return None
     verdicts: Verdicts | None = None
     if not extension.has_cuda_kernels():
         verdicts = dict.fromkeys(TRAINING_KERNELS, _NOT_BUILT)
@@ -54,10 +80,12 @@ def choose_kernels(parallel: ParallelState, recorded: Sequence[str] | None, time
     kernels, remark = agreement(found, recorded)
     extension.trust(kernels)
     logger.info(remark)
+    return kernels
 
 
-def choose_products(parallel: ParallelState, recorded: str | None) -> None:
-    """Chooses how CPUs multiply experts in bf16, the same on all ranks, which call it together.
+def choose_products(parallel: ParallelState, recorded: str | None) -> str | None:
+    """Chooses how CPUs multiply experts in bf16, the same on all ranks, which call it together, and returns it; None where
+    there is no choice.
 
     Args:
         recorded: how the run has done so far, which it keeps where every rank can; None for a run that has none behind it.
@@ -66,11 +94,12 @@ def choose_products(parallel: ParallelState, recorded: str | None) -> None:
         ConfigError: a way is asked for that this machine lacks.
     """
     if runs_behind_host(parallel.device):
-        return
+        return None
     chosen = cpu_products.use(recorded).bf16 if extension.load() else None
     if len(set(parallel.world.all_gather_object(chosen))) > 1 and chosen is not None:
-        cpu_products.use("fp32")
+        chosen = cpu_products.use("fp32").bf16
         logger.info("bf16 products: in fp32 on all ranks, whose machines have no other way in common")
+    return chosen
 
 
 def agreement(found: Sequence[Verdicts], recorded: Sequence[str] | None) -> tuple[list[CudaKernel], str]:

@@ -15,6 +15,7 @@ from megatron_samoe.datasets.loader import DataLoader
 from megatron_samoe.datasets.samplers import PretrainingRandomSampler, PretrainingSampler
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.errors import DataError
+from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.training.micro_batches import Batch
 
@@ -104,7 +105,6 @@ def build_run_data(
     config: PretrainConfig,
     tokenizer: Tokenizer,
     parallel: ParallelState,
-    is_builder: bool,
     done: tuple[int, int] = (0, 0),
 ) -> RunData:
     """Returns the datasets of a run, with enough samples for all its steps.
@@ -113,7 +113,6 @@ def build_run_data(
 
     Args:
         done: iterations and samples that the run has behind it, maybe with batches of another size.
-        is_builder: whether this rank is the first of its host, which builds sample indices for the others.
     """
     training = config.training
     batch = global_batch_size(config, parallel.world_size)
@@ -128,7 +127,11 @@ def build_run_data(
         training.seed,
         tokenizer,
         barrier=parallel.world.barrier if parallel.world_size > 1 else None,
-        turn=0 if parallel.rank == 0 else 1 if is_builder else 2,
+        turn=0
+        if parallel.rank == 0
+        else 1
+        if launcher.local_rank() == 0
+        else 2,  # the first of a host builds for others
         evaluation_seed=EVALUATION_SEED,
         optional=_optional_splits(config),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.pipeline_parallel.schedule_plan import forward_plan
-from megatron_samoe.training.hook import Record, Run
+from megatron_samoe.training.hook import Record, Training
 from megatron_samoe.training.micro_batches import Batch, run_micro_batches
 from megatron_samoe.training.setup import TrainSetup
 
@@ -65,7 +65,7 @@ def evaluation_record(name: str, loss: EvaluatedLoss) -> Record:
     return record | ({f"{name}_loss_by_dataset": dict(loss.by_dataset)} if loss.by_dataset else {})
 
 
-def evaluate_run(run: Run, with_test: bool) -> Record:
+def evaluate_run(run: Training, with_test: bool) -> Record:
     """Returns what is recorded of the losses on validation and test data."""
     record: Record = {}
     for name, data in (("validation", run.data.valid), ("test", run.data.test if with_test else None)):

@@ -122,7 +122,7 @@ def diagnose(load: str, batches: int, data: DataConfig | None = None, ckpt_step:
     tokenizer = tokenizer_of(with_carried(config.data, directory, only_missing=True))
     setup = build_setup(config, train_state["vocab_size"], parallel)
     state = load_run(setup, initial_state(setup), directory)
-    run_data = build_run_data(config, tokenizer, parallel, True, (iteration, consumed))
+    run_data = build_run_data(config, tokenizer, parallel, (iteration, consumed))
     steps = list(islice(run_data.train_batches(consumed), batches))
     micro_batches = [micro_batch for step in steps for micro_batch in step]
     mixtures, routes = _comparable_mixtures(setup), _Routes(setup)

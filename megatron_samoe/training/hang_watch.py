@@ -8,10 +8,17 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.dist_checkpointing.store import newest_in_words
+from megatron_samoe.errors import CommunicationError
+from megatron_samoe.parallel_state.backend import is_communication_failure
+from megatron_samoe.parallel_state.state import ParallelState
 
 #: Share of the time-out after which a step that has not ended is looked at: before others give up on its rank, and
 #: torchrun kills it.
@@ -34,6 +41,11 @@ class HangWatch:
         self.doing = "starting"
         self._file: IO[str] | None = None
         self._header_bytes = 0
+
+    @staticmethod
+    def of(config: PretrainConfig, rank: int) -> HangWatch:
+        """Returns what watches a rank of a run."""
+        return HangWatch(config.folder_of("hangs"), rank, 60.0 * config.parallel.distributed_timeout_minutes)
 
     def __enter__(self) -> HangWatch:
         if self.folder is not None:
@@ -69,6 +81,31 @@ class HangWatch:
         self.doing = doing
         if self._file is not None:
             faulthandler.dump_traceback_later(self._after_s, file=self._file)
+
+    @contextlib.contextmanager
+    def naming_lost_ranks(self, parallel: ParallelState, save: str | None) -> Iterator[None]:
+        """Watches the block, and says what this rank was doing when it lost another.
+
+        Args:
+            save: folder of the run's checkpoints.
+
+        Raises:
+            CommunicationError: another rank died or hung.
+        """
+        with self:
+            try:
+                yield
+            except CommunicationError as error:
+                error.args = (f"{error}{self.lost_others(str(error))}",)
+                raise
+            except RuntimeError as error:
+                if not is_communication_failure(error):
+                    raise
+                problem = str(error).splitlines()[0]
+                raise CommunicationError(
+                    f"Rank {parallel.rank} of {parallel.world_size} lost another rank while {self.doing}: {problem} "
+                    f"{newest_in_words(save)}{self.lost_others(problem)}"
+                ) from error
 
     def lost_others(self, problem: str) -> str:
         """Notes what this rank met, its stacks and its last collectives; returns where, as a sentence for messages."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -17,8 +19,8 @@ from megatron_samoe.training.train_step import StepResult
 Record = dict[str, Any]
 
 
-class Run(Protocol):
-    """A run as hooks see it: the trainer.
+class Training(Protocol):
+    """A run under way as hooks see it: the trainer.
 
     Attributes:
         state: of the last step that is done.
@@ -49,41 +51,71 @@ class Hook:
                     f"{cls.__name__}.{name} is not one of a hook's points and would never be called; is it {close[0]}?"
                 )
 
-    def start(self, run: Run) -> None:
+    def around(self, run: Training) -> contextlib.AbstractContextManager[None]:
+        """Returns what the run goes on within, from before a checkpoint is loaded until all hooks are closed."""
+        return contextlib.nullcontext()
+
+    def start(self, run: Training) -> None:
         """Training begins, or goes on; nothing of it has happened yet."""
 
-    def pre_step(self, run: Run, batches: Sequence[Batch]) -> None:
+    def pre_step(self, run: Training, batches: Sequence[Batch]) -> None:
         """A step begins, on these micro-batches of this rank."""
 
-    def wants_gradients(self, run: Run) -> bool:
+    def wants_gradients(self, run: Training) -> bool:
         """Whether `backward_done` is to see this step's gradients before any of them is reduced; the same on all ranks."""
         return False
 
-    def backward_done(self, run: Run) -> None:
+    def backward_done(self, run: Training) -> None:
         """The last backward pass is over; main gradients are this rank's, where a hook wanted them."""
 
-    def pre_optim_step(self, run: Run, grad_norm: float) -> None:
+    def pre_optim_step(self, run: Training, grad_norm: float) -> None:
         """Gradients are those of the global batch; the optimizer has not used them yet."""
 
-    def post_step(self, run: Run, result: StepResult) -> None:
+    def post_step(self, run: Training, result: StepResult) -> None:
         """A step is done."""
 
-    def wants_record(self, run: Run) -> bool:
+    def wants_record(self, run: Training) -> bool:
         """Whether the step that is done is to be recorded, besides every --log-interval steps and the last; the same on all
         ranks."""
         return False
 
-    def contribute(self, run: Run, result: StepResult, record: Record) -> None:
+    def contribute(self, run: Training, result: StepResult, record: Record) -> None:
         """A step is recorded: the hook may add to the record."""
 
-    def record(self, run: Run, record: Record) -> None:
+    def record(self, run: Training, record: Record) -> None:
         """The record of a step is complete."""
 
-    def evaluated(self, run: Run, record: Record) -> None:
+    def evaluated(self, run: Training, record: Record) -> None:
         """A checkpoint was evaluated without training."""
 
-    def checkpoint_saved(self, run: Run, path: Path) -> None:
+    def wants_exit(self, run: Training) -> int:
+        """Whether a run is to be saved and end after the step that is done: 0, or a number that says why. Ranks may differ;
+        the largest number counts."""
+        return 0
+
+    def exit_reason(self, run: Training, number: int) -> str:
+        """Returns in words why the run ends; all ranks call it with the same number, which some rank's `wants_exit` gave."""
+        return f"{type(self).__name__} ({number})"
+
+    def exited(self, run: Training) -> None:
+        """The run has ended before its last step, and is saved."""
+
+    def checkpoint_saved(self, run: Training, path: Path) -> None:
         """A checkpoint is whole; called on rank 0, from another thread with --async-save."""
 
-    def close(self, run: Run) -> None:
+    def close(self, run: Training) -> None:
         """Training ends, for whatever reason."""
+
+
+def refuse_strange(hooks: Sequence[Hook]) -> None:
+    """Raises TypeError naming the first of some hooks that is none."""
+    for hook in hooks:
+        if not isinstance(hook, Hook):
+            raise TypeError(f"{hook!r} is no Hook: give an instance of a class derived from training.hook.Hook")
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Run":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.Run is now Training; version 0.3 knows the new name alone.", FutureWarning, stacklevel=2)
+    return Training

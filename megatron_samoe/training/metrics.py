@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
-from megatron_samoe.parallel_state.state import WaitClock
 from megatron_samoe.planning.accounting import forward_flops_per_token, train_flops_per_token
 from megatron_samoe.training.hook import Record
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import TrainState
-from megatron_samoe.training.train_step import StepResult
+from megatron_samoe.training.train_step import StepResult, StepTime
 
 #: Dense bf16 matrix rate of known devices, FLOP/s, from their data sheets.
 PEAK_FLOPS = {
@@ -49,48 +45,6 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-class StepTime(NamedTuple):
-    """Seconds of a step, how much of them this rank did not spend waiting for others, and tokens of a second."""
-
-    step_s: float
-    own_s: float
-    tokens_per_s: float
-
-
-@dataclass
-class Stopwatch:
-    """Time, steps and tokens since the last record, evaluation and saving not counted.
-
-    Args:
-        waits: of this rank's groups.
-    """
-
-    waits: WaitClock
-    seconds: float = 0.0
-    waited: float = 0.0
-    steps: int = 0
-    tokens: int = 0
-
-    def begin(self) -> None:
-        """Starts a step."""
-        self.started, self.waited_before = time.perf_counter(), self.waits.seconds
-
-    def end(self, tokens: int) -> None:
-        """Ends a step; `tokens` are those of all ranks."""
-        self.seconds += time.perf_counter() - self.started
-        self.waited += self.waits.seconds - self.waited_before
-        self.steps += 1
-        self.tokens += tokens
-
-    def take(self) -> StepTime:
-        """Returns the mean of the steps since the last call and starts anew."""
-        steps = max(self.steps, 1)
-        rate = self.tokens / self.seconds if self.seconds > 0 else 0.0
-        mean = StepTime(self.seconds / steps, (self.seconds - self.waited) / steps, rate)
-        self.seconds, self.waited, self.steps, self.tokens = 0.0, 0.0, 0, 0
-        return mean
 
 
 def make_record(

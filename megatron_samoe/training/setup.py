@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from megatron_samoe.config.derived import batch_size_after, global_batch_size, num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.training import OptimizerConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
+from megatron_samoe.errors import ConfigError, in_units
+from megatron_samoe.log import logger
 from megatron_samoe.models.blueprint import ModelParts
 from megatron_samoe.models.rank_model import RankModel, build_model
 from megatron_samoe.optimizer.mixed_precision import LossScale, MixedPrecisionOptimizer
 from megatron_samoe.optimizer.param_groups import ParamRule, default_rules, refuse_idle_patterns
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.pipeline_parallel.p2p_communication import TensorSpec, open_channel
+from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE
 from megatron_samoe.pipeline_parallel.schedules import Pipeline
+from megatron_samoe.planning.accounting import count_parameters, idle_share
+from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.training.state import TrainState
 from megatron_samoe.training.teacher import Teacher
 
@@ -132,3 +140,58 @@ def initial_state(setup: TrainSetup) -> TrainState:
         rows = [[1 / n] * n + [0.0] * (most - n) for n in setup.model.num_experts]
         fractions = torch.tensor(rows, dtype=torch.float32, device=setup.parallel.device)
     return TrainState(0, 0, 0, LossScale.of(setup.config.training), fractions)
+
+
+@contextlib.contextmanager
+def naming_memory(config: PretrainConfig, vocab_size: int, parallel: ParallelState) -> Iterator[None]:
+    """Says what a model needs that this rank could not allocate.
+
+    Raises:
+        ConfigError: the block ran out of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
+            raise
+        needed = rank_memory(config, vocab_size, parallel.world_size, parallel.rank).total
+        raise ConfigError(
+            "--hidden-size and others",
+            config.model.hidden_size,
+            f"the model does not fit in the memory of rank {parallel.rank}, which needs {in_units(needed, 'B')}. More tensor, "
+            "pipeline or expert parallelism, --use-distributed-optimizer or a smaller model need less.",
+        ) from error
+
+
+def describe(setup: TrainSetup) -> None:
+    """Logs what is trained on how many ranks, and what a reader of the configuration may not expect of it."""
+    config, parallel = setup.config, setup.parallel
+    count, grid = count_parameters(config, setup.model.vocab_size), parallel.grid
+    logger.info(
+        f"{config.moe.expert_layout} model: {count.total:,} parameters, {count.expert:,} of them expert, "
+        f"{count.active:,} active per token; {grid.world_size} ranks on {parallel.device.type}: tensor {grid.tp}, "
+        + (f"context {grid.cp}, " if grid.cp > 1 else "")
+        + f"pipeline {grid.pp}, expert {grid.ep} (x tensor {grid.etp}), data {grid.dp}{_transport(parallel)}"
+    )
+    idle = idle_share(config, grid.world_size)
+    if idle > MUCH_IDLE:
+        logger.info(
+            f"the pipeline stands idle for {idle:.0%} of a step while it fills and drains: more micro-batches, virtual stages or "
+            "fewer stages idle less"
+        )
+    if config.moe.moe_router_load_balancing_type == "aux_loss" and config.moe.moe_aux_loss_group_size is None:
+        logger.info(
+            "aux_loss without --moe-aux-loss-group-size balances within each sequence, as seq_aux_loss does (versions before "
+            "0.2 weighed it by the loads of the step before, which made routers swing)"
+        )
+
+
+def _transport(parallel: ParallelState) -> str:
+    """Returns through what ranks talk."""
+    if parallel.world_size == 1:
+        return ""
+    backend_name = dist.get_backend()
+    interface = os.environ.get(f"{backend_name.upper()}_SOCKET_IFNAME")
+    over = f", over {backend_name}" + (f" on interface {interface}" if interface else "")
+    exchange = parallel.ep.exchange
+    return over if exchange is None else f"{over}; tokens travel through {getattr(exchange, 'transport', backend_name)}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops.asynchronous import HostCopy
 from megatron_samoe.optimizer.clip_grads import clip_factor, global_grad_norm
 from megatron_samoe.optimizer.schedule import rate_of_step
+from megatron_samoe.parallel_state.state import WaitClock
 from megatron_samoe.pipeline_parallel.schedule_plan import make_plan
 from megatron_samoe.tensor_parallel.random import SampleRandom
 from megatron_samoe.training.micro_batches import Batch, run_micro_batches
@@ -269,3 +272,45 @@ def named_range(name: str, device: torch.device) -> Iterator[None]:
             stack.enter_context(torch.cuda.nvtx.range(name))
         stack.enter_context(torch.profiler.record_function(name))
         yield
+
+
+class StepTime(NamedTuple):
+    """Seconds of a step, how much of them this rank did not spend waiting for others, and tokens of a second."""
+
+    step_s: float
+    own_s: float
+    tokens_per_s: float
+
+
+@dataclass
+class Stopwatch:
+    """Time, steps and tokens since the last record, evaluation and saving not counted.
+
+    Args:
+        waits: of this rank's groups.
+    """
+
+    waits: WaitClock
+    seconds: float = 0.0
+    waited: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+
+    def begin(self) -> None:
+        """Starts a step."""
+        self.started, self.waited_before = time.perf_counter(), self.waits.seconds
+
+    def end(self, tokens: int) -> None:
+        """Ends a step; `tokens` are those of all ranks."""
+        self.seconds += time.perf_counter() - self.started
+        self.waited += self.waits.seconds - self.waited_before
+        self.steps += 1
+        self.tokens += tokens
+
+    def take(self) -> StepTime:
+        """Returns the mean of the steps since the last call and starts anew."""
+        steps = max(self.steps, 1)
+        rate = self.tokens / self.seconds if self.seconds > 0 else 0.0
+        mean = StepTime(self.seconds / steps, (self.seconds - self.waited) / steps, rate)
+        self.seconds, self.waited, self.steps, self.tokens = 0.0, 0.0, 0, 0
+        return mean

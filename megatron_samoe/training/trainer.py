@@ -1,47 +1,35 @@
-"""The training loop: step, record, save, leave. Hooks do everything else."""
+"""The training loop: step, record, save, exit. Hooks do everything else."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
-import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver
-from megatron_samoe.dist_checkpointing.store import newest_in_words, whole_iterations
-from megatron_samoe.errors import (
-    CheckpointError,
-    CommunicationError,
-    HostsLeftError,
-    MegatronSamoeError,
-    ToldToLeaveError,
-)
+from megatron_samoe.dist_checkpointing.store import newest_in_words
+from megatron_samoe.errors import CheckpointError, MegatronSamoeError
 from megatron_samoe.log import logger
-from megatron_samoe.parallel_state import launcher
-from megatron_samoe.parallel_state.backend import is_communication_failure
 from megatron_samoe.training.batches import RunData
-from megatron_samoe.training.checkpointing import find_run, load_run, save_run
+from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.evaluate import evaluate_run
 from megatron_samoe.training.hang_watch import HangWatch
-from megatron_samoe.training.hook import Hook
-from megatron_samoe.training.metrics import Stopwatch, make_record
+from megatron_samoe.training.hook import Hook, refuse_strange
+from megatron_samoe.training.metrics import make_record
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.non_finite import raise_non_finite
+from megatron_samoe.training.resume import resume
 from megatron_samoe.training.save_folder import DiskRoom, owned_folder
 from megatron_samoe.training.setup import TrainSetup, initial_state
 from megatron_samoe.training.state import TrainState
-from megatron_samoe.training.teacher import load_teacher
-from megatron_samoe.training.train_step import StepResult, named_range, train_step
+from megatron_samoe.training.train_step import StepResult, Stopwatch, named_range, train_step
 
 
 class Trainer:
@@ -53,16 +41,14 @@ class Trainer:
 
     def __init__(self, setup: TrainSetup, data: RunData, hooks: Sequence[Hook]):
         self.setup, self.data, self.config, parallel = setup, data, setup.config, setup.parallel
-        strange = [hook for hook in hooks if not isinstance(hook, Hook)]
-        if strange:
-            raise TypeError(f"{strange[0]!r} is no Hook: give an instance of a class derived from training.hook.Hook")
+        refuse_strange(hooks)
         self.hooks = [hook for hook in hooks if parallel.rank == 0 or not hook.rank_0_only]
+        self._asked = [hook for hook in hooks if not hook.rank_0_only]
         self.state = initial_state(setup)
         self.stopwatch = Stopwatch(parallel.world.waits)
         limit = timedelta(minutes=self.config.parallel.distributed_timeout_minutes)
-        self.watch = HangWatch(self.config.folder_of("hangs"), parallel.rank, limit.total_seconds())
+        self.watch = HangWatch.of(self.config, parallel.rank)
         self.saver = BackgroundSaver(parallel, limit) if self.config.checkpoint.async_save else None
-        self._room: DiskRoom | None = None
         self._began, self._saved_at = time.monotonic(), -1
 
     def run(self) -> TrainState:
@@ -72,55 +58,63 @@ class Trainer:
             CheckpointError: another run writes to the same folder, or it cannot be written to.
             CommunicationError: another rank died or hung.
         """
-        with self._naming_lost_ranks(), owned_folder(self.config, self.setup.parallel), ExitSignals() as signals:
+        config, parallel = self.config, self.setup.parallel
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.watch.naming_lost_ranks(parallel, config.checkpoint.save))
+            stack.enter_context(owned_folder(config, parallel))
+            for hook in self.hooks:
+                stack.enter_context(hook.around(self))
             self._load()
             try:
                 self._tell(lambda hook: hook.start(self))
-                self._evaluate_only() if self.config.training.skip_train else self._train(signals)
+                self._evaluate_only() if config.training.skip_train else self._train()
             finally:
                 self._leave()
         return self.state
 
-    def _train(self, signals: ExitSignals) -> None:
-        self._look_for_room()
-        for batches in self._batches():
-            self._step(batches)
-            reason = self._exit_reason(signals)
-            if reason:
-                self._room = None
-            if reason or self._is_due(self.config.checkpoint.save_interval):
-                self._save()
-            if reason:
-                self._finish_saving()
-                logger.info(f"exiting after iteration {self.state.iteration}: {reason}")
-                if self.state.iteration < self.config.training.train_iters:
-                    signals.part(newest_in_words(self.config.checkpoint.save))
-                return
+    def _load(self) -> None:
+        """Goes on from the checkpoint that there is, if any."""
+        self.watch.begin("loading")
+        self.setup, self.state = resume(self.setup, self.state)
+        if self.config.checkpoint.load == self.config.checkpoint.save:
+            self._saved_at = self.state.iteration
+
+    def _evaluate_only(self) -> None:
+        record = {"iteration": self.state.iteration, **evaluate_run(self, with_test=True)}
+        self._tell(lambda hook: hook.evaluated(self, record))
+
+    def _train(self) -> None:
+        last, reason = self.config.training.train_iters, None
+        if self.state.iteration >= last:
+            logger.info(f"all {last} iterations are done; nothing to train")
+        room = self._room(last)
+        batches = self.data.train_batches(self.state.consumed_samples)
+        while reason is None and self.state.iteration < last:
+            self._step(next(batches))
+            reason = self._exit_reason()
+            if reason is None and self._is_due(self.config.checkpoint.save_interval):
+                self._save(room)
         self._save()
         self._finish_saving()
+        if reason is not None:
+            logger.info(f"exiting after iteration {self.state.iteration}: {reason}")
+            if self.state.iteration < last:
+                self._tell(lambda hook: hook.exited(self))
 
-    def _look_for_room(self) -> None:
-        if self.config.checkpoint.save is None or self.state.iteration >= self.config.training.train_iters:
-            return
+    def _room(self, last: int) -> DiskRoom | None:
+        """Returns what looks for the room of checkpoints to come, after a first look; None where none come."""
+        if self.config.checkpoint.save is None or self.state.iteration >= last:
+            return None
         parallel = self.setup.parallel if self.saver is None else self.saver.parallel
-        self._room = DiskRoom(self.setup, self.state, parallel)
-        self._room.look_ahead(self.state.iteration)
-
-    def _batches(self) -> Iterator[list[Batch]]:
-        """Yields each step's micro-batches until all iterations are done."""
-        train_iters = self.config.training.train_iters
-        if self.state.iteration >= train_iters:
-            logger.info(f"all {train_iters} iterations are done; nothing to train")
-            return
-        batches = self.data.train_batches(self.state.consumed_samples)
-        while self.state.iteration < train_iters:
-            yield next(batches)
+        room = DiskRoom(self.setup, self.state, parallel)
+        room.look_ahead(self.state.iteration)
+        return room
 
     def _step(self, batches: list[Batch]) -> None:
         setup, number = self.setup, self.state.iteration + 1
         self.watch.begin(f"computing iteration {number}")
         self._tell(lambda hook: hook.pre_step(self, batches))
-        wants_gradients = any([hook.wants_gradients(self) for hook in self.hooks if not hook.rank_0_only])
+        wants_gradients = any([hook.wants_gradients(self) for hook in self._asked])
         self.stopwatch.begin()
         with named_range(f"iteration {number}", setup.parallel.device):
             result, state = train_step(
@@ -148,64 +142,45 @@ class Trainer:
 
     def _record(self, result: StepResult) -> None:
         is_last = self.state.iteration == self.config.training.train_iters
-        wanted = any([hook.wants_record(self) for hook in self.hooks if not hook.rank_0_only])
+        wanted = any([hook.wants_record(self) for hook in self._asked])
         if not (wanted or is_last or self._is_due(self.config.logging.log_interval)):
             return
         record = make_record(self.setup, self.state, result, self.stopwatch.take(), self.data.epoch_samples)
         self._tell(lambda hook: hook.contribute(self, result, record))
         self._tell(lambda hook: hook.record(self, record))
 
-    def _evaluate_only(self) -> None:
-        record = {"iteration": self.state.iteration, **evaluate_run(self, with_test=True)}
-        self._tell(lambda hook: hook.evaluated(self, record))
+    def _exit_reason(self) -> str | None:
+        """Returns why to end now, the same on all ranks; None to go on.
 
-    def _is_due(self, interval: int | None) -> bool:
-        return interval is not None and self.state.iteration % interval == 0
+        Raises:
+            CheckpointError: a save in the background has failed.
+        """
+        training = self.config.training
+        if self._is_due(training.exit_interval):
+            return f"--exit-interval {training.exit_interval}"
+        minutes = (time.monotonic() - self._began) / 60
+        late = training.exit_duration_in_mins is not None and minutes >= training.exit_duration_in_mins
+        unsaved = self.saver is not None and self.saver.has_failed
+        wishes = [unsaved, *(hook.wants_exit(self) for hook in self._asked), late]
+        own = torch.tensor(wishes, dtype=torch.int32, device=self.setup.parallel.device)
+        is_unsaved, *numbers, is_late = self.setup.parallel.world.all_reduce(own, dist.ReduceOp.MAX).tolist()
+        if is_unsaved:
+            self._finish_saving()  # raises on every rank what the saving has met
+        for hook, number in zip(self._asked, numbers, strict=True):
+            if number:
+                return hook.exit_reason(self, number)
+        return f"--exit-duration-in-mins {training.exit_duration_in_mins}" if is_late else None
 
-    def _tell(self, message: Callable[[Hook], None]) -> None:
-        for hook in self.hooks:
-            try:
-                message(hook)
-            except OSError as error:
-                raise MegatronSamoeError(
-                    f"{hook.place} cannot be written: {error}. {newest_in_words(self.config.checkpoint.save)}"
-                ) from error
+    def _save(self, room: DiskRoom | None = None) -> None:
+        """Saves a checkpoint, if there is a place for it and none of this state.
 
-    def _load(self) -> None:
-        """Goes on from the checkpoint that there is, if any."""
-        self.watch.begin("loading")
-        checkpoint, trains = self.config.checkpoint, not self.config.training.skip_train
-        self._warn_of_starting_again()
-        if checkpoint.save is None and trains:
-            logger.info("no --save and no --run-dir: the model is gone when this run ends")
-        found = find_run(self.setup)
-        if found is not None:
-            self.state = load_run(self.setup, self.state, found)
-        elif checkpoint.load:
-            logger.info(f"no checkpoint in {checkpoint.load}: starting from the beginning")
-        if checkpoint.load == checkpoint.save:
-            self._saved_at = self.state.iteration
-        done = self.state.iteration >= self.config.training.train_iters
-        if trains and not done and self.config.distillation.teaches_after(self.state.iteration):
-            self.setup = replace(self.setup, teacher=load_teacher(self.config, self.setup.model))
-
-    def _warn_of_starting_again(self) -> None:
-        checkpoint = self.config.checkpoint
-        if not checkpoint.finetune or checkpoint.save is None or self.config.training.skip_train:
-            return
-        done = whole_iterations(checkpoint.save)
-        if done and checkpoint.save != checkpoint.load:
-            logger.info(
-                f"--finetune starts at iteration 0 though --save {checkpoint.save} has iteration {done[-1]}, and will "
-                f"replace its checkpoints. To go on from there, give --load {checkpoint.save} --pretrained-checkpoint "
-                f"{checkpoint.load} in place of --load and --finetune."
-            )
-
-    def _save(self) -> None:
+        Args:
+            room: looks whether the next one will have room too.
+        """
         if self.config.checkpoint.save is None or self._saved_at == self.state.iteration:
             return
         self.watch.begin(f"saving iteration {self.state.iteration}")
-        save_run(self.setup, self.state, self.saver, partial(self._saved, self._room, self.state.iteration))
+        save_run(self.setup, self.state, self.saver, partial(self._saved, room, self.state.iteration))
         self._saved_at = self.state.iteration
 
     def _saved(self, room: DiskRoom | None, iteration: int, path: Path) -> None:
@@ -224,118 +199,14 @@ class Trainer:
             with contextlib.suppress(OSError):
                 hook.close(self)
 
-    def _exit_reason(self, signals: ExitSignals) -> str | None:
-        """Returns why to leave now, the same on all ranks; None to go on.
+    def _is_due(self, interval: int | None) -> bool:
+        return interval is not None and self.state.iteration % interval == 0
 
-        Raises:
-            CheckpointError: a save in the background has failed.
-        """
-        training = self.config.training
-        if self._is_due(training.exit_interval):
-            return f"--exit-interval {training.exit_interval}"
-        minutes = (time.monotonic() - self._began) / 60
-        late = training.exit_duration_in_mins is not None and minutes >= training.exit_duration_in_mins
-        unsaved = self.saver is not None and self.saver.has_failed
-        flags = torch.tensor(
-            [signals.received or 0, late, unsaved], dtype=torch.int32, device=self.setup.parallel.device
-        )
-        number, is_late, is_unsaved = self.setup.parallel.world.all_reduce(flags, dist.ReduceOp.MAX).tolist()
-        if is_unsaved:
-            self._finish_saving()  # raises on every rank what the saving has met
-        if number:
-            signals.agreed = signal.Signals(number)
-            told = self.setup.parallel.world.all_gather_object(socket.gethostname() if signals.received else None)
-            signals.told = [f"rank {rank} ({host})" for rank, host in enumerate(told) if host is not None]
-            by = f" by {signals.who}" if None in told else ""
-            return f"signal {number} received{by}"
-        return f"--exit-duration-in-mins {training.exit_duration_in_mins}" if is_late else None
-
-    @contextlib.contextmanager
-    def _naming_lost_ranks(self) -> Iterator[None]:
-        """Says what this rank was doing when it lost another."""
-        parallel, watch = self.setup.parallel, self.watch
-        with watch:
+    def _tell(self, message: Callable[[Hook], None]) -> None:
+        for hook in self.hooks:
             try:
-                yield
-            except CommunicationError as error:
-                error.args = (f"{error}{watch.lost_others(str(error))}",)
-                raise
-            except RuntimeError as error:
-                if not is_communication_failure(error):
-                    raise
-                problem = str(error).splitlines()[0]
-                raise CommunicationError(
-                    f"Rank {parallel.rank} of {parallel.world_size} lost another rank while {watch.doing}: {problem} "
-                    f"{newest_in_words(self.config.checkpoint.save)}{watch.lost_others(problem)}"
+                message(hook)
+            except OSError as error:
+                raise MegatronSamoeError(
+                    f"{hook.place} cannot be written: {error}. {newest_in_words(self.config.checkpoint.save)}"
                 ) from error
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-
-
-#: How long the torchrun of another host may take longer to see what this host's has seen.
-PARTING_S = 10.0
-#: Ranks that a message names.
-_NAMED = 4
-
-
-class ExitSignals:
-    """While active, notes the first of SIGTERM, SIGINT, SIGUSR1 and SIGHUP in place of dying of it. A second SIGINT kills.
-
-    Attributes:
-        received: by this rank.
-        agreed: by any rank, and the reason why all leave.
-        told: the ranks that had a signal when all agreed, as words.
-    """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self.agreed: signal.Signals | None = None
-        self.told: Sequence[str] = ()
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> ExitSignals:
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    @property
-    def who(self) -> str:
-        """The first ranks of `told`."""
-        more = f" and {len(self.told) - _NAMED} others" if len(self.told) > _NAMED else ""
-        return ", ".join(self.told[:_NAMED]) + more
-
-    def part(self, saved: str) -> None:
-        """Leaves a job of several hosts whose ranks agreed on SIGTERM, so that no torchrun takes its rank for one that is done.
-
-        A torchrun that has sent the signal itself asks for no status: its host leaves, hosts join, or the job is to end.
-        Another one tries again. Torchruns of several hosts send it a little sooner or later.
-
-        Args:
-            saved: what there is to go on from, as a sentence.
-
-        Raises:
-            ToldToLeaveError: the signal came to this rank.
-            HostsLeftError: it does not come here.
-        """
-        if self.agreed != signal.SIGTERM or not launcher.has_other_hosts():
-            return
-        until = time.monotonic() + PARTING_S
-        while self.received is None:
-            if time.monotonic() > until:
-                raise HostsLeftError(
-                    f"SIGTERM came to {self.who} and not to this rank, which tries again. {saved} "
-                    "SIGUSR1 to any rank ends a job on all hosts.",
-                    collective=launcher.local_rank() > 0,
-                )
-            time.sleep(0.05)
-        raise ToldToLeaveError(f"SIGTERM came to {self.who}: all ranks leave. {saved}")
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_samoe.config.cli import foreign_flags, parse_pretrain_args, what_it_is_here
+from megatron_samoe.config.cli import foreign_flags, parse, parse_pretrain_args, what_it_is_here
 from megatron_samoe.config.derived import flag
 from megatron_samoe.config.option import all_options
 from megatron_samoe.config.pretrain import PretrainConfig
@@ -78,7 +78,7 @@ def test_each_flag_of_a_script_is_kept_renamed_or_refused(script: str) -> None:
     assert all(map(what_it_is_here, others))
     kept = [name for name in flags if flags[name] != "x" and name not in others | asked | changed.keys()]
     words = [name if flags[name] is True else f"{name}={flags[name]}" for name in kept]
-    given = parse_pretrain_args(words, accept_idle=True)
+    given = parse(words).config
     assert len(kept) > 30 and {name: option(config, name) for name in kept} == {
         name: option(given, name) for name in kept
     }

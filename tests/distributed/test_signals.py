@@ -15,6 +15,7 @@ import pytest
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training import trainer
+from megatron_samoe.training.hook import Hook, Training
 from megatron_samoe.training.setup import build_setup
 from tests.harness.program import ProgramRun, arguments, iterations, records, start, start_command, write_corpus
 from tests.harness.ranks import run_ranks
@@ -127,3 +128,38 @@ def test_exit_duration_stops_all_ranks(num_ranks: int, tmp_path: Path) -> None:
     for iteration, said in run_ranks(_late_by_the_last_clock, num_ranks, str(tmp_path)):
         assert iteration == 3 and "exiting after iteration 3: --exit-duration-in-mins 2.5" in said
     assert iterations(tmp_path) == [3]
+
+
+class _EnoughHook(Hook):
+    """Ends a run by what the last rank alone sees."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def wants_exit(self, run: Training) -> int:
+        last = run.setup.parallel.rank == run.setup.parallel.world_size - 1
+        return 7 if last and run.state.iteration == 2 else 0
+
+    def exit_reason(self, run: Training, number: int) -> str:
+        self.told.append(f"{number} at {run.state.iteration}")
+        return "enough"
+
+    def exited(self, run: Training) -> None:
+        self.told.append("exited")
+
+    def close(self, run: Training) -> None:
+        self.told.append("closed")
+
+
+def _until_enough(folder: str) -> tuple[int, list[str]]:
+    config = tiny_config("dense", num_layers=1, train_iters=9, save=folder)
+    setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
+    hook = _EnoughHook()
+    return trainer.Trainer(setup, RandomBatches(setup), [hook]).run().iteration, hook.told  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_hook_of_one_rank_ends_a_run_on_all(num_ranks: int, tmp_path: Path) -> None:
+    found = run_ranks(_until_enough, num_ranks, str(tmp_path))
+    assert found == [(2, ["7 at 2", "exited", "closed"])] * num_ranks
+    assert iterations(tmp_path) == [2]

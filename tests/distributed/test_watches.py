@@ -25,7 +25,7 @@ from megatron_samoe.parallel_state.state import Group
 from megatron_samoe.row_exchange.all_to_all import all_to_all_rows
 from megatron_samoe.training import preflight
 from megatron_samoe.training.hang_watch import HangWatch
-from megatron_samoe.training.hook import Hook, Record, Run
+from megatron_samoe.training.hook import Hook, Record, Training
 from megatron_samoe.training.hooks import loggers
 from megatron_samoe.training.setup import build_setup
 from megatron_samoe.training.state import SpikeHistory
@@ -143,13 +143,13 @@ class Late(Hook):
     def __init__(self, rank: int) -> None:
         self.rank, self.records = rank, list[Record]()
 
-    def wants_gradients(self, run: Run) -> bool:
+    def wants_gradients(self, run: Training) -> bool:
         return True
 
-    def backward_done(self, run: Run) -> None:
+    def backward_done(self, run: Training) -> None:
         time.sleep(0.4 * (run.setup.parallel.rank == self.rank))
 
-    def record(self, run: Run, record: Record) -> None:
+    def record(self, run: Training, record: Record) -> None:
         self.records.append(record)
 
 

@@ -20,7 +20,7 @@ from megatron_samoe.moe.types import MoEStats, StatisticsLayout
 from megatron_samoe.ops.topk_gate import described
 from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
 from megatron_samoe.runtime.load import load_model
-from megatron_samoe.training.hook import Hook, Record, Run
+from megatron_samoe.training.hook import Hook, Record, Training
 from megatron_samoe.training.hooks.loggers import ConsoleLog
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.setup import Extensions, build_setup
@@ -42,39 +42,39 @@ class Witness(Hook):
         self.seen: list[tuple[str, int]] = []
         self.records: list[Record] = []
 
-    def start(self, run: Run) -> None:
+    def start(self, run: Training) -> None:
         self.seen.append(("start", run.state.iteration))
 
-    def pre_step(self, run: Run, batches: Sequence[Batch]) -> None:
+    def pre_step(self, run: Training, batches: Sequence[Batch]) -> None:
         self.seen.append(("pre_step", run.state.iteration))
 
-    def wants_gradients(self, run: Run) -> bool:
+    def wants_gradients(self, run: Training) -> bool:
         return run.state.iteration == 1
 
-    def backward_done(self, run: Run) -> None:
+    def backward_done(self, run: Training) -> None:
         self.seen.append(("backward_done", run.state.iteration))
 
-    def pre_optim_step(self, run: Run, grad_norm: float) -> None:
+    def pre_optim_step(self, run: Training, grad_norm: float) -> None:
         # A collective: every rank is here at the same time.
         assert run.setup.parallel.world.all_gather_object(grad_norm) == [grad_norm] * run.setup.parallel.world_size
         self.seen.append(("pre_optim_step", run.state.iteration))
 
-    def post_step(self, run: Run, result: StepResult) -> None:
+    def post_step(self, run: Training, result: StepResult) -> None:
         self.seen.append(("post_step", run.state.iteration))
 
-    def wants_record(self, run: Run) -> bool:
+    def wants_record(self, run: Training) -> bool:
         return run.state.iteration == 1
 
-    def contribute(self, run: Run, result: StepResult, record: Record) -> None:
+    def contribute(self, run: Training, result: StepResult, record: Record) -> None:
         record["witness"] = run.setup.parallel.rank
 
-    def record(self, run: Run, record: Record) -> None:
+    def record(self, run: Training, record: Record) -> None:
         self.records.append(record)
 
-    def checkpoint_saved(self, run: Run, path: Path) -> None:
+    def checkpoint_saved(self, run: Training, path: Path) -> None:
         self.seen.append(("checkpoint_saved", run.state.iteration))
 
-    def close(self, run: Run) -> None:
+    def close(self, run: Training) -> None:
         self.seen.append(("close", run.state.iteration))
 
 
@@ -112,13 +112,13 @@ def test_hooks_are_called_at_every_point_on_every_rank(tmp_path: Path) -> None:
 class Gradients(Hook):
     """Keeps what it sees of main gradients: before any is reduced, and when all are."""
 
-    def wants_gradients(self, run: Run) -> bool:
+    def wants_gradients(self, run: Training) -> bool:
         return True
 
-    def backward_done(self, run: Run) -> None:
+    def backward_done(self, run: Training) -> None:
         self.own = {name: p.main_grad.clone() for name, p in run.setup.buffers.parameters.items()}
 
-    def pre_optim_step(self, run: Run, grad_norm: float) -> None:
+    def pre_optim_step(self, run: Training, grad_norm: float) -> None:
         self.reduced = {name: p.main_grad.clone() for name, p in run.setup.buffers.parameters.items()}
 
 
@@ -243,3 +243,9 @@ def test_statistics_that_were_not_declared_are_named(sums: dict[str, int], probl
     told = MoEStats(0, {name: torch.ones(size) for name, size in sums.items()})
     with pytest.raises(ValueError, match=problem):
         layout.add(layout.zeros(1, torch.device("cpu")), told)
+
+
+def test_the_former_name_of_a_run_under_way_warns() -> None:
+    with pytest.warns(FutureWarning, match="training.hook.Run is now Training"):
+        from megatron_samoe.training.hook import Run
+    assert Run is Training

@@ -51,7 +51,7 @@ def config_of(*options: Mapping[str, Any]) -> PretrainConfig:
     merged: dict[str, Any] = {}
     for more in options:
         merged |= more
-    return parse_pretrain_args(arguments(data_path="unread", **merged), lambda _: None, quiet=True)
+    return parse_pretrain_args(arguments(data_path="unread", **merged))
 
 
 def main(argv: Sequence[str]) -> int:

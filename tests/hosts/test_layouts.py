@@ -80,9 +80,7 @@ def test_the_planner_counts_what_goes_over_the_cables(layout: str, cluster: Clus
     write_corpus(cluster.shared / "data" / "corpus", num_documents=400)
     hosts = [cluster.add(), cluster.add()]
     flags = arguments(data_path=cluster.shared / "data" / "corpus", **{**OPTIONS, **options})
-    planned = step_cost(
-        parse_pretrain_args(flags, lambda _: None, quiet=True), 257, Planned(4, 2, 1e12, 1e12, 1e9, 1e9)
-    )
+    planned = step_cost(parse_pretrain_args(flags), 257, Planned(4, 2, 1e12, 1e12, 1e9, 1e9))
     job = Job(cluster, 2, **options)
     job.wait_for_step(8, 200)
     first, before = job.step(), [host.sent_bytes() for host in hosts]

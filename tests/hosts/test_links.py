@@ -61,7 +61,7 @@ def run(cluster: Cluster, name: str, options: Mapping[str, Any]) -> tuple[float,
 
 def config_of(cluster: Cluster, options: Mapping[str, Any]) -> PretrainConfig:
     flags = arguments(data_path=cluster.shared / "data" / "corpus", **{**OPTIONS, **MODEL, **options})
-    return parse_pretrain_args(flags, lambda _: None, quiet=True)
+    return parse_pretrain_args(flags)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import torch
 
 from megatron_samoe.config import DataConfig, ModelConfig, MoEConfig, PretrainConfig
 from megatron_samoe.config.checkpoint import CheckpointConfig
-from megatron_samoe.config.cli import from_mapping, parse_pretrain_args, to_mapping
+from megatron_samoe.config.cli import from_mapping, parse, to_mapping
 from megatron_samoe.config.derived import flag
 from megatron_samoe.config.option import all_options
 from megatron_samoe.config.validate import validate, without_idle_options
@@ -201,7 +201,7 @@ class ServingBenchmark(TableBenchmark):
             "moe", num_experts=self.num_experts, moe_router_topk=self.topk, moe_ffn_hidden_size=self.ffn_hidden_size
         )
         words = shlex.split(flags)
-        asked = parse_pretrain_args(words, prog="--models", accept_idle=True)
+        asked = parse(words, prog="--models").config
         # What is asked for by name counts where it is the default, too: a dense model is one.
         named = {word.split("=")[0] for word in words}
         given = {n: value for _, n, value, default, _ in all_options(asked) if value != default or flag(n) in named}

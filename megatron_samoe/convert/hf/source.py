@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_samoe.config.cli import apply_mapping, to_mapping
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.validate import refuse_unknown, refuse_wrong_numbers
+from megatron_samoe.config.validate import refuse_unknown
 from megatron_samoe.convert.edited_model import FRACTIONS, moe_layers, uniform_fractions, validate_model
 from megatron_samoe.convert.hf.families import Family, families
 from megatron_samoe.convert.hf.families.entries import completed
@@ -55,19 +55,17 @@ class HFSource:
         self.family = family_of(self.folder.config)
         self.notes: list[str] = []
         remembered = read_sidecar(directory / SIDECAR)
-        derived = derived_model(self.family, self.folder.config)
-        refuse_unknown(derived.config, "export", "Hugging Face's classes")
-        if remembered is not None and not _same_model(self.family, remembered, derived):
+        native = derived_model(self.family, self.folder.config)
+        if remembered is not None and not _same_model(self.family, remembered, native):
             self.notes.append(f"{SIDECAR} describes another model than {CONFIG}, which is followed.")
             remembered = None
-        native = derived if remembered is None else remembered.native
-        refuse_unknown(native.config, "export", "Hugging Face's classes")
+        if remembered is not None:
+            native = _legal(remembered.native)
         sizes = {"num_layers": native.model.num_layers, "hidden_size": native.model.hidden_size}
         if any(native.is_moe):
             sizes["num_experts"] = max(place.num_experts for place in moe_layers(native.config))
         shapes = {name: stored.shape for name, stored in self.folder.tensors.items()}
         refuse_other_sizes(sizes, shapes, f"{directory / CONFIG}")
-        validate_model(native.config)  # before the model is built without storage
         tied = not native.model.untie_embeddings_and_output_weights
         self._parts_of = parts_of(self._located(self._named_parts(native), tied))
         stored = [(p.native, p.name, self.folder.tensors[p.name].dtype) for ps in self._parts_of.values() for p in ps]
@@ -205,9 +203,14 @@ def derived_model(family: Family, config: Mapping[str, Any]) -> NativeModel:
     options = family.read_config(entries)
     # Whoever trains on gives data of his own; a configuration must name some.
     base = replace(PretrainConfig(), data=DataConfig(mock_data=True, vocab_size=vocab_size))
-    native = apply_mapping(base, options, CONFIG)
-    refuse_wrong_numbers(native)  # before anything has their sizes
-    return NativeModel(native, vocab_size)
+    return _legal(NativeModel(apply_mapping(base, options, CONFIG), vocab_size))
+
+
+def _legal(native: NativeModel) -> NativeModel:
+    """Returns a model that is legal, before anything has its sizes; ConfigErrors where it is not, or is none for export."""
+    validate_model(native.config)
+    refuse_unknown(native.config, "export", "Hugging Face's classes")
+    return native
 
 
 def _same_model(family: Family, remembered: Remembered, derived: NativeModel) -> bool:

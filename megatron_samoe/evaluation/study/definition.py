@@ -12,14 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_samoe.config.cli import read_yaml
+from megatron_samoe.config.cli import read_yaml, stated_in_mapping
 from megatron_samoe.config.typed import typed
 from megatron_samoe.errors import ConfigError
 
 Edit = Literal["select", "fold"]
 Choice = Literal["vertex", "tried"]
-#: Options that are one word with an entry for each layer, which a study may write as a list.
-MAPS = ("expert-sharing",)
 #: Options of pretraining by name.
 Options = Mapping[str, Any]
 
@@ -29,13 +27,13 @@ class Variant:
     """One model of a study.
 
     Attributes:
-        flags: of pretraining, beyond the study's configuration.
+        options: of pretraining, beyond the study's configuration.
         edited_from: name of the variant whose trained checkpoints are edited; this one is not trained then.
         edit: what is done to them, an action of `megatron-samoe edit`.
     """
 
     name: str
-    flags: tuple[str, ...]
+    options: Options
     edited_from: str | None = None
     edit: Edit | None = None
 
@@ -74,8 +72,8 @@ class Sweep:
     choose: Choice = "vertex"
 
     def concerns(self, variant: Variant) -> bool:
-        """Whether the option is swept for a variant: not where its own flags fix it."""
-        return variant.is_trained and f"--{self.option}" not in variant.flags
+        """Whether the option is swept for a variant: not where its own options fix it."""
+        return variant.is_trained and self.option.replace("-", "_") not in stated_in_mapping(variant.options)
 
 
 @dataclass(frozen=True)
@@ -125,8 +123,8 @@ class Study:
     @cached_property
     def variants(self) -> tuple[Variant, ...]:
         """All models, trained ones first."""
-        trained = [Variant(name, tuple(as_flags(options))) for name, options in self.runs.items()]
-        return (*trained, *(Variant(name, (), made.from_, made.edit) for name, made in self.derived.items()))
+        trained = [Variant(name, options) for name, options in self.runs.items()]
+        return (*trained, *(Variant(name, {}, made.from_, made.edit) for name, made in self.derived.items()))
 
 
 @dataclass(frozen=True)
@@ -265,21 +263,6 @@ def _are_different(values: Sequence[int]) -> bool:
 
 def _rise(values: Sequence[float]) -> bool:
     return _are_finite(*values) and all(a < b for a, b in pairwise((0, *values)))
-
-
-def as_flags(options: Options) -> list[str]:
-    """Returns options as a command line has them; true is a flag alone, false its negation."""
-    flags: list[str] = []
-    for key, value in options.items():
-        name = str(key).lstrip("-").replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            values = value if isinstance(value, list) else [value]
-            if name in MAPS:
-                values = [",".join(map(str, values))]
-            flags += [f"--{name}", *map(str, values)]
-    return flags
 
 
 def _check_names(study: Study) -> None:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from megatron_samoe.config.cli import from_mapping, parse_pretrain_args, stated_in_args
+from megatron_samoe.config.cli import Asked, as_flags, from_mapping, parse
 from megatron_samoe.config.elastic import smallest_world
-from megatron_samoe.config.option import flag
+from megatron_samoe.config.option import all_options, flag
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.validate import idle_options, validate
+from megatron_samoe.config.validate import validate
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError, ConfigError, ConfigErrors
 from megatron_samoe.evaluation.run_summary import read_records, read_run, sharing_text
 from megatron_samoe.evaluation.study import results_store
-from megatron_samoe.evaluation.study.definition import Run, Study, Variant, as_flags, plan_runs, sweep_runs
+from megatron_samoe.evaluation.study.definition import Run, Study, Variant, plan_runs, sweep_runs
 from megatron_samoe.evaluation.study.sweeps import Optimum, extended, optimum
+from megatron_samoe.parsing import parse_yaml
 
 
 @dataclass
@@ -39,6 +40,9 @@ class StudyPlan:
     store: Path | None = None
     failures: dict[Path, str] = field(default_factory=dict)
     _uses: dict[tuple[str, str], bool] = field(default_factory=dict, init=False, repr=False)
+    _configs: dict[tuple[Path, tuple[tuple[str, Any], ...]], PretrainConfig] = field(
+        default_factory=dict, init=False, repr=False
+    )
     _behind: dict[tuple[str, str], float] = field(default_factory=dict, init=False, repr=False)
 
     def check(self) -> None:
@@ -138,41 +142,53 @@ class StudyPlan:
             return True
         return self._sweep(run.variant, run.size)[1] is not None
 
-    def flags_of(self, run: Run) -> list[str]:
-        """Returns the flags of a run's pretraining; of one that waits for a sweep those without the option that is swept."""
-        common = [*self.common_flags, *as_flags(self.study.sizes[run.size])]
-        sweep = self.study.sweep
-        if run.swept is not None and sweep is not None:
-            common += [f"--{sweep.option}", f"{run.swept:.6g}"]
-            common += ["--train-iters", str(sweep.train_iters)] if sweep.train_iters is not None else []
-        elif sweep is not None and self._is_swept(run.variant, run.size):
-            found = self._sweep(run.variant, run.size)[1]
-            common += [f"--{sweep.option}", f"{found.value:.6g}"] if found is not None else []
-        # A variant's own come last: a flag for every run must not make two variants one.
-        flags = ["--config", str(self.study.config), *self._used(common, run.variant), *run.variant.flags]
-        flags += ["--seed", str(run.seed), "--run-dir", str(run.directory)]
-        if run.length is not None:
-            decay = self.leaving_point(run)
-            flags += ["--train-iters", str(run.length), "--lr-wsd-decay-iters", str(run.length - decay)]
-        return flags
-
-    def _used(self, common: Sequence[str], variant: Variant) -> list[str]:
-        """Returns the flags that all runs share without those that a variant said to be dense has no use for."""
-        config = _parsed(("--config", str(self.study.config), *common, *variant.flags), variant.name, accept_idle=True)
-        if "--expert-layout" not in variant.flags or config.moe.expert_layout != "dense":
-            return list(common)
-        idle = {flag(name) for name in idle_options(config, stated_in_args(common))}
-        begins = [i for i, word in enumerate(common) if word.startswith("--")] + [len(common)]
-        return [
-            word
-            for begin, end in pairwise(begins)
-            if common[begin].partition("=")[0] not in idle
-            for word in common[begin:end]
-        ]
-
     def config_of(self, run: Run) -> PretrainConfig:
-        """Returns the configuration of a trained run."""
-        return _parsed(tuple(self.flags_of(run)), run.variant.name)
+        """Returns the configuration of a trained run; of one that waits for a sweep without the option that is swept."""
+        swept = self._swept_options(run)
+        key = (run.directory, tuple(swept.items()))
+        if key not in self._configs:
+            shared = self._shared.with_options(self.study.sizes[run.size], f"sizes.{run.size} of the study")
+            # A variant's own come last: an option for every run must not make two variants one.
+            asked = shared.with_options(swept, "the study's sweep").as_file()
+            asked = asked.with_options(run.variant.options, f"run {run.variant.name!r} of the study")
+            own: dict[str, Any] = {"seed": run.seed, "run_dir": str(run.directory)}
+            if run.length is not None:
+                own |= {"train_iters": run.length, "lr_wsd_decay_iters": run.length - self.leaving_point(run)}
+            self._configs[key] = _with_experts_of(self._file, asked.with_options(own, "the study").settled())
+        return self._configs[key]
+
+    @cached_property
+    def _file(self) -> Asked:
+        """What the study's configuration asks for."""
+        return parse(("--config", str(self.study.config)))
+
+    @cached_property
+    def _shared(self) -> Asked:
+        """What that and the study's command line ask of all runs."""
+        return self._file.with_flags(self.common_flags, prog="megatron-samoe study")
+
+    def _swept_options(self, run: Run) -> dict[str, Any]:
+        """Returns the options that a sweep gives one of its runs, or a run that it is for once it is done."""
+        sweep = self.study.sweep
+        if sweep is None:
+            return {}
+        if run.swept is not None:
+            length = {} if sweep.train_iters is None else {"train_iters": sweep.train_iters}
+            return {sweep.option: parse_yaml(f"{run.swept:.6g}"), **length}
+        found = self._sweep(run.variant, run.size)[1] if self._is_swept(run.variant, run.size) else None
+        return {} if found is None else {sweep.option: parse_yaml(f"{found.value:.6g}")}
+
+    def flags_of(self, run: Run) -> list[str]:
+        """Returns the flags of a run's pretraining: what it has otherwise than the study's configuration."""
+        folder, config = {"run_dir": str(run.directory)}, self.config_of(run)
+        file = self._file.with_options(folder, "the study").config.with_run_dir()
+        pairs = zip(all_options(config), all_options(file), strict=True)
+        others = {
+            name: value
+            for (_, name, value, _, facts), (_, _, of_file, *_) in pairs
+            if value != of_file and facts.has_effect(config)
+        }
+        return ["--config", str(self.study.config), *as_flags({**others, **folder})]
 
     def leaving_point(self, run: Run) -> int:
         """Returns the step at which a branch leaves the full run: where its decay begins, as long in proportion."""
@@ -287,9 +303,11 @@ class StudyPlan:
             )
 
 
-@lru_cache(maxsize=4096)
-def _parsed(flags: tuple[str, ...], name: str, accept_idle: bool = False) -> PretrainConfig:
-    return parse_pretrain_args(flags, prog=f"run {name!r} of the study", accept_idle=accept_idle)
+def _with_experts_of(file: Asked, config: PretrainConfig) -> PretrainConfig:
+    """Returns a configuration whose number of experts is the file's where it has no use for one: keys of results hold it."""
+    if config.moe.expert_layout != "dense":
+        return config
+    return replace(config, moe=replace(config.moe, num_experts=file.config.moe.num_experts))
 
 
 def _refuse_illegal(config: PretrainConfig, name: str) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.log import logger
-from megatron_samoe.training.hook import Hook, Record, Run
+from megatron_samoe.training.hook import Hook, Record, Training
 from megatron_samoe.training.hooks.moe_diagnostics import gathered_coefficients
 from megatron_samoe.training.train_step import StepResult
 
@@ -21,7 +21,7 @@ class CoefficientWatch(Hook):
         self.config = config
         self.is_off: set[tuple[int, int]] = set()
 
-    def contribute(self, run: Run, result: StepResult, record: Record) -> None:
+    def contribute(self, run: Training, result: StepResult, record: Record) -> None:
         """Looks at the coefficients of a recorded step; the record stays as it is."""
         a_L2GP = gathered_coefficients(run.setup)
         if run.setup.parallel.rank == 0:

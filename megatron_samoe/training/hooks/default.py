@@ -9,6 +9,7 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.training.hook import Hook
 from megatron_samoe.training.hooks.coefficient_watch import CoefficientWatch
 from megatron_samoe.training.hooks.evaluation import Evaluation
+from megatron_samoe.training.hooks.exit_signals import ExitSignals
 from megatron_samoe.training.hooks.loggers import ConsoleLog, MetricsFile, ProgressBar, TensorBoard, Tracker
 from megatron_samoe.training.hooks.moe_diagnostics import LayerDiagnostics
 from megatron_samoe.training.hooks.profiling import StepProfiler
@@ -20,7 +21,7 @@ from megatron_samoe.training.hooks.step_warnings import StepWarnings
 def default_hooks(config: PretrainConfig) -> list[Hook]:
     """Returns the hooks that a configuration asks for, in the order in which they are called."""
     logs, iters, trains = config.logging, config.training.train_iters, not config.training.skip_train
-    hooks: list[Hook] = []
+    hooks: list[Hook] = [ExitSignals()]
     if logs.log_progress:
         name = Path(logs.run_dir).name if logs.run_dir else config.moe.expert_layout
         hooks.append(ProgressBar(iters, name))

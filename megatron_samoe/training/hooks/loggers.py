@@ -17,7 +17,7 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.installation import install_extra
 from megatron_samoe.log import logger
 from megatron_samoe.parsing import parse_json
-from megatron_samoe.training.hook import Hook, Record, Run
+from megatron_samoe.training.hook import Hook, Record, Training
 from megatron_samoe.training.machine import machine_facts
 from megatron_samoe.training.train_step import StepResult
 
@@ -38,7 +38,7 @@ class ConsoleLog(Hook):
     def __init__(self, train_iters: int):
         self.train_iters = train_iters
 
-    def record(self, run: Run, record: Record) -> None:
+    def record(self, run: Training, record: Record) -> None:
         """Prints one line, and one more after an evaluation."""
         fields = [
             f"iteration {record['iteration']:8d}/{self.train_iters:8d}",
@@ -69,11 +69,11 @@ class ConsoleLog(Hook):
         logger.info(f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] " + " | ".join(fields) + " |")
         self.evaluated(run, record)
 
-    def checkpoint_saved(self, run: Run, path: Path) -> None:
+    def checkpoint_saved(self, run: Training, path: Path) -> None:
         """Prints where a checkpoint is."""
         logger.info(f"saved {path}")
 
-    def evaluated(self, run: Run, record: Record) -> None:
+    def evaluated(self, run: Training, record: Record) -> None:
         """Prints one line for each kind of data that was evaluated, and one for each dataset of a blend."""
         for name in ("validation", "test"):
             if f"{name}_loss" in record:
@@ -107,7 +107,7 @@ class MetricsFile(Hook):
         self._trains = trains
         self.file: Any = None
 
-    def start(self, run: Run) -> None:
+    def start(self, run: Training) -> None:
         """Opens the file and cuts it back to the iteration that training goes on from."""
         iteration = run.state.iteration
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,16 +139,16 @@ class MetricsFile(Hook):
         self.path.rename(f"{self.path}.{number}")
         logger.info(f"{self.path} is of an earlier run; kept as {self.path}.{number}")
 
-    def record(self, run: Run, record: Record) -> None:
+    def record(self, run: Training, record: Record) -> None:
         """Writes one line."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
 
-    def evaluated(self, run: Run, record: Record) -> None:
+    def evaluated(self, run: Training, record: Record) -> None:
         """Writes one line."""
         self.record(run, record)
 
-    def close(self, run: Run) -> None:
+    def close(self, run: Training) -> None:
         """Closes the file."""
         if self.file is not None:
             self.file.close()
@@ -171,14 +171,14 @@ class TensorBoard(Hook):
         self.directory, self.place = directory, f"--tensorboard-dir {directory}"
         self.writer: Any = None
 
-    def start(self, run: Run) -> None:
+    def start(self, run: Training) -> None:
         """Opens the events file."""
         from torch.utils.tensorboard import SummaryWriter
 
         iteration = run.state.iteration
         self.writer = SummaryWriter(self.directory, purge_step=iteration + 1 if iteration else None)
 
-    def record(self, run: Run, record: Record) -> None:
+    def record(self, run: Training, record: Record) -> None:
         """Writes the record's numbers."""
         for key, value in _numbers(record).items():
             name, slash, dataset = key.partition("/")
@@ -190,7 +190,7 @@ class TensorBoard(Hook):
                 mean = sum(group[bank] for group in inputs) / len(inputs)
                 self.writer.add_scalar(f"combination/moe-layer-{layer}-bank-{bank}", mean, record["iteration"])
 
-    def close(self, run: Run) -> None:
+    def close(self, run: Training) -> None:
         """Flushes and closes the events file."""
         if self.writer is not None:
             self.writer.close()
@@ -217,7 +217,7 @@ class Tracker(Hook):
         self._run: Any = None
         self._failed = False
 
-    def start(self, run: Run) -> None:
+    def start(self, run: Training) -> None:
         """Begins a run of the project."""
         self._try(lambda: setattr(self, "_run", self._init()))
 
@@ -235,11 +235,11 @@ class Tracker(Hook):
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             logger.warning(f"{self.place} failed and gets no more records: {first}")
 
-    def record(self, run: Run, record: Record) -> None:
+    def record(self, run: Training, record: Record) -> None:
         """Logs the record's numbers, and losses by dataset."""
         self._try(lambda: self._library.log(_numbers(record), step=record["iteration"]))
 
-    def close(self, run: Run) -> None:
+    def close(self, run: Training) -> None:
         """Ends the run."""
         if self._run is not None:
             self._try(self._library.finish)
@@ -255,18 +255,18 @@ class ProgressBar(Hook):
         self.bar: Any = None
         self._shown: dict[str, str] = {}
 
-    def start(self, run: Run) -> None:
+    def start(self, run: Training) -> None:
         """Draws the bar."""
         done = run.state.iteration
         self.bar = tqdm(total=self.train_iters, initial=done, desc=self.description, unit="step", mininterval=1.0)
 
-    def post_step(self, run: Run, result: StepResult) -> None:
+    def post_step(self, run: Training, result: StepResult) -> None:
         """Moves the bar and shows the step's loss, which not every step's record has."""
         self._shown["loss"] = f"{result.lm_loss:.3f}"
         self.bar.set_postfix(self._shown, refresh=False)
         self.bar.update(1)
 
-    def record(self, run: Run, record: Record) -> None:
+    def record(self, run: Training, record: Record) -> None:
         """Shows loss and speed."""
         self._shown |= {"loss": f"{record['lm_loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:.0f}"}
         if "epoch" in record:
@@ -277,12 +277,12 @@ class ProgressBar(Hook):
             self._shown["valid"] = f"{record['validation_loss']:.3f}"
         self.bar.set_postfix(self._shown, refresh=False)
 
-    def evaluated(self, run: Run, record: Record) -> None:
+    def evaluated(self, run: Training, record: Record) -> None:
         """Shows its loss."""
         names = {"valid": "validation_loss", "test": "test_loss"}
         self.bar.set_postfix({name: f"{record[key]:.3f}" for name, key in names.items() if key in record})
 
-    def close(self, run: Run) -> None:
+    def close(self, run: Training) -> None:
         """Leaves the bar on the screen."""
         if self.bar is not None:
             self.bar.close()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.ops.grouped_mlp import ExpertWeights
-from megatron_samoe.training.hook import Hook, Record, Run
+from megatron_samoe.training.hook import Hook, Record, Training
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.train_step import RoutingStats, StepResult
 
@@ -21,18 +21,18 @@ class LayerDiagnostics(Hook):
     def __init__(self) -> None:
         self._norms_LE: Tensor | None = None
 
-    def wants_gradients(self, run: Run) -> bool:
+    def wants_gradients(self, run: Training) -> bool:
         """Whether the step will be recorded anyway."""
         logs, training = run.setup.config.logging, run.setup.config.training
         iteration = run.state.iteration + 1
         return iteration == training.train_iters or iteration % logs.log_interval == 0
 
-    def backward_done(self, run: Run) -> None:
+    def backward_done(self, run: Training) -> None:
         """Takes the norms of this rank's gradients, before they are reduced."""
         if self.wants_gradients(run):
             self._norms_LE = expert_grad_norms(run.setup, run.state.loss_scale.value)
 
-    def contribute(self, run: Run, result: StepResult, record: Record) -> None:
+    def contribute(self, run: Training, result: StepResult, record: Record) -> None:
         """Adds loads, norms and coefficients."""
         logs, iteration = run.setup.config.logging, run.state.iteration
         if iteration == run.setup.config.training.train_iters or iteration % logs.log_interval == 0:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_samoe.config.training import LoggingConfig
 from megatron_samoe.log import logger
-from megatron_samoe.training.hook import Hook, Run
+from megatron_samoe.training.hook import Hook, Training
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.train_step import StepResult
 
@@ -24,7 +24,7 @@ class StepProfiler(Hook):
         self._config = config
         self._profiler: Any = None
 
-    def pre_step(self, run: Run, batches: Sequence[Batch]) -> None:
+    def pre_step(self, run: Training, batches: Sequence[Batch]) -> None:
         """Begins the profile before its first step."""
         parallel = run.setup.parallel
         is_first = run.state.iteration + 1 == self._config.profile_step_start
@@ -35,12 +35,12 @@ class StepProfiler(Hook):
             self._profiler = torch.profiler.profile(activities=activities)
             self._profiler.__enter__()
 
-    def post_step(self, run: Run, result: StepResult) -> None:
+    def post_step(self, run: Training, result: StepResult) -> None:
         """Ends the profile after its last step."""
         if run.state.iteration + 1 >= self._config.profile_step_end:
             self.close(run)
 
-    def close(self, run: Run) -> None:
+    def close(self, run: Training) -> None:
         """Ends the profile, if one runs, and writes it."""
         folder = run.setup.config.folder_of("profile")
         if self._profiler is None or folder is None:

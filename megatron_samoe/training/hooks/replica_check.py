@@ -7,7 +7,7 @@ import hashlib
 from megatron_samoe.dist_checkpointing.store import newest_in_words
 from megatron_samoe.errors import ReplicaDriftError
 from megatron_samoe.parallel_state.parameter_tag import tag_of
-from megatron_samoe.training.hook import Hook, Run
+from megatron_samoe.training.hook import Hook, Training
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.train_step import StepResult
 
@@ -18,7 +18,7 @@ class ReplicaCheck(Hook):
     def __init__(self, interval: int):
         self._interval = interval
 
-    def post_step(self, run: Run, result: StepResult) -> None:
+    def post_step(self, run: Training, result: StepResult) -> None:
         """Raises ReplicaDriftError where two copies differ."""
         if run.state.iteration % self._interval == 0:
             check_pool_replicas(run.setup, run.state.iteration)

@@ -6,7 +6,7 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.log import logger
 from megatron_samoe.moe.scores import score_of
 from megatron_samoe.optimizer.schedule import training_length, warmup_length
-from megatron_samoe.training.hook import Hook, Run
+from megatron_samoe.training.hook import Hook, Training
 from megatron_samoe.training.router_health import RouterHealth
 from megatron_samoe.training.train_step import StepResult
 
@@ -24,7 +24,7 @@ class RouterWatch(Hook):
         self.warmup = warmup_length(config.optimizer, training_length(config.training))
         self.low_steps: dict[int, int] = {}
 
-    def post_step(self, run: Run, result: StepResult) -> None:
+    def post_step(self, run: Training, result: StepResult) -> None:
         """Takes in a step."""
         if result.routing is not None:
             in_samples = self.config.training.train_samples is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_samoe.log import logger
-from megatron_samoe.training.hook import Hook, Run
+from megatron_samoe.training.hook import Hook, Training
 from megatron_samoe.training.train_step import StepResult
 
 
@@ -12,7 +12,7 @@ class StepWarnings(Hook):
 
     rank_0_only = True
 
-    def post_step(self, run: Run, result: StepResult) -> None:
+    def post_step(self, run: Training, result: StepResult) -> None:
         """Looks at a step."""
         first = run.state.consumed_samples - result.batch_size
         if result.spike is not None:

@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from megatron_samoe.config.cli import parse_pretrain_args
+from megatron_samoe.config.cli import parse, parse_pretrain_args
 from megatron_samoe.config.option import all_options, flag
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.parsing import parse_yaml
@@ -43,7 +43,7 @@ def test_the_listed_ones_are_booleans_here_and_no_others() -> None:
 def test_a_bare_flag_is_true(name: str) -> None:
     group, field = OPTIONS[name]
     for words in ([name], [name, "--lr", "0.5"]):
-        config = parse_pretrain_args(words, accept_idle=True)
+        config = parse(words).config
         assert getattr(getattr(config, group), field) is True
         assert config.optimizer.lr == (0.5 if len(words) > 1 else PretrainConfig().optimizer.lr)
 
@@ -51,8 +51,8 @@ def test_a_bare_flag_is_true(name: str) -> None:
 def test_an_option_that_is_derived_can_be_given_as_false(capsys: pytest.CaptureFixture[str]) -> None:
     name = "--moe-router-pre-softmax"
     for words in ([name, "False"], [f"{name}=False"]):
-        assert parse_pretrain_args(words, accept_idle=True).moe.moe_router_pre_softmax is False
-    assert parse_pretrain_args([name, "None"], accept_idle=True).moe.moe_router_pre_softmax is None
+        assert parse(words).config.moe.moe_router_pre_softmax is False
+    assert parse([name, "None"]).config.moe.moe_router_pre_softmax is None
     with pytest.raises(SystemExit):
         parse_pretrain_args([name, "maybe"])
     assert "none of" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_samoe.config import PretrainConfig
-from megatron_samoe.config.cli import foreign_flags, from_mapping, parse_pretrain_args, read_yaml, to_mapping
+from megatron_samoe.config.cli import foreign_flags, from_mapping, parse, parse_pretrain_args, read_yaml, to_mapping
 from megatron_samoe.config.derived import parse_moe_layer_freq
 from megatron_samoe.config.option import flag
 from megatron_samoe.errors import ConfigError, ConfigErrors
@@ -76,7 +76,7 @@ def test_malformed_flag_is_refused(args: list[str], capsys: pytest.CaptureFixtur
 
 def test_quiet_rank_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse_pretrain_args(["--hiden-size", "16"], quiet=True)
+        parse(["--hiden-size", "16"], quiet=True)
     assert "".join(capsys.readouterr()) == ""
 
 
@@ -172,28 +172,19 @@ def test_checkpoint_arguments_lie_between_yaml_and_flags(tmp_path: Path) -> None
         tiny_config("samoe"), num_layers=6, hidden_size=48, train_iters=77, vocab_size=300, data_path=("theirs",),
         tensor_model_parallel_size=2,
     )  # fmt: skip
-    asked: list[PretrainConfig] = []
-
-    def read(config: PretrainConfig) -> dict[str, Any]:
-        asked.append(config)
-        return to_mapping(saved)
-
     path = write(tmp_path, "hidden_size: 80\nlr: 0.5\nnum_layers: 9\n")
-    args = ["--config", path, "--load", "somewhere", "--num-layers", "7"]
-    config = parse_pretrain_args([*args, "--use-checkpoint-args"], read)
-    assert [c.checkpoint.load for c in asked] == ["somewhere"]
+    asked = parse(["--config", path, "--load", "somewhere", "--num-layers", "7"])
+    assert (asked.said["num_layers"], asked.said["hidden_size"]) == ("flag", "file") and "num_experts" not in asked.said
+    known = asked.with_checkpoint(to_mapping(saved))
+    config = known.settled()
+    assert (known.said["num_layers"], known.said["hidden_size"], known.said["lr"]) == ("flag", "checkpoint", "file")
+    assert known.said["num_experts"] == known.said["vocab_size"] == "checkpoint" and "data_path" not in known.said
     assert config.model.num_layers == 7, "a flag beats the checkpoint"
     assert config.model.hidden_size == 48, "the checkpoint beats the file"
     assert config.moe == saved.moe and config.data.vocab_size == 300
     assert config.optimizer.lr == 0.5 and config.training.train_iters == 100, "the run's own options stay"
     assert config.data.data_path == () and config.parallel.tensor_model_parallel_size == 1
-    assert parse_pretrain_args(args, read).model.hidden_size == 80, "without --use-checkpoint-args it is not read"
-    assert len(asked) == 1
-
-
-def test_checkpoint_arguments_without_a_checkpoint_change_nothing() -> None:
-    config = parse_pretrain_args(["--load", "x", "--use-checkpoint-args", "--num-layers", "7"], lambda _: None)
-    assert config.model.num_layers == 7
+    assert asked.settled().model.hidden_size == 80
 
 
 def test_run_dir_fills_paths_that_are_not_given() -> None:

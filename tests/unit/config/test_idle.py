@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from megatron_samoe.config import PretrainConfig
-from megatron_samoe.config.cli import parse_pretrain_args, to_mapping
+from megatron_samoe.config.cli import parse, parse_pretrain_args, to_mapping
 from megatron_samoe.config.option import all_options, flag
 from megatron_samoe.errors import ConfigErrors
 
@@ -98,14 +99,39 @@ def test_a_saved_configuration_states_no_defaults(tmp_path: Path) -> None:
     assert parse_pretrain_args(write(tmp_path, to_mapping(config))) == config
 
 
-def test_a_checkpoint_says_of_which_kind_the_model_is() -> None:
+def test_a_checkpoint_says_of_which_kind_the_model_is(tmp_path: Path) -> None:
     saved = to_mapping(parse_pretrain_args([]))
     with pytest.raises(ConfigErrors, match="--num-experts"):
-        parse_pretrain_args(["--num-experts", "8", "--use-checkpoint-args"], lambda config: saved)
+        parse(["--num-experts", "8"]).with_checkpoint(saved).settled()
+    of_file = parse(write(tmp_path, {"expert_layout": "moe", "moe_router_topk": 4}))
+    assert of_file.with_checkpoint(saved).settled().moe.moe_router_topk == 2
     saved = to_mapping(parse_pretrain_args(["--num-experts", "8"]))
-    assert (
-        parse_pretrain_args(
-            ["--moe-aux-loss-coeff", "0.1", "--use-checkpoint-args"], lambda config: saved
-        ).moe.num_experts
-        == 8
-    )
+    assert parse(["--moe-aux-loss-coeff", "0.1"]).with_checkpoint(saved).settled().moe.num_experts == 8
+
+
+def test_a_flag_excuses_no_option_of_the_file_that_had_no_effect_without_it(tmp_path: Path) -> None:
+    file = write(tmp_path, {"expert_layout": "samoe", "neighbour_unmask_steps": 4})
+    for flags in ([], ["--expert-layout", "samoe"], ["--num-layers", "3"]):
+        with pytest.raises(ConfigErrors, match="--neighbour-unmask-steps"):
+            parse_pretrain_args([*file, *flags])
+
+
+def test_needs_say_which_options_they_read() -> None:
+    """Changing any other option leaves a need as it is, whether met or not."""
+    needs = {id(facts.needs): facts.needs for *_, facts in all_options(PretrainConfig()) if facts.needs is not None}
+    bases = [parse(words).config for words in (
+        [], ["--num-experts", "8"], ["--expert-layout", "samoe", "--num-experts", "8"],
+        ["--expert-layout", "moe", "--expert-sharing", "pool"], ["--expert-layout", "moe", "--expert-sharing", "neighbours"],
+    )]  # fmt: skip
+    strange = set()
+    for base in bases:
+        for group, name, value, default, _ in all_options(base):
+            hint = HINTS[name]
+            values = [*get_args(hint)] if get_origin(hint) is Literal else [default, not default, 3, "3"]
+            for other in values:
+                changed = replace(base, **{group: replace(getattr(base, group), **{name: other})})
+                for need in needs.values():
+                    if name not in need.reads and need.is_met(changed) != need.is_met(base):
+                        strange.add((name, value, other, need.words))
+    assert not strange
+    assert all(need.reads for need in needs.values())

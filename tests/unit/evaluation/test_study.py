@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.run_summary import RUN_FILE, sharing_text
@@ -52,9 +53,7 @@ def test_runs_go_seed_by_seed_and_edited_ones_after_their_source(tmp_path: Path)
     assert [(run.seed, run.variant.name) for run in plan] == [
         (seed, name) for seed in (1, 2) for name in ("own experts", "one pool", "one pool, one bank")
     ]
-    assert plan[1].variant.flags == (
-        "--expert-layout", "samoe", "--num-expert-banks", "2", "--samoe-freeze-coefficients"
-    )  # fmt: skip
+    assert plan[1].variant.options == STUDY["runs"]["one pool"]
     assert plan[5].directory == tmp_path / "one-pool-one-bank" / "seed-2"
     assert (plan[5].variant.edited_from, plan[5].variant.edit) == ("one pool", "select")
 
@@ -164,6 +163,38 @@ def test_flags_for_all_runs_leave_the_variants_what_they_are(tmp_path: Path) -> 
     configs = [runner.config_of(run) for run in runner.plan()[:2]]
     assert [config.moe.expert_layout for config in configs] == ["moe", "samoe"]
     assert [config.optimizer.lr for config in configs] == [0.5, 0.5]
+
+
+def test_a_run_leaves_out_what_its_variants_own_options_make_useless(tmp_path: Path) -> None:
+    runs = {
+        "decays": {},
+        "plain": {"lr-decay-style": "linear"},
+        "dense": {"expert-layout": "dense"},
+        "own rank": {"lr": 1},
+    }
+    study = read_study(
+        write_study(tmp_path, runs=runs, derived=None, baseline=None, sizes={"s": {"moe-router-topk": 2}})
+    )
+    common = ("--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "1", "--expert-layout", "moe", "--no-swiglu")
+    plan = StudyPlan(study, tmp_path, common)
+    first = {run.variant.name: run for run in plan.plan() if run.seed == 1}
+    found = {name: plan.config_of(run) for name, run in first.items()}
+    assert [c.optimizer.lr_wsd_decay_iters for c in found.values()] == [1, None, 1, 1]
+    assert [c.moe.expert_layout for c in found.values()] == ["moe", "moe", "dense", "moe"]
+    assert found["own rank"].optimizer.lr == 1.0
+    for name, run in first.items():
+        assert parse_pretrain_args(plan.flags_of(run)) == found[name], "the program is given what was planned"
+    study = read_study(write_study(tmp_path, runs={"idle": {"lr-wsd-decay-iters": 3}}, derived=None, baseline=None))
+    with pytest.raises(ConfigError, match="--lr-wsd-decay-iters = 3: needs --lr-decay-style WSD"):
+        StudyPlan(study, tmp_path, ()).check()
+
+
+def test_an_option_that_is_not_known_is_refused_by_its_run(tmp_path: Path) -> None:
+    study = read_study(write_study(tmp_path, runs={"a": {"num-layer": 3}}, derived=None, baseline=None))
+    with pytest.raises(
+        ConfigError, match=r"num-layer = 3: unknown option in run 'a' of the study\. Did you mean 'num_layers'"
+    ):
+        StudyPlan(study, tmp_path, ()).check()
 
 
 #: Everything that a study may ask for, at once.

@@ -72,7 +72,7 @@ def train_all(config: PretrainConfig) -> list[tuple[float, float, int]]:
     parallel = initialize_model_parallel(config.parallel)
     setup = build_setup(config, ByteTokenizer().vocab_size, parallel)
     state, found = initial_state(setup), []
-    batches = build_run_data(config, ByteTokenizer(), parallel, is_builder=True).train_batches(0)
+    batches = build_run_data(config, ByteTokenizer(), parallel).train_batches(0)
     for _ in range(config.training.train_iters):
         result, state = train_step(setup, state, next(batches))
         found.append((result.lm_loss, result.learning_rate, result.batch_size))

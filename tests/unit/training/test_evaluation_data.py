@@ -48,7 +48,7 @@ def configured(**options: Any) -> PretrainConfig:
 
 
 def run_data(config: PretrainConfig) -> RunData:
-    return build_run_data(config, BYTES, STATE, is_builder=True)
+    return build_run_data(config, BYTES, STATE)
 
 
 def tokens_of(data: RunData) -> list[torch.Tensor]:
@@ -93,7 +93,7 @@ def test_full_validation_takes_every_sample_once(corpora: tuple[str, str], micro
 
 def blend_losses(config: PretrainConfig, world: int) -> EvaluatedLoss:
     parallel = STATE if world == 1 else initialize_model_parallel(config.parallel, "cpu")
-    data = build_run_data(config, BYTES, parallel, is_builder=parallel.rank == 0)
+    data = build_run_data(config, BYTES, parallel)
     setup = build_setup(config, BYTES.vocab_size, parallel, torch.float64)
     assert data.valid is not None
     return evaluate(setup, data.evaluation_batches(data.valid), data.valid.names)

@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -27,25 +29,30 @@ from megatron_samoe.errors import (
     ToldToLeaveError,
 )
 from megatron_samoe.parallel_state import launcher
-from megatron_samoe.training import trainer
-from megatron_samoe.training.trainer import ExitSignals
+from megatron_samoe.training.hooks import exit_signals
+from megatron_samoe.training.hooks.exit_signals import ExitSignals
+from tests.harness.tiny import tiny_config
+
+#: What the hook sees of a run that saves nothing.
+RUN: Any = SimpleNamespace(setup=SimpleNamespace(config=tiny_config("dense")))
 
 
 @pytest.fixture
 def on_one_of_two_hosts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name, value in {"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(trainer, "PARTING_S", 0.2)
+    monkeypatch.setattr(exit_signals, "PARTING_S", 0.2)
     return monkeypatch
 
 
 def part(agreed: signal.Signals, sent_after_s: float | None = None) -> None:
-    with ExitSignals() as signals:
-        signals.agreed, signals.told = agreed, [f"rank {rank} (host1)" for rank in (2, 3)]
+    signals = ExitSignals()
+    with signals.around(RUN):
+        signals.agreed, signals.notified_ranks = agreed, [f"rank {rank} (host1)" for rank in (2, 3)]
         timer = threading.Timer(sent_after_s or 0.0, os.kill, (os.getpid(), agreed))
         timer.start() if sent_after_s is not None else None
         try:
-            signals.part("iter_0000007 is left.")
+            signals.exited(RUN)
         finally:
             timer.cancel()
 
@@ -65,20 +72,34 @@ def test_a_rank_that_is_told_leaves_as_one_that_is_not_done(
     sent_after_s: float, on_one_of_two_hosts: pytest.MonkeyPatch
 ) -> None:
     """Its torchrun would wait for the other hosts' ends and train no more, where it has not sent the signal itself."""
-    on_one_of_two_hosts.setattr(trainer, "PARTING_S", 60.0)
-    with pytest.raises(
-        ToldToLeaveError, match=r"rank 2 \(host1\), .*: all ranks leave. iter_0000007 is left."
-    ) as raised:
+    on_one_of_two_hosts.setattr(exit_signals, "PARTING_S", 60.0)
+    with pytest.raises(ToldToLeaveError, match=r"rank 2 \(host1\), .*: all ranks leave. Nothing was saved") as raised:
         part(signal.SIGTERM, sent_after_s)
     assert raised.value.exit_status == 143 and not raised.value.permanent
 
 
 def test_a_message_names_a_few_ranks() -> None:
     signals = ExitSignals()
-    signals.told = [f"rank {rank} (host1)" for rank in range(4)]
+    signals.notified_ranks = [f"rank {rank} (host1)" for rank in range(4)]
     assert signals.who.endswith("rank 3 (host1)")
-    signals.told = [f"rank {rank} (host1)" for rank in range(60)]
+    signals.notified_ranks = [f"rank {rank} (host1)" for rank in range(60)]
     assert signals.who.endswith("rank 3 (host1) and 56 others")
+
+
+def test_a_thread_of_a_program_leaves_the_signals_to_it() -> None:
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def look() -> None:
+        with ExitSignals().around(RUN):
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [before]
+    with ExitSignals().around(RUN):
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_other_ways_to_leave_are_for_all_hosts(on_one_of_two_hosts: pytest.MonkeyPatch) -> None:
@@ -97,9 +118,7 @@ def let_meet(error: MegatronSamoeError, monkeypatch: pytest.MonkeyPatch) -> None
         raise error
 
     monkeypatch.setattr(cli_pretrain, "configure_logging", lambda rank: None)  # which other tests would inherit
-    for name in ("parse_pretrain_args", "_fit_to_ranks"):
-        monkeypatch.setattr(cli_pretrain, name, lambda *_, **__: (None, 4))
-    monkeypatch.setattr(cli_pretrain, "pretrain", meet_it)
+    monkeypatch.setattr(cli_pretrain, "resolve", meet_it)
 
 
 ALIKE = ConfigErrors([ConfigError("--lr", 1, "must be alike on all hosts")])

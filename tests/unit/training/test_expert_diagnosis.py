@@ -54,7 +54,7 @@ def test_banks_gradients_are_those_of_training(tmp_path: Path) -> None:
     config = replace(config, training=replace(config.training, train_iters=5), parallel=ParallelConfig())
     setup = build_setup(config, 257, single_process_state())
     state = load_run(setup, initial_state(setup), directory)
-    run_data = build_run_data(config, tokenizer_of(config.data), setup.parallel, True, (3, 12))
+    run_data = build_run_data(config, tokenizer_of(config.data), setup.parallel, (3, 12))
     squares, sums = 0.0, None
     for _, batches in zip(range(2), run_data.train_batches(12), strict=False):
         compute_gradients(setup, state, batches)
@@ -160,7 +160,7 @@ def test_a_layer_is_worth_what_its_experts_add(tmp_path: Path) -> None:
     config = replace(config, training=replace(config.training, train_iters=5), parallel=ParallelConfig())
     setup = build_setup(config, 257, single_process_state())
     load_run(setup, initial_state(setup), directory)
-    run_data = build_run_data(config, tokenizer_of(config.data), setup.parallel, True, (3, 12))
+    run_data = build_run_data(config, tokenizer_of(config.data), setup.parallel, (3, 12))
     batches = next(iter(run_data.train_batches(12)))
     before = worth_of_layers(setup, batches)
     layer = setup.model.moe_layers()[1].moe

@@ -14,8 +14,8 @@ import torch
 
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.parallel_state.rank_grid import RankGrid
-from megatron_samoe.training import metrics
-from megatron_samoe.training.hook import Hook, Record, Run
+from megatron_samoe.training import metrics, train_step
+from megatron_samoe.training.hook import Hook, Record, Training
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
 from megatron_samoe.training.trainer import Trainer
@@ -37,10 +37,10 @@ class TenSeconds(Hook):
     def __init__(self) -> None:
         self.records: list[Record] = []
 
-    def pre_optim_step(self, run: Run, grad_norm: float) -> None:
+    def pre_optim_step(self, run: Training, grad_norm: float) -> None:
         self.now += 10
 
-    def record(self, run: Run, record: Record) -> None:
+    def record(self, run: Training, record: Record) -> None:
         self.records.append(record)
 
 
@@ -51,7 +51,7 @@ def test_records_of_a_run_whose_batches_grow(world_size: int, monkeypatch: pytes
     config = tiny_config("dense", num_layers=1, train_iters=13, log_interval=3, lr_decay_style="linear", **RAMP)
     setup = build_setup(config, VOCAB_SIZE, replace(single_process_state(), grid=RankGrid(world_size)))
     hook = TenSeconds()
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: hook.now))
+    monkeypatch.setattr(train_step, "time", SimpleNamespace(perf_counter=lambda: hook.now))
     state = Trainer(setup, RandomBatches(setup), [hook]).run()  # type: ignore[arg-type]
     assert (state.iteration, state.consumed_samples, state.consumed_tokens) == (13, 58, 58 * 16)
     done, before = ((3, 6, 2), (6, 14, 4), (9, 28, 6), (12, 50, 8), (13, 58, 8)), (0, 0)

@@ -34,11 +34,11 @@ from megatron_samoe.tensor_parallel.layers import padded_vocab_size
 from megatron_samoe.training import metrics
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.evaluate import evaluate
-from megatron_samoe.training.hook import Hook, Record, Run
+from megatron_samoe.training.hook import Hook, Record, Training
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.teacher import load_teacher
-from megatron_samoe.training.train_step import compute_gradients, train_step
+from megatron_samoe.training.train_step import StepTime, compute_gradients, train_step
 from megatron_samoe.training.trainer import Trainer
 from tests.harness.tiny import VOCAB_SIZE, RandomBatches, micro_batches, tiny_config, with_layout, with_options
 
@@ -123,7 +123,7 @@ class Witness(Hook):
         self.lm: dict[int, float] = {}
         self.alive: weakref.ref[Any] | None = None
 
-    def pre_step(self, run: Run, batches: Sequence[Batch]) -> None:
+    def pre_step(self, run: Training, batches: Sequence[Batch]) -> None:
         number, found = run.state.iteration + 1, run.setup.teacher
         self.taught[number] = found is not None
         if found is not None:
@@ -132,7 +132,7 @@ class Witness(Hook):
             gc.collect()
             assert self.alive() is None, "the teacher's memory is free before the first step without it"
 
-    def record(self, run: Run, record: Record) -> None:
+    def record(self, run: Training, record: Record) -> None:
         self.kl[run.state.iteration], self.lm[run.state.iteration] = record.get("kl_loss"), record["lm_loss"]
 
 
@@ -198,7 +198,7 @@ def test_mfu_counts_forward_passes_of_the_teacher(teacher: Path, monkeypatch: py
     taught = taught_setup(student(teacher))
     state = initial_state(taught)
     result, state = train_step(taught, state, micro_batches(taught, 0))
-    timed = metrics.StepTime(2.0, 2.0, taught.tokens_after(0) / 2.0)
+    timed = StepTime(2.0, 2.0, taught.tokens_after(0) / 2.0)
     saved = find_teacher(str(teacher)).trained
     more = train_flops_per_token(with_options(saved, seq_length=16), VOCAB_SIZE) / 3
     for world_size in (1, 4):
