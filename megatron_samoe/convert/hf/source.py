@@ -55,7 +55,7 @@ class HFSource:
         remembered = read_sidecar(directory / SIDECAR)
         derived = derived_model(self.family, self.folder.config)
         refuse_unknown(derived.config, "export", "Hugging Face's classes")
-        if remembered is not None and not _same_model(self.family, remembered, derived):
+        if remembered is not None and not self._describes(remembered, derived):
             self.notes.append(f"{SIDECAR} describes another model than {CONFIG}, which is followed.")
             remembered = None
         native = derived if remembered is None else remembered.native
@@ -79,6 +79,16 @@ class HFSource:
         self.config: Mapping[str, Any] = to_mapping(self.native.config)
         self.attachments: Mapping[str, bytes] = {}
         self.train_state: Mapping[str, Any] = self._train_state(remembered)
+
+    def _describes(self, remembered: Remembered, derived: NativeModel) -> bool:
+        """Whether a remembered model is the one of config.json, as far as that tells."""
+        native, write = remembered.native, self.family.write_config
+        if self.family.misfits(native):
+            return False
+        # A balance loss changes nothing that is computed, and some files have no entry for it.
+        untold = {"router_aux_loss_coef"} - self.folder.config.keys()
+        ours, theirs = ({k: v for k, v in write(m).items() if k not in untold} for m in (native, derived))
+        return ours == theirs
 
     def read(self, name: str) -> Tensor:
         """Returns a native tensor, put together from the folder's."""
@@ -207,6 +217,3 @@ def derived_model(family: Family, config: Mapping[str, Any]) -> NativeModel:
     return NativeModel(native, vocab_size)
 
 
-def _same_model(family: Family, remembered: Remembered, derived: NativeModel) -> bool:
-    native = remembered.native
-    return not family.misfits(native) and family.write_config(native) == family.write_config(derived)

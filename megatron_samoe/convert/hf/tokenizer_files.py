@@ -12,7 +12,7 @@ from megatron_samoe.config.data import DataConfig
 from megatron_samoe.convert.hf.sentencepiece_fast import fast_tokenizer, processor_of
 from megatron_samoe.datasets.tokenizer import MAX_TOKENIZER_BYTES, ByteTokenizer, build_tokenizer
 from megatron_samoe.errors import DataError
-from megatron_samoe.parsing import parse_json, read_file
+from megatron_samoe.parsing import read_file
 
 TOKENIZER, TOKENIZER_CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 _BYTE_EOD = "<|endoftext|>"
@@ -119,33 +119,29 @@ def _sentencepiece(path: str, eod: int) -> TokenizerFiles:
 def imported_tokenizer(data: DataConfig, folder: Path, kept_at: Path) -> tuple[DataConfig, str]:
     """Returns the options of an imported model's tokenizer, and a line about it.
 
-    A tokenizer that the options name and that is there stays; else the folder's tokenizer.json is the one.
+    A tokenizer that the options name stays while the folder's tokenizer.json is the one that an export of it writes, or is not
+    there; else, as where a token was added to it, the folder's is the one.
 
     Args:
         kept_at: where a copy of tokenizer.json will lie; the options name that.
     """
-    try:
-        build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
-        if data.tokenizer_type != "ByteTokenizer" or not (folder / TOKENIZER).is_file() or _is_byte(folder / TOKENIZER):
-            return data, f"The tokenizer is the one of the run: {data.tokenizer_type}."
-    except DataError:
-        pass
     plain = replace(data, tokenizer_type="ByteTokenizer", tokenizer_model=None, vocab_file=None, merge_file=None)
+    try:
+        written = tokenizer_files(data).files.get(TOKENIZER)
+    except DataError:
+        data, written = plain, None
     if not (folder / TOKENIZER).is_file():
+        if data is not plain:
+            return data, f"The tokenizer is the one of the run: {data.tokenizer_type}."
         return (
             plain,
             f"There is no {TOKENIZER}: the model comes without its tokenizer; give --tokenizer-type and its files.",
         )
     try:
-        build_tokenizer("HuggingFaceTokenizer", str(folder / TOKENIZER))
+        given: Any = build_tokenizer("HuggingFaceTokenizer", str(folder / TOKENIZER))
     except DataError as error:
-        return plain, f"The folder's tokenizer cannot be used: {error}"
+        return data, f"The folder's tokenizer cannot be used: {error}"
+    if written is not None and type(given._tokenizer).from_buffer(written).to_str() == given._tokenizer.to_str():
+        return data, f"The tokenizer is the one of the run: {data.tokenizer_type}."
     options = replace(plain, tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(kept_at))
     return options, f"The tokenizer is the folder's {TOKENIZER}, copied to {kept_at}."
-
-
-def _is_byte(path: Path) -> bool:
-    try:
-        return parse_json(read_file(path))["model"].get("vocab") == _letters_of_bytes()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not a tokenizer of the library, which says why
-        return False
