@@ -5,6 +5,10 @@ It is a program of torch, transformers, TRL and peft, so that it can run under a
     python -m tests.parity.finetune_uses FOLDER [FOLDER ...]
 
 FOLDER is a model over bytes, of our class or of a stock one. Each fault is a line, and the exit status is 1.
+
+    accelerate launch --cpu --num_processes 2 -m tests.parity.finetune_uses --ranks FOLDER
+
+holds a step of several processes against one of all texts.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import transformers
 import trl
 from torch import Tensor
 
-from tests.parity.class_uses import Use, load, outcome
+from tests.parity.class_uses import Use, differs, load, outcome
 
 END, RATE = 256, 100.0
 #: Question and answer, of unequal lengths.
@@ -267,8 +271,18 @@ def versions() -> str:
                      for library in (torch, transformers, trl, peft, accelerate, datasets))  # fmt: skip
 
 
+def ranks_differ(model: Any) -> str | None:
+    """Returns what is wrong with a step in which each of several processes has an equal part of the texts; None if nothing."""
+    got = stepped(model, per_device_train_batch_size=len(ROWS) // int(os.environ["WORLD_SIZE"]))
+    return differs(got, gradients(answers_loss, new(model)))
+
+
 def main(folders: list[str]) -> int:
     torch.set_num_threads(1)
+    if folders[0] == "--ranks":
+        wrong = ranks_differ(load(folders[1]))
+        print(f"rank {os.environ['RANK']} of {torch.distributed.get_world_size()}: {wrong}", flush=True)
+        return wrong is not None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

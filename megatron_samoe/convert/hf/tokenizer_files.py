@@ -12,7 +12,7 @@ from megatron_samoe.config.data import DataConfig
 from megatron_samoe.convert.hf.sentencepiece_fast import fast_tokenizer, processor_of
 from megatron_samoe.datasets.tokenizer import MAX_TOKENIZER_BYTES, ByteTokenizer, build_tokenizer
 from megatron_samoe.errors import DataError
-from megatron_samoe.parsing import read_file
+from megatron_samoe.parsing import parse_json, read_file
 
 TOKENIZER, TOKENIZER_CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 _BYTE_EOD = "<|endoftext|>"
@@ -120,7 +120,8 @@ def imported_tokenizer(data: DataConfig, folder: Path, kept_at: Path) -> tuple[D
     """Returns the options of an imported model's tokenizer, and a line about it.
 
     A tokenizer that the options name stays while the folder's tokenizer.json is the one that an export of it writes, or is not
-    there; else, as where a token was added to it, the folder's is the one.
+    there. Else the folder's is the one: where a token was added to it, or where a template of chats has texts of special
+    tokens, which other types read as plain text.
 
     Args:
         kept_at: where a copy of tokenizer.json will lie; the options name that.
@@ -141,7 +142,19 @@ def imported_tokenizer(data: DataConfig, folder: Path, kept_at: Path) -> tuple[D
         given: Any = build_tokenizer("HuggingFaceTokenizer", str(folder / TOKENIZER))
     except DataError as error:
         return data, f"The folder's tokenizer cannot be used: {error}"
-    if written is not None and type(given._tokenizer).from_buffer(written).to_str() == given._tokenizer.to_str():
+    is_same = written is not None and _ids_by(type(given._tokenizer).from_buffer(written)) == _ids_by(given._tokenizer)
+    if is_same and not _has_template(folder):
         return data, f"The tokenizer is the one of the run: {data.tokenizer_type}."
     options = replace(plain, tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(kept_at))
     return options, f"The tokenizer is the folder's {TOKENIZER}, copied to {kept_at}."
+
+
+def _ids_by(tokenizer: Any) -> dict[str, Any]:
+    """Returns what a text's ids follow from; special tokens around it, of which transformers writes an empty list, are no part."""
+    return {name: part for name, part in parse_json(tokenizer.to_str()).items() if name != "post_processor"}
+
+
+def _has_template(folder: Path) -> bool:
+    """Whether a folder has a template of chats: a file of its own, or in older folders an entry."""
+    config = folder / TOKENIZER_CONFIG
+    return (folder / "chat_template.jinja").is_file() or (config.is_file() and b'"chat_template"' in read_file(config))
