@@ -234,7 +234,9 @@ def _flat(values: list[Any]) -> list[Any]:
 @use
 def dpo_against_the_base_under_lora(model: Any) -> tuple[Any, Any]:
     """The loss on pairs is the formula's, with the model before any adapter as reference; it begins at log 2, and falls."""
-    data = datasets.Dataset.from_list([{"prompt": q, "chosen": better, "rejected": worse} for q, better, worse in PAIRS])
+    data = datasets.Dataset.from_list(
+        [{"prompt": q, "chosen": better, "rejected": worse} for q, better, worse in PAIRS]
+    )
     options = {"beta": 0.5, "learning_rate": 0.01, "max_steps": 3, "per_device_eval_batch_size": 3}
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl.DPOTrainer(

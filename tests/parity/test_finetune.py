@@ -37,7 +37,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 #: experts are one parameter from transformers 5 on.
 THEIRS = {("stock_mixtral", "sft_balanced_with_checkpointing_True")}
 #: By day; the others take minutes.
-BY_DAY = ("sft_of_single_texts_in_turn", "sft_balanced_in_packed_texts", "lora_on_each_part")
+BY_DAY = ("sft_of_single_texts_in_turn", "sft_balanced_in_packed_texts")
 NEEDS_TRL = "TRL and peft are not installed (extra finetune)"
 
 
@@ -80,7 +80,17 @@ def test_every_use(name: str, folders: dict[str, Path]) -> None:
 def test_the_oldest_versions(folders: dict[str, Path], tmp_path: Path) -> None:
     declared = (REPOSITORY / "pyproject.toml").read_text()
     wanted = [f"{name}=={re.search(rf'{name}>=([0-9.]+)', declared)[1]}.*" for name in ("transformers", "trl", "peft", "accelerate")]  # type: ignore[index]  # fmt: skip
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path / "site"), *wanted, "datasets"]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--target",
+        str(tmp_path / "site"),
+        *wanted,
+        "datasets",
+    ]
     done = subprocess.run(install, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"pip cannot install {wanted}: {done.stderr.strip().splitlines()[-1]}")
@@ -98,7 +108,9 @@ def test_two_processes_of_accelerate_take_the_step_of_one(name: str, folders: di
     pytest.importorskip("trl", reason=NEEDS_TRL)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
                "--mixed_precision", "no", "-m", "tests.parity.finetune_uses", "--ranks", str(folders[name])]  # fmt: skip
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert sorted(re.findall(r"rank \d of 2: None", done.stdout)) == ["rank 0 of 2: None", "rank 1 of 2: None"], (
         done.stdout + done.stderr[-3000:]
     )
@@ -119,7 +131,9 @@ def test_a_token_that_was_added_comes_back(name: str, same_folder: bool, tmp_pat
     expected = their_logits(model, ids_BS)
 
     ours = native_of(converted(tuned, tmp_path / "back"))
-    assert ours.loaded.tokenizer.encode("ab<|end|>") == [97, 98, 257] and ours.loaded.tokenizer.decode([257]) == "<|end|>"
+    assert (
+        ours.loaded.tokenizer.encode("ab<|end|>") == [97, 98, 257] and ours.loaded.tokenizer.decode([257]) == "<|end|>"
+    )
     assert (native_logits(ours, ids_BS) - expected).abs().max() < 1e-4
     again = converted(ours.root, tmp_path / "again", "--to", "hf", "--hf-model-type", MODELS[name][2])
     assert (their_logits(theirs(again), ids_BS) - expected).abs().max() < 1e-5
@@ -195,7 +209,9 @@ def test_the_example_and_what_follows(name: str, tmp_path: Path) -> None:
     back = converted(tmp_path / "tuned", tmp_path / "back")
     ids_BS = some_ids()
     ours = native_of(back)
-    assert (native_logits(ours, ids_BS)[..., :257] - their_logits(theirs(tmp_path / "tuned"), ids_BS)).abs().max() < 1e-4
+    assert (
+        native_logits(ours, ids_BS)[..., :257] - their_logits(theirs(tmp_path / "tuned"), ids_BS)
+    ).abs().max() < 1e-4
     assert tokenizer_of(ours.loaded.config.data).eod == 256
     for command, options in {
         "generate": ["--prompt", "It was", "--max-new-tokens", "4"],

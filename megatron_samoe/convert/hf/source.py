@@ -215,5 +215,3 @@ def derived_model(family: Family, config: Mapping[str, Any]) -> NativeModel:
     native = apply_mapping(base, options, CONFIG)
     refuse_wrong_numbers(native)  # before anything has their sizes
     return NativeModel(native, vocab_size)
-
-
