@@ -6,9 +6,9 @@ It is a program of torch, transformers, TRL and peft, so that it can run under a
 
 FOLDER is a model over bytes, of our class or of a stock one. Each fault is a line, and the exit status is 1.
 
-    accelerate launch --cpu --num_processes 2 -m tests.parity.finetune_uses --ranks FOLDER
+    torchrun --nproc-per-node 2 -m tests.parity.finetune_uses --ranks FOLDER
 
-holds a step of several processes against one of all texts.
+holds a step of several processes against one of all texts; `accelerate launch` itself starts processes on CPUs by MPI.
 """
 
 from __future__ import annotations

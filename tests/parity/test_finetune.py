@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "stock_llama": ("dense", {"style": "llama"}, "llama"),
     "stock_mixtral": ("moe", LLAMA, "mixtral"),
 }
-#: What stock classes get wrong: Mixtral's balance loss has no gradient where layers are computed again with reentry, and its
-#: experts are one parameter from transformers 5 on.
+#: What stock classes get wrong: Mixtral's balance loss has no gradient where layers are computed again with reentry.
 THEIRS = {("stock_mixtral", "sft_balanced_with_checkpointing_True")}
 #: By day; the others take minutes.
 BY_DAY = ("sft_of_single_texts_in_turn", "sft_balanced_in_packed_texts")
@@ -49,9 +50,10 @@ def export(root: Path, name: str) -> tuple[Native, Path]:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns what gives a model's export."""
     root = tmp_path_factory.mktemp("finetune")
-    return {name: export(root, name)[1] for name in MODELS}
+    return functools.cache(lambda name: export(root, name)[1])
 
 
 def held(folder: Path, name: str, uses: Any) -> None:
@@ -60,24 +62,24 @@ def held(folder: Path, name: str, uses: Any) -> None:
     assert not {which: fault for which, fault in wrong.items() if fault is not None}
 
 
-def test_a_pool_is_tuned(folders: dict[str, Path]) -> None:
+def test_a_pool_is_tuned(folder_of: Callable[[str], Path]) -> None:
     pytest.importorskip("trl", reason=NEEDS_TRL)
     from tests.parity.finetune_uses import USES
 
-    held(folders["pool"], "pool", {name: USES[name] for name in BY_DAY})
+    held(folder_of("pool"), "pool", {name: USES[name] for name in BY_DAY})
 
 
 @pytest.mark.night
 @pytest.mark.parametrize("name", MODELS)
-def test_every_use(name: str, folders: dict[str, Path]) -> None:
+def test_every_use(name: str, folder_of: Callable[[str], Path]) -> None:
     pytest.importorskip("trl", reason=NEEDS_TRL)
     from tests.parity.finetune_uses import USES
 
-    held(folders[name], name, USES)
+    held(folder_of(name), name, USES)
 
 
 @pytest.mark.night
-def test_the_oldest_versions(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_oldest_versions(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     declared = (REPOSITORY / "pyproject.toml").read_text()
     wanted = [f"{name}=={re.search(rf'{name}>=([0-9.]+)', declared)[1]}.*" for name in ("transformers", "trl", "peft", "accelerate")]  # type: ignore[index]  # fmt: skip
     install = [
@@ -95,7 +97,7 @@ def test_the_oldest_versions(folders: dict[str, Path], tmp_path: Path) -> None:
     if done.returncode:
         pytest.skip(f"pip cannot install {wanted}: {done.stderr.strip().splitlines()[-1]}")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    paths = [str(folders[name]) for name in ("pool", "own_experts", "learned_positions", "stock_llama")]
+    paths = [str(folder_of(name)) for name in ("pool", "own_experts", "learned_positions", "stock_llama")]
     command = [sys.executable, "-m", "tests.parity.finetune_uses", *paths]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
@@ -104,10 +106,10 @@ def test_the_oldest_versions(folders: dict[str, Path], tmp_path: Path) -> None:
 
 @pytest.mark.night
 @pytest.mark.parametrize("name", ["pool", "own_experts"])
-def test_two_processes_of_accelerate_take_the_step_of_one(name: str, folders: dict[str, Path]) -> None:
+def test_two_processes_of_accelerate_take_the_step_of_one(name: str, folder_of: Callable[[str], Path]) -> None:
     pytest.importorskip("trl", reason=NEEDS_TRL)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-               "--mixed_precision", "no", "-m", "tests.parity.finetune_uses", "--ranks", str(folders[name])]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "-m", "tests.parity.finetune_uses", "--ranks", str(folder_of(name))]  # fmt: skip
     done = subprocess.run(
         command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
