@@ -5,16 +5,15 @@
     python examples/finetune/answers.py hf tuned
     megatron-samoe convert --load-dir tuned --save-dir tuned-native
 
-A question shows a few words of the novels and asks for one of them. Questions of the test are from the text's last tenth,
-which training does not see. The answer's tokens alone count in the loss. The adapter is merged, and the folder `tuned` has
-the model, its tokenizer and the template by which messages become a prompt.
+A question shows a passage of a book and asks which book it is from. Passages of the test are from each book's last tenth, which
+training does not see. The answer's tokens alone count in the loss. The adapter is merged, and the folder `tuned` has the
+model, its tokenizer and the template by which messages become a prompt.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,26 @@ TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %} {{ message.content }}{{ eos_token }}"
     "{% else %}{{ message.content }}\nAnswer:{% endif %}{% endfor %}"
 )
-PLACES = {"first": 0, "second": 1, "last": -1}
+#: Words of a passage.
+WORDS = 40
 
 
-def questions(text: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """Returns conversations of a question and its answer."""
-    draw = random.Random(seed)
-    words, found = re.findall(r"[a-z]+", text.lower()), []
-    while len(found) < count:
-        start, place = draw.randrange(len(words) - 8), draw.choice(list(PLACES))
-        shown = words[start : start + draw.randint(4, 8)]
-        question = f"Words: {' '.join(shown)}\nWhich is {place}?"
-        answer = f"It is {shown[PLACES[place]]}."
+def quickstart_books() -> dict[str, str]:
+    """Returns the quickstart's two novels by title."""
+    from megatron_samoe.cli.quickstart import NOVELS
+
+    emma, _, mansfield_park = NOVELS.read_text(encoding="utf-8").partition("MANSFIELD PARK")
+    return {"Emma": emma, "Mansfield Park": mansfield_park}
+
+
+def questions(books: dict[str, list[str]], count: int, seed: int) -> list[dict[str, Any]]:
+    """Returns conversations of a question and its answer; `books` are their words by title."""
+    draw, found = random.Random(seed), []
+    for _ in range(count):
+        title = draw.choice(list(books))
+        start = draw.randrange(len(books[title]) - WORDS)
+        question = f"Which book is this from? {' '.join(books[title][start : start + WORDS])}"
+        answer = f"It is from {title}."
         found.append(
             {
                 "prompt": [{"role": "user", "content": question}],
@@ -67,27 +74,27 @@ def report(when: str, trainer: SFTTrainer, tokenizer: Any, test: list[dict[str, 
     right = sum(text == row["completion"][0]["content"] for text, row in zip(said, test, strict=True))
     print(f"{when}: loss {loss:.3f} on the answers of {len(test)} new questions, {right} answered right", flush=True)
     for text, row in list(zip(said, test, strict=True))[:3]:
-        question = row["prompt"][0]["content"].replace("\n", " ")
-        print(f"    {question} -> {text.splitlines()[0] if text else ''}", flush=True)
+        words = row["prompt"][0]["content"].split()
+        print(f"    {' '.join(words[:12])} ... -> {text.splitlines()[0] if text else ''}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of `megatron-samoe convert --to hf`")
     parser.add_argument("out", help="folder to be made for the tuned model")
-    parser.add_argument("--text", help="file that questions are made from; the quickstart's novels if not given")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument(
+        "--books", nargs="+", type=Path, help="text files, named as the answers; the quickstart's novels if none"
+    )
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--questions", type=int, default=100, help="of the test")
     parser.add_argument("--rank", type=int, default=16, help="of the adapter")
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     given = parser.parse_args()
-    if given.text is None:
-        from megatron_samoe.cli.quickstart import NOVELS
-
-        given.text = NOVELS
-    text = Path(given.text).read_text(encoding="utf-8")
-    cut = len(text) * 9 // 10
-    train, test = questions(text[:cut], 16 * given.steps, seed=1), questions(text[cut:], given.questions, seed=2)
+    texts = {p.stem: p.read_text(encoding="utf-8") for p in given.books} if given.books else quickstart_books()
+    books = {title: text.split() for title, text in texts.items()}
+    seen = {title: words[: len(words) * 9 // 10] for title, words in books.items()}
+    unseen = {title: words[len(words) * 9 // 10 :] for title, words in books.items()}
+    train, test = questions(seen, 8 * given.steps, seed=1), questions(unseen, given.questions, seed=2)
 
     tokenizer = AutoTokenizer.from_pretrained(given.model, trust_remote_code=True)
     tokenizer.chat_template, tokenizer.pad_token = TEMPLATE, tokenizer.eos_token
@@ -104,16 +111,16 @@ def main() -> None:
     options = SFTConfig(
         output_dir=given.out,
         use_cpu=not torch.cuda.is_available(),
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=8,
         per_device_eval_batch_size=50,
         max_steps=given.steps,
         learning_rate=given.lr,
         lr_scheduler_type="cosine",
         warmup_steps=20,
-        max_length=128,
+        max_length=None,
         bf16=False,
         gradient_checkpointing=False,
-        logging_steps=50,
+        logging_steps=20,
         save_strategy="no",
         report_to="none",
     )

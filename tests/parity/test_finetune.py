@@ -199,10 +199,11 @@ def test_the_example_and_what_follows(name: str, tmp_path: Path) -> None:
     """A run's model is exported, tuned, merged, imported, and then generates, is evaluated and compressed."""
     pytest.importorskip("trl", reason=NEEDS_TRL)
     _, folder = export(tmp_path, name)
-    text = tmp_path / "text.txt"
-    text.write_text("It was the very best of all possible days for a walk to the village and back again. " * 400)
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text("It was the very best of all days for a walk. " * 400)
+    other.write_text("He said no, and she said nothing at all. " * 400)
     words = [sys.executable, str(REPOSITORY / "examples/finetune/answers.py"), str(folder), str(tmp_path / "tuned"),
-             "--text", str(text), "--steps", "3", "--questions", "4"]  # fmt: skip
+             "--books", str(text), str(other), "--steps", "3", "--questions", "4"]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = re.findall(r"(before|after): loss ([\d.]+) on the answers of 4 new questions", done.stdout)
