@@ -140,6 +140,28 @@ def test_a_token_that_was_added_comes_back(name: str, same_folder: bool, tmp_pat
     again = converted(ours.root, tmp_path / "again", "--to", "hf", "--hf-model-type", MODELS[name][2])
     assert (their_logits(theirs(again), ids_BS) - expected).abs().max() < 1e-5
     assert hf.AutoTokenizer.from_pretrained(again, trust_remote_code=True)("ab<|end|>").input_ids == [97, 98, 257]
+    assert content(again / "tokenizer.json") == content(tuned / "tokenizer.json")
+
+
+def content(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_how_a_model_talks_comes_back(tmp_path: Path) -> None:
+    """Its template, and what `generate` does by default; a template that is not of the run brings the folder's tokenizer."""
+    pytest.importorskip("megatron_samoe.datasets.chat_template", reason="checkpoints do not carry templates yet")
+    _, folder = export(tmp_path, "pool")
+    model, tokenizer = theirs(folder), hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+    model.generation_config.update(do_sample=True, temperature=0.7, eos_token_id=[256, 10])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    back = converted(folder, tmp_path / "back")
+    assert native_of(back).loaded.tokenizer.encode("a<|endoftext|>") == [97, 256]
+    again = converted(back, tmp_path / "again", "--to", "hf", "--hf-model-type", "samoe")
+    assert (again / "chat_template.jinja").read_text() == tokenizer.chat_template
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        assert content(again / name) == content(folder / name)
 
 
 def native_of(root: Path) -> Native:
