@@ -105,6 +105,16 @@ def padding_on_the_right(model: Any) -> tuple[Any, Any]:
 
 @use
 @torch.no_grad()
+def packed_texts(model: Any) -> tuple[Any, Any]:
+    """Two texts in one row, told apart by their positions, do not see each other."""
+    positions = torch.cat((torch.arange(len(SHORT)), torch.arange(len(LONG))))[None]
+    return model(input_ids=torch.tensor([SHORT + LONG]), position_ids=positions, use_cache=False).logits[
+        0
+    ], both_logits(model)
+
+
+@use
+@torch.no_grad()
 def a_mask_of_queries_and_keys(model: Any) -> tuple[Any, Any]:
     """It is taken as all that a query may see; where layers differ, there is one for each kind."""
     full = torch.ones(len(LONG), len(LONG), dtype=torch.bool).tril()[None, None]

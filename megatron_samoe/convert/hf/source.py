@@ -56,7 +56,7 @@ class HFSource:
         self.notes: list[str] = []
         remembered = read_sidecar(directory / SIDECAR)
         native = derived_model(self.family, self.folder.config)
-        if remembered is not None and not _same_model(self.family, remembered, native):
+        if remembered is not None and not self._describes(remembered, native):
             self.notes.append(f"{SIDECAR} describes another model than {CONFIG}, which is followed.")
             remembered = None
         if remembered is not None:
@@ -80,6 +80,16 @@ class HFSource:
         self.attachments: Mapping[str, bytes] = chat_in(directory, ".")
         read_chat(chat_of(self.attachments), directory)  # which says what is wrong with a file
         self.train_state: Mapping[str, Any] = self._train_state(remembered)
+
+    def _describes(self, remembered: Remembered, derived: NativeModel) -> bool:
+        """Whether a remembered model is the one of config.json, as far as that tells."""
+        native, write = remembered.native, self.family.write_config
+        if self.family.misfits(native):
+            return False
+        # A balance loss changes nothing that is computed, and some files have no entry for it.
+        untold = {"router_aux_loss_coef"} - self.folder.config.keys()
+        ours, theirs = ({k: v for k, v in write(m).items() if k not in untold} for m in (native, derived))
+        return ours == theirs
 
     def read(self, name: str) -> Tensor:
         """Returns a native tensor, put together from the folder's."""
@@ -211,8 +221,3 @@ def _legal(native: NativeModel) -> NativeModel:
     validate_model(native.config)
     refuse_unknown(native.config, "export", "Hugging Face's classes")
     return native
-
-
-def _same_model(family: Family, remembered: Remembered, derived: NativeModel) -> bool:
-    native = remembered.native
-    return not family.misfits(native) and family.write_config(native) == family.write_config(derived)

@@ -130,33 +130,42 @@ def _sentencepiece(path: str, eod: int) -> TokenizerFiles:
 def imported_tokenizer(data: DataConfig, folder: Path, kept_at: Path) -> tuple[DataConfig, str]:
     """Returns the options of an imported model's tokenizer, and a line about it.
 
-    A tokenizer that the options name and that is there stays; else the folder's tokenizer.json is the one.
+    A tokenizer that the options name stays while the folder's tokenizer.json is the one that an export of it writes, or is not
+    there. Else the folder's is the one: where a token was added to it, or where a template of chats has texts of special
+    tokens, which other types read as plain text.
 
     Args:
         kept_at: where a copy of tokenizer.json will lie; the options name that.
     """
-    try:
-        build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
-        if data.tokenizer_type != "ByteTokenizer" or not (folder / TOKENIZER).is_file() or _is_byte(folder / TOKENIZER):
-            return data, f"The tokenizer is the one of the run: {data.tokenizer_type}."
-    except DataError:
-        pass
     plain = replace(data, tokenizer_type="ByteTokenizer", tokenizer_model=None, vocab_file=None, merge_file=None)
+    try:
+        written = tokenizer_files(data).files.get(TOKENIZER)
+    except DataError:
+        data, written = plain, None
     if not (folder / TOKENIZER).is_file():
+        if data is not plain:
+            return data, f"The tokenizer is the one of the run: {data.tokenizer_type}."
         return (
             plain,
             f"There is no {TOKENIZER}: the model comes without its tokenizer; give --tokenizer-type and its files.",
         )
     try:
-        build_tokenizer("HuggingFaceTokenizer", str(folder / TOKENIZER))
+        given: Any = build_tokenizer("HuggingFaceTokenizer", str(folder / TOKENIZER))
     except DataError as error:
-        return plain, f"The folder's tokenizer cannot be used: {error}"
+        return data, f"The folder's tokenizer cannot be used: {error}"
+    is_same = written is not None and _ids_by(type(given._tokenizer).from_buffer(written)) == _ids_by(given._tokenizer)
+    if is_same and not _has_template(folder):
+        return data, f"The tokenizer is the one of the run: {data.tokenizer_type}."
     options = replace(plain, tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(kept_at))
     return options, f"The tokenizer is the folder's {TOKENIZER}, copied to {kept_at}."
 
 
-def _is_byte(path: Path) -> bool:
-    try:
-        return parse_json(read_file(path))["model"].get("vocab") == _letters_of_bytes()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not a tokenizer of the library, which says why
-        return False
+def _ids_by(tokenizer: Any) -> dict[str, Any]:
+    """Returns what a text's ids follow from; special tokens around it, of which transformers writes an empty list, are no part."""
+    return {name: part for name, part in parse_json(tokenizer.to_str()).items() if name != "post_processor"}
+
+
+def _has_template(folder: Path) -> bool:
+    """Whether a folder has a template of chats: a file of its own, or in older folders an entry."""
+    config = folder / TOKENIZER_CONFIG
+    return (folder / "chat_template.jinja").is_file() or (config.is_file() and b'"chat_template"' in read_file(config))

@@ -82,7 +82,8 @@ def weighs_among_all(native: NativeModel) -> str | None:
     return None if native.moe.pre_softmax else "no --moe-router-pre-softmax (it weighs by scores among all experts)"
 
 
-def _written_balance(native: NativeModel) -> dict[str, Any]:
+def written_balance(native: NativeModel) -> dict[str, Any]:
+    """Returns the entry of the balance loss's weight."""
     # transformers sums over the chosen experts, and averages over layers before the product: from the same coefficient its
     # loss is top-k / layers of ours. The number stays as it is, so that it reads as the one that a model was trained with.
     balanced = native.moe.moe_router_load_balancing_type != "none"
@@ -93,7 +94,7 @@ def _written_balance(native: NativeModel) -> dict[str, Any]:
 ROUTING = (
     same("num_experts_per_tok", "moe_router_topk"),
     constant(output_router_logits=False),
-    Option(_written_balance, lambda config: {"moe_aux_loss_coeff": float(config["router_aux_loss_coef"])}),
+    Option(written_balance, lambda config: {"moe_aux_loss_coeff": float(config["router_aux_loss_coef"])}),
 )
 #: Weights among the chosen experts or among all.
 WEIGHTS = Option(

@@ -14,6 +14,7 @@ from megatron_samoe.convert.edited_model import moe_layers, one_number
 from megatron_samoe.convert.hf.families.base import HEADS, RARE, SIZES, Family, Option, read_heads, written_entries
 from megatron_samoe.convert.hf.families.deepseek import latent_attention
 from megatron_samoe.convert.hf.families.entries import Entries, one_of, rare
+from megatron_samoe.convert.hf.families.experts import written_balance
 from megatron_samoe.convert.hf.families.llama import ATTENTION, gated, plain
 from megatron_samoe.convert.hf.parts import Part, Row, View, at, module, rows, whole
 from megatron_samoe.convert.native import NativeModel
@@ -115,6 +116,7 @@ _ENTRIES = Entries(
                 *_COMPUTED_OF_MOE,
                 "expert_sharing",
                 "lent_experts",
+                "router_aux_loss_coef",
             ),
             rare(object, takes_null=True),
         ),
@@ -168,6 +170,7 @@ def _write(native: NativeModel) -> dict[str, Any]:
             "moe_layers": list(native.is_moe),
             "moe_intermediate_size": native.expert_size,
             "router_pre_softmax": moe.pre_softmax,
+            **written_balance(native),
         }
         given = {theirs: (getattr(moe, ours), getattr(MoEConfig(), ours)) for theirs, ours in _RARE_ENTRIES.items()}
         given |= {} if changes else {"num_neighbour_layers": (None, None)}
@@ -232,6 +235,8 @@ def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         }
         if moe["moe_router_score_function"] in ("softmax", "sigmoid"):
             moe["moe_router_pre_softmax"] = config["router_pre_softmax"]
+        if config.get("router_aux_loss_coef") is not None:  # earlier exports lack it
+            moe["moe_aux_loss_coeff"] = config["router_aux_loss_coef"]
     read = {"model": model, "moe": moe}
     if type(lock := moe.get("pool_lock_step")) is int:  # a run that it ends in
         read["training"] = {"train_iters": lock + MoEConfig().pool_lock_anneal_steps}

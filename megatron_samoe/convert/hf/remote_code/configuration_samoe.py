@@ -132,12 +132,14 @@ class SamoeConfig(PretrainedConfig):
         shared_expert_gate: weigh the expert that every token passes by a sigmoid of each token.
         residual_mlp: weigh routed experts against a dense MLP by each token.
         router_pre_softmax: weigh experts by their score among all experts rather than among the chosen.
+        router_aux_loss_coef, output_router_logits: weight of the balance loss, and whether it is added to the loss; in models
+            with `has_balance_loss`.
         samoe_granularity: one set of coefficients per layer, or one per layer and expert.
         samoe_normalization: of coefficients: none, l2 or softmax.
     """
 
     model_type = "samoe"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "router_logits"]  # noqa: RUF012
     #: Experts and routers are whole on every rank.
     base_model_tp_plan = {  # noqa: RUF012
         **{f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
@@ -157,7 +159,9 @@ class SamoeConfig(PretrainedConfig):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.moe_layers = list(self.moe_layers) if self.moe_layers else [False] * self.num_hidden_layers
         self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
-        self.expert_sources()  # of wrong length, it is refused now
+        balance = kwargs.pop("router_aux_loss_coef", 0.0), kwargs.pop("output_router_logits", False)
+        if self.has_balance_loss:  # trainers ask whether there is one by the entries' presence
+            self.router_aux_loss_coef, self.output_router_logits = balance
         if self.attention_output_bias is None:
             self.attention_output_bias = self.linear_bias
         kwargs.pop("layer_types", None)  # derived
@@ -177,6 +181,14 @@ class SamoeConfig(PretrainedConfig):
     def has_whole_attention(self):
         """Whether attention has a norm over all heads, or a latent of all, so that no rank can have a part of it."""
         return self.multi_latent_attention or (self.qk_layernorm and self.qk_layernorm_scope == "all")
+
+    @property
+    def has_balance_loss(self):
+        """Whether transformers' balance loss fits: it knows softmax routers by their logits, and one number of experts."""
+        sources = [source for source in self.expert_sources() if source is not None]
+        one_number = bool(sources) and all(source.num_experts == self.num_experts for source in sources)
+        by_logits = not self.router_expert_bias and self.router_num_groups is None
+        return one_number and by_logits and self.router_score_function == "softmax"
 
     def expert_sources(self):
         """Returns for each layer where its experts come from, None for a layer without experts."""

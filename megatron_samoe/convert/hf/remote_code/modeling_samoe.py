@@ -21,14 +21,15 @@ from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .attention_samoe import Attention, LatentAttention, make_norm, rotary_tables
 from .configuration_samoe import ExpertSource, SamoeConfig
 from .moe_samoe import MLP, ExpertPool, Experts, Lent, MoE, experts_name
 
 # Transformers 5 renames the cache's field, and arguments of the mask.
-_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+_CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _OF_MASK = inspect.signature(create_causal_mask).parameters
 
 
@@ -42,7 +43,8 @@ class SamoeDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = make_norm(config, config.hidden_size)
         self.self_attn = (LatentAttention if config.multi_latent_attention else Attention)(config, index)
         self.post_attention_layernorm = make_norm(config, config.hidden_size)
-        self.mlp = MLP(config, config.intermediate_size) if source is None else MoE(config, source)
+        self.has_experts = source is not None  # an adapter may take the place of the module that tells
+        self.mlp = MoE(config, source) if self.has_experts else MLP(config, config.intermediate_size)
 
     def forward(
         self,
@@ -54,7 +56,7 @@ class SamoeDecoderLayer(GradientCheckpointingLayer):
         cache_position=None,
         **kwargs,
     ):
-        """Returns the next residual stream [B, S, H].
+        """Returns the next residual stream [B, S, H], and the router's logits [T, E] or None.
 
         Args:
             attention_mask: by kind of attention, as `SamoeModel.causal_masks` makes it.
@@ -66,8 +68,9 @@ class SamoeDecoderLayer(GradientCheckpointingLayer):
         normed = self.post_attention_layernorm(x) if self.is_parallel else None
         x = torch.add(x, F.dropout(y, self.dropout, self.training), alpha=self.multiplier)
         normed = self.post_attention_layernorm(x) if normed is None else normed
-        y = self.mlp(normed, lent) if isinstance(self.mlp, MoE) else self.mlp(normed)
-        return torch.add(x, F.dropout(y, self.dropout, self.training), alpha=self.multiplier)
+        # Logits are a result, since only results have gradients where layers are computed again.
+        y, logits_TE = self.mlp(normed, lent) if self.has_experts else (self.mlp(normed), None)
+        return torch.add(x, F.dropout(y, self.dropout, self.training), alpha=self.multiplier), logits_TE
 
 
 class SamoePreTrainedModel(PreTrainedModel):
@@ -145,9 +148,10 @@ class SamoeModel(SamoePreTrainedModel):
         cache=None,
         return_dict=None,
         cache_position=None,
+        output_router_logits=False,
         **kwargs,
     ):
-        """Returns the last hidden states [B, S, H], and the cache if one is used.
+        """Returns the last hidden states [B, S, H], the cache if one is used, and routers' logits [T, E] if asked for.
 
         Args:
             attention_mask: [B, keys], 0 for padding; or [B, 1, S, keys], true (or 0.0) where a query may look; or
@@ -160,6 +164,11 @@ class SamoeModel(SamoePreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions is not supported: fused attention makes no weights")
+        if output_router_logits and not self.config.has_balance_loss:
+            raise ValueError(
+                "output_router_logits is for the balance loss of transformers, which knows softmax routers without biases and "
+                "groups, and one number of experts in all layers"
+            )
         cache = cache if cache is not None else past_key_values
         if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
             cache = DynamicCache()
@@ -175,13 +184,19 @@ class SamoeModel(SamoePreTrainedModel):
         x = F.dropout(x, self.config.hidden_dropout, self.training)
         uses_rotary = self.config.position_embedding_type == "rope"
         rotary = rotary_tables(self.config, position_ids, x.dtype) if uses_rotary else None
-        hidden_states, lent = [x], Lent(self.expert_pool)
+        hidden_states, router_logits, lent = [x], [], Lent(self.expert_pool)
         for layer in self.layers:
-            x = layer(x, rotary, masks, cache, lent, cache_position, **kwargs)
+            x, logits_TE = layer(x, rotary, masks, cache, lent, cache_position, **kwargs)
             hidden_states.append(x)
+            router_logits += [] if logits_TE is None else [logits_TE]
         x = self.norm(x) / self.config.logits_scaling  # fewer numbers than logits
         all_states = (*hidden_states[:-1], x) if output_hidden_states else None
-        output = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=all_states, **{_CACHE: cache})
+        output = MoeModelOutputWithPast(
+            last_hidden_state=x,
+            hidden_states=all_states,
+            router_logits=tuple(router_logits) if output_router_logits else None,
+            **{_CACHE: cache},
+        )
         return output if return_dict is not False else output.to_tuple()
 
     def causal_masks(self, x, attention_mask, cache, position_ids, cache_position):
@@ -227,9 +242,19 @@ class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
         return_dict=None,
         logits_to_keep=0,
         cache=None,
+        output_router_logits=None,
         **kwargs,
     ):
-        """Returns logits [B, S, V], and the mean loss of the next token if labels are given (-100 is left out)."""
+        """Returns logits [B, S, V], and the loss of the next token if labels are given (-100 is left out).
+
+        Args:
+            output_router_logits: also return routers' logits and their balance loss over all tokens but padding, and add this
+                to the loss by the configuration's router_aux_loss_coef.
+            kwargs: num_items_in_batch: what the sum of tokens' losses is divided by, in place of their number; others go to
+                the attention function.
+        """
+        if output_router_logits is None:
+            output_router_logits = getattr(self.config, "output_router_logits", False)
         output = self.model(
             input_ids,
             attention_mask,
@@ -239,17 +264,32 @@ class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
             use_cache,
             bool(output_hidden_states),
             cache,
+            output_router_logits=output_router_logits,
             **kwargs,
         )
         x = output.last_hidden_state
         x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
         logits = self.lm_head(x)
-        loss = None
+        loss = balance = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        passed_on = {name: getattr(output, name) for name in (_CACHE, "hidden_states")}
-        result = CausalLMOutputWithPast(loss=loss, logits=logits, **passed_on)
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        if output_router_logits:
+            balance = self.balance_loss(output.router_logits, attention_mask)
+            loss = None if loss is None else loss + self.config.router_aux_loss_coef * balance.to(loss.device)
+        passed_on = {name: getattr(output, name) for name in (_CACHE, "hidden_states", "router_logits")}
+        result = MoeCausalLMOutputWithPast(loss=loss, aux_loss=balance, logits=logits, **passed_on)
         return result if return_dict is not False else result.to_tuple()
+
+    def balance_loss(self, router_logits, attention_mask):
+        """Returns Mixtral's balance loss, over all layers together: trainers compute it by the same function.
+
+        Args:
+            attention_mask: [B, S], 0 for padding; any other does not tell padding.
+        """
+        counts = isinstance(attention_mask, torch.Tensor) and attention_mask.numel() == len(router_logits[0])
+        return load_balancing_loss_func(
+            router_logits, self.config.num_experts, self.config.num_experts_per_tok, attention_mask if counts else None
+        )
 
     @torch.no_grad()
     def fold_pool(self):

@@ -36,6 +36,17 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def without_autocast(x):
+    """Returns a context in which a trainer's autocast rounds nothing: as in training, routers and banks are in fp32."""
+    return torch.autocast("cpu" if x.device.type in ("meta", "mps") else x.device.type, enabled=False)
+
+
+def fp32_linear(x, weight, bias=None):
+    """Returns x times a weight, and a bias if there is one, in fp32."""
+    with without_autocast(x):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+
 def run_experts(x_TH, ids_TK, weights_TK, num_experts, run):
     """Returns y_TH: for each token the sum of its experts' results times their weights.
 
@@ -100,7 +111,8 @@ class Experts(nn.Module):
                     return packed[index].to(dtype)
                 rows = a_2GP[1 if name.startswith("down") else 0]
                 a_P = rows[index if rows.shape[0] > 1 else 0]
-                return torch.tensordot(a_P.to(packed.dtype), packed[index :: self.num_experts], dims=1).to(dtype)
+                with without_autocast(packed):
+                    return torch.tensordot(a_P.to(packed.dtype), packed[index :: self.num_experts], dims=1).to(dtype)
 
             return self.run(x_RH, weight, scale)
 
@@ -186,7 +198,7 @@ class Router(nn.Module):
         if logits_TE is not None:
             return self.choose(logits_TE)
         config = self.config
-        logits_TE = F.linear(x_TH.float(), self.weight.float())
+        logits_TE = fp32_linear(x_TH, self.weight)
         if config.router_score_function == "norm":
             logits_TE = self.scale.float() * F.normalize(logits_TE, dim=1)
         if not self.has_candidates:
@@ -253,7 +265,7 @@ class Mixing(nn.Module):
 
     def forward(self, x_TH):
         """Returns logits [T, 1 or 2]."""
-        return F.linear(x_TH.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        return fp32_linear(x_TH, self.weight, self.bias)
 
 
 class MoE(nn.Module):
@@ -279,11 +291,12 @@ class MoE(nn.Module):
             self.combination = nn.Parameter(torch.zeros(2, groups, source.num_banks))
 
     def forward(self, hidden_states, lent=None):
-        """Returns y of x's shape [..., H]; `lent` is what layers share."""
+        """Returns y of x's shape [..., H] and the router's logits [T, E]; `lent` is what layers share."""
         x_TH = hidden_states.flatten(0, -2)
-        probs_TK, ids_TK = self.router(x_TH, self.router(x_TH))
+        logits_TE = self.router(x_TH)
+        probs_TK, ids_TK = self.router(x_TH, logits_TE)
         y_TH = self.mixed(x_TH, self.routed(x_TH, ids_TK, probs_TK, lent and lent.pool))
-        return y_TH.view(hidden_states.shape)
+        return y_TH.view(hidden_states.shape), logits_TE
 
     def routed(self, x_TH, ids_TK, probs_TK, pool):
         """Returns the sum of each token's experts."""
