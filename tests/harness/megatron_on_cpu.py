@@ -93,3 +93,7 @@ rng._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
 rng._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # without Transformer Engine 0.16.1 leaves the name undefined
+
+import megatron.core.transformer.multi_latent_attention as latent  # noqa: E402
+
+latent.HAVE_TE = False  # 0.16.1 thinks that its stand-ins for Transformer Engine are there

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -154,8 +153,7 @@ class MegatronReader:
         if any(self._stored.read(entry).any() for entry in biases):
             raise CheckpointError(f"{self.directory} has routers with a bias, which this program's model lacks.")
         used |= {id(entry) for entry in biases}
-        known = {re.sub(r"\d+", "#", key) for entries in index for key, e in entries.items() if id(e) in used}
-        known.add("output_layer.weight")
-        rest = sorted({key for entries in index for key in entries if re.sub(r"\d+", "#", key) not in known})
+        known = {key for entries in index for key, e in entries.items() if id(e) in used}
+        rest = sorted({key for entries in index for key in entries} - known - {"output_layer.weight"})
         if rest:
             raise CheckpointError(f"{self.directory} has tensors that this program's model lacks: {some(rest)}.")

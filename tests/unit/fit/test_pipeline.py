@@ -71,7 +71,7 @@ def test_a_compression_shares_and_is_judged(folder: Path, name: str, more: dict,
     original, fitted = verdicts["original"], verdicts["fitted"]
     assert original.divergence == 0 and verdicts["matched"].divergence < 1e-6
     assert verdicts["matched"].loss == pytest.approx(original.loss, abs=1e-5)
-    assert {s.way.name for s in sharing_map(from_mapping(compression.fitted().config, ""))} <= ways
+    assert {s.way.name for s in sharing_map(from_mapping(compression.fitted().model.config, ""))} <= ways
     if name != "map":
         assert 0.49 < fitted.expert_bytes / original.expert_bytes < 0.51
     for other in ("blind", "pruned", "merged"):
@@ -88,7 +88,7 @@ def test_a_planted_pool_comes_back_whole(folder: Path, tmp_path: Path) -> None:
     write_corpus(tmp_path / "text", vocab_size=VOCAB)
     for refit in (True, False):
         compression = Compression(options(tmp_path, f"out-{refit}", refit=refit))
-        again = compression.fitted()
+        again = compression.fitted().model
         assert expert_bytes(again) < 0.51 * expert_bytes(compression.source)
         torch.testing.assert_close(logits(again), logits(pool), rtol=1e-3, atol=1e-3)
 
