@@ -12,6 +12,7 @@ import torch
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import load_model
+from tests.harness.tables import table
 from tests.parity.hf_models import converted, native, random_source, run, their_logits, theirs, transformers
 
 pytestmark = pytest.mark.parity
@@ -32,43 +33,7 @@ MULTIPLIERS = {
     "residual_multiplier": 0.22,
     "logits_scaling": 0.4,
 }
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {}),
-    "llama_tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 16, "attention_bias": True, "mlp_bias": True}),
-    "llama_far_positions": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
-    "llama_linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
-    "llama_llama3": ("Llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
-                               "high_freq_factor": 4.0, "original_max_position_embeddings": 16}}),
-    "qwen3_moe_yarn": ("Qwen3Moe", {**EXPERTS, "head_dim": 8, "norm_topk_prob": True, "rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}}),
-    "llama_attention_bias": ("Llama", {"attention_bias": True}),
-    "llama_mlp_bias": ("Llama", {"mlp_bias": True}),
-    "gpt2": ("GPT2", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64,
-                      "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2}),
-    "mixtral": ("Mixtral", {"num_local_experts": 4}),
-    "mixtral_window": ("Mixtral", {"num_local_experts": 4, "sliding_window": 5}),
-    "mistral": ("Mistral", {"sliding_window": 5}),
-    "mistral_all": ("Mistral", {"sliding_window": None}),
-    "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
-    "qwen3_layers": ("Qwen3", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5,
-                               "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
-    "olmoe_heads": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", {"head_dim": 8}),
-    "olmoe_clip": ("Olmoe", {"num_experts": 12, "num_experts_per_tok": 8, "clip_qkv": 0.5}),
-    "pythia": ("GPTNeoX", {"rotary_pct": 0.25, "hidden_dropout": 0.0}),
-    "neox": ("GPTNeoX", {"rotary_pct": 1.0, "use_parallel_residual": False, "hidden_act": "gelu_new", "attention_bias": False}),
-    "granite": ("Granite", {**MULTIPLIERS, "mlp_bias": True}),
-    "granitemoe": ("GraniteMoe", {**MULTIPLIERS, "num_local_experts": 5, "attention_bias": True, "tie_word_embeddings": True}),
-    "deepseek_v3": ("DeepseekV3", {**LATENT, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "n_routed_experts": 8}),
-    "deepseek_v3_yarn": ("DeepseekV3", {**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False,
-                                        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "mscale": 1.0,
-                                                            "mscale_all_dim": 0.707, "original_max_position_embeddings": 16}}),
-    "deepseek_v2": ("DeepseekV2", {**LATENT, "q_lora_rank": None, "n_shared_experts": 1, "topk_method": "greedy", "norm_topk_prob": False}),
-    "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 20, "decoder_sparse_step": 2}),
-    "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 8, "mlp_only_layers": [1], "norm_topk_prob": True}),
-    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 1, "num_key_value_heads": 1}),
-}  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any]]] = table(__file__, tuples=False)["models"]
 
 
 def made(case: str, **changes: Any) -> Any:

@@ -66,7 +66,9 @@ def test_misspelt_flag_is_refused_with_the_nearest(wrong: str, right: str, capsy
     assert wrong in message and right in message.split("Perhaps you meant")[1]
 
 
-@pytest.mark.parametrize("args", [["--train-iters", "many"], ["--lr-decay-style", "wsd"], ["--bf16", "True"]])
+@pytest.mark.parametrize(
+    "args", [["--train-iters", "many"], ["--lr-decay-style", "wsd"], ["--bf16", "True"], ["--num-layers"]]
+)
 def test_malformed_flag_is_refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         parse_pretrain_args(args)
@@ -103,6 +105,7 @@ def test_flags_override_yaml(tmp_path: Path) -> None:
         ("lr_decay_style: cosin", "lr_decay_style", "Did you mean 'cosine'?"),
         ("data_path: {a: 1}", "data_path", "must be of type str list"),
         ("tokenizer_model: [a]", "tokenizer_model", "must be of type str"),
+        ("normalization: LayerNrom", "normalization", "must be one of 'LayerNorm', 'RMSNorm'"),
         ("- a", "--config", "must hold a mapping of option to value, not list"),
         ("a: [", "--config", "is not YAML"),
     ],
@@ -129,6 +132,8 @@ def test_empty_yaml_changes_nothing_and_missing_is_named(tmp_path: Path) -> None
     assert read_yaml(Path(write(tmp_path, ""))) == {}
     with pytest.raises(ConfigError, match=r"absent\.yaml.*cannot be read"):
         parse_pretrain_args(["--config", str(tmp_path / "absent.yaml")])
+    with pytest.raises(ConfigError, match="Is a directory"):
+        parse_pretrain_args(["--config", str(tmp_path)])
     with pytest.raises(ConfigError, match="needs the path"):
         parse_pretrain_args(["--config"])
 
