@@ -276,8 +276,9 @@ def test_checkpoint_that_cannot_be_written_whole(num_ranks: int, corpus: Path, t
     shutil.copytree(trained, tmp_path / "more room")
     start(arguments(**options, run_dir=tmp_path / "more room"), tmp_path / "out", num_ranks).succeed()
     assert {p.name for p in (tmp_path / "more room/checkpoints").iterdir()} == {
-        "latest_checkpointed_iteration.txt", *(f"iter_{i:07d}" for i in (3, 6, 7, 8, 9))
-    }  # fmt: skip
+        "latest_checkpointed_iteration.txt",
+        *(f"iter_{i:07d}" for i in (3, 6, 7, 8, 9)),
+    }
 
 
 @pytest.fixture

@@ -44,8 +44,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.night  # it waits for a time-out
 def test_a_hang_leaves_stacks_and_collectives(corpus: Path, tmp_path: Path) -> None:
-    args = arguments(data_path=corpus, run_dir=tmp_path / "run", train_iters=100_000, eval_iters=0,
-                     distributed_timeout_minutes=0.1)  # fmt: skip
+    args = arguments(
+        data_path=corpus, run_dir=tmp_path / "run", train_iters=100_000, eval_iters=0, distributed_timeout_minutes=0.1
+    )
     run = start(args, tmp_path / "out", 2)
     assert run.wait_until(lambda: "iteration        3/" in run.output()), run.output()
     stopped = run.processes[1].pid

@@ -27,12 +27,6 @@ from megatron_samoe.training.train_step import train_step
 from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout, with_options
 
-LLAMA: dict[str, Any] = {"style": "llama", "init_method_std": 0.2}
-LATENT: dict[str, Any] = {
-    "multi_latent_attention": True, "group_query_attention": False, "num_query_groups": 1, "kv_lora_rank": 10, "qk_head_dim": 6,
-    "qk_pos_emb_head_dim": 4, "v_head_dim": 5,
-}  # fmt: skip
-MUON: dict[str, Any] = {"optimizer": "muon", "lr": 3e-3}
 TABLE = table(__file__)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = TABLE["layouts"]
 MODELS: dict[str, dict[str, Any]] = TABLE["models"]
@@ -172,14 +166,19 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any], rtol: float) -
         )
         scale = max(g.abs().max().item() for g in measured_by)
         torch.testing.assert_close(
-            actual["gradients"][name], gradient, rtol=rtol, atol=rtol * scale,
+            actual["gradients"][name],
+            gradient,
+            rtol=rtol,
+            atol=rtol * scale,
             msg=lambda m, n=name: f"gradient of {n}: {m}",
-        )  # fmt: skip
+        )
     assert expected["weights"].keys() == actual["weights"].keys()
     for name, weight in expected["weights"].items():
         is_double = weight.dtype == torch.float64
         torch.testing.assert_close(
-            actual["weights"][name], weight, rtol=1e-9 if is_double else 2.0**-22,
+            actual["weights"][name],
+            weight,
+            rtol=1e-9 if is_double else 2.0**-22,
             atol=1e-11 if is_double else 1e-3 * expected["rates"].get(name, 0.0),
             msg=lambda m, n=name: f"weight {n}: {m}",
-        )  # fmt: skip
+        )

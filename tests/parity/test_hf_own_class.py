@@ -17,16 +17,6 @@ from tests.parity.hf_models import converted, exported, native, some_ids, their_
 
 pytestmark = pytest.mark.parity
 
-LLAMA: dict[str, Any] = {
-    "style": "llama",
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 24,
-    "expert_sharing": "own,combined*2,own",
-}
-TRAINED = {"rope_original_max_positions": 16, "rotary_base": 500.0}
-LATENT = {"group_query_attention": False, "num_query_groups": 1, "multi_latent_attention": True, "kv_lora_rank": 12,
-          "qk_head_dim": 6, "qk_pos_emb_head_dim": 8, "v_head_dim": 10, "norm_epsilon": 1e-6, "moe_layer_freq": "0111",
-          "expert_sharing": "combined"}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = table(__file__)["models"]
 
 

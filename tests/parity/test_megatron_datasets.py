@@ -212,11 +212,12 @@ def test_a_blend_per_split_and_whole_epochs(tmp_path: Path) -> None:
     prefixes = [make_dataset(tmp_path / name, list(range(9, 60)), place) for place, name in enumerate("abcd")]
     theirs = their_datasets(
         {
-            "seed": 5, "seq_length": 16,
+            "seed": 5,
+            "seq_length": 16,
             "blend_per_split": [(prefixes[:2], [0.2, 0.8]), (prefixes[2:], None), (prefixes[:1], None)],
         },
         [100, None, 7],
-    )  # fmt: skip
+    )
     data = DataConfig(
         train_data_path=("0.2", prefixes[0], "0.8", prefixes[1]),
         valid_data_path=tuple(prefixes[2:]) + (),

@@ -102,8 +102,11 @@ class Case:
         """Returns the case without options, and without those that then have no effect."""
         options = {name: value for name, value in self.options.items() if name not in names}
         config = replace(self, options=options).config
-        idle = [name for _, name, value, default, facts in all_options(config)
-                if name in options and value != default and facts.needs and not facts.needs.is_met(config)]  # fmt: skip
+        idle = [
+            name
+            for _, name, value, default, facts in all_options(config)
+            if name in options and value != default and facts.needs and not facts.needs.is_met(config)
+        ]
         return replace(self, options=options).without(*idle) if idle else replace(self, options=options)
 
     def is_part_of(self, other: Case) -> bool:

@@ -28,10 +28,12 @@ def write(folder: Path, content: str) -> str:
 
 def test_flags_are_megatrons() -> None:
     config = parse_pretrain_args(
-        ["--num-layers", "3", "--tensor-model-parallel-size", "2", "--swiglu", "--data-path", "0.3", "a", "0.7", "b",
-         "--expert-layout", "samoe", "--samoe-init", "block", "--moe-expert-capacity-factor", "1.25",
-         "--lr-decay-style", "WSD", "--save", "here", "--bf16"]
-    )  # fmt: skip
+        (
+            "--num-layers 3 --tensor-model-parallel-size 2 --swiglu --data-path 0.3 a 0.7 b --expert-layout "
+            "samoe --samoe-init block --moe-expert-capacity-factor 1.25 --lr-decay-style WSD --save here "
+            "--bf16"
+        ).split()
+    )
     assert config.model.num_layers == 3 and config.model.swiglu
     assert config.parallel.tensor_model_parallel_size == 2
     assert config.data.data_path == ("0.3", "a", "0.7", "b")
@@ -224,8 +226,11 @@ def test_what_other_programs_flags_are_is_said_at_once() -> None:
 
 
 def test_no_foreign_name_is_one_of_ours() -> None:
-    ours = {flag(field.name) for group in dataclasses.fields(PretrainConfig)
-            for field in dataclasses.fields(getattr(PretrainConfig(), group.name))}  # fmt: skip
+    ours = {
+        flag(field.name)
+        for group in dataclasses.fields(PretrainConfig)
+        for field in dataclasses.fields(getattr(PretrainConfig(), group.name))
+    }
     ours |= {f"--no-{name.removeprefix('--')}" for name in ours}
     renamed, always_so, missing = foreign_flags().values()
     assert not ours & {*renamed, *always_so, *missing} and {words.split()[0] for words in renamed.values()} <= ours

@@ -67,8 +67,11 @@ def test_large_tensors_come_back_whole_in_part_and_in_another_precision(tmp_path
     place = torch.zeros(1024, whole.shape[1])
     half = torch.zeros(512, whole.shape[1])
     double = torch.zeros(whole.shape, dtype=torch.float64)
-    wanted = {"a": replicated(place, STATE), "b": [ShardedTensor(half, tuple(whole.shape), (512, 0), True)],
-              "c": replicated(double, STATE)}  # fmt: skip
+    wanted = {
+        "a": replicated(place, STATE),
+        "b": [ShardedTensor(half, tuple(whole.shape), (512, 0), True)],
+        "c": replicated(double, STATE),
+    }
     store.load_checkpoint(path, wanted, STATE)
     assert torch.equal(place, whole) and torch.equal(half, whole[512:] + 1) and torch.equal(double, -whole.double())
 

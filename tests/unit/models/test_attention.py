@@ -18,7 +18,9 @@ from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops.document_attention import Documents
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.tensor_parallel.random import SampleRandom
+from tests.harness.tables import table
 
+TABLE = table(__file__)
 B, S, H, A, D = 2, 7, 12, 6, 4
 MODEL = ModelConfig(hidden_size=H, num_attention_heads=A, kv_channels=D, seq_length=S, num_layers=2)
 STATE = single_process_state()
@@ -57,9 +59,12 @@ def rotate(x_SD: Tensor, positions: Tensor, config: ModelConfig) -> Tensor:
 
 
 def naive(
-    attention: SelfAttention, x_TH: Tensor, config: ModelConfig, positions_BS: Tensor | None = None,
+    attention: SelfAttention,
+    x_TH: Tensor,
+    config: ModelConfig,
+    positions_BS: Tensor | None = None,
     documents_BS: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     weight, bias = attention.qkv.weight, attention.qkv.bias
     per_group = A // config.num_kv_heads
     outputs = []
@@ -89,17 +94,7 @@ def naive(
     return y if attention.output.bias is None else y + attention.output.bias
 
 
-STYLES: dict[str, dict[str, Any]] = {
-    "gpt3": {},
-    "rope": {"position_embedding_type": "rope"},
-    "half rotated": {"position_embedding_type": "rope", "rotary_percent": 0.5, "rotary_base": 100.0},
-    "grouped": {"group_query_attention": True, "num_query_groups": 2, "disable_bias_linear": True},
-    "one key head": {"group_query_attention": True, "num_query_groups": 1, "position_embedding_type": "rope"},
-    "qk layernorm": {"qk_layernorm": True},
-    "qk rmsnorm, rope": {"qk_layernorm": True, "normalization": "RMSNorm", "position_embedding_type": "rope",
-                         "group_query_attention": True, "num_query_groups": 3, "disable_bias_linear": True,
-                         "add_qkv_bias": True},
-}  # fmt: skip
+STYLES: dict[str, dict[str, Any]] = TABLE["styles"]
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -166,8 +161,10 @@ def test_attention_dropout_acts_while_training_and_comes_back_in_recomputation()
     x = hidden().requires_grad_()
     plain, recomputed = make(config), make(config, recompute_core=True)
     evaluated = plain(x, AttentionInputs(), ForwardContext(B))
-    y, again, other = (m(x, AttentionInputs(), c) for m, c in (
-        (plain, training()), (recomputed, training()), (plain, training((5, 6)))))  # fmt: skip
+    y, again, other = (
+        m(x, AttentionInputs(), c)
+        for m, c in ((plain, training()), (recomputed, training()), (plain, training((5, 6))))
+    )
     assert torch.equal(y, again) and not torch.equal(y, evaluated) and not torch.equal(y, other)
     before = torch.get_rng_state()
     gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out in (y, again)]

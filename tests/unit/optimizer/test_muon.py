@@ -185,9 +185,10 @@ def test_steps_follow_torchs_muon(nesterov: bool, scale: Any) -> None:
         if p.ndim == 2:
             torch.testing.assert_close(ours[name], p, rtol=0, atol=0.01 * 0.05)
     assert {name: list(optimizer.moments(name)) for name in ours} == {
-        "layers.0.mlp.fc1.weight": ["momentum"], "layers.0.mlp.fc2.weight": ["momentum"],
+        "layers.0.mlp.fc1.weight": ["momentum"],
+        "layers.0.mlp.fc2.weight": ["momentum"],
         "layers.0.mlp.fc1.bias": ["exp_avg", "exp_avg_sq"],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("layout", ["dense", "moe", "samoe", "tied"])
