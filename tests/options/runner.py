@@ -6,6 +6,7 @@ It reads lines of JSON, an option and a test, and writes for each how the test e
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -22,21 +23,28 @@ LIMIT_S = 240
 
 
 class _Outcome:
-    """What pytest reports of a test: passed, failed with the end of its text, refused, or skipped."""
+    """What pytest reports of a test: passed, failed by an assertion, broke by another error, or skipped."""
 
     outcome, said = "not run", ""
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
+    def pytest_exception_interact(self, call: pytest.CallInfo[Any], report: pytest.TestReport) -> None:
+        if isinstance(report, pytest.TestReport) and call.excinfo is not None:
             self.said = str(report.longrepr)[-2000:]
-            # Then rules saw the default: it says nothing of what the option does.
-            self.outcome = "refused" if "ConfigError" in self.said else "failed"
-        elif report.skipped or (report.when == "call" and self.outcome == "not run"):
+            # A rule that refuses the default, or sizes that do not fit any more, say nothing of what the option does.
+            is_judged = (
+                call.excinfo.errisinstance((AssertionError, pytest.fail.Exception)) and "ConfigError" not in self.said
+            )
+            self.outcome = "failed" if is_judged else "broke"
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped or (report.when == "call" and self.outcome == "not run"):
             self.outcome = report.outcome
 
 
 def ended(option: str, test: str) -> dict[str, Any]:
     """Returns how a test ends where the program reads the option's default."""
+    # Imported once, not in each fork.
+    importlib.import_module(test.partition(".py")[0].replace("/", "."))
     with tempfile.TemporaryDirectory() as folder:
         log, result = f"{folder}/values", f"{folder}/result"
         child = os.fork()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -77,17 +76,25 @@ def naive(
                 y = x @ weight[group, row].T
                 return y if bias is None else y + bias[group, row]
 
-            q = normalize(project(place), attention.q_norm, config)
-            k = normalize(project(per_group), attention.k_norm, config)
-            v = project(per_group + 1)
+            def cut(x: Tensor) -> Tensor:
+                return x if config.clip_qkv is None else x.clamp(-config.clip_qkv, config.clip_qkv)
+
+            q = cut(normalize(project(place), attention.q_norm, config))
+            k = cut(normalize(project(per_group), attention.k_norm, config))
+            v = cut(project(per_group + 1))
             if config.position_embedding_type == "rope":
                 positions = torch.arange(S) if positions_BS is None else positions_BS[b]
                 q, k = rotate(q, positions, config), rotate(k, positions, config)
             rows = []
             for i in range(S):
-                seen = [j for j in range(i + 1) if documents_BS is None or documents_BS[b, j] == documents_BS[b, i]]
-                scores = torch.stack([(q[i] * k[j]).sum() / math.sqrt(D) for j in seen]).softmax(0)
-                rows.append(scores @ v[seen])
+                first = 0 if config.sliding_window is None else max(0, i + 1 - config.sliding_window)
+                seen = [
+                    j for j in range(first, i + 1) if documents_BS is None or documents_BS[b, j] == documents_BS[b, i]
+                ]
+                scores = torch.stack([(q[i] * k[j]).sum() for j in seen]) * (config.attention_multiplier or D**-0.5)
+                if config.attn_logit_softcapping is not None:
+                    scores = config.attn_logit_softcapping * (scores / config.attn_logit_softcapping).tanh()
+                rows.append(scores.softmax(0) @ v[seen])
             heads.append(torch.stack(rows))
         outputs.append(torch.cat(heads, 1))
     y = torch.cat(outputs) @ attention.output.weight.T
