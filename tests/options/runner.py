@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from megatron_samoe.config import PretrainConfig
+from tests.harness.ranks import RankFailure
 from tests.options.plant import IGNORED, LOG, plant
 
 LIMIT_S = 240
@@ -30,15 +31,20 @@ class _Outcome:
     def pytest_exception_interact(self, call: pytest.CallInfo[Any], report: pytest.TestReport) -> None:
         if isinstance(report, pytest.TestReport) and call.excinfo is not None:
             self.said = str(report.longrepr)[-2000:]
-            # A rule that refuses the default, or sizes that do not fit any more, say nothing of what the option does.
-            is_judged = (
-                call.excinfo.errisinstance((AssertionError, pytest.fail.Exception)) and "ConfigError" not in self.said
-            )
-            self.outcome = "failed" if is_judged else "broke"
+            self.outcome = "failed" if _is_judged(call.excinfo) else "broke"
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.skipped or (report.when == "call" and self.outcome == "not run"):
             self.outcome = report.outcome
+
+
+def _is_judged(error: pytest.ExceptionInfo[BaseException]) -> bool:
+    """Returns whether a test said that something is wrong. A refusal of the default, or sizes that do not fit any more, say
+    nothing of what the option does."""
+    if error.errisinstance(RankFailure):
+        return "AssertionError" in str(error.value)
+    in_program = "megatron_samoe" in error.traceback[-1].path.parts[-4:]
+    return error.errisinstance((AssertionError, pytest.fail.Exception)) and not in_program
 
 
 def ended(option: str, test: str) -> dict[str, Any]:

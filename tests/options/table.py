@@ -29,7 +29,7 @@ class Row(NamedTuple):
     test: str
 
 
-ROWS = {name: Row(*row) for name, row in table(str(PROJECT / "tests/options/options.py")).items()}
+ROWS = {name: Row(*row) for name, row in table(str(Path(__file__).with_name("options.py"))).items()}
 
 
 class Copy:
@@ -56,13 +56,19 @@ class Copy:
         self._process.kill()
         self._process.wait()
 
+    def ask(self, option: str, test: str) -> dict[str, Any]:
+        """Returns how a test ends with an option ignored; see `runner.ended`."""
+        process = self._process
+        assert process.stdin and process.stdout
+        process.stdin.write(json.dumps([option, test]) + "\n")
+        process.stdin.flush()
+        answer: dict[str, Any] = json.loads(process.stdout.readline())
+        return answer
+
     def problem_of(self, option: str) -> str:
         """Returns why an option's row shows nothing, or an empty text."""
-        row, process = ROWS[option], self._process
-        assert process.stdin and process.stdout
-        process.stdin.write(json.dumps([option, row.test]) + "\n")
-        process.stdin.flush()
-        found = json.loads(process.stdout.readline())
+        row = ROWS[option]
+        found = self.ask(option, row.test)
         if found["outcome"] != "failed":
             return f"{row.test} {found['outcome']} although the program reads the default. {found['said']}"
         if repr(row.value) not in found["values"]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_samoe.config import PretrainConfig
-from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.runtime.ranks import place_in
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
 from tests.harness.ranks import run_ranks
@@ -30,7 +31,7 @@ class Rank:
         updated: elements that its optimizer updates.
         rows: tokens that entered its first layer, by micro-batch.
         order: F where its first layer ran forward, B where it had run backward, R where gradients began to be summed.
-        calls: collectives of torch that it called.
+        calls: collectives of torch that it called, or began.
     """
 
     weights: dict[str, tuple[int, ...]]
@@ -45,7 +46,7 @@ class Rank:
 
 
 def step(config: PretrainConfig) -> Rank:
-    parallel = initialize_model_parallel(config.parallel)
+    parallel = place_in(config.parallel, torch.device("cpu"))
     setup = build_setup(config, VOCAB_SIZE, parallel)
     weights = {name: tuple(p.shape) for name, p in setup.model.global_parameters().items()}
     seen = Rank(weights, sum(piece.weight.numel() for piece in setup.buffers.pieces))
@@ -59,7 +60,7 @@ def step(config: PretrainConfig) -> Rank:
 
     def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def calls(*args: Any, **kwargs: Any) -> Any:
-            seen.calls.append(name)
+            seen.calls.append(name + " begun" * bool(kwargs.get("async_op")))
             seen.order += "R" * (name == "all_reduce" and args[0].numel() >= GRADIENTS)
             return call(*args, **kwargs)
 
@@ -73,6 +74,7 @@ def step(config: PretrainConfig) -> Rank:
 
 
 TP, PP, EP, CP = (f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "expert_model", "context"))
+BACKEND = "moe_all_to_all_backend"
 #: Option and its value: other options of a tiny model of 4 layers, and whether a rank shows the option's effect.
 LAYOUTS: dict[tuple[str, Any], tuple[dict[str, Any], Callable[[Rank], bool]]] = {
     (TP, 2): ({}, lambda r: r.weights["layers.0.mlp.fc1.weight"] == (64, 32)),
@@ -94,9 +96,17 @@ LAYOUTS: dict[tuple[str, Any], tuple[dict[str, Any], Callable[[Rank], bool]]] = 
     ),
     ("overlap_grad_reduce", True): ({"ddp_bucket_size": 5000}, lambda r: "R" in r.order[: r.order.rindex("B")]),
     ("ddp_bucket_size", 5000): ({}, lambda r: r.order.count("R") > 5),
-    ("moe_dispatch_chunks", 2): (
+    (BACKEND, "torch"): (
         {"layout": "moe", EP: 2},
-        lambda r: r.calls.count("all_to_all_single") == 2 * 4 * (2 * 4 + 1),
+        lambda r: r.calls.count("all_to_all_single") == 2 * 4 * (4 + 1),
+    ),
+    ("moe_shared_expert_overlap", True): (
+        {"layout": "moe", EP: 2, BACKEND: "torch", "moe_shared_expert_intermediate_size": 8},
+        lambda r: "all_to_all_single begun" in r.calls,
+    ),
+    ("moe_dispatch_chunks", 2): (
+        {"layout": "moe", EP: 2, BACKEND: "torch"},
+        lambda r: sum("all_to_all" in call for call in r.calls) == 2 * 4 * (2 * 4 + 1),
     ),
 }
 

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_samoe.datasets.gpt_dataset import GPTDataset
 from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_samoe.dist_checkpointing import saving
+from megatron_samoe.training.hooks import replica_check
 from tests.harness import program
 
 
@@ -178,6 +179,16 @@ def test_checkpoints_are_written_by_another_thread_where_asked(
     monkeypatch.setattr(saving, "write_sharded", write_sharded)
     ended = run(tmp_path / "run", data_path=corpus, save_interval=2, async_save=asked)
     assert ended.saved == [2, 4] and ("MainThread" in writers) == (asked is None)
+
+
+def test_copies_of_a_pool_are_compared_at_its_steps(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+    monkeypatch.setattr(replica_check, "check_pool_replicas", lambda _setup, iteration: compared.append(iteration))
+    replicated = {"samoe_pool_placement": "replicated", "pool_replica_check_interval": 3}
+    run(tmp_path / "run", data_path=corpus, train_iters=7, **replicated)
+    assert compared == [3, 6]
 
 
 @pytest.fixture(scope="module")

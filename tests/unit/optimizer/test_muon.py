@@ -191,6 +191,21 @@ def test_steps_follow_torchs_muon(nesterov: bool, scale: Any) -> None:
     }
 
 
+@pytest.mark.parametrize(("dtype", "least", "most"), [("fp32", 0.0, 1e-4), ("bf16", 1e-3, 3e-2)])
+def test_products_round_as_their_precision_says(dtype: Any, least: float, most: float) -> None:
+    """The first step of a model, whose direction is known by singular values."""
+    ours, rate = model(), 0.1
+    config = replace(CONFIG, weight_decay=0.0, muon_ns_dtype=dtype, muon_use_nesterov=False)
+    optimizer = MixedPrecisionOptimizer(GradBuffers(ours, STATE), config)
+    weight = ours["layers.0.mlp.fc1.weight"]
+    before, gradient = weight.detach().double().clone(), drawn(*weight.shape)
+    weight.main_grad.copy_(gradient)
+    optimizer.step(rate)
+    moved = (before - weight.detach()) / rate / (0.2 * 12**0.5)
+    expected = by_singular_values(gradient, 5)
+    assert least <= float((moved - expected).norm() / expected.norm()) < most
+
+
 @pytest.mark.parametrize("layout", ["dense", "moe", "samoe", "tied"])
 def test_matrices_of_hidden_layers_are_muons(layout: str) -> None:
     options = {"layout": "moe", "expert_sharing": "0,1,1,0"} if layout == "tied" else {"layout": layout}
