@@ -1,4 +1,4 @@
-"""The table of what each option does and the tests that see it, and a copy of the project in which one is ignored."""
+"""The table of what each option does and the test that sees it, and a copy of the project in which an option is ignored."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Row(NamedTuple):
     """What shows that an option does what it says.
 
     Attributes:
-        value: one that the test gives it, neither the default nor an extreme.
+        value: one that the test gives it, neither the default nor an extreme; None for a path of the test's own.
         seen: the computed or written value that shows it, and by what it is judged.
-        test: the test that fails if the program reads the default instead.
+        test: the test, below `tests`, that fails if the program reads the default instead.
     """
 
     value: Any
@@ -29,11 +29,14 @@ class Row(NamedTuple):
     test: str
 
 
-ROWS = {name: Row(*row) for name, row in table(str(Path(__file__).with_name("options.py"))).items()}
+_TABLE = table(str(Path(__file__).with_name("options.py")))
+#: Options that no test sees in this way, with the reason.
+LEFT: dict[str, str] = _TABLE.pop("left")
+ROWS = {name: Row(*row) for name, row in _TABLE.items()}
 
 
 class Copy:
-    """A copy of the project that reads the default of one option, and a process that runs tests in it."""
+    """A copy of the project whose program reads the default of one option, and a process that runs tests in it."""
 
     def __init__(self, folder: Path) -> None:
         ignored = shutil.ignore_patterns(".*", "build", "runs", "_build", "__pycache__")
@@ -68,9 +71,10 @@ class Copy:
     def problem_of(self, option: str) -> str:
         """Returns why an option's row shows nothing, or an empty text."""
         row = ROWS[option]
-        found = self.ask(option, row.test)
-        if found["outcome"] != "failed":
+        found = self.ask(option, f"tests/{row.test}")
+        # Without its path a program cannot go on.
+        if found["outcome"] not in (("failed", "broke") if row.value is None else ("failed", "hangs")):
             return f"{row.test} {found['outcome']} although the program reads the default. {found['said']}"
-        if repr(row.value) not in found["values"]:
+        if row.value is not None and repr(row.value) not in found["values"]:
             return f"{row.test} gives it {', '.join(found['values'])}, not {row.value!r}"
         return ""
