@@ -14,16 +14,19 @@ from typing import Any
 IGNORED, LOG = "SAMOE_IGNORED_OPTION", "SAMOE_IGNORED_VALUES"
 #: Modules that pass options on or refuse them, and functions that do so in others: Python's own and facts of options.
 PASSING = ("cli", "option", "saved", "schema", "typed", "validate", "rules", "needs")
+#: Options that one of these modules itself goes by.
+USED = {"use_checkpoint_args": "cli"}
 MADE = ("__eq__", "__repr__", "__hash__", "__init__", "<lambda>")
 
 
-def is_used(frame: Any) -> bool:
+def is_used(option: str, frame: Any) -> bool:
     """Returns whether the program, not what passes options on, reads an option there."""
+    passing = [module for module in PASSING if module != USED.get(option)]
     if frame.f_globals.get("__name__", "").partition(".")[0] not in ("megatron_samoe", "__main__"):
         return False
     while frame is not None:
         package, _, module = frame.f_globals.get("__name__", "").partition(".config.")
-        if package == "megatron_samoe" and (module.partition(".")[0] in PASSING or frame.f_code.co_name in MADE):
+        if package == "megatron_samoe" and (module.partition(".")[0] in passing or frame.f_code.co_name in MADE):
             return False
         frame = frame.f_back
     return True
@@ -48,7 +51,7 @@ def _reader(ignored: str, default: Any, log: str) -> Any:
 
     def read(self: Any, name: str) -> Any:
         value = object.__getattribute__(self, name)
-        if name != ignored or value == default or not is_used(sys._getframe(1)):
+        if name != ignored or value == default or not is_used(name, sys._getframe(1)):
             return value
         if repr(value) not in logged:
             logged.add(repr(value))

@@ -55,6 +55,8 @@ class Run:
 RUNS: dict[str, tuple[dict[str, Any], Callable[[Run], bool]]] = {
     "train_iters": ({"train_iters": 3}, lambda r: r.steps == [1, 2, 3]),
     "train_samples": ({"train_iters": None, "train_samples": 40}, lambda r: r.steps == [1, 2, 3, 4, 5]),
+    # Two ranks are asked for, and one is there.
+    "elastic": ({"elastic": True, "expert_model_parallel_size": 2}, lambda r: r.steps == [1, 2, 3, 4]),
     "log_interval": ({"log_interval": 3, "train_iters": 7}, lambda r: r.steps == [3, 6, 7]),
     "global_batch_size": ({"global_batch_size": 6}, lambda r: r.lines[-1]["consumed_tokens"] == 4 * 6 * 16),
     "micro_batch_size": (
