@@ -15,7 +15,7 @@ IGNORED, LOG = "SAMOE_IGNORED_OPTION", "SAMOE_IGNORED_VALUES"
 #: Modules that pass options on or refuse them, and functions that do so in others: Python's own and facts of options.
 PASSING = ("cli", "option", "saved", "schema", "typed", "validate", "rules", "needs")
 #: Options that one of these modules itself goes by.
-USED = {"use_checkpoint_args": "cli"}
+USED = {"use_checkpoint_args": "cli", "run_dir": "cli"}
 MADE = ("__eq__", "__repr__", "__hash__", "__init__", "<lambda>")
 
 

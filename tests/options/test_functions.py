@@ -63,3 +63,15 @@ def test_experts_choose_as_many_tokens_each() -> None:
     result, _ = train_step(made, initial_state(made), micro_batches(made, 0))
     assert result.routing is not None
     assert result.routing.counts_LE.tolist() == [[8 * 16 * 2 / 4] * 4] * 4
+
+
+def test_a_model_of_half_precision_computes_in_it_and_keeps_masters() -> None:
+    """Logits have seven binary digits after the first; a step of a ten-thousandth, which those would lose, is kept."""
+    config = tiny_config("dense", bf16=True, lr=1e-4, lr_decay_style="constant", weight_decay=0.0)
+    made = build_setup(config, VOCAB_SIZE, single_process_state())
+    weight = made.model.global_parameters()["layers.0.mlp_norm.weight"]
+    for step in range(3):
+        train_step(made, initial_state(made), micro_batches(made, step))
+    assert weight.dtype == torch.bfloat16
+    assert made.optimizer.masters["layers.0.mlp_norm.weight"].float().sub(1).abs().max() > 1e-5
+    assert torch.equal(logits(made), logits(made).bfloat16().to(logits(made).dtype))
