@@ -230,7 +230,7 @@ def test_a_profile_has_the_parts_of_a_step(corpus: Path, tmp_path: Path) -> None
     args = arguments(data_path=corpus, run_dir=tmp_path / "run", train_iters=6, eval_iters=0, profile=True,
                      profile_step_start=2, profile_step_end=4, profile_ranks=[1])  # fmt: skip
     start(args, tmp_path, num_ranks=2).succeed()
-    assert [path.name for path in (tmp_path / "run/profile").iterdir()] == ["rank-00001.json.gz"]
+    assert [path.name for path in tmp_path.glob("run/profile/*")] == ["rank-00001.json.gz"]
     with gzip.open(tmp_path / "run/profile/rank-00001.json.gz", "rt") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {"iteration 2", "iteration 3", "forward and backward", "reduce gradients", "optimizer"} <= names

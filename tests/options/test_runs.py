@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -191,6 +193,19 @@ def test_copies_of_a_pool_are_compared_at_its_steps(
     replicated = {"samoe_pool_placement": "replicated", "pool_replica_check_interval": 3}
     run(tmp_path / "run", data_path=corpus, train_iters=7, **replicated)
     assert compared == [3, 6]
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_a_tracker_gets_its_project_and_a_name(
+    library: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in hears what the libraries, which have the same calls, would be asked."""
+    begun: list[tuple[str, str]] = []
+    stand_in = SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    stand_in.init = lambda project, name, config: begun.append((project, name))
+    monkeypatch.setitem(sys.modules, library, stand_in)
+    run(tmp_path / "run", data_path=corpus, exp_name="second", **{f"{library}_project": "banks"})
+    assert begun == [("banks", "second")]
 
 
 @pytest.fixture(scope="module")
