@@ -89,9 +89,13 @@ HISTORY = TrainingConfig(spike_window=4, spike_sigmas=3.0)
 
 @pytest.mark.parametrize(
     ("loss", "norm", "problem"),
-    [(4.0, 1.0, None), (9.0, 1.0, "loss 9 is far above the mean 4.15"), (4.0, 30.0, "gradient norm 30 is far above"),
-     (1.0, 0.0, None)],
-)  # fmt: skip
+    [
+        (4.0, 1.0, None),
+        (4.7, 1.0, "loss 4.7 is far above the mean 4.15"),
+        (4.0, 30.0, "gradient norm 30 is far above"),
+        (1.0, 0.0, None),
+    ],
+)
 def test_spikes_are_far_above_a_window(loss: float, norm: float, problem: str | None) -> None:
     history = SpikeHistory()
     for step in range(4):

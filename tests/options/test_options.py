@@ -32,7 +32,7 @@ def test_a_row_has_a_value_to_see_and_a_test_that_is_there(option: str) -> None:
     (default, facts), row = OPTIONS[option], ROWS[option]
     file, _, test = row.test.partition("::")
     assert test.partition("[")[0] in functions(file) and len(row.seen.split()) > 1
-    assert row.value != default
+    assert row.value is None or row.value != default
     for number in row.value if isinstance(row.value, tuple) else (row.value,):
         if isinstance(number, (int, float)) and not isinstance(number, bool):
             assert number < facts.largest and (number or option == "profile_ranks")
