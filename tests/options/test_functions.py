@@ -75,3 +75,15 @@ def test_a_model_of_half_precision_computes_in_it_and_keeps_masters() -> None:
     assert weight.dtype == torch.bfloat16
     assert made.optimizer.masters["layers.0.mlp_norm.weight"].float().sub(1).abs().max() > 1e-5
     assert torch.equal(logits(made), logits(made).bfloat16().to(logits(made).dtype))
+
+
+def test_an_expert_of_a_locked_pool_is_one_layers() -> None:
+    """As tokens are counted two steps after the lock, whose scores fall within one step."""
+    locked = {"pool_lock_step": 2, "pool_lock_anneal_steps": 1, "num_experts": 8, "moe_router_topk": 2}
+    made = setup("moe", expert_sharing="pool", num_layers=2, **locked)
+    state = initial_state(made)
+    for step in range(5):
+        result, state = train_step(made, state, micro_batches(made, step))
+    assert result.routing is not None
+    users_E = (result.routing.counts_LE > 0).sum(0)
+    assert users_E.max() == 1, result.routing.counts_LE
