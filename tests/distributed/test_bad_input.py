@@ -118,11 +118,6 @@ def test_empty_corpus(num_documents: int, document_tokens: int, named: str, trai
     assert named in paragraph and "train split" in paragraph
 
 
-def test_split_that_leaves_validation_nothing(corpus: Path, tmp_path: Path) -> None:
-    paragraph = refused(tmp_path, data_path=corpus, split="100,0,0")
-    assert "valid split" in paragraph and "--split 100,0,0" in paragraph
-
-
 def test_data_of_another_tokenizer(trained: Path, tmp_path: Path) -> None:
     """One id beyond the vocabulary, in the last document, is found before the first step."""
     prefix = write_corpus(tmp_path / "data" / "plain")

@@ -293,18 +293,6 @@ def test_ckpt_step_goes_back_and_trains_the_same_again(corpus: Path, trained: Pa
     assert "--ckpt-step 5" in missing and "[2, 4, 6]" in missing
 
 
-@pytest.mark.parametrize(
-    ("retention", "kept"),
-    [({}, [1, 2, 3, 4, 5, 6]), ({"keep_last": 2}, [5, 6]), ({"save_retain_interval": 3}, [3, 6]),
-     ({"save_retain_interval": 2, "keep_last": 2}, [2, 4, 5, 6])],
-)  # fmt: skip
-def test_retention(retention: dict[str, int], kept: list[int], corpus: Path, tmp_path: Path) -> None:
-    args = arguments(data_path=corpus, save=tmp_path / "kept", save_interval=1, eval_iters=0, **retention)
-    start(args, tmp_path / "out").succeed()
-    assert iterations(tmp_path / "kept") == kept
-    assert (tmp_path / "kept/latest_checkpointed_iteration.txt").read_text().strip() == "6"
-
-
 def test_a_finished_run_started_again_changes_nothing(corpus: Path, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "run")
     output = start(noisy(corpus, tmp_path / "run", save_interval=2), tmp_path / "out").succeed()
