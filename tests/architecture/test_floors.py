@@ -328,7 +328,9 @@ def test_a_way_of_sharing_is_known_by_name_and_class_in_its_own_rooms_alone() ->
     assert {"OwnExperts", "ExpertPool", "Coefficients", "StepLender", "MappedLender"} <= classes
     found = {
         f"{path.relative_to(ROOT)}:{line}"
-        for path, tree in trees.items() if path not in rooms for line in questions_of_kind(tree, classes)
-    }  # fmt: skip
+        for path, tree in trees.items()
+        if path not in rooms
+        for line in questions_of_kind(tree, classes)
+    }
     assert not found, "ask the way itself: config/sharing_map.py (Way) or moe/sharing/way.py"
     assert any(questions_of_kind(trees[path], classes) for path in rooms), "the test sees such questions"

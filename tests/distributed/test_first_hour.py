@@ -33,8 +33,10 @@ def tokenizer_words(text: Path, prefix: Path) -> list[str]:
 
 
 def dataset_words(text: Path, tokenizer: Path, prefix: Path) -> list[str]:
-    return ["--input", str(text), "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", f"{tokenizer}.json",
-            "--append-eod", "--workers", "1", "--executor", "inline", "--output-prefix", str(prefix)]  # fmt: skip
+    return (
+        f"--input {text} --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer}.json "
+        f"--append-eod --workers 1 --executor inline --output-prefix {prefix}"
+    ).split()
 
 
 def run_tool(name: str, *words: object) -> subprocess.CompletedProcess:
@@ -133,8 +135,10 @@ def test_a_build_without_torch_says_so(tmp_path: Path) -> None:
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(REPOSITORY / name, tmp_path)
     shutil.copytree(REPOSITORY / "cpp_ext", tmp_path / "cpp_ext", ignore=shutil.ignore_patterns("__pycache__"))
-    code = "import importlib.util as u, sys; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'torch' else f(n, *a); " \
-           "sys.argv = ['setup.py', 'bdist_wheel']; exec(compile(open('setup.py').read(), 'setup.py', 'exec'))"  # fmt: skip
+    code = (
+        "import importlib.util as u, sys; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'torch' else f(n, *a); "
+        "sys.argv = ['setup.py', 'bdist_wheel']; exec(compile(open('setup.py').read(), 'setup.py', 'exec'))"
+    )
     environment = {k: v for k, v in os.environ.items() if k != "MEGATRON_SAMOE_BUILD"}
     done = subprocess.run([sys.executable, "-c", f"__file__ = 'setup.py'; {code}"], cwd=tmp_path, env=environment,
                           capture_output=True, text=True, timeout=60)  # fmt: skip

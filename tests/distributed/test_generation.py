@@ -20,9 +20,11 @@ from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_layout
 
 pytestmark = pytest.mark.distributed
+TABLE = table(__file__)
 
 PROMPT = [5, 17, 200, 3, 88]
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -55,20 +57,7 @@ def run(folder: str, config: PretrainConfig) -> tuple[torch.Tensor, list[int], l
     return logits_V, greedy, LanguageModel(loaded).generate_ids(PROMPT, 8, temperature=1.0, top_k=20, seed=3)
 
 
-MODELS: dict[str, dict[str, Any]] = {
-    "moe": {},
-    "samoe": {"layout": "samoe"},
-    "tied across stages": {"expert_sharing": "0,1,1,0", "moe_router_topk": 2},
-    "tied on a stage": {"expert_sharing": "0,0,1,1", "num_experts": (4, 4, 8, 8)},
-    "scaled": {"expert_sharing": "scaled:own,0,0,0", "moe_router_topk": 2},
-    "mixed": {"expert_sharing": "combined,0,combined,0", "moe_router_topk": 2},
-    "pool": {"expert_sharing": "pool", "num_experts": 8, "moe_router_topk": 3, "moe_router_score_function": "norm"},
-    "neighbours": {"expert_sharing": "neighbours", "moe_router_topk": 2, "neighbour_unmask_steps": 3},
-    "groups": {"num_experts": 8, "moe_router_topk": 2, "moe_router_score_function": "sigmoid",
-               "moe_router_enable_expert_bias": True, "moe_router_num_groups": 4, "moe_router_group_topk": 2,
-               "moe_router_topk_scaling_factor": 2.5},
-    "pyramid residual": {"num_experts": (4, 4, 8, 8), "moe_residual_mlp": True},
-}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = TABLE["models"]
 
 
 @pytest.mark.parametrize("model", first_by_day(sorted(MODELS, key=("samoe", "pool").__contains__, reverse=True)))

@@ -15,30 +15,13 @@ from megatron_samoe.training.train_step import train_step
 from tests.harness.kept_bytes import lent_tensors
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_layout
 
 pytestmark = pytest.mark.distributed
+TABLE = table(__file__)
 
-CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "dense tp2 sp zero": (4, {"layout": "dense", "bf16": True}, {"tp": 2, "sp": True, "zero": True}),
-    "moe pp2 ep2 zero": (4, {"layout": "moe"}, {"pp": 2, "ep": 2, "zero": True}),
-    "moe tp2 etp1 ep2": (4, {"layout": "moe", "style": "llama"}, {"tp": 2, "etp": 1, "ep": 2}),
-    "samoe step pp2 ep2": (4, {"layout": "samoe", "bf16": True}, {"pp": 2, "ep": 2}),
-    "samoe step pp2 vpp zero": (4, {"layout": "samoe"}, {"pp": 2, "vpp": 1, "zero": True}),
-    "samoe layer pp2 ep2 zero": (
-        4, {"layout": "samoe", "samoe_combine": "layer", "moe_layer_freq": "2"}, {"pp": 2, "ep": 2, "zero": True},
-    ),
-    "tied pp2 ep2 zero": (4, {"layout": "moe", "expert_sharing": "0,1,1,0", "bf16": True}, {"pp": 2, "ep": 2, "zero": True}),
-    "tied on one stage": (4, {"layout": "moe", "expert_sharing": "0,0,1,1"}, {"pp": 2}),
-    "scaled pp2": (4, {"layout": "moe", "expert_sharing": "scaled", "num_expert_sets": 2}, {"pp": 2, "zero": True}),
-    "combined middle pp2": (4, {"layout": "samoe", "untied_ends": 1, "bf16": True}, {"pp": 2}),
-    "pool tp2 etp1 ep2": (4, {"layout": "moe", "expert_sharing": "pool", "num_experts": 8, "style": "llama", "bf16": True},
-                          {"tp": 2, "etp": 1, "ep": 2}),
-    "neighbours pp2": (4, {"layout": "moe", "expert_sharing": "neighbours", "neighbour_unmask_steps": 4}, {"pp": 2, "zero": True}),
-    "pyramid residual pp2 ep2": (4, {"layout": "moe", "num_experts": (4, 4, 8, 8), "moe_residual_mlp": True}, {"pp": 2, "ep": 2}),
-    "pool replicated": (4, {"layout": "moe", "expert_sharing": "pool", "samoe_pool_placement": "replicated"}, {"pp": 2}),
-    "samoe replicated pp2": (4, {"layout": "samoe", "samoe_pool_placement": "replicated"}, {"pp": 2, "zero": True}),
-}  # fmt: skip
+CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = TABLE["cases"]
 
 
 def tensors_of(setup: TrainSetup) -> dict[str, list[torch.Tensor]]:

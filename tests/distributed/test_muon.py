@@ -15,40 +15,14 @@ from tests.distributed.test_resharding_matrix import begin, go_on_from_each
 from tests.harness.layout_training import assert_same, train
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_layout, with_options
 
 pytestmark = pytest.mark.distributed
+TABLE = table(__file__)
 
-MODELS: dict[str, dict[str, Any]] = {
-    "dense": {"layout": "dense", "style": "llama", "muon_extra_scale_factor": 0.5},
-    "moe": {"layout": "moe", "moe_router_topk": 2, "lr_mult_patterns": (r"layers\.[01]\.=0.5", "^embedding=0")},
-    "samoe step": {
-        "layout": "samoe",
-        "samoe_combine": "step",
-        "style": "llama",
-        "moe_shared_expert_intermediate_size": 16,
-    },
-    # Stages meet the rates of w1 and w2 in another order.
-    "samoe, rates by layer": {
-        "layout": "samoe",
-        "style": "llama",
-        "moe_output_lr_mult": 0.5,
-        "lr_mult_patterns": (r"layers\.[01]\.=0.5",),
-    },
-    "tied": {"layout": "moe", "expert_sharing": "0,1,1,0", "moe_router_topk": 2, "samoe_bank_lr_mult": 0.5},
-}
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one process": (1, {}),
-    "dp2": (2, {}),
-    "zero dp2": (2, {"zero": True, "bucket": 3000}),
-    "tp2 sp": (2, {"tp": 2, "sp": True}),
-    "pp2 ep2 zero": (4, {"pp": 2, "ep": 2, "zero": True}),
-    "tp2 ep2": (4, {"tp": 2, "ep": 2}),
-    "tp2 sp etp1 dp2 zero": (4, {"tp": 2, "sp": True, "etp": 1, "zero": True}),
-    "pp2 ep2 replicated pool": (4, {"pp": 2, "ep": 2, "pool": "replicated"}),
-    "dp8": (8, {}),
-    "zero dp8": (8, {"zero": True, "bucket": 3000}),
-}
+MODELS: dict[str, dict[str, Any]] = TABLE["models"]
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = TABLE["layouts"]
 DOUBLE = ("tp2 ep2", "pp2 ep2 zero")
 
 

@@ -90,8 +90,10 @@ def _in_the_background(library: str) -> int:
         tensors = [torch.randn(world * 500 * (i + 1), 64) for i in range(5)]
         splits = [[500 * (i + 1)] * world for i in range(5)]
         out = torch.empty_like(tensors[3])
-        pending = [communicator.start(x, rows, rows, out if i == 3 else None)
-                   for i, (x, rows) in enumerate(zip(tensors, splits, strict=True))]  # fmt: skip
+        pending = [
+            communicator.start(x, rows, rows, out if i == 3 else None)
+            for i, (x, rows) in enumerate(zip(tensors, splits, strict=True))
+        ]
         between = communicator.exchange(tensors[0], splits[0], splits[0])
         for i in (3, 0, 1, 4, 2, 2):  # in any order, and again
             expected = torch.empty_like(tensors[i])

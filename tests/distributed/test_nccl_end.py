@@ -23,9 +23,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the stand-in for NCCL needs g++"),
 ]
 
-MADE, FINALIZED, DESTROYED, ABORTED = (
-    f"ncclComm{call}" for call in ("InitRankConfig", "Finalize", "Destroy", "Abort")
-)  # fmt: skip
+MADE, FINALIZED, DESTROYED, ABORTED = (f"ncclComm{call}" for call in ("InitRankConfig", "Finalize", "Destroy", "Abort"))
 
 
 def _calls(library: str) -> tuple[int, ...]:

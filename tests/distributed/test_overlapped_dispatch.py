@@ -18,9 +18,11 @@ from megatron_samoe.row_exchange.exchange import with_exchange
 from tests.harness.layout_training import assert_same, train
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_layout, with_options
 
 pytestmark = pytest.mark.distributed
+TABLE = table(__file__)
 E, H, T, K = 8, 16, 50, 2
 
 
@@ -108,14 +110,7 @@ def test_exchanges_start_before_the_experts_that_they_hide_behind() -> None:
     assert backward == ["experts 2", "send", "experts 1", "send", "experts 0", "send", "shared"]
 
 
-MODELS: dict[str, dict[str, Any]] = {
-    "moe top2 llama, shared expert": {"layout": "moe", "style": "llama", "moe_router_topk": 2,
-                                      "moe_shared_expert_intermediate_size": 16},
-    "samoe step": {"layout": "samoe"},
-    "samoe layer": {"layout": "samoe", "samoe_combine": "layer", "samoe_granularity": "expert"},
-    "samoe noisy": {"layout": "samoe", "hidden_dropout": 0.1, "moe_input_jitter_eps": 0.05,
-                    "moe_expert_capacity_factor": 1.0, "recompute_granularity": "full"},
-}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = TABLE["models"]
 
 
 def _trained(configs: list[PretrainConfig], chunks: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:

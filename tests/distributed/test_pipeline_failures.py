@@ -22,9 +22,11 @@ from megatron_samoe.training.trainer import Trainer
 from tests.harness.mortal_ranks import run_mortal_ranks
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, RandomBatches, tiny_config, with_layout, with_options
 
 pytestmark = pytest.mark.distributed
+TABLE = table(__file__)
 
 TIMEOUT_S = 3.0
 HANG_S = 10.0
@@ -143,37 +145,7 @@ def test_the_last_checkpoint_survives_and_is_trained_on_from(tmp_path: Path) -> 
     assert run_ranks(finish, 2, roomy) == [3, 3]
 
 
-BAD_LAYOUTS = {
-    "stages do not divide layers": (
-        ("--pipeline-model-parallel-size", "4", "--num-layers", "6"),
-        "--pipeline-model-parallel-size = 4", ("one of [1, 2, 3, 6]", "--pipeline-model-parallel-layout"),
-    ),
-    "stages do not divide the world": (
-        ("--pipeline-model-parallel-size", "3", "--num-layers", "6"),
-        "--pipeline-model-parallel-size = 3", ("[1, 2, 4, 8]", "multiple of 3"),
-    ),
-    "virtual stages without enough micro-batches": (
-        ("--pipeline-model-parallel-size", "4", "--num-layers", "8", "--num-layers-per-virtual-pipeline-stage", "1",
-         "--global-batch-size", "12"),
-        "--global-batch-size = 12", ("6 micro-batches", "multiple of --pipeline-model-parallel-size 4"),
-    ),
-    "virtual stages that do not divide": (
-        ("--pipeline-model-parallel-size", "2", "--num-layers", "8", "--num-layers-per-virtual-pipeline-stage", "3"),
-        "--num-layers-per-virtual-pipeline-stage = 3", ("one of [1, 2, 4]",),
-    ),
-    "a layout of other layers": (
-        ("--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", "Et*3|tL", "--num-layers", "6"),
-        "--pipeline-model-parallel-layout = 'Et*3|tL'", ("4 layers", "--num-layers is 6"),
-    ),
-    "expert ranks that do not divide the world": (
-        ("--expert-layout", "moe", "--expert-model-parallel-size", "3", "--num-experts", "6"),
-        "--expert-model-parallel-size = 3", ("[1, 2, 4, 8]",),
-    ),
-    "a pool check without copies": (
-        ("--expert-layout", "samoe", "--pool-replica-check-interval", "5"),
-        "--pool-replica-check-interval = 5", ("--samoe-pool-placement replicated",),
-    ),
-}  # fmt: skip
+BAD_LAYOUTS = TABLE["bad layouts"]
 
 
 @pytest.mark.parametrize("case", BAD_LAYOUTS)

@@ -22,46 +22,20 @@ from megatron_samoe.training.train_step import train_step
 from tests.harness.layout_logits import logits_of
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout, with_options
 
 pytestmark = pytest.mark.distributed
+TABLE = table(__file__)
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one process": (1, {}),
-    "dp4 zero overlap": (4, {"zero": True, "overlap": True, "bucket": 3000}),
-    "tp2 sp": (2, {"tp": 2, "sp": True}),
-    "tp2 etp1 ep2 pp2": (4, {"tp": 2, "etp": 1, "ep": 2, "pp": 2}),
-    "tp2 ep2": (4, {"tp": 2, "ep": 2}),
-    "ep4 zero": (4, {"ep": 4, "zero": True}),
-    "pp2 ep2 replicated pool": (4, {"pp": 2, "ep": 2, "pool": "replicated"}),
-    "pp4 uneven": (4, {"pp": 4, "stages": "Et|tt||tL"}),
-    "pp2 vpp2 ep2 zero": (4, {"pp": 2, "vpp": 1, "ep": 2, "zero": True}),
-    "cp2 ep2 zero": (4, {"cp": 2, "ep": 2, "zero": True}),
-    "cp2 tp2 sp": (4, {"cp": 2, "tp": 2, "sp": True}),
-    "tp2 pp2 ep2 sp zero": (8, {"tp": 2, "pp": 2, "ep": 2, "sp": True, "zero": True}),
-    "tp2 etp1 ep4 pp2 sp": (8, {"tp": 2, "etp": 1, "ep": 4, "pp": 2, "sp": True}),
-}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = TABLE["layouts"]
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"layout": "dense", "style": "llama", "hidden_dropout": 0.1},
     "moe": {"layout": "moe", "style": "llama", "moe_router_topk": 2, "moe_shared_expert_intermediate_size": 16},
     "samoe": {"layout": "samoe", "moe_input_jitter_eps": 0.05, "num_expert_banks": 3, "samoe_init": "uniform"},
 }
 #: Further ways of sharing and of routing; the lock of the pool falls between saving and the end.
-WAYS: dict[str, dict[str, Any]] = {
-    "tied": {"layout": "moe", "expert_sharing": "0,1,1,0", "samoe_bank_lr_mult": 0.5},
-    "scaled": {"layout": "moe", "expert_sharing": "scaled", "num_expert_sets": 2, "untied_ends": 1},
-    "combined middle": {"layout": "samoe", "untied_ends": 1, "samoe_init": "uniform"},
-    "mixed": {"layout": "moe", "expert_sharing": "combined,0,combined,0", "style": "llama"},
-    "pool": {"layout": "moe", "expert_sharing": "pool", "num_experts": 8, "moe_router_score_function": "norm",
-             "moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.05},
-    "pool locked": {"layout": "moe", "expert_sharing": "pool", "num_experts": 16, "pool_lock_step": 3,
-                    "pool_lock_anneal_steps": 2},
-    "neighbours": {"layout": "moe", "expert_sharing": "neighbours", "neighbour_unmask_steps": 5},
-    "pyramid residual": {"layout": "moe", "num_experts": (4, 4, 8, 8), "moe_residual_mlp": True, "moe_router_topk": 1},
-    "groups and biases": {"layout": "moe", "num_experts": 8, "moe_router_score_function": "sigmoid",
-                          "moe_router_enable_expert_bias": True, "moe_router_num_groups": 4, "moe_router_group_topk": 2,
-                          "moe_router_topk_scaling_factor": 2.5},
-}  # fmt: skip
+WAYS: dict[str, dict[str, Any]] = TABLE["ways"]
 STEPS_BEFORE, STEPS_AFTER = 2, 3
 #: Relative difference of losses: sums over ranks are rounded in other orders, in bf16 after 8 bits.
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
@@ -146,8 +120,10 @@ def matrix(
             torch.testing.assert_close(result["logits"], first["logits"], rtol=0, atol=LOGIT_TOLERANCE, msg=what)
             assert result["losses"] == pytest.approx(first["losses"], rel=LOSS_TOLERANCE[precision]), what
             assert result["plain"] == first["plain"], what
-    print(f"{model} {precision}: {len(saves)} saved, {len(loads)} loaded; largest difference of logits "
-          f"{worst_logit:.1e}, of losses {worst_loss:.1e} (relative)")  # fmt: skip
+    print(
+        f"{model} {precision}: {len(saves)} saved, {len(loads)} loaded; largest difference of logits "
+        f"{worst_logit:.1e}, of losses {worst_loss:.1e} (relative)"
+    )
 
 
 CASES = [(model, precision) for model in MODELS for precision in LOSS_TOLERANCE]

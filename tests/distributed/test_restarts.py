@@ -120,10 +120,11 @@ class Cluster:
 
     def add(self) -> ProgramRun:
         """Starts another agent."""
-        options = [
-            "--nnodes=1:4", f"--max-restarts={self.max_restarts}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self.port}",
-            "--rdzv-id=job", f"--rdzv-conf={QUICK}{self.conf}", "--local-addr=127.0.0.1",
-        ]  # fmt: skip
+        options = (
+            f"--nnodes=1:4 --max-restarts={self.max_restarts} --rdzv-backend=c10d "
+            f"--rdzv-endpoint=127.0.0.1:{self.port} --rdzv-id=job --rdzv-conf={QUICK}{self.conf} "
+            "--local-addr=127.0.0.1"
+        ).split()
         agent = start_command(self.args, self.folder, 1, options, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
         self.agents.append(agent)
         return agent

@@ -47,9 +47,12 @@ def attend_all(cases: list[tuple[Any, ...]]) -> list[list[Tensor] | None]:
 
 
 CASES = [
-    (24, 4, 4, None, torch.float64), (24, 4, 2, 0.7, torch.float64), (48, 6, 1, None, torch.float64),
-    (24, 4, 2, None, torch.float32), (24, 4, 2, 0.7, torch.bfloat16),
-]  # fmt: skip
+    (24, 4, 4, None, torch.float64),
+    (24, 4, 2, 0.7, torch.float64),
+    (48, 6, 1, None, torch.float64),
+    (24, 4, 2, None, torch.float32),
+    (24, 4, 2, 0.7, torch.bfloat16),
+]
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-2}
 
 

@@ -16,21 +16,14 @@ from megatron_samoe.training.setup import build_setup, initial_state
 from tests.harness.layout_training import LAYOUTS, assert_same, layout_config, train_each
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, tiny_config, with_layout, with_options
 
 pytestmark = pytest.mark.distributed
+TABLE = table(__file__)
 
 #: Ranks, layout and model that a teacher was saved with. None has the layers or the width of a student.
-TEACHERS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "dense": (1, {}, {"layout": "dense", "num_layers": 3, "hidden_size": 48, "hidden_dropout": 0.2,
-                      "make_vocab_size_divisible_by": 16}),
-    "moe": (4, {"tp": 2, "ep": 2}, {"layout": "moe", "style": "llama", "num_layers": 5, "hidden_size": 40, "num_experts": 8,
-                                    "moe_input_jitter_eps": 0.1, "moe_expert_capacity_factor": 0.5, "moe_layer_freq": "2"}),
-    "combined": (2, {"pp": 2}, {"layout": "samoe", "num_layers": 6, "hidden_size": 24, "samoe_init": "uniform"}),
-    "tied": (2, {"ep": 2}, {"layout": "moe", "expert_sharing": "tied", "num_layers": 3, "hidden_size": 72,
-                            "moe_balance_scope": "set"}),
-    "relu": (1, {}, {"layout": "moe", "style": "llama", "hidden_size": 40, "moe_router_score_function": "relu"}),
-}  # fmt: skip
+TEACHERS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = TABLE["teachers"]
 #: The teacher of each student.
 STUDENTS = {"dense": "moe", "moe": "dense", "samoe step": "moe", "samoe noisy": "tied", "tied": "combined",
             "sets balanced": "combined", "pyramid residual": "relu"}  # fmt: skip

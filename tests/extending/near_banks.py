@@ -54,8 +54,11 @@ class NearSharing(CombinedSharing):
     def __init__(self, context: SharingContext):
         super().__init__(context)
         if context.config.samoe_normalization == "softmax":
-            raise ConfigError("--samoe-normalization", "softmax", "must be none or l2 with --expert-sharing near, whose weights "
-                              "outside a window are 0")  # fmt: skip
+            raise ConfigError(
+                "--samoe-normalization",
+                "softmax",
+                "must be none or l2 with --expert-sharing near, whose weights outside a window are 0",
+            )
         if context.config.num_expert_banks < WINDOW:
             raise ConfigError("--num-expert-banks", context.config.num_expert_banks, f"must be at least {WINDOW}")
 

@@ -45,14 +45,20 @@ def launch(name: str, *inputs: Tensor) -> Tensor:
 
 
 sqrt_softplus = torch.library.custom_op(
-    "outside::sqrt_softplus", lambda x: launch("forward", x), mutates_args=(), schema="(Tensor x) -> Tensor")  # fmt: skip
+    "outside::sqrt_softplus", lambda x: launch("forward", x), mutates_args=(), schema="(Tensor x) -> Tensor"
+)
 sqrt_softplus_backward = torch.library.custom_op(
-    "outside::sqrt_softplus_backward", lambda x, dy: launch("backward", x, dy), mutates_args=(),
-    schema="(Tensor x, Tensor dy) -> Tensor")  # fmt: skip
+    "outside::sqrt_softplus_backward",
+    lambda x, dy: launch("backward", x, dy),
+    mutates_args=(),
+    schema="(Tensor x, Tensor dy) -> Tensor",
+)
 sqrt_softplus.register_fake(lambda x: x.new_empty(x.shape))
 sqrt_softplus_backward.register_fake(lambda x, dy: x.new_empty(x.shape))
-sqrt_softplus.register_autograd(lambda ctx, dy: sqrt_softplus_backward(*ctx.saved_tensors, dy),
-                                setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))  # fmt: skip
+sqrt_softplus.register_autograd(
+    lambda ctx, dy: sqrt_softplus_backward(*ctx.saved_tensors, dy),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 class SqrtSoftplusRouter(Router):

@@ -38,8 +38,10 @@ def convert(installed: Path, *arguments: object) -> subprocess.CompletedProcess[
     paths = os.pathsep.join([str(installed), str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", "megatron_samoe", "convert", *map(str, arguments)],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
 
 
 @pytest.mark.parametrize("tied", first_by_day([True, False]))

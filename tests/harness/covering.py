@@ -190,9 +190,11 @@ def options_of(cell: Cell) -> Options:
 VALUES = values_of(MODELS)
 #: Four ranks at most: what needs eight is met at night.
 COVERING = Covering(
-    {name: layout for name, layout in LAYOUTS.items() if 1 < layout[0] <= 4}, VALUES, ("moe", *["dense"] * 4),
+    {name: layout for name, layout in LAYOUTS.items() if 1 < layout[0] <= 4},
+    VALUES,
+    ("moe", *["dense"] * 4),
     lambda cell: is_legal(cell.layout, options_of(cell)),
-)  # fmt: skip
+)
 KEPT = Path(__file__).with_name("parity_by_day.json")
 
 

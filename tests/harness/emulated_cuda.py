@@ -21,14 +21,17 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted((ROOT / "cpp_ext" / "kernels" / "cuda").glob("*.cu"))
 BINDINGS = sorted((ROOT / "cpp_ext" / "bindings").rglob("*_cuda.cpp"))
 NAMESPACE = "megatron_samoe_emulated"
-TRAINING_OPS = (
-    "topk_gate", "topk_gate_backward", "make_permutation", "permute", "unpermute", "unpermute_backward", "combine_banks",
-    "combine_banks_backward", "swiglu", "swiglu_backward",
-)  # fmt: skip
-DECODE_OPS = (
-    "decode_linear", "decode_norm", "decode_attention_block", "decode_experts", "decode_route", "decode_moe_block",
-    "combine_rows",
-)  # fmt: skip
+TRAINING_OPS = tuple(
+    (
+        "topk_gate topk_gate_backward make_permutation permute unpermute unpermute_backward combine_banks "
+        "combine_banks_backward swiglu swiglu_backward"
+    ).split()
+)
+DECODE_OPS = tuple(
+    (
+        "decode_linear decode_norm decode_attention_block decode_experts decode_route decode_moe_block combine_rows"
+    ).split()
+)
 _WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
 # Fortified libraries refuse jumps between the stacks of the emulation's fibers.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-math-errno", "-U_FORTIFY_SOURCE", *_WARNINGS]

@@ -21,8 +21,10 @@ def forbid(*numbers: int) -> None:
     """Makes these system calls fail with EPERM in this thread and those that it starts, for the rest of its life."""
     instructions = [struct.pack("HBBI", _LOAD, 0, 0, 0)]
     for number in numbers:
-        instructions += [struct.pack("HBBI", _JUMP_IF_EQUAL, 0, 1, number),
-                         struct.pack("HBBI", _RETURN, 0, 0, _ERROR | errno.EPERM)]  # fmt: skip
+        instructions += [
+            struct.pack("HBBI", _JUMP_IF_EQUAL, 0, 1, number),
+            struct.pack("HBBI", _RETURN, 0, 0, _ERROR | errno.EPERM),
+        ]
     instructions.append(struct.pack("HBBI", _RETURN, 0, 0, _ALLOW))
     program = _Program(len(instructions), b"".join(instructions))
     libc = ctypes.CDLL(None, use_errno=True)

@@ -24,10 +24,12 @@ def by_pairs(*axes: Iterable[Any]) -> list[Any]:
         by_day.add(best)
         missing -= _pairs(best)
     return [
-        pytest.param(*(axis[i] for axis, i in zip(values, case, strict=True)),
-                     marks=() if case in by_day or len(values) < 3 else pytest.mark.night)
+        pytest.param(
+            *(axis[i] for axis, i in zip(values, case, strict=True)),
+            marks=() if case in by_day or len(values) < 3 else pytest.mark.night,
+        )
         for case in cases
-    ]  # fmt: skip
+    ]
 
 
 def _pairs(case: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:

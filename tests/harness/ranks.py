@@ -22,10 +22,11 @@ _context = multiprocessing.get_context("forkserver")
 # What ranks and programs would import each for itself, which would be most of a short one's time: the first optimizer of a
 # process imports torch._dynamo, and a test's module the tools of tests.
 _context.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.utils.tensorboard", "torch.distributed.run",
-     "megatron_samoe.cli.pretrain",
-     "pytest", "hypothesis", "tests.harness.layout_training", "tests.harness.frozen"]
-)  # fmt: skip
+    (
+        "torch torch._dynamo torch.distributed.checkpoint torch.utils.tensorboard torch.distributed.run "
+        "megatron_samoe.cli.pretrain pytest hypothesis tests.harness.layout_training tests.harness.frozen"
+    ).split()
+)
 
 
 class RankFailure(AssertionError):
@@ -94,9 +95,12 @@ def _rank_main(
     try:
         if world_size > 1:
             dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world_size,
                 timeout=timedelta(seconds=timeout_s),
-            )  # fmt: skip
+            )
         # Plain pickle copies tensors; multiprocessing's own would share memory that dies with this process.
         pipe.send_bytes(pickle.dumps((True, function(*args))))
     except BaseException:

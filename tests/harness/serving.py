@@ -36,9 +36,10 @@ def save_tiny(folder: Path, experts: str = "samoe", **options: Any) -> Path:
     """Saves a model of random weights over bytes and returns its folder of checkpoints."""
     given = {"style": "llama", "num_layers": 2, "seq_length": CONTEXT, **SHARP, **options}
     config = replace(
-        tiny_config(experts, **given), data=DataConfig(mock_data=True, tokenizer_type="ByteTokenizer"),
+        tiny_config(experts, **given),
+        data=DataConfig(mock_data=True, tokenizer_type="ByteTokenizer"),
         checkpoint=CheckpointConfig(save=str(folder)),
-    )  # fmt: skip
+    )
     setup = build_setup(config, 257, single_process_state())
     save_run(setup, initial_state(setup))
     return folder

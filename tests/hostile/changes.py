@@ -213,7 +213,8 @@ SAFETENSORS: dict[str, Change] = {
 _NINE = "[" + ", ".join(["*a{0}"] * 9) + "]"
 YAML_TEXTS = {
     "aliases of aliases": "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} {_NINE.format(n - 1)}\n" for n in range(1, 12)),
-    "merges of merges": "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: {_NINE.format(n - 1)}}}\n" for n in range(1, 12)),
+    "merges of merges": "a0: &a0 {x: 1}\n"
+    + "".join(f"a{n}: &a{n} {{<<: {_NINE.format(n - 1)}}}\n" for n in range(1, 12)),
     "a list in itself": "model: &a [*a]\n",
     "a mapping in itself": "model: &a\n  num_layers: *a\n",
     "a Python object": "x: !!python/object/apply:os.system [touch CANARY]\n",
@@ -226,7 +227,7 @@ YAML_TEXTS = {
     "a million anchors": "model: [" + ", ".join(f"&a{n} 1" for n in range(1_000_000)) + "]\n",
     "a million lines": "".join(f"k{n}: {n}\n" for n in range(1_000_000)),
     "a number in base 60": "lr: 1:30:00.5\nnum_layers: 0o17\nhidden_size: 1_6\n",
-}  # fmt: skip
+}
 
 
 def _appended(text: str) -> Change:
@@ -305,8 +306,11 @@ def _odd_tensor(value: Any, rng: random.Random) -> Any:
     odd = (torch.eye(3).to_sparse(), torch.zeros(1).expand(1 << 40), torch.empty(3, device="meta"), torch.ones(2, dtype=torch.complex64),
            torch.full((3,), float("nan")), torch.ones(0))  # fmt: skip
     held = value.get("model", value)
-    return {**value, "model": {**held, rng.choice(list(held)): rng.choice(odd)}} if "model" in value else {
-        **held, rng.choice(list(held)): rng.choice(odd)}  # fmt: skip
+    return (
+        {**value, "model": {**held, rng.choice(list(held)): rng.choice(odd)}}
+        if "model" in value
+        else {**held, rng.choice(list(held)): rng.choice(odd)}
+    )
 
 
 TORCH: dict[str, Change] = {

@@ -114,8 +114,10 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "tokenizers": _tokenizers, "parquet": _parquet, "jsonl": _jsonl, "yaml": _yaml, "dataset": _dataset,
 }  # fmt: skip
 #: Sizes that a file does not choose, since work may be as large as they say.
-PINNED = ("--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --train-iters 1 --eval-iters 0 "
-          "--global-batch-size 2 --micro-batch-size 2")  # fmt: skip
+PINNED = (
+    "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --train-iters 1 --eval-iters 0 "
+    "--global-batch-size 2 --micro-batch-size 2"
+)
 MODEL = "--train-iters 1 --global-batch-size 2 --micro-batch-size 2 --mock-data --use-checkpoint-args --load {in}/run"
 PREPROCESS = "preprocess --output-prefix {out}/made --executor inline --tokenizer-type "
 BYTES = PREPROCESS + "ByteTokenizer --input {file}"

@@ -32,9 +32,12 @@ def slurm_words(folder: Path, hosts: Sequence[Host], num_ranks: int, flags: list
         tool.chmod(0o755)
     (folder / "empty.yaml").write_text("training:\n  seed: 1234\n")
     slurm = {
-        "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "host[0-9]", "SLURM_NNODES": str(len(hosts)),
-        "SLURM_GPUS_ON_NODE": str(num_ranks), "SLURM_JOB_ID": "7",
-    }  # fmt: skip
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "host[0-9]",
+        "SLURM_NNODES": str(len(hosts)),
+        "SLURM_GPUS_ON_NODE": str(num_ranks),
+        "SLURM_JOB_ID": "7",
+    }
     done = subprocess.run(
         ["bash", "examples/pretrain_slurm.sh", folder / "empty.yaml", SHARED / "run", *flags],
         cwd=REPOSITORY, env={**os.environ, **slurm}, capture_output=True, text=True, check=True,

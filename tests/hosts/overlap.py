@@ -40,10 +40,13 @@ DENSE: dict[str, Any] = {
 MODELS: dict[str, tuple[Mapping[str, Any], ...]] = {
     "chunks": (MODEL, {"expert_model_parallel_size": 2}, {"moe_dispatch_chunks": 2}, {"num_experts": 4}),
     "shared expert": (
-        {**MODEL, **SHARED_EXPERT}, {"expert_model_parallel_size": 2}, {"moe_shared_expert_overlap": True}, {"num_experts": 4},
+        {**MODEL, **SHARED_EXPERT},
+        {"expert_model_parallel_size": 2},
+        {"moe_shared_expert_overlap": True},
+        {"num_experts": 4},
     ),
     "gradients": ({**MODEL, **DENSE, "ddp_bucket_size": 500_000}, {}, {"overlap_grad_reduce": True}, {}),
-}  # fmt: skip
+}
 
 
 def config_of(*options: Mapping[str, Any]) -> PretrainConfig:

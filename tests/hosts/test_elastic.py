@@ -18,9 +18,12 @@ night = pytest.mark.night
 
 #: Twenty steps of four samples and twenty of eight.
 RAMP: dict[str, Any] = {
-    "rampup_batch_size": (4, 4, 80), "train_samples": 240, "train_iters": None, "lr_decay_iters": None,
+    "rampup_batch_size": (4, 4, 80),
+    "train_samples": 240,
+    "train_iters": None,
+    "lr_decay_iters": None,
     "lr_decay_samples": 240,
-}  # fmt: skip
+}
 MODELS: dict[str, dict[str, Any]] = {
     "pool": {**RAMP},
     "muon": {**RAMP, "optimizer": "muon", "lr": 3e-3},

@@ -17,9 +17,10 @@ pytestmark = pytest.mark.parity
 
 LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "banks": ("samoe", {**LLAMA, "samoe_granularity": "expert"}), "banks_with_biases": ("samoe", {}),
+    "banks": ("samoe", {**LLAMA, "samoe_granularity": "expert"}),
+    "banks_with_biases": ("samoe", {}),
     "set_with_biases": ("moe", {"expert_sharing": "scaled"}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

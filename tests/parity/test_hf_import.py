@@ -13,9 +13,11 @@ from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import load_model
+from tests.harness.tables import table
 from tests.parity.hf_models import converted, native, random_source, run, their_logits, theirs, transformers
 
 pytestmark = pytest.mark.parity
+TABLE = table(__file__, tuples=False)
 
 VOCABULARY = 99
 SIZES: dict[str, Any] = {
@@ -23,53 +25,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
 }  # fmt: skip
-EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
-LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 10,
-          "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "n_shared_experts": 2, "first_k_dense_replace": 1,
-          "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-6}  # fmt: skip
-MULTIPLIERS = {
-    "embedding_multiplier": 12.0,
-    "attention_multiplier": 0.015625,
-    "residual_multiplier": 0.22,
-    "logits_scaling": 0.4,
-}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {}),
-    "llama_tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 16, "attention_bias": True, "mlp_bias": True}),
-    "llama_far_positions": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
-    "llama_linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
-    "llama_llama3": ("Llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
-                               "high_freq_factor": 4.0, "original_max_position_embeddings": 16}}),
-    "qwen3_moe_yarn": ("Qwen3Moe", {**EXPERTS, "head_dim": 8, "norm_topk_prob": True, "rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}}),
-    "llama_attention_bias": ("Llama", {"attention_bias": True}),
-    "llama_mlp_bias": ("Llama", {"mlp_bias": True}),
-    "gpt2": ("GPT2", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64,
-                      "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2}),
-    "mixtral": ("Mixtral", {"num_local_experts": 4}),
-    "mixtral_window": ("Mixtral", {"num_local_experts": 4, "sliding_window": 5}),
-    "mistral": ("Mistral", {"sliding_window": 5}),
-    "mistral_all": ("Mistral", {"sliding_window": None}),
-    "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
-    "qwen3_layers": ("Qwen3", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5,
-                               "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
-    "olmoe_heads": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", {"head_dim": 8}),
-    "olmoe_clip": ("Olmoe", {"num_experts": 12, "num_experts_per_tok": 8, "clip_qkv": 0.5}),
-    "pythia": ("GPTNeoX", {"rotary_pct": 0.25, "hidden_dropout": 0.0}),
-    "neox": ("GPTNeoX", {"rotary_pct": 1.0, "use_parallel_residual": False, "hidden_act": "gelu_new", "attention_bias": False}),
-    "granite": ("Granite", {**MULTIPLIERS, "mlp_bias": True}),
-    "granitemoe": ("GraniteMoe", {**MULTIPLIERS, "num_local_experts": 5, "attention_bias": True, "tie_word_embeddings": True}),
-    "deepseek_v3": ("DeepseekV3", {**LATENT, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "n_routed_experts": 8}),
-    "deepseek_v3_yarn": ("DeepseekV3", {**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False,
-                                        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "mscale": 1.0,
-                                                            "mscale_all_dim": 0.707, "original_max_position_embeddings": 16}}),
-    "deepseek_v2": ("DeepseekV2", {**LATENT, "q_lora_rank": None, "n_shared_experts": 1, "topk_method": "greedy", "norm_topk_prob": False}),
-    "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 20, "decoder_sparse_step": 2}),
-    "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 8, "mlp_only_layers": [1], "norm_topk_prob": True}),
-    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 1, "num_key_value_heads": 1}),
-}  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any]]] = table(__file__, tuples=False)["models"]
 
 
 def made(case: str, **changes: Any) -> Any:
@@ -122,8 +78,10 @@ def test_files_of_torch_save_are_read(tmp_path: Path) -> None:
     model.config.save_pretrained(tmp_path / "hf")
     state = model.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     half = len(state) // 2
-    parts = {"pytorch_model-00001-of-00002.bin": dict(list(state.items())[:half]),
-             "pytorch_model-00002-of-00002.bin": dict(list(state.items())[half:])}  # fmt: skip
+    parts = {
+        "pytorch_model-00001-of-00002.bin": dict(list(state.items())[:half]),
+        "pytorch_model-00002-of-00002.bin": dict(list(state.items())[half:]),
+    }
     for file, part in parts.items():
         torch.save(part, tmp_path / "hf" / file)
     weight_map = {name: file for file, part in parts.items() for name in part}
@@ -150,24 +108,7 @@ def test_an_imported_model_trains_on_in_megatrons_files_too(tmp_path: Path) -> N
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize(
-    ("case", "changes", "message"),
-    [
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type must be one of"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "truncate": False,
-                                       "original_max_position_embeddings": 32}}, "config.json: truncate = False"),
-        ("llama", {"hidden_act": "gelu"}, "config.json: hidden_act = 'gelu'"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, "config.json: layer_types"),
-        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 16}, "config.json: use_sliding_window = True"),
-        ("gpt2", {"activation_function": "relu"}, "activation_function = 'relu'"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-        ("qwen3_moe", {"attention_bias": True}, "config.json: attention_bias"),
-        ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}, "topk_method = 'group_limited_greedy'"),
-        ("deepseek_v3", {"num_experts_per_tok": 3}, "config.json: topk_group = 2"),
-        ("deepseek_v3", {"rope_interleave": False}, "config.json: rope_interleave"),
-        ("granite", {"hidden_act": "gelu"}, "config.json: hidden_act"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("case", "changes", "message"), TABLE["refused"])
 def test_what_ours_cannot_compute_is_refused(case: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     name, options = CASES[case]
     own = {**(options if name == "GPT2" else {**SIZES, **options}), **changes}

@@ -12,38 +12,12 @@ from megatron_samoe.convert.hf.families.samoe import _RARE_MODEL_ENTRIES
 from megatron_samoe.convert.hf.remote_code.configuration_samoe import DEFAULTS, SamoeConfig
 from megatron_samoe.convert.opener import open_folder
 from tests.harness.pairs import first_by_day
+from tests.harness.tables import table
 from tests.parity.hf_models import converted, exported, native, some_ids, their_logits, theirs
 
 pytestmark = pytest.mark.parity
 
-LLAMA: dict[str, Any] = {
-    "style": "llama",
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 24,
-    "expert_sharing": "own,combined*2,own",
-}
-TRAINED = {"rope_original_max_positions": 16, "rotary_base": 500.0}
-LATENT = {"group_query_attention": False, "num_query_groups": 1, "multi_latent_attention": True, "kv_lora_rank": 12,
-          "qk_head_dim": 6, "qk_pos_emb_head_dim": 8, "v_head_dim": 10, "norm_epsilon": 1e-6, "moe_layer_freq": "0111",
-          "expert_sharing": "combined"}  # fmt: skip
-CASES: dict[str, dict[str, Any]] = {
-    "olmoe": {**LLAMA, "qk_layernorm": True, "qk_layernorm_scope": "all", "clip_qkv": 0.7},
-    "granite": {**LLAMA, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 0.4,
-                "attention_bias": True},
-    "window": {**LLAMA, "sliding_window": 5},
-    "some_windows": {**LLAMA, "sliding_window": 5, "window_attn_skip_freq": 2, "qk_layernorm": True},
-    "linear": {**LLAMA, "rope_scaling_type": "linear", "rope_scaling_factor": 2.0},
-    "llama3": {**LLAMA, **TRAINED, "rope_scaling_type": "llama3", "rope_scaling_factor": 8.0},
-    "yarn": {**LLAMA, **TRAINED, "rope_scaling_type": "yarn", "rope_scaling_factor": 4.0},
-    "yarn_factor": {**LLAMA, **TRAINED, "rope_scaling_type": "yarn", "rope_scaling_factor": 4.0, "yarn_attention_factor": 1.3,
-                    "yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0},
-    "latent": {**LLAMA, **LATENT, "q_lora_rank": 10, "moe_shared_expert_intermediate_size": 20},
-    "latent_whole_queries": {**LLAMA, **LATENT, **TRAINED, "rope_scaling_type": "yarn", "rope_scaling_factor": 8.0,
-                             "attention_multiplier": 0.4, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
-    "latent_layer_norm": {**LATENT, "moe_router_topk": 2, "position_embedding_type": "rope", "group_query_attention": False},
-    "neox": {"moe_router_topk": 2, "expert_sharing": "tied", "position_embedding_type": "rope", "rotary_percent": 0.5, "exact_gelu": True,
-             "use_parallel_residual": True, "attention_bias": False},
-}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = table(__file__)["models"]
 
 
 @pytest.mark.parametrize("case", first_by_day(CASES, 5))

@@ -22,15 +22,19 @@ from tests.parity.hf_models import converted, their_logits, theirs, transformers
 pytestmark = pytest.mark.parity
 
 #: Classes; those with sizes of heads besides the hidden size; those with experts.
-CLASSES = ("Llama", "Mistral", "Qwen2", "Qwen3", "GPT2", "GPTNeoX", "Granite", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe",
-           "GraniteMoe", "DeepseekV3")  # fmt: skip
+CLASSES = tuple(
+    ("Llama Mistral Qwen2 Qwen3 GPT2 GPTNeoX Granite Mixtral Qwen2Moe Qwen3Moe Olmoe GraniteMoe DeepseekV3").split()
+)
 FREE_HEADS = ("Llama", "Mistral", "Qwen3", "Qwen3Moe", "Mixtral")
 #: What experts and their width are called.
 EXPERTS = {
-    "Mixtral": ("num_local_experts", "intermediate_size"), "Qwen2Moe": ("num_experts", "moe_intermediate_size"),
-    "Qwen3Moe": ("num_experts", "moe_intermediate_size"), "Olmoe": ("num_experts", "intermediate_size"),
-    "GraniteMoe": ("num_local_experts", "intermediate_size"), "DeepseekV3": ("n_routed_experts", "moe_intermediate_size"),
-}  # fmt: skip
+    "Mixtral": ("num_local_experts", "intermediate_size"),
+    "Qwen2Moe": ("num_experts", "moe_intermediate_size"),
+    "Qwen3Moe": ("num_experts", "moe_intermediate_size"),
+    "Olmoe": ("num_experts", "intermediate_size"),
+    "GraniteMoe": ("num_local_experts", "intermediate_size"),
+    "DeepseekV3": ("n_routed_experts", "moe_intermediate_size"),
+}
 
 
 def drawn(seed: int) -> tuple[str, dict[str, Any], torch.dtype]:

@@ -13,41 +13,13 @@ import torch
 
 from megatron_samoe.convert.opener import open_folder
 from tests.harness.pairs import first_by_day
+from tests.harness.tables import table
 from tests.parity.hf_models import Native, converted, native, random_source, run, some_ids, their_logits, theirs
 
 pytestmark = pytest.mark.parity
 
 LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
-CASES: dict[str, dict[str, Any]] = {
-    "tied": {**LLAMA, "expert_sharing": "tied"},
-    "tied_map_with_a_gap": {"expert_sharing": "0,1,1,2"},
-    "untied_ends": {"expert_sharing": "tied", "untied_ends": 1},
-    "scaled": {**LLAMA, "expert_sharing": "scaled", "num_expert_sets": 2},
-    "scaled_map": {"expert_sharing": "scaled:own,0,1,1"},
-    "scaled_and_softmax": {"expert_sharing": "scaled:combined,0,0,combined", "samoe_normalization": "softmax"},
-    "combined_middle": {**LLAMA, "expert_sharing": "combined", "untied_ends": 1, "samoe_normalization": "l2"},
-    "mixed": {"num_layers": 6, "expert_sharing": "own,combined*2,0*2,own", "samoe_granularity": "expert",
-              "moe_router_topk": 2, "moe_ffn_hidden_size": 32},
-    "sparse_layers": {**LLAMA, "num_layers": 5, "moe_layer_freq": "01101", "expert_sharing": "0,own,0"},
-    "pool_norm": {"expert_sharing": "pool", "num_experts": 12, "moe_router_score_function": "norm", "moe_router_topk": 3,
-                  "moe_ffn_hidden_size": 16},
-    "neighbours": {"num_layers": 5, "expert_sharing": "neighbours", "moe_router_topk": 2, "moe_ffn_hidden_size": 16},
-    "neighbours_unmasked": {**LLAMA, "expert_sharing": "neighbours", "neighbour_unmask_steps": 9,
-                            "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
-    "pool_locked": {**LLAMA, "expert_sharing": "pool", "num_experts": 8, "pool_lock_step": 5000, "train_iters": 6000,
-                    "moe_router_score_function": "norm"},
-    "relu": {**LLAMA, "expert_sharing": "scaled", "moe_router_score_function": "relu", "num_experts": 8},
-    "norm_bias": {"moe_router_score_function": "norm", "moe_router_enable_expert_bias": True, "moe_router_topk": 2},
-    "pyramid_residual": {**LLAMA, "num_experts": (2, 2, 4, 8), "moe_residual_mlp": True},
-    "gate": {**LLAMA, "expert_sharing": "tied", "moe_shared_expert_intermediate_size": 20, "moe_shared_expert_gate": True},
-    "pyramid_tied": {"num_experts": (2, 4, 4, 4), "expert_sharing": "own,0,0,0", "moe_residual_mlp": True,
-                     "moe_shared_expert_intermediate_size": 20},
-    "bias_groups_scaling": {**LLAMA, "num_experts": 8, "moe_router_score_function": "sigmoid",
-                            "moe_router_enable_expert_bias": True, "moe_router_num_groups": 4, "moe_router_group_topk": 2,
-                            "moe_router_topk": 4, "moe_router_topk_scaling_factor": 2.5},
-    "softmax_bias_groups": {"num_experts": 8, "moe_router_enable_expert_bias": True, "moe_router_num_groups": 2,
-                            "moe_router_group_topk": 1, "moe_router_topk": 2, "expert_sharing": "tied"},
-}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = table(__file__)["models"]
 #: Those whose experts are all gated, without biases, and as many in each layer.
 PACKED = {name for name, options in CASES.items() if "style" in options} - {"neighbours_unmasked", "pyramid_residual"}
 

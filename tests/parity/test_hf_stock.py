@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from tests.harness.pairs import first_by_day
+from tests.harness.tables import table
 from tests.parity.hf_models import (
-    ONE_HEAD,
     PROMPT,
     converted,
     exported,
@@ -33,42 +33,7 @@ MOE: dict[str, Any] = {"style": "llama", "moe_router_topk": 2}
 #: Ends of names of routers' weights.
 ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight")
 #: Layout, options, the class that auto takes, and the class to ask for where it is another.
-CASES: dict[str, tuple[str, dict[str, Any], str, str | None]] = {
-    "llama": ("dense", LLAMA, "LlamaForCausalLM", None),
-    "llama_odd_heads": ("dense", {**LLAMA, "kv_channels": 16, "untie_embeddings_and_output_weights": False},
-                        "LlamaForCausalLM", None),
-    "llama_biases": ("dense", {**LLAMA, "disable_bias_linear": False}, "LlamaForCausalLM", None),
-    "llama_llama3_rope": ("dense", {**LLAMA, "rope_scaling_type": "llama3", "rope_scaling_factor": 8.0, "rotary_base": 500.0,
-                                    "rope_original_max_positions": 8}, "LlamaForCausalLM", None),
-    "qwen2_yarn": ("dense", {**LLAMA, "add_qkv_bias": True, "rope_scaling_type": "yarn", "rope_scaling_factor": 4.0, "rotary_base": 500.0,
-                             "rope_original_max_positions": 16, "yarn_attention_factor": 1.3}, "Qwen2ForCausalLM", None),
-    "llama_attention_bias": ("dense", {**LLAMA, "attention_bias": True}, "LlamaForCausalLM", None),
-    "granite": ("dense", {**LLAMA, "residual_multiplier": 1.5, "logits_scaling": 0.5}, "GraniteForCausalLM", None),
-    "pythia": ("dense", {"position_embedding_type": "rope", "rotary_percent": 0.5, "use_parallel_residual": True, "exact_gelu": True},
-               "GPTNeoXForCausalLM", None),
-    "granitemoe": ("moe", {**MOE, "embedding_multiplier": 3.0, "attention_multiplier": 0.2}, "GraniteMoeForCausalLM", None),
-    "olmoe_clip": ("moe", {**MOE, "qk_layernorm": True, "qk_layernorm_scope": "all", "clip_qkv": 0.7}, "OlmoeForCausalLM", None),
-    "qwen2": ("dense", {**LLAMA, "add_qkv_bias": True}, "Qwen2ForCausalLM", None),
-    "qwen3": ("dense", {**LLAMA, "qk_layernorm": True}, "Qwen3ForCausalLM", None),
-    "mistral": ("dense", {**LLAMA, "sliding_window": 5}, "MistralForCausalLM", None),
-    "qwen2_window": ("dense", {**LLAMA, "add_qkv_bias": True, "sliding_window": 5}, "Qwen2ForCausalLM", None),
-    "qwen3_window": ("dense", {**LLAMA, "qk_layernorm": True, "sliding_window": 5, "window_attn_skip_freq": 2}, "Qwen3ForCausalLM", None),
-    "mixtral_window": ("moe", {**MOE, "sliding_window": 5}, "MixtralForCausalLM", None),
-    "olmoe_heads": ("moe", {**MOE, "qk_layernorm": True, "qk_layernorm_scope": "all"}, "OlmoeForCausalLM", None),
-    "gpt2": ("dense", {}, "GPT2LMHeadModel", None),
-    "gpt2_untied": ("dense", {"untie_embeddings_and_output_weights": True, "ffn_hidden_size": 40}, "GPT2LMHeadModel", None),
-    "gpt_neox": ("dense", {"position_embedding_type": "rope", "rotary_percent": 0.5}, "GPTNeoXForCausalLM", None),
-    "mixtral": ("moe", MOE, "MixtralForCausalLM", None),
-    "qwen3_moe": ("moe", {**MOE, "qk_layernorm": True, "moe_layer_freq": "0101"}, "Qwen3MoeForCausalLM", None),
-    "qwen3_moe_pre_softmax": ("moe", {**MOE, "qk_layernorm": True, "moe_router_pre_softmax": True, "moe_ffn_hidden_size": 24},
-                              "Qwen3MoeForCausalLM", None),
-    "qwen2_moe_top1": ("moe", LLAMA, "Qwen2MoeForCausalLM", None),
-    "qwen2_moe_shared": ("moe", {**MOE, "moe_shared_expert_intermediate_size": 20, "add_qkv_bias": True,
-                                 "moe_layer_freq": "0111"}, "Qwen2MoeForCausalLM", None),
-    "qwen2_moe_gate": ("moe", {**MOE, "moe_shared_expert_intermediate_size": 20, "moe_shared_expert_gate": True},
-                       "Qwen2MoeForCausalLM", None),
-    "olmoe": ("moe", {**MOE, **ONE_HEAD, "qk_layernorm": True}, "Qwen3MoeForCausalLM", "olmoe"),
-}  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any], str, str | None]] = table(__file__)["models"]
 
 
 def assert_same_tensors(reader: CheckpointReader, expected: dict[str, torch.Tensor]) -> None:

@@ -278,9 +278,10 @@ def test_generation_through_the_adapter() -> None:
     requests = [type("Request", (), {"args": (f"Prompt {n}\n", option)}) for n, option in enumerate(options)]
     predictor = ModelPredictor(loaded)
     expected = [
-        predictor.generate(["Prompt 0\n"], ("e",), 5), predictor.generate(["Prompt 1\n"], ("x",), 64),
+        predictor.generate(["Prompt 0\n"], ("e",), 5),
+        predictor.generate(["Prompt 1\n"], ("x",), 64),
         predictor.generate(["Prompt 2\n"], (), 3),
-    ]  # fmt: skip
+    ]
     assert model.generate_until(requests) == [made[0][0] for made in expected]
     requests[0].args = ("Prompt", {"do_sample": True})
     with pytest.raises(ConfigError, match="only greedy generation is offered"):

@@ -65,9 +65,12 @@ def megatron_rank(args: argparse.Namespace, rank: int) -> Iterator[None]:
     tp, pp, ep = (getattr(args, f"{axis}_model_parallel_size") for axis in ("tensor", "pipeline", "expert"))
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=tp * pp * ep)
     mpu.initialize_model_parallel(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=args.expert_tensor_parallel_size, create_gloo_process_groups=False,
-    )  # fmt: skip
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        create_gloo_process_groups=False,
+    )
     try:
         yield
     finally:
@@ -158,7 +161,7 @@ def test_megatron_computes_our_logits(layout: str, options: dict, tmp_path: Path
         (2, {"moe_router_load_balancing_type": "none", "moe_z_loss_coeff": 0.02}),
         (2, {"moe_aux_loss_coeff": 0.7, "moe_z_loss_coeff": 0.03, "moe_router_score_function": "sigmoid"}),
     ],
-)  # fmt: skip
+)
 def test_megatron_trains_routers_as_we_do(sequences: int, options: dict, tmp_path: Path) -> None:
     """Balance and z-loss of the arguments, as Megatron computes them: in a model of ours and in one that is read."""
     source = new_source(tiny_config("moe", style="llama", moe_router_topk=2, **options))
@@ -186,8 +189,11 @@ def test_every_rank_loads_its_file_strictly(layout: str, options: dict, sizes: t
     args = torch.load(next(folder.rglob(FILE_NAME)), weights_only=False)["args"]
     for rank in range(tp * pp * ep):
         with megatron_rank(args, rank):
-            own = [("", mpu.get_tensor_model_parallel_rank(), 2, True), ("_", mpu.get_pipeline_model_parallel_rank(), 3, pp > 1),
-                   ("_", mpu.get_expert_model_parallel_rank(), 3, ep > 1)]  # fmt: skip
+            own = [
+                ("", mpu.get_tensor_model_parallel_rank(), 2, True),
+                ("_", mpu.get_pipeline_model_parallel_rank(), 3, pp > 1),
+                ("_", mpu.get_expert_model_parallel_rank(), 3, ep > 1),
+            ]
             name = "mp_rank_" + "".join(f"{mark}{number:0{width}d}" for mark, number, width, shown in own if shown)
             content = torch.load(folder / name / FILE_NAME, weights_only=False)
             model = megatron_model(content["args"])

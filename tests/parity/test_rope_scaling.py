@@ -10,30 +10,13 @@ import torch
 
 from megatron_samoe.config import ModelConfig
 from megatron_samoe.models.rotary import rotary_tables, scaled_frequencies
+from tests.harness.tables import table
 from tests.parity.hf_models import transformers
 
 pytestmark = pytest.mark.parity
+TABLE = table(__file__)
 
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "linear": ({"rope_scaling_factor": 3.0}, {"factor": 3.0}),
-    "llama3": (
-        {"rope_scaling_factor": 8.0, "rope_original_max_positions": 8192},
-        {"factor": 8.0, "original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-    ),
-    "yarn": (
-        {"rope_scaling_factor": 40.0, "rope_original_max_positions": 4096},
-        {"factor": 40.0, "original_max_position_embeddings": 4096},
-    ),
-    "yarn with numbers": (
-        {"rope_scaling_factor": 4.0, "rope_original_max_positions": 512, "yarn_beta_fast": 20.0, "yarn_beta_slow": 2.0,
-         "yarn_attention_factor": 0.7},
-        {"factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 20.0, "beta_slow": 2.0, "attention_factor": 0.7},
-    ),
-    "yarn of one step": (  # the ramp's ends meet
-        {"rope_scaling_factor": 2.0, "rope_original_max_positions": 4, "yarn_beta_fast": 1.1, "yarn_beta_slow": 1.0},
-        {"factor": 2.0, "original_max_position_embeddings": 4, "beta_fast": 1.1, "beta_slow": 1.0},
-    ),
-}  # fmt: skip
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = TABLE["cases"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -47,9 +30,11 @@ def test_frequencies_are_those_of_transformers(case: str, head_dim: int, base: f
         rope_scaling_type=kind, **ours,  # type: ignore[arg-type]
     )  # fmt: skip
     config = transformers.LlamaConfig(
-        hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=65536,
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        max_position_embeddings=65536,
         rope_parameters={"rope_type": kind, "rope_theta": base, **theirs},
-    )  # fmt: skip
+    )
     expected, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     found, own_factor = scaled_frequencies(model)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)

@@ -22,6 +22,7 @@ from megatron_samoe.config.derived import data_parallel_size
 from megatron_samoe.config.option import Facts, all_options
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError, ConfigErrors
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_options
 
 #: What a case changes. So many ranks as there are may be data parallel, and a run must have some data.
@@ -48,25 +49,7 @@ LEFT_OUT = {
 }  # fmt: skip
 
 #: Values where a type says too little, or would make models that are no longer tiny or learn nothing.
-VALUES: dict[str, tuple[Any, ...]] = {
-    "num_layers": (1, 2, 3, 6, 8), "hidden_size": (16, 48), "ffn_hidden_size": (16, 24, 64), "kv_channels": (4, 6, 8),
-    "seq_length": (4, 8, 12, 32), "max_position_embeddings": (16, 40), "rotary_percent": (0.5, 0.25),
-    "rope_original_max_positions": (4, 8), "window_attn_skip_freq": (2, 3),
-    "kv_lora_rank": (8, 12), "qk_head_dim": (4, 8), "qk_pos_emb_head_dim": (2, 4), "v_head_dim": (4, 8),
-    "init_method_std": (0.05, 0.2), "hidden_dropout": (0.1,), "sliding_window": (2, 5),
-    "expert_sharing": ("combined", "tied", "scaled", "pool", "neighbours", "0,1,1,0", "scaled:0,1,1,0", "own,0,0,own",
-                       "combined,0,combined,0", "own,combined*3", "0,0", "own,combined"),
-    "num_experts": (2, 3, 6, 8, 16, (4, 4, 8, 8), (2, 4)), "moe_layer_freq": ("2", "3", "[0,1]*2", "0111"),
-    "moe_ffn_hidden_size": (8, 16), "moe_shared_expert_intermediate_size": (8, 16),
-    "neighbour_unmask_steps": (2, 4), "pool_lock_step": (1, 2), "pool_lock_anneal_steps": (1, 2),
-    "moe_input_jitter_eps": (0.05,), "moe_expert_capacity_factor": (0.5, 1.0, 1.5),
-    "moe_router_init_method_std": (0.1, 0.3), "moe_router_bias_update_rate": (0.05,), "moe_aux_loss_coeff": (0.0, 0.5),
-    "pipeline_model_parallel_layout": ("Ett|ttL", "E|ttttL", "Et|tttL", "Et|t|t|tL", "Ett||t|tL", "E|tt|tt|L"),
-    "ddp_bucket_size": (500, 3000), "micro_batch_size": (2, 4), "global_batch_size": (4, 12, 16, 24),
-    "lr": (1e-2,), "min_lr": (1e-4,), "lr_decay_iters": (2, 8), "lr_warmup_fraction": (0.1, 0.5), "lr_warmup_iters": (1, 2),
-    "lr_mult_patterns": (("weight=0.5",), (r"layers\.[01]\.=0.5",), ("^embedding=0",)),
-    "weight_decay_mult_patterns": (("bias=1",), ("weight=0",)), "optimizer_backend": ("torch",),
-}  # fmt: skip
+VALUES: dict[str, tuple[Any, ...]] = table(__file__)["values"]
 
 #: Drawn more often than one option in a hundred would be.
 FREQUENT = (
@@ -119,8 +102,11 @@ class Case:
         """Returns the case without options, and without those that then have no effect."""
         options = {name: value for name, value in self.options.items() if name not in names}
         config = replace(self, options=options).config
-        idle = [name for _, name, value, default, facts in all_options(config)
-                if name in options and value != default and facts.needs and not facts.needs.is_met(config)]  # fmt: skip
+        idle = [
+            name
+            for _, name, value, default, facts in all_options(config)
+            if name in options and value != default and facts.needs and not facts.needs.is_met(config)
+        ]
         return replace(self, options=options).without(*idle) if idle else replace(self, options=options)
 
     def is_part_of(self, other: Case) -> bool:

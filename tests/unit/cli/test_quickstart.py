@@ -21,8 +21,11 @@ def test_the_main_job_runs_from_any_folder(tmp_path: Path) -> None:
     paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "megatron_samoe", "quickstart", "--train-iters", "22", "--output-dir", "out"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     for name in quickstart.MODELS:
         assert f"\n{name}: {quickstart.PROMPT}" in done.stdout

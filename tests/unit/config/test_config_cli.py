@@ -28,10 +28,12 @@ def write(folder: Path, content: str) -> str:
 
 def test_flags_are_megatrons() -> None:
     config = parse_pretrain_args(
-        ["--num-layers", "3", "--tensor-model-parallel-size", "2", "--swiglu", "--data-path", "0.3", "a", "0.7", "b",
-         "--expert-layout", "samoe", "--samoe-init", "block", "--moe-expert-capacity-factor", "1.25",
-         "--lr-decay-style", "WSD", "--save", "here", "--bf16"]
-    )  # fmt: skip
+        (
+            "--num-layers 3 --tensor-model-parallel-size 2 --swiglu --data-path 0.3 a 0.7 b --expert-layout "
+            "samoe --samoe-init block --moe-expert-capacity-factor 1.25 --lr-decay-style WSD --save here "
+            "--bf16"
+        ).split()
+    )
     assert config.model.num_layers == 3 and config.model.swiglu
     assert config.parallel.tensor_model_parallel_size == 2
     assert config.data.data_path == ("0.3", "a", "0.7", "b")
@@ -66,7 +68,9 @@ def test_misspelt_flag_is_refused_with_the_nearest(wrong: str, right: str, capsy
     assert wrong in message and right in message.split("Perhaps you meant")[1]
 
 
-@pytest.mark.parametrize("args", [["--train-iters", "many"], ["--lr-decay-style", "wsd"], ["--bf16", "True"]])
+@pytest.mark.parametrize(
+    "args", [["--train-iters", "many"], ["--lr-decay-style", "wsd"], ["--bf16", "True"], ["--num-layers"]]
+)
 def test_malformed_flag_is_refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         parse_pretrain_args(args)
@@ -103,6 +107,7 @@ def test_flags_override_yaml(tmp_path: Path) -> None:
         ("lr_decay_style: cosin", "lr_decay_style", "Did you mean 'cosine'?"),
         ("data_path: {a: 1}", "data_path", "must be of type str list"),
         ("tokenizer_model: [a]", "tokenizer_model", "must be of type str"),
+        ("normalization: LayerNrom", "normalization", "must be one of 'LayerNorm', 'RMSNorm'"),
         ("- a", "--config", "must hold a mapping of option to value, not list"),
         ("a: [", "--config", "is not YAML"),
     ],
@@ -129,6 +134,8 @@ def test_empty_yaml_changes_nothing_and_missing_is_named(tmp_path: Path) -> None
     assert read_yaml(Path(write(tmp_path, ""))) == {}
     with pytest.raises(ConfigError, match=r"absent\.yaml.*cannot be read"):
         parse_pretrain_args(["--config", str(tmp_path / "absent.yaml")])
+    with pytest.raises(ConfigError, match="Is a directory"):
+        parse_pretrain_args(["--config", str(tmp_path)])
     with pytest.raises(ConfigError, match="needs the path"):
         parse_pretrain_args(["--config"])
 
@@ -210,8 +217,11 @@ def test_what_other_programs_flags_are_is_said_at_once() -> None:
 
 
 def test_no_foreign_name_is_one_of_ours() -> None:
-    ours = {flag(field.name) for group in dataclasses.fields(PretrainConfig)
-            for field in dataclasses.fields(getattr(PretrainConfig(), group.name))}  # fmt: skip
+    ours = {
+        flag(field.name)
+        for group in dataclasses.fields(PretrainConfig)
+        for field in dataclasses.fields(getattr(PretrainConfig(), group.name))
+    }
     ours |= {f"--no-{name.removeprefix('--')}" for name in ours}
     renamed, always_so, missing = foreign_flags().values()
     assert not ours & {*renamed, *always_so, *missing} and {words.split()[0] for words in renamed.values()} <= ours

@@ -15,6 +15,9 @@ from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.training import DistillationConfig, TrainingConfig
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError
+from tests.harness.tables import table
+
+TABLE = table(__file__)
 
 
 def config(
@@ -39,26 +42,7 @@ def sizes(fitted: PretrainConfig, used: int) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("options", "world", "expected"),
-    [
-        # ranks used, tensor, pipeline, expert, data, micro-batch
-        ({}, 8, (8, 1, 1, 1, 8, 2)),
-        ({}, 5, (4, 1, 1, 1, 4, 2)),
-        ({}, 16, (16, 1, 1, 1, 16, 1)),
-        ({"expert_model_parallel_size": 4}, 2, (2, 1, 1, 2, 2, 2)),
-        ({"expert_model_parallel_size": 4, "moe_dispatch_chunks": 2}, 1, (1, 1, 1, 1, 1, 2)),
-        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 6, (4, 2, 2, 1, 1, 2)),
-        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 3, (2, 2, 1, 1, 1, 2)),
-        ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 1, (1, 1, 1, 1, 1, 2)),
-        ({"pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 1}, 2, (2, 1, 2, 1, 1, 2)),
-        ({"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et*3|t*5L"}, 1, (1, 1, 1, 1, 1, 2)),
-        ({"context_parallel_size": 4}, 6, (4, 1, 1, 1, 1, 2)),
-        ({"context_parallel_size": 4, "cp_comm_type": "a2a", "expert_model_parallel_size": 4}, 1, (1, 1, 1, 1, 1, 2)),
-        ({"context_parallel_size": 2, "tensor_model_parallel_size": 2, "expert_model_parallel_size": 4}, 3, (2, 2, 1, 1, 1, 2)),
-        ({"pipeline_model_parallel_size": 2, "pipeline_schedule": "gpipe"}, 1, (1, 1, 1, 1, 1, 2)),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("options", "world", "expected"), TABLE["layouts"])
 def test_data_parallelism_changes_first(options: dict[str, Any], world: int, expected: tuple[int, ...]) -> None:
     fitted, used = fit_layout(config(**options), world)
     assert sizes(fitted, used) == expected

@@ -14,8 +14,11 @@ from megatron_samoe.config.cli import parse, parse_pretrain_args, to_mapping
 from megatron_samoe.config.option import all_options, flag
 from megatron_samoe.errors import ConfigErrors
 
-NEEDY = [name for _, name, _, _, facts in all_options(PretrainConfig())
-         if facts.needs is not None and not facts.needs.is_met(PretrainConfig())]  # fmt: skip
+NEEDY = [
+    name
+    for _, name, _, _, facts in all_options(PretrainConfig())
+    if facts.needs is not None and not facts.needs.is_met(PretrainConfig())
+]
 HINTS = {name: hint for group in vars(PretrainConfig()).values() for name, hint in get_type_hints(type(group)).items()}
 
 

@@ -48,7 +48,7 @@ SCRAPS = st.lists(
         ("\x00", "not allowed"),
         ("a: b: c", "mapping values are not allowed"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_plain_yaml_is_one_line(text: str, reason: str) -> None:
     tracemalloc.start()
     began = time.process_time()
@@ -117,9 +117,11 @@ def test_what_is_no_json_says_why(text: str | bytes, reason: str) -> None:
 def test_aliases_and_merges_that_people_write_are_read() -> None:
     text = "base: &b {lr: 1e-3, n: 2}\nruns:\n  a: {<<: *b, n: 3}\n  b: *b\npattern: 0101\ndate: 2026-01-01\n"
     assert parse_yaml(text) == {
-        "base": {"lr": "1e-3", "n": 2}, "runs": {"a": {"lr": "1e-3", "n": 3}, "b": {"lr": "1e-3", "n": 2}},
-        "pattern": "0101", "date": "2026-01-01",
-    }  # fmt: skip
+        "base": {"lr": "1e-3", "n": 2},
+        "runs": {"a": {"lr": "1e-3", "n": 3}, "b": {"lr": "1e-3", "n": 2}},
+        "pattern": "0101",
+        "date": "2026-01-01",
+    }
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from megatron_samoe.convert.gguf.tokenizer import _byte_level, vocabulary
 from megatron_samoe.convert.hf.tokenizer_files import tokenizer_files
 from megatron_samoe.datasets.chat_template import Chat
 from megatron_samoe.errors import ConfigError
+from tests.harness.tables import table
 from tests.parity.hf_models import Native, native, random_source, some_ids
 
+TABLE = table(__file__)
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 
 #: Numbers that a file must carry: other than defaults, and large enough to show in logits.
@@ -28,18 +30,7 @@ LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden
 AMONG_ALL = {**LLAMA, "moe_router_pre_softmax": True}
 OLMOE = {**AMONG_ALL, "qk_layernorm": True, "qk_layernorm_scope": "all"}
 GATE = {"moe_shared_expert_intermediate_size": 20, "moe_shared_expert_gate": True}
-CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("llama", "dense", {"style": "llama", **OWN}),
-    "qwen2": ("qwen2", "dense", {"style": "llama", "add_qkv_bias": True, **OWN}),
-    "qwen3": ("qwen3", "dense", {"style": "llama", "qk_layernorm": True, **OWN}),
-    "gpt2": ("gpt2", "dense", {"norm_epsilon": 0.03}),
-    "mixtral": ("llama", "moe", LLAMA),
-    "tied": ("llama", "moe", {**LLAMA, "expert_sharing": "tied"}),
-    "samoe": ("llama", "samoe", {**LLAMA, "untie_embeddings_and_output_weights": True}),
-    "qwen3moe": ("qwen3moe", "samoe", {**LLAMA, "qk_layernorm": True}),
-    "olmoe": ("olmoe", "moe", {**OLMOE, "group_query_attention": False, "num_query_groups": 1}),
-    "qwen2moe": ("qwen2moe", "samoe", {**AMONG_ALL, **GATE, "add_qkv_bias": True}),
-}  # fmt: skip
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = TABLE["models"]
 
 
 def run(*arguments: object) -> tuple[int, str]:

@@ -23,9 +23,11 @@ from megatron_samoe.convert.read_ahead import ReadAhead
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
 from megatron_samoe.errors import CheckpointError
 from tests.harness.program import REPOSITORY
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 from tests.unit.convert.memory_source import load, new_source
 
+TABLE = table(__file__)
 SAMOE = tiny_config("samoe", style="llama", moe_router_topk=2, moe_ffn_hidden_size=48, num_layers=2)
 
 
@@ -122,32 +124,7 @@ def test_shards_are_as_large_as_asked_for(made: SimpleNamespace, run: Run, tmp_p
     )
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--load-dir", "{root}/nowhere"], "is not there; it must be a checkpoint of this program"),
-        (["--load-dir", "{root}"], "is a folder above runs and has no checkpoint itself: give one of"),
-        (["--load-dir", "{hf}/config.json"], "is a file; it must be"),
-        (["--load-dir", "{native}"], "--to = 'auto': this program's checkpoints load in any layout as they are"),
-        (["--load-dir", "{native}", "--to", "native"], "the source is one already"),
-        (["--load-dir", "{hf}", "--from", "megatron"], "is a Hugging Face folder, and --from says megatron"),
-        (["--load-dir", "{native}", "--to", "hf", "--hf-model-type", "llama"], "LlamaForCausalLM does not compute --expert-layout moe"),
-        (["--load-dir", "{native}", "--to", "hf", "--hf-model-type", "qwen3_moe"], "no --qk-layernorm"),
-        (["--load-dir", "{native}", "--target-tensor-parallel-size", "3"], "must divide --num-query-groups 2"),
-        (["--load-dir", "{native}", "--target-pipeline-parallel-size", "4"], "must divide --num-layers 2"),
-        (["--load-dir", "{native}", "--target-expert-parallel-size", "0"], "must be a positive integer"),
-        (["--load-dir", "{native}", "--fold", "--target-tensor-parallel-size", "2"], "--fold = True: is for --to hf, not megatron"),
-        (["--load-dir", "{hf}", "--to", "native", "--release"], "--release = True: is for --to megatron, not native"),
-        (["--load-dir", "{hf}", "--to", "megatron", "--no-tokenizer"], "Megatron's files hold none"),
-        (["--load-dir", "{hf}", "--ckpt-step", "7"], "holds one model only"),
-        (["--load-dir", "{native}", "--ckpt-step", "8", "--to", "hf"], "has iterations [7]"),
-        (["--load-dir", "{hf}", "--vocab-size", "9"], "is for Megatron's checkpoints"),
-        (["--load-dir", "{megatron}", "--vocab-size", "9999"], "--vocab-size = 9999"),
-        (["--load-dir", "{native}", "--to", "hf", "--max-shard-size", "5 apples"], "must be a number and KB"),
-        (["--load-dir", "{native}", "--to", "hf", "--max-shard-size", "0GB"], "must be positive"),
-        (["--load-dir", "{native}", "--to", "hf", "--max-shard-size", "infGB"], "must be a number and KB"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("options", "message"), TABLE["bad requests"])
 def test_bad_requests_are_explained(
     options: list[str], message: str, made: SimpleNamespace, run: Run, tmp_path: Path
 ) -> None:
@@ -259,19 +236,7 @@ def test_pickles_are_refused(made: SimpleNamespace, run: Run, tmp_path: Path, mo
     assert not Path("exploded").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "falcon"}, "model_type = 'falcon': is not a family that can be imported"),
-        ({"model_type": "lama"}, "Did you mean 'llama'"),
-        ({"hidden_size": 64}, "its config.json says"),
-        ({"num_hidden_layers": 3}, "has no tensor model.layers.2."),
-        ({"vocab_size": None}, "config.json: vocab_size"),
-        ({"expert_layout": "other"}, "config.json: expert_layout = 'other'"),
-        ({"hidden_act": "relu"}, "config.json: hidden_act = 'relu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights cannot be converted"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("changes", "message"), TABLE["misfits"])
 def test_configurations_that_do_not_fit_are_named(
     changes: dict[str, Any], message: str, made: SimpleNamespace, run: Run, tmp_path: Path
 ) -> None:

@@ -141,8 +141,10 @@ def test_families_are_compared_under_our_names(tmp_path: Path, capsys: Captured)
         status, values = look_json(capsys, "list", tmp_path / other)
         assert values["kind"] == other and "layers.3.moe.experts.w2" in values["tensors"]
         status, values = look_json(capsys, "list", tmp_path / other, "--raw")
-        expected = {"megatron": "mp_rank_01_001_000/model.decoder.layers.1.mlp.experts.linear_fc1.weight1",
-                    "hf": "lm_head.weight"}[other]  # fmt: skip
+        expected = {
+            "megatron": "mp_rank_01_001_000/model.decoder.layers.1.mlp.experts.linear_fc1.weight1",
+            "hf": "lm_head.weight",
+        }[other]
         assert expected in values["tensors"]
     status, values = look_json(capsys, "stat", tmp_path / "megatron", "--raw", "--match", "final_layernorm")
     w = source.weights["final_norm.weight"]
@@ -270,9 +272,7 @@ def test_three_kinds_of_evidence_find_the_same_experts(bf16: bool, optimizer: st
                          lr_warmup_iters=0, global_batch_size=2, micro_batch_size=2, optimizer=optimizer)  # fmt: skip
     first, last = (CheckpointReader(path) for path in trained(config, tmp_path, 2))
     counts = torch.zeros(2, 32)
-    by_moments, by_start, by_seed = (
-        check_health(last), check_health(last, start=first), check_health(Without(last))
-    )  # fmt: skip
+    by_moments, by_start, by_seed = (check_health(last), check_health(last, start=first), check_health(Without(last)))
     assert [h.evidence for h in (by_moments, by_start, by_seed)] == ["moments", "start", "seed"]
     assert 0 < len(by_moments.stale_experts) < counts.numel() / 2 and not by_moments.is_sound
     assert by_start.stale_experts == by_seed.stale_experts == by_moments.stale_experts
@@ -348,8 +348,11 @@ def test_sharing_tells_the_map_its_users_and_sizes(tmp_path: Path, capsys: Captu
     expert = 2 * 32 * 128 + 32 + 128
     assert status == 0 and values["expert_sharing"] == "own,combined*2,0*2"
     found = [(s["name"], s["layers"], s["num_experts"], s["elements"]) for s in values["stores"]]
-    assert found == [("own of layer 1", [1], 4, 4 * expert), ("pool of 2 banks", [2, 3], 4, 8 * expert),
-                     ("set 0 (tied)", [4, 5], 4, 4 * expert)]  # fmt: skip
+    assert found == [
+        ("own of layer 1", [1], 4, 4 * expert),
+        ("pool of 2 banks", [2, 3], 4, 8 * expert),
+        ("set 0 (tied)", [4, 5], 4, 4 * expert),
+    ]
     _, text = look(capsys, "sharing", tmp_path)
     assert "layers 4, 5" in text and text.rstrip().endswith(
         f"{12 * expert:,} of them shared; {20 * expert:,} if no layers shared."

@@ -58,14 +58,18 @@ def bank_of(folder: Path) -> dict[str, torch.Tensor]:
         return {experts_plan.kind_of_bank(name): file.get_tensor(name) for name in names}
 
 
-@pytest.mark.parametrize("options", [{}, {"samoe_granularity": "expert", "samoe_normalization": "l2"},
-                                     {"samoe_normalization": "softmax"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, {"samoe_granularity": "expert", "samoe_normalization": "l2"}, {"samoe_normalization": "softmax"}]
+)
 def test_layers_that_combine_get_their_own_experts(options: dict[str, Any], tmp_path: Path) -> None:
     _, folder = exported(tmp_path, "samoe", options)
     _, plan = planned(folder)
     assert len(plan.coefficients) == 4 and not plan.selections and not plan.entries
-    made = {name: w for kind, bank in bank_of(folder).items()
-            for name, w in plan.weights(kind, bank, "experts", torch.float32)}  # fmt: skip
+    made = {
+        name: w
+        for kind, bank in bank_of(folder).items()
+        for name, w in plan.weights(kind, bank, "experts", torch.float32)
+    }
     folded = {n: p for n, p in theirs(folder).fold_pool().named_parameters() if ".mlp.experts." in n}
     assert made.keys() == folded.keys()
     for name, weight in folded.items():

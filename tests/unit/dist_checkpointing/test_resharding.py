@@ -21,9 +21,12 @@ from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout, with_options
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {}), "tp2 ep2": (4, {"tp": 2, "ep": 2}), "ep2": (2, {"ep": 2}), "tp2 etp1": (2, {"tp": 2, "etp": 1}),
+    "one": (1, {}),
+    "tp2 ep2": (4, {"tp": 2, "ep": 2}),
+    "ep2": (2, {"ep": 2}),
+    "tp2 etp1": (2, {"tp": 2, "etp": 1}),
     "pp2 zero": (4, {"pp": 2, "zero": True}),
-}  # fmt: skip
+}
 MODELS: dict[str, dict[str, Any]] = {
     "samoe": {"layout": "samoe"},
     "moe bf16": {"layout": "moe", "style": "llama", "bf16": True},

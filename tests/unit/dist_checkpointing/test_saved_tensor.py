@@ -13,9 +13,12 @@ import torch
 from megatron_samoe.dist_checkpointing.saved_tensor import Window, read_saved_tensor, read_saved_tensor_into
 
 TENSORS = {
-    "matrix": torch.arange(600.0).view(20, 30), "transposed": torch.arange(12.0).view(3, 4).t(), "scalar": torch.tensor(3),
-    "empty": torch.zeros(0, 3), "bf16": torch.rand(50).bfloat16(),
-}  # fmt: skip
+    "matrix": torch.arange(600.0).view(20, 30),
+    "transposed": torch.arange(12.0).view(3, 4).t(),
+    "scalar": torch.tensor(3),
+    "empty": torch.zeros(0, 3),
+    "bf16": torch.rand(50).bfloat16(),
+}
 
 
 @pytest.mark.parametrize("name", TENSORS)

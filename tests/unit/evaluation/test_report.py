@@ -39,16 +39,17 @@ from megatron_samoe.evaluation.run_summary import perplexity_text, read_run
 from tests.harness.browser import browser, needs_browser
 from tests.harness.serving import save_tiny
 
-ROOT = Path(__file__).resolve().parents[3]
-
 
 def write_metrics(folder: Path, loss: float, experts: bool, banks: bool, speed: float = 100.0) -> None:
     lines = []
     for i in range(1, 5):
         record: dict[str, Any] = {
-            "iteration": i, "consumed_tokens": 100 * i, "lm_loss": loss + 1 / i, "tokens_per_s": speed * (10 + (i > 1) * i),
+            "iteration": i,
+            "consumed_tokens": 100 * i,
+            "lm_loss": loss + 1 / i,
+            "tokens_per_s": speed * (10 + (i > 1) * i),
             "peak_memory_bytes": 10**6 * i,
-        }  # fmt: skip
+        }
         if i % 2 == 0:
             record |= {"validation_loss": loss + 1 / i, "validation_perplexity": math.exp(loss + 1 / i)}
         if experts:
@@ -272,8 +273,10 @@ def test_the_first_screen_names_the_best_and_the_smallest_as_good(runs_dir: Path
     (edited,) = (group for group in groups if group.name == "samoe one bank")  # worse, and no smaller
     assert glance_table(groups)[1][:3] == ["dense", groups[0].loss.text(4), "+0.0000"]
     assert glance_text(groups, 1.0).startswith("Best: dense, ") and "No smaller model" in glance_text(groups, 1.0)
-    better = replace(without_dense[0], runs=tuple(replace(r, records=[{"iteration": 4, "validation_loss": 2.0}])
-                                                  for r in without_dense[0].runs))  # fmt: skip
+    better = replace(
+        without_dense[0],
+        runs=tuple(replace(r, records=[{"iteration": 4, "validation_loss": 2.0}]) for r in without_dense[0].runs),
+    )
     said = glance_text([groups[0], better, edited], margin=0.6)
     assert said.startswith(f"Best: {better.name}, 2.0000") and "within 0.6 of it: dense, +0.5500" in said
     assert "No smaller model comes within 0.5 of it" in glance_text([groups[0], better, edited], margin=0.5)
@@ -379,12 +382,14 @@ def test_the_command_refuses_what_does_not_belong(runs_dir: Path, tmp_path: Path
     moe = str(runs_dir / "moe/seed-1")
     (tmp_path / "decode.json").write_text(json.dumps(decode_rows(tmp_path)))
     for args, status, part in (
-        ([], 2, "give run folders, or --study"), ([str(tmp_path)], 1, "is not the folder of a run"),
+        ([], 2, "give run folders, or --study"),
+        ([str(tmp_path)], 1, "is not the folder of a run"),
         ([moe, "--decode", str(tmp_path / "decode.json")], 2, "in none of the runs' folders"),
-        ([moe, "--study", "x.json"], 2, "not both"), ([moe, moe], 2, "given twice"),
+        ([moe, "--study", "x.json"], 2, "not both"),
+        ([moe, moe], 2, "given twice"),
         ([moe, "--output", str(tmp_path)], 2, "is a folder"),
         ([moe, "--output", str(tmp_path / "decode.json" / "r.html")], 1, "cannot be written"),
-    ):  # fmt: skip
+    ):
         assert report_command.main(["--output", str(tmp_path / "r.html"), *args]) == status
         assert part in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()

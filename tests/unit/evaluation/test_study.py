@@ -20,7 +20,9 @@ from megatron_samoe.evaluation.study.gates import problems_of
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.results import collect, results_table, unequal_arms
 from tests.harness.serving import save_tiny
+from tests.harness.tables import table
 
+TABLE = table(__file__, tuples=False)
 OPTIONS = {
     "num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 16, "num_experts": 2,
     "micro_batch_size": 2, "global_batch_size": 2, "train_iters": 2, "eval_interval": 2, "eval_iters": 1,
@@ -58,31 +60,7 @@ def test_runs_go_seed_by_seed_and_edited_ones_after_their_source(tmp_path: Path)
     assert (plan[5].variant.edited_from, plan[5].variant.edit) == ("one pool", "select")
 
 
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"seeds": [1, 1]}, "seeds"),
-        ({"seeds": "1"}, "seeds"),
-        ({"seed": [1]}, "seed"),
-        ({"config": "nowhere.yaml"}, "config"),
-        ({"baseline": "dense"}, "baseline"),
-        ({"runs": {"a": 3}}, "runs.a"),
-        ({"runs": {"a b": {}, "a-b": {}}, "derived": None, "baseline": None}, "runs"),
-        ({"derived": {"x": {"from": "nobody", "edit": "select"}}}, "derived.x.from"),
-        ({"derived": {"x": {"from": "one pool", "edit": "melt"}}}, "derived.x.edit"),
-        ({"derived": {"x": {"from": "one pool", "edits": "fold"}}}, "derived.x.edits"),
-        ({"margin": "wide"}, "margin"),
-        ({"sizes": {"wide": 3}}, "sizes.wide"),
-        ({"sweep": {"option": "lr", "values": [1, 2]}}, "sweep.values"),
-        ({"sweep": {"option": "lr", "values": [3, 2, 1]}}, "sweep.values"),
-        ({"sweep": {"option": "lr", "values": [1, 2, 3], "seed": 1}}, "sweep.seed"),
-        ({"sweep": {"values": [1, 2, 3]}}, "sweep.option"),
-        ({"branches": [20, 10]}, "branches"),
-        ({"branches": [0]}, "branches"),
-        ({"gates": [{"arm": "nobody", "at-most": 0}]}, "gates.1.arm"),
-        ({"gates": [{"arm": "one pool"}]}, "gates.1"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "field"), TABLE["refused"])
 def test_a_wrong_study_is_refused_by_its_key(tmp_path: Path, changes: dict, field: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_study(write_study(tmp_path, **changes))

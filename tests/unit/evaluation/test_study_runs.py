@@ -237,9 +237,12 @@ def test_a_part_is_some_runs_and_all_that_they_need(tmp_path: Path) -> None:
         (["--shard", "3/2"], "--shard = '3/2': must be a part and the number of parts"),
         (["--shard", "all"], "--shard = 'all': must be a part and the number of parts"),
         (["--shard", "1/2", "--run", "own-experts/seed-1"], "--shard = '1/2': excludes --run"),
-        (["--run", "own-expert/seed-1"], "names no run of the study; --dry-run shows them. Did you mean 'own-experts/seed-1'?"),
+        (
+            ["--run", "own-expert/seed-1"],
+            "names no run of the study; --dry-run shows them. Did you mean 'own-experts/seed-1'?",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_part_is_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:

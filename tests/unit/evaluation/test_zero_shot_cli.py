@@ -24,9 +24,11 @@ from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
 from tests.harness.ranks import run_ranks
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_layout
 from tests.unit.evaluation.zero_shot_data import FORMS, lines, write
 
+TABLE = table(__file__, tuples=False)
 ROOT = Path(__file__).resolve().parents[3]
 Run = Callable[..., str]
 
@@ -49,9 +51,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for experts, iterations, seed in (("samoe", (10, 20, 30), 1), ("moe", (30,), 2)):
         folder = tmp_path_factory.mktemp(experts)
         config = replace(
-            tiny_config(experts, seq_length=32), checkpoint=CheckpointConfig(save=str(folder)),
+            tiny_config(experts, seq_length=32),
+            checkpoint=CheckpointConfig(save=str(folder)),
             data=DataConfig(mock_data=True, tokenizer_type="ByteTokenizer"),
-        )  # fmt: skip
+        )
         run_ranks(save_series, 1, with_layout(config), iterations, seed)
         folders.append(folder)
     return folders[0], folders[1]
@@ -197,32 +200,7 @@ def test_list_tasks(run: Run) -> None:
     assert len(run("--list-tasks").splitlines()) == 17
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ([], "--load = None: must name a folder of checkpoints"),
-        (["--predictor", "orcale"], "must be model or one of always-yes, always-no, oracle. Did you mean 'oracle'?"),
-        (["--predictor", "oracle", "--load", "x"], "--load = 'x': has no effect with --predictor oracle"),
-        (["--predictor", "oracle", "--checkpoints", "LAST:2"], "--checkpoints = 'LAST:2': has no effect"),
-        (["--predictor", "oracle", "--tensor-model-parallel-size", "2"], "has no effect with --predictor oracle"),
-        (["--load", "x", "--checkpoints", "LAST:2", "--ckpt-step", "2"], "excludes --checkpoints"),
-        (["--load", "x", "--batch-size", "0"], "--batch-size = 0: must be 1 or more"),
-        (["--load", "x", "--harness"], "must name tasks of the harness"),
-        (["--load", "x", "--include-path", "y"], "needs --harness"),
-        (["--load", "x", "--harness", "--tasks", "a", "--data-dir", "y"], "--data-dir = 'y': has no effect with --harness"),
-        (["--predictor", "oracle", "--tasks", "bolq", "--data-dir", "DATA"], "Did you mean 'boolq'?"),
-        (["--predictor", "oracle", "--data-dir", "absent"], "--data-dir absent is no folder"),
-        (["--predictor", "oracle", "--json", "/proc/none/r.json"], "--json = '/proc/none/r.json': cannot be written"),
-        (["--load", "absent", "--tasks", "boolq", "--data-dir", "DATA"], "--load absent is not there"),
-        (["--load", "LOAD", "--tasks", "boolq", "--data-dir", "DATA", "--ckpt-step", "15"], "has iterations [10, 20, 30]"),
-        (["--load", "LOAD", "--tasks", "boolq", "--data-dir", "DATA", "--checkpoints", "LAST:4"], "there are only 3"),
-        (["--load", "LOAD", "--tasks", "boolq", "--data-dir", "DATA", "--checkpoints", "4th"], "must be LAST:N or a list"),
-        (["--predictor", "oracle", "--tasks", "boolq", "--data-dir", "DATA", "--corpus", "TEXT"], "needs a model"),
-        (["--load", "LOAD", "--corpus", "absent.txt"], "--corpus absent.txt is not there"),
-        (["--load", "LOAD", "--compare-with", "absent", "--data-dir", "DATA"], "--compare-with absent is not there"),
-        (["--predictor", "oracle", "--tasks", ",", "--data-dir", "DATA"], "--tasks = ',': names no task"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("words, message", TABLE["refused"])
 def test_refusals(
     words: list[str], message: str, run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -230,8 +208,10 @@ def test_refusals(
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
     (tmp_path / "text.txt").write_text("words")
     names: dict[str, Any] = {"LOAD": checkpoints[0], "DATA": data, "TEXT": tmp_path / "text.txt"}
-    error = run(*(names.get(word, word) for word in words), status=1 if "absent" in message or "[10" in message or
-                "only 3" in message else 2)  # fmt: skip
+    error = run(
+        *(names.get(word, word) for word in words),
+        status=1 if "absent" in message or "[10" in message or "only 3" in message else 2,
+    )
     assert message in error
 
 

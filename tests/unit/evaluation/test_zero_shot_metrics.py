@@ -141,7 +141,10 @@ def test_constant_predictors_where_text_is_asked_for() -> None:
     item = Item("x", ("c",), answers=("yes", "yeah"))
     task = load_task("webqs")
     assert [ConstantPredictor(n).respond(task, [item])[0].text for n in ("always-yes", "always-no", "oracle")] == [
-        "yes", "no", "yes"]  # fmt: skip
+        "yes",
+        "no",
+        "yes",
+    ]
     with pytest.raises(ConfigError, match=r"--predictor = 'always-yess'.*Did you mean 'always-yes'\?"):
         ConstantPredictor("always-yess")
 

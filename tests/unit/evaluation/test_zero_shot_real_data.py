@@ -17,8 +17,10 @@ from megatron_samoe.evaluation.zero_shot.prepare import ask, prepare
 FOLDER = os.environ.get(DATA_VARIABLE, "")
 pytestmark = pytest.mark.skipif(not FOLDER, reason=f"{DATA_VARIABLE} names no folder with the real data sets")
 MULTIRC = {
-    "always-yes": (42.80, 0.84, 59.95, 100.0), "always-no": (57.20, 0.31, 0.0, 0.0), "oracle": (100.0, 100.0, 100.0, 42.80),
-}  # fmt: skip
+    "always-yes": (42.80, 0.84, 59.95, 100.0),
+    "always-no": (57.20, 0.31, 0.0, 0.0),
+    "oracle": (100.0, 100.0, 100.0, 42.80),
+}
 #: Items, and the best constant predictor's accuracy.
 MAJORITY = {"boolq": (3270, 62.17), "cb": (56, 50.0), "copa": (100, 55.0), "wsc": (104, 63.46)}
 SIZES = {"lambada": 5153, "piqa": 1838, "winogrande": 1267, "arc_easy": 2376, "openbookqa": 500, "multirc": 4848}

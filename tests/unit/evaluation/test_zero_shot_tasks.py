@@ -17,8 +17,10 @@ from megatron_samoe.evaluation.zero_shot.data_files import NoDataError, find_dat
 from megatron_samoe.evaluation.zero_shot.layouts import plain_rows
 from megatron_samoe.evaluation.zero_shot.prepare import prepare
 from megatron_samoe.evaluation.zero_shot.task import TASK_DIR, Task, fill, load_task, parse_task, task_names
+from tests.harness.tables import table
 from tests.unit.evaluation.zero_shot_data import FORMS, Form, lines, write
 
+TABLE = table(__file__, tuples=False)
 ISSUE_TASKS = (
     "lambada piqa boolq race_h triviaqa webqs hellaswag winogrande arc_easy arc_challenge openbookqa multirc copa cb rte "
     "wic wsc"
@@ -67,9 +69,12 @@ def test_packed_files_and_parquet_give_the_same_items(tmp_path: Path) -> None:
     rows = [{"q": f"row {n}", "label": n % 2} for n in range(5)]
     content = lines(*rows).encode()
     packed = {
-        "a/mine.jsonl": content, "b/mine.jsonl.xz": lzma.compress(content), "c/mine.jsonl.gz": gzip.compress(content),
-        "d/mine.json": json.dumps({"data": rows}).encode(), "e/mine/part.jsonl": content,
-    }  # fmt: skip
+        "a/mine.jsonl": content,
+        "b/mine.jsonl.xz": lzma.compress(content),
+        "c/mine.jsonl.gz": gzip.compress(content),
+        "d/mine.json": json.dumps({"data": rows}).encode(),
+        "e/mine/part.jsonl": content,
+    }
     for name, data in packed.items():
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(data)
@@ -97,30 +102,7 @@ def test_missing_fields_are_named(missing: str) -> None:
         plain(**{missing: None})
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"metric": ["acc"]}, r"metric = \['acc'\]: unknown key in mine.yaml\. Did you mean 'metrics'\?"),
-        ({"metrics": ["accc"]}, r"metric 'accc' is not known\. Did you mean 'acc'\?"),
-        ({"metrics": ["exact_match"]}, "metric exact_match has no meaning for kind multiple_choice"),
-        ({"metrics": ["em"]}, "metric em needs the field group"),
-        ({"metrics": {"acc": 1}}, "metrics = {'acc': 1}: must be of type str list"),
-        ({"kind": "rank"}, "kind = 'rank': must be one of 'multiple_choice', 'partial'"),
-        ({"choices": [False, True]}, "choices = .*must be of type str list .* Quote yes, no, true and false"),
-        ({"until": ["\n"]}, "until has no effect on a task of kind multiple_choice"),
-        ({"context": "{q"}, r"context is no template: expected '}' before end of string; write \{\{"),
-        ({"context": "{q!r}"}, "context is no template: between braces stands the name of a field alone"),
-        ({"context": "}"}, "context is no template: Single '}'"),
-        ({"context": ["q"]}, r"context = \['q'\]: must be of type str"),
-        ({"layout": "boolqq"}, "layout 'boolqq' is not known"),
-        ({"hub": {"path": "x"}}, "hub.split = None: missing in mine.yaml; needed are path, split"),
-        ({"always_yes": 2}, "always_yes = 2 is not the index of a choice"),
-        ({"always_yes": True}, "always_yes = True: must be of type int"),
-        ({"name": "../up"}, "letters, digits"),
-        ({"kind": "generate", "choices": None, "gold": None, "answers": "a", "until": ["."], "max_new_tokens": -1,
-          "metrics": ["exact_match"]}, "max_new_tokens must be 1 or more"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("changes, message", TABLE["tasks"])
 def test_wrong_task_files(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         plain(**changes)
@@ -133,42 +115,14 @@ def test_files_that_are_no_task(content: str, tmp_path: Path) -> None:
         load_task(str(tmp_path / "t.yaml"))
 
 
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        ({"q": "x"}, r"mine\.jsonl:2: task mine needs the index of the right choice in 'label', not None"),
-        ({"q": "x", "label": 2}, r"label 2 is outside the 2 choices of task mine, 0 to 1"),
-        ({"q": "x", "label": -1}, r"label -1 is outside .*kept secret have -1"),
-        ({"q": "x", "label": True}, "needs the index"),
-        ({"q": "x", "label": "1"}, "needs the index"),
-        ({"label": 1}, r"there is no field 'q'; the row has label"),
-        ({"q": None, "label": 1}, "'q' must be a text or a number to stand in a prompt, not None"),
-        (["q"], r"mine\.jsonl:2 is no row with fields, but list"),
-    ],
-)
+@pytest.mark.parametrize("row, message", TABLE["rows"])
 def test_rows_that_do_not_fit(row: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text(lines({"q": "fine", "label": 0}, row))
     with pytest.raises(DataError, match=message):
         load_items(plain(), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "task, content, message",
-    [
-        ("boolq", '{"question": 1}\n', r"boolq_val\.jsonl:1 is no row of boolq: it has the fields question"),
-        ("boolq", '{"question": ', r"boolq_val\.jsonl:1 is no JSON"),
-        ("boolq", "\n", "its data holds no row"),
-        ("cb", lines({"premise": "a", "hypothesis": "b", "label": "maybe"}), "right choice in 'label', not 'maybe'"),
-        ("copa", lines({"premise": "a.", "choice1": "B", "choice2": "C", "question": "why", "label": 0}), "damaged as copa"),
-        ("copa", lines({"premise": "a.", "choice1": "", "choice2": "C", "question": "cause", "label": 0}), "damaged as copa"),
-        ("openbookqa", lines({"question_stem": "a", "answerKey": "E", "choices": {"text": ["b"], "label": ["A"]}}),
-         "answerKey 'E' is none of"),
-        ("winogrande", lines({"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}), "has no _"),
-        ("winogrande", lines({"sentence": "a _ b", "option1": "a", "option2": "b", "answer": ""}), "not ''"),
-        ("race_h", lines({"article": "a", "question": "b", "options": ["c"] * 4, "answer": "E"}), "damaged as race"),
-        ("webqs", lines({"utterance": "a", "targetValue": "(list)"}), "is no row of webqs"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("task, content, message", TABLE["damaged"])
 def test_damaged_data_of_known_forms(task: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / f"{load_task(task).files[0]}.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):

@@ -56,8 +56,10 @@ def test_the_optimizer_is_the_originals() -> None:
     )
     found = config_of(STAGES[0], muon)["optimizer"]
     assert {name: found[name] for name in ("optimizer", "muon_momentum", "adam_beta2")} == {
-        "optimizer": "muon", "muon_momentum": 0.9, "adam_beta2": 0.99,
-    }  # fmt: skip
+        "optimizer": "muon",
+        "muon_momentum": 0.9,
+        "adam_beta2": 0.99,
+    }
     assert found["weight_decay"] == 0.0
 
 
@@ -95,8 +97,10 @@ def test_it_is_asked_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixtu
     config = replace(tiny_config("moe", moe_router_topk=2, mock_data=True), training=TrainingConfig())
     write_checkpoint(tmp_path / "moe", 0, new_source(config))
     write_corpus(tmp_path / "text", vocab_size=103)
-    words = ["--load-dir", str(tmp_path / "moe"), "--save-dir", str(tmp_path / "out"), "--data-path", str(tmp_path / "text"),
-             "--calibration-tokens", "512", "--judge-tokens", "256", "--budget", "0.5", "--heal-iters", "4"]  # fmt: skip
+    words = (
+        f"--load-dir {tmp_path}/moe --save-dir {tmp_path}/out --data-path {tmp_path}/text "
+        "--calibration-tokens 512 --judge-tokens 256 --budget 0.5 --heal-iters 4"
+    ).split()
     assert compress_main(words) != 0
     assert "--heal-lr" in capsys.readouterr().err and not (tmp_path / "out" / "calibration.json").exists()
     for more, what in (

@@ -28,16 +28,20 @@ from megatron_samoe.fit.compress.options import CompressOptions
 from megatron_samoe.fit.compress.pipeline import Compression
 from tests.harness.pairs import first_by_day
 from tests.harness.program import write_corpus
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config
 from tests.unit.convert.memory_source import MemorySource, logits, new_source
 from tests.unit.fit.test_calibration import passes_of
 from tests.unit.fit.test_matching import layers_of
 
+TABLE = table(__file__, tuples=False)
 VOCAB = 103
 #: Tokens of a run that learn nothing: a model of three MoE layers, saved with a tokenizer.
-TRAINED = ["--num-layers", "3", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16", "--num-experts", "4",
-           "--micro-batch-size", "2", "--global-batch-size", "4", "--train-iters", "2", "--eval-iters", "0", "--mock-data",
-           "--tokenizer-type", "ByteTokenizer", "--expert-layout", "moe"]  # fmt: skip
+TRAINED = (
+    "--num-layers 3 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --num-experts 4 "
+    "--micro-batch-size 2 --global-batch-size 4 --train-iters 2 --eval-iters 0 --mock-data "
+    "--tokenizer-type ByteTokenizer --expert-layout moe"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -158,24 +162,7 @@ def test_models_that_cannot_be_compressed_are_named(config: Callable[[], Any], w
         require_compressible(new_source(config()))
 
 
-@pytest.mark.parametrize(
-    ("more", "what"),
-    [
-        ({"calibration_tokens": 5900}, "has 5,400 tokens before the documents that are held out; 5,901 are needed"),
-        ({"judge_tokens": 5999}, "40 documents with 6,000 tokens.*cannot be held out"),
-        ({"calibration_tokens": 8}, "--calibration-tokens.*16 tokens"),
-        ({"judge_tokens": 3}, "--judge-tokens"),
-        ({"budget": 0.1}, "--budget.*0.25"),
-        ({"budget": 2.0}, "--budget.*bytes"),
-        ({"budget": 0.5, "sharing": "0,0,1,1"}, "a map has its size"),
-        ({"choose_map": True}, "--choose-map"),
-        ({"choose_map": True, "budget": None, "sharing": "tied"}, "--choose-map"),
-        ({"budget": None, "num_banks": 9}, "--num-expert-banks"),
-        ({"budget": None, "sharing": "own"}, "--expert-sharing"),
-        ({"budget": None, "sharing": "0,0"}, "--expert-sharing"),
-        ({"data_path": "nowhere"}, "nowhere"),
-    ],
-)
+@pytest.mark.parametrize(("more", "what"), TABLE["refused"])
 def test_what_cannot_be_done_is_refused_before_anything_is_written(folder: Path, more: dict, what: str) -> None:
     given = {**vars(options(folder, "never")), **more}
     with pytest.raises(MegatronSamoeError, match=what):
@@ -246,9 +233,10 @@ def test_the_command_heals_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
     train = [sys.executable, "-m", "megatron_samoe", "pretrain", *TRAINED, "--run-dir", str(tmp_path / "run")]
     subprocess.run(train, check=True, capture_output=True)
     write_corpus(tmp_path / "text")
-    words = ["--load-dir", str(tmp_path / "run"), "--save-dir", str(tmp_path / "out"), "--data-path", str(tmp_path / "text"),
-             "--calibration-tokens", "512", "--judge-tokens", "256", "--num-expert-banks", "2", "--heal-lr", "0.01",
-             "--heal-iters", "4", "3"]  # fmt: skip
+    words = (
+        f"--load-dir {tmp_path}/run --save-dir {tmp_path}/out --data-path {tmp_path}/text "
+        "--calibration-tokens 512 --judge-tokens 256 --num-expert-banks 2 --heal-lr 0.01 --heal-iters 4 3"
+    ).split()
     capsys.readouterr()
     assert compress_main(words) == 0, capsys.readouterr().err
     first = json.loads((tmp_path / "out" / "verdicts.json").read_text())
@@ -289,9 +277,11 @@ def test_the_command_heals_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
     changed = [n for n in routers.tensors if "." in n and not n.startswith(("optimizer.", "training."))]
     assert not any(torch.equal(routers.read(n), all_healed.read(n)) for n in changed)
     for more, what in (
-        (["--teacher", "nowhere"], "nowhere"), (["--heal-lr", "0.5"], "differs from"),
-        (["--heal-iters", "0"], "--heal-lr = 0.01: needs --heal-iters"), (["--beside", str(tmp_path / "text")], "no file of verdicts"),
-    ):  # fmt: skip
+        (["--teacher", "nowhere"], "nowhere"),
+        (["--heal-lr", "0.5"], "differs from"),
+        (["--heal-iters", "0"], "--heal-lr = 0.01: needs --heal-iters"),
+        (["--beside", str(tmp_path / "text")], "no file of verdicts"),
+    ):
         assert compress_main([*words, *more]) != 0
         assert re.search(what, capsys.readouterr().err)
 

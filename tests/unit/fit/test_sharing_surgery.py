@@ -23,22 +23,13 @@ from megatron_samoe.fit.matching_by_weights import match_to_mean
 from megatron_samoe.fit.surgery.pool import SetOptions, pool_moe, tie_layers
 from megatron_samoe.fit.surgery.select import tie_selected
 from megatron_samoe.fit.surgery.student import keep_layers
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config
 from tests.unit.convert.memory_source import MemorySource, logits, new_source
 
+TABLE = table(__file__)
 NORM: dict[str, Any] = {"moe_router_score_function": "norm", "moe_router_topk": 2}
-SHARED: dict[str, dict[str, Any]] = {
-    "tied": {"expert_sharing": "tied", "num_expert_sets": 2, "style": "llama"},
-    "untied ends": {"expert_sharing": "0,1,1,2"},
-    "scaled": {"expert_sharing": "scaled", "num_expert_sets": 2, "samoe_freeze_coefficients": True},
-    "combined middle": {"expert_sharing": "combined", "untied_ends": 1, "samoe_normalization": "softmax"},
-    "mixed": {"num_layers": 6, "expert_sharing": "own,combined*2,0*2,own", "moe_layer_freq": "1"},
-    "pool": {"expert_sharing": "pool", "num_experts": 6, **NORM},
-    "pyramid": {"expert_sharing": "own,0,0,0", "num_experts": (2, 4, 4, 4), "moe_residual_mlp": True},
-    "biased": {"expert_sharing": "tied", "num_experts": 8, "moe_router_score_function": "sigmoid", "moe_router_topk": 2,
-               "moe_router_enable_expert_bias": True, "moe_router_num_groups": 2, "moe_router_group_topk": 1},
-    "neighbours": {"num_layers": 5, "expert_sharing": "neighbours"},
-}  # fmt: skip
+SHARED: dict[str, dict[str, Any]] = TABLE["shared"]
 
 
 def made(**options: Any) -> MemorySource:
@@ -201,11 +192,13 @@ def scaled(w1: float, factors: list[float], **options: Any) -> MemorySource:
 
 def test_factors_on_w2_move_into_routing_where_it_can_hold_them() -> None:
     differ, same = [1.0, 0.5, 2.0, 1.5], [1.25] * 4
-    for source in (scaled(1.0, differ, **NORM, moe_router_enable_expert_bias=True), scaled(1.0, same),
-                   scaled(1.0, differ, moe_router_score_function="relu"),
+    for source in (
+        scaled(1.0, differ, **NORM, moe_router_enable_expert_bias=True),
+        scaled(1.0, same),
         scaled(1.0, differ, moe_router_score_function="relu"),
-                   scaled(1.0, same, moe_router_score_function="sigmoid", moe_router_topk=2,
-                          moe_router_topk_scaling_factor=2.0)):  # fmt: skip
+        scaled(1.0, differ, moe_router_score_function="relu"),
+        scaled(1.0, same, moe_router_score_function="sigmoid", moe_router_topk=2, moe_router_topk_scaling_factor=2.0),
+    ):
         assert_same(tie_selected(source, "keep"), source)
     with pytest.raises(
         ConfigError, match=r"0.5000 to 2.0000 in different layers, which only routers of .* norm or relu can hold"

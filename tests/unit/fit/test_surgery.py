@@ -142,8 +142,9 @@ def shuffled(source: MemorySource, seed: int = 3) -> MemorySource:
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize(("banks", "granularity"), [(1, "layer"), (2, "layer"), (3, "layer"), (2, "expert")])
 def test_a_moe_of_combinations_is_recovered(style: str, banks: int, granularity: str) -> None:
-    config = tiny_config("samoe", style=style, num_layers=6, num_experts=8, num_expert_banks=banks,
-                         samoe_granularity=granularity)  # fmt: skip
+    config = tiny_config(
+        "samoe", style=style, num_layers=6, num_experts=8, num_expert_banks=banks, samoe_granularity=granularity
+    )
     samoe = new_source(config)
     generator = torch.Generator().manual_seed(1)
     for name in samoe.weights:
@@ -271,8 +272,11 @@ def test_the_tool_goes_all_the_way_round(dense_run: Path, tmp_path: Path, capsys
     status, output = run_edit(capsys, *upcycle)
     assert status == 0 and "tensors of optimizer state are dropped" in output
     assert contents(dense_run) == before
-    steps = [("pool", moe, pooled, "--num-expert-banks", 2), ("select", pooled, selected, "--scale", "one"),
-             ("fold", selected, folded)]  # fmt: skip
+    steps = [
+        ("pool", moe, pooled, "--num-expert-banks", 2),
+        ("select", pooled, selected, "--scale", "one"),
+        ("fold", selected, folded),
+    ]
     for action, load_dir, save_dir, *rest in steps:
         status, output = run_edit(capsys, action, "--load-dir", load_dir, "--save-dir", save_dir, *rest)
         assert status == 0, output

@@ -26,8 +26,11 @@ def test_a_dry_run_leaves_a_report_and_goes_on_where_it_stopped(tmp_path: Path, 
     assert main(flags) == 0
     found = results(tmp_path)
     assert {name: content["state"] for name, content in found.items()} == {
-        "machine": "ok", "waits": "not here", "ops-torch": "ok", "steps-torch": "ok"
-    }  # fmt: skip
+        "machine": "ok",
+        "waits": "not here",
+        "ops-torch": "ok",
+        "steps-torch": "ok",
+    }
     assert [row["what"] for row in found["steps-torch"]["rows"]] == ["step, dense", "step, moe", "step, samoe"]
     assert all(row["tokens/s"] > 0 for row in found["steps-torch"]["rows"])
     shares = [row["share of a copy's speed"] for row in found["ops-torch"]["rows"] if "predicted" in row]

@@ -18,34 +18,16 @@ from megatron_samoe.inference.request import Request
 from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.inference.single_runner import SingleRunner
 from tests.harness.pairs import first_by_day
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config
 from tests.unit.inference.tiny_models import VOCAB, forward_logits, loaded_tiny, step_logits
 
+TABLE = table(__file__)
 LATENT: dict[str, Any] = {
     "style": "llama", "multi_latent_attention": True, "group_query_attention": False, "num_query_groups": 1, "kv_lora_rank": 10,
     "qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head_dim": 5,
 }  # fmt: skip
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "window": ("dense", {"sliding_window": 9}),
-    "window here and there": ("moe", {"style": "llama", "sliding_window": 5, "window_attn_skip_freq": 2}),
-    "sinks": ("dense", {"style": "llama", "softmax_type": "learnable"}),
-    "off by one": ("dense", {"softmax_type": "off-by-one"}),
-    "caps": ("samoe", {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0}),
-    "logit cap": ("moe", {"final_logit_softcapping": 2.0}),
-    "olmoe": ("moe", {"style": "llama", "moe_router_topk": 2, "qk_layernorm": True, "qk_layernorm_scope": "all"}),
-    "clip": ("moe", {"style": "llama", "qk_layernorm": True, "qk_layernorm_scope": "all", "clip_qkv": 0.5}),
-    "scale": ("samoe", {"style": "llama", "attention_multiplier": 0.1, "attention_bias": True}),
-    "granite": ("moe", {"style": "llama", "moe_router_topk": 2, "attention_multiplier": 0.1, "embedding_multiplier": 6.0,
-                        "residual_multiplier": 0.3, "logits_scaling": 2.5}),
-    "neox": ("dense", {"position_embedding_type": "rope", "use_parallel_residual": True, "exact_gelu": True,
-                       "attention_bias": False}),
-    "yarn": ("dense", {"style": "llama", "rope_scaling_type": "yarn", "rope_scaling_factor": 4.0, "rope_original_max_positions": 16}),
-    "latent": ("moe", {**LATENT, "q_lora_rank": 12, "moe_router_topk": 2}),
-    "latent scale": ("dense", {**LATENT, "attention_multiplier": 0.5}),
-    "latent window": ("samoe", {**LATENT, "sliding_window": 7, "softmax_type": "learnable"}),
-    "all": ("samoe", {"style": "llama", "sliding_window": 7, "softmax_type": "learnable", "attn_logit_softcapping": 2.0,
-                      "qk_layernorm": True, "qk_layernorm_scope": "all"}),
-}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = TABLE["models"]
 IDS = [int(i) for i in torch.randint(0, VOCAB, (96,), generator=torch.Generator().manual_seed(0))]
 
 
@@ -107,8 +89,11 @@ def test_a_latent_is_all_that_is_cached() -> None:
     engine = Engine(loaded, max_batch=2)
     assert "training model" in engine.summary
     runner: Any = engine._runner
-    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for tensors in (runner._cache._keys, runner._cache._values) for t in tensors.values()}  # fmt: skip
+    kept = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for tensors in (runner._cache._keys, runner._cache._values)
+        for t in tensors.values()
+    }
     assert sum(kept.values()) == 4 * engine.max_tokens * (10 + 4) * loaded.config.model.num_layers
     with pytest.raises(ConfigError, match="fp32 or bf16 with --multi-latent-attention"):
         Engine(loaded, dtype="int8")

@@ -55,10 +55,12 @@ def test_the_server_tells_it(loaded: LoadedModel) -> None:
         assert "".join(found["tokens"]) == "Hello"
         assert [layer["experts"] for layer in found["layers"]] == [use.experts_TK for use in uses]
         for body, said in (
-            ({}, "prompt is missing"), ({"prompt": ["a", "b"]}, "one is shown at a time"),
-            ({"prompt": "a", "n": 2}, "n is no field here"), ({"prompt": "a" * 65}, "the model's context is 64"),
+            ({}, "prompt is missing"),
+            ({"prompt": ["a", "b"]}, "one is shown at a time"),
+            ({"prompt": "a", "n": 2}, "n is no field here"),
+            ({"prompt": "a" * 65}, "the model's context is 64"),
             ({"prompt": "a", "model": "another"}, "another"),
-        ):  # fmt: skip
+        ):
             answer = running.client.ask("POST", "/v1/experts", body)
             assert answer.status in (400, 404) and said in answer.json["error"]["message"], body
     with serving(loaded) as running:

@@ -134,7 +134,7 @@ def test_every_way_and_precision(run: Run, serving: str, dtype: str) -> None:
         (("--prompts-file", "missing.txt"), "", "error: missing.txt cannot be read: No such file or directory."),
         (("--prompt", "x", "--num-threads", 0), "", "error: --num-threads = 0: must be 1 or more"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_paragraph(run: Run, arguments: tuple[object, ...], stdin: str, message: str) -> None:
     error = run(*arguments, stdin=stdin, status=1 if "standard input holds" in message or "cannot be" in message else 2)
     assert error.startswith(message) and len(error.strip().splitlines()) == 1

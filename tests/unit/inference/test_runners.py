@@ -22,87 +22,17 @@ from megatron_samoe.ops.decode_parts import ExpertStack
 from megatron_samoe.runtime.free_memory import free_in_control_groups
 from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.extension_off import without_extension
+from tests.harness.tables import table
 from tests.unit.inference.tiny_models import VOCAB, forward_logits, loaded_tiny, step_logits
 
-MODELS = {
-    "dense gpt3": ("dense", {}),
-    "dense llama": ("dense", {"style": "llama", "qk_layernorm": True, "rotary_percent": 0.5}),
-    "moe": ("moe", {"style": "llama", "moe_router_topk": 2}),
-    "moe every second": ("moe", {"moe_layer_freq": "2", "moe_router_score_function": "sigmoid"}),
-    "moe shared": ("moe", {"moe_shared_expert_intermediate_size": 24, "moe_router_topk": 3}),
-    "samoe gpt3": ("samoe", {"moe_router_topk": 2, "num_expert_banks": 3}),
-    "samoe llama": ("samoe", {"style": "llama", "samoe_granularity": "expert"}),
-    "samoe softmax": ("samoe", {"samoe_normalization": "softmax", "moe_shared_expert_intermediate_size": 24}),
-    "samoe ends": ("samoe", {"untied_ends": 1}),
-    "samoe and sets": ("moe", {"expert_sharing": "combined,0,combined,0", "style": "llama", "moe_router_topk": 2}),
-    "samoe and scaled": ("moe", {"expert_sharing": "scaled:combined,0,0,combined", "samoe_normalization": "softmax"}),
-    "tied": ("moe", {"expert_sharing": "tied", "untied_ends": 1, "moe_router_topk": 2}),
-    "tied sets": ("moe", {"expert_sharing": "0,0,1,1", "num_experts": (4, 4, 8, 8), "style": "llama"}),
-    "scaled": ("moe", {"expert_sharing": "scaled", "num_expert_sets": 2, "moe_router_topk": 2}),
-    "pool": (
-        "moe",
-        {"expert_sharing": "pool", "num_experts": 8, "moe_router_topk": 3, "moe_router_score_function": "norm"},
-    ),
-    "norm biases": (
-        "moe",
-        {
-            "num_experts": 8,
-            "moe_router_topk": 4,
-            "moe_router_score_function": "norm",
-            "moe_router_enable_expert_bias": True,
-            "moe_router_num_groups": 4,
-            "moe_router_group_topk": 2,
-            "moe_router_topk_scaling_factor": 0.7,
-        },
-    ),
-    "groups": (
-        "moe",
-        {
-            "style": "llama",
-            "num_experts": 8,
-            "moe_router_topk": 2,
-            "moe_router_num_groups": 4,
-            "moe_router_group_topk": 2,
-            "moe_router_score_function": "sigmoid",
-            "moe_router_enable_expert_bias": True,
-            "moe_router_topk_scaling_factor": 2.5,
-        },
-    ),
-    "groups of logits": (
-        "moe",
-        {"num_experts": 9, "moe_router_topk": 2, "moe_router_num_groups": 3, "moe_router_group_topk": 1},
-    ),
-    "biases of shares": ("moe", {"num_experts": 8, "moe_router_topk": 2, "moe_router_enable_expert_bias": True}),
-    "neighbours": ("moe", {"expert_sharing": "neighbours", "moe_router_topk": 2, "neighbour_unmask_steps": 3}),
-    "locked pool": (
-        "moe",
-        {
-            "expert_sharing": "pool",
-            "num_experts": 8,
-            "moe_router_topk": 2,
-            "pool_lock_step": 2,
-            "moe_router_score_function": "norm",
-            "moe_router_enable_expert_bias": True,
-        },
-    ),
-    "gate": ("moe", {"style": "llama", "moe_shared_expert_intermediate_size": 24, "moe_shared_expert_gate": True}),
-    "pyramid residual": ("moe", {"num_experts": (4, 4, 8, 8), "moe_residual_mlp": True, "moe_router_topk": 1}),
-    "residual pool": (
-        "moe",
-        {
-            "style": "llama",
-            "expert_sharing": "pool",
-            "moe_residual_mlp": True,
-            "moe_layer_freq": "2",
-            "moe_shared_expert_intermediate_size": 24,
-            "moe_router_score_function": "norm",
-        },
-    ),
-}
+TABLE = table(__file__)
+MODELS = TABLE["models"]
 WAYS: list[tuple[str, Serving]] = [
-    *((name, "folded") for name in MODELS), *((name, "on-the-fly") for name in MODELS if name.startswith("samoe")),
-    ("samoe gpt3", "selected"), ("samoe llama", "selected"),
-]  # fmt: skip
+    *((name, "folded") for name in MODELS),
+    *((name, "on-the-fly") for name in MODELS if name.startswith("samoe")),
+    ("samoe gpt3", "selected"),
+    ("samoe llama", "selected"),
+]
 IDS = [[(7 * i * i + 3 * s + 11) % VOCAB for i in range(n)] for s, n in enumerate((37, 5, 20))]
 
 
@@ -153,9 +83,12 @@ def test_logits_equal_the_training_forward_at_every_position(name: str, serving:
     for slot in (0, 1, 2):
         close(step_logits(runner, pages, [(slot, 0, IDS[slot])])[0], expected[slot])
     steps = [
-        [(0, 0, 20)], [(1, 0, 3), (2, 0, 18)], [(2, 18, 1), (0, 20, 1), (1, 3, 1)], [(0, 21, 15), (1, 4, 1)],
+        [(0, 0, 20)],
+        [(1, 0, 3), (2, 0, 18)],
+        [(2, 18, 1), (0, 20, 1), (1, 3, 1)],
+        [(0, 21, 15), (1, 4, 1)],
         [(2, 19, 1), (0, 36, 1)],
-    ]  # fmt: skip
+    ]
     for step in steps:
         got = step_logits(runner, pages, [(slot, first, IDS[slot][first : first + n]) for slot, first, n in step])
         for (slot, first, n), logits in zip(step, got, strict=True):

@@ -30,8 +30,11 @@ def client(loaded: LoadedModel) -> Iterator[Client]:
 @pytest.mark.parametrize("origin", [STRANGER, "null", "http://localhost:3000", "http://127.0.0.1"])
 def test_pages_of_other_sites_are_refused(client: Client, origin: str) -> None:
     body = {"prompt": "x", "max_tokens": 1}
-    for answer in (client.ask("POST", "/v1/completions", body, Origin=origin), client.ask("GET", "/v1/models", Origin=origin),
-                   client.ask("OPTIONS", "/v1/completions", Origin=origin, **ASKED)):  # fmt: skip
+    for answer in (
+        client.ask("POST", "/v1/completions", body, Origin=origin),
+        client.ask("GET", "/v1/models", Origin=origin),
+        client.ask("OPTIONS", "/v1/completions", Origin=origin, **ASKED),
+    ):
         assert answer.status == 403 and answer.json["error"]["code"] == "origin_not_allowed"
         assert (
             repr(origin) in answer.json["error"]["message"] and "--allowed-origins" in answer.json["error"]["message"]

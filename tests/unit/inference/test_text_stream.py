@@ -60,10 +60,12 @@ def streamed(text: str, places: Iterable[int], stops: Sequence[str], prompt: str
 
 @settings(deadline=None, max_examples=300, derandomize=True)
 @given(
-    text=st.text(LETTERS, min_size=1, max_size=30), spans=st.lists(st.tuples(st.integers(0, 29), st.integers(1, 6)), max_size=3),
+    text=st.text(LETTERS, min_size=1, max_size=30),
+    spans=st.lists(st.tuples(st.integers(0, 29), st.integers(1, 6)), max_size=3),
     others=st.lists(st.text(LETTERS, min_size=1, max_size=4), max_size=2),
-    places=st.lists(st.integers(0, 10**6), max_size=40), prompt=st.text(LETTERS, max_size=3),
-)  # fmt: skip
+    places=st.lists(st.integers(0, 10**6), max_size=40),
+    prompt=st.text(LETTERS, max_size=3),
+)
 def test_any_cut_of_any_text_gives_the_same(
     text: str, spans: list[tuple[int, int]], others: list[str], places: list[int], prompt: str
 ) -> None:

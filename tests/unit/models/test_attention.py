@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,9 @@ from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops.document_attention import Documents
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.tensor_parallel.random import SampleRandom
+from tests.harness.tables import table
 
+TABLE = table(__file__)
 B, S, H, A, D = 2, 7, 12, 6, 4
 MODEL = ModelConfig(hidden_size=H, num_attention_heads=A, kv_channels=D, seq_length=S, num_layers=2)
 STATE = single_process_state()
@@ -57,9 +58,12 @@ def rotate(x_SD: Tensor, positions: Tensor, config: ModelConfig) -> Tensor:
 
 
 def naive(
-    attention: SelfAttention, x_TH: Tensor, config: ModelConfig, positions_BS: Tensor | None = None,
+    attention: SelfAttention,
+    x_TH: Tensor,
+    config: ModelConfig,
+    positions_BS: Tensor | None = None,
     documents_BS: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     weight, bias = attention.qkv.weight, attention.qkv.bias
     per_group = A // config.num_kv_heads
     outputs = []
@@ -72,34 +76,32 @@ def naive(
                 y = x @ weight[group, row].T
                 return y if bias is None else y + bias[group, row]
 
-            q = normalize(project(place), attention.q_norm, config)
-            k = normalize(project(per_group), attention.k_norm, config)
-            v = project(per_group + 1)
+            def cut(x: Tensor) -> Tensor:
+                return x if config.clip_qkv is None else x.clamp(-config.clip_qkv, config.clip_qkv)
+
+            q = cut(normalize(project(place), attention.q_norm, config))
+            k = cut(normalize(project(per_group), attention.k_norm, config))
+            v = cut(project(per_group + 1))
             if config.position_embedding_type == "rope":
                 positions = torch.arange(S) if positions_BS is None else positions_BS[b]
                 q, k = rotate(q, positions, config), rotate(k, positions, config)
             rows = []
             for i in range(S):
-                seen = [j for j in range(i + 1) if documents_BS is None or documents_BS[b, j] == documents_BS[b, i]]
-                scores = torch.stack([(q[i] * k[j]).sum() / math.sqrt(D) for j in seen]).softmax(0)
-                rows.append(scores @ v[seen])
+                first = 0 if config.sliding_window is None else max(0, i + 1 - config.sliding_window)
+                seen = [
+                    j for j in range(first, i + 1) if documents_BS is None or documents_BS[b, j] == documents_BS[b, i]
+                ]
+                scores = torch.stack([(q[i] * k[j]).sum() for j in seen]) * (config.attention_multiplier or D**-0.5)
+                if config.attn_logit_softcapping is not None:
+                    scores = config.attn_logit_softcapping * (scores / config.attn_logit_softcapping).tanh()
+                rows.append(scores.softmax(0) @ v[seen])
             heads.append(torch.stack(rows))
         outputs.append(torch.cat(heads, 1))
     y = torch.cat(outputs) @ attention.output.weight.T
     return y if attention.output.bias is None else y + attention.output.bias
 
 
-STYLES: dict[str, dict[str, Any]] = {
-    "gpt3": {},
-    "rope": {"position_embedding_type": "rope"},
-    "half rotated": {"position_embedding_type": "rope", "rotary_percent": 0.5, "rotary_base": 100.0},
-    "grouped": {"group_query_attention": True, "num_query_groups": 2, "disable_bias_linear": True},
-    "one key head": {"group_query_attention": True, "num_query_groups": 1, "position_embedding_type": "rope"},
-    "qk layernorm": {"qk_layernorm": True},
-    "qk rmsnorm, rope": {"qk_layernorm": True, "normalization": "RMSNorm", "position_embedding_type": "rope",
-                         "group_query_attention": True, "num_query_groups": 3, "disable_bias_linear": True,
-                         "add_qkv_bias": True},
-}  # fmt: skip
+STYLES: dict[str, dict[str, Any]] = TABLE["styles"]
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -166,8 +168,10 @@ def test_attention_dropout_acts_while_training_and_comes_back_in_recomputation()
     x = hidden().requires_grad_()
     plain, recomputed = make(config), make(config, recompute_core=True)
     evaluated = plain(x, AttentionInputs(), ForwardContext(B))
-    y, again, other = (m(x, AttentionInputs(), c) for m, c in (
-        (plain, training()), (recomputed, training()), (plain, training((5, 6)))))  # fmt: skip
+    y, again, other = (
+        m(x, AttentionInputs(), c)
+        for m, c in ((plain, training()), (recomputed, training()), (plain, training((5, 6))))
+    )
     assert torch.equal(y, again) and not torch.equal(y, evaluated) and not torch.equal(y, other)
     before = torch.get_rng_state()
     gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out in (y, again)]

@@ -13,8 +13,10 @@ from megatron_samoe.moe.branch_scale import branch_scale
 from megatron_samoe.moe.scores import score_of
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state import single_process_state
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config
 
+TABLE = table(__file__)
 STATE = single_process_state()
 
 
@@ -50,24 +52,7 @@ def test_an_moe_layer_begins_as_strong_as_the_dense_mlp(experts: int, topk: int,
     assert without < 0.92 * dense, "the MLP's own spread begins too weak"
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"moe_shared_expert_intermediate_size": 128, "moe_router_topk": 2, "moe_ffn_hidden_size": 64},
-        {"moe_shared_expert_intermediate_size": 256, "moe_router_topk": 1},
-        {"moe_shared_expert_intermediate_size": 256, "moe_shared_expert_gate": True, "moe_router_topk": 2},
-        {"moe_router_topk": 2, "moe_router_pre_softmax": True},
-        {"moe_router_topk": 2, "moe_ffn_hidden_size": 32},
-        {"moe_router_topk": 1, "moe_router_init_method_std": 0.125},
-        {"style": "llama", "moe_router_topk": 2},
-        {"moe_residual_mlp": True, "moe_router_topk": 1},
-        {"moe_residual_mlp": True, "moe_router_topk": 2, "moe_shared_expert_intermediate_size": 128},
-        {"moe_router_score_function": "norm", "moe_router_topk": 2, "num_experts": 16},
-        {"moe_router_expert_choice": True, "moe_router_topk": 2, "num_experts": 16},
-        {"moe_router_score_function": "relu", "moe_router_topk": 2, "num_experts": 16},
-        {"moe_router_score_function": "sigmoid", "moe_router_topk": 2, "moe_router_topk_scaling_factor": 2.5},
-    ],
-)
+@pytest.mark.parametrize("options", TABLE["models"])
 def test_shared_experts_widths_and_routers_of_all_kinds(options: dict[str, Any]) -> None:
     style = {"style": options["style"]} if "style" in options else {}
     assert branch_rms("moe", ffn_hidden_size=256, **options) == pytest.approx(dense_rms(**style), rel=0.1)

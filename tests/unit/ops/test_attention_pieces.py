@@ -36,9 +36,7 @@ def test_a_piece_is_its_twin_with_all_gradients(
     # More keys elsewhere have raised the sum of the whole.
     raised = lse + 0.5
     found = attention_piece_backward(dy, q, k, v, y, raised, is_causal, SCALE)
-    expected = reference.attention_piece_backward(
-        dy.double(), *wide, y.double(), raised.double(), is_causal, SCALE
-    )  # fmt: skip
+    expected = reference.attention_piece_backward(dy.double(), *wide, y.double(), raised.double(), is_causal, SCALE)
     for got, right in zip(found, expected, strict=True):
         assert got.dtype == dtype and got.shape == right.shape
         torch.testing.assert_close(got.double(), right, rtol=10 * tolerance, atol=10 * tolerance)

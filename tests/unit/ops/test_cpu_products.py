@@ -29,12 +29,15 @@ def test_the_table_goes_by_features() -> None:
     assert choose(ZEN4, False, None).bf16 == "fp32"
 
 
-@pytest.mark.parametrize(("asked", "processor", "words"), [
-    ("amx", ZEN4, "grants no matrix tiles.*has native, blas, fp32"),
-    ("amx", XEON_WITHOUT_TILES, "grants no matrix tiles"),
-    ("native", ZEN3, "AVX-512 with bf16 here. This machine has blas, fp32"),
-    ("fp8", XEON, "one of auto, native, amx, blas, fp32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "processor", "words"),
+    [
+        ("amx", ZEN4, "grants no matrix tiles.*has native, blas, fp32"),
+        ("amx", XEON_WITHOUT_TILES, "grants no matrix tiles"),
+        ("native", ZEN3, "AVX-512 with bf16 here. This machine has blas, fp32"),
+        ("fp8", XEON, "one of auto, native, amx, blas, fp32"),
+    ],
+)
 def test_a_way_that_the_machine_lacks_is_an_error(asked: str, processor: Processor, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         choose(processor, "avx512_bf16" in processor.features, asked)

@@ -103,6 +103,4 @@ def test_cuda_tensors_reach_the_ops() -> None:
     assert all(t.device.type == "cuda" for t in results)
     assert results[4].shape == (6, 4)
     ops = [name.split("::")[1] for name in called if name.startswith("megatron_samoe::")]
-    assert ops == [
-        "topk_gate", "permute", "permute", "unpermute", "combine_banks",
-    ]  # fmt: skip
+    assert ops == ["topk_gate", "permute", "permute", "unpermute", "combine_banks"]

@@ -36,10 +36,13 @@ def test_norm(emulated: Any) -> None:
 @pytest.mark.parametrize(
     ("groups", "queries", "head_dim", "kind", "style", "length"),
     [
-        (2, 1, 64, "fp32", "gpt", 7), (3, 2, 20, "fp32", "rope", 33), (1, 4, 128, "bf16", "rope", 19),
-        (2, 5, 16, "int8", "plain", 17), (1, 2, 32, "fp32", "plain", 270),
+        (2, 1, 64, "fp32", "gpt", 7),
+        (3, 2, 20, "fp32", "rope", 33),
+        (1, 4, 128, "bf16", "rope", 19),
+        (2, 5, 16, "int8", "plain", 17),
+        (1, 2, 32, "fp32", "plain", 270),
     ],
-)  # fmt: skip
+)
 def test_attention(groups: int, queries: int, head_dim: int, kind: str, style: str, length: int, emulated: Any) -> None:
     decode_checks.check_attention(groups, queries, head_dim, kind, style, length)
 

@@ -41,23 +41,30 @@ def make_experts(hidden: int, ffn: int, matrices: int, experts: int, kind: str, 
     return ExpertStack(
         stored(normal(3, matrices, *up, hidden) * hidden**-0.5, kind),
         stored(normal(4, matrices, hidden, ffn) * ffn**-0.5, kind),
-        normal(5, matrices, *up) if bias else None, normal(6, matrices, hidden) if bias else None, gated,
-        torch.randint(matrices, (experts,), generator=generator), torch.randint(matrices, (experts,), generator=generator),
+        normal(5, matrices, *up) if bias else None,
+        normal(6, matrices, hidden) if bias else None,
+        gated,
+        torch.randint(matrices, (experts,), generator=generator),
+        torch.randint(matrices, (experts,), generator=generator),
         *((normal(7, experts), normal(8, experts)) if gated else ()),
-    )  # fmt: skip
+    )
 
 
-def make_attention(hidden: int, groups: int, queries: int, head_dim: int, kind: str, style: str, cache: torch.dtype,
-                   pages: int) -> AttentionLayer:  # fmt: skip
+def make_attention(
+    hidden: int, groups: int, queries: int, head_dim: int, kind: str, style: str, cache: torch.dtype, pages: int
+) -> AttentionLayer:
     gpt = style == "gpt"
     head_norm = make_norm(head_dim, not gpt, gpt)
     return AttentionLayer(
-        make_norm(hidden, not gpt, gpt), stored(normal(7, groups, queries + 2, head_dim, hidden) * hidden**-0.5, kind),
-        normal(8, groups, queries + 2, head_dim) if gpt else None, None if style == "plain" else (head_norm, head_norm),
-        stored(normal(9, hidden, groups * queries * head_dim) * hidden**-0.5, kind), normal(10, hidden) if gpt else None,
+        make_norm(hidden, not gpt, gpt),
+        stored(normal(7, groups, queries + 2, head_dim, hidden) * hidden**-0.5, kind),
+        normal(8, groups, queries + 2, head_dim) if gpt else None,
+        None if style == "plain" else (head_norm, head_norm),
+        stored(normal(9, hidden, groups * queries * head_dim) * hidden**-0.5, kind),
+        normal(10, hidden) if gpt else None,
         torch.zeros(pages, groups, head_dim, PAGE, dtype=cache),
         torch.zeros(pages, groups, PAGE, head_dim, dtype=cache),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(params=["streamed", "fp32", "native", "blas"])

@@ -121,9 +121,10 @@ def test_factors_of_all_rules_that_match_multiply() -> None:
     rules = (ParamRule("fc1", lr_mult=2.0), ParamRule("bias", weight_decay_mult=0.0, lr_mult=3.0))
     groups = build_param_groups(parameters(), CONFIG, rules)
     assert {g.names: (g.lr_mult, g.weight_decay) for g in groups} == {
-        ("layers.0.mlp.fc1.weight",): (2.0, 0.3), ("layers.0.mlp.fc1.bias",): (6.0, 0.0),
+        ("layers.0.mlp.fc1.weight",): (2.0, 0.3),
+        ("layers.0.mlp.fc1.bias",): (6.0, 0.0),
         ("layers.0.moe.combination",): (1.0, 0.3),
-    }  # fmt: skip
+    }
 
 
 def test_ranks_with_other_layers_have_groups_in_the_same_order() -> None:
@@ -142,8 +143,10 @@ def test_patterns_of_names_multiply_rate_and_decay() -> None:
     patterns = {"lr_mult_patterns": (r"fc1=0.5", r"layers\.\d+\.mlp=0.2"), "weight_decay_mult_patterns": ("weight$=2",)}
     groups = build_param_groups(parameters(), replace(CONFIG, samoe_coefficient_lr_mult=3.0, **patterns))
     assert {g.names[0].rpartition(".")[2]: (g.lr_mult, g.weight_decay) for g in groups} == {
-        "weight": (0.1, 0.6), "bias": (0.1, 0.0), "combination": (3.0, 0.0),
-    }  # fmt: skip
+        "weight": (0.1, 0.6),
+        "bias": (0.1, 0.0),
+        "combination": (3.0, 0.0),
+    }
 
 
 @pytest.mark.parametrize("engine", ["auto", "torch"])

@@ -185,9 +185,25 @@ def test_steps_follow_torchs_muon(nesterov: bool, scale: Any) -> None:
         if p.ndim == 2:
             torch.testing.assert_close(ours[name], p, rtol=0, atol=0.01 * 0.05)
     assert {name: list(optimizer.moments(name)) for name in ours} == {
-        "layers.0.mlp.fc1.weight": ["momentum"], "layers.0.mlp.fc2.weight": ["momentum"],
+        "layers.0.mlp.fc1.weight": ["momentum"],
+        "layers.0.mlp.fc2.weight": ["momentum"],
         "layers.0.mlp.fc1.bias": ["exp_avg", "exp_avg_sq"],
-    }  # fmt: skip
+    }
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [("fp32", 0.0, 1e-4), ("bf16", 1e-3, 3e-2)])
+def test_products_round_as_their_precision_says(dtype: Any, least: float, most: float) -> None:
+    """The first step of a model, whose direction is known by singular values."""
+    ours, rate = model(), 0.1
+    config = replace(CONFIG, weight_decay=0.0, muon_ns_dtype=dtype, muon_use_nesterov=False)
+    optimizer = MixedPrecisionOptimizer(GradBuffers(ours, STATE), config)
+    weight = ours["layers.0.mlp.fc1.weight"]
+    before, gradient = weight.detach().double().clone(), drawn(*weight.shape)
+    weight.main_grad.copy_(gradient)
+    optimizer.step(rate)
+    moved = (before - weight.detach()) / rate / (0.2 * 12**0.5)
+    expected = by_singular_values(gradient, 5)
+    assert least <= float((moved - expected).norm() / expected.norm()) < most
 
 
 @pytest.mark.parametrize("layout", ["dense", "moe", "samoe", "tied"])

@@ -121,9 +121,12 @@ def test_every_parameter_of_every_model_has_a_tag_with_a_group(layout: str, styl
         config = tiny_config(layout, style=style, samoe_granularity=granularity, qk_layernorm=True)
         if layout != "dense":
             config = tiny_config(
-                layout, style=style, samoe_granularity=granularity, moe_shared_expert_intermediate_size=16,
+                layout,
+                style=style,
+                samoe_granularity=granularity,
+                moe_shared_expert_intermediate_size=16,
                 moe_layer_freq="2",
-            )  # fmt: skip
+            )
         model = RankModel(config, VOCAB_SIZE, single_process_state("meta"), torch.float32)
         families = set()
         for name, parameter in model.global_parameters().items():

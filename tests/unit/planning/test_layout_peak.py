@@ -9,26 +9,14 @@ import pytest
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.planning.memory import rank_memory
 from tests.harness.storageless import step_peak
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_layout
 
+TABLE = table(__file__)
 VOCAB_SIZE = 1024
-MODELS: dict[str, dict[str, Any]] = {
-    "dense": {"layout": "dense"},
-    "moe": {"layout": "moe"},
-    "samoe": {"layout": "samoe"},
-    "llama": {"layout": "samoe", "style": "llama", "samoe_combine": "layer", "num_query_groups": 8},
-}
+MODELS: dict[str, dict[str, Any]] = TABLE["models"]
 #: Ranks, and how they are laid out.
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {}),
-    "tp4": (4, {"tp": 4}),
-    "tp4 sp": (4, {"tp": 4, "sp": True}),
-    "tp4 sp whole experts": (4, {"tp": 4, "sp": True, "etp": 1, "ep": 4}),
-    "tp2 sp cp2": (4, {"tp": 2, "sp": True, "cp": 2}),
-    "zero dp4": (4, {"zero": True}),
-    "zero dp4 ep2": (4, {"zero": True, "ep": 2}),
-    "zero tp2 sp dp4 ep2": (8, {"zero": True, "tp": 2, "sp": True, "ep": 2}),
-}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = TABLE["layouts"]
 
 
 def config_in(layout: str, model: str, **options: Any) -> tuple[PretrainConfig, int]:
@@ -50,17 +38,7 @@ def peak_of(layout: str, model: str, optimizer: str) -> tuple[int, int, int]:
     return step_peak(config, VOCAB_SIZE, world)
 
 
-CASES = [
-    ("tp4 sp", "dense", "muon"),
-    ("tp4 sp", "moe", "adam"),
-    ("tp4 sp", "llama", "muon"),
-    ("tp4 sp whole experts", "samoe", "adam"),
-    ("tp2 sp cp2", "moe", "adam"),
-    ("zero dp4 ep2", "moe", "muon"),
-    ("zero dp4 ep2", "samoe", "adam"),
-    ("zero tp2 sp dp4 ep2", "dense", "adam"),
-    ("zero tp2 sp dp4 ep2", "llama", "muon"),
-]
+CASES = TABLE["cases"]
 
 
 @pytest.mark.parametrize(("layout", "model", "optimizer"), CASES)

@@ -70,8 +70,9 @@ def test_what_one_exchange_of_context_does_not_serve_is_planned_with_the_other(o
         validate(replace(layout.config, data=replace(config.data, mock_data=True)), 4)
     ways = {layout.config.parallel.cp_comm_type for layout in layouts if "cp" in layout.name()}
     assert ways == {"a2a"}, "windows and documents do not go round the ring"
-    other = plan_layouts(with_options(config, sliding_window=None, reset_attention_mask=False), 103,
-                         with_world(4, memory_bytes=1e12))  # fmt: skip
+    other = plan_layouts(
+        with_options(config, sliding_window=None, reset_attention_mask=False), 103, with_world(4, memory_bytes=1e12)
+    )
     assert {layout.config.parallel.cp_comm_type for layout in other if "cp" in layout.name()} == {"a2a", "p2p"}
 
 

@@ -22,7 +22,10 @@ from megatron_samoe.planning.activation_memory import activation_bytes, passes_i
 from megatron_samoe.planning.description import PlannedModel, whole_model
 from megatron_samoe.planning.memory import largest_rank_memory, rank_memory
 from tests.harness.kept_bytes import kept_by_autograd
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_layout, with_options
+
+TABLE = table(__file__)
 
 
 def states_of(config: PretrainConfig, world_size: int) -> list[ParallelState]:
@@ -60,59 +63,8 @@ def built_bytes(config: PretrainConfig, vocab_size: int, state: ParallelState) -
     )
 
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {}),
-    "dp3": (3, {}),
-    "dp3 zero": (3, {"zero": True}),
-    "tp2": (2, {"tp": 2}),
-    "tp2 sp zero": (4, {"tp": 2, "sp": True, "zero": True}),
-    "pp2": (2, {"pp": 2}),
-    "pp4 zero": (8, {"pp": 4, "zero": True}),
-    "pp4 uneven": (4, {"pp": 4, "stages": "Et|tt||tL"}),
-    "pp2 vpp zero": (4, {"pp": 2, "vpp": 1, "zero": True}),
-    "ep2 zero": (4, {"ep": 2, "zero": True}),
-    "tp2 etp1 ep4": (4, {"tp": 2, "etp": 1, "ep": 4}),
-    "tp2 ep2 sp zero": (8, {"tp": 2, "ep": 2, "sp": True, "zero": True}),
-    "tp2 pp2 ep2 zero": (8, {"tp": 2, "pp": 2, "ep": 2, "zero": True}),
-    "cp2 pp2 ep2 zero": (8, {"cp": 2, "pp": 2, "ep": 2, "zero": True}),
-    "tp2 etp1 ep2 pp2 sp zero": (8, {"tp": 2, "etp": 1, "ep": 2, "pp": 2, "sp": True, "zero": True}),
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "dense": {"layout": "dense"},
-    "dense llama bf16": {"layout": "dense", "style": "llama", "bf16": True, "qk_layernorm": True},
-    "moe": {"layout": "moe", "moe_layer_freq": "2"},
-    "moe llama bf16": {"layout": "moe", "style": "llama", "bf16": True, "moe_shared_expert_intermediate_size": 16},
-    "samoe": {"layout": "samoe"},
-    "samoe bf16": {"layout": "samoe", "bf16": True, "moe_layer_freq": "0101"},
-    "samoe replicated": {"layout": "samoe", "samoe_pool_placement": "replicated", "samoe_combine": "layer"},
-    "samoe per expert": {"layout": "samoe", "style": "llama", "samoe_granularity": "expert", "bf16": True},
-    "tied": {"layout": "moe", "expert_sharing": "0,1,1,0", "bf16": True},
-    "tied pyramid": {"layout": "moe", "expert_sharing": "0,0,1,1", "num_experts": (4, 4, 8, 8), "style": "llama"},
-    "scaled": {"layout": "moe", "expert_sharing": "scaled", "num_expert_sets": 2},
-    "combined middle": {"layout": "samoe", "untied_ends": 1, "samoe_combine": "layer"},
-    "mixed": {"layout": "moe", "expert_sharing": "combined,0,own,0", "moe_layer_freq": "1", "num_expert_banks": 1},
-    "neighbours": {"layout": "moe", "expert_sharing": "neighbours", "neighbour_unmask_steps": 4, "bf16": True},
-    "pool locked": {
-        "layout": "moe",
-        "expert_sharing": "pool",
-        "num_experts": 16,
-        "pool_lock_step": 2,
-        "pool_lock_anneal_steps": 2,
-    },
-    "pyramid residual": {"layout": "moe", "num_experts": (4, 4, 8, 8), "moe_residual_mlp": True, "bf16": True},
-    "gate": {
-        "layout": "moe",
-        "moe_shared_expert_intermediate_size": 16,
-        "moe_shared_expert_gate": True,
-        "bf16": True,
-    },
-    "pool replicated": {"layout": "moe", "expert_sharing": "pool", "samoe_pool_placement": "replicated"},
-    "dense muon": {"layout": "dense", "style": "llama", "bf16": True, "optimizer": "muon"},
-    "moe muon": {"layout": "moe", "moe_shared_expert_intermediate_size": 16, "optimizer": "muon"},
-    "samoe muon": {"layout": "samoe", "bf16": True, "optimizer": "muon"},
-    "tied muon": {"layout": "moe", "expert_sharing": "0,0,1,1", "optimizer": "muon"},
-    "samoe frozen": {"layout": "samoe", "samoe_freeze_coefficients": True, "num_expert_banks": 3},
-}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = TABLE["layouts"]
+MODELS: dict[str, dict[str, Any]] = TABLE["models"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -47,8 +47,10 @@ def test_owners_beyond_the_number_of_matrices_do_nothing() -> None:
 
 def test_a_step_takes_longer_and_bf16_products_less() -> None:
     config = with_layout(tiny_config("samoe"), tp=2, zero=True)
-    costs = [step_cost(with_options(config, **o), VOCAB_SIZE, CLUSTER).seconds.get("muon", 0.0)
-             for o in ({}, {"optimizer": "muon"}, {"optimizer": "muon", "muon_ns_dtype": "bf16"})]  # fmt: skip
+    costs = [
+        step_cost(with_options(config, **o), VOCAB_SIZE, CLUSTER).seconds.get("muon", 0.0)
+        for o in ({}, {"optimizer": "muon"}, {"optimizer": "muon", "muon_ns_dtype": "bf16"})
+    ]
     assert costs[0] == 0.0 < costs[2] < costs[1]
 
 

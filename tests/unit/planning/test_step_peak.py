@@ -22,13 +22,14 @@ def config_of_samoe(**options: object) -> PretrainConfig:
     return with_options(from_mapping(read_yaml(CONFIG), CONFIG.name), **options)
 
 
-@pytest.mark.parametrize("when", ["step", "layer"])
-def test_a_step_of_samoe_128_needs_what_the_formula_says(when: str) -> None:
-    """1.3 B with 128 experts in 12 layers, 4 of each on a rank."""
-    measured, planned, _ = step_peak(
-        config_of_samoe(samoe_combine=when, global_batch_size=4 * WORLD), VOCAB_SIZE, WORLD
-    )
-    assert measured == pytest.approx(planned, rel=0.05), (measured / 2**30, planned / 2**30)
+def test_a_step_of_samoe_128_needs_what_the_formula_says() -> None:
+    """1.3 B with 128 experts in 12 layers, 4 of each on a rank; least where each layer combines its experts as it runs."""
+    peaks = {}
+    for when in ("step", "layer"):
+        config = config_of_samoe(samoe_combine=when, global_batch_size=4 * WORLD)
+        peaks[when], planned, _ = step_peak(config, VOCAB_SIZE, WORLD)
+        assert peaks[when] == pytest.approx(planned, rel=0.05), (when, peaks[when] / 2**30, planned / 2**30)
+    assert peaks["layer"] < 0.9 * peaks["step"], peaks
 
 
 def test_no_logits_are_kept_where_the_loss_makes_them() -> None:

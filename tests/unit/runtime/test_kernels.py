@@ -67,9 +67,11 @@ def test_a_process_that_dies_or_hangs_costs_one_kernel(tmp_path: Path) -> None:
     script = tmp_path / "compare.py"
     script.write_text(SCRIPT)
     assert kernels.compare([sys.executable, str(script), "cuda:0"], timeout_s=2.0) == {
-        "gate": "it was not done after 2 s", "rows": "its process ended with status -6", "combination": "it differs",
+        "gate": "it was not done after 2 s",
+        "rows": "its process ended with status -6",
+        "combination": "it differs",
         "swiglu": "no device is left",
-    }  # fmt: skip
+    }
     missing = kernels.compare([str(tmp_path / "python")])
     assert set(missing) == set(TRAINING_KERNELS) and "cannot be started" in missing["gate"]
 

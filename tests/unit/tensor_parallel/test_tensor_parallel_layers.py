@@ -135,6 +135,9 @@ def test_parameters_are_tagged_with_their_dims() -> None:
     model = Model(single_process_state(), bias=True)
     partitions = {name: tag_of(p).shard.partition for name, p in model.named_parameters()}
     assert partitions == {
-        "embedding.weight": ((0, "tp"),), "column.weight": ((1, "tp"),), "column.bias": ((1, "tp"),),
-        "row.weight": ((1, "tp"),), "row.bias": (),
-    }  # fmt: skip
+        "embedding.weight": ((0, "tp"),),
+        "column.weight": ((1, "tp"),),
+        "column.bias": ((1, "tp"),),
+        "row.weight": ((1, "tp"),),
+        "row.bias": (),
+    }

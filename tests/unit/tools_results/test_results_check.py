@@ -13,6 +13,7 @@ import pytest
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.evaluation.study import results_store
+from tests.harness.tables import table
 from tests.unit.tools_results.made_runs import run_of
 from tools.results.measured import wrong_tables
 from tools.results.model_table import losses_table, rates_table
@@ -23,6 +24,7 @@ from tools.results.verdicts import (
     losses_on_test,
 )
 
+TABLE = table(__file__, tuples=False)
 ROOT = Path(__file__).resolve().parents[3]
 STORE = ROOT / "docs/results/store"
 KEPT = "fdf5963211d23ee8"
@@ -62,23 +64,7 @@ def test_a_page_with_the_runs_figures_is_right() -> None:
     assert wrong_figures(PAGE, MODELS) == []
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong", "said"),
-    [
-        ("0.095", "0.096", "line 3: 0.096 is 0.095 by the store (pool - moe, 8)"),
-        ("± 0.064", "± 0.065", "line 3: 0.065 is 0.064"),
-        ("-0.100", "+0.100", "line 7: +0.100 is -0.100"),
-        ("5.000 4.500", "5.000 4.501", "line 7: 4.501 is 4.500"),
-        ("0.50;", "0.25;", "line 15: 0.25 is 0.50 by the store (idle pool)"),
-        ("dense; pool - dense", "sparse; pool - dense", "'sparse' names 'sparse', which no study has"),
-        ("total dense", "total dense #2", "the store has no run of dense with seed 2"),
-        ("pool -->", "pool; pool -->", "line 3: has 3 figures, and its comment 4"),
-        ("<!-- figures from others.json -->", "", "line 19: nothing says what 1.234 is"),
-        ("300..400/100", "every step", "'every step' must be a step"),
-        ("train dense", "train pool - nothing #1", "no study has"),
-        ("; = 0.40", "; valid pool at 300", "'valid pool at 300': its runs have no such record"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("right", "wrong", "said"), TABLE["differences"])
 def test_what_differs_is_said_with_its_line(right: str, wrong: str, said: str) -> None:
     assert PAGE.count(right) == 1
     assert any(said in problem for problem in wrong_figures(PAGE.replace(right, wrong), MODELS))
@@ -193,7 +179,7 @@ def keep(store: Path, config: PretrainConfig, registration: Registration, loss: 
         ({}, {"forced": {}}, "MKL_CBWR=None, registered is AVX2"),
         ({}, {"threads_per_rank": 2}, "2 threads, registered are 1"),
     ],
-)  # fmt: skip
+)
 def test_runs_that_are_not_as_registered_are_named_with_what_differs(
     tmp_path: Path, registration: Registration, changes: dict, machine: dict, said: str | None
 ) -> None:

@@ -35,9 +35,11 @@ def reduced(config: PretrainConfig) -> PretrainConfig:
     if moe.sharing == "pool":
         counts = (2 * config.model.num_layers,)
     smaller = {
-        "num_experts": counts if len(counts) > 1 else counts[0], "moe_ffn_hidden_size": 16, "expert_model_parallel_size": 1,
+        "num_experts": counts if len(counts) > 1 else counts[0],
+        "moe_ffn_hidden_size": 16,
+        "expert_model_parallel_size": 1,
         "moe_per_layer_logging": False,
-    }  # fmt: skip
+    }
     if moe.pool_lock_step is not None:
         smaller |= {"pool_lock_step": 5, "pool_lock_anneal_steps": 10}
     return with_options(

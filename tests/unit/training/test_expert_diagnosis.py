@@ -30,9 +30,11 @@ from megatron_samoe.training.expert_diagnosis import (
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
 
-TINY = ["--num-layers", "3", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16",
-        "--micro-batch-size", "2", "--global-batch-size", "4", "--train-iters", "3", "--eval-iters", "0", "--mock-data",
-        "--tokenizer-type", "ByteTokenizer", "--lr", "0.02"]  # fmt: skip
+TINY = (
+    "--num-layers 3 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --micro-batch-size 2 "
+    "--global-batch-size 4 --train-iters 3 --eval-iters 0 --mock-data --tokenizer-type ByteTokenizer "
+    "--lr 0.02"
+).split()
 EXPERTS = ["--num-experts", "4"]
 POOL = ["--expert-layout", "samoe", "--num-expert-banks", "2", "--samoe-init", "uniform"]
 

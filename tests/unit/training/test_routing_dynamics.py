@@ -57,13 +57,19 @@ def healths(layout: Any, **moe: Any) -> list[RouterHealth]:
 def faults(found: list[RouterHealth], topk: int) -> list[str]:
     """Says where loads are not as even as they must be."""
     most = 0.6 if topk == 1 else 0.8
-    said = [f"step {n}: entropy {h.least_load_entropy:.2f}" for n, h in enumerate(found, 1)
-            if h.least_load_entropy < (0.85 if n > SETTLED else 0.5 if n > 20 else 0.0)]  # fmt: skip
+    said = [
+        f"step {n}: entropy {h.least_load_entropy:.2f}"
+        for n, h in enumerate(found, 1)
+        if h.least_load_entropy < (0.85 if n > SETTLED else 0.5 if n > 20 else 0.0)
+    ]
     settled = sum(h.least_load_entropy for h in found[SETTLED:]) / (STEPS - SETTLED)
     if settled < 0.9:
         said.append(f"mean entropy after step {SETTLED}: {settled:.2f}")
-    return said + [f"step {n}: share {h.largest_expert_share:.2f}" for n, h in enumerate(found, 1)
-                   if n > 20 and h.largest_expert_share > most]  # fmt: skip
+    return said + [
+        f"step {n}: share {h.largest_expert_share:.2f}"
+        for n, h in enumerate(found, 1)
+        if n > 20 and h.largest_expert_share > most
+    ]
 
 
 @pytest.mark.parametrize(("layout", "topk"), first_by_day([("samoe", 2), ("moe", 1), ("moe", 2), ("samoe", 1)]))

@@ -40,8 +40,10 @@ from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.teacher import load_teacher
 from megatron_samoe.training.train_step import StepTime, compute_gradients, train_step
 from megatron_samoe.training.trainer import Trainer
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, RandomBatches, micro_batches, tiny_config, with_layout, with_options
 
+TABLE = table(__file__)
 STATE = single_process_state()
 TEACHER: dict[str, Any] = {"layout": "moe", "num_layers": 3, "hidden_size": 40, "num_experts": 6, "init_method_std": 0.2,
                            "hidden_dropout": 0.3, "moe_input_jitter_eps": 0.1, "moe_expert_capacity_factor": 0.5,
@@ -209,16 +211,7 @@ def test_mfu_counts_forward_passes_of_the_teacher(teacher: Path, monkeypatch: py
         assert counts[0] - counts[1] == pytest.approx(more * 8 * 16 / 2.0 / (1e9 * world_size))
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "options", "sizes", "named"),
-    [
-        (104, {}, {}, "has a vocabulary of 103 entries; it must be the student's, which has 104"),
-        (VOCAB_SIZE, {"seq_length": 32}, {}, "the teacher's --max-position-embeddings = 16: must be at least --seq-length 32"),
-        (VOCAB_SIZE, {"num_experts": 8}, {"ep": 4}, "the teacher's --num-experts = 6: must be divisible by"),
-        (VOCAB_SIZE, {"num_attention_heads": 8, "num_query_groups": 8, "num_experts": 8, "make_vocab_size_divisible_by": 8},
-         {"tp": 8}, "the teacher's --num-attention-heads = 4: must be divisible by --tensor-model-parallel-size 8"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("vocab_size", "options", "sizes", "named"), TABLE["refused"])
 def test_a_model_that_cannot_teach_is_refused(
     vocab_size: int, options: dict[str, Any], sizes: dict[str, Any], named: str, teacher: Path
 ) -> None:

@@ -1,0 +1,243 @@
+"""What an option changes of a run: the steps that are logged, the checkpoints and files that are written, and who reads data."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_samoe.datasets.gpt_dataset import GPTDataset
+from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron_samoe.dist_checkpointing import saving
+from megatron_samoe.training.hooks import replica_check
+from tests.harness import program
+
+
+@dataclass
+class Run:
+    """A finished run of one process: `steps` are its log's lines of training, `saved` the iterations of its checkpoints."""
+
+    folder: Path
+    said: str
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def steps(self) -> list[int]:
+        return [line["iteration"] for line in self.lines if "lm_loss" in line]
+
+    @property
+    def evaluated(self) -> list[int]:
+        return [line["iteration"] for line in self.lines if "validation_loss" in line]
+
+    @property
+    def saved(self) -> list[int]:
+        return program.iterations(self.folder / "checkpoints")
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding, padded to a multiple of 8."""
+        newest = self.folder / f"checkpoints/iter_{self.saved[-1]:07d}"
+        return len(program.checkpoint_tensors(newest)["embedding.word.weight"])
+
+
+#: Other options, and whether a run shows the option's effect. Without them: 4 steps of 8 samples of 16 tokens, all logged.
+RUNS: dict[str, tuple[dict[str, Any], Callable[[Run], bool]]] = {
+    "train_iters": ({"train_iters": 3}, lambda r: r.steps == [1, 2, 3]),
+    "train_samples": ({"train_iters": None, "train_samples": 40}, lambda r: r.steps == [1, 2, 3, 4, 5]),
+    # Two ranks are asked for, and one is there.
+    "elastic": ({"elastic": True, "expert_model_parallel_size": 2}, lambda r: r.steps == [1, 2, 3, 4]),
+    "log_interval": ({"log_interval": 3, "train_iters": 7}, lambda r: r.steps == [3, 6, 7]),
+    "global_batch_size": ({"global_batch_size": 6}, lambda r: r.lines[-1]["consumed_tokens"] == 4 * 6 * 16),
+    "micro_batch_size": (
+        {"micro_batch_size": 3, "global_batch_size": None},
+        lambda r: r.lines[0]["consumed_tokens"] == 3 * 16,
+    ),
+    "exit_interval": ({"exit_interval": 3, "train_iters": 9}, lambda r: r.steps[-1] == 3 and r.saved == [3]),
+    "eval_interval": ({"eval_iters": 1, "eval_interval": 3, "train_iters": 7}, lambda r: r.evaluated == [3, 6, 7]),
+    "save_interval": ({"save_interval": 3, "train_iters": 7}, lambda r: r.saved == [3, 6, 7]),
+    "lr": (
+        {"lr": 0.004, "lr_decay_style": "constant"},
+        lambda r: {line["learning_rate"] for line in r.lines} == {0.004},
+    ),
+    "mock_data": ({"data_path": None, "mock_data": True}, lambda r: "random tokens" in r.said),
+    "vocab_size": ({"vocab_size": 300, "data_path": None, "mock_data": True}, lambda r: r.vocabulary == 304),
+    "run_dir": ({}, lambda r: r.saved == [4] and any(r.folder.glob("tensorboard/events*"))),
+    "deterministic_mode": ({"deterministic_mode": True}, lambda _: torch.are_deterministic_algorithms_enabled()),
+    "num_threads": ({"num_threads": 3}, lambda _: torch.get_num_threads() == 3),
+    "moe_per_layer_logging": (
+        {"moe_per_layer_logging": True},
+        lambda r: any("layer" in tag for tag in _tags(r.folder / "tensorboard")),
+    ),
+}
+
+
+def _tags(folder: Path) -> list[str]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [tag for kind in ("scalars", "tensors", "histograms", "images") for tag in events.Tags()[kind]]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return program.write_corpus(tmp_path_factory.mktemp("runs") / "data" / "corpus")
+
+
+@pytest.fixture(autouse=True)
+def process() -> Any:
+    """Leaves the process as it was."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+def run(folder: Path, **options: Any) -> Run:
+    """Trains in this process."""
+    words = program.arguments(
+        **{"run_dir": folder, "train_iters": 4, "eval_iters": 0, "eval_interval": None, **options}
+    )
+    ended = program.call(program.PRETRAIN, *words)
+    assert ended.returncode == 0, ended.stderr
+    return Run(folder, ended.stdout + ended.stderr)
+
+
+@pytest.mark.parametrize("option", RUNS)
+def test_a_run_shows_what_an_option_says(option: str, corpus: Path, tmp_path: Path) -> None:
+    options, shows = RUNS[option]
+    ended = run(tmp_path / "run", **{"data_path": corpus, **options})
+    assert shows(ended), (ended.lines, ended.saved, ended.said)
+
+
+@pytest.mark.parametrize("option", ["tensorboard_dir", "metrics_file", "save"])
+def test_files_go_where_an_option_says(option: str, corpus: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", data_path=corpus, **{option: tmp_path / "there"})
+    written = [path.name for path in (tmp_path / "there").rglob("*")] if option != "metrics_file" else ["there"]
+    expected = {"tensorboard_dir": "events.out", "metrics_file": "there", "save": "iter_0000004"}[option]
+    assert any(name.startswith(expected) for name in written) and (tmp_path / "there").exists()
+
+
+def numbered(prefix: Path, count: int = 64) -> Path:
+    """Writes documents of 17 tokens, each of its own number."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
+    for number in range(count):
+        builder.add_item(np.full(17, number))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.mark.parametrize(("option", "value"), [("num_workers", 3), ("num_workers", 0)])
+def test_as_many_threads_read_as_asked_for(
+    option: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, readers = GPTDataset.get_batch, set[str]()
+
+    def get_batch(self: Any, indices: Any) -> Any:
+        readers.add(threading.current_thread().name)
+        return read(self, indices)
+
+    monkeypatch.setattr(GPTDataset, "get_batch", get_batch)
+    run(tmp_path / "run", data_path=numbered(tmp_path / "data/corpus"), split="1", train_iters=30, **{option: value})
+    assert readers == {"MainThread"} if value == 0 else len(readers) == value
+
+
+@pytest.mark.parametrize("kind", ["single", "cyclic"])
+def test_samples_come_in_order_or_shuffled(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, indices_read = GPTDataset.get_batch, list[int]()
+
+    def get_batch(self: Any, indices: Any) -> Any:
+        indices_read.extend(indices)
+        return read(self, indices)
+
+    monkeypatch.setattr(GPTDataset, "get_batch", get_batch)
+    data = {"data_path": numbered(tmp_path / "data/corpus"), "split": "1", "num_workers": 0}
+    run(tmp_path / "run", dataloader_type=kind, **data)
+    assert len(set(indices_read)) == 4 * 8, "no sample twice"
+    assert (indices_read == sorted(indices_read)) == (kind == "single")
+
+
+@pytest.mark.parametrize("asked", [True, None])
+def test_checkpoints_are_written_by_another_thread_where_asked(
+    asked: bool | None, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, writers = saving.write_sharded, set[str]()
+
+    def write_sharded(*args: Any, **kwargs: Any) -> Any:
+        writers.add(threading.current_thread().name)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(saving, "write_sharded", write_sharded)
+    ended = run(tmp_path / "run", data_path=corpus, save_interval=2, async_save=asked)
+    assert ended.saved == [2, 4] and ("MainThread" in writers) == (asked is None)
+
+
+def test_copies_of_a_pool_are_compared_at_its_steps(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+    monkeypatch.setattr(replica_check, "check_pool_replicas", lambda _setup, iteration: compared.append(iteration))
+    replicated = {"samoe_pool_placement": "replicated", "pool_replica_check_interval": 3}
+    run(tmp_path / "run", data_path=corpus, train_iters=7, **replicated)
+    assert compared == [3, 6]
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_a_tracker_gets_its_project_and_a_name(
+    library: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in hears what the libraries, which have the same calls, would be asked."""
+    begun: list[tuple[str, str]] = []
+    stand_in = SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    stand_in.init = lambda project, name, config: begun.append((project, name))
+    monkeypatch.setitem(sys.modules, library, stand_in)
+    run(tmp_path / "run", data_path=corpus, exp_name="second", **{f"{library}_project": "banks"})
+    assert begun == [("banks", "second")]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tokenizers of 300 entries: GPT-2's two files, and a tokenizer.json."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    (folder / "text.txt").write_text("the cat sat on the mat, and the hat sat on the cat. " * 50)
+    words = f"--type byte-bpe --input {folder}/text.txt --vocab-size 280 --output-prefix {folder}/bpe"
+    assert program.call("megatron_samoe.cli.train_tokenizer", *words.split()).returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize("option", ["tokenizer_model", "vocab_file", "merge_file"])
+def test_files_of_a_tokenizer_give_the_vocabulary(option: str, tokenizers: Path, tmp_path: Path) -> None:
+    files: dict[str, Any] = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": tokenizers / "bpe.json"}
+    if option != "tokenizer_model":
+        files = {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": tokenizers / "bpe-vocab.json"}
+        files["merge_file"] = tokenizers / "bpe-merges.txt"
+    assert run(tmp_path / "run", mock_data=True, **files).vocabulary == 280
+
+
+@pytest.mark.parametrize("asked", [True, None])
+def test_files_of_data_are_mapped_unless_told(asked: bool | None, tmp_path: Path, monkeypatch: Any) -> None:
+    """As the system says it while samples are read."""
+    corpus = program.write_corpus(tmp_path / "data/corpus")
+    read, maps = GPTDataset.get_batch, set[bool]()
+
+    def get_batch(self: Any, indices: Any) -> Any:
+        result = read(self, indices)
+        maps.add(f"{corpus}.bin" in Path("/proc/self/maps").read_text())
+        return result
+
+    monkeypatch.setattr(GPTDataset, "get_batch", get_batch)
+    run(tmp_path / "run", data_path=corpus, no_mmap_bin_files=asked)
+    assert maps == {asked is None}

@@ -1,0 +1,136 @@
+"""The preprocessor ended at any point, and gone on with: the same bytes, and nothing of others overwritten."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_samoe.datasets.preprocess import journal, run
+from megatron_samoe.datasets.preprocess.executors import InlineExecutor
+from megatron_samoe.errors import DataError
+from tests.unit.datasets.test_preprocess import TEXTS, jsonl, options, outputs
+
+#: Kills of the preprocessor by signal.
+NUM_KILLS = 8
+
+
+class _StopAfter(InlineExecutor):
+    """Fails after a number of messages, as a killed run would."""
+
+    left = 0
+
+    def send(self, worker: int, message: tuple) -> None:
+        type(self).left -= 1
+        if type(self).left < 0:
+            raise KeyboardInterrupt
+        super().send(worker, message)
+
+
+@pytest.mark.parametrize("deduplicate", ["none", "exact"])
+def test_resuming_at_every_point_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deduplicate: str
+) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl([f"{n} {text}" for n, text in enumerate(TEXTS * 4)] + TEXTS) + b"bad\n")
+    wanted_options = options(tmp_path, "in.jsonl", on_bad_input="skip", deduplicate=deduplicate)
+    run.preprocess(wanted_options)
+    wanted = outputs(tmp_path)
+    monkeypatch.setattr(run, "make_executor", _StopAfter)
+    for stop in range(0, 40, 3):
+        for path in tmp_path.glob("out*"):
+            path.unlink()
+        _StopAfter.left = stop
+        for _ in range(50):
+            try:
+                run.preprocess(replace(wanted_options, resume=True))
+                break
+            except KeyboardInterrupt:
+                _StopAfter.left = stop + 4
+        assert outputs(tmp_path) == wanted
+
+
+def test_resume_detects_lost_bytes_and_other_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(TEXTS * 8))
+    run.preprocess(options(tmp_path, "in.jsonl"))
+    wanted = outputs(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "make_executor", _StopAfter)
+        _StopAfter.left = 15
+        with pytest.raises(KeyboardInterrupt):
+            run.preprocess(options(tmp_path, "in.jsonl"))
+    partial = tmp_path / "out_text_document.bin.partial"
+    data = bytearray(partial.read_bytes())
+    data[len(data) // 2] ^= 1
+    partial.write_bytes(bytes(data))
+    with pytest.raises(DataError, match="other options"):
+        run.preprocess(options(tmp_path, "in.jsonl", resume=True, append_eod=True))
+    with open(tmp_path / "out.preprocess.journal", "a") as file:
+        file.write('{"chunk": 99, "torn')
+    run.preprocess(options(tmp_path, "in.jsonl", resume=True))
+    assert outputs(tmp_path) == wanted
+
+
+def test_two_runs_cannot_share_an_output(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(TEXTS))
+    held = journal.Journal(str(tmp_path / "out.preprocess.journal"))
+    with pytest.raises(DataError, match="Another run"):
+        run.preprocess(options(tmp_path, "in.jsonl"))
+    held.close(remove=True)
+
+
+def _command(tmp_path: Path, *more: str) -> list[str]:
+    root = Path(__file__).resolve().parents[3]
+    return [
+        sys.executable, str(root / "tools/preprocess_data.py"), "--input", str(tmp_path / "in.jsonl"), "--quiet",
+        "--output-prefix", str(tmp_path / "out"), "--tokenizer-type", "ByteTokenizer", "--workers", "2",
+        "--chunk-kb", "16", "--overwrite", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.night
+def test_kill_9_at_random_points_then_resume(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl([f"{n} {'text ' * 60}" for n in range(12_000)]))
+    start = time.monotonic()
+    subprocess.run(_command(tmp_path), check=True, stdout=subprocess.DEVNULL)
+    whole_s = time.monotonic() - start
+    wanted = outputs(tmp_path)
+    random, killed = np.random.default_rng(int(time.time())), 0
+    for path in tmp_path.glob("out*"):
+        path.unlink()
+    while killed < NUM_KILLS:
+        process = subprocess.Popen(_command(tmp_path, "--resume"), stdout=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=float(random.uniform(0.2, 0.2 + whole_s)))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+            continue
+        assert process.returncode == 0 and outputs(tmp_path) == wanted
+        for path in tmp_path.glob("out*"):
+            path.unlink()
+    subprocess.run(_command(tmp_path, "--resume"), check=True, stdout=subprocess.DEVNULL)
+    assert outputs(tmp_path) == wanted
+
+
+def _children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl([f"{n} {'text ' * 60}" for n in range(12_000)]))
+    subprocess.run(_command(tmp_path), check=True, stdout=subprocess.DEVNULL)
+    wanted = outputs(tmp_path)
+    process = subprocess.Popen(_command(tmp_path), stdout=subprocess.DEVNULL)
+    while not (tmp_path / "out_text_document.bin.partial").exists():
+        time.sleep(0.005)
+    os.kill(_children(process.pid)[0], signal.SIGKILL)
+    assert process.wait(timeout=60) == 0
+    assert outputs(tmp_path) == wanted

@@ -1,0 +1,105 @@
+"""What describes a checkpoint: tables of contents, formats and states that are read, or refused in words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blake3 import blake3
+from torch.distributed.checkpoint.metadata import TensorProperties
+
+from megatron_samoe.dist_checkpointing import file_storage, store
+from megatron_samoe.dist_checkpointing.file_storage import read_metadata
+from megatron_samoe.dist_checkpointing.sharded_state import stored_names
+from megatron_samoe.errors import CheckpointError
+from tests.unit.dist_checkpointing.test_store import STATE, config, loaded, save, whole
+
+
+def test_digests_are_blake3_and_older_kinds_are_still_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = save(tmp_path / "new", 1)
+    digests = store.read_train_state(new)["digests"]
+    assert digests and all(d == "blake3:" + blake3((new / n).read_bytes()).hexdigest() for n, d in digests.items())
+
+    of_kind = file_storage.new_digest
+    for length, old_kind in ((64, hashlib.sha256), (32, lambda: hashlib.blake2b(digest_size=16))):
+        for module in (file_storage, store):
+            monkeypatch.setattr(module, "new_digest", lambda like="", make=old_kind: of_kind(like) if like else make())
+        old = save(tmp_path / f"old{length}", 1)
+        monkeypatch.undo()
+        assert {len(d) for d in store.read_train_state(old)["digests"].values()} == {length}
+        assert store.damaged_files(old, STATE) == []
+        name = next(n for n in store.read_train_state(old)["digests"] if n.endswith(".distcp"))
+        (old / name).write_bytes(bytes(byte ^ 1 for byte in (old / name).read_bytes()))
+        assert store.damaged_files(old, STATE) == [f"{name} differs from what was written"]
+
+
+def test_a_newer_format_is_an_error_and_no_damage(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    (save(tmp_path, 9) / store.TRAIN_STATE).write_text(json.dumps({"format_version": store.FORMAT_VERSION + 1}))
+    with pytest.raises(CheckpointError, match="format version"):
+        store.find_checkpoint(config(tmp_path), whole)
+
+
+def test_tables_of_later_releases_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.15 adds to what it saves of a tensor, and Python 3.13 calls the module of paths otherwise."""
+    path = save(tmp_path, 5)
+    expected = read_metadata(path)
+    of_now = TensorProperties.__getstate__
+    monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: (*of_now(self)[:5], (1,)))
+    later = pickle.dumps(expected, protocol=2).replace(b"cpathlib\n", b"cpathlib._local\n")
+    monkeypatch.undo()
+    (path / ".metadata").write_bytes(later)
+    found = read_metadata(path)
+    assert found.state_dict_metadata == expected.state_dict_metadata and found.storage_data == expected.storage_data
+    assert {type(t.properties) for t in found.state_dict_metadata.values()} == {TensorProperties}
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("touched"),))
+
+
+def test_a_table_of_contents_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path, 5)
+    monkeypatch.chdir(tmp_path)
+    (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    for read in (lambda: stored_names(str(path)), lambda: loaded(path)):
+        with pytest.raises(CheckpointError, match=r"names \S+, which no table of contents needs"):
+            read()
+    assert not Path("touched").exists()
+
+
+def test_newer_formats_and_unreadable_descriptions_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    description = path / store.TRAIN_STATE
+    description.write_text(json.dumps({"format_version": store.FORMAT_VERSION + 1}))
+    with pytest.raises(CheckpointError, match=f"format version {store.FORMAT_VERSION + 1}"):
+        store.read_train_state(path)
+    description.write_text("{")
+    with pytest.raises(CheckpointError, match=r"train_state\.json cannot be read"):
+        store.read_train_state(path)
+    path = save(tmp_path, 9)
+    (path / store.CONFIG).write_text("a: [")
+    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read"):
+        store.read_config(path)
+    (path / store.CONFIG).unlink()
+    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read"):
+        store.read_config(path)
+
+
+def test_a_folder_whose_description_is_missing_is_not_whole(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    (save(tmp_path, 10) / store.TRAIN_STATE).unlink()
+    found = store.find_checkpoint(config(tmp_path))
+    assert found is not None and found.name == "iter_0000005"
+
+
+@pytest.mark.parametrize("value", [None, "1.0", "much", float("inf"), [1.0]])
+def test_a_scale_of_losses_that_is_no_number_is_damage(value: Any) -> None:
+    with pytest.raises(CheckpointError, match="loss_scale is"):
+        store.refuse_wrong_values({"loss_scale": {"value": value}}, "train_state.json")
+    store.refuse_wrong_values({"loss_scale": {"value": 2.0**16, "good": 3, "is_dynamic": True}}, "train_state.json")
