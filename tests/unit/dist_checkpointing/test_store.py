@@ -17,7 +17,6 @@ from megatron_samoe.config import CheckpointConfig
 from megatron_samoe.dist_checkpointing import saving, store
 from megatron_samoe.dist_checkpointing.file_storage import DIRECT_BYTES
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated, stored_names
-from megatron_samoe.dist_checkpointing.table_of_contents import read_metadata
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state import single_process_state
