@@ -86,7 +86,7 @@ def main() -> None:
         "--books", nargs="+", type=Path, help="text files, named as the answers; the quickstart's novels if none"
     )
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--questions", type=int, default=100, help="of the test")
+    parser.add_argument("--questions", type=int, default=50, help="of the test")
     parser.add_argument("--rank", type=int, default=16, help="of the adapter")
     parser.add_argument("--lr", type=float, default=3e-3)
     given = parser.parse_args()
