@@ -173,7 +173,7 @@ def _tokenizer(path: Path) -> None:
 
 
 _OURS = (*_of_model("run", "hf", "megatron"), GENERATE + "--prompt Emma", "load {in}/run", f"pretrain {MODEL}")
-_DIST = (*_of_model("torch_dist", "hf", "native"), "load {in}/torch_dist")
+_DIST = _of_model("torch_dist", "hf", "native")
 _MEGATRON, _HF = _of_model("megatron", "hf", "native"), _of_model("hf", "native", "megatron", "gguf", "hf")
 _TABLES = (BYTES, BYTES + " --on-bad-input skip", BYTES + " --executor process --workers 1",
            "train-tokenizer --type byte-bpe --vocab-size 300 --output-prefix {out}/made --input {file}")  # fmt: skip
