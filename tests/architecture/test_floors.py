@@ -52,7 +52,7 @@ REMOTE_CODE = tuple(
 #: The plug-ins', which vLLM imports, or a program of Megatron-Core's.
 PLUG_IN = (
     *(f"convert/vllm/{name}.py" for name in ("__init__", "model", "plain_experts")),
-    *(f"plugins/megatron_core/{name}.py" for name in ("__init__", "experts", "rank_layout", "sharing")),
+    *(f"plugins/megatron_core/{name}.py" for name in ("__init__", "candidates", "experts", "rank_layout", "sharing")),
 )
 
 

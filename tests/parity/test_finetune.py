@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_samoe.convert.edited_model import open_checkpoint
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.datasets.tokenizer import tokenizer_of
 from tests.harness.program import REPOSITORY, call, write_corpus
 from tests.parity import class_uses
@@ -149,7 +149,6 @@ def content(path: Path) -> Any:
 
 def test_how_a_model_talks_comes_back(tmp_path: Path) -> None:
     """Its template, and what `generate` does by default; a template that is not of the run brings the folder's tokenizer."""
-    pytest.importorskip("megatron_samoe.datasets.chat_template", reason="checkpoints do not carry templates yet")
     _, folder = export(tmp_path, "pool")
     model, tokenizer = theirs(folder), hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
@@ -209,7 +208,7 @@ def test_the_weight_of_the_balance_loss_travels_and_earlier_exports_keep_theirs(
     for change in ({}, {"router_aux_loss_coef": None}, {"router_aux_loss_coef": 0.3}):
         given = {name: value for name, value in {**config, **change}.items() if value is not None or name not in change}
         (folder / "config.json").write_text(json.dumps(given))
-        back = open_checkpoint(converted(folder, tmp_path / f"back{len(list(tmp_path.iterdir()))}")).config
+        back = open_folder(converted(folder, tmp_path / f"back{len(list(tmp_path.iterdir()))}")).tensors.config
         assert back["moe"]["moe_aux_loss_coeff"] == (change.get("router_aux_loss_coef") or 0.02)
         remembers_all = back["training"] == source.config["training"]
         assert remembers_all == (change.get("router_aux_loss_coef") is None)

@@ -82,4 +82,4 @@ def sharded_tensor(name: str, parameter: nn.Parameter, state: Any) -> ShardedTen
     for axis in sorted({"etp", "ep"}.difference(axis for _, axis in spec.partition)):
         copy = copy * state.group(axis).size + state.group(axis).rank
     stage = state.pp.rank if spec.family == "pool" else 0
-    return ShardedTensor.from_rank_offsets(name, parameter.data, *pieces, replica_id=(stage, copy, state.edp.rank))
+    return ShardedTensor.from_rank_offsets(name, parameter, *pieces, replica_id=(stage, copy, state.edp.rank))

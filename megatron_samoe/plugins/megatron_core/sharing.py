@@ -29,7 +29,6 @@ from megatron_samoe.models.rank_model import stored_name
 from megatron_samoe.moe.candidates import CandidateSchedule, candidate_schedule
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.sharing.mapped import MappedSharing
-from megatron_samoe.moe.sharing.own import OwnExperts
 from megatron_samoe.moe.sharing.way import ExpertLender, SharingContext
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.grouped_mlp import Activation
@@ -137,7 +136,7 @@ class ExpertSharing:
             experts = layer.experts
             experts.moe_index = self._moe_index[number]
             experts.part = self._parts[experts.moe_index] = self._way.layer_part(experts.moe_index)
-            if isinstance(experts.part, OwnExperts):
+            if hasattr(experts.part, "uses_main_grads"):
                 experts.part.uses_main_grads = False  # Megatron-Core's hooks want gradients from autograd
             named |= {f"layers.{number}.moe.experts.{n}": p for n, p in experts.part.named_parameters()}
             if self._schedule is not None:
