@@ -87,8 +87,8 @@ LAYOUTS: dict[tuple[str, Any], tuple[dict[str, Any], Callable[[Rank], bool]]] = 
     ("cp_comm_type", "a2a"): ({CP: 2}, lambda r: "all_to_all_single" in r.calls and "batch_isend_irecv" not in r.calls),
     (EP, 2): ({"layout": "moe"}, lambda r: r.weights["layers.0.moe.experts.w1"] == (2, 128, 32)),
     ("expert_tensor_parallel_size", 1): (
-        {"layout": "moe", TP: 2, EP: 2},
-        lambda r: r.weights["layers.0.moe.experts.w1"] == (2, 128, 32),
+        {"layout": "moe", TP: 2},
+        lambda r: r.weights["layers.0.moe.experts.w1"] == (4, 128, 32),
     ),
     ("samoe_pool_placement", "replicated"): (
         {"layout": "samoe"},
