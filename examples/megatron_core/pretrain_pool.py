@@ -74,6 +74,20 @@ def model_config(args: argparse.Namespace, on_gpu: bool) -> TransformerConfig:
     )  # fmt: skip
 
 
+def arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """Returns what Megatron-LM's training program would keep of its command line: by it `megatron-samoe convert` knows the model."""
+    shared = {} if args.expert_sharing == "none" else {"expert_sharing": args.expert_sharing}
+    banks = {"num_expert_banks": args.num_expert_banks} if args.num_expert_banks else {}
+    same = "num_layers hidden_size num_attention_heads num_experts moe_ffn_hidden_size moe_router_topk seq_length vocab_size bf16"
+    return argparse.Namespace(
+        **{name: getattr(args, name) for name in same.split()}, **shared, **banks, pool_lock_step=args.pool_lock_step,
+        ffn_hidden_size=4 * args.hidden_size, max_position_embeddings=args.seq_length, position_embedding_type="rope",
+        rotary_base=10000, rotary_percent=1.0, normalization="RMSNorm", norm_epsilon=1e-5, swiglu=True, add_bias_linear=False,
+        untie_embeddings_and_output_weights=True, moe_aux_loss_coeff=0.01, moe_router_load_balancing_type="aux_loss",
+        micro_batch_size=args.micro_batch_size, make_vocab_size_divisible_by=1,
+    )  # fmt: skip
+
+
 def dataset(args: argparse.Namespace) -> Any:
     """Returns Megatron-Core's data set; all ranks call it together."""
     config = GPTDatasetConfig(
@@ -163,7 +177,8 @@ def main() -> None:
             print(f"step {step}: loss {loss:.4f}, gradient norm {norm:.3f}", flush=True)
     if args.save:
         os.makedirs(args.save, exist_ok=True)
-        dist_checkpointing.save(model.sharded_state_dict(), args.save)
+        content = {"args": arguments(args), "iteration": args.train_iters, "checkpoint_version": 3.0}
+        dist_checkpointing.save({**content, "model": model.sharded_state_dict()}, args.save)
     dist.destroy_process_group()
 
 

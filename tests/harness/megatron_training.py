@@ -379,3 +379,38 @@ def _losses(model: Any) -> list[float]:
         micro_batch_size=2, forward_only=True,
     )  # fmt: skip
     return [float(one["loss"]) for one in found]
+
+
+def _state(training: Training, is_loading: bool) -> dict[str, Any]:
+    """Returns what Megatron-Core saves of a training: its model, and its optimizer in a form that any layout loads."""
+    model = training.model[0].module.sharded_state_dict()
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+    return {
+        "model": model,
+        "optimizer": training.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
+    }
+
+
+def saved_midway(layout: Layout, sharing: str, options: dict[str, Any], folder: str) -> None:
+    """Trains two steps, and saves model and optimizer."""
+    from megatron.core import dist_checkpointing
+
+    start(layout)
+    training = Training(layout, sharing, options)
+    for step in range(2):
+        training.step(step)
+    dist_checkpointing.save(_state(training, is_loading=False), folder)
+
+
+def trained_on(layout: Layout, sharing: str, options: dict[str, Any], folder: str) -> dict[str, list[float]]:
+    """Loads them in another layout, into a model of other values; returns losses and norms of two steps more."""
+    from megatron.core import dist_checkpointing
+
+    start(layout)
+    training = Training(layout, sharing, {**options, "seed": 7})
+    training.step(9)  # of other weights, by which the optimizer has what it loads into
+    content = dist_checkpointing.load(_state(training, is_loading=True), folder)
+    training.model[0].module.load_state_dict(content["model"])
+    training.optimizer.load_state_dict(content["optimizer"])
+    losses, norms = zip(*(training.step(step) for step in (2, 3)), strict=True)
+    return {"losses": list(losses), "norms": list(norms)}
