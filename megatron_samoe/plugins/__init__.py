@@ -1,1 +1,1 @@
-"""Layers that share experts, in programs of others."""
+"""Layers that share experts, in other programs: trained in Megatron-Core, served by vLLM."""

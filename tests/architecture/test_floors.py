@@ -35,8 +35,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dist_checkpointing",),
     ("datasets",),
     ("planning", "runtime"),
-    ("training", "inference", "convert", "evaluation", "plugins"),
-    ("language_model", "fit", "interop", "compress"),
+    ("training", "inference", "convert", "evaluation"),
+    ("language_model", "fit", "plugins", "interop", "compress"),
     ("cli",),
     ("gpu_check",),
     ("__main__",),
@@ -51,7 +51,7 @@ REMOTE_CODE = tuple(
 )
 #: The plug-ins', which vLLM imports, or a program of Megatron-Core's.
 PLUG_IN = (
-    *(f"convert/vllm/{name}.py" for name in ("__init__", "model", "plain_experts")),
+    *(f"plugins/vllm/{name}.py" for name in ("__init__", "model", "plain_experts")),
     *(f"plugins/megatron_core/{name}.py" for name in ("__init__", "candidates", "experts", "rank_layout", "sharing")),
 )
 

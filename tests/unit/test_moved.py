@@ -12,7 +12,7 @@ import pytest
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("interop.vllm", "convert.vllm"),
+        ("interop.vllm", "plugins.vllm"),
         ("interop.hf.families.base", "convert.hf.families.base"),
         ("interop.hf.native", "convert.native"),
         ("interop.pool_surgery", "fit.surgery.pool"),
@@ -52,7 +52,7 @@ def test_the_plug_in_of_an_older_installation_is_found() -> None:
     point = importlib.metadata.EntryPoint(
         "megatron_samoe", "megatron_samoe.interop.vllm:register", "vllm.general_plugins"
     )
-    from megatron_samoe.convert.vllm import register
+    from megatron_samoe.plugins.vllm import register
 
     with pytest.warns(FutureWarning):
         sys.modules.pop("megatron_samoe.interop.vllm", None)

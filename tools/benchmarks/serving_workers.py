@@ -169,7 +169,7 @@ def vllm(spec: Spec) -> tuple[Spec, Measure]:
 
     has_plug_in = spec["implementation"] == "plug-in"
     if has_plug_in:
-        from megatron_samoe.convert.vllm import register
+        from megatron_samoe.plugins.vllm import register
 
         register()
     import vllm as lib

@@ -18,4 +18,4 @@ def register() -> None:
     AutoConfig.register(SamoeConfig.model_type, SamoeConfig, exist_ok=True)
     AutoModel.register(SamoeConfig, SamoeModel, exist_ok=True)
     # By name: whoever serves another model does not import it.
-    ModelRegistry.register_model("SamoeForCausalLM", "megatron_samoe.convert.vllm.model:SamoeForVLLM")
+    ModelRegistry.register_model("SamoeForCausalLM", "megatron_samoe.plugins.vllm.model:SamoeForVLLM")

@@ -19,10 +19,10 @@ import torch
 from safetensors import safe_open
 
 import megatron_samoe
-from megatron_samoe.convert import vllm
-from megatron_samoe.convert.vllm import experts_plan, interface
-from megatron_samoe.convert.vllm.experts_plan import ExpertsPlan, folder_reader, plan_experts, without_combining
 from megatron_samoe.errors import CheckpointError, MegatronSamoeError
+from megatron_samoe.plugins import vllm
+from megatron_samoe.plugins.vllm import experts_plan, interface
+from megatron_samoe.plugins.vllm.experts_plan import ExpertsPlan, folder_reader, plan_experts, without_combining
 from tests.parity.hf_models import Native, converted, native, random_source, theirs, transformers
 
 LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
@@ -159,7 +159,7 @@ def test_a_vllm_of_another_interface_is_refused_by_name(
 def test_experts_in_plain_torch_compute_what_the_class_does(tmp_path: Path) -> None:
     from megatron_samoe.convert.hf.remote_code.configuration_samoe import SamoeConfig
     from megatron_samoe.convert.hf.remote_code.moe_samoe import Experts
-    from megatron_samoe.convert.vllm.plain_experts import PlainExperts
+    from megatron_samoe.plugins.vllm.plain_experts import PlainExperts
 
     generator = torch.Generator().manual_seed(5)
     for act, bias in (("gelu_tanh", True), ("gelu_tanh", False), ("swiglu", True)):
@@ -179,7 +179,7 @@ def test_experts_in_plain_torch_compute_what_the_class_does(tmp_path: Path) -> N
 def test_the_entry_point_is_declared() -> None:
     text = (Path(megatron_samoe.__file__).parent.parent / "pyproject.toml").read_text()
     assert (
-        '[project.entry-points."vllm.general_plugins"]\nmegatron_samoe = "megatron_samoe.convert.vllm:register"' in text
+        '[project.entry-points."vllm.general_plugins"]\nmegatron_samoe = "megatron_samoe.plugins.vllm:register"' in text
     )
     for point in entry_points(group="vllm.general_plugins"):
         # An installation from before a module moved has its former name.
@@ -188,7 +188,7 @@ def test_the_entry_point_is_declared() -> None:
 
 _PROGRAM = """
 import json, sys
-from megatron_samoe.convert.vllm import register
+from megatron_samoe.plugins.vllm import register
 register()
 from vllm import LLM, SamplingParams
 llm = LLM(sys.argv[1], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_num_seqs=4, max_model_len=64)

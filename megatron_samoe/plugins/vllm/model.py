@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from megatron_samoe.convert.hf.remote_code.configuration_samoe import SamoeConfig
 from megatron_samoe.convert.hf.remote_code.moe_samoe import Experts, MoE, experts_name
-from megatron_samoe.convert.vllm.experts_plan import (
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.plugins.vllm.experts_plan import (
     SELECTED,
     ExpertsPlan,
     Selection,
@@ -21,9 +22,8 @@ from megatron_samoe.convert.vllm.experts_plan import (
     plan_experts,
     without_combining,
 )
-from megatron_samoe.convert.vllm.interface import vllm_interface
-from megatron_samoe.convert.vllm.plain_experts import PlainExperts
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.plugins.vllm.interface import vllm_interface
+from megatron_samoe.plugins.vllm.plain_experts import PlainExperts
 
 vllm = vllm_interface()
 #: What vLLM's kernels for CPUs demand of the hidden size.
