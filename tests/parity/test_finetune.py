@@ -167,7 +167,7 @@ def native_of(root: Path) -> Native:
     from megatron_samoe.parallel_state.state import single_process_state
     from megatron_samoe.runtime.load import load_model
 
-    return Native(root, None, load_model(str(root), single_process_state()))  # type: ignore[arg-type]
+    return Native(root, None, load_model(open_folder(root), single_process_state()))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
