@@ -302,7 +302,7 @@ def test_bad_input_is_one_paragraph(dense_run: Path, tmp_path: Path, capsys: pyt
         ((*to_moe, "--num-experts", 2, "--moe-ffn-hidden-size", 5), "of which experts are copies"),
         ((*to_moe, "--num-experts", 2, "--num-expert-banks", 1), "needs --expert-layout samoe"),
         ((*to_moe, "--num-experts", 2, "--moe-layer-freq", "011"), "--moe-layer-freq"),
-        (("fold", "--load-dir", tmp_path / "nowhere", "--save-dir", out), "has no checkpoint"),
+        (("fold", "--load-dir", tmp_path / "nowhere", "--save-dir", out), "nowhere is not there"),
         (("fold", "--load-dir", dense_run, "--save-dir", dense_run), "exists; give another --save-dir"),
         (("fold", *common, "--ckpt-step", 9), "--ckpt-step 9"),
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import registered_run
+from tools.results import registered_run
 
 PROGRAM = """
 import json, os, pathlib, sys
@@ -29,9 +29,9 @@ def code(tmp_path: Path) -> Path:
     git = ["git", "-C", str(code), "-c", "user.name=x", "-c", "user.email=x@example.org"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
         subprocess.run([*git, *words], check=True)
-    (tmp_path / "tree/tools").mkdir(parents=True)
+    (tmp_path / "tree/tools/results").mkdir(parents=True)
     (tmp_path / "tree/docs/results").mkdir(parents=True)
-    (tmp_path / "tree/tools/registered_run.py").write_text(Path(registered_run.__file__).read_text())
+    (tmp_path / "tree/tools/results/registered_run.py").write_text(Path(registered_run.__file__).read_text())
     register(tmp_path, registered_run.code_of(code)["commit"])
     return code
 
@@ -46,7 +46,7 @@ def register(tmp_path: Path, commit: str) -> None:
 
 def launch(tmp_path: Path, code: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Starts the launcher in the folder of the code."""
-    launcher = tmp_path / "tree/tools/registered_run.py"
+    launcher = tmp_path / "tree/tools/results/registered_run.py"
     return subprocess.run([sys.executable, launcher, *words], cwd=code, capture_output=True, text=True)
 
 

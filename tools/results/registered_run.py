@@ -3,7 +3,7 @@ r"""Trains one run of a registered study on the registered commit, and notes in 
 
     git worktree add --detach ../code COMMIT && cd ../code && python setup.py build_ext --inplace
     PYTHONPATH=. python -m megatron_samoe.cli.study ../samoe/examples/studies/third_lock.yaml --num-threads 1 \
-      --launcher "python ../samoe/tools/registered_run.py" --store ../samoe/docs/results/store ...
+      --launcher "python ../samoe/tools/results/registered_run.py" --store ../samoe/docs/results/store ...
 
 The folder that it is started in has the code. The commit must be one that docs/results/registration.md, of the tree that has this
 file, registers, and no tracked file may differ from it. The environment is what the registration forces.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-REGISTRATION = Path(__file__).resolve().parents[1] / "docs/results/registration.md"
+REGISTRATION = Path(__file__).resolve().parents[2] / "docs/results/registration.md"
 
 
 def code_of(folder: Path) -> dict[str, str]:
