@@ -3,7 +3,6 @@ every layout is tested in test_extensions.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +31,12 @@ from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.training.hooks.moe_diagnostics import gathered_coefficients
 from megatron_samoe.training.setup import build_setup
 from tests.extending.near_banks import WINDOW
+from tests.harness.near_package import near_installed  # noqa: F401
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 from tests.parity.hf_models import converted, native, random_source, some_ids, their_logits, theirs
 from tests.unit.inference.tiny_models import forward_logits, loaded_tiny, step_logits
 
-SITE = Path(__file__).parent / "site"
 OPTIONS: dict[str, Any] = {"expert_sharing": "near", "num_expert_banks": 3, "moe_router_topk": 2, "style": "llama"}
-
-
-@pytest.fixture(autouse=True)
-def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets the package that has the way stand beside this one, as pip would."""
-    monkeypatch.syspath_prepend(SITE)
-    ways.cache_clear()
-    yield
-    ways.cache_clear()
 
 
 @pytest.mark.parametrize("serving", ["folded", "on-the-fly"])

@@ -9,16 +9,15 @@ import tempfile
 import warnings
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.harness.near_package import SITE
+
 VOCABULARY, LENGTH, BATCHES = 64, 16, 4
-#: What another package would install: the way `near` of tests/extending.
-SITE = str(Path(__file__).parents[1] / "extending" / "site")
 
 
 @dataclass(frozen=True)

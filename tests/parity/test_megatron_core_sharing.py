@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from torch import Tensor
 
 import megatron_samoe
 from megatron_samoe.config.cli import from_mapping, to_mapping
-from megatron_samoe.config.sharing_map import ways
 from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.megatron import MegatronLayout, MegatronReader, plan_export, write_export
 from megatron_samoe.convert.megatron.rank_files import FILE_NAME
@@ -33,7 +31,6 @@ from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from tests.harness.megatron_training import (
     FAULTS,
-    SITE,
     Layout,
     built,
     loaded,
@@ -43,6 +40,7 @@ from tests.harness.megatron_training import (
     train,
     trained_on,
 )
+from tests.harness.near_package import near_installed  # noqa: F401
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
@@ -71,15 +69,6 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "opened neighbours": ("neighbours", {"neighbour_unmask_steps": 2}),
     "of another package": ("near", {"num_expert_banks": 3}),
 }
-
-
-@pytest.fixture(autouse=True)
-def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets the package that has the way `near` stand beside this one, as pip would."""
-    monkeypatch.syspath_prepend(SITE)
-    ways.cache_clear()
-    yield
-    ways.cache_clear()
 
 
 def shared_source(way: str, options: dict[str, Any]) -> tuple[MemorySource, MemorySource, dict[int, Tensor]]:
