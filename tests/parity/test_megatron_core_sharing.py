@@ -5,38 +5,25 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
-import os
-import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-import megatron_samoe
 from megatron_samoe.config.cli import from_mapping, to_mapping
 from megatron_samoe.convert.fold import fold_shared
-from megatron_samoe.convert.megatron import MegatronLayout, MegatronReader, plan_export, write_export
+from megatron_samoe.convert.megatron import MegatronLayout, plan_export, write_export
 from megatron_samoe.convert.megatron.rank_files import FILE_NAME
-from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
-from megatron_samoe.errors import ConfigError, DataError
-from megatron_samoe.models.rank_model import build_model, stored_name
-from megatron_samoe.moe.types import ForwardContext
-from megatron_samoe.parallel_state.state import single_process_state
+from megatron_samoe.models.rank_model import stored_name
+from tests.harness.megatron_faults import FAULTS
 from tests.harness.megatron_training import (
-    FAULTS,
     Layout,
-    built,
     loaded,
     saved,
     saved_midway,
-    start,
     train,
     trained_on,
 )
@@ -335,139 +322,3 @@ def test_training_goes_on_in_another_layout(case: str, zero: bool, tmp_path: Pat
     for found in run_ranks(trained_on, 2, Layout(tp=2, zero=zero), *WAYS[case], str(tmp_path), timeout_s=300):
         for name, values in found.items():
             assert values == pytest.approx(one_process()[case][name][2:], rel=2e-6), name
-
-
-def test_the_plug_in_has_no_parallel_code_of_ours() -> None:
-    """But that of a way of sharing: Megatron-Core reduces, dispatches, schedules and steps."""
-    folder = Path(megatron_samoe.__file__).parent / "plugins" / "megatron_core"
-    rooms = {
-        module.split(".")[1]
-        for file in folder.glob("*.py")
-        for module in re.findall(r"^from (megatron_samoe\.[\w.]+) import", file.read_text(), re.MULTILINE)
-    }
-    assert rooms <= {"config", "errors", "models", "moe", "ops", "parallel_state", "plugins"}
-
-
-def _refused(options: dict[str, Any], sharing: str, words: dict[str, Any]) -> str:
-    try:
-        built(Layout(options=options), sharing, words)
-    except ConfigError as error:
-        return str(error)
-    return "accepted"
-
-
-REFUSED: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
-    ({"add_bias_linear": True}, "tied", {}, "add_bias_linear = True: must be False"),
-    ({}, "tide", {}, "--expert-sharing = 'tide': must be one of"),
-    ({}, "0,1", {}, "one for each of 4 MoE layers"),
-    ({}, "tied", {"pool_lock_step": 3}, "pool_lock_step = 3: has an effect with expert_sharing pool only"),
-    (
-        {"num_moe_experts": 4},
-        "pool",
-        {"pool_lock_step": 3},
-        "num_moe_experts = 4: must be a multiple of the 4 MoE layers",
-    ),
-    ({}, "neighbours", {"num_neighbour_layers": 3}, "num_neighbour_layers = 3: must divide the 4 MoE layers"),
-    (
-        {"moe_expert_capacity_factor": 1.0},
-        "neighbours",
-        {"neighbour_unmask_steps": 3},
-        "moe_expert_capacity_factor = 1.0",
-    ),
-    ({"activation_func": torch.nn.functional.relu}, "tied", {}, "activation_func = 'relu': must be gated SiLU"),
-    (
-        {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True},
-        "tied",
-        {},
-        "moe_apply_probs_on_input = True: must be False",
-    ),
-]
-
-
-def _all_refusals() -> list[str]:
-    start(Layout())
-    return [_refused(*case[:3]) for case in REFUSED]
-
-
-def _refused_later() -> list[str]:
-    """Returns what is said of a spec without experts, of a model that was built by another spec, and of early gradients."""
-    start(Layout())
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
-    _, (model,), sharing = built(Layout(), "tied", {})
-    _, (other,), _ = built(Layout(), None, {})
-    wrong = (
-        lambda: sharing.spec(get_gpt_layer_local_spec()),
-        lambda: sharing.attach(other),
-        lambda: sharing.finalize_model_grads([model]),
-    )
-    found = []
-    for use in wrong:
-        try:
-            use()
-        except ConfigError as error:
-            found.append(str(error))
-    return found
-
-
-def test_wrong_use_is_one_sentence() -> None:
-    found = run_ranks(_all_refusals, 1)[0]
-    for (*_, expected), message in zip(REFUSED, found, strict=True):
-        assert expected in message and "\n" not in message, message
-
-
-def test_wrong_use_of_a_model_is_one_sentence() -> None:
-    spec, model, gradients = run_ranks(_refused_later, 1)[0]
-    assert "has no MoE layer: give num_experts" in spec and "build it by ExpertSharing.spec" in model
-    assert "model = 'GPTModel': must be wrapped in Megatron-Core's DistributedDataParallel" in gradients
-
-
-def test_without_megatron_core_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "megatron.core", None)
-    for name in [name for name in sys.modules if name.startswith("megatron_samoe.plugins.megatron_core")]:
-        monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(DataError, match=r"needs the package megatron: .*megatron-core"):
-        importlib.import_module("megatron_samoe.plugins.megatron_core")
-
-
-@pytest.mark.parametrize(
-    ("ranks", "words"),
-    [
-        pytest.param(1, ("--train-iters", "10"), id="one process"),
-        pytest.param(
-            4,
-            ("--train-iters", "20", "--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2",
-             "--use-distributed-optimizer"),
-            marks=pytest.mark.night, id="four",
-        ),
-        pytest.param(2, ("--train-iters", "20", "--expert-sharing", "none"), marks=pytest.mark.night, id="own experts"),
-    ],
-)  # fmt: skip
-def test_the_example_learns_a_text(ranks: int, words: tuple[str, ...], tmp_path: Path) -> None:
-    """Bytes that repeat, by Megatron-Core's data set: the loss begins at that of a guess and falls."""
-    builder = IndexedDatasetBuilder(f"{tmp_path}/corpus.bin", np.uint16)
-    for _ in range(40):
-        builder.add_document(np.array([*b"one two three four " * 40, 256], np.uint16), [761])
-    builder.finalize(f"{tmp_path}/corpus.idx")
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "tests/harness/run_on_cpu.py",
-               "examples/megatron_core/pretrain_pool.py", "--data-path", f"{tmp_path}/corpus", "--seq-length", "32",
-               "--save", f"{tmp_path}/saved", *words]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+),", done.stdout, re.MULTILINE)]
-    assert losses[0] == pytest.approx(np.log(257), abs=0.2) and losses[-1] < losses[0] - 1
-    assert loss_here(tmp_path / "saved") == pytest.approx(losses[-1], abs=0.5)
-
-
-def loss_here(folder: Path) -> float:
-    """Returns the loss of the example's text by this program's model of a checkpoint."""
-    reader = MegatronReader(folder)
-    model = build_model(from_mapping(reader.config, "saved"), 257, single_process_state(), torch.float32)
-    for name, parameter in model.global_parameters().items():
-        parameter.data.copy_(reader.read(name))
-    model.eval().begin_step()
-    ids = torch.tensor(list(b"one two three four " * 2)[:33])
-    found, _ = model(ids[None, :-1], ForwardContext(batch_size=1, training=False))
-    return float(torch.nn.functional.cross_entropy(found[:, :257], ids[1:]))
