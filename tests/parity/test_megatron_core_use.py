@@ -49,7 +49,10 @@ def _refused(options: dict[str, Any], sharing: str, words: dict[str, Any]) -> st
 
 REFUSED: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
     ({"add_bias_linear": True}, "tied", {}, "add_bias_linear = True: must be False"),
-    ({}, "tide", {}, "--expert-sharing = 'tide': must be one of"),
+    ({}, "tide", {}, "expert_sharing = 'tide': must be one of"),
+    ({}, "combined", {"num_banks": 2}, "num_banks = 2: unknown key in ExpertSharing. Did you mean 'num_expert_banks'?"),
+    ({}, "combined", {"num_expert_banks": 0}, "num_expert_banks = 0: must be a positive integer"),
+    ({}, "combined", {"samoe_combine": "never"}, "samoe_combine = 'never'"),
     ({}, "0,1", {}, "one for each of 4 MoE layers"),
     ({}, "tied", {"pool_lock_step": 3}, "pool_lock_step = 3: has an effect with expert_sharing pool only"),
     (

@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import words_with
+from megatron_samoe.config.typed import typed
+from megatron_samoe.config.validate import refuse_wrong_numbers
 from megatron_samoe.errors import ConfigError
 
 
@@ -61,9 +64,11 @@ def sharing_options(config: Any, expert_sharing: str, options: Mapping[str, Any]
     """Returns the options of sharing of a model with so many MoE layers.
 
     Raises:
-        ConfigError: an option has no effect with this way, or layers or options of the model do not fit it.
+        ConfigError: an option is unknown or out of range, has no effect with this way, or does not fit the model.
     """
-    moe = MoEConfig(expert_layout="moe", expert_sharing=expert_sharing, samoe_pool_placement="replicated", **options)
+    fixed = {"expert_layout": "moe", "expert_sharing": expert_sharing, "samoe_pool_placement": "replicated"}
+    moe = typed(MoEConfig, {**options, **fixed}, "ExpertSharing")
+    refuse_wrong_numbers(replace(PretrainConfig(), moe=moe))
     experts, topk = config.num_moe_experts, config.moe_router_topk
     for name, value in options.items():
         if (words := words_with(name)) and not moe.sharing_reads(name):

@@ -23,6 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
 from megatron_samoe.config.sharing_map import parse_sharing
+from megatron_samoe.config.words import in_python_words
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.initialize import initialize_parameters
 from megatron_samoe.models.rank_model import stored_name
@@ -58,6 +59,7 @@ class ExpertSharing:
         ConfigError: an option of the model meets shared experts wrongly, or the layers cannot share so.
     """
 
+    @in_python_words()
     def __init__(self, config: Any, expert_sharing: str, seed: int = 1234, **options: Any):
         refuse(config, OF_MODEL)
         is_moe = is_moe_layer(config)
