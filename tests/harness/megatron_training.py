@@ -320,10 +320,9 @@ def _losses(model: Any) -> list[float]:
 def _state(training: Training, is_loading: bool) -> dict[str, Any]:
     """Returns what Megatron-Core saves of a training: its model, and its optimizer in a form that any layout loads."""
     model = training.model[0].module.sharded_state_dict()
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
     return {
         "model": model,
-        "optimizer": training.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
+        "optimizer": training.optimizer.sharded_state_dict(model, is_loading=is_loading),
     }
 
 

