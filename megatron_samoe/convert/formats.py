@@ -53,7 +53,7 @@ class Format:
         described: in words.
         recognises: whether a folder is of it.
         find: returns the folder of the one model, of an iteration if several may be there.
-        read: returns a model's tensors and lines about them; of so many tokens, where files do not tell.
+        read: returns a model's tensors and lines about them, given the size of its vocabulary where files do not tell.
         stored: returns the tensors under the names of the files; None where these are ours.
         verify: returns what was looked at, and a line for each problem.
         iterations: returns all folders of models in a folder.

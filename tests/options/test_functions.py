@@ -51,7 +51,7 @@ def test_the_weight_of_relus_loss_moves_by_its_rate() -> None:
 
 @pytest.mark.parametrize(("scope", "expected"), [("set", [25.0, 25.0]), ("layer", [50.0, 0.0])])
 def test_loads_are_balanced_over_a_set_or_a_layer(scope: str, expected: list[float]) -> None:
-    """Of a pool, whose loads are a set's unless told."""
+    """Of a pool, whose loads are a set's by default."""
     made = setup("moe", expert_sharing="pool", num_experts=2, moe_router_topk=1, moe_balance_scope=scope, num_layers=2)
     first, _ = made.model.balanced_counts(torch.tensor([[50.0, 0.0], [0.0, 50.0]]))
     assert first.tolist() == expected

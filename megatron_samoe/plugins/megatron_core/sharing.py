@@ -19,6 +19,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
@@ -100,7 +101,7 @@ class ExpertSharing:
         """Returns a copy of a layer's or a block's spec whose MoE layers borrow their experts.
 
         Raises:
-            ConfigError: it has no MoE layer.
+            ConfigError: it has no MoE layer, or a router of its own where candidates change.
         """
         spec, found = copy.deepcopy(spec), 0
         for layer in getattr(spec, "layer_specs", None) or [spec]:
@@ -113,6 +114,8 @@ class ExpertSharing:
             lent = functools.partial(LentExperts, sharing=self)
             submodules.experts = lent if is_partial else ModuleSpec(module=LentExperts, params={"sharing": self})
             if self._schedule is not None:
+                if submodules.router not in (TopKRouter, CandidateRouter):
+                    raise ConfigError("router", submodules.router, "must be TopKRouter, where candidates change")
                 submodules.router = CandidateRouter
             found += 1
         if not found:
