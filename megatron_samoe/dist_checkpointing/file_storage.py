@@ -1,75 +1,99 @@
-"""Files of torch.distributed.checkpoint: written with digests, and read without running code from them."""
+"""The writing of parts of global tensors as torch.distributed.checkpoint does, with digests and in the memory of one tensor.
+
+Its package takes most of a second to import, since DTensor and sympy come with it. So this file is imported where something
+is saved, and not before.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
-import hashlib
 import io
 import mmap
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
-from blake3 import blake3
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import (
-    Metadata,
-    StorageMeta,
-)
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystem, _write_item
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
-from megatron_samoe.dist_checkpointing.saved_tensor import read_saved_tensor_into
-from megatron_samoe.dist_checkpointing.table_of_contents import read_metadata
+from megatron_samoe.dist_checkpointing.digests import new_digest
+from megatron_samoe.dist_checkpointing.sharded_state import WritableState
+from megatron_samoe.errors import CheckpointError
+from megatron_samoe.parallel_state.state import ParallelState
 
-BLOCK_BYTES = 4 << 20
-#: Below this, finding where a tensor begins takes longer than a copy.
-DIRECT_BYTES = 4 << 20
-#: Threads that read such tensors: most of the time goes into copies of what verifying has left in memory.
-READERS = 2
 #: Of a file that is being written: few and large, since each waits for a thread to have a core.
 WRITTEN_BYTES = 4 << 20
 NUM_BLOCKS = 3
 
+# torch warns at every save of a single process, where one process is meant.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-class Reader(dcp.FileSystemReader):
-    """torch's reader, with a table of contents that cannot run code. torch itself reads tensors with weights_only.
 
-    Large tensors that are read whole go straight from the file to their place; torch's own reader needs their memory
-    twice.
-    """
+def write_parts(
+    state: WritableState, directory: str, parallel: ParallelState, objects: Mapping[str, bytes]
+) -> dict[str, str]:
+    """Writes a state into an existing folder and returns the digests of this rank's files; see `saving.write_sharded`."""
+    writer = _Writer(directory)
+    try:
+        dcp.save(
+            {},
+            storage_writer=writer,
+            planner=_Planner(state, objects),
+            process_group=parallel.world.handle,
+            no_dist=parallel.world_size == 1,
+        )
+    except CheckpointException as found:  # of all ranks, in an exception that `except Exception` does not catch
+        causes = {str(failure[0]).splitlines()[0] for failure in found.failures.values() if str(failure[0])}
+        raise CheckpointError("; ".join(sorted(causes))) from found
+    return writer.digests
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Returns the table of contents."""
-        metadata = read_metadata(self.path)
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> TorchFuture[None]:
-        """Fills the tensors of a plan and returns a completed future, as torch expects."""
-        with ThreadPoolExecutor(READERS) as readers:
-            is_read = list(readers.map(lambda item: self._read_directly(item, planner), plan.items))
-        rest = [item for item, done in zip(plan.items, is_read, strict=True) if not done]
-        return super().read_data(replace(plan, items=rest), planner)
+class _Planner(DefaultSavePlanner):
+    """Planner of writes: the parts that this rank owns."""
 
-    def _read_directly(self, item: ReadItem, planner: LoadPlanner) -> bool:
-        stored = self.storage_data[item.storage_index]
-        if item.type != LoadItemType.TENSOR or stored.length < DIRECT_BYTES or stored.transform_descriptors:
-            return False
-        target = planner.resolve_tensor(item).detach()
-        with open(os.path.join(self.path, stored.relative_path), "rb", buffering=0) as file:
-            if any(item.storage_offsets) or not read_saved_tensor_into(target, file, stored.offset, stored.length):
-                return False
-        planner.commit_tensor(item, target)
-        return True
+    def __init__(self, state: WritableState, objects: Mapping[str, bytes]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.sharded, self.objects = state, objects
+
+    def create_local_plan(self) -> SavePlan:
+        """Returns one write item per owned part and per object."""
+        items = [
+            WriteItem(
+                index=MetadataIndex(name, torch.Size(t.offsets)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(torch.Size(t.offsets), torch.Size(t.sizes)),
+                    properties=TensorProperties(dtype=t.dtype),
+                    size=torch.Size(t.global_shape),
+                ),
+            )
+            for name, parts in self.sharded.items()
+            for t in parts
+            if t.is_owner
+        ]
+        items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self.objects]
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        """Returns what is to be written."""
+        if write_item.type == WriteItemType.BYTE_IO:
+            return io.BytesIO(self.objects[write_item.index.fqn])
+        return next(
+            t for t in self.sharded[write_item.index.fqn] if torch.Size(t.offsets) == write_item.index.offset
+        ).local
 
 
 class _DigestedFile(io.RawIOBase):
@@ -196,8 +220,9 @@ class _DigestingFileSystem(FileSystem):
             self.digests[os.path.basename(new_path)] = digest
 
 
-class Writer(dcp.FileSystemWriter):
-    """torch's writer, one file per rank, flushed to disk; `digests` has the digest of each file this rank wrote."""
+class _Writer(dcp.FileSystemWriter):
+    """torch's writer, one file per rank, flushed to disk. It holds one tensor at a time, where torch's holds all of a file's
+    until the file is complete; so tensors that are made on demand need the memory of one."""
 
     def __init__(self, directory: str | os.PathLike):
         super().__init__(directory, single_file_per_rank=True, sync_files=True)
@@ -205,43 +230,26 @@ class Writer(dcp.FileSystemWriter):
         #: Digests by file name, of files closed so far.
         self.digests = self.fs.digests
 
-
-def new_digest(like: str = "") -> Any:
-    """Returns a new digest object for a file's bytes: BLAKE3, at some 4 GB/s on one core.
-
-    Args:
-        like: a digest of the wanted kind; older checkpoints have sha256, and the first ones blake2b of 16 bytes.
-    """
-    if like and not like.startswith(_Blake3.PREFIX):
-        return hashlib.blake2b(digest_size=16) if len(like) == 32 else hashlib.sha256()
-    return _Blake3()
-
-
-class _Blake3:
-    """BLAKE3 with the methods of hashlib's digests. Its hexadecimal digest begins with its kind; the rest is that of
-    the command b3sum.
-    """
-
-    PREFIX = "blake3:"
-
-    def __init__(self) -> None:
-        self._hasher = blake3()
-
-    def update(self, data: bytes | bytearray | memoryview) -> None:
-        self._hasher.update(data)
-
-    def hexdigest(self) -> str:
-        return self.PREFIX + self._hasher.hexdigest()
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        """Writes this rank's file and returns a completed future, as torch expects."""
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        results = []
+        with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
+            for item in plan.items:
+                data: Any = planner.resolve_data(item)
+                if isinstance(data, Tensor):
+                    data = _alone(data)
+                results.append(
+                    _write_item(self.transforms, stream, data, item, name, self.serialization_format)  # type: ignore[arg-type]
+                )
+                del data
+            os.fsync(stream.fileno())
+        future: TorchFuture[list[WriteResult]] = TorchFuture()
+        future.set_result(results)
+        return future
 
 
-def digest_of(path: Path, like: str = "") -> str:
-    """Returns a file's digest, of the same kind as `like`; the next block is read while one is digested."""
-    digest = new_digest(like)
-    with ThreadPoolExecutor(1) as reader, open(path, "rb", buffering=0) as file:
-        block, spare = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
-        size = file.readinto(block)
-        while size:
-            ahead = reader.submit(file.readinto, spare)
-            digest.update(memoryview(block)[:size])
-            block, spare, size = spare, block, ahead.result()
-    return digest.hexdigest()
+def _alone(tensor: Tensor) -> Tensor:
+    """Returns a tensor in its own CPU memory: saving a view saves its whole storage."""
+    tensor = tensor.detach().to(torch.device("cpu"))
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -10,15 +10,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.dist_checkpointing import saving, store
 from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
-from megatron_samoe.dist_checkpointing.saved_tensor import read_saved_tensor
-from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor
-from megatron_samoe.dist_checkpointing.table_of_contents import METADATA, read_metadata
+from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor, read_part
+from megatron_samoe.dist_checkpointing.table_of_contents import METADATA, read_table
 from megatron_samoe.errors import CheckpointError, shown
 from megatron_samoe.parallel_state.state import single_process_state
 
@@ -89,15 +86,9 @@ class DistributedTensors:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        metadata = read_metadata(directory)
-        self._stored = {
-            name: entry
-            for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        self._places: Mapping[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self._table = read_table(directory)
         self.tensors: Mapping[str, StoredTensor] = {
-            name: StoredTensor(tuple(entry.size), entry.properties.dtype) for name, entry in self._stored.items()
+            name: StoredTensor(parted.shape, parted.dtype) for name, parted in self._table.tensors.items()
         }
 
     def read(self, name: str, at: tuple[int, ...] = ()) -> Tensor:
@@ -106,48 +97,32 @@ class DistributedTensors:
         Raises:
             CheckpointError: a file is damaged, or no tensor has that name.
         """
-        if name not in self._stored:
+        if name not in self.tensors:
             raise CheckpointError(f"{self.directory} has no tensor {name}.")
-        stored, depth, part = self._stored[name], len(at), None
-        for chunk in stored.chunks:
+        stored, parted, depth, part = self.tensors[name], self._table.tensors[name], len(at), None
+        for chunk in parted.parts:
             inner = tuple(i - offset for i, offset in zip(at, chunk.offsets[:depth], strict=True))
             if all(0 <= i < size for i, size in zip(inner, chunk.sizes[:depth], strict=True)):
-                taken = self._read_chunk(name, chunk)[inner]
-                if taken.shape == stored.size[depth:]:
+                taken = read_part(self.directory, name, parted, chunk)[inner]
+                if taken.shape == stored.shape[depth:]:
                     return taken
                 if part is None:
-                    part = torch.empty(stored.size[depth:], dtype=taken.dtype)
+                    part = torch.empty(stored.shape[depth:], dtype=stored.dtype)
                 place = zip(chunk.offsets[depth:], chunk.sizes[depth:], strict=True)
                 part[tuple(slice(offset, offset + size) for offset, size in place)] = taken
-        return torch.empty(stored.size[depth:], dtype=stored.properties.dtype) if part is None else part
+        return torch.empty(stored.shape[depth:], dtype=stored.dtype) if part is None else part
 
     def read_object(self, name: str) -> bytes | None:
         """Returns an object as it was saved, which runs no code; None where the folder has none of that name."""
-        place = self._places.get(MetadataIndex(name))
+        place = self._table.objects.get(name)
         if place is None:
             return None
         try:
-            with open(self.directory / place.relative_path, "rb") as file:
-                file.seek(place.offset)
+            with open(self.directory / place.file, "rb") as file:
+                file.seek(place.start)
                 return file.read(place.length)
         except OSError as error:
-            raise CheckpointError(f"{self.directory / place.relative_path} cannot be read: {error.strerror}.") from None
-
-    def _read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        place = self._places[MetadataIndex(name, chunk.offsets)]
-        try:
-            tensor = read_saved_tensor(self.directory / place.relative_path, place.offset, place.length)
-        except Exception as error:  # torch raises several kinds for damaged files
-            raise CheckpointError(
-                f"{self.directory / place.relative_path} is damaged: {name} cannot be read "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})."
-            ) from None
-        if tensor.shape != chunk.sizes or tensor.dtype != self.tensors[name].dtype:
-            raise CheckpointError(
-                f"{self.directory / place.relative_path} is damaged: {name} is {list(tensor.shape)} {tensor.dtype} in "
-                f"place of {list(chunk.sizes)} {self.tensors[name].dtype}."
-            )
-        return tensor
+            raise CheckpointError(f"{self.directory / place.file} cannot be read: {error.strerror}.") from None
 
 
 class CheckpointReader(DistributedTensors):
@@ -183,7 +158,9 @@ class CheckpointReader(DistributedTensors):
 
     def verify(self) -> list[str]:
         """Returns a line for each file that is missing, differs from what was written, or cannot be compared with it."""
-        used = {METADATA, store.CONFIG, *(place.relative_path for place in self._places.values())}
+        stored = [part for parted in self._table.tensors.values() for part in parted.parts]
+        files = {part.file for part in (*stored, *self._table.objects.values())}
+        used = {METADATA, store.CONFIG, *files}
         unknown = sorted(used - self.train_state["digests"].keys())
         return [
             *store.damaged_files(self.directory, single_process_state()),

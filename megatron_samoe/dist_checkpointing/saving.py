@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -23,11 +24,10 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
-from megatron_samoe.dist_checkpointing.file_storage import digest_of
-from megatron_samoe.dist_checkpointing.sharded_state import ShardedState, WritableState, causes_of, write_sharded
+from megatron_samoe.dist_checkpointing.digests import digest_of
+from megatron_samoe.dist_checkpointing.sharded_state import ShardedState, WritableState
 from megatron_samoe.dist_checkpointing.store import (
     CONFIG,
     FORMAT_VERSION,
@@ -200,10 +200,23 @@ class BackgroundSaver:
             raise error
 
 
+def write_sharded(
+    state: WritableState, directory: str, parallel: ParallelState, objects: Mapping[str, bytes] | None = None
+) -> dict[str, str]:
+    """Writes a state into an existing folder and returns the digests of this rank's files; all ranks call it together.
+
+    Args:
+        objects: serialized values that this rank writes besides, by name.
+    """
+    from megatron_samoe.dist_checkpointing.file_storage import write_parts  # slow to import, see there
+
+    return write_parts(state, directory, parallel, objects or {})
+
+
 def bytes_to_write(state: WritableState) -> int:
     """Returns an upper bound of the bytes that this rank writes."""
     return sum(
-        t.dtype.itemsize * t.chunk.sizes.numel() + OVERHEAD_BYTES_PER_PART
+        t.dtype.itemsize * math.prod(t.sizes) + OVERHEAD_BYTES_PER_PART
         for parts in state.values()
         for t in parts
         if t.is_owner
@@ -218,8 +231,8 @@ def _all_ranks(
     if parallel.rank == 0 or not only_first:
         try:
             result = action()
-        except (Exception, CheckpointException) as error:
-            reasons = "; ".join(sorted({str(cause).splitlines()[0] for cause in causes_of(error) if str(cause)}))
+        except Exception as error:
+            reasons = "".join(str(error).splitlines()[:1])
             room = "" if isinstance(error, NoRoomError) else _free_space(root)
             problem = f"cannot {what}{room}: {reasons.rstrip('.')}."
     ends = parallel.world.all_gather_object((problem, result))

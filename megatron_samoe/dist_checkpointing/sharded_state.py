@@ -1,47 +1,29 @@
-"""A rank's tensors as parts of global tensors, for torch.distributed.checkpoint.
+"""A rank's tensors as parts of global tensors, and the reading of such parts from checkpoints of any layout.
 
-A checkpoint knows only global names, shapes and offsets. Saving writes each part once, from its first replica. Loading
-reads whatever overlaps this rank's part, so the layout that saved does not matter.
+A checkpoint knows only global names, shapes and offsets. Saving writes each part once, from its first replica
+(`file_storage`). Loading reads whatever overlaps this rank's parts, so the layout that saved does not matter.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_samoe.dist_checkpointing.file_storage import Reader
-from megatron_samoe.dist_checkpointing.streaming_writer import StreamingWriter
-from megatron_samoe.dist_checkpointing.table_of_contents import read_metadata
+from megatron_samoe.dist_checkpointing.saved_tensor import read_saved_tensor, read_saved_tensor_into
+from megatron_samoe.dist_checkpointing.table_of_contents import PartedTensor, StoredPart, TableOfContents, read_table
 from megatron_samoe.errors import CheckpointError, some
 from megatron_samoe.parallel_state.shard_spec import FlatSlice, ShardSpec, is_counted_here
 from megatron_samoe.parallel_state.state import ParallelState
 
-# torch warns at every save and load of a single process, where one process is meant.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+#: Threads that read: most of the time goes into copies of what verifying has left in memory.
+READERS = 2
 
 
 @dataclass(frozen=True)
@@ -59,9 +41,9 @@ class ShardedTensor:
     is_owner: bool
 
     @property
-    def chunk(self) -> ChunkStorageMetadata:
-        """The part's place in the global tensor."""
-        return ChunkStorageMetadata(torch.Size(self.offsets), self.local.shape)
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of the part in each dim."""
+        return tuple(self.local.shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,17 +71,16 @@ class UnreadTensor:
         return (*self.at, *(0 for _ in self.global_shape[len(self.at) :]))
 
     @property
-    def chunk(self) -> ChunkStorageMetadata:
-        """The place of the part in the global tensor."""
-        sizes = (*(1 for _ in self.at), *self.global_shape[len(self.at) :])
-        return ChunkStorageMetadata(torch.Size(self.offsets), torch.Size(sizes))
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of the part in each dim."""
+        return (*(1 for _ in self.at), *self.global_shape[len(self.at) :])
 
     @property
     def local(self) -> Tensor:
         """The tensor; each call makes a new one."""
         tensor = self.read()
         assert tensor.shape == self.global_shape[len(self.at) :] and tensor.dtype == self.dtype
-        return tensor.reshape(self.chunk.sizes)
+        return tensor.reshape(self.sizes)
 
 
 #: The parts of each global tensor that this rank holds.
@@ -131,149 +112,103 @@ def sharded(
     return parts
 
 
-class SavePlanner(DefaultSavePlanner):
-    """Planner of writes: the parts that this rank owns."""
-
-    def __init__(self, state: WritableState, objects: Mapping[str, bytes]):
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.sharded, self.objects = state, objects
-
-    def create_local_plan(self) -> SavePlan:
-        """Returns one write item per owned part and per object."""
-        items = [
-            WriteItem(
-                index=MetadataIndex(name, torch.Size(t.offsets)),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=t.chunk,
-                    properties=TensorProperties(dtype=t.dtype),
-                    size=torch.Size(t.global_shape),
-                ),
-            )
-            for name, parts in self.sharded.items()
-            for t in parts
-            if t.is_owner
-        ]
-        items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self.objects]
-        self.plan = SavePlan(items)
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """Returns what is to be written."""
-        if write_item.type == WriteItemType.BYTE_IO:
-            return io.BytesIO(self.objects[write_item.index.fqn])
-        return next(
-            t for t in self.sharded[write_item.index.fqn] if torch.Size(t.offsets) == write_item.index.offset
-        ).local
+def replicated(tensor: Tensor, state: ParallelState) -> list[ShardedTensor]:
+    """Returns the single part of a tensor that every rank holds whole."""
+    return [ShardedTensor(tensor, tuple(tensor.shape), (0,) * tensor.dim(), state.rank == 0)]
 
 
-class LoadPlanner(DefaultLoadPlanner):
-    """Planner of reads: the stored parts that overlap this rank's parts."""
-
-    def __init__(self, state: ShardedState):
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.sharded = state
-
-    def create_local_plan(self) -> LoadPlan:
-        """Returns the reads that fill all parts.
-
-        Raises:
-            CheckpointError: a tensor is missing or has another shape.
-        """
-        assert self.metadata is not None
-        check_tensors(self.sharded, self.metadata.state_dict_metadata)
-        items: list[ReadItem] = []
-        for name, parts in self.sharded.items():
-            stored = self.metadata.state_dict_metadata[name]
-            assert isinstance(stored, TensorStorageMetadata)
-            items += create_read_items_for_chunk_list(name, stored, [t.chunk for t in parts])
-        return LoadPlan(items)
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """Returns the view of this rank's part that a read fills."""
-        index = read_item.dest_index
-        tensor = next(t for t in self.sharded[index.fqn] if torch.Size(t.offsets) == index.offset).local
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            tensor = tensor.narrow(dim, start, length)
-        return tensor
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Does nothing: `resolve_tensor` gave a view of the part."""
-
-
-def check_tensors(state: ShardedState, stored: Mapping[str, object]) -> None:
-    """Raises CheckpointError naming tensors that the checkpoint lacks or has in another shape."""
-    missing = [name for name in state if name not in stored]
-    if missing:
-        raise CheckpointError(
-            f"The checkpoint has no tensor {some(missing)}: it is of a model with other layers, experts or options "
-            "(compare its config.yaml)."
-        )
-    shaped = [
-        f"{name} is {list(meta.size)} in the checkpoint and {list(t.global_shape)} in the model"
-        for name, parts in state.items()
-        for t in parts[:1]
-        if isinstance(meta := stored[name], TensorStorageMetadata) and tuple(meta.size) != t.global_shape
-    ]
-    if shaped:
-        raise CheckpointError(f"The checkpoint does not fit the model: {some(shaped)}.")
-
-
-def write_sharded(
-    state: WritableState, directory: str, parallel: ParallelState, objects: Mapping[str, bytes] | None = None
-) -> dict[str, str]:
-    """Writes a state into an existing folder and returns the digests of this rank's files; all ranks call it together.
-
-    Args:
-        objects: serialized values that this rank writes besides, by name.
-    """
-    writer = StreamingWriter(directory)
-    dcp.save(
-        {},
-        storage_writer=writer,
-        planner=SavePlanner(state, objects or {}),
-        process_group=parallel.world.handle,
-        no_dist=parallel.world_size == 1,
-    )
-    return writer.digests
+def stored_names(directory: str) -> set[str]:
+    """Returns the names of all tensors and objects in a checkpoint folder."""
+    table = read_table(directory)
+    return {*table.tensors, *table.objects}
 
 
 def read_sharded(state: ShardedState, directory: str, parallel: ParallelState) -> None:
     """Fills a state's local parts from a folder; all ranks call it together.
 
     Raises:
-        CheckpointError: tensors are missing or have other shapes, or files are damaged.
+        CheckpointError: tensors are missing or have other shapes, or files are damaged; the same on all ranks.
     """
+    problem = None
     try:
-        read_metadata(directory)  # torch would log a traceback of its own
-        dcp.load(
-            {},
-            storage_reader=Reader(directory),
-            planner=LoadPlanner(state),
-            process_group=parallel.world.handle,
-            no_dist=parallel.world_size == 1,
+        _read(state, directory)
+    except CheckpointError as error:
+        problem = str(error)
+    except Exception as error:  # torch raises several kinds for damaged files
+        problem = f"The checkpoint in {directory} cannot be read: {str(error) or type(error).__name__}."
+    problems = [found for found in parallel.world.all_gather_object(problem) if found is not None]
+    if problems:
+        raise CheckpointError(problems[0], collective=True)
+
+
+def _read(state: ShardedState, directory: str) -> None:
+    table = read_table(directory)
+    check_tensors(state, table)
+    wanted = [(n, table.tensors[n], part, parts) for n, parts in state.items() for part in table.tensors[n].parts]
+    with ThreadPoolExecutor(READERS) as readers:
+        for _ in readers.map(lambda job: _fill(Path(directory), *job), wanted):
+            pass
+
+
+def check_tensors(state: ShardedState, table: TableOfContents) -> None:
+    """Raises CheckpointError naming tensors that the checkpoint lacks or has in another shape."""
+    missing = [name for name in state if name not in table.tensors]
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint has no tensor {some(missing)}: it is of a model with other layers, experts or options "
+            "(compare its config.yaml)."
         )
-    except CheckpointError:
-        raise
-    except (Exception, CheckpointException) as error:
-        causes = causes_of(error)
-        known = next((cause for cause in causes if isinstance(cause, CheckpointError)), None)
-        reasons = "; ".join(sorted({str(cause) or type(cause).__name__ for cause in causes}))
-        raise known or CheckpointError(f"The checkpoint in {directory} cannot be read: {reasons}.") from error
+    shaped = [
+        f"{name} is {list(table.tensors[name].shape)} in the checkpoint and {list(t.global_shape)} in the model"
+        for name, parts in state.items()
+        for t in parts[:1]
+        if table.tensors[name].shape != t.global_shape
+    ]
+    if shaped:
+        raise CheckpointError(f"The checkpoint does not fit the model: {some(shaped)}.")
 
 
-def causes_of(error: BaseException) -> list[BaseException]:
-    """Returns the errors of all ranks: torch wraps them in an exception that `except Exception` does not catch."""
-    if isinstance(error, CheckpointException):
-        return [failure[0] for failure in error.failures.values()]
-    return [error]
+def _fill(directory: Path, name: str, parted: PartedTensor, stored: StoredPart, parts: Sequence[ShardedTensor]) -> None:
+    """Copies a stored part of a tensor to where this rank's parts overlap it. It is read at most once, and straight to its
+    place where that has its size: a copy between would need its memory twice."""
+    saved: Tensor | None = None
+    for part in parts:
+        starts = tuple(map(max, part.offsets, stored.offsets))
+        ends = tuple(map(min, _ends(part), _ends(stored)))
+        if any(start >= end for start, end in zip(starts, ends, strict=True)):
+            continue
+        target = part.local.detach()[_box(starts, ends, part.offsets)]
+        if saved is None and target.shape == stored.sizes:
+            with open(directory / stored.file, "rb", buffering=0) as file:
+                if read_saved_tensor_into(target, file, stored.start, stored.length):
+                    continue
+        if saved is None:
+            saved = read_part(directory, name, parted, stored)
+        target.copy_(saved[_box(starts, ends, stored.offsets)])
 
 
-def stored_names(directory: str) -> set[str]:
-    """Returns the names of all tensors in a checkpoint folder."""
-    return set(read_metadata(directory).state_dict_metadata)
+def _ends(part: ShardedTensor | StoredPart) -> tuple[int, ...]:
+    return tuple(map(operator.add, part.offsets, part.sizes))
 
 
-def replicated(tensor: Tensor, state: ParallelState) -> list[ShardedTensor]:
-    """Returns the single part of a tensor that every rank holds whole."""
-    return [ShardedTensor(tensor, tuple(tensor.shape), (0,) * tensor.dim(), state.rank == 0)]
+def _box(starts: Sequence[int], ends: Sequence[int], base: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start - b, end - b) for start, end, b in zip(starts, ends, base, strict=True))
+
+
+def read_part(directory: Path, name: str, parted: PartedTensor, part: StoredPart) -> Tensor:
+    """Returns a stored part of a tensor.
+
+    Raises:
+        CheckpointError: its file is damaged.
+    """
+    path = directory / part.file
+    try:
+        tensor = read_saved_tensor(path, part.start, part.length)
+    except Exception as error:  # torch raises several kinds for damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged: {name} cannot be read ({reason}).") from None
+    if tensor.shape != part.sizes or tensor.dtype != parted.dtype:
+        raise CheckpointError(
+            f"{path} is damaged: {name} is {list(tensor.shape)} {tensor.dtype} in place of {list(part.sizes)} {parted.dtype}."
+        )
+    return tensor

@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.saved import upgrade
-from megatron_samoe.dist_checkpointing.file_storage import digest_of, new_digest
+from megatron_samoe.dist_checkpointing.digests import digest_of, new_digest
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedState, read_sharded
 from megatron_samoe.dist_checkpointing.table_of_contents import MAX_METADATA_BYTES
 from megatron_samoe.errors import CheckpointError, shown, some

@@ -1,7 +1,8 @@
 """The table of contents of torch's distributed checkpoints, read without running code from it.
 
-torch keeps it as a pickle, and unpickling runs any code that the file names. Here it may name only the few classes that such
-tables consist of; plans of saving, which Megatron-Core keeps with it, are passed over.
+torch keeps it as a pickle of its own classes, and unpickling runs any code that the file names. Here those classes are
+replaced by records without methods; plans of saving, which Megatron-Core keeps with them, are passed over. Nor is torch's
+package of checkpoints imported, which takes most of a second: DTensor and sympy come with it.
 """
 
 from __future__ import annotations
@@ -12,21 +13,12 @@ import math
 import os
 import pickle
 import pickletools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from megatron_samoe.errors import CheckpointError, is_odd_name, shown
 from megatron_samoe.parsing import read_file
@@ -34,27 +26,39 @@ from megatron_samoe.parsing import read_file
 METADATA = ".metadata"
 #: Some million parts of tensors.
 MAX_METADATA_BYTES = 1 << 30
-_METADATA_NAMES = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "TensorProperties",
-        "ChunkStorageMetadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "pathlib": {"PosixPath", "PurePosixPath"},
-    "pathlib._local": {"PosixPath", "PurePosixPath"},  # Python 3.13 says so
-    "torch": {"Size"},
-}
 
 
-#: Packages whose plans of saving Megatron-Core keeps beside the table. Nothing of them is needed.
-_OF_PLANS = ("torch.distributed.checkpoint.", "megatron.core.", "nvidia_resiliency_ext.")
+@dataclass(frozen=True)
+class StoredPart:
+    """A part of a global tensor, or an object, in a file of the checkpoint's folder.
+
+    Attributes:
+        start, length: bytes of the file.
+        offsets, sizes: of the part in its global tensor; empty for an object.
+    """
+
+    file: str
+    start: int
+    length: int
+    offsets: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class PartedTensor:
+    """A global tensor, and its parts, which cover it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[StoredPart, ...]
+
+
+@dataclass(frozen=True)
+class TableOfContents:
+    """Everything that a checkpoint holds, by name."""
+
+    tensors: Mapping[str, PartedTensor]
+    objects: Mapping[str, StoredPart]
 
 
 class Inert:
@@ -67,30 +71,93 @@ class Inert:
         """Forgets the state."""
 
 
-class _AnyProperties(TensorProperties):
-    """A tensor's properties as any release of torch saved them: later ones add to the tuple, and earlier ones cannot take it."""
+class _Record:
+    """An object of the table: attributes as they were saved."""
+
+
+class _Table(_Record):
+    state_dict_metadata: Any
+    storage_data: Any
+    storage_meta: Any = None
+
+
+class _Tensor(_Record):
+    properties: Any
+    size: Any
+    chunks: Any
+
+
+class _Bytes(_Record):
+    pass
+
+
+class _Chunk(_Record):
+    offsets: Any
+    sizes: Any
+
+
+class _Place(_Record):
+    relative_path: Any
+    offset: Any
+    length: Any
+    transform_descriptors: Any = None
+
+
+class _Properties(_Record):
+    """A tensor's properties: of the tuple that torch saves, to which later releases add, only the dtype counts."""
 
     def __setstate__(self, state: Any) -> None:
-        super().__setstate__(tuple(state)[:5])
-        self.__class__ = TensorProperties  # type: ignore[assignment]
+        self.dtype = next(iter(state))
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _Index(_Record):
+    fqn: Any
+    offset: Any = None  # an object has none
+
+    def __hash__(self) -> int:
+        return hash((self.fqn, self.offset))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Index) and (self.fqn, self.offset) == (other.fqn, other.offset)
+
+
+_TORCH = "torch.distributed.checkpoint."
+_CLASSES: dict[tuple[str, str], Any] = {
+    (_TORCH + "metadata", "Metadata"): _Table,
+    (_TORCH + "metadata", "TensorStorageMetadata"): _Tensor,
+    (_TORCH + "metadata", "BytesStorageMetadata"): _Bytes,
+    (_TORCH + "metadata", "TensorProperties"): _Properties,
+    (_TORCH + "metadata", "ChunkStorageMetadata"): _Chunk,
+    (_TORCH + "metadata", "MetadataIndex"): _Index,
+    (_TORCH + "filesystem", "_StorageInfo"): _Place,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): Inert,
+    ("pathlib", "PosixPath"): Inert,
+    ("pathlib", "PurePosixPath"): Inert,
+    ("pathlib._local", "PosixPath"): Inert,  # Python 3.13 says so
+    ("pathlib._local", "PurePosixPath"): Inert,
+}
+#: Packages of plans of saving, and of what else nothing is needed.
+_PASSED_OVER = (_TORCH, "megatron.core.", "nvidia_resiliency_ext.")
+
+
+class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        known = name in _METADATA_NAMES.get(module, ())
-        if not known and module.startswith(_OF_PLANS):
+        found = _CLASSES.get((module, name))
+        if found is None and module == "torch":
+            dtype = getattr(torch, name, None)
+            found = dtype if isinstance(dtype, torch.dtype) else None
+        if found is None and module.startswith(_PASSED_OVER):
             return Inert
-        if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if found is None:
             raise CheckpointError(
                 f"The checkpoint's {METADATA} names {module}.{name}, which no table of contents needs: it is not loaded, "
                 "since it could run any code."
             )
-        # Only Python 3.13 has a module of this name.
-        found = super().find_class("pathlib" if module == "pathlib._local" else module, name)
-        return _AnyProperties if found is TensorProperties else found
+        return found
 
 
-def read_metadata(directory: str | os.PathLike) -> Metadata:
+def read_table(directory: str | os.PathLike) -> TableOfContents:
     """Returns a checkpoint's table of contents.
 
     Raises:
@@ -98,27 +165,42 @@ def read_metadata(directory: str | os.PathLike) -> Metadata:
     """
     path = Path(directory) / METADATA
     try:
-        content = read_file(path, MAX_METADATA_BYTES)
-        refuse_hollow(content)
-        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+        return _parsed(read_file(path, MAX_METADATA_BYTES))
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except _DamagedError as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from None
     except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from None
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{path} is damaged: it holds {type(metadata).__name__}.")
-    try:
-        problem = _problem_of(metadata)
-    except AttributeError as error:  # an object of the right class, unpickled without its fields
-        problem = f"an entry has no {error.name}"
-    if problem:
-        raise CheckpointError(f"{path} is damaged: {problem}.")
-    return metadata
+
+
+class _DamagedError(ValueError):
+    """A table of contents that this program and torch cannot have written; the message says what is wrong."""
 
 
 @functools.lru_cache(maxsize=1)  # it takes a second for a megabyte, and a load reads the table three times
+def _parsed(content: bytes) -> TableOfContents:
+    refuse_hollow(content)
+    table = _Unpickler(io.BytesIO(content)).load()
+    if not isinstance(table, _Table):
+        raise _DamagedError(f"it holds {type(table).__name__}")
+    try:
+        entries, places = table.state_dict_metadata, table.storage_data
+        _require(isinstance(entries, dict) and isinstance(places, dict), "it is no table of tensors")
+        files = {index: _file_of(index, place) for index, place in places.items()}
+        for name in entries:
+            _require(not is_odd_name(name), f"a tensor is called {shown(name)}")
+        tensors = {name: _tensor(name, e, files) for name, e in entries.items() if not isinstance(e, _Bytes)}
+        objects = {name: files[_index(name, None)] for name, e in entries.items() if isinstance(e, _Bytes)}
+    except AttributeError as error:  # an object of the right class, unpickled without its fields
+        raise _DamagedError(f"an entry has no {error.name}") from None
+    except KeyError as error:
+        raise _DamagedError(f"{error.args[0].fqn} has a part that is in no file") from None
+    return TableOfContents(tensors, objects)
+
+
 def refuse_hollow(content: bytes) -> None:
     """Raises ValueError where a pickle announces more data than it holds: a few bytes can demand gigabytes."""
     for opcode, argument, _ in pickletools.genops(content):
@@ -126,54 +208,51 @@ def refuse_hollow(content: bytes) -> None:
             raise ValueError("it numbers more values than it has bytes")
 
 
-def _problem_of(metadata: Metadata) -> str:
-    """Returns what is wrong with a table of contents that this program cannot have written; an empty string where
-    nothing is.
-    """
-    entries, places = metadata.state_dict_metadata, metadata.storage_data
-    if not isinstance(entries, dict) or not isinstance(places, dict):
-        return "it is no table of tensors"
-    for index, place in places.items():
-        path = getattr(place, "relative_path", None)
-        if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo) or not isinstance(path, str):
-            return "its table of places is none"
-        if os.path.basename(path) != path or not _are_sizes((place.offset, place.length)):
-            return f"{shown(path)} from {shown(place.offset)} is no place in a file of its folder"
-    for name, entry in entries.items():
-        if is_odd_name(name):
-            return f"a tensor is called {shown(name)}"
-        if isinstance(entry, TensorStorageMetadata):
-            problem = _problem_of_tensor(name, entry, places)
-            if problem:
-                return f"{name} {problem}"
-        elif not isinstance(entry, BytesStorageMetadata):
-            return f"{name} is a {type(entry).__name__}"
-    if metadata.storage_meta is not None and not isinstance(metadata.storage_meta, StorageMeta):
-        return f"it describes its storage by {shown(metadata.storage_meta)}"
-    return ""
+def _require(is_right: bool, problem: str) -> None:
+    if not is_right:
+        raise _DamagedError(problem)
 
 
-def _problem_of_tensor(name: str, entry: TensorStorageMetadata, places: dict[Any, Any]) -> str:
-    if not isinstance(entry.properties, TensorProperties) or not isinstance(entry.properties.dtype, torch.dtype):
-        return "has no properties, or no type of its elements"
-    if not isinstance(entry.size, tuple) or not _are_sizes(entry.size) or not isinstance(entry.chunks, list):
-        return "has no sizes"
-    covered = 0
-    for chunk in entry.chunks:
-        if not isinstance(chunk, ChunkStorageMetadata):
-            return "has a part that is none"
-        offsets, sizes = chunk.offsets, chunk.sizes
-        legal = isinstance(offsets, tuple) and isinstance(sizes, tuple) and _are_sizes((*offsets, *sizes))
-        if (
-            not legal
-            or not len(offsets) == len(sizes) == len(entry.size)
-            or any(offset + size > whole for offset, size, whole in zip(offsets, sizes, entry.size, strict=True))
-        ):
-            return f"has a part of {shown(sizes)} at {shown(offsets)}, which does not lie in its {list(entry.size)}"
-        if MetadataIndex(name, torch.Size(offsets)) not in places:
-            return "has a part that is in no file"
-        covered += math.prod(sizes)
-    return "" if covered == math.prod(entry.size) else "is not covered by its parts"
+def _index(name: str, offset: torch.Size | None) -> _Index:
+    index = _Index()
+    index.fqn, index.offset = name, offset
+    return index
+
+
+def _file_of(index: Any, place: Any) -> StoredPart:
+    is_place = isinstance(index, _Index) and isinstance(place, _Place) and isinstance(place.relative_path, str)
+    _require(is_place, "its table of places is none")
+    path, start, length = place.relative_path, place.offset, place.length
+    in_folder = os.path.basename(path) == path and _are_sizes((start, length))
+    _require(in_folder, f"{shown(path)} from {shown(start)} is no place in a file of its folder")
+    _require(not place.transform_descriptors, f"{shown(path)} was written through a transform, which is not read")
+    return StoredPart(path, start, length)
+
+
+def _tensor(name: str, entry: Any, files: Mapping[_Index, StoredPart]) -> PartedTensor:
+    _require(isinstance(entry, _Tensor), f"{name} is a {type(entry).__name__}")
+    is_typed = isinstance(entry.properties, _Properties) and isinstance(entry.properties.dtype, torch.dtype)
+    _require(is_typed, f"{name} has no properties, or no type of its elements")
+    is_sized = isinstance(entry.size, tuple) and _are_sizes(entry.size) and isinstance(entry.chunks, list)
+    _require(is_sized, f"{name} has no sizes")
+    parts = tuple(_part(name, entry.size, chunk, files) for chunk in entry.chunks)
+    covered = sum(math.prod(part.sizes) for part in parts)
+    _require(covered == math.prod(entry.size), f"{name} is not covered by its parts")
+    return PartedTensor(tuple(entry.size), entry.properties.dtype, parts)
+
+
+def _part(name: str, shape: tuple[int, ...], chunk: Any, files: Mapping[_Index, StoredPart]) -> StoredPart:
+    _require(isinstance(chunk, _Chunk), f"{name} has a part that is none")
+    offsets, sizes = chunk.offsets, chunk.sizes
+    is_box = isinstance(offsets, tuple) and isinstance(sizes, tuple) and _are_sizes((*offsets, *sizes))
+    fits = (
+        is_box
+        and len(offsets) == len(sizes) == len(shape)
+        and all(offset + size <= full for offset, size, full in zip(offsets, sizes, shape, strict=True))
+    )
+    _require(fits, f"{name} has a part of {shown(sizes)} at {shown(offsets)}, which does not lie in its {list(shape)}")
+    at = files[_index(name, torch.Size(offsets))]
+    return StoredPart(at.file, at.start, at.length, tuple(offsets), tuple(sizes))
 
 
 def _are_sizes(values: Iterable[object]) -> bool:

@@ -18,7 +18,8 @@ from megatron_samoe.cli.serve import Serve
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.convert.megatron import MegatronReader, plan_dist_export, write_dist_export
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
-from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor, write_sharded
+from megatron_samoe.dist_checkpointing.saving import write_sharded
+from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.moe.types import ForwardContext

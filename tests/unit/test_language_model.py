@@ -41,6 +41,18 @@ def test_importing_the_package_loads_no_torch() -> None:
         megatron_samoe.loda  # noqa: B018
 
 
+def test_an_answer_waits_for_no_library_that_it_does_not_use(folder: Path) -> None:
+    """DTensor, sympy and what reads other formats would take as long to import as all else but torch."""
+    code = (
+        "import sys, megatron_samoe\n"
+        f"megatron_samoe.load({str(folder)!r}).generate('It was', 2)\n"
+        "slow = ('sympy', 'torch.distributed.tensor', 'transformers', 'matplotlib', 'scipy', 'starlette', 'tensorboard')\n"
+        "print([name for name in slow if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_logits_decide_greedy_text_and_scores(model: megatron_samoe.LanguageModel) -> None:
     ids = model.tokenizer.encode(TEXT)
     logits = model.logits(ids)

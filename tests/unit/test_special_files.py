@@ -21,7 +21,7 @@ from megatron_samoe.datasets.preprocess.inputs import find_inputs
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.datasets.tokenizer import build_tokenizer
 from megatron_samoe.dist_checkpointing.store import read_train_state
-from megatron_samoe.dist_checkpointing.table_of_contents import read_metadata
+from megatron_samoe.dist_checkpointing.table_of_contents import read_table
 from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.evaluation.zero_shot.data_files import read_text
 from megatron_samoe.evaluation.zero_shot.task import load_task
@@ -48,7 +48,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "Hugging Face": ("config.json", read_json),
     "Megatron": ("latest_checkpointed_iteration.txt", lambda path: find_iteration(path.parent)),
     "training state": ("train_state.json", lambda path: read_train_state(path.parent)),
-    "table of contents": (".metadata", lambda path: read_metadata(path.parent)),
+    "table of contents": (".metadata", lambda path: read_table(path.parent)),
 }
 
 

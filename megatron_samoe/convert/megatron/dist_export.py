@@ -23,7 +23,8 @@ from megatron_samoe.convert.megatron.names import FUSED_NORMS, LOCAL, MegatronLa
 from megatron_samoe.convert.megatron.rank_files import CHECKPOINT_VERSION, DISTRIBUTED
 from megatron_samoe.convert.output_folder import new_folder, require_space
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
-from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor, write_sharded
+from megatron_samoe.dist_checkpointing.saving import write_sharded
+from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor
 from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.tensor_parallel.layers import padded_vocab_size

@@ -37,7 +37,7 @@ from megatron_samoe.convert.megatron.arguments import from_arguments
 from megatron_samoe.convert.megatron.reader import MegatronReader
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
-from megatron_samoe.dist_checkpointing.table_of_contents import METADATA, read_metadata
+from megatron_samoe.dist_checkpointing.table_of_contents import METADATA, read_table
 from megatron_samoe.errors import MegatronSamoeError
 from tests.harness.tiny import tiny_config
 from tests.hostile.changes import ODD, changed
@@ -183,7 +183,7 @@ def test_tables_of_contents(folders: dict[str, Path], tmp_path: Path) -> None:
         content = pickle.dumps(damaged())
         (tmp_path / METADATA).write_bytes(content)
         try:
-            read_metadata(tmp_path)
+            read_table(tmp_path)
         except MegatronSamoeError:
             refused += 1
     assert refused > 450
@@ -195,14 +195,14 @@ def test_any_bytes_as_a_table_of_contents(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / METADATA).write_bytes(b"\x80\x02" + content)
         with pytest.raises(MegatronSamoeError):
-            read_metadata(folder)
+            read_table(folder)
 
 
 def test_nine_bytes_do_not_take_a_gigabyte(tmp_path: Path) -> None:
     (tmp_path / METADATA).write_bytes(bytes.fromhex("80025d72000000042e"))
     began = time.perf_counter()
     with pytest.raises(MegatronSamoeError, match="numbers more values than it has bytes"):
-        read_metadata(tmp_path)
+        read_table(tmp_path)
     assert time.perf_counter() - began < 1.0
 
 

@@ -12,21 +12,21 @@ import pytest
 from blake3 import blake3
 from torch.distributed.checkpoint.metadata import TensorProperties
 
-from megatron_samoe.dist_checkpointing import file_storage, store
-from megatron_samoe.dist_checkpointing.file_storage import read_metadata
+from megatron_samoe.dist_checkpointing import digests, file_storage, store
 from megatron_samoe.dist_checkpointing.sharded_state import stored_names
+from megatron_samoe.dist_checkpointing.table_of_contents import METADATA, read_table
 from megatron_samoe.errors import CheckpointError
 from tests.unit.dist_checkpointing.test_store import STATE, config, loaded, save, whole
 
 
 def test_digests_are_blake3_and_older_kinds_are_still_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new = save(tmp_path / "new", 1)
-    digests = store.read_train_state(new)["digests"]
-    assert digests and all(d == "blake3:" + blake3((new / n).read_bytes()).hexdigest() for n, d in digests.items())
+    written = store.read_train_state(new)["digests"]
+    assert written and all(d == "blake3:" + blake3((new / n).read_bytes()).hexdigest() for n, d in written.items())
 
-    of_kind = file_storage.new_digest
+    of_kind = digests.new_digest
     for length, old_kind in ((64, hashlib.sha256), (32, lambda: hashlib.blake2b(digest_size=16))):
-        for module in (file_storage, store):
+        for module in (digests, file_storage, store):
             monkeypatch.setattr(module, "new_digest", lambda like="", make=old_kind: of_kind(like) if like else make())
         old = save(tmp_path / f"old{length}", 1)
         monkeypatch.undo()
@@ -47,15 +47,13 @@ def test_a_newer_format_is_an_error_and_no_damage(tmp_path: Path) -> None:
 def test_tables_of_later_releases_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch 2.15 adds to what it saves of a tensor, and Python 3.13 calls the module of paths otherwise."""
     path = save(tmp_path, 5)
-    expected = read_metadata(path)
+    expected, table = read_table(path), pickle.loads((path / METADATA).read_bytes())
     of_now = TensorProperties.__getstate__
     monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: (*of_now(self)[:5], (1,)))
-    later = pickle.dumps(expected, protocol=2).replace(b"cpathlib\n", b"cpathlib._local\n")
+    later = pickle.dumps(table, protocol=2).replace(b"cpathlib\n", b"cpathlib._local\n")
     monkeypatch.undo()
-    (path / ".metadata").write_bytes(later)
-    found = read_metadata(path)
-    assert found.state_dict_metadata == expected.state_dict_metadata and found.storage_data == expected.storage_data
-    assert {type(t.properties) for t in found.state_dict_metadata.values()} == {TensorProperties}
+    (path / METADATA).write_bytes(later)
+    assert set(expected.tensors) == set(table.state_dict_metadata) and read_table(path) == expected
 
 
 class Evil:

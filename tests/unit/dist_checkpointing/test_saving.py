@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_samoe.config import CheckpointConfig
-from megatron_samoe.dist_checkpointing import file_storage, saving, store
+from megatron_samoe.dist_checkpointing import digests, file_storage, saving, store
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated
 from megatron_samoe.errors import CheckpointError
@@ -121,7 +121,7 @@ def test_a_file_of_any_size_has_its_bytes_and_their_digest(
             assert refused or fcntl.fcntl(stream._fd, fcntl.F_GETFL) == way
             os.fsync(stream.fileno())
             assert (tmp_path / "x").read_bytes() == content
-        assert files.digests["x"] == file_storage.digest_of(tmp_path / "x")
+        assert files.digests["x"] == digests.digest_of(tmp_path / "x")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")
@@ -139,6 +139,6 @@ def test_a_written_file_leaves_nothing_to_close(tmp_path: Path) -> None:
         stream.write(b"abc")
         assert not stream.closed
     assert stream.closed and (tmp_path / "x").read_bytes() == b"abc"
-    digest = file_storage.new_digest()
+    digest = digests.new_digest()
     digest.update(b"abc")
     assert files.digests == {"x": digest.hexdigest()}

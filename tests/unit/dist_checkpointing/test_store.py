@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megatron_samoe.config import CheckpointConfig
 from megatron_samoe.dist_checkpointing import saving, store
-from megatron_samoe.dist_checkpointing.file_storage import DIRECT_BYTES
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated, stored_names
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
@@ -56,7 +55,7 @@ def loaded(directory: Path) -> dict[str, Tensor]:
 
 
 def test_large_tensors_come_back_whole_in_part_and_in_another_precision(tmp_path: Path) -> None:
-    whole = torch.arange(DIRECT_BYTES // 2, dtype=torch.float32).view(1024, -1)  # twice the size that is read directly
+    whole = torch.arange(1 << 20, dtype=torch.float32).view(1024, -1)
     state = {"a": replicated(whole, STATE), "b": replicated(whole + 1, STATE), "c": replicated(-whole, STATE)}
     path = saving.save_checkpoint(config(tmp_path), 1, state, {}, {}, STATE)
     place = torch.zeros(1024, whole.shape[1])
