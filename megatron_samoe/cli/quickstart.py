@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,11 @@ NOTES = (
 )
 
 
+def words(flags: str, *more: str) -> list[str]:
+    """Returns the words of a command line, with further ones that may have spaces."""
+    return [*flags.split(), *more]
+
+
 def show(command: list[str]) -> None:
     """Shows a command as a user would type it."""
     name = "torchrun" if command[: len(TORCHRUN)] == TORCHRUN else "megatron-samoe"
@@ -75,41 +80,15 @@ def prepare_data(out: Path) -> list[str]:
     tokenizer, prefix = out / "tokenizer/austen", out / "data/austen"
     tokenizer.parent.mkdir(parents=True, exist_ok=True)
     prefix.parent.mkdir(parents=True, exist_ok=True)
+    kind = words("--type sentencepiece-bpe --vocab-size 4096 --overwrite")
     run(
-        [
-            *PROGRAM,
-            "train-tokenizer",
-            "--type",
-            "sentencepiece-bpe",
-            "--input",
-            str(NOVELS),
-            "--vocab-size",
-            "4096",
-            "--output-prefix",
-            str(tokenizer),
-            "--overwrite",
-        ],
+        [*PROGRAM, "train-tokenizer", "--input", str(NOVELS), "--output-prefix", str(tokenizer), *kind],
         "1/5 train a tokenizer",
     )
+    cut = words("--document-separator CHAPTER --append-eod --workers 2 --overwrite")
+    model = words("--tokenizer-type SentencePieceTokenizer --tokenizer-model", f"{tokenizer}.model")
     run(
-        [
-            *PROGRAM,
-            "preprocess",
-            "--input",
-            str(NOVELS),
-            "--document-separator",
-            "CHAPTER",
-            "--tokenizer-type",
-            "SentencePieceTokenizer",
-            "--tokenizer-model",
-            f"{tokenizer}.model",
-            "--append-eod",
-            "--workers",
-            "2",
-            "--output-prefix",
-            str(prefix),
-            "--overwrite",
-        ],
+        [*PROGRAM, "preprocess", "--input", str(NOVELS), "--output-prefix", str(prefix), *cut, *model],
         "2/5 make the dataset, a document per chapter",
     )
     return ["--data-path", f"{prefix}_text_document", "--tokenizer-model", f"{tokenizer}.model"]
@@ -194,26 +173,32 @@ class Table:
             bar.close()
 
 
-def train_side_by_side(commands: Mapping[str, tuple[list[str], int]], out: Path, at_once: int = 2) -> None:
+def train_side_by_side(
+    commands: Mapping[str, tuple[list[str], int]], out: Path, ended: Callable[[str], None], at_once: int = 2
+) -> None:
     """Trains models, two at a time, and shows how far they are.
 
     Args:
         commands: by the model's name, and the step at which each ends.
+        ended: called with the name of each model that is trained.
     """
     for command, _ in commands.values():
         show(command)
-    waiting, started = dict(commands), list[Training]()
+    waiting, started, running = dict(commands), list[Training](), list[Training]()
     table = Table(sum(steps for _, steps in commands.values()))
     try:
-        while waiting or any(training.is_running() for training in started):
-            while waiting and sum(training.is_running() for training in started) < at_once:
+        while waiting or running:
+            while waiting and len(running) < at_once:
                 name = next(iter(waiting))
-                started.append(Training(name, *waiting.pop(name), out))
+                running.append(Training(name, *waiting.pop(name), out))
+                started.append(running[-1])
             time.sleep(LOOK_S)
+            done = [training for training in running if not training.is_running()]
+            running = [training for training in running if training not in done]
             table.show(started)
-            for training in started:
+            for training in done:
                 training.refuse_failure()
-        table.show(started)
+                ended(training.name)
     finally:
         table.close()
         for training in started:
@@ -232,7 +217,7 @@ class Quickstart:
 
     output_dir: Path = Path("runs/quickstart")
     """where everything goes"""
-    train_iters: int = 320
+    train_iters: int = 160
     """steps of each model"""
 
     def run(self) -> None:
@@ -247,40 +232,37 @@ class Quickstart:
         for name, flags in MODELS.items():
             last = steps - PARALLEL_STEPS * (name == FINISHED_BY_TWO)
             stop = ["--exit-interval", str(last)] if last < steps else []
-            words = [*config, *flags, *common, *stop, "--run-dir", str(out / name), "--num-threads", "1"]
-            commands[name] = [*PROGRAM, "pretrain", *words], last
-        train_side_by_side(commands, out)
-        split = [
-            "--expert-model-parallel-size",
-            "2",
-            "--micro-batch-size",
-            "8",
-            "--run-dir",
-            str(out / FINISHED_BY_TWO),
-        ]
+            own = words("--num-threads 1 --run-dir", str(out / name))
+            commands[name] = [*PROGRAM, "pretrain", *config, *flags, *common, *stop, *own], last
+        torch.set_num_threads(1)
+        samples: dict[str, str] = {}
+
+        def ended(name: str) -> None:
+            if name != FINISHED_BY_TWO:
+                samples[name] = sample(out / name)
+
+        train_side_by_side(commands, out, ended)
+        two = words("--standalone --nproc-per-node 2 -m megatron_samoe pretrain")
+        split = words("--expert-model-parallel-size 2 --micro-batch-size 8 --run-dir", str(out / FINISHED_BY_TWO))
         run(
-            [
-                *TORCHRUN,
-                "--standalone",
-                "--nproc-per-node",
-                "2",
-                "-m",
-                "megatron_samoe",
-                "pretrain",
-                *config,
-                *MODELS[FINISHED_BY_TWO],
-                *common,
-                *split,
-            ],
+            [*TORCHRUN, *two, *config, *MODELS[FINISHED_BY_TWO], *common, *split],
             f"4/5 go on with {FINISHED_BY_TWO} on two ranks, half of the experts on each, for its last {PARALLEL_STEPS} steps",
         )
-        report(out)
+        samples[FINISHED_BY_TWO] = sample(out / FINISHED_BY_TWO)
+        report(out, samples)
 
 
-def report(out: Path) -> None:
-    """Prints table and samples and writes the page."""
+def sample(folder: Path) -> str:
+    """Returns what a trained model makes of the prompt, and shows it with its loss."""
+    loss = read_run(folder).validation["validation_loss"]
+    text = PROMPT + load(folder).generate(PROMPT, 60, temperature=0.8, top_k=40, seed=1)
+    tqdm.write(f"\n{folder.name}, validation loss {loss:.4f}: {text}\n", file=sys.stdout)
+    return text
+
+
+def report(out: Path, samples: Mapping[str, str]) -> None:
+    """Prints the table and writes the page."""
     print("\n== 5/5 results")
-    torch.set_num_threads(1)
     runs = {name: read_run(out / name) for name in MODELS}
     losses = {name: run.validation["validation_loss"] for name, run in runs.items()}
     fewer = runs["moe"].parameters.expert / runs["samoe"].parameters.expert
@@ -291,10 +273,6 @@ def report(out: Path) -> None:
         *NOTES,
     )
     print(f"{format_table(summary_table(list(runs.values())))}\n\n" + "\n".join(notes))
-    samples = {}
-    for name in MODELS:
-        samples[name] = PROMPT + load(out / name).generate(PROMPT, 60, temperature=0.8, top_k=40, seed=1)
-        print(f"\n{name}: {samples[name]}")
     page = out / "report.html"
     write_report(page, "Quickstart: dense, MoE and SaMoE on two novels", list(runs.values()), notes, samples)
     print(f"\nreport: {page}")

@@ -28,7 +28,7 @@ def test_the_main_job_runs_from_any_folder(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for name in quickstart.MODELS:
-        assert f"\n{name}: {quickstart.PROMPT}" in done.stdout
+        assert re.search(rf"\n{name}, validation loss \d\.\d{{4}}: {quickstart.PROMPT}", done.stdout)
     assert "$ torchrun --standalone --nproc-per-node 2 -m megatron_samoe pretrain" in done.stdout
     assert (tmp_path / "out/report.html").stat().st_size > 100_000
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -54,7 +54,9 @@ def test_trainings_show_how_far_they_are_and_how_long_they_take(
         return ["sh", "-c", loop]
 
     commands = {name: (training(name, steps), steps) for name, steps in (("one", 40), ("two", 60), ("three", 100))}
-    quickstart.train_side_by_side(commands, tmp_path)
+    ended: list[str] = []
+    quickstart.train_side_by_side(commands, tmp_path, ended.append)
+    assert sorted(ended) == sorted(commands) and ended[-1] == "three", "each as soon as it is trained"
     shown = said.getvalue()
     if stdout is Terminal:
         for name, (_, steps) in commands.items():
@@ -71,7 +73,7 @@ def test_trainings_show_how_far_they_are_and_how_long_they_take(
 def test_a_training_that_fails_ends_the_others_and_shows_its_words(tmp_path: Path) -> None:
     commands = {"good": (["sleep", "60"], 1), "bad": (["sh", "-c", "echo why; exit 3"], 1)}
     with pytest.raises(MegatronSamoeError, match="pretraining bad ended with status 3:\nwhy"):
-        quickstart.train_side_by_side(commands, tmp_path)
+        quickstart.train_side_by_side(commands, tmp_path, lambda name: None)
 
 
 def test_too_few_steps_are_refused(capsys) -> None:
