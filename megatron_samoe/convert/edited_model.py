@@ -29,7 +29,7 @@ from megatron_samoe.models.layer_layout import LayerPlace, all_layers
 EXPERT_WEIGHTS = ("w1", "b1", "w2", "b2")
 SHARED = "expert_pool."
 FRACTIONS = "training.expert_fractions"
-#: What a checkpoint holds besides the model.
+#: Names in a checkpoint that are not the model's.
 NOT_MODEL = ("optimizer.", "training.")
 
 
@@ -38,7 +38,7 @@ class EditedModel:
     """A source of tensors of which each has its own recipe.
 
     Attributes:
-        report: lines that tell a user what was done.
+        report: lines that say what was done.
     """
 
     config: Mapping[str, Any]
@@ -67,7 +67,7 @@ class EditedModel:
     def keep(
         self, source: GlobalTensors, name: str, new_name: str | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        """Adds a tensor as the source has it, maybe under a new name or in another precision."""
+        """Adds a tensor of the source, maybe under a new name or in another precision."""
         stored = source.tensors[name]
         self.add(new_name or name, stored.shape, dtype or stored.dtype, lambda: source.read(name))
 
@@ -112,7 +112,7 @@ def with_sharing(config: PretrainConfig, sources: Sequence[Source]) -> PretrainC
 
 
 def one_number(counts: Sequence[int]) -> int | tuple[int, ...]:
-    """Returns --num-experts of layers with so many experts each."""
+    """Returns --num-experts for layers with these numbers of experts."""
     return counts[0] if len(set(counts)) == 1 else tuple(counts)
 
 
@@ -177,7 +177,7 @@ def compute_dtype(source: GlobalTensors) -> torch.dtype:
 def add_fractions(
     edited: EditedModel, source: GlobalTensors, num_experts: Sequence[int], order_LE: Tensor | None = None
 ) -> None:
-    """Adds the expert loads that a continued run starts from: the source's, reordered or of some experts alone, or uniform.
+    """Adds the expert loads that a continued run starts from: the source's, reordered or of some experts only, or uniform.
 
     Args:
         num_experts: of each MoE layer; a layer with fewer than another has no loads in the last columns.

@@ -53,7 +53,7 @@ class Format:
         described: in words.
         recognises: whether a folder is of it.
         find: returns the folder of the one model, of an iteration if several may be there.
-        read: returns a model's tensors and lines about them, given the size of its vocabulary where files do not tell.
+        read: returns a model's tensors and lines about them; takes the vocabulary's size, for files that do not say it.
         stored: returns the tensors under the names of the files; None where these are ours.
         verify: returns what was looked at, and a line for each problem.
         iterations: returns all folders of models in a folder.
@@ -261,7 +261,7 @@ def formats() -> tuple[Format, ...]:
     """Returns our formats after those of installed packages, in the order in which a folder is compared with them.
 
     Raises:
-        ConfigError: an installed package's entry point cannot be loaded, is no Format, or has a name that another has.
+        ConfigError: an installed package's entry point cannot be loaded, is not a Format, or its name is taken.
     """
     found: list[Format] = []
     for place, value, one in added(GROUP):

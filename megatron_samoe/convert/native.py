@@ -1,4 +1,4 @@
-"""What a native model is made of, as far as its configuration tells."""
+"""The tensors of a native model, by its configuration."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class NativeModel:
     @cached_property
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """All parameters by global name, from the model itself, built without storage."""
-        # Layouts do not change the names and shapes of a checkpoint, so one process without a layout tells them.
+        # Layouts do not change the names and shapes of a checkpoint, so one process without a layout gives them.
         config = replace(self.config, parallel=ParallelConfig())
         model = RankModel(config, self.vocab_size, single_process_state("meta"), compute_dtype(config))
         return model.global_parameters()

@@ -38,7 +38,7 @@ def open_folder(
         step: iteration, where there may be several; the newest if not given.
         words: what the caller's user calls the arguments.
         wanted: name of its format, or auto.
-        vocab_size: tokens that exist, where the files do not tell.
+        vocab_size: tokens that exist, where the files do not say.
         problems_of: returns what is wrong with a checkpoint's files, for which an older one is taken.
 
     Raises:
@@ -119,7 +119,7 @@ def open_stored(
 
 @dataclass(frozen=True)
 class Verdict:
-    """What verifying one checkpoint found.
+    """The result of verifying one checkpoint.
 
     Attributes:
         checked: what was looked at.

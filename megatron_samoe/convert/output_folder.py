@@ -11,12 +11,12 @@ from pathlib import Path
 from megatron_samoe.dist_checkpointing.saving import fsync_dir
 from megatron_samoe.errors import CheckpointError, in_units
 
-#: Room left besides what is written, for the file system's own needs.
+#: Room that is left for the file system's own needs.
 SPARE_BYTES = 32 << 20
 
 
 def require_new(directory: Path) -> None:
-    """Raises CheckpointError where there is something already, or no place to put a folder."""
+    """Raises CheckpointError where something exists, or a folder cannot be made."""
     try:
         if directory.is_dir() and not any(directory.iterdir()):
             return
@@ -30,7 +30,7 @@ def require_new(directory: Path) -> None:
 
 
 def require_space(directory: Path, num_bytes: int) -> None:
-    """Raises CheckpointError where the disk cannot hold so many bytes more."""
+    """Raises CheckpointError where the disk cannot hold that many more bytes."""
     parent = directory.resolve()
     while not parent.exists():
         parent = parent.parent

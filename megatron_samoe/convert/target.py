@@ -1,4 +1,4 @@
-"""What a conversion writes, by family of the target: planned, shown, then written."""
+"""The output of a conversion, by family of the target: planned, shown, then written."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Conversion:
         files: for each file or part of the target its tensors.
         num_bytes: of all tensors.
         write: writes it, reporting bytes as they pass, and returns its folder.
-        hint: how to go on from there.
+        hint: what to do next.
     """
 
     described: str

@@ -74,18 +74,18 @@ def build_train_valid_test_datasets(
     try:
         return builder.build(num_samples)
     finally:
-        # Also after an error: the others meet the same one rather than wait for ever.
+        # Also after an error: the others get the same one, and do not wait for ever.
         for _ in range(2 - turn):
             barrier()
 
 
 @dataclass(frozen=True)
 class Split:
-    """What a split is drawn from.
+    """The source of a split.
 
     Attributes:
         share: of each dataset; None for nothing.
-        own_data: the blend is this split's alone.
+        own_data: the blend is this split's only.
     """
 
     name: str
@@ -231,7 +231,7 @@ def sequences_of(indexed: IndexedDataset, share: tuple[float, float]) -> tuple[i
 def check_vocabulary(indexed: IndexedDataset, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises DataError if the data were visibly made with another tokenizer.
 
-    The manifest beside the data says so at once. Without one, up to SCAN_BYTES spread over the data are searched
+    The manifest of the data says so at once. Without one, up to SCAN_BYTES spread over the data are searched
     for ids outside the vocabulary; reading checks every id again.
     """
     record = manifest.read(indexed.path_prefix)

@@ -7,7 +7,7 @@ the same ids for every text if
 1. the normalizer, pre-tokenizer and options do nothing that tiktoken cannot do;
 2. every byte is in the vocabulary, ids grow along the merge list, and every result has one listed pair made of
    parts with smaller ids;
-3. every token of the vocabulary, spelled out in bytes, is merged back to itself by the listed pairs alone.
+3. every token of the vocabulary, spelled out in bytes, is merged back to itself by the listed pairs only.
 
 Why 3 suffices: suppose tiktoken merged an unlisted pair (x, y) into t. Up to then the merges inside the bytes of t
 did not depend on the text around, so `tokenizers` on t alone also reaches (x, y), finds no listed pair, and does

@@ -24,7 +24,7 @@ FIELDS = ("tokenizer_model", "vocab_file", "merge_file")
 def read_files(data: DataConfig, checkpoint: Path | None = None) -> dict[str, bytes]:
     """Returns the files that a configuration names, by their path in a checkpoint; those that are not there are left out.
 
-    With them come those beside them that say how their model talks, or those of the checkpoint that a run goes on from.
+    With them come the files that say how their model talks, or those of the checkpoint that a run continues.
     """
     files: dict[str, bytes] = {} if checkpoint is None else chat_in(checkpoint)
     for field in FIELDS:
@@ -74,7 +74,7 @@ def with_carried(data: DataConfig, directory: Path, only_missing: bool = False) 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a run makes tokens with.
+    """The tokenizer of a run, and its files.
 
     Attributes:
         files: of the tokenizer, by their path in a checkpoint that carries them.

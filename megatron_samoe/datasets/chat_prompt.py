@@ -23,7 +23,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> 
         messages: of a "role" (system, user or assistant) and a "content", a text.
 
     Raises:
-        ConfigError: a message is none; the model has no template, or it fails (see `Chat.render`); or a message has the text
+        ConfigError: a message is malformed; the model has no template, or it fails (see `Chat.render`); or a message has the text
             of a control token, which the tokenizer cannot read otherwise.
     """
     _check(messages)

@@ -26,7 +26,7 @@ RENDER_S = 5.0
 
 @dataclass(frozen=True)
 class Chat:
-    """What the files beside a tokenizer say of conversations.
+    """Chat template and end tokens, from the files next to a tokenizer.
 
     Attributes:
         template: in Jinja, from messages to a prompt; None for a base model.
@@ -39,10 +39,10 @@ class Chat:
     end_ids: tuple[int, ...] = ()
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Returns the prompt of an answer to messages, in which special tokens stand as their texts.
+        """Returns the prompt of an answer to messages, in which special tokens are their texts.
 
         Raises:
-            ConfigError: there is no template; or it refuses the messages, is damaged, or does not end.
+            ConfigError: a template is missing; or it refuses the messages, is damaged, or does not end.
         """
         if self.template is None:
             raise ConfigError(

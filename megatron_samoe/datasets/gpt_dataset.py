@@ -19,7 +19,7 @@ Sample = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class SampleFormat:
-    """What a sample looks like, whatever data it is cut from."""
+    """The form of samples, whatever data they are cut from."""
 
     seq_length: int
     eod: int

@@ -2,7 +2,7 @@
 
 One file holds the arrays of one index. Its name is a hash of everything that decides them: the lengths of the
 sequences themselves rather than the path of the dataset, so a dataset that changed under its path, or moved, can
-never meet a stale index. A file appears atomically; a damaged one is rebuilt.
+never get a stale index. A file appears atomically; a damaged one is rebuilt.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _store(folder: str, path: str, key: str, arrays: Arrays) -> None:
 
 
 def _load(path: str, key: str) -> Arrays | None:
-    """Returns the mapped arrays, or None if there is no whole file for `key`."""
+    """Returns the mapped arrays, or None without a complete file for `key`."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

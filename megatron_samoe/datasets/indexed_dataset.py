@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset: token sequences in `.bin`, their places in `.idx`, byte for byte the same format."""
+"""Megatron's indexed dataset: token sequences in `.bin`, their offsets in `.idx`, byte for byte the same format."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class IndexedDataset:
         index_cache_path: folder for downloaded indices of remote datasets.
 
     Raises:
-        DataError: a file is missing, truncated, foreign, or its header lies.
+        DataError: a file is missing, truncated, foreign, or its header is wrong.
     """
 
     def __init__(self, path_prefix: str, mmap: bool = True, index_cache_path: str | None = None):

@@ -129,8 +129,8 @@ def _check_no_gaps(data: IndexedDataset) -> None:
 def repair(prefix: str, dtype: str, eod: int) -> tuple[int, int]:
     """Rebuilds `.idx` from `.bin`: a document ends with each `eod`; returns (documents, tokens).
 
-    What the data cannot tell is lost: sentence borders and documents without tokens. The old index, if any, is kept
-    as `.idx.broken`. Refuses data whose size is no multiple of the dtype's, or that hold no `eod`.
+    What the data do not say is lost: sentence borders and documents without tokens. The old index, if any, is kept
+    as `.idx.broken`. Refuses data whose size is not a multiple of the dtype's, or that hold no `eod`.
     """
     path = get_bin_path(prefix)
     kind = np.dtype(dtype).newbyteorder("<")

@@ -1,4 +1,4 @@
-"""The record that the preprocessor leaves beside a dataset: who made it, from what, and checksums to verify it by."""
+"""The record that the preprocessor leaves with a dataset: who made it, from what, and checksums to verify it by."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known about one dataset. It does not depend on the number of workers or on the time it took."""
+    """Facts about one dataset. It does not depend on the number of workers or on the time it took."""
 
     tokenizer_type: str
     tokenizer_fingerprint: str
@@ -37,7 +37,7 @@ class Manifest:
     num_sequences: int
     num_tokens: int
     max_token_id: int
-    """Largest id in the data, -1 if there is none."""
+    """Largest id in the data, -1 if it is empty."""
     bin_bytes: int
     bin_crc32: int
     idx_crc32: int

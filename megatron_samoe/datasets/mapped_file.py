@@ -11,7 +11,7 @@ from megatron_samoe.errors import DataError
 
 
 class MappedFile(mmap.mmap):
-    """The bytes of a file as memory, to be read alone; it knows what it maps. An empty file cannot be mapped.
+    """The bytes of a file as memory, read-only; it knows what it maps. An empty file cannot be mapped.
 
     Attributes:
         path: as messages name the file.
@@ -30,8 +30,8 @@ class MappedFile(mmap.mmap):
 def require_whole(*arrays: np.ndarray) -> None:
     """Raises DataError, by the file's name, where a file that arrays lie in is shorter than when it was mapped.
 
-    The kernel ends a process that touches what a file has lost, and names nothing. So this stands before reads; it asks
-    for the size alone, which takes a microsecond.
+    The kernel ends a process that touches what a file has lost, and names nothing. So this is called before reads; it asks
+    for the size only, which takes a microsecond.
     """
     for array in arrays:
         base: object = array

@@ -80,7 +80,7 @@ def _check_alike(prefixes: Sequence[str], records: Sequence[manifest.Manifest | 
 def _blocks(data: IndexedDataset) -> Iterator[bytes]:
     """Yields the tokens of a dataset.
 
-    One whose sequences follow each other is read as it lies; others (Megatron's format allows gaps and any order)
+    One whose sequences follow each other is read as it is; others (Megatron's format allows gaps and any order)
     sequence by sequence.
     """
     gap = data.first_gap()

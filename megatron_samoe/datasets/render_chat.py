@@ -65,7 +65,7 @@ def answer(template: str, variables: dict[str, Any], seconds: float) -> dict[str
 
 
 def main() -> None:
-    """Answers until there is no more input."""
+    """Answers until the input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
     for line in sys.stdin:

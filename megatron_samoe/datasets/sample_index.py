@@ -32,7 +32,7 @@ class EpochPlan:
 
     num_epochs: int
     num_samples: int
-    """Samples that exist, at least as many as were asked for."""
+    """Samples that exist: at least the number that was asked for."""
     separate_final_epoch: bool
     num_samples_before_final_epoch: int
     """Samples of the first shuffle range; all of them unless the final epoch is apart."""
@@ -77,7 +77,7 @@ def build_document_index(first: int, last: int, plan: EpochPlan, random_state: n
 
 
 def _shuffle_parts(index: np.ndarray, first: int, random_state: np.random.RandomState) -> None:
-    """Shuffles what stands before a place, and then what is left."""
+    """Shuffles the samples before an index, and then the rest."""
     shuffle(index[:first], random_state)
     if first != len(index):
         shuffle(index[first:], random_state)
@@ -154,7 +154,7 @@ def _blend(weights: np.ndarray, limits: np.ndarray, total: int) -> BlendIndex:
 
 
 def shuffle(values: np.ndarray, random_state: np.random.RandomState) -> None:
-    """Shuffles 4- or 8-byte `values` in place exactly as `random_state.shuffle` does, and advances its state alike.
+    """Shuffles 4- or 8-byte `values` in place exactly as `random_state.shuffle` does, and advances its state equally.
 
     The compiled version draws the swaps of a window ahead and prefetches them: numpy waits for memory at each.
     """

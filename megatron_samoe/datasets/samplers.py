@@ -1,6 +1,6 @@
 """Which samples a data-parallel rank reads, and in which order: pure arithmetic, no random state shared with the model.
 
-A sampler is told how many samples the run has consumed; it depends on nothing else, so a run resumes exactly, also
+A sampler gets the number of samples that the run has consumed; it depends on nothing else, so a run resumes exactly, also
 with another number of ranks.
 """
 

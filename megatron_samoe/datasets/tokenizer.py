@@ -59,7 +59,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
 
     @property
     def control_tokens(self) -> Mapping[str, int]:
@@ -73,16 +73,16 @@ class Tokenizer(ABC):
 
     @cached_property
     def ends(self) -> frozenset[int]:
-        """Tokens that end an answer: of the document, and those that the files beside the tokenizer name."""
+        """Tokens that end an answer: of the document, and those that the files next to the tokenizer name."""
         named = self.control_tokens.get(self.chat.tokens.get("eos_token", ""), self.eod)
         return frozenset({self.eod, named, *self.chat.end_ids})
 
     def encode_literally(self, text: str) -> list[int]:
-        """Returns the ids of a text in which no text of a control token stands for it, where the tokenizer can do so."""
+        """Returns the ids of a text in which texts of control tokens are plain text, where the tokenizer can do so."""
         return self.encode(text)
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Returns the ids of a text in which the texts of control tokens stand for them."""
+        """Returns the ids of a text in which texts of control tokens are these tokens."""
         parts = re.split(f"({'|'.join(map(re.escape, self.control_tokens)) or '(?!)'})", text)
         own = self.control_tokens
         return [i for part in parts if part for i in ([own[part]] if part in own else self.encode(part))]
@@ -356,7 +356,7 @@ def _refuse_lying_map(content: bytes, path: str) -> None:
 
 
 def _description(part: Any) -> Any:
-    """Returns what a tokenizer.json says of a normalizer or decoder; None where there is none."""
+    """Returns what a tokenizer.json says of a normalizer or decoder; None without one."""
     return None if part is None else parse_json(part.__getstate__())
 
 

@@ -21,7 +21,7 @@ _MAX_LINE_BYTES = 4096
 
 
 def corpus_texts(options: PreprocessOptions, sample_bytes: int, seed: int) -> Iterator[str]:
-    """Yields the texts of a corpus, as many as fit about `sample_bytes` if that is above 0.
+    """Yields the texts of a corpus, about `sample_bytes` of them if that is above 0.
 
     A sample takes chunks of the corpus with equal chance, so every part of it is heard.
     """

@@ -48,7 +48,7 @@ class Architecture:
     Attributes:
         name: general.architecture.
         family: Hugging Face's classes that compute the same.
-        rules: what llama.cpp demands besides.
+        rules: what else llama.cpp demands.
         pairs: whether rotary positions turn neighbouring channels (ours are half a head apart).
         needs_output: whether tied models, too, hold an output matrix.
     """
@@ -60,7 +60,7 @@ class Architecture:
     needs_output: bool = False
 
     def misfits(self, native: NativeModel) -> list[str]:
-        """Returns why a folded native model is none of this architecture; empty where it fits."""
+        """Returns why a folded native model does not fit this architecture; empty where it does."""
         ruled = [reason for rule in self.rules if (reason := rule(native)) is not None]
         return [*self.family.misfits(native), *ruled]
 

@@ -36,7 +36,7 @@ FILE = "model.gguf"
 
 @dataclass(frozen=True)
 class GGUFPlan:
-    """What an export writes.
+    """The content of a GGUF file before it is written.
 
     Attributes:
         source: of native tensors, folded.

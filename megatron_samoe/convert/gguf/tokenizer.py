@@ -26,7 +26,7 @@ _SPLITS = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the file says of the tokenizer.
+    """The tokenizer's part of a GGUF file.
 
     Attributes:
         model: of llama.cpp: gpt2 is byte-level BPE, llama is SentencePiece's BPE.
@@ -59,7 +59,7 @@ class Vocabulary:
         if self.scores is not None:
             writer.add_token_scores([*self.scores, *[-1e4] * len(spare)][:vocab_size])
         if self.merges is not None:
-            # llama.cpp wants some; this one joins what is no letter of any text.
+            # llama.cpp wants merges; this one joins characters that no text has.
             writer.add_token_merges(self.merges or [f"{self.tokens[self.eod]} {self.tokens[self.eod]}"])
         writer.add_bos_token_id(self.eod)
         writer.add_eos_token_id(self.eod if self.end is None else self.end)

@@ -33,7 +33,7 @@ from megatron_samoe.errors import CheckpointError
 
 
 def native_model(source: GlobalTensors) -> NativeModel:
-    """Returns what a source is; CheckpointError where it does not tell its vocabulary."""
+    """Returns the description of a source; CheckpointError where it does not say its vocabulary."""
     refuse_parts(source.train_state, "The checkpoint")
     vocab_size = source.train_state.get("vocab_size")
     if type(vocab_size) is not int or vocab_size < 1:
@@ -49,7 +49,7 @@ def refuse_other_tensors(source: Opened) -> None:
 
 
 def differences(source: GlobalTensors) -> list[str]:
-    """Returns a line for each tensor that is missing, of another shape, or of no place in the configured model."""
+    """Returns a line for each tensor that is missing, has another shape, or does not belong to the configured model."""
     expected = native_model(source).tensors
     held = {name: stored for name, stored in source.tensors.items() if not name.startswith(NOT_MODEL)}
     return [

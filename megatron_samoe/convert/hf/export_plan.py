@@ -1,4 +1,4 @@
-"""What an export to Hugging Face writes, before anything is read or written."""
+"""The plan of an export to Hugging Face, made before anything is read or written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, Stor
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What an export writes.
+    """The files of an export, and the tensors in them.
 
     Attributes:
         source: of native tensors, already folded where the target wants it.
@@ -44,6 +44,6 @@ class ExportPlan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """The dtype that the model computes in."""
         embedding = next(iter(self.parts["embedding.word.weight"]))
         return self.tensors[embedding.name].dtype

@@ -119,7 +119,7 @@ class HFFolder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns a JSON file's mapping; CheckpointError where there is none."""
+    """Returns a JSON file's mapping; CheckpointError without one."""
     try:
         content = parse_json(read_file(path, MAX_JSON_BYTES))
     except OSError as error:

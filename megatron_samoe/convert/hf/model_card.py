@@ -1,4 +1,4 @@
-"""README.md beside exported weights."""
+"""The README.md of an exported model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"{trust})
 
 
 def model_card(plan: ExportPlan) -> str:
-    """Returns the text: what the model is, how it is loaded, how it was trained as far as the checkpoint tells."""
+    """Returns the text: what the model is, how it is loaded, how it was trained as far as the checkpoint says."""
     native, family = plan.native, plan.target.family
     count = count_parameters(native.config, native.vocab_size)
     own = family.name == "samoe"

@@ -1,7 +1,7 @@
 """One description for both directions: a foreign tensor is a part of a native one, seen as a view.
 
 Export reads a native tensor once and writes its views; import makes an empty native tensor and fills its views. So no
-rule stands twice, and what goes out comes back bit for bit.
+rule is written twice, and what goes out comes back bit for bit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Part:
         view: maps the native tensor to a view of it with the part's elements in the part's order.
         shape: of the foreign tensor, which may join dims of the view.
         scale: a power of two that the foreign values carry, so that scaling is exact.
-        order: place in the view's second dim of each of the foreign tensor's; in order if empty.
+        order: index in the view's second dim of each of the foreign tensor's; in order if empty.
         older_shape: that earlier versions wrote, if it was another.
     """
 
@@ -52,7 +52,7 @@ class Part:
         return self.elements(native).reshape(self.shape)
 
     def put(self, native: Tensor, foreign: Tensor) -> None:
-        """Writes the foreign tensor's elements to their places in the native one."""
+        """Writes the foreign tensor's elements into the native one."""
         target = self.view(native)
         foreign = foreign.reshape(target.shape)
         if self.order:
@@ -93,7 +93,7 @@ class Row:
     our tensor.
 
     Attributes:
-        view: of our tensor, or of one expert's share of it, as a part has it.
+        view: of our tensor, or of one expert's share of it, with a part's sizes.
         joined: shape of their tensor for the view's; one dim for biases, a matrix of what comes last for weights if not given.
         scale, order: see `Part`.
     """
@@ -126,7 +126,7 @@ VOCABULARY = ("embedding.word.weight", "output.weight")
 
 
 def below(theirs: str, ours: str, *lines: tuple[Any, ...]) -> tuple[Row, ...]:
-    """Returns lines of names that begin alike."""
+    """Returns rows of names with one prefix."""
     return tuple(Row(f"{theirs}.{their_end}", f"{ours}.{our_end}", *rest) for their_end, our_end, *rest in lines)
 
 
@@ -136,12 +136,12 @@ def module(theirs: str, ours: str, *rest: Any) -> tuple[Row, ...]:
 
 
 def modules(theirs: str, ours: str, *lines: tuple[Any, ...]) -> tuple[Row, ...]:
-    """Returns the lines of modules whose names begin alike."""
+    """Returns the rows of modules with one prefix."""
     return tuple(row for a, b, *rest in lines for row in module(f"{theirs}.{a}", f"{ours}.{b}", *rest))
 
 
 def parts_by(table: Rows, native: NativeModel) -> Iterator[Part | Constant]:
-    """Yields the parts of a model by a family's table: what stands before the layers, the layers, and what stands after."""
+    """Yields the parts of a model by a family's table: before the layers, in the layers, and after them."""
     for is_of_layer, lines in groupby(table, _is_of_layer):
         group = list(lines)
         for place in [{"layer": layer} for layer in range(native.model.num_layers)] if is_of_layer else [{}]:
@@ -223,7 +223,7 @@ def values(t: Tensor) -> Tensor:
 
 
 def in_pairs(before: int, rotated: int) -> tuple[int, ...]:
-    """Returns our place of each of their channels, of which the last `rotated` are pairs: ours are half of them apart."""
+    """Returns our index of each of their channels, of which the last `rotated` are pairs: ours are half of them apart."""
     half = rotated // 2
     return (*range(before), *(before + j + part * half for j in range(half) for part in (0, 1)))
 

@@ -62,7 +62,7 @@ def header_of(tensors: Mapping[str, StoredTensor]) -> bytes:
 class SafetensorsWriter:
     """A file that is written tensor by tensor, in the order in which they were announced.
 
-    The disk gets what is there while later tensors come: every so many bytes a thread asks for them to be flushed, so
+    The disk gets what is there while later tensors come: after a fixed number of bytes a thread asks for them to be flushed, so
     that the flush at the end has little left to wait for.
     """
 
@@ -76,7 +76,7 @@ class SafetensorsWriter:
     def add(self, name: str, tensor: Tensor) -> None:
         """Writes the next tensor, or a view with its elements in order, in the dtype that was announced.
 
-        What is no plain run of memory is copied block by block, so that a whole copy is never made.
+        A tensor that is not contiguous is copied block by block, so that no full copy is made.
         """
         expected, stored = next(self._expected)
         assert name == expected, f"{name}: announced {expected}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_samoe.errors import DataError
 
-#: Texts with spaces at all places, digits, line ends, scripts that need byte fallback, and nothing.
+#: Texts with spaces at all positions, digits, line ends, scripts that need byte fallback, and nothing.
 PROBES = (
     "",
     " ",
@@ -108,7 +108,7 @@ def _translated(proto: Any) -> Any | None:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Returns the merges that a BPE model's scores imply: pieces by falling score, each cut at every place where both
+    """Returns the merges that a BPE model's scores imply: pieces by falling score, each cut at every position where both
     halves are pieces."""
     normal = 1
     rank = {piece.piece: i for i, piece in enumerate(proto.pieces)}
@@ -121,7 +121,7 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
 
 
 def processor_of(model: bytes, path: str) -> Any:
-    """Returns a SentencePieceProcessor; DataError where the content is no model."""
+    """Returns a SentencePieceProcessor; DataError where the content is not a model."""
     import sentencepiece
 
     try:

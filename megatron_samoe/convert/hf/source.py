@@ -82,7 +82,7 @@ class HFSource:
         self.train_state: Mapping[str, Any] = self._train_state(remembered)
 
     def _describes(self, remembered: Remembered, derived: NativeModel) -> bool:
-        """Whether a remembered model is the one of config.json, as far as that tells."""
+        """Whether a remembered model is the one of config.json, as far as that says."""
         native, write = remembered.native, self.family.write_config
         if self.family.misfits(native):
             return False
@@ -110,7 +110,7 @@ class HFSource:
         """Returns the parts by the names that they have in the folder, after checking that it has all of them and no others.
 
         Raises:
-            CheckpointError: a tensor is missing, of another shape or kind, or has no place in the model.
+            CheckpointError: a tensor is missing, of another shape or kind, or does not belong to the model.
         """
         have, where = self.folder.tensors, self.folder.directory
         located: list[Part | Constant] = []
@@ -157,7 +157,7 @@ class HFSource:
                     )
 
     def _expert_fractions(self, remembered: Remembered | None) -> Tensor | None:
-        """Returns the experts' loads that training goes on from; uniform where they are not known."""
+        """Returns the experts' loads that training continues from; uniform where they are unknown."""
         experts = [place.num_experts for place in moe_layers(self.native.config)]
         if not experts:
             return None
@@ -192,7 +192,7 @@ def _refuse_adapter(directory: Path) -> None:
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """Returns the family that config.json names; ConfigError where it is none that we know."""
+    """Returns the family that config.json names; ConfigError where it is unknown."""
     kind = config.get("model_type")
     known = {family.name: family for family in families()}
     if not isinstance(kind, str) or kind not in known:
@@ -217,7 +217,7 @@ def derived_model(family: Family, config: Mapping[str, Any]) -> NativeModel:
 
 
 def _legal(native: NativeModel) -> NativeModel:
-    """Returns a model that is legal, before anything has its sizes; ConfigErrors where it is not, or is none for export."""
+    """Returns a model that is legal, before anything has its sizes; ConfigErrors where it is not, or cannot be exported."""
     validate_model(native.config)
     refuse_unknown(native.config, "export", "Hugging Face's classes")
     return native

@@ -1,4 +1,4 @@
-"""The tokenizer beside the weights, as transformers' fast tokenizers want it; and back."""
+"""The tokenizer files of an export, as transformers' fast tokenizers want them; and back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BYTE_EOD = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What is written beside the weights.
+    """The tokenizer files of an export.
 
     Attributes:
         eod: id of the end-of-document token, and eod_name its text.
@@ -161,7 +161,7 @@ def imported_tokenizer(data: DataConfig, folder: Path, kept_at: Path) -> tuple[D
 
 
 def _ids_by(tokenizer: Any) -> dict[str, Any]:
-    """Returns what a text's ids follow from; special tokens around it, of which transformers writes an empty list, are no part."""
+    """Returns the entries that a text's ids follow from, without special tokens around it, of which transformers writes an empty list."""
     return {name: part for name, part in parse_json(tokenizer.to_str()).items() if name != "post_processor"}
 
 

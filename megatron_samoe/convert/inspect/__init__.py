@@ -1,1 +1,1 @@
-"""What a model of any family is, described (`megatron-samoe inspect`)."""
+"""Descriptions of a model of any family (`megatron-samoe inspect`)."""

@@ -1,4 +1,4 @@
-"""What is wrong with a trained model without any file being damaged.
+"""Faults of a trained model whose files are sound.
 
 An expert counts as never updated on the best evidence there is:
 
@@ -44,7 +44,7 @@ class Health:
 
     Attributes:
         not_finite: by tensor, (NaNs, infinities).
-        evidence: how never-updated experts were told; None for a model without experts.
+        evidence: how never-updated experts were recognised; None for a model without experts.
         stale_experts: names such as layers.1 expert 3, or bank 0 expert 2.
         idle_experts: by layer, experts that no token of the last step was sent to.
         has_banks: whether layers combine banks.

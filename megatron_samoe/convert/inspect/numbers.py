@@ -76,7 +76,7 @@ class Difference:
     num_different: int
 
     def is_within(self, atol: float, rtol: float) -> bool:
-        """Whether the difference is no larger than is tolerated: each element's, or the tensor's as a whole."""
+        """Whether the difference is within the tolerance: each element's, or the full tensor's."""
         return self.num_different == 0 or self.largest <= atol or self.relative <= rtol
 
 

@@ -282,7 +282,7 @@ def _moe_config(get: Any, model: ModelConfig, where: str) -> MoEConfig:
 
 
 def _refuse_wrong_types(args: argparse.Namespace, where: str) -> None:
-    """Raises CheckpointError naming an argument that is no number, truth value or text where Megatron has one."""
+    """Raises CheckpointError naming an argument that is not the number, truth value or text that Megatron has."""
     hints: dict[str, Any] = {**_OTHERS}
     for group in (ModelConfig, MoEConfig, DataConfig):
         hints |= get_type_hints(group)

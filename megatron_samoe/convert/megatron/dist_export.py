@@ -29,7 +29,7 @@ from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.tensor_parallel.layers import padded_vocab_size
 
-#: Modules that keep a state besides their parameters, None without FP8; of a layer, and of each of its experts.
+#: Modules that keep an extra state, None without FP8; of a layer, and of each of its experts.
 _EXTRA = (
     "self_attention.linear_qkv self_attention.linear_proj self_attention.linear_q_proj self_attention.linear_q_down_proj \
 self_attention.linear_q_up_proj self_attention.linear_kv_down_proj self_attention.linear_kv_up_proj self_attention.core_attention \
@@ -41,7 +41,7 @@ _EXTRA_OF_EXPERT = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linea
 
 @dataclass(frozen=True)
 class DistPlan:
-    """What will be written.
+    """The plan of an export.
 
     Attributes:
         source: the model, folded if its layers share experts.
@@ -63,7 +63,7 @@ class DistPlan:
 def plan_dist_export(source: GlobalTensors) -> DistPlan:
     """Returns what an export would write; nothing is read yet.
 
-    Layers are stacked where all are alike, as Megatron-Core expects it then.
+    Equal layers are stacked, as Megatron-Core expects.
 
     Raises:
         ConfigError: Megatron has no such model.

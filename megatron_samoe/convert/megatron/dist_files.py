@@ -1,7 +1,7 @@
 """Megatron-LM's format `torch_dist`: global tensors by torch's distributed checkpoints, written in any layout.
 
 iter_0001000/metadata.json           says that it is one
-             .metadata, *.distcp     tensors, layers stacked where all are alike, and experts of a layer stacked
+             .metadata, *.distcp     tensors, equal layers stacked, and experts of a layer stacked
              common.pt               arguments and iteration; newer versions keep them as an object among the tensors
 """
 
@@ -87,7 +87,7 @@ def _require_format(directory: Path) -> None:
 
 
 def _common(directory: Path, tensors: DistributedTensors) -> tuple[Path, Mapping[str, Any]]:
-    """Returns the file that keeps what is no tensor, and its values."""
+    """Returns the file of values that are not tensors, and these."""
     path = directory / COMMON
     if path.is_file():
         content = load_plain(path, path)

@@ -41,7 +41,7 @@ class PlannedTensor:
     """One tensor of a rank's file.
 
     Attributes:
-        chunk: of the rank's chunks the one that has it.
+        chunk: index of the rank's model chunk.
         part: of ours, or zeros that Megatron has and we lack.
     """
 
@@ -51,13 +51,13 @@ class PlannedTensor:
 
     @property
     def stored(self) -> StoredTensor:
-        """What is written."""
+        """One tensor of a file."""
         return StoredTensor(self.part.shape, self.dtype)
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What will be written.
+    """The plan of an export.
 
     Attributes:
         source: the model, folded if its layers share experts.
@@ -311,7 +311,7 @@ def _content(plan: ExportPlan, place: RankPlace, promised: list[PromisedTensor],
 
 
 def _has_extra_state(key: str) -> bool:
-    """Whether Megatron's module has an entry of its own besides parameters (None where there is no fp8)."""
+    """Whether Megatron's module has an extra state (None without FP8)."""
     return ".linear_" in key or key == "output_layer.weight"
 
 

@@ -2,7 +2,7 @@
 
 Both keep query, key and value of a group together, and [out, in] matrices. Megatron flattens the dims that we keep
 apart, numbers layers within a pipeline stage and experts within a rank, and cuts each matrix over tensor-parallel ranks
-along the same dim as we do; gate and up projections of SwiGLU are each cut, and stand one after the other on a rank.
+along the same dim as we do; gate and up projections of SwiGLU are each cut, and follow each other on a rank.
 """
 
 from __future__ import annotations
@@ -83,18 +83,18 @@ class Slice(Part):
     """One of Megatron's tensors as part of one of ours.
 
     Attributes:
-        tp, ep: the rank that has it; None where all have.
+        tp, ep: the rank that holds it; None for all.
     """
 
     tp: int | None = None
     ep: int | None = None
 
     def is_on(self, tp: int, ep: int) -> bool:
-        """Returns whether a rank has it."""
+        """Returns whether a rank holds it."""
         return self.tp in (None, tp) and self.ep in (None, ep)
 
 
-#: By our name, of what stands outside layers: theirs, and the dim that tensor-parallel ranks share, if there is one.
+#: Tensors outside layers: our name, theirs, and the dim that tensor-parallel ranks split, if any.
 _OUTER = {
     "embedding.word.weight": ("embedding.word_embeddings.weight", 0),
     "embedding.position": ("embedding.position_embeddings.weight", None),
@@ -154,7 +154,7 @@ def slices_of(
     kind, number = "weight" if leaf[0] == "w" else "bias", leaf[1]
     _, of_weight, of_bias = _MODULES[f"mlp.fc{number}"]
     dim, per_rank = of_bias if kind == "bias" else of_weight, shape[0] // layout.expert_parallel
-    # Of each of their tensors the key, and the rank and place of its expert or experts.
+    # For each of their tensors its key, and the rank and index of its expert or experts.
     found: list[tuple[str, int, int | slice]]
     if style.experts == "legacy_grouped":
         assert kind == "weight", "legacy grouped experts have no bias"
@@ -172,7 +172,7 @@ def slices_of(
     ]
 
 
-#: Norms by the module that may keep them, and alone.
+#: Norms by the module that may keep them, and as modules of their own.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
@@ -187,7 +187,7 @@ def _in_modules_of(style: MegatronStyle, key: str, is_moe: bool, model: ModelCon
     if key == "self_attention.linear_q_up_proj.weight" and model.q_lora_rank is None:
         return "self_attention.linear_q_proj.weight"
     for fused, alone in FUSED_NORMS.items() if style.transformer_impl == "transformer_engine" else ():
-        # The norm before experts, and before projections to latents, stands alone: several modules share its result.
+        # The norm before experts, and before projections to latents, is a module of its own: several modules share its result.
         shared = is_moe if "mlp" in fused else latent == ("qkv" in fused)
         if key.startswith(alone) and not shared:
             return fused + key.removeprefix(alone)

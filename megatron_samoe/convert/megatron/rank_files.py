@@ -1,4 +1,4 @@
-"""Megatron-LM's per-rank files: where each rank's stands, and how one is read without trusting it."""
+"""Megatron-LM's per-rank files: where each rank's is, and how one is read without trusting it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHECKPOINT_VERSION = 3.0
 np_multiarray = getattr(np, "_core", None) or np.core
 np_multiarray = np_multiarray.multiarray
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?")
-#: Classes that Megatron's arguments and states hold besides its own, and that nothing here needs.
+#: Classes that Megatron's arguments and states hold in addition to its own, and that nothing here needs.
 _INERT = ("types.SimpleNamespace", "signal.Signals", "pathlib.PosixPath", "_io.BytesIO")
 #: What a state of numpy's random generator is made of: an array of numbers.
 _NUMPY = (
@@ -64,7 +64,7 @@ def find_iteration(root: Path, ckpt_step: int | None = None) -> Path:
     """Returns the folder of the iteration that Megatron's tracker file names, or `root` if it is one itself.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: it is missing.
     """
     if is_iteration(root):
         return root
@@ -102,7 +102,7 @@ def place_of(folder: Path, has_pipeline: bool) -> RankPlace:
     """Returns the rank whose folder it is.
 
     Args:
-        has_pipeline: whether the first of two numbers is a pipeline rank or, alone, an expert rank.
+        has_pipeline: whether the first of two numbers is a pipeline rank or, as the only one, an expert rank.
     """
     match = _FOLDER.fullmatch(folder.name)
     assert match is not None

@@ -40,7 +40,7 @@ class MegatronReader:
         notes: lines that a user should know.
 
     Raises:
-        CheckpointError: it is none, is damaged or incomplete, or of a model that this program cannot compute.
+        CheckpointError: it is not a checkpoint, is damaged or incomplete, or of a model that this program cannot compute.
         ConfigError: `vocab_size` does not fit.
     """
 
@@ -121,7 +121,7 @@ class MegatronReader:
         return (self._padded, *shape[1:]) if name in VOCABULARY else shape
 
     def _find(self, name: str, stored: StoredTensor) -> list[tuple[Slice, Entry]]:
-        """Returns a tensor's slices, each with the first entry that has it.
+        """Returns a tensor's slices, each with its first entry.
 
         Raises:
             CheckpointError: one is missing or of another shape.

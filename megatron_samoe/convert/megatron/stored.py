@@ -1,4 +1,4 @@
-"""What a checkpoint of Megatron-LM's holds, whichever of its formats it is in, under names of Megatron-Core's local modules."""
+"""The content of a Megatron-LM checkpoint of either format, under names of Megatron-Core's local modules."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Entry:
     """One tensor of a checkpoint.
 
     Attributes:
-        folder: of the file that has it, or of the checkpoint.
-        model: of the file's models (chunks) the one that has it; "" in torch_dist.
+        folder: of its file, or of the checkpoint.
+        model: its model (chunk) in the file; "" in torch_dist.
         key: its name in the file.
         at: leading indices of a part of the tensor of that name.
         second: key of the tensor that follows it in the first dim, where a gate and its projection are apart.
@@ -64,7 +64,7 @@ class Stored:
 
 
 def canonical(key: str) -> str:
-    """Returns a key as Megatron-Core's local modules have it: norms alone, and experts one by one."""
+    """Returns a key of Megatron-Core's local modules: norms as modules of their own, and experts one by one."""
     for fused, alone in {**FUSED_NORMS, "self_attention.linear_q_proj.": "self_attention.linear_q_up_proj."}.items():
         key = key.replace(fused, alone)
     return _GROUPED_EXPERT.sub(r"mlp.experts.local_experts.\3.linear_fc\1.\2", key)

@@ -1,4 +1,4 @@
-"""What a worker does with a chunk: read, clean, tokenize; the result is arrays ready to be written."""
+"""A worker's part: reads, cleans and tokenizes a chunk into arrays that are ready to be written."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Encoder:
         return kept, lines, left_out
 
     def _encode_columns(self, documents: list[tuple[str, ...]]) -> tuple[list[Column], dict[int, str]]:
-        """Returns a column per key, and the documents (by place) that the tokenizer refused."""
+        """Returns a column per key, and the documents (by number) that the tokenizer refused."""
         num_keys = len(self.options.json_keys)
         texts = [[document[key] for document in documents] for key in range(num_keys)]
         try:
@@ -120,7 +120,7 @@ class Encoder:
         else:
             owners = np.arange(len(texts))
             tokens, lengths = self.tokenizer.encode_arrays(texts)
-        # A sequence without tokens is none; a document without sequences stays, as a boundary (Megatron's rule).
+        # A sequence without tokens is left out; a document without sequences stays, as a boundary (Megatron's rule).
         used = lengths > 0
         owners, lengths = owners[used], lengths[used]
         sequences = np.bincount(owners, minlength=len(texts)).astype(np.int32)

@@ -38,7 +38,7 @@ class Executor(Protocol):
         ...
 
     def restart(self, worker: int) -> None:
-        """Puts a new worker in the place of a dead one."""
+        """Replaces a dead worker by a new one."""
         ...
 
     def close(self) -> None:

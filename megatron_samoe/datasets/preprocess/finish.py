@@ -25,7 +25,7 @@ _PLACES = ("input", "output_prefix", "tokenizer_model", "vocab_file", "merge_fil
 
 @dataclass(frozen=True)
 class Report:
-    """What a run made."""
+    """The result of a run."""
 
     prefixes: list[str]
     num_documents: int

@@ -109,7 +109,7 @@ def _expand(word: str) -> list[str]:
 
 
 def _format_of(path: str) -> tuple[str | None, str]:
-    """Returns (format or None if the suffix tells nothing, compression suffix or "")."""
+    """Returns (format or None if the suffix is unknown, compression suffix or "")."""
     stem, suffix = os.path.splitext(path)
     compression = suffix if suffix in COMPRESSIONS else ""
     return FORMATS.get(os.path.splitext(stem if compression else path)[1].lower()), compression
@@ -190,7 +190,7 @@ class _ZstdStream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._output:
-            # Small pieces: a few bytes may stand for 128 KB.
+            # Small pieces: a few bytes may expand to 128 KB.
             self._input = self._input or self.fileobj.read(4096)
             if not self._input:
                 if self._frame is not None:
@@ -330,7 +330,7 @@ def _lines(stream: BinaryIO, limit: int) -> Iterator[bytes]:
 
 
 def _refuse_other_columns(path: str, schema: Any, keys: Iterable[str]) -> None:
-    """Raises DataError where a Parquet file lacks a column, has it twice, or holds no text in it."""
+    """Raises DataError where a Parquet file lacks a column, repeats it, or holds no text in it."""
     import pyarrow
 
     kinds = [str(kind) for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())]

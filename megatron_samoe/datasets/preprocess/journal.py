@@ -1,4 +1,4 @@
-"""The journal of a run: which chunks are in the output, so that a killed run goes on where it was.
+"""The journal of a run: which chunks are in the output, so that a killed run resumes.
 
 One JSON line per event, appended: a header that says what the run is, a line per chunk in order (sizes and
 checksums per key, counts, bad lines), and one that says that everything is written. A last line cut short by a kill is

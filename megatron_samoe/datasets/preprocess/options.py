@@ -1,4 +1,4 @@
-"""What a preprocessing run is told."""
+"""The options of a preprocessing run."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ except ImportError:
     _fast_loads = None
 
 
-#: The texts of a document, or a reason why there is none.
+#: The texts of a document, or the reason why it has none.
 Found = tuple[str, ...] | str
 
 

@@ -1,8 +1,8 @@
-"""Coordinates a preprocessing run: hands out chunks, gives their results places in order, keeps the journal.
+"""Coordinates a preprocessing run: hands out chunks, gives their results offsets in order, keeps the journal.
 
-Output does not depend on the number of workers: a chunk's place is known as soon as the sizes of all earlier
+Output does not depend on the number of workers: a chunk's offsets are known as soon as the sizes of all earlier
 chunks are, and only the worker that holds it writes it there. At most MAX_HELD chunks per worker are encoded and not
-yet written, so memory is bounded: about (MAX_HELD + 1) * (chunk + its ids) per worker beside its tokenizer.
+yet written, so memory is bounded: about (MAX_HELD + 1) * (chunk + its ids) per worker, in addition to its tokenizer.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class _InFlight:
     worker: int
     summary: Summary | None = None
     order: tuple[Any, ...] | None = None
-    """The write message, once the chunk has a place."""
+    """The write message, once the chunk has offsets."""
     left_out: dict[str, int] = field(default_factory=dict)
     written: list[Written] | None = None
     deaths: int = 0
@@ -194,7 +194,7 @@ class _Run:
             summary: Summary = answer[1]
             flight = self._flight[summary.number]
             flight.summary = summary
-            if flight.order is not None:  # its first worker died after it had a place
+            if flight.order is not None:  # its first worker died after it had offsets
                 self._executor.send(worker, flight.order)
             self._place_ready()
         elif kind == "written":
@@ -211,7 +211,7 @@ class _Run:
             raise RuntimeError(f"a worker failed:\n{answer[1]}")
 
     def _place_ready(self) -> None:
-        """Gives places to encoded chunks, in order."""
+        """Gives offsets to encoded chunks, in order."""
         while (flight := self._flight.get(self._to_place)) is not None and flight.summary is not None:
             summary = flight.summary
             flight.left_out = dict(summary.left_out)
@@ -225,7 +225,7 @@ class _Run:
             self._to_place += 1
 
     def _refuse(self, flight: _InFlight, line: int, reason: str) -> None:
-        # Lines of this file in chunks that have a place but are not in the journal yet.
+        # Lines of this file in chunks that have offsets but are not in the journal yet.
         earlier = [self._flight[n] for n in range(self._to_log, flight.chunk.number)]
         base = self._totals.line_in_file
         for other in [*earlier, flight]:
@@ -317,7 +317,7 @@ class _Source:
             self._queue.put(error)
 
     def next(self, wait: bool) -> Chunk | None:
-        """Returns the next chunk, or None if there is none (yet, unless `wait`)."""
+        """Returns the next chunk, or None without one (yet, unless `wait`)."""
         item: Chunk | BaseException | None = None
         if not self.is_done:
             with contextlib.suppress(queue.Empty):

@@ -30,7 +30,7 @@ from megatron_samoe.errors import DataError
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What the coordinator must know of the tokenizer, which only the workers load."""
+    """Facts on the tokenizer for the coordinator; only workers load it."""
 
     fingerprint: str
     vocab_size: int
@@ -42,7 +42,7 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the coordinator must know of an encoded chunk to give it a place."""
+    """Facts on an encoded chunk for the coordinator, which gives it offsets."""
 
     number: int
     sizes: list[tuple[int, int, int]]
@@ -57,7 +57,7 @@ class Summary:
 
 
 class Worker:
-    """Encodes chunks, keeps them until they have a place, writes them."""
+    """Encodes chunks, keeps them until they have offsets, writes them."""
 
     def __init__(self, options: PreprocessOptions):
         self.encoder = Encoder(options)

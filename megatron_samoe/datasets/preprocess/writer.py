@@ -1,4 +1,4 @@
-"""The files under construction. Workers write to places the coordinator gives them; nobody writes in between."""
+"""The files under construction. Workers write to offsets that the coordinator gives them; nobody writes in between."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Place:
         return self.num_bytes, 4 * self.num_sequences, 8 * (1 + self.num_documents)
 
     def after(self, num_bytes: int, num_sequences: int, num_documents: int) -> Place:
-        """Returns the place after a chunk of these sizes."""
+        """Returns the offsets after a chunk of these sizes."""
         return Place(self.num_bytes + num_bytes, self.num_sequences + num_sequences, self.num_documents + num_documents)
 
 
@@ -61,7 +61,7 @@ def partial_paths(prefix: str) -> tuple[str, str, str]:
 
 
 class ShardWriter:
-    """Writes chunks of one key at given places of the three files, which it opens at the first write."""
+    """Writes chunks of one key at given offsets of the three files, which it opens at the first write."""
 
     def __init__(self, prefix: str):
         self._paths = partial_paths(prefix)

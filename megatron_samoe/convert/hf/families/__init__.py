@@ -38,7 +38,7 @@ def families() -> tuple[Family, ...]:
     """Returns our stock families, those of installed packages, and the class of our own, which computes most models.
 
     Raises:
-        ConfigError: an installed package's entry point cannot be loaded, is no Family, or has a name that another has.
+        ConfigError: an installed package's entry point cannot be loaded, is not a Family, or its name is taken.
     """
     found = list(_OURS)
     for place, value, family in added(GROUP):

@@ -1,4 +1,4 @@
-"""What a family of Hugging Face classes is: tables that serve both ways, and rules that say whether a native model fits it."""
+"""Families of Hugging Face classes: tables for both directions, and rules that say whether a native model fits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_samoe.convert.hf.families.entries import Entries
 from megatron_samoe.convert.hf.parts import Parts, Rows, parts_by
 from megatron_samoe.convert.native import NativeModel
 
-#: Returns why a native model is none of the family, or None.
+#: Returns why a native model does not fit the family, or None.
 Rule = Callable[[NativeModel], str | None]
 
 
@@ -40,7 +40,7 @@ def same(theirs: str, ours: str | None = None, kind: Callable[[Any], Any] | None
 
 
 def constant(**entries: Any) -> Option:
-    """Returns the line of entries that are always written alike and mean nothing else when they are read."""
+    """Returns the row of entries that have one value, written and read."""
     return Option(lambda native: entries, lambda config: {})
 
 
@@ -72,7 +72,7 @@ class Family:
         options: entries of config.json | options of ours; where two lines have the same, the later counts.
         fixed: options that every model of the class has; one with another value is refused.
         rules: what else must hold for a native model to be exported to it.
-        ignored: endings of tensors that files may hold besides, without effect on the result.
+        ignored: endings of tensors that files may hold and that have no effect on the result.
         knows: those of the options that few classes have (RARE) which it computes; others must be at their defaults.
         older_parts: its tensors as earlier versions named them, to be read.
     """
@@ -109,7 +109,7 @@ class Family:
         return {**self.fixed, **read}
 
     def misfits(self, native: NativeModel) -> list[str]:
-        """Returns why a native model is none of this family; empty where it fits."""
+        """Returns why a native model does not fit this family; empty where it does."""
         fixed = [needs(option, value) for option, value in self.fixed.items()]
         rare = [needs(option, getattr(ModelConfig, option)) for option in RARE if option not in self.knows]
         return [reason for rule in (*fixed, *self.rules, *rare) if (reason := rule(native)) is not None]
@@ -140,12 +140,12 @@ def written_tie(native: NativeModel) -> dict[str, Any]:
     return {"tie_word_embeddings": not native.model.untie_embeddings_and_output_weights}
 
 
-#: The vocabulary, which is no option of ours, and whether the output matrix is the embedding.
+#: The vocabulary, which is not an option of ours, and whether the output matrix is the embedding.
 WORDS = (
     Option(lambda native: {"vocab_size": native.vocab_size}, lambda config: {}),
     Option(written_tie, lambda config: {"untie_embeddings_and_output_weights": not config["tie_word_embeddings"]}),
 )
-#: Entries that most classes call alike.
+#: Entries that have the same name in most classes.
 SIZES = (
     *WORDS,
     same("hidden_size"),
@@ -188,7 +188,7 @@ def _options(option: str, allowed: tuple[object, ...]) -> str:
 
 
 def plain_heads(native: NativeModel) -> str | None:
-    """The heads' sizes add up to the hidden size, and there is no other way to say it."""
+    """The heads' sizes add up to the hidden size, and no entry could say otherwise."""
     model = native.model
     if model.head_dim * model.num_attention_heads == model.hidden_size:
         return None

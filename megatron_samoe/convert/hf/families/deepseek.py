@@ -70,7 +70,7 @@ _LATENT = {
 
 
 def _mscale(model: ModelConfig) -> float:
-    """Returns the entry mscale_all_dim, which YaRN's factor on scores is made of; 0 where there is none."""
+    """Returns the entry mscale_all_dim, from which YaRN's factor on scores follows; 0 without one."""
     if model.attention_multiplier is None or model.rope_scaling_type != "yarn" or model.rope_scaling_factor <= 1:
         return 0.0
     root = math.sqrt(model.attention_multiplier * model.query_dim**0.5)

@@ -1,4 +1,4 @@
-"""What a class reads from config.json: a table of its entries, and the one function that completes a file by it.
+"""The entries that a class reads from config.json: a table, and the one function that completes a file by it.
 
 transformers fills a configuration in when it loads one: defaults of the class, values that follow from others, older
 names, names that count twice. A reader of ours gets all of it resolved. An entry that no table knows is refused, since
@@ -36,7 +36,7 @@ class Entry:
     Attributes:
         kind: of its value: a type, a pair of list and the type of its elements, or object for any value.
         missing: its value where it is not there; with none of these, the completed configuration lacks it too.
-        takes_null: whether null stands for something. It stays null where nothing follows from other entries.
+        takes_null: whether null has a meaning of its own. It stays null where nothing follows from other entries.
         allowed: the only values that our model computes, if there are any.
         why: completes the message of a value that is not allowed.
     """

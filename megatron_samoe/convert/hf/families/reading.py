@@ -1,4 +1,4 @@
-"""What completed entries of config.json are in our options; whatever changes the function is understood or refused."""
+"""Our options from completed entries of config.json; whatever changes the function is understood or refused."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def rope_of(
     config: Mapping[str, Any], theta: str = "rope_theta", share: str = "partial_rotary_factor"
 ) -> dict[str, Any]:
     """Returns the entries of rotary positions as transformers 5 resolves them: rope_scaling goes before rope_parameters,
-    and what stands within before what stands beside it, except for the first length.
+    and what is inside it before what is next to it, except for the first length.
 
     Args:
-        theta, share: what the base and the rotated share of a head are called beside it.
+        theta, share: names of the base and of the rotated share of a head outside it.
 
     Raises:
         ConfigError: positions are scaled in a way that we do not know.
@@ -140,7 +140,7 @@ def window_by_layer(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the native options of a window in the layers that layer_types or max_window_layers name.
 
     Raises:
-        ConfigError: it is in some layers, and not in all but every N-th; or there is none, and layers ask for it.
+        ConfigError: it is in some layers, and not in all but every N-th; or it is missing, and layers ask for it.
     """
     layers, size = config["num_hidden_layers"], config["sliding_window"] if config["use_sliding_window"] else None
     kinds = config["layer_types"]

@@ -183,7 +183,7 @@ def _write(native: NativeModel) -> dict[str, Any]:
 
 
 def _lent(source: Source, moe: MoEConfig) -> list[Any]:
-    """Returns where our class finds a layer's experts, as its `ExpertSource` has it but for their number."""
+    """Returns a layer's `ExpertSource` of our class, without the number of experts."""
     if not source.way.is_shared:
         return [None, 1, None]
     if source.way.in_sets:
@@ -294,7 +294,7 @@ def _pool(native: NativeModel) -> Iterator[Part]:
 
 
 def _moe(native: NativeModel, layer: int) -> Iterator[Part]:
-    """Yields what an MoE layer has besides a shared expert: experts packed, all else by our names."""
+    """Yields an MoE layer's parts except the shared expert: experts packed, all else under our names."""
     theirs, ours = f"model.layers.{layer}.mlp", f"layers.{layer}.moe"
     for name, stored in native.tensors.items():
         below_it = name.removeprefix(f"{ours}.")
