@@ -1,7 +1,7 @@
 """The configuration as flat Megatron flags and YAML files, through tyro.
 
 Precedence, lowest first: defaults, the YAML file of --config, the checkpoint's configuration (with
---use-checkpoint-args), flags. Who said an option is kept beside it (`Asked`).
+--use-checkpoint-args), flags. `Asked` keeps who set each option.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Asked:
         """Returns it with options by name, as a YAML file has them.
 
         Args:
-            place: where they stand, for error messages.
+            place: where they are written, for error messages.
         """
         said = {**self.said, **dict.fromkeys(stated_in_mapping(options), source)}
         return self._with(apply_mapping(self.config, options, place), said, source)
@@ -69,7 +69,7 @@ class Asked:
         return self._with(_parse_flags(args, self.config, prog, quiet), said, "flag")
 
     def with_checkpoint(self, saved: Mapping[str, Any]) -> Asked:
-        """Returns it with the model of a checkpoint's configuration, but for what flags say of it."""
+        """Returns it with the model of a checkpoint's configuration, except options that flags set."""
         part = {group: saved.get(group) or {} for group in CHECKPOINT_GROUPS}
         part["data"] = {k: v for k, v in (saved.get("data") or {}).items() if k in CHECKPOINT_FIELDS}
         flags = {name for name, source in self.said.items() if source == "flag"}
@@ -246,7 +246,7 @@ def from_mapping(mapping: Mapping[str, Any], source: str) -> PretrainConfig:
 
 
 def apply_mapping(base: PretrainConfig, mapping: Mapping[str, Any], source: str) -> PretrainConfig:
-    """Returns `base` with the options of a mapping; keys may stand flat or under their group's name.
+    """Returns `base` with the options of a mapping; keys may be flat or under their group's name.
 
     Args:
         source: name of the file for error messages.
@@ -280,7 +280,7 @@ def apply_mapping(base: PretrainConfig, mapping: Mapping[str, Any], source: str)
 
 
 def _form(name: str, value: Any) -> Any:
-    """Returns a value as its option has it: a list of layers where the option's own form is a text of them."""
+    """Returns a value in its option's form: a list of layers where the option takes them as text."""
     if not isinstance(value, list) or name not in ("moe_layer_freq", "expert_sharing"):
         return value
     return str(value) if name == "moe_layer_freq" else ",".join(map(str, value))
@@ -300,7 +300,7 @@ def as_flags(options: Mapping[str, Any]) -> list[str]:
 
 @cache
 def foreign_flags() -> Mapping[str, Mapping[str, str]]:
-    """Returns flags with what is here in their place: `renamed` their names, `always_so` why they are not needed, `missing`
+    """Returns flags with their replacements here: `renamed` their names, `always_so` why they are not needed, `missing`
     what there is."""
     flags: Mapping[str, Mapping[str, str]] = parse_yaml(Path(__file__).with_name("foreign_flags.yaml").read_text())
     return flags

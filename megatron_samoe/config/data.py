@@ -20,13 +20,13 @@ class DataConfig:
     split: str = option("969,30,1")
     """Shares of training, validation and test documents in --data-path."""
     train_data_path: tuple[str, ...] = option(())
-    """Prefixes of the training split alone, in place of --data-path."""
+    """Prefixes of the training split only, in place of --data-path."""
     valid_data_path: tuple[str, ...] = option(())
-    """Prefixes of the validation split alone."""
+    """Prefixes of the validation split only."""
     test_data_path: tuple[str, ...] = option(())
-    """Prefixes of the test split alone. Test data, if there are any, are evaluated once, after the last step."""
+    """Prefixes of the test split only. Test data, if any, are evaluated once, after the last step."""
     data_cache_path: str | None = option(None)
-    """Folder for sample indices; beside the data if not given."""
+    """Folder for sample indices; next to the data if not given."""
     mock_data: bool = option(False)
     """Train on random tokens, to measure speed without a corpus."""
     num_workers: int = option(1, range=AT_LEAST_ZERO, largest=4096)

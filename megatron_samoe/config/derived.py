@@ -1,4 +1,4 @@
-"""What follows from a configuration by arithmetic: batches, layers, stages."""
+"""Values that follow from a configuration by arithmetic: batches, layers, stages."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def parse_multipliers(field: str, texts: Sequence[str]) -> tuple[tuple[str, floa
 
 
 def parse_moe_layer_freq(text: str, num_layers: int) -> tuple[bool, ...]:
-    """Returns for each layer whether it is MoE; ConfigError if the text is no frequency or pattern of that length."""
+    """Returns for each layer whether it is MoE; ConfigError if the text is not a frequency or pattern of that length."""
     allowed = (
         f"must be an integer from 1 to {num_layers}, or {num_layers} zeros and ones such as 01 repeated, "
         "[0,1]*4 or [0]*3+[1]*5"
@@ -188,7 +188,7 @@ def batch_sizes(config: PretrainConfig, world_size: int) -> tuple[int, ...]:
 
 
 def batch_size_after(config: PretrainConfig, world_size: int, consumed_samples: int) -> int:
-    """Returns the sequences of the step that comes after so many."""
+    """Returns the sequences of the step after a number of steps."""
     sizes, ramp = batch_sizes(config, world_size), config.training.rampup_batch_size
     if ramp is None or consumed_samples > ramp[2]:
         return sizes[-1]
@@ -196,7 +196,7 @@ def batch_size_after(config: PretrainConfig, world_size: int, consumed_samples: 
 
 
 def samples_after(config: PretrainConfig, world_size: int, consumed_samples: int, steps: int) -> int:
-    """Returns the sequences that a run has consumed when it has done so many more steps."""
+    """Returns the sequences that a run has consumed after a number of further steps."""
     ramp = config.training.rampup_batch_size
     while ramp is not None and steps > 0 and consumed_samples <= ramp[2]:
         consumed_samples += batch_size_after(config, world_size, consumed_samples)
@@ -225,7 +225,7 @@ def with_train_iters(config: PretrainConfig, world_size: int, done: tuple[int, i
     """Returns the configuration with the --train-iters that --train-samples makes, unless others were given.
 
     Args:
-        done: steps and samples of a run that goes on: batches of another size may have made them.
+        done: steps and samples of a run that resumes: batches of another size may have made them.
     """
     steps = steps_for_samples(config, world_size, done[1])
     if steps is None or (done == (0, 0) and config.training.train_iters != TrainingConfig().train_iters):

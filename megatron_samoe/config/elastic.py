@@ -55,7 +55,7 @@ def fit_layout(
             ranks.
     """
     smallest = smallest_world(config)
-    # A slip that no number of ranks makes right is told, not worked around.
+    # An error that no number of ranks cures is reported, not worked around.
     multiples = [smallest * times for times in divisors(config.training.global_batch_size or 1)]
     if not any(_is_legal(config, ranks, teacher) for ranks in multiples):
         validate(config, smallest)
@@ -114,7 +114,7 @@ def _nearest_first(config: PretrainConfig) -> Iterator[list[PretrainConfig]]:
 
 
 def _is_legal(config: PretrainConfig, world_size: int, teacher: PretrainConfig | None) -> bool:
-    plain = replace(config, logging=LoggingConfig())  # which ranks are profiled is no matter of layouts
+    plain = replace(config, logging=LoggingConfig())  # which ranks are profiled does not depend on layouts
     config = plain if world_size < max(config.logging.profile_ranks, default=0) + 1 else config
     try:
         validate(config, world_size)

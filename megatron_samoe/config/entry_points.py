@@ -1,4 +1,4 @@
-"""What installed packages add, by the entry points that they name."""
+"""Additions of installed packages, by the entry points that they name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_samoe.errors import ConfigError
 
 
 def added(group: str) -> Iterator[tuple[str, str, Any]]:
-    """Yields what packages add to a group: where it stands and under which value, for messages, and the object.
+    """Yields the additions of packages to a group: their entry point and its value, for messages, and the object.
 
     Raises:
         ConfigError: one cannot be loaded.

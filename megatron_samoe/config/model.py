@@ -82,7 +82,7 @@ class ModelConfig:
     qk_layernorm: bool = model_option(False, READERS)
     """Normalise queries and keys before attention."""
     qk_layernorm_scope: Literal["head", "all"] = model_option("head", NOT_MEGATRON, needs=needs.QK_NORM)
-    """head: the queries and the keys of each head alone. all: those of all heads together, before they are split into heads
+    """head: the queries and the keys of each head separately. all: those of all heads together, before they are split into heads
     (OLMoE)."""
     clip_qkv: float | None = model_option(None, NOT_MEGATRON, range=ABOVE_ZERO)
     """c: queries, keys and values are cut to [-c, c], after their norms (OLMo)."""
@@ -182,7 +182,7 @@ class ModelConfig:
 
     @property
     def cache_window(self) -> int | None:
-        """Tokens of a sequence that some layer looks back at while it goes on; None for all."""
+        """Tokens that layers look back at while a sequence grows; None for all."""
         return self.sliding_window if self.window_attn_skip_freq is None else None
 
     @property

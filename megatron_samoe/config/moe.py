@@ -41,7 +41,7 @@ class MoEConfig:
     have, --num-experts each (ReXMoE). Or a map with an entry for each MoE layer, such as
     0,1,1,1,2 or own,combined*6,own or scaled:0*4,1*4. Derived if not given, from --expert-layout."""
     num_expert_sets: int = model_option(1, NOT_MEGATRON, range=POSITIVE, largest=100_000, needs=needs.SETS)
-    """Sets of --expert-sharing tied or scaled: the layers that share are cut into as many blocks."""
+    """Sets of --expert-sharing tied or scaled: the layers that share are cut into that many blocks."""
     num_neighbour_layers: int = model_option(2, NOT_MEGATRON, range=POSITIVE, largest=100_000, needs=needs.NEIGHBOURS)
     """Consecutive MoE layers that choose from each other's experts with --expert-sharing neighbours (ReXMoE's r)."""
     neighbour_unmask_steps: int = model_option(0, NOT_MEGATRON, range=AT_LEAST_ZERO, needs=needs.NEIGHBOURS)
@@ -79,7 +79,7 @@ class MoEConfig:
     """Let each expert choose the S * K / E tokens of a sequence that score it highest (Expert Choice). What it chooses depends
     on later tokens, so that such a model cannot generate text."""
     moe_router_enable_expert_bias: bool = model_option(False, READERS, needs=needs.EXPERTS)
-    """Choose experts by score + a bias of each expert, and weigh them by the score alone (DeepSeek-V3). After each step the
+    """Choose experts by score + a bias of each expert, and weigh them by the score only (DeepSeek-V3). After each step the
     bias of an expert with less than the mean load rises by --moe-router-bias-update-rate, that of one with more falls."""
     moe_router_bias_update_rate: float = model_option(
         1e-3, READERS, range=AT_LEAST_ZERO, needs=needs.EXPERT_BIAS, may_differ=True
@@ -135,7 +135,7 @@ class MoEConfig:
     )
     """Which tokens an expert over its capacity keeps: the most probable or the first."""
     moe_shared_expert_intermediate_size: int | None = model_option(None, READERS, range=POSITIVE, needs=needs.EXPERTS)
-    """Width of an expert that every token passes besides the routed ones; none if not given."""
+    """Width of a shared expert, which every token passes in addition to the routed ones; none if not given."""
     moe_shared_expert_gate: bool = model_option(False, READERS, needs=needs.SHARED_EXPERT)
     """Weigh the shared expert by a learned sigmoid of each token (Qwen2-MoE)."""
     moe_residual_mlp: bool = model_option(False, NOT_MEGATRON, needs=needs.EXPERTS)
@@ -184,12 +184,12 @@ class MoEConfig:
         return min(self.expert_counts, default=1)
 
     def ffn_size(self, mlp_size: int) -> int:
-        """Returns the width of one expert, beside a dense MLP of so much."""
+        """Returns the width of one expert, given that of a dense MLP."""
         return self.moe_ffn_hidden_size or mlp_size // max(self.moe_router_topk, 1)
 
     @property
     def choices_of_group(self) -> int:
-        """Experts that a token uses of each of its groups; of all where there are none."""
+        """Experts that a token uses of each of its groups; of all experts without groups."""
         return self.moe_router_topk // (self.moe_router_group_topk or 1)
 
     @property
@@ -221,11 +221,11 @@ class MoEConfig:
 
     @property
     def word(self) -> Word | None:
-        """What --expert-sharing says where it is one word; None for a map."""
+        """The word of --expert-sharing; None for a map."""
         return word_of(self.sharing)
 
     def sharing_reads(self, option: str) -> bool:
-        """Whether an option has an effect beside the word of --expert-sharing."""
+        """Whether an option has an effect with the word of --expert-sharing."""
         return self.word is not None and option in self.word.options
 
     @property

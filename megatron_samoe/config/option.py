@@ -1,4 +1,4 @@
-"""The facts of an option besides its type and default, kept with the option itself.
+"""Facts of an option, kept with the option itself, as its type and default are.
 
 Rules, loaders, exporters, the decoder and the planner read them there. So a new option is one field with its facts, and
 a reader that does not know the option refuses it by name.
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 Value: TypeAlias = Any
-#: Larger numbers are no sizes of anything.
+#: Larger numbers are not sizes of anything.
 LARGEST = 2**31 - 1
-#: What reads a model's options besides training: each refuses those it does not know.
+#: Programs other than training that read a model's options: each refuses those it does not know.
 READERS = frozenset(("decode", "export", "megatron", "planner"))
 NOT_MEGATRON, HERE_ALONE, PLANNER = READERS - {"megatron"}, frozenset(("decode", "planner")), frozenset(("planner",))
 
@@ -42,7 +42,7 @@ class Need:
 
     Attributes:
         words: for a user; they may name values of the configuration.
-        reads: the options that decide whether it is met.
+        reads: the options that decide whether it holds.
     """
 
     is_met: Callable[[Any], bool]
@@ -58,7 +58,7 @@ class Facts:
         range: of a number, or of each of several.
         largest: a larger number is refused before anything is built from it.
         needs: what else must be chosen, else the option has no effect.
-        may_be_idle: whether a value other than the default may stand without what it needs where nobody stated it on a command
+        may_be_idle: whether a value other than the default is allowed without what it needs where nobody stated it on a command
             line or in a file: saved dense models have the number of experts of the file that they were trained from.
         may_differ: whether a run may load a checkpoint whose model has another value.
         read_by: readers of a model that handle values other than the default, or a function from such a value to them. A

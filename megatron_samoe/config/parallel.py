@@ -32,7 +32,7 @@ class ParallelConfig:
     attention to compute.
     """
     cp_comm_type: Literal["p2p", "a2a"] = option("p2p", needs=needs.CONTEXT_PARALLEL)
-    """What attention exchanges between context-parallel ranks. p2p: keys and values go round a ring, beside the products.
+    """What attention exchanges between context-parallel ranks. p2p: keys and values go round a ring, during the products.
     a2a: each rank gets whole sequences of some of its heads (Ulysses), which every option of attention goes with.
     """
     use_distributed_optimizer: bool = option(False)

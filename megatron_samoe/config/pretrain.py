@@ -43,12 +43,12 @@ class PretrainConfig:
 
     @property
     def shared_expert_size(self) -> int | None:
-        """Width of the shared expert that every token of an MoE layer passes; None where there is none."""
+        """Width of the shared expert that every token of an MoE layer passes; None without one."""
         width = self.moe.moe_shared_expert_intermediate_size
         return self.model.mlp_size if width is None and self.moe.moe_residual_mlp else width
 
     def folder_of(self, name: str) -> Path | None:
-        """Returns a folder for what ranks leave behind, if the run has a place for anything."""
+        """Returns a folder for files that ranks leave behind, if the run has a folder."""
         place = self.logging.run_dir or self.checkpoint.save
         return None if place is None else Path(place) / name
 

@@ -76,7 +76,7 @@ def _of_type(hint: Any) -> JsonObject:
         kinds = [{"type": "null"} if one is type(None) else _of_type(one) for one in inner]
         return {"anyOf": kinds}
     if origin is tuple:
-        # One value stands for a list of one, and a line of words is split.
+        # One value means a list of one, and a line of words is split.
         return {"anyOf": [{"type": "array", "items": _of_type(inner[0])}, _of_type(inner[0]), {"type": "string"}]}
     return {"type": _PLAIN[hint]} if hint in _PLAIN else {}
 

@@ -58,7 +58,7 @@ def ways() -> Mapping[str, Way]:
     """Returns the package's ways and those of installed packages, by name.
 
     Raises:
-        ConfigError: an installed package's entry point cannot be loaded, is no Way, or has a name that is taken.
+        ConfigError: an installed package's entry point cannot be loaded, is not a Way, or its name is taken.
     """
     found = dict(_WAYS)
     for place, value, way in added(GROUP):
@@ -91,7 +91,7 @@ class Word:
 
     Attributes:
         way: of the layers that share.
-        options: names of those that it reads, which mean nothing beside another word.
+        options: names of those that it reads, which have no effect with another word.
         balances_sets: whether loads are balanced over a set's layers by default.
     """
 
@@ -128,7 +128,7 @@ def word_of(text: str) -> Word | None:
 
 
 def words_with(option: str) -> str:
-    """Returns the words beside which an option has an effect, for a user; nothing where it does not depend on them."""
+    """Returns the words with which an option has an effect, for a user; empty where it does not depend on them."""
     *most, last = [name for name, word in _WORDS.items() if option in word.options] or [""]
     return f"{', '.join(most)} or {last}" if most else last
 
@@ -264,6 +264,6 @@ def renumbered(sources: Sequence[Source]) -> tuple[Source, ...]:
 
 
 def _owned_where_alone(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-    """Returns the sources with layers that own their experts in place of those that use a set alone as it is."""
+    """Returns the sources with layers that own their experts in place of those that are the only users of an unscaled set."""
     users = Counter(sources)
     return tuple(Source(OWN) if s.way.in_sets and not s.way.mixes and users[s] == 1 else s for s in sources)

@@ -126,7 +126,7 @@ class OptimizerConfig:
     """Scale of a matrix's update by its outputs a and inputs b. spectral: sqrt(max(a, b)); unit_rms_norm: sqrt(a / b);
     shape_scaling: sqrt(max(1, a / b))."""
     muon_extra_scale_factor: float = option(0.2, range=ABOVE_ZERO, needs=needs.MUON)
-    """Factor beside it. 0.2 with spectral gives updates the size of AdamW's, whose rate and decay then carry over."""
+    """Extra factor. 0.2 with spectral gives updates the size of AdamW's, whose rate and decay then carry over."""
     muon_split_qkv: bool = option(True, needs=needs.MUON)
     """Take queries, keys and values of the fused projection as a matrix each."""
     muon_ns_dtype: Literal["fp32", "bf16"] = option("fp32", needs=needs.MUON)
@@ -176,7 +176,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """What a run learns from a teacher."""
+    """Options of distillation from a teacher."""
 
     teacher: str | None = option(None)
     """Folder of a run, of checkpoints, or of one checkpoint, whose newest model teaches. The loss is cross-entropy plus
@@ -185,11 +185,11 @@ class DistillationConfig:
     teacher_temperature: float = option(1.0, range=ABOVE_ZERO, needs=needs.TEACHER)
     """T, by which the logits of both are divided."""
     teacher_weight: float = option(1.0, range=ABOVE_ZERO, needs=needs.TEACHER)
-    """Weight of the divergence beside the cross-entropy."""
+    """Weight of the divergence, which is added to the cross-entropy."""
     teacher_until: int | None = option(None, range=POSITIVE, needs=needs.TEACHER)
     """Last optimizer step that the teacher teaches; from there on it takes no memory and no time, and steps are plain
     ones. Derived if not given: --train-iters."""
 
     def teaches_after(self, iteration: int) -> bool:
-        """Whether the step after so many has a teacher."""
+        """Whether the step after a number of steps has a teacher."""
         return self.teacher is not None and (self.teacher_until is None or iteration < self.teacher_until)

@@ -1,4 +1,4 @@
-"""Plain values of YAML as frozen dataclasses: what is unknown, missing or of another type is refused by its place."""
+"""Plain values of YAML as frozen dataclasses: keys that are unknown, missing or of another type are refused by name."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ T = TypeVar("T")
 def typed(kind: type[T], content: object, source: str, place: str = "") -> T:
     """Returns a dataclass from the mapping that a file holds.
 
-    A key is a field's name, with - or _; `from` stands for a field `from_`. A key without a value is as good as none.
+    A key is a field's name, with - or _; `from` stands for a field `from_`. A key without a value counts as missing.
 
     Args:
         source: name of the file, for messages.
-        place: what the mapping's own keys stand under, such as `sweep`.
+        place: the key of the mapping itself, such as `sweep`.
 
     Raises:
-        ConfigError: it is no mapping, a key is unknown or missing, or a value has the wrong type.
+        ConfigError: it is not a mapping, a key is unknown or missing, or a value has the wrong type.
     """
     if not isinstance(content, Mapping):
         raise ConfigError(place or source, content, f"must be a mapping in {source}")
@@ -88,7 +88,7 @@ def convert(value: Any, hint: Any, name: str, source: str) -> Any:
 
 
 def _list(value: Any, kind: Any) -> tuple[Any, ...] | None:
-    """Returns the values of a list, or of one value alone, by their type; numbers where texts are asked for become texts."""
+    """Returns the values of a list, or of one value, by their type; numbers where texts are asked for become texts."""
     items = value if isinstance(value, (list, tuple)) else [value]
     if kind is str:
         items = [str(v) if isinstance(v, float) else v for v in items]

@@ -1,4 +1,4 @@
-"""The check of a whole configuration, which tells all that is wrong with it at once.
+"""The check of a full configuration, which reports all errors at once.
 
 Single options are held to their facts (`option.py`), several together to the tables of `config/rules`: `layout.py` refuses
 layouts, `model.py` and `moe.py` models, and `run.py` anything else of a run.
@@ -75,7 +75,7 @@ def _idle(config: PretrainConfig) -> Iterator[tuple[str, str, Value, ConfigError
 
 def refuse_idle(config: PretrainConfig, said: Mapping[str, str], replaced: frozenset[str]) -> None:
     """Raises ConfigErrors naming each option that somebody said and that has no effect, at its default or not: whoever said it
-    meant something by it. None takes a file's value back and is no option.
+    meant something by it. None takes a file's value back and sets nothing.
 
     Args:
         said: who said an option; one of a "file" is not refused where something else replaced what it needs.
@@ -94,7 +94,7 @@ def refuse_idle(config: PretrainConfig, said: Mapping[str, str], replaced: froze
 def without_idle_options(
     config: PretrainConfig, groups: Collection[str] = ("moe", "optimizer"), names: Collection[str] | None = None
 ) -> PretrainConfig:
-    """Returns the configuration with each option of the groups, or of these names alone, at its default that has no effect."""
+    """Returns the configuration with each option of the groups, or of these names only, at its default that has no effect."""
     while True:
         idle = [
             (group, name, default)

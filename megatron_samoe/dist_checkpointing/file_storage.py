@@ -176,7 +176,7 @@ def _open_direct(path: str | os.PathLike) -> int:
 
 
 def _write_all(fd: int, data: memoryview) -> None:
-    """Writes bytes that begin at a page of memory and, but for the last ones of a file, end at one."""
+    """Writes bytes that begin at a page of memory and, except the last ones of a file, end at one."""
     while data.nbytes:
         if data.nbytes % mmap.PAGESIZE:
             _write_through_cache(fd)

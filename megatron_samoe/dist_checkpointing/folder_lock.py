@@ -1,7 +1,7 @@
 """A lock, so that one run at a time writes to a folder of checkpoints.
 
 The lock is the kernel's (flock), so it ends with its process however that ends. It holds between hosts where the file
-system carries locks (NFS, Lustre with -o flock, and most others). The file tells others who holds it.
+system carries locks (NFS, Lustre with -o flock, and most others). The file says who holds it.
 """
 
 from __future__ import annotations

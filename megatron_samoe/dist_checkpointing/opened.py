@@ -56,7 +56,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class WithTokenizer:
-    """A model's tensors, with another configuration and files besides."""
+    """A model's tensors, with another configuration and added files."""
 
     source: GlobalTensors
     config: Mapping[str, Any]

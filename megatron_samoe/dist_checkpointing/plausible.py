@@ -15,7 +15,7 @@ def refuse_other_sizes(
 ) -> None:
     """Raises CheckpointError naming a configured size that is far from those of the tensors.
 
-    Smaller differences get a better message where each tensor is compared with its place in the model.
+    Smaller differences get a better message where each tensor is compared with the model's.
 
     Args:
         model: num_layers, and sizes that some tensor must have as a dim.

@@ -26,7 +26,7 @@ from megatron_samoe.errors import readable
 MAX_PICKLE_BYTES = 64 << 20
 #: First byte of a pickle.
 _PICKLE = b"\x80"
-#: What stands before a record's name in a zip file; the last two are the lengths of its name and of a further field.
+#: The fields before a record's name in a zip file; the last two are the lengths of its name and of a further field.
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 
@@ -142,7 +142,7 @@ def is_plain(value: object) -> bool:
 
 def refuse_packed(file: Path | BinaryIO) -> None:
     """Raises ValueError where a torch.save file is not as torch writes it, before anything of it is read: an entry that is
-    compressed, or that claims more bytes than it has, can fill the memory. What is no zip file is left to torch."""
+    compressed, or that claims more bytes than it has, can fill the memory. Files that are not zip files are left to torch."""
     if not zipfile.is_zipfile(file):
         return
     with zipfile.ZipFile(file) as archive:

@@ -116,7 +116,7 @@ def look_for_room(save: str, num_bytes: int, parallel: ParallelState, what: str)
     """Returns the free bytes of a folder of checkpoints; all ranks call it together.
 
     Args:
-        what: what would be lost by going on without room.
+        what: what would be lost by continuing without room.
 
     Raises:
         CheckpointError: they are fewer than the `num_bytes` of a checkpoint.
@@ -206,7 +206,7 @@ def write_sharded(
     """Writes a state into an existing folder and returns the digests of this rank's files; all ranks call it together.
 
     Args:
-        objects: serialized values that this rank writes besides, by name.
+        objects: serialized values that this rank writes too, by name.
     """
     from megatron_samoe.dist_checkpointing.file_storage import write_parts  # slow to import, see there
 

@@ -37,7 +37,7 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class LoadWords:
-    """What the user of a caller calls what is loaded: in front of a folder, and the iteration."""
+    """A user's words for what is loaded: in front of a folder, and for the iteration."""
 
     path: str = "--load "
     step: str = "--ckpt-step"
@@ -69,7 +69,7 @@ def whole_iterations(root: str | Path) -> list[int]:
 
 
 def newest_in_words(root: str | Path | None) -> str:
-    """Returns a sentence on what a run that saves to a folder, or nowhere, has left to go on from, as the folder is now."""
+    """Returns a sentence on the checkpoint that a run can resume from, as its folder is now."""
     if root is None:
         return "Nothing was saved, since there is neither --save nor --run-dir."
     try:

@@ -31,7 +31,7 @@ class SavedTeacher:
     parts: dict[str, Any]
 
     def on_ranks_of(self, student: PretrainConfig, vocab_size: int, world_size: int) -> PretrainConfig:
-        """Returns the configuration in which it runs beside a student: see `config.teacher.on_ranks_of`.
+        """Returns the configuration in which it runs with a student: see `config.teacher.on_ranks_of`.
 
         Raises:
             ConfigError: its vocabulary is another, or its model does not fit the student's layout or sequences.
@@ -52,7 +52,7 @@ def find_teacher(folder: str, problems_of: Callable[[Path], list[str]] = lambda 
         problems_of: as in `store.find_checkpoint`.
 
     Raises:
-        CheckpointError: there is none, or all are damaged.
+        CheckpointError: it is missing, or all are damaged.
     """
     store.refuse_without_checkpoint(folder, "--teacher")
     directory = store.find_checkpoint(CheckpointConfig(load=folder), problems_of)
@@ -64,9 +64,9 @@ def find_teacher(folder: str, problems_of: Callable[[Path], list[str]] = lambda 
 
 
 def teacher_of(student: PretrainConfig) -> PretrainConfig | None:
-    """Returns the configuration of the teacher whose model a layout must fit as well; None where there is none.
+    """Returns the configuration of the teacher whose model a layout must fit as well; None without one.
 
-    Ranks may not know alike whether the teacher has left, so it counts while its folder is there.
+    Ranks may not agree whether the teacher has left, so it counts while its folder is there.
     """
     folder = student.distillation.teacher
     if folder is None or student.training.skip_train:

@@ -13,7 +13,7 @@ from megatron_samoe.planning.description import whole_model
 
 
 def expected_distinct_experts(num_experts: int, topk: float, num_tokens: int) -> float:
-    """Returns the expected number of experts that some of the tokens choose, each token K of E evenly and alone.
+    """Returns the expected number of experts that some of the tokens choose, each token K of E evenly and independently.
 
     An expert is missed by a token with probability 1 - K / E, so by all of B with its B-th power.
     """
@@ -36,7 +36,7 @@ def _layers_of_one_set(places: Iterable[LayerPlace]) -> Iterator[list[LayerPlace
 
 @dataclass(frozen=True)
 class StepBytes:
-    """What one step of a batch reads: experts, all other weights, and the key-value cache."""
+    """The bytes that one step of a batch reads: experts, all other weights, and the key-value cache."""
 
     experts: float
     others: float
@@ -79,7 +79,7 @@ def step_bytes(
             if distinct is None
             else distinct
         )
-        # Layers choose alone, so what they hit together follows as for tokens.
+        # Layers choose independently, so their union follows as for tokens.
         hit = expected_distinct_experts(num_experts, hit, len(run))
         combines = run[0].source is not None and run[0].source.way.combines
         banks = moe.num_expert_banks if serving == "on-the-fly" and combines else 1

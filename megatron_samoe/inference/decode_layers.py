@@ -49,7 +49,7 @@ class Mixed:
 
 @dataclass(frozen=True)
 class DecodeLayer:
-    """One layer. `experts` are routed, or the dense MLP without routing; `shared` is an MLP beside them, of whose weight
+    """One layer. `experts` are routed, or the dense MLP without routing; `shared` is an MLP next to them, of whose weight
     `routing.mixing` decides."""
 
     attention: AttentionLayer
@@ -101,7 +101,7 @@ def make_decode_model(model: RankModel, serving: Serving, dtype: Precision, num_
 
     Args:
         serving: not "auto".
-        num_pages: of the key-value cache, which is fp32 beside fp32 weights and bf16 beside others.
+        num_pages: of the key-value cache, which is fp32 with fp32 weights and bf16 with others.
     """
     config, stage = model.config.model, model.chunks[0]
     assert not options_of_training_alone(config)

@@ -49,7 +49,7 @@ from megatron_samoe.runtime.load import LoadedModel
 #: What the CUDA decode kernels take at most.
 MAX_CUDA_HEAD_DIM, MAX_CUDA_BANKS = 256, 64
 
-#: Tokens of prompts whose logits a step computes besides those of new tokens.
+#: Tokens of prompts whose logits a step computes in addition to those of new tokens.
 SCORED_ROWS = 64
 
 __all__ = ["PRECISIONS", "SERVINGS", "Engine", "Precision", "Serving"]
@@ -72,7 +72,7 @@ class Engine:
         max_step_tokens: most tokens of one step, so that a long prompt does not hold up the others for long.
         weights_folder: where to keep the weights in a file, which may be larger than the memory that is left for them; see
             `weight_file`. For one process on a CPU.
-        beside: the process's other engines that answered nothing yet: Linux counts their caches as free.
+        beside: the process's other engines that have answered nothing: Linux counts their caches as free.
 
     Raises:
         ConfigError: a way of serving or precision that does not fit the model, or more memory than there is.
@@ -167,7 +167,7 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for a place."""
+        """Requests that wait for a slot."""
         return self._scheduler.num_waiting
 
     @property
@@ -188,7 +188,7 @@ class Engine:
         check_sampling(request.sampling)
         _check_scores(request)
         self._check_prompt(request.prompt_ids)
-        # The last token needs no place in the context: nothing is computed after it.
+        # The last token takes no position of the context: nothing is computed after it.
         length = min(len(request.prompt_ids) + request.sampling.max_new_tokens, self.context_length + 1)
         if length - 1 > self.max_tokens:
             raise ConfigError(
@@ -205,7 +205,7 @@ class Engine:
         return request_id
 
     def cancel(self, request_id: int) -> bool:
-        """Ends a request without an event and frees its place; returns whether it was still there."""
+        """Ends a request without an event and frees its slot; returns whether it was still there."""
         return self._scheduler.remove(request_id)
 
     def step(self) -> list[TokenEvent]:

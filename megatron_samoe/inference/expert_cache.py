@@ -19,7 +19,7 @@ class ExpertCache:
     """Slots for the combined experts of some layers.
 
     Args:
-        layers: banks of each MoE layer, by its place in the model.
+        layers: banks of each MoE layer, by its index in the model.
         num_experts: most experts that the cache holds; at least one for each layer.
 
     Attributes:
@@ -41,7 +41,7 @@ class ExpertCache:
         w1, w2 = (w.map(room) for w in (first.stack.w1, first.stack.w2))
         b1, b2 = (None if b is None else room(b) for b in (first.b1, first.b2))
         self._stack = ExpertStack(w1, w2, b1, b2, first.stack.gated, index_E, index_E)
-        #: By layer, expert to slot in order of use, the oldest first; numbers below 0 stand for slots that nothing has used.
+        #: By layer, expert to slot in order of use, the oldest first; numbers below 0 are slots that are unused.
         starts = range(0, slots, self._per_layer)
         self._held = {
             la: {-1 - slot: slot for slot in range(start, start + self._per_layer)}

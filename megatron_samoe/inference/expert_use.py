@@ -17,7 +17,7 @@ from megatron_samoe.moe.types import ForwardContext
 
 @dataclass(frozen=True)
 class LayerUse:
-    """What the tokens of a text take of one MoE layer.
+    """The experts of one MoE layer that the tokens of a text use.
 
     Attributes:
         layer: of the model, from 0.

@@ -30,7 +30,7 @@ class StepBatch:
     """The tokens of one step, flat: span after span.
 
     Attributes:
-        tokens_T, positions_T, slots_T: int64, int32, int32: id, place in its sequence, and row of the page table.
+        tokens_T, positions_T, slots_T: int64, int32, int32: id, position in its sequence, and row of the page table.
         pages: [slots, pages of a sequence], int32.
         logit_rows: the tokens after which logits are wanted.
     """
@@ -73,7 +73,7 @@ def make_batch(
     """Returns the batch of some spans, whose tokens follow each other in `tokens`.
 
     Args:
-        buffers: CPU memory to use; on the CPU the batch lies there.
+        buffers: CPU memory to use; on the CPU the batch is there.
     """
     positions = [p for span in spans for p in range(span.first_position, span.first_position + span.num_tokens)]
     slots = [span.slot for span in spans for _ in range(span.num_tokens)]
@@ -84,7 +84,7 @@ def make_batch(
 
 
 def pages_for(num_tokens: int) -> int:
-    """Returns the pages that hold so many positions."""
+    """Returns the pages that a number of positions takes."""
     return -(-num_tokens // PAGE)
 
 
@@ -149,7 +149,7 @@ class TorchCache:
     `begin` names the step's batch; then every layer's attention calls `attend` once.
 
     Args:
-        latent: where given, values are the first so many channels of keys, and are not kept besides.
+        latent: where given, values are this number of the first channels of keys, and are not kept again.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out."""
+"""The requests of an engine, and its events."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from megatron_samoe.inference.sampling import SamplingOptions
 
 #: stop: an end-of-document token or a stop text; length: max_new_tokens are made, or the context is full.
 FinishReason = Literal["stop", "length"]
-#: Most tokens whose log-probabilities are told beside one.
+#: Most alternatives whose log-probabilities are reported with a token's.
 MOST_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to go on from it.
+    """A prompt and how to continue it.
 
     Attributes:
-        logprobs: so many most probable tokens are told beside each token's log-probability; None tells nothing.
-        scores_prompt: tell them for the prompt's tokens, too.
+        logprobs: number of most probable tokens to report with each token's log-probability; None reports nothing.
+        scores_prompt: report them for the prompt's tokens, too.
     """
 
     prompt_ids: Sequence[int]
@@ -34,7 +34,7 @@ class TokenScore(NamedTuple):
 
     Attributes:
         logprob: natural logarithm.
-        top: the most probable tokens in its place, best first, with theirs.
+        top: the most probable tokens at its position, best first, with theirs.
     """
 
     token_id: int
@@ -47,7 +47,7 @@ class TokenEvent(NamedTuple):
 
     Attributes:
         token_id: the new token; also an end-of-document token, which has no text.
-        finish_reason: None while the request goes on.
+        finish_reason: None while the request runs.
         text: text that can be shown now. It can be empty, where a token ends within a character or the text so far
             could be the start of a stop text, and longer than the token's where it was held back before.
         score: of the new token, where the request asks for it.

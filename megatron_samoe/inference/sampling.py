@@ -1,6 +1,6 @@
 """Choosing the next token: options, their rules, and the arithmetic on one row of logits.
 
-One row at a time, in numpy: a request's choices depend on its own logits, options and seed alone, never on what else is
+One row at a time, in numpy: a request's choices depend only on its own logits, options and seed, never on what else is
 in the batch.
 """
 
@@ -23,7 +23,7 @@ class SamplingOptions:
     Attributes:
         max_new_tokens: most tokens to generate; fewer where the model's context is full before.
         temperature: divides logits; 0 takes the most probable token (equal ones by the lower id).
-        top_k: sample among so many most probable tokens; all if 0.
+        top_k: number of most probable tokens to sample from; all if 0.
         top_p: sample among the fewest most probable tokens that hold this probability (nucleus, arXiv:1904.09751).
         repetition_penalty: divides positive and multiplies negative logits of tokens that the prompt or the result
             holds (CTRL, arXiv:1909.05858).

@@ -44,7 +44,7 @@ def cache_bytes(model: RankModel, dtype: Precision, num_pages: int) -> int:
 
 
 def needed_bytes(model: RankModel, dtype: Precision, cache_experts: int, num_pages: int) -> dict[Serving, int]:
-    """Returns the memory that each way of serving takes on this rank besides the loaded model; scales of int8 aside.
+    """Returns the memory that each way of serving takes on this rank in addition to the loaded model; scales of int8 aside.
 
     Args:
         cache_experts: slots for experts combined on the fly.

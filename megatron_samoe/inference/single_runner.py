@@ -111,7 +111,7 @@ class SingleRunner:
             x_TH.add_(rows)
 
     def _experts(self, index: int, layer: DecodeLayer, x_TH: Tensor) -> None:
-        """Adds routed experts and an MLP beside them, which both take the stream as it was before."""
+        """Adds routed experts and a shared MLP, which both take the stream as it was before."""
         count, hidden = x_TH.shape
         routed = self._route(layer, x_TH)
         topk = routed.ids_TK.shape[1]

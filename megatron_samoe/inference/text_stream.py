@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from megatron_samoe.datasets.tokenizer import Tokenizer
 
-#: What decoders put where bytes are no whole character yet.
+#: The decoders' sign for bytes that are not a complete character yet.
 REPLACEMENT = "\ufffd"
 
 

@@ -94,7 +94,7 @@ def keep_in_file(tensors: Iterable[Tensor], folder: Path) -> int:
 
 
 def _map(handle: int, offset: int, address: int, length: int) -> None:
-    """Puts a part of a file in the place of memory; what is written there later stays this process's own."""
+    """Maps a part of a file over memory; later writes stay this process's own."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]

@@ -1,4 +1,4 @@
-"""Experts that change places, with everything that the optimizer keeps of them."""
+"""The reordering of experts, with everything that the optimizer keeps of them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def reorder_experts(
     state: ParallelState,
     like: Tensor,
 ) -> None:
-    """Gives the experts of a parameter, and of its moments, other places. Ranks call it together.
+    """Reorders the experts of a parameter and of its moments. Ranks call it together.
 
     Args:
         tensors: this rank's elements of each, which are changed; None where it holds none. The rest is as in
             `_gather_shard`.
         dim: of the experts, split over expert-parallel ranks or whole.
-        order_E: which expert each place is to have, among those of all ranks.
+        order_E: the expert that each index is to have, among those of all ranks.
     """
     is_split = any(axis == "ep" for _, axis in tag.shard.partition)
     size, own_rank = (state.ep.size, state.ep.rank) if is_split else (1, 0)
@@ -65,7 +65,7 @@ def _gather_shard(
 
     Args:
         own: this rank's elements; None where it holds none.
-        held: their place in the shard; None where they are all of it.
+        held: their range in the shard; None where they are all of it.
         shape: of the shard.
         like: a tensor with the dtype and device of the result.
     """

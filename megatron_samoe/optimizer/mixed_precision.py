@@ -32,7 +32,7 @@ class MixedPrecisionOptimizer:
 
     Args:
         buffers: the gradients; this rank updates their pieces.
-        state: this rank's place; needed where an update needs whole tensors.
+        state: this rank's parallel state; needed where an update needs full tensors.
         rules: the rules of parameter groups; those of the configuration if not given.
 
     Attributes:
@@ -153,12 +153,12 @@ class MixedPrecisionOptimizer:
 
     @torch.no_grad()
     def reorder_experts(self, parameters: Mapping[str, nn.Parameter], dims: Mapping[str, int], order_E: Tensor) -> None:
-        """Gives experts other places, their weights together with master weights and moments. Ranks call it together.
+        """Reorders experts: weights, master weights and moments. Ranks call it together.
 
         Args:
             parameters: all of the rank, by global name.
             dims: the experts' dim of each parameter that has one, in the same order on all ranks of its groups.
-            order_E: which expert each place is to have.
+            order_E: the expert that each index is to have.
         """
         for name, dim in dims.items():
             parameter, tag = parameters[name], tag_of(parameters[name])

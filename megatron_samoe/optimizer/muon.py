@@ -27,8 +27,8 @@ EPSILON = 1e-7
 #: On a CPU the compiled kernel takes matrices of at most this many elements, each in a core's cache and its symmetric products
 #: by half: 1.6 to 1.9 times the speed of torch's batched products.
 COMPILED_ELEMENTS = 1 << 16
-#: On a CPU so many elements for each thread are taken through all steps before the next, in its cache (1.4 times the speed);
-#: a matrix alone is none of a stack, whose bf16 products would be 1.35 times slower.
+#: On a CPU each thread takes this number of elements through all steps before the next, in its cache (1.4 times the speed);
+#: a single matrix is not stacked: bf16 products of a stack are 1.35 times slower.
 CACHED_ELEMENTS = 1 << 18
 #: Steps whose polynomials are multiplied before matrices at least twice as long as wide are: 0.78 of the products at 2:1, 0.61
 #: at 4:1. In fp32 three at once have the errors of single ones; of all five, small singular values have 5 to 50 times as large
@@ -53,7 +53,7 @@ def newton_schulz(x: Tensor, num_steps: int) -> Tensor:
         gram = x @ x.mT
         product: Tensor | None = None
         for step in range(first, min(first + at_once, num_steps)):
-            poly = add_product(gram, gram, gram, beta=b, alpha=c)  # p, but for a I
+            poly = add_product(gram, gram, gram, beta=b, alpha=c)  # p, except a I
             if product is not None:
                 product = add_product(product, poly, product, beta=a)
             if step + 1 in (first + at_once, num_steps):
@@ -80,7 +80,7 @@ def newton_schulz_flops(rows: int, columns: int, num_steps: int) -> float:
 
 
 def update_scale(mode: UpdateScale, rows: int, columns: int) -> float:
-    """Returns the factor on an orthogonal update of a matrix with so many outputs and inputs, before the extra factor."""
+    """Returns the factor on an orthogonal update of a matrix by its outputs and inputs, before the extra factor."""
     if mode == "spectral":
         return max(rows, columns) ** 0.5
     ratio = rows / columns
@@ -92,7 +92,7 @@ class Muon(Update):
     """See `Update`.
 
     Attributes:
-        extra_scale: factor beside that of `scale`; 0.2 with "spectral" gives updates the root mean square of AdamW's.
+        extra_scale: factor in addition to that of `scale`; 0.2 with "spectral" gives updates the root mean square of AdamW's.
         low_precision: whether matrix products are in bfloat16.
         splits_qkv: whether a matrix is a fused [key-value heads, queries per head + 2, D, H] projection, whose queries, keys
             and values are a matrix each.

@@ -46,7 +46,7 @@ class ParamGroup:
         return self.lr_mult == 0.0
 
 
-#: Matrices of hidden layers, besides the fused projection of queries, keys and values.
+#: Matrices of hidden layers, except the fused projection of queries, keys and values.
 MATRICES = re.compile(r"\.(output|fc1|fc2|(q|kv)_(up|down))\.weight$|(\.moe\.experts|^expert_pool\..*)\.w[12]$")
 FUSED_QKV = re.compile(r"\.qkv\.weight$")
 

@@ -26,7 +26,7 @@ def training_length(training: TrainingConfig) -> int:
 def rate_of_step(
     config: OptimizerConfig, training: TrainingConfig, iteration: int, consumed_samples: int, batch_size: int
 ) -> float:
-    """Returns the rate of the step of `batch_size` samples that follows so many steps, or samples."""
+    """Returns the rate of the step of `batch_size` samples after a number of steps, or samples."""
     if training.train_samples is None:
         return learning_rate(config, training.train_iters, iteration)
     return learning_rate(config, training.train_samples, consumed_samples, batch_size)

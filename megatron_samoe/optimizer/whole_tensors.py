@@ -1,7 +1,7 @@
 """Whole tensors for updates that need them, each on one rank, from the elements that ranks update.
 
 A shard of a parameter (by tensor, expert parallelism) is [*stacked, *tensor]: the leading dims count experts and banks. Ranks
-that sum a gradient hold the shard alike, or with ZeRO-1 and a sharded pool a slice each. Tensors of parameters of one shape
+that sum a gradient hold equal shards, or with ZeRO-1 and a sharded pool a slice each. Tensors of parameters of one shape
 are taken together, and shared among these ranks: an all-to-all brings the slices of a tensor to its owner, and brings its
 direction back. Where all hold the shard, nothing is brought, and owners send directions to all. Of tensor-parallel ranks, a
 second all-to-all makes one the owner.
@@ -21,9 +21,9 @@ from megatron_samoe.parallel_state.parameter_tag import ParameterTag
 from megatron_samoe.parallel_state.shard_spec import FlatSlice
 from megatron_samoe.parallel_state.state import Group, ParallelState
 
-#: Parameters are taken together up to so many elements for a rank, those that it gets whole and those that it sends.
+#: Parameters are taken together up to this number of elements for a rank, those that it gets whole and those that it sends.
 BATCH_ELEMENTS = 1 << 24
-#: On a CPU, where one rank has whole tensors, up to so many: what an update reads and writes then stays in the cache.
+#: On a CPU, where one rank has full tensors, up to this number: what an update reads and writes then stays in the cache.
 CACHED_ELEMENTS = 1 << 18
 
 
@@ -63,7 +63,7 @@ class Shard:
 
     @property
     def kind(self) -> tuple:
-        """What shards that are taken together have in common."""
+        """The common facts of shards that are taken together."""
         return self.tag.gradient_group, self.shape, self.num_stacked, self.split or ()
 
 

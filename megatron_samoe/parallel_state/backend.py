@@ -30,7 +30,7 @@ from megatron_samoe.start import die_with_torchrun
 UNTYPED_FAILURES = re.compile(
     "|".join(
         (
-            # gloo. Its own messages begin with the file of its source that made them, but for that to the operations
+            # gloo. Its own messages begin with the file of its source that made them, except that to the operations
             # that were under way when another one's time was up, which names nothing.
             "(?i:gloo)",
             "Application timeout caused pair closure",
@@ -51,7 +51,7 @@ UNTYPED_FAILURES = re.compile(
 )
 
 _Result = TypeVar("_Result")
-#: How long a rank that leaves before it met the others tries to tell those of other hosts.
+#: How long a rank that leaves before the rendezvous tries to notify those of other hosts.
 TELLING_S = 5.0
 
 
@@ -124,12 +124,12 @@ def initialize_distributed(
     None where there is nothing to join.
 
     Args:
-        num_ranks: number of ranks that work together; all if not given. The others only meet them.
-        facts: that must be alike on all ranks, by the words of a message.
+        num_ranks: number of ranks that work together; all if not given. The others only take part in the rendezvous.
+        facts: that must be equal on all ranks, by the words of a message.
 
     Raises:
         ConfigError: a host differs from the first in one of the facts.
-        HostRefusedError: a host cannot take part in an elastic job, which goes on without it.
+        HostRefusedError: a host cannot take part in an elastic job, which continues without it.
         CommunicationError: torchrun's address variables are missing, the port is taken, or other ranks do not come.
     """
     world_size = launcher.world_size()
@@ -166,7 +166,7 @@ def _connect(
     size: int,
     timeout: timedelta,
 ) -> None:
-    """Makes the process group of all ranks, after they met at the store."""
+    """Makes the process group of all ranks, after their rendezvous at the store."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and config.moe_all_to_all_backend == "extension":
         # torch's communicators and ours overlap: on the device too, NCCL (2.26) then keeps the order of the program, which
@@ -204,7 +204,7 @@ def _connect(
 
 @contextlib.contextmanager
 def telling_other_hosts() -> Iterator[None]:
-    """Tells ranks of other hosts, which would wait for this one, of a permanent fault that comes before ranks meet."""
+    """Notifies ranks of other hosts, which would wait for this one, of a permanent fault before the rendezvous."""
     try:
         yield
     except (MegatronSamoeError, SystemExit) as error:
@@ -214,7 +214,7 @@ def telling_other_hosts() -> Iterator[None]:
             permanent, message = bool(error.code), "a flag is unknown or malformed, as its host's output says"
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if permanent and launcher.local_rank() == 0 and launcher.local_world_size() < size:
-            with contextlib.suppress(ValueError, OSError, RuntimeError):  # nobody is there to be told
+            with contextlib.suppress(ValueError, OSError, RuntimeError):  # nobody is there to be notified
                 store, rank = join_store(timedelta(seconds=TELLING_S))
                 Meeting(store, rank, size).stay_away(message)
                 time.sleep(TELLING_S if rank == 0 else 0.0)  # since it holds the store
@@ -227,7 +227,7 @@ def shared_fate(meeting: Meeting | None) -> Iterator[None]:
     fault.
 
     Raises:
-        JobEndedError: this rank lost others because one of them met a permanent fault.
+        JobEndedError: this rank lost others because one of them had a permanent fault.
         CommunicationError: this rank lost others for another reason.
     """
     try:

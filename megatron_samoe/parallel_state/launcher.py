@@ -1,4 +1,4 @@
-"""The process's relation to torchrun: what torchrun tells it, and when it is restarted."""
+"""The process's relation to torchrun: what torchrun passes to it, and when it is restarted."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def become_member() -> None:
     """Notes that ranks of this torchrun train, for the ranks that it starts after these."""
     mark = _mark()
     if mark is not None and local_rank() == 0:
-        with contextlib.suppress(OSError):  # of a full disk: other hosts can tell who is new
+        with contextlib.suppress(OSError):  # of a full disk: other hosts can see who is new
             mark.touch()
 
 
@@ -83,7 +83,7 @@ def _mark() -> Path | None:
 
 
 def refuse_restart() -> None:
-    """Ends torchrun where it would start this process again, for a fault that every attempt would meet.
+    """Ends torchrun where it would start this process again, for a fault of every attempt.
 
     torchrun restarts after any status but 0, so only a signal stops it. The other ranks of this host get the signal,
     too.

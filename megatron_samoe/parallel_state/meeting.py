@@ -1,6 +1,6 @@
 """The agreement of ranks on who takes part in an attempt, over a store that may still hold keys of earlier attempts.
 
-torchrun keeps one store for all attempts of a job, so addresses of dead ranks lie beside those of living ones.
+torchrun keeps one store for all attempts of a job, so addresses of dead ranks are next to those of living ones.
 Therefore each rank writes a nonce. Rank 0 reads all of them and invites their writers to a new *generation*. Each rank
 accepts the invitation that carries its own nonce, and when all have, rank 0 opens the generation. No rank accepts the
 nonce of a dead one: when its replacement has written its own, rank 0 invites again. Later keys lie under the
@@ -30,7 +30,7 @@ from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.silent_hosts import own_address
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.25
-#: How long rank 0 may take to meet what all ranks meet.
+#: How long rank 0 may take to find a fault that all ranks find.
 _PATIENCE_S = 2.0
 #: A rank's host and facts, by rank.
 _Facts = Mapping[int, tuple[str, Mapping[str, str]]]
@@ -42,7 +42,7 @@ class Meeting:
 
     Args:
         store: shared by all ranks of the job, and maybe by earlier attempts.
-        rank, size: this rank's place among the ranks that the launcher started, and their number.
+        rank, size: this rank's number among the ranks that the launcher started, and their count.
         is_member: whether the job is elastic and this rank's host has trained in it before.
     """
 
@@ -64,7 +64,7 @@ class Meeting:
         Raises:
             CommunicationError: some ranks do not come in time; the message names them.
             JobEndedError: a rank ended the job; see `end`. Or one cannot come, and there are no members.
-            HostRefusedError: a rank cannot come, and the job goes on without its host.
+            HostRefusedError: a rank cannot come, and the job continues without its host.
         """
         deadline, pause = time.monotonic() + timeout_s, _SHORTEST_PAUSE_S
         if self._is_member:
@@ -87,7 +87,7 @@ class Meeting:
             pause = min(pause * 1.5, _LONGEST_PAUSE_S)
 
     def compare(self, facts: Mapping[str, str]) -> None:
-        """Compares what must be alike on all ranks, after they met: with what rank 0 has, or with what members have.
+        """Compares facts that must be equal on all ranks, after the rendezvous: with what rank 0 has, or with what members have.
 
         Raises:
             ConfigError: on all ranks, the same: a host differs. The message names it, and the difference.
@@ -137,7 +137,7 @@ class Meeting:
 
     def compare_problems(self, problem: str, num_ranks: int, wait_s: float) -> tuple[str, list[str]]:
         """Returns what the first rank met that could not connect to others, which may know more than one that only waited, and
-        the ranks that do not come here in time, of the first so many. All that live call it.
+        the ranks that do not come here in time, of the first ones. All that live call it.
         """
         here = f"rank {self._rank} ({socket.gethostname()})"
         first = self._attempt.compare_set("unconnected", "", f"{here}: {problem}").decode()
@@ -150,7 +150,7 @@ class Meeting:
         return first, [f"rank {rank} ({json.loads(self._attempt.get(f'facts/{rank}'))[0]})" for rank in absent]
 
     def end(self, message: str) -> None:
-        """Ends the job: tells the ranks of this attempt and of all later ones why."""
+        """Ends the job: notifies the ranks of this attempt and of all later ones of the reason."""
         self._board.set("ended", f"rank {self._rank} on {socket.gethostname()}: {message}")
 
     def stay_away(self, message: str) -> None:
@@ -158,7 +158,7 @@ class Meeting:
         self._board.set("away", f"rank {self._rank} on {socket.gethostname()}: {message}")
 
     def tell(self, error: MegatronSamoeError) -> None:
-        """Tells the other ranks of a fault that does not pass, and finds out whether rank 0 shows one that all should meet."""
+        """Notifies the other ranks of a permanent fault, and finds out whether rank 0 has one that all should report."""
         if error.permanent and error.ends_job:
             self.end(str(error))
         if self._rank == 0:
@@ -192,7 +192,7 @@ class Meeting:
         self._attempt.set(f"noticed/{self._rank}", "")
 
     def finish(self, num_ranks: int) -> None:
-        """Tells the ranks that stand by that the job is done, and waits until they know, since rank 0 may hold the
+        """Notifies the spare ranks that the job is done, and waits until they know, since rank 0 may hold the
         store.
         """
         self._attempt.set("finished", "")
@@ -254,7 +254,7 @@ class Meeting:
 
 
 def common(members: Mapping[int, object]) -> int | None:
-    """Returns the first of an elastic job's members, given with what each has, if that is alike; else None."""
+    """Returns the first of an elastic job's members, given with the facts of each, if these are equal; else None."""
     first = next(iter(members), None)
     return None if first is None or any(has != members[first] for has in members.values()) else first
 

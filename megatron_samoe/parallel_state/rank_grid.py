@@ -5,7 +5,7 @@ Two grids lie over the same ranks. In both the first axis changes fastest, so th
     dense    tp  x cp x dp   x pp      attention, norms, embeddings, dense MLPs
     expert   etp x ep x edp  x pp      routed experts and the shared pool
 
-so `tp * cp * dp = etp * ep * edp`. With etp = tp an expert-parallel group lies among ranks that have other tokens: parts
+so `tp * cp * dp = etp * ep * edp`. With etp = tp an expert-parallel group has ranks with other tokens: parts
 of a sequence (cp) or other sequences (dp). With etp = 1 it may also span tensor-parallel ranks.
 """
 
@@ -34,7 +34,7 @@ GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "etp_edp": ("expert", ("etp", "edp")),
     # All ranks of one pipeline stage: coefficients of banks are summed over it.
     "stage": ("expert", ("etp", "ep", "edp")),
-    # Every stage uses the pool, so its replicas stand over expert-data-parallel ranks of all stages.
+    # Every stage uses the pool, so its replicas are on expert-data-parallel ranks of all stages.
     "pool_dp": ("expert", ("edp", "pp")),
     "etp_pool_dp": ("expert", ("etp", "edp", "pp")),
     # Tied embeddings live on the first and the last stage.
@@ -111,14 +111,14 @@ class RankGrid:
 
     @lru_cache(maxsize=1 << 16)  # noqa: B019  grids are small values
     def place(self, name: str, rank: int) -> tuple[int, int]:
-        """Returns (size of a rank's group of that name, the rank's place in it), without listing any ranks."""
+        """Returns (size of a rank's group of that name, the rank's number in it), without listing any ranks."""
         grid, varying = GROUPS[name]
         position, size, place = self.coordinates(rank, grid), 1, 0
         for axis, length in self.axes(grid).items():
             if axis not in varying:
                 continue
             own = position[axis]
-            if name == "embed_dp" and axis == "pp":  # the first and the last stage; those between stand alone
+            if name == "embed_dp" and axis == "pp":  # the first and the last stage; those between are in no group
                 is_outer = own in (0, self.pp - 1)
                 length, own = (min(self.pp, 2), 1 if 0 < own else 0) if is_outer else (1, 0)
             place, size = place + own * size, size * length

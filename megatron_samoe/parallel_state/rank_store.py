@@ -1,4 +1,4 @@
-"""The store at which ranks meet, on as few of a host's networks as torch allows."""
+"""The store at which ranks meet, on the fewest of a host's networks that torch allows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def serve_store(host: str, port: int, **options: object) -> dist.TCPStore:
 def join_store(timeout: timedelta) -> tuple[dist.Store, int]:
     """Returns the store of torchrun's variables and this rank's number, as torch's "env://" does.
 
-    Where rank 0 serves it, it listens at MASTER_ADDR alone, if all hosts mean the same by that.
+    Where rank 0 serves it, it listens at MASTER_ADDR only, if all hosts mean the same by that.
     """
     if os.environ.get("RANK") == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and _is_own_address():
         host, port, size = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), launcher.world_size()

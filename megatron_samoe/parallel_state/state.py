@@ -1,4 +1,4 @@
-"""The rank's place in the world: a frozen value that is passed, never stored in a module."""
+"""The rank's parallel state: a frozen value that is passed, never stored in a module."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 def connecting_time(num_ranks: int, timeout: timedelta) -> timedelta:
-    """Returns how long ranks that have met may take to connect: seconds where all are well. One that is lost then is not waited
+    """Returns how long ranks may take to connect after the rendezvous: seconds where all are well. One that is lost then is not waited
     for until the time-out of their exchanges.
     """
     return min(timeout, timedelta(seconds=60 + num_ranks / 10))
@@ -88,7 +88,7 @@ class Group:
 
     Attributes:
         ranks: global ranks of the members, in group order.
-        rank: this process's place in `ranks`.
+        rank: this process's index in `ranks`.
         handle: torch's process group; None where the group has one member.
         exchange: transport of all-to-alls of rows; None for the process group.
         waits: seconds that this rank has waited for others, in all of its groups.
@@ -149,7 +149,7 @@ class Group:
         return gathered
 
     def all_gather_uneven(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Returns [sum(sizes), ...]: the members' [n, ...] tensors, of whose n `sizes` tells, in group order."""
+        """Returns [sum(sizes), ...]: the members' [n, ...] tensors, whose n are `sizes`, in group order."""
         if self.size == 1 or len(set(sizes)) == 1:
             return self.all_gather(tensor)
         gathered = tensor.new_empty((sum(sizes), *tensor.shape[1:]))
@@ -320,7 +320,7 @@ def planned_state(
 def initialize_model_parallel(
     config: ParallelConfig, device: torch.device | str = "cpu", timeout: timedelta | None = None
 ) -> ParallelState:
-    """Makes the process groups of a layout and returns this rank's place in them.
+    """Makes the process groups of a layout and returns this rank's parallel state.
 
     Every rank of the initialized default group must call it. Groups of the same ranks share one process group.
 

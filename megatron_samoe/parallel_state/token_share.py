@@ -1,7 +1,7 @@
 """The split of a micro-batch's tokens over ranks: which of them each rank has.
 
 With context parallelism a sequence is cut into 2 n chunks, and rank r of n holds chunks r and 2 n - 1 - r, in this order. So
-the queries of every rank meet as many keys in causal attention. With sequence parallelism a rank's tokens are split over its
+the queries of every rank have the same number of keys in causal attention. With sequence parallelism a rank's tokens are split over its
 tensor-parallel ranks once more.
 """
 

@@ -79,7 +79,7 @@ def max_in_flight(plan: Plan) -> int:
     return peak
 
 
-#: Idle share of a step from which users are told.
+#: Idle share of a step from which users are warned.
 MUCH_IDLE = 0.3
 
 

@@ -27,7 +27,7 @@ class StageFunction(Protocol):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """This rank's place in the pipeline.
+    """This rank's part of the pipeline.
 
     Attributes:
         channel: None in a pipeline of one rank, which may still have several chunks.
@@ -39,7 +39,7 @@ class Pipeline:
     channel: PipelineChannel | None
 
     def virtual_stage(self, chunk: int) -> int:
-        """Returns the place of a chunk among all virtual stages."""
+        """Returns the index of a chunk among all virtual stages."""
         return chunk * self.size + self.rank
 
     def receives(self, action: Action) -> bool:

@@ -1,7 +1,7 @@
 """Differentiable uneven all-to-all of rows; the backward sends gradients back the same way.
 
 `all_to_all_rows` is an op of torch (megatron_samoe::all_to_all_rows) with a backward and a fake implementation, so that
-graphs with exchanges can be traced. An op takes no objects, so a number stands for the group.
+graphs with exchanges can be traced. An op takes no objects, so a number names the group.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Route:
     """The way of rows in one dispatch over a group.
 
     sent_rows, received_rows: rows for and from each member. order_R: for each received row, sorted by local expert, its
-    place in order of arrival; inverse_R: the inverse.
+    index in order of arrival; inverse_R: the inverse.
     """
 
     sent_rows: list[int]

@@ -1,6 +1,6 @@
 """Messages between the members of an NCCL communicator, through the process group's store.
 
-NCCL does not tell the other ranks of one rank's abort: over NVLink or shared memory they would wait for their time-out.
+NCCL does not notify the other ranks of one rank's abort: over NVLink or shared memory they would wait for their time-out.
 So each rank has a thread that looks at its communicator and at a key of the store. A rank that failed or gave up writes
 this there, and the others abort. During a long wait all ranks write in which exchange they are. So a time-out names the
 ranks that did not come, and a rank that has left is an error at once.

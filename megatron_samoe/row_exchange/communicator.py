@@ -279,7 +279,7 @@ def agreed(group: Group, problem: str, transport: str, versions: Mapping[str, st
     barrier.
 
     Args:
-        versions: of what all members must have alike, by name; one that differs is a problem.
+        versions: of facts that must be equal on all members, by name; one that differs is an error.
     """
     members = group.all_gather_object((problem, dict(versions or {})))
     problems = [text for text, _ in members if text]

@@ -35,7 +35,7 @@ class NcclCommunicator(Communicator):
 
     An exchange waits for the earlier work of the current stream. The current stream then waits for the exchange: at
     once, or at wait() of an exchange that was started in the background, which takes no thread. An exchange that a peer
-    never joins, or that the device does not finish within timeout_s, is aborted; the bulletin tells the other members
+    never joins, or that the device does not finish within timeout_s, is aborted; the bulletin notifies the other members
     within about a second.
 
     Args:
@@ -139,7 +139,7 @@ def nccl_problem() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Returns what all members of a group must have alike."""
+    """Returns facts that must be equal on all members of a group."""
     library: str = torch.ops.megatron_samoe.nccl_library()
     return {"NCCL": library.split()[-1], **extension.build_identity()}
 
@@ -175,7 +175,7 @@ def new_handle(rank: int, size: int, device: torch.device, timeout_s: float) -> 
 
 @functools.cache
 def exchange_stream(device: torch.device) -> torch.cuda.Stream:
-    """Returns the stream of all exchanges on a device. Two communicators' kernels that wait for each other's places on it
+    """Returns the stream of all exchanges on a device. Two communicators' kernels that wait for each other on it
     would hang where ranks run them in different orders.
     """
     # Exchanges go before kernels that wait for the same multiprocessors.

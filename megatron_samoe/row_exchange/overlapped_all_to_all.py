@@ -2,7 +2,7 @@
 
 A part's exchange starts at one node of autograd's graph and is awaited at another. Autograd visits nodes in the reverse
 order of their making. So the computation between the two nodes in the forward (the experts of another part, or the
-shared expert) also lies between the reverse exchange's start and end in the backward. Dummy scalars join nodes that
+shared expert) is also between the reverse exchange's start and end in the backward. Dummy scalars join nodes that
 only wait for each other.
 """
 

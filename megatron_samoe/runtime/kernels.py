@@ -39,7 +39,7 @@ _NOT_BUILT = "it was not built"
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a run computes with where a device leaves a choice, and keeps when it goes on.
+    """The kernels of a run where a device leaves a choice; a resumed run keeps them.
 
     Attributes:
         cuda: CUDA kernels in use; None where nothing has chosen among them.
@@ -85,7 +85,7 @@ def choose_kernels(
 
 def choose_products(parallel: ParallelState, recorded: str | None) -> str | None:
     """Chooses how CPUs multiply experts in bf16, the same on all ranks, which call it together, and returns it; None where
-    there is no choice.
+    nothing can be chosen.
 
     Args:
         recorded: how the run has done so far, which it keeps where every rank can; None for a run that has none behind it.
@@ -129,7 +129,7 @@ def comparison_of(device: torch.device) -> list[str]:
 
 
 def compare(command: Sequence[str], timeout_s: float = _TIMEOUT_S) -> Verdicts:
-    """Returns the verdicts of a command; where its process ends early, another goes on with the next kernel."""
+    """Returns the verdicts of a command; where its process ends early, another continues with the next kernel."""
     verdicts: dict[CudaKernel, str] = {}
     environment = {**os.environ, extension.CUDA_ENVIRONMENT_VARIABLE: "1"}
     while left := [k for k in TRAINING_KERNELS if k not in verdicts]:

@@ -69,7 +69,7 @@ def load_model(
     config = replace(config, parallel=layout or ParallelConfig(), training=training, checkpoint=CheckpointConfig())
     validate(config, parallel.world_size)
     tokenizer = _tokenizer(opened.data, tokenizer_model)
-    if tokenizer_model is None:  # else the files beside that one count
+    if tokenizer_model is None:  # else the files next to that one count
         tokenizer.chat = read_chat(chat_of(opened.model.attachments), directory)
     train_state = opened.tensors.train_state
     if "vocab_size" not in train_state:

@@ -18,7 +18,7 @@ from megatron_samoe.row_exchange.exchange import with_exchange
 
 
 def prepare_device(layout: ParallelConfig, num_threads: int | None, bf16: bool = False) -> torch.device:
-    """Returns this rank's device, checked, with so many CPU threads beside it; the host's cores over its ranks if None.
+    """Returns this rank's device, checked, and sets its CPU threads; the host's cores over its ranks if None.
 
     Raises:
         ConfigError: see `check_gpu`.
@@ -30,7 +30,7 @@ def prepare_device(layout: ParallelConfig, num_threads: int | None, bf16: bool =
 
 
 def place_in(layout: ParallelConfig, device: torch.device, shares_experts: bool = False) -> ParallelState:
-    """Returns the place of this rank, which has joined its job, in a layout, with the transport of tokens to other
+    """Returns the parallel state of this rank, which has joined its job, in a layout, with the transport of tokens to other
     ranks' experts.
 
     Args:
@@ -46,7 +46,7 @@ def place_in(layout: ParallelConfig, device: torch.device, shares_experts: bool 
 
 
 def join_ranks(layout: ParallelConfig, num_threads: int | None = None) -> ParallelState:
-    """Joins torchrun's job, if this process is in one, and returns this rank's place in a layout.
+    """Joins torchrun's job, if this process is in one, and returns this rank's parallel state in a layout.
 
     Args:
         num_threads: CPU threads of this rank; the host's cores divided by its ranks if not given.
@@ -105,7 +105,7 @@ def check_gpu(device: torch.device, bf16: bool = False) -> None:
 
 
 def has_code(archs: Iterable[str], capability: tuple[int, int]) -> bool:
-    """Returns whether code for these architectures runs on a GPU: sm_80 on 8.x from 8.0 on, sm_90a on 9.0 alone, and
+    """Returns whether code for these architectures runs on a GPU: sm_80 on 8.x from 8.0 on, sm_90a on 9.0 only, and
     compute_80, which the driver compiles, on all from 8.0 on.
     """
     for arch in archs:

@@ -13,7 +13,7 @@ from megatron_samoe.config.option import Need
 from megatron_samoe.config.pretrain import PretrainConfig
 
 #: Option, whether it is refused, what is allowed, and its value where that is not the configuration's. Of the rows of one
-#: option in a table the first that holds is told.
+#: option in a table the first that holds is reported.
 Row: TypeAlias = tuple[str, object, str] | tuple[str, object, str, Any]
 Rows: TypeAlias = Iterator[Row]
 

@@ -107,7 +107,7 @@ def _sharing(config: PretrainConfig, _: int) -> Rows:
 
 
 def _candidates(config: PretrainConfig, _: int) -> Rows:
-    """What layers may choose from while that changes."""
+    """Rules of candidates that change."""
     moe, layers, steps = config.moe, num_moe_layers(config), config.training.train_iters
     if moe.sharing_reads("num_neighbour_layers"):
         several = not isinstance(moe.num_experts, int)

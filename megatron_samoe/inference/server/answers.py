@@ -15,8 +15,8 @@ from megatron_samoe.inference.text_stream import REPLACEMENT
 class CompletionAnswers:
     """The bodies of one answer of `/v1/completions`.
 
-    Log-probabilities come with each token's text, and its place in the choice's text. Tokens may end within a character; a
-    token's text is then a replacement sign, and two of "top_logprobs" may look alike, of which the more probable is kept.
+    Log-probabilities come with each token's text, and its offset in the choice's text. Tokens may end within a character; a
+    token's text is then a replacement sign, and two of "top_logprobs" may be equal, of which the more probable is kept.
     """
 
     prefix, whole, piece = "cmpl", "text_completion", "text_completion"
@@ -24,7 +24,7 @@ class CompletionAnswers:
     def __init__(self, call: CompletionCall, model: str, tokenizer: Tokenizer, created: int):
         self._call, self._decode = call, tokenizer.decode
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": created, "model": model}
-        # Of a choice that begins with its prompt, until that is told.
+        # Of a choice that begins with its prompt, until that is sent.
         self._prompts = [list(r.prompt_ids) if r.scores_prompt else [] for r in call.requests]
         self._offsets = [0] * len(call.requests)
 
@@ -55,7 +55,7 @@ class CompletionAnswers:
         scores: list[TokenScore | None] = [event.score] if self._call.adds_tokens else []
         ids = [event.token_id] if self._call.adds_tokens else []
         if prompt := self._prompts[index]:
-            # Nothing stands before the first token, so it has no probability.
+            # Nothing precedes the first token, so it has no probability.
             ids, scores = [*prompt, *ids], [None, *event.prompt_scores, *scores]
             self._prompts[index] = []
         texts = [self._decode([token]) for token in ids]

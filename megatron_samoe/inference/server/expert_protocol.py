@@ -1,4 +1,4 @@
-"""`/v1/experts` as plain values, beside OpenAI's API: which experts each token of a text uses."""
+"""`/v1/experts` as plain values, an addition to OpenAI's API: which experts each token of a text uses."""
 
 from __future__ import annotations
 

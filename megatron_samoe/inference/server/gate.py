@@ -1,4 +1,4 @@
-"""What every HTTP request passes before it reaches a route: limits, who may ask, and a count of answers.
+"""The gate of every HTTP request before its route: limits, who may ask, and a count of answers.
 
 Plain ASGI, because the usual wrappers hide from a route that its client has gone.
 """
@@ -24,7 +24,7 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 #: Paths that need no token: the page asks for it, and balancers have none.
 OPEN_PATHS = ("/", "/health")
 ROUTES = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/experts")
-#: A body that is too large is still read up to so many times the limit, so that its sender hears the reason: many
+#: A body that is too large is still read up to this multiple of the limit, so that its sender hears the reason: many
 #: clients look for an answer only after they have sent everything.
 OVERREAD = 16
 #: What servers log for a request whose client did not wait for the answer; nobody reads it.
@@ -92,7 +92,7 @@ class Gate:
 
         try:
             self._check(scope)
-            # A body that is still on its way takes no place from requests that are complete.
+            # A body that is still on its way takes no slot of complete requests.
             if scope["method"] != "POST":
                 take_place()
         except ApiError as error:
@@ -120,7 +120,7 @@ class Gate:
         if self._key is None or scope["path"] in OPEN_PATHS:
             return
         kind, _, token = headers.get(b"authorization", b"").partition(b" ")
-        # Compared in a time that does not tell how much of it is right.
+        # Compared in a time that does not reveal how much of it is right.
         if kind.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._key):
             what = "is wrong" if kind else 'is missing: the header "Authorization: Bearer ..." is needed'
             raise ApiError(401, f"The access token {what}.", kind="authentication_error", code="invalid_api_key")
@@ -213,5 +213,5 @@ async def send_error(error: ApiError, send: Send) -> None:
 
 
 def now_s() -> int:
-    """Returns the time as OpenAI's "created" has it."""
+    """Returns the time in the form of OpenAI's "created"."""
     return int(time.time())

@@ -19,7 +19,7 @@ from megatron_samoe.parallel_state.state import Group
 
 
 def draining_error() -> ApiError:
-    """What requests get that come when service is about to end, or would not end in time."""
+    """The error of requests that come when service is about to end, or would not end in time."""
     return ApiError(
         503,
         "The server is shutting down: send the request to another one.",
@@ -30,7 +30,7 @@ def draining_error() -> ApiError:
 
 
 def failed_error() -> ApiError:
-    """What requests get when the engine has failed."""
+    """The error of requests when the engine has failed."""
     return ApiError(
         500,
         "The engine has failed, and the server is about to end; its log has the reason.",
@@ -77,7 +77,7 @@ class CompletionService:
     """Takes requests while there is room, and brings each its tokens. All calls come from one event loop.
 
     Args:
-        max_queue: most choices that wait beside those that the engine runs.
+        max_queue: most choices that wait in addition to those that the engine runs.
         failed: set when the engine has failed, or that of another model of the same server, which ends with it.
         shares: see `EngineWorker`.
     """
@@ -179,7 +179,7 @@ class CompletionService:
 
     def _too_many(self, num_choices: int) -> ApiError:
         # Once all that are open have been served there is room for any request; many come at the same moment, so
-        # the time is no promise.
+        # the time is a guess.
         wait_s = self._mean_duration_s * len(self._tickets) / self._max_batch
         return ApiError(
             429,
@@ -197,14 +197,14 @@ class CompletionService:
         self._tell(self.fail)
 
     def _tell(self, take: Callable[..., None], *news: Any) -> None:
-        """Has the event loop take news, in the engine's thread; nobody is told once service has ended."""
+        """Has the event loop take news, in the engine's thread; nobody is notified once service has ended."""
         assert self._loop is not None
         # RuntimeError: the loop is closed, since the server left before the engine's step had ended.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(take, *news)
 
     def _deliver(self, notices: list[Notice], load: Load) -> None:
-        if self._failed.is_set():  # an engine that goes on while another model's has failed
+        if self._failed.is_set():  # an engine that runs while another model's has failed
             return
         now = time.monotonic()
         self._metrics.set_load(load)

@@ -1,4 +1,4 @@
-"""What the server counts, in Prometheus' text format; prometheus_client is an optional dependency."""
+"""The server's counters, in Prometheus' text format; prometheus_client is an optional dependency."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from megatron_samoe.parallel_state.state import Group
 
 @dataclass(frozen=True)
 class NamedModel:
-    """What a server is given of a model.
+    """A model that a server is given.
 
     Attributes:
         name: as clients name it.
@@ -33,7 +33,7 @@ class NamedModel:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model as requests meet it.
+    """A model as requests use it.
 
     Attributes:
         showing: held while `shown` runs: one text at a time.

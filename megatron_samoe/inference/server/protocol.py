@@ -73,7 +73,7 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Header fields beside the body."""
+        """Header fields."""
         retry = None if self.retry_after_s is None else str(self.retry_after_s)
         known = "Bearer" if self.status == 401 else None
         headers = {"Retry-After": retry, "Allow": self.allow, "WWW-Authenticate": known}
@@ -82,7 +82,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What requests are checked against.
+    """The limits that requests are checked against.
 
     Attributes:
         name: as in "model".
@@ -107,7 +107,7 @@ class CompletionCall:
         heads: text that each choice's answer begins with: its prompt where "echo" is set.
         prompt_tokens: of all prompts, each counted once.
         tells_logprobs: whether answers hold log-probabilities, with "echo" of the prompt's tokens, too.
-        adds_tokens: whether answers go on after the prompt; else the engine's one token is not told ("max_tokens" 0).
+        adds_tokens: whether answers continue the prompt; else the engine's one token is not sent ("max_tokens" 0).
         include_usage: whether a stream ends with the numbers of tokens.
     """
 
@@ -120,7 +120,7 @@ class CompletionCall:
     adds_tokens: bool
 
     def told(self, event: TokenEvent) -> TokenEvent:
-        """Returns what answers tell of a token."""
+        """Returns a token's part of an answer."""
         return event if self.adds_tokens else event._replace(text="", finish_reason="length")
 
 
@@ -128,7 +128,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     """Returns the JSON object of a request.
 
     Raises:
-        ApiError: it is no JSON, names a field twice, or is not an object.
+        ApiError: it is not JSON, names a field twice, or is not an object.
     """
 
     def refuse(name: str) -> None:
@@ -267,7 +267,7 @@ def encoded(given: list[Any], tokenizer: Tokenizer) -> tuple[list[str | None], l
 
 
 def encodable(name: str, text: str) -> str:
-    """Returns a field's text; ApiError where it is none."""
+    """Returns a field's text; ApiError for any other type."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -277,7 +277,7 @@ def encodable(name: str, text: str) -> str:
 
 
 def check_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Raises ApiError where a token is none of the vocabulary."""
+    """Raises ApiError where a token is not in the vocabulary."""
     for ids in prompts:
         outside = next((i for i in ids if not 0 <= i < vocab_size), None)
         if outside is not None:
@@ -285,7 +285,7 @@ def check_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
 
 
 def num_logprobs(body: Mapping[str, Any], name: str) -> int | None:
-    """Returns how many of the most probable tokens an answer is to show in each place."""
+    """Returns the number of most probable tokens that an answer shows at each position."""
     value = body.get(name)
     if value is not None and not (type(value) is int and 0 <= value <= MOST_LOGPROBS):
         raise bad_value(name, value, f"must be a whole number from 0 to {MOST_LOGPROBS}")
@@ -322,7 +322,7 @@ def max_new_tokens(
         told += f": {prompt_tokens} of the prompt and {wanted} to generate."
         raise ApiError(400, told, param=prompt if room < 1 else name, code=_TOO_LONG)
     allowed = min(default, room) if given is None else given
-    # The engine refuses it as well, but hears of it only when a stream has begun. The last token needs no place.
+    # The engine refuses it as well, but hears of it only when a stream has begun. The last token takes no position.
     needed = prompt_tokens + max(allowed, 1) - 1
     if needed > facts.cache_tokens:
         told = f"The server's key-value cache has {facts.cache_tokens} tokens, and the request needs {needed}"
@@ -332,7 +332,7 @@ def max_new_tokens(
 
 
 def sampling_options(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the engine's options, but for max_new_tokens."""
+    """Returns the engine's options, except max_new_tokens."""
     stop = given_value(body, "stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):

@@ -31,7 +31,7 @@ KEY_VARIABLE = "MEGATRON_SAMOE_API_KEY"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 #: For what is left after draining: an answer's last bytes, one engine step.
 LAST_WORDS_S = 3.0
-#: Connections that the system holds until they are taken, as uvicorn has it.
+#: Connections that the system holds until they are taken; uvicorn's default.
 BACKLOG = 2048
 
 
@@ -44,15 +44,15 @@ class ServerOptions:
         api_key: token that clients must send; None for no token.
         allowed_hosts: names under which it answers; where empty, the loopback names on a loopback address, and any name
             on another.
-        allowed_origins: of pages that browsers may let ask, beside the server's own: https://NAME, or "*" for all.
-        max_queue: choices that may wait beside those that run; more are refused with 429.
+        allowed_origins: of pages that browsers may let ask, in addition to the server's own: https://NAME, or "*" for all.
+        max_queue: choices that may wait in addition to those that run; more are refused with 429.
         max_choices: most prompts times choices of one request.
         max_connections: HTTP requests that are answered at a time; more are refused with 503. Four times as many
             connections and 64 may be open, and no more than half of the files that the process may open.
         max_body_bytes: of a request; more are refused with 413.
         body_timeout_s: in which a request's head must have come, and then its body. Idle connections are closed after as
             many, and on Linux those that do not take their answer.
-        drain_timeout_s: how long open requests may go on after SIGTERM or SIGINT.
+        drain_timeout_s: how long open requests may run after SIGTERM or SIGINT.
     """
 
     host: str = "127.0.0.1"
@@ -110,7 +110,7 @@ def read_api_key(path: Path | None) -> str | None:
     users of the machine can read.
 
     Raises:
-        ConfigError: the file cannot be read, or the token is no single word of printable ASCII.
+        ConfigError: the file cannot be read, or the token is not a single word of printable ASCII.
     """
     if path is None:
         source, key = KEY_VARIABLE, os.environ.get(KEY_VARIABLE)
@@ -185,7 +185,7 @@ def _open(listener: socket.socket) -> None:
 
 
 class Server:
-    """Serves models until it is told to end.
+    """Serves models until it is asked to end.
 
     Args:
         models: the first answers requests that name none.
@@ -213,7 +213,7 @@ class Server:
         gate = GateLimits(options.api_key, options.names, options.allowed_origins, options.max_connections)
         app = build_app(self._models, metrics, gate, options.max_body_bytes, options.body_timeout_s)
         # Connections that wait cost little, so there may be many; the gate counts requests that are complete.
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**31  # -1 says that there is no limit
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**31  # -1: no limit
         most = min(4 * options.max_connections + 64, files // 2)
         config = uvicorn.Config(
             app,
@@ -240,7 +240,7 @@ class Server:
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def run(self, ready: Callable[[], None] = lambda: None) -> int:
-        """Serves until SIGTERM, SIGINT, `end` or a failure of the engine; returns the exit status, 0 but for the last.
+        """Serves until SIGTERM, SIGINT, `end` or a failure of the engine; returns the exit status, 0 except for the last.
 
         Args:
             ready: called once requests and signals are taken.
@@ -266,7 +266,7 @@ class Server:
         while not self._uvicorn.started and not serving.done():
             await asyncio.sleep(0.005)
         if self._uvicorn.started:
-            self._listener.listen(BACKLOG)  # asyncio lets the system hold only as many as it takes at once
+            self._listener.listen(BACKLOG)  # asyncio lets the system hold only the number that it takes at once
         ready()
         asked, failed = asyncio.create_task(self._asked.wait()), asyncio.create_task(self._models.failed.wait())
         await asyncio.wait((serving, asked, failed), return_when=asyncio.FIRST_COMPLETED)
@@ -294,7 +294,7 @@ class Server:
 
 
 def _signalled(base: Any) -> Any:
-    """Returns uvicorn's server class with signals that only tell us: its own would close the socket at once, and end
+    """Returns uvicorn's server class with signals that only notify us: its own would close the socket at once, and end
     the process by the signal at last."""
 
     class SignalledServer(base):
@@ -306,7 +306,7 @@ def _signalled(base: Any) -> Any:
         def capture_signals(self) -> Iterator[None]:
             try:
                 before = {s: signal.signal(s, lambda n, _: self._tell(n)) for s in (signal.SIGTERM, signal.SIGINT)}
-            except ValueError:  # not the main thread, which alone may do it
+            except ValueError:  # only the main thread may do it
                 before = {}
             try:
                 yield

@@ -27,7 +27,7 @@ IDLE_S = 5.0
 
 
 class Command(NamedTuple):
-    """What is asked of the engine; a ticket is the asker's number of a request."""
+    """A call to the engine; a ticket is the asker's number of a request."""
 
     kind: Literal["submit", "cancel", "stop"]
     ticket: int = -1
@@ -100,7 +100,7 @@ class EngineWorker:
         group: all ranks of the layout; this is the first.
         publish: gets the notices of a step and the load after it. It is called in the worker's thread, so it must only
             pass them on.
-        fail: called once, in the worker's thread, if the engine cannot go on; nothing follows.
+        fail: called once, in the worker's thread, if the engine fails; nothing follows.
         shares: of the process's threads among its engines.
     """
 
