@@ -1,6 +1,6 @@
 """Programs that end when the one that started them does, however that ends: by itself, by a signal, by SIGKILL.
 
-Whatever starts a program here starts it by `run` or `start` (a test holds this). The new process asks Linux to be told
+Whatever starts a program here starts it by `run` or `start` (a test holds this). The new process asks Linux to be signalled
 when its parent ends, and then becomes the program. Linux means the thread that started it: a thread that starts a program
 has to outlive it.
 """

@@ -22,7 +22,7 @@ class MegatronSamoeError(Exception):
     """
 
     exit_status = 1
-    #: Whether another attempt can only meet the fault again, so that a launcher should make none.
+    #: Whether every attempt has the same fault, so that a launcher should not try again.
     permanent = False
     #: Whether a permanent fault of this rank is one of the whole job.
     ends_job = True
@@ -50,7 +50,7 @@ class ConfigError(MegatronSamoeError):
 
     def of_file(self, path: object) -> ConfigError:
         """Returns the error with the file in front whose content is wrong."""
-        # A field that begins with the file's name has it without the folder.
+        # A field that begins with the file's name is shown without the folder.
         field = self.field.removeprefix(f"{os.path.basename(str(path))}: ")
         return ConfigError(f"{path}: {field}", self.value, self.allowed)
 
@@ -81,7 +81,7 @@ def naming_file(path: object) -> Iterator[None]:
 
 
 class HostDiffersError(ConfigErrors):
-    """This host differs from those of an elastic job, which goes on without it."""
+    """This host differs from those of an elastic job, which continues without it."""
 
     ends_job = False
 
@@ -101,7 +101,7 @@ class CheckpointError(MegatronSamoeError):
 
 
 class NonFiniteLossError(MegatronSamoeError):
-    """Training met a loss or gradient that is not a number."""
+    """A loss or gradient of training is not a number."""
 
     permanent = True
 
@@ -117,23 +117,23 @@ class CommunicationError(MegatronSamoeError):
 
 
 class JobEndedError(CommunicationError):
-    """Another rank met a fault that does not pass, and ended the job."""
+    """Another rank had a permanent fault, and ended the job."""
 
     permanent = True
 
 
 class HostsLeftError(MegatronSamoeError):
-    """Other ranks of the job were told to leave, and this one was not."""
+    """Other ranks of the job were signalled to leave, and this one was not."""
 
 
 class ToldToLeaveError(MegatronSamoeError):
-    """This rank was told by SIGTERM to leave a job whose other hosts may go on."""
+    """This rank got SIGTERM, to leave a job whose other hosts may continue."""
 
     exit_status = 128 + signal.SIGTERM
 
 
 class HostRefusedError(MegatronSamoeError):
-    """A host cannot take part in an elastic job, and this one goes on without it."""
+    """A host cannot take part in an elastic job, and this one continues without it."""
 
 
 class ExtensionError(MegatronSamoeError):
@@ -192,7 +192,7 @@ def optional_import(module: str, extra: str, what: str) -> Any:
 
 
 def nearest_file(path: str) -> str:
-    """Returns what `nearest` says of a path that is not there, by the files beside it."""
+    """Returns what `nearest` says of a missing path, by the files of its folder."""
     folder = os.path.dirname(path) or "."
     return nearest(os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else [])
 

@@ -1,4 +1,4 @@
-"""Where the package lies, and how what it lacks is installed there."""
+"""Where the package is, and how what it lacks is installed there."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def load(
         dtype: of the weights, such as torch.bfloat16; as they are stored if not given.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged.
+        CheckpointError: the checkpoint is missing or damaged.
         DataError: its tokenizer is not there.
         ConfigError: the model does not fit one process.
     """
@@ -163,7 +163,7 @@ class LanguageModel:
         the vocabulary.
 
         Raises:
-            ConfigError: ids are none of the vocabulary, of different lengths, or more than the context holds; or the model
+            ConfigError: ids are outside the vocabulary, of different lengths, or more than the context holds; or the model
                 is split over pipeline or tensor-parallel ranks.
         """
         ids = self._ids(text)
@@ -175,7 +175,7 @@ class LanguageModel:
         has a `score_text`.
 
         Raises:
-            ConfigError: as for `logits`; or there is one token alone.
+            ConfigError: as for `logits`; or there is only one token.
         """
         ids = self._ids(text)
         ids_BS = ids[None] if ids.dim() == 1 else ids
@@ -300,7 +300,7 @@ class LanguageModel:
             self._unread = [event for event in self._unread if event.request_id not in numbers]
 
     def _ids(self, text: str | Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Tensor:
-        """Returns a text's ids [S], or those that are given, [S] or [B, S]; ConfigError where they are none of the model's."""
+        """Returns a text's ids [S], or those that are given, [S] or [B, S]; ConfigError where they are outside the vocabulary."""
         try:
             ids = torch.as_tensor(self.tokenizer.encode(text) if isinstance(text, str) else text)
         except (ValueError, TypeError) as error:

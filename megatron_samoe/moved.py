@@ -37,7 +37,7 @@ class _Moved(MetaPathFinder, Loader):
         new = self._new_name(old)
         assert new is not None
         warnings.warn(f"{old} is now {new}; version 0.3 knows the new name alone.", FutureWarning, stacklevel=2)
-        # The import system takes what stands here when the loader is done.
+        # The import system takes this entry when the loader is done.
         sys.modules[old] = importlib.import_module(new)
 
 

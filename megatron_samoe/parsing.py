@@ -59,7 +59,7 @@ JsonObject = dict[str, Any]
 
 class _Rules:
     """Refuses a mapping that has a key twice, of which YAML would silently keep the last. Digits that begin with 0 are text (a
-    pattern of layers such as 0101 is no octal number), and so are dates."""
+    pattern of layers such as 0101 is not an octal number), and so are dates."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "timestamp")]
@@ -207,7 +207,7 @@ def finite_float(value: object) -> float | None:
 
 
 def without_infinities(value: Any, shown: Callable[[float], Any] = lambda number: None) -> Any:
-    """Returns a value for JSON, which has neither nan nor infinities; None stands for them, or what is given to show them."""
+    """Returns a value for JSON, which has neither nan nor infinities; None replaces them, or the given text."""
     if isinstance(value, Mapping):
         return {name: without_infinities(part, shown) for name, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
 """The first thing that any program here does: before torch is imported, which takes seconds and reads the environment.
 
 `megatron_samoe/__init__.py` calls `prepare` where Python was started as `python -m megatron_samoe...`, files of tools/ do
-so through `run`. A library that imports the package is left alone.
+so through `run`. A library that imports the package is not changed.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def prepare() -> None:
 def die_with_torchrun() -> None:
     """Makes Linux kill this process when the torchrun that started it ends, however it ends.
 
-    A rank that outlives a killed torchrun would train on beside the job that replaces it. Killing a rank at any moment
+    A rank that outlives a killed torchrun would train on next to the job that replaces it. Killing a rank at any moment
     is safe, because checkpoints are renamed only when they are whole. Programs call this first of all: loading torch
-    takes seconds, in which the parent may go, and whoever asks later sees process 1 in its place.
+    takes seconds, in which the parent may go, and whoever asks later sees process 1 instead.
     """
     if not (sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ):
         return
-    from megatron_samoe.children import end_with  # whose ctypes a process that is no rank need not load
+    from megatron_samoe.children import end_with  # whose ctypes only ranks need to load
 
     end_with(os.getppid(), signal.SIGKILL)
 

@@ -1,1 +1,1 @@
-"""Experts that layers come to share: one fit, which surgery (of weights alone) and compression (by what experts meet) call."""
+"""The fit of shared experts to layers' own, which surgery (by weights only) and compression (by experts' inputs) call."""

@@ -1,11 +1,11 @@
-"""Banks that stand for the experts of many layers: least squares, weighted by what the experts meet where that is known.
+"""Banks that replace the experts of many layers: least squares, weighted by the experts' inputs where these are known.
 
     min over A, T of   sum_{l,e}  || (W[l,e] - sum_p A[l,p] T[p,e]) C[l,e] ||^2,      C C' = M[l,e] = sum of x x'
 
 is the squared error of the products W x over a text.
 
 Without moments, C = 1, and the best P banks are the projection on the leading eigenvectors U of the layers' inner products
-W W^T (Eckart and Young 1936): `fit_banks`. It needs the inner products alone, so weights need not be in memory together, and
+W W^T (Eckart and Young 1936): `fit_banks`. It needs only inner products, so weights need not be in memory together, and
 gives banks as mixtures of the layers' experts. Any P rows of U U^T W span the same space; we take those of P well-chosen
 layers, so that banks look like experts and these layers' coefficients are one-hot.
 
@@ -39,7 +39,7 @@ class BankFit:
         coefficients_LGP: W[l, g] is about sum_p coefficients[l, g, p] T[p, g]; G is 1, or each expert has its own.
         banks: without moments the mixture [P, G, L], T[p, g] = sum_l mixture[p, g, l] W[l, g]; with moments T itself, [P, E, U, D].
         lost_LG: squared error that the banks leave, of each group, or with moments of each expert.
-        power_LG: the same of nothing in place of the banks.
+        power_LG: the same without banks.
     """
 
     coefficients_LGP: Tensor
@@ -49,7 +49,7 @@ class BankFit:
 
     @property
     def is_mixture(self) -> bool:
-        """Whether the banks are told as mixtures of the layers' experts."""
+        """Whether the banks are given as mixtures of the layers' experts."""
         return self.banks.dim() == 3
 
     @property
@@ -120,7 +120,7 @@ def choose_anchors(basis_LP: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FitTarget:
-    """What the banks are to stand for: L layers of E matrices [U, D], in roles that all layers share.
+    """The experts that banks replace: L layers of E matrices [U, D], in roles that all layers share.
 
     Attributes:
         cross_LEUD: sums of products' targets times inputs, W M where the inputs stayed.
@@ -223,15 +223,15 @@ class _Solution:
 
 
 def starts_of(w_LEUD: Tensor, moment_LEDD: Tensor, num_banks: int) -> list[Tensor]:
-    """Returns coefficients to start from: of the best banks without weights, and of the best where all layers meet the mean of
-    what they meet (both are known in closed form)."""
+    """Returns coefficients to start from: of the best banks without weights, and of the best where all layers' inputs are the mean of
+    their inputs (both are known in closed form)."""
     plain_LL = torch.einsum("leud,meud->lm", w_LEUD.double(), w_LEUD.double())
     grams = (plain_LL, pooled_gram(w_LEUD, moment_LEDD))
     return [fit_banks(gram_LL[None], num_banks).coefficients_LGP for gram_LL in grams]
 
 
 def pooled_gram(w_LEUD: Tensor, moment_LEDD: Tensor) -> Tensor:
-    """Returns inner products of layers' matrices, [L, L], weighted by the mean of what each role's experts meet."""
+    """Returns inner products of layers' matrices, [L, L], weighted by the mean of each role's inputs."""
     w_LEUD = w_LEUD.double()
     mean_EDD = damped(moment_LEDD.double(), DAMPING).mean(0)
     gram_LL = torch.einsum("leud,meud->lm", w_LEUD, w_LEUD @ mean_EDD)
@@ -246,7 +246,7 @@ def _best_banks(target: FitTarget, a_LGP: Tensor) -> Tensor:
     for role in range(E):
         left = torch.einsum("lp,lq,lij->piqj", a_LP, a_LP, target.moment_LEDD[:, role]).reshape(num_banks * D, -1)
         right = torch.einsum("lp,lud->pdu", a_LP, target.cross_LEUD[:, role]).reshape(num_banks * D, U)
-        # Banks that layers use alike are not told apart by the text: the least of them are taken.
+        # The text does not distinguish banks that layers use equally: the least of them are taken.
         left.diagonal().add_(1e-11 * left.diagonal().mean())
         banks.append(torch.cholesky_solve(right, torch.linalg.cholesky(left)).view(num_banks, D, U).transpose(1, 2))
     return torch.stack(banks, 1)

@@ -1,7 +1,7 @@
-"""What experts meet in text: moments of their inputs and hidden activations, loads, saliency, samples.
+"""Statistics of experts on text: moments of their inputs and hidden activations, loads, saliency, samples.
 
 The model reads text once. Each MoE layer's router says which tokens go where, and what an expert makes of them is computed
-beside the layer from its weights, so that the model itself stays as it is. One process.
+next to the layer from its weights, so that the model itself stays as it is. One process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LayerCalibration:
         input_EDD: sum of x x' in fp32.
         hidden_ECC: sum of a a', with a between the expert's matrices.
         saliency_E: sum of gate * norm of output (REAP, arXiv:2510.13999); over tokens_E it is the saliency.
-        key_ER: rank in the lot that keeps R of an expert's tokens, each with equal chance; below 0 where there is none.
+        key_ER: rank in the lot that keeps R of an expert's tokens, each with equal chance; below 0 without one.
         sample_in_ERH, sample_out_ERH: the kept tokens' inputs, and the expert's outputs.
     """
 
@@ -62,7 +62,7 @@ class LayerCalibration:
         )
 
     def add(self, expert: int, x_NH: Tensor, a_NF: Tensor, y_NH: Tensor, gate_N: Tensor, key_N: Tensor) -> None:
-        """Adds an expert's tokens, each with its place in the lot."""
+        """Adds an expert's tokens, each with its number in the lot."""
         has_bias = self.input_EDD.shape[-1] > x_NH.shape[-1]
         self.tokens_E[expert] += len(x_NH)
         for sums, rows in ((self.input_EDD, x_NH), (self.hidden_ECC, a_NF)):
@@ -95,7 +95,7 @@ def calibration_bytes(shapes: Sequence[ExpertShape], num_samples: int) -> int:
 
 
 def calibrate(model: RankModel, passes: Sequence[Tensor], num_samples: int, seed: int) -> list[LayerCalibration]:
-    """Returns what the experts of each MoE layer meet in text.
+    """Returns statistics of the experts of each MoE layer on text.
 
     Args:
         passes: ids [B, S + 1] of each forward pass.
@@ -123,7 +123,7 @@ def own_experts(part: torch.nn.Module) -> ExpertWeights:
 
 @dataclass
 class OutputSums:
-    """What the second matrix of each expert is fitted on once the first is another.
+    """The data that the second matrix of each expert is fitted on once the first has changed.
 
     Attributes:
         hidden_ECC: sum of b b' in fp32, with b between the matrices of the new expert.
@@ -139,7 +139,7 @@ class OutputSums:
 def output_sums(
     model: RankModel, passes: Sequence[Tensor], new: Sequence[ExpertWeights], activation: Activation
 ) -> list[OutputSums]:
-    """Returns sums for each MoE layer; `new` are experts in the place of the model's, of which w1 and b1 count."""
+    """Returns sums for each MoE layer; `new` are experts that replace the model's, of which w1 and b1 count."""
     layers = model.moe_layers()
     old = [own_experts(layer.moe.experts) for layer in layers]
     found = []

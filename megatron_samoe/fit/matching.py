@@ -1,4 +1,4 @@
-"""A common numbering of layers' experts, and of the neurons in them: what is alike gets the same number.
+"""A common numbering of layers' experts, and of the neurons in them: similar ones get the same number.
 
 Experts are matched by their outputs: how far each layer's expert is from another's on samples of what either meets. Then the
 neurons of matched experts, by what each adds to the output there. The best of this numbering, the layers' own and that of
@@ -24,13 +24,13 @@ from megatron_samoe.fit.matching_by_weights import match_by_weights
 from megatron_samoe.fit.numbering import Numbering
 from megatron_samoe.ops.grouped_mlp import Activation, ExpertWeights
 
-#: What is matched: experts and their neurons, experts alone, or nothing.
+#: The parts that are matched: experts and their neurons, experts only, or nothing.
 Matching = Literal["neurons", "experts", "none"]
 
 
 @dataclass(frozen=True)
 class MatchedLayer:
-    """A layer to be matched: its experts, and what they met."""
+    """A layer to be matched: its experts, and their statistics."""
 
     weights: ExpertWeights
     calibration: LayerCalibration
@@ -42,7 +42,7 @@ class MatchedLayer:
 
 
 def in_order(layer: MatchedLayer, numbers: Numbering) -> MatchedLayer:
-    """Returns a layer's experts, and the moments of what they meet, in another order; samples and loads follow."""
+    """Returns a layer's experts, and the moments of their inputs, in another order; samples and loads follow."""
     weights = ExpertWeights(**{kind: numbers.applied(kind, t) for kind, t in layer.weights.items()})
     old = layer.calibration
     hidden_ECC = old.hidden_ECC[numbers.experts_E]
@@ -72,8 +72,8 @@ def best_numbering(
     num_banks: int,
     num_groups: int = 1,
 ) -> list[Numbering]:
-    """Returns the numbering, of several, with which the layers would lose least if all met the mean of what they meet: their
-    own, that of `match`, and the experts' by their weights alone, which finds a pool that was folded.
+    """Returns the numbering, of several, with which the layers would lose least if all had the mean of their inputs: their
+    own, that of `match`, and the experts' by their weights only, which finds a pool that was folded.
 
     Args:
         num_groups: consecutive groups of experts, which stay together.
@@ -141,7 +141,7 @@ def output_distances(a: MatchedLayer, b: MatchedLayer, activation: Activation) -
 
 
 def _distances(own: MatchedLayer, other: MatchedLayer, activation: Activation) -> Tensor:
-    """Returns [expert of own, expert of other], over what own's experts met."""
+    """Returns [expert of own, expert of other], over the inputs of own's experts."""
     count = len(own.weights.w1)
     cost_EE = torch.zeros(count, len(other.weights.w1), dtype=torch.float64)
     for expert in range(count):

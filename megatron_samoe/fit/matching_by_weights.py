@@ -1,4 +1,4 @@
-"""A common numbering of layers' experts by their weights alone, from inner products: no text is needed."""
+"""A common numbering of layers' experts by their weights only, from inner products: no text is needed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def match_experts(grams: Sequence[Tensor], num_banks: int, max_sweeps: int = 10)
 
     Args:
         grams: inner products of all experts of all layers, [L, E, L, E] in fp64, of weights that are combined apart:
-            each has P directions of its own, and all count alike, whatever their size.
+            each has P directions of its own, and all have the same weight, whatever their size.
     """
     grams = [gram / torch.einsum("lele->", gram).clamp_min(1e-300) for gram in grams]
     num_layers, num_experts = grams[0].shape[:2]

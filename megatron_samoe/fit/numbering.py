@@ -14,7 +14,7 @@ class Numbering:
 
     Attributes:
         experts_E: number, in the layer, of the expert that plays each role.
-        neurons_EF: of that expert, the neuron at each place.
+        neurons_EF: of that expert, the neuron at each index.
     """
 
     experts_E: Tensor
@@ -22,7 +22,7 @@ class Numbering:
 
     @staticmethod
     def of_experts(experts_E: Tensor, ffn_size: int) -> Numbering:
-        """Returns an order of experts alone, each with its F neurons as they are."""
+        """Returns an order of experts only, each with its F neurons as they are."""
         return Numbering(experts_E, torch.arange(ffn_size).repeat(len(experts_E), 1))
 
     @property

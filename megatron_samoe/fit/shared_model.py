@@ -110,7 +110,7 @@ class FittedGroup:
 def shared_model(
     source: GlobalTensors, config: PretrainConfig, sources: Sequence[Source], fitted: Sequence[FittedGroup]
 ) -> EditedModel:
-    """Returns a MoE with banks and sets in place of the experts of layers that share.
+    """Returns a MoE whose layers share banks and sets that replace their experts.
 
     Args:
         source: the MoE, in the numbering that the groups were fitted in.

@@ -1,4 +1,4 @@
-"""What half an hour on a machine with a GPU should find out: `make gpu-check`."""
+"""The check of a machine with a GPU, for half an hour: `make gpu-check`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class GpuCheck:
     """check and measure all there is on a machine with a GPU
 
     What half an hour should find out, in pieces of less than ten minutes each, in processes of their own: the tests for
-    GPUs, waits, memory, ops and training steps beside what was predicted without a GPU, a profile, and at last a dense model,
+    GPUs, waits, memory, ops and training steps next to what was predicted without a GPU, a profile, and at last a dense model,
     a MoE and a SaMoE of about 100 M active parameters, trained in turn until the time is up. A piece that is finished is not
-    run again, and training goes on where it stopped: start the command again with more minutes. `report.md` and the small
+    run again, and training resumes: start the command again with more minutes. `report.md` and the small
     JSON files in --output-dir are the result; `runs/` is not needed.
     """
 
@@ -44,7 +44,7 @@ class GpuCheck:
     device: Literal["cuda", "cpu"] = "cuda"
     """what to measure"""
     pieces: tuple[Piece, ...] = get_args(Piece)
-    """these alone"""
+    """these only"""
     again: bool = False
     """run finished pieces, too"""
     data_path: str | None = None
@@ -105,7 +105,7 @@ class GpuCheck:
 
 
 def is_finished(result: Path) -> bool:
-    """Returns whether a piece has a result that is no failure."""
+    """Returns whether a piece has a result that is not a failure."""
     return result.is_file() and json.loads(result.read_text())["state"] != "failed"
 
 
@@ -131,7 +131,7 @@ def run_piece(
             rows.append(row)
     except NotHere as error:
         state, why = "not here", str(error)
-    except Exception as error:  # the other pieces go on, and the result says what was found until then
+    except Exception as error:  # the other pieces run, and the result says what was found until then
         state, why = "failed", f"{type(error).__name__}: {error}"
     save(folder, name, {"state": state, "why": why, "seconds": round(time.monotonic() - started, 1), "rows": rows})
 

@@ -20,7 +20,7 @@ SIZES = {
 NUM_EXPERTS = {"full": 32, "tiny": 4}
 #: A run ends by the clock, not by its steps.
 COMMON = "--train-iters 100000 --lr-decay-style constant --log-interval 10 --eval-iters 4 --eval-interval 250"
-#: Tokens of a vocabulary that is no multiple of 64, as GPT-2's.
+#: Tokens of a vocabulary that is not a multiple of 64, as GPT-2's.
 VOCAB_SIZE = {"full": 50257, "tiny": 251}
 
 

@@ -1,4 +1,4 @@
-"""The pieces of the check. Each returns rows: what was measured, beside what was predicted where something was."""
+"""The pieces of the check. Each returns rows: what was measured, next to what was predicted, if anything was."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ WAITS_OF_A_STEP = 1
 
 @dataclass(frozen=True)
 class Task:
-    """What a piece is told.
+    """The inputs of a piece.
 
     Attributes:
-        folder: of the whole check; a piece may write beside its result.
+        folder: of the whole check; a piece may write next to its result.
         size: of models and operands, `full` or `tiny`.
         seconds: that the piece may take.
         data: flags of pretraining that name the data.
@@ -79,13 +79,13 @@ class NotHere(MegatronSamoeError):
 
 
 def on_gpu(task: Task) -> None:
-    """Raises NotHere where there is no GPU."""
+    """Raises NotHere without a GPU."""
     if task.device.type != "cuda":
         raise NotHere("a CPU is no GPU: there is nothing to measure")
 
 
 def machine(task: Task) -> Iterator[Row]:
-    """What is here: GPU, driver, libraries, the build."""
+    """The machine: GPU, driver, libraries, the build."""
     yield {"what": "torch", "measured": f"{torch.__version__}, CUDA {torch.version.cuda}"}
     for name, value in extension.build_info().items():
         yield {"what": f"extension: {name}", "measured": str(value)}
@@ -260,7 +260,7 @@ def op_cases(task: Task) -> dict[str, tuple[int, Callable[[], object]]]:
 
 
 def ops(task: Task) -> Iterator[Row]:
-    """Time of the ops that no library has, against the time of a copy of as many bytes: by our kernels and by torch."""
+    """Time of the ops that no library has, against the time of a copy of the same bytes: by our kernels and by torch."""
     size = (1 << 30) if task.size == "full" else (1 << 20)
     source: Tensor = torch.empty(size, dtype=torch.uint8, device=task.device)
     target = torch.empty_like(source)
@@ -347,7 +347,7 @@ def profile(task: Task) -> Iterator[Row]:
 
 
 def train(task: Task) -> Iterator[Row]:
-    """Trains dense, MoE and SaMoE in turn for the time that is left; each goes on where it stopped."""
+    """Trains dense, MoE and SaMoE in turn for the time that is left; each resumes."""
     names = list(arms(task.size))
     minutes = max(task.seconds / len(names) / 60 - 0.75, 0.05)  # starting and saving take time, too
     for name in names:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-#: Types of these devices, and who tells their compute capability. Algorithms are chosen by it and never by `is_cuda`, so
+#: Types of these devices, and the source of their compute capability. Algorithms are chosen by it and never by `is_cuda`, so
 #: another device can stand for a GPU (`taken_for_gpu`).
 DEVICES: Mapping[str, Callable[[torch.device], tuple[int, int]]] = {"cuda": torch.cuda.get_device_capability}
 
@@ -46,7 +46,7 @@ def taken_for_gpu(device_type: str, of_capability: tuple[int, int] = (9, 0)) -> 
 
 
 class HostCopy:
-    """A tensor on its way to the host. The device goes on with other work, and so does the host until `wait`.
+    """A tensor on its way to the host. The device continues with other work, and so does the host until `wait`.
 
     Args:
         x: as the device's current stream will leave it; it must not change before `wait`.
@@ -74,5 +74,5 @@ class HostCopy:
 
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """Returns the stream of copies, which do not stand in line behind what the device has been given meanwhile."""
+    """Returns the stream of copies, which do not queue behind work that the device has been given meanwhile."""
     return torch.cuda.Stream(device)

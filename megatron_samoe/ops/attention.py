@@ -1,4 +1,4 @@
-"""Causal attention with what scores may have besides: a window of recent keys, a soft cap, and a sink.
+"""Causal attention, with a window of recent keys, a soft cap of scores, and a sink.
 
 Queries are taken block by block, each with the keys that its window reaches. So no tensor is as large as a sequence squared.
 `reference.attention` is the reference implementation.
@@ -23,7 +23,7 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """What a query's scores have besides the product with its keys.
+    """The parts of a query's scores in addition to the product with its keys.
 
     Attributes:
         window: most keys that a query attends to, its own and those before it; None for all.
@@ -43,7 +43,7 @@ class ScoreRule:
         return self.window is None and self.softcap is None and self.sinks_A is None
 
     def first_key(self, query: int) -> int:
-        """Returns the first key that a query of some place attends to."""
+        """Returns the first key that the query at a position attends to."""
         return 0 if self.window is None else max(0, query - self.window + 1)
 
 

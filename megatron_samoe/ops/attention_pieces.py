@@ -15,7 +15,7 @@ from megatron_samoe.ops import reference
 def attention_piece(
     q_BASD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns y_BASD and lse_BAS, in fp32 or fp64, of attention to these keys alone.
+    """Returns y_BASD and lse_BAS, in fp32 or fp64, of attention to these keys only.
 
     Args:
         is_causal: query i attends to keys 0 to i, else to all.

@@ -2,8 +2,8 @@
 
 Experts in bf16 are multiplied by our kernel (`native`, AVX-512's dot products), by torch's BLAS (`blas`; on matrix tiles
 `amx`), or in fp32 from widened operands (`fp32`). Weight gradients are summed in fp32 in every way. Inference streams
-weights through its own kernels, with activations in fp32, while tokens are few. From as many as the table says it makes
-whole products; those of weights in bf16 go the way of experts, and so round activations as training does, but for `fp32`.
+weights through its own kernels, with activations in fp32, while tokens are few. From the number in the table on it makes
+whole products; those of weights in bf16 go the way of experts, and so round activations as training does, except for `fp32`.
 
 The choice comes from the table, never from a timing. MEGATRON_SAMOE_BF16_PRODUCTS asks for a way of bf16, and a run keeps on
 resume what its checkpoint says where the machine has it.

@@ -127,7 +127,7 @@ class Routed:
         normed_TH: the normalised tokens.
         ids_TK: the chosen experts, int64; -1 where a token has fewer.
         probs_TK: their weights.
-        shared_T: weight of the MLP beside them, where it has one.
+        shared_T: weight of the shared MLP, where it has one.
     """
 
     normed_TH: Tensor

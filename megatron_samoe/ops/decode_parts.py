@@ -1,4 +1,4 @@
-"""What a decoded layer consists of, as ops/decode.py takes it: weights, norms, attention, experts and how they are chosen."""
+"""The parts of a decoded layer, as ops/decode.py takes them: weights, norms, attention, experts and how they are chosen."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Weight:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Weight:
-        """Returns a weight of what a function makes of the numbers and of the scales; of their leading dims alone."""
+        """Returns a weight of what a function makes of the numbers and of the scales; of their leading dims only."""
         return Weight(function(self.data), None if self.scale is None else function(self.scale))
 
     def dequantized(self) -> Tensor:
@@ -63,10 +63,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class Places:
-    """The positions of a step's tokens, and their places in the cache.
+    """The positions of a step's tokens, and their rows in the cache.
 
     Attributes:
-        positions_T, slots_T: int32; place in the sequence, and row of `pages`.
+        positions_T, slots_T: int32; position in the sequence, and row of `pages`.
         pages: [slots, pages of a sequence], int32.
         cos_PR, sin_PR: fp32 tables by position, or None without rotary positions.
     """
@@ -78,7 +78,7 @@ class Places:
     sin_PR: Tensor | None = None
 
     def arguments(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
-        """Returns the places, rotary tables first."""
+        """Returns the tensors, rotary tables first."""
         return self.cos_PR, self.sin_PR, self.positions_T, self.slots_T, self.pages
 
 
@@ -88,8 +88,8 @@ class AttentionLayer:
 
     Attributes:
         qkv: [G, Q + 2, D, H].
-        head_norms: none, or norms of queries and keys, of each head alone ([D]) or of all together.
-        rule: what scores have besides the product of queries and keys; fp32 sinks.
+        head_norms: none, or norms of queries and keys, of each head ([D]) or of all together.
+        rule: parts of scores in addition to the product of queries and keys; fp32 sinks.
         clip: c that cuts queries, keys and values to [-c, c], after their norms.
         output: [H, G * Q * D].
         keys: [pages, G, D, PAGE], and values [pages, G, PAGE, D], fp32 or bf16.
@@ -163,8 +163,8 @@ class Routing:
 
     Attributes:
         norm_scale: [1], the length of a token's logits, where scores are "norm".
-        mixing: none, or weight_2H and bias_2: a softmax of them weighs routed experts against the MLP beside them.
-        shared_gate_1H: a sigmoid of it weighs the MLP beside them, where there is one and it is not mixed.
+        mixing: none, or weight_2H and bias_2: a softmax of them weighs routed experts against the shared MLP.
+        shared_gate_1H: a sigmoid of it weighs the shared MLP, if there is one and it is not mixed.
     """
 
     weight_EH: Tensor
@@ -180,7 +180,7 @@ class Routing:
 
     @property
     def is_plain(self) -> bool:
-        """Whether logits decide alone, as the fused block and the CUDA kernels have it."""
+        """Whether only logits decide, as in the fused block and the CUDA kernels."""
         return self.rule.is_plain and self.norm_scale is None and self.mixing is None
 
     def arguments(self) -> tuple[Any, ...]:

@@ -69,7 +69,7 @@ def attention(
 
     Args:
         head_norms: weights [D] of each head's queries and keys, and maybe their biases; or [A * D] and [G * D] over all heads.
-        rule: what scores have besides; a sequence's tokens then follow each other.
+        rule: further parts of scores; a sequence's tokens then follow each other.
     """
     num_groups = qkv.shape[1]
     q, k, v = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]
@@ -115,7 +115,7 @@ def choose(
     norm_scale: Tensor | None = None,
     mixing: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns ids_TK and probs_TK of a router, and the weight of the MLP beside its experts; see `ops.decode_parts.Routing`."""
+    """Returns ids_TK and probs_TK of a router, and the weight of the shared MLP; see `ops.decode_parts.Routing`."""
     logits_TE = x_TH @ weight_EH.t()
     if norm_scale is not None:
         logits_TE = norm_scale * F.normalize(logits_TE, dim=1)

@@ -62,7 +62,7 @@ class Documents:
 
     @cached_property
     def pieces(self) -> tuple[tuple[Piece, ...], ...]:
-        """Pieces of the whole micro-batch where its sequences are cut alike, else of each sequence."""
+        """Pieces of the whole micro-batch where its sequences are cut equally, else of each sequence."""
         cuts = [_cuts(row) for row in self.lengths]
         if len({tuple(size for size, _ in row) for row in cuts}) == 1:
             return (

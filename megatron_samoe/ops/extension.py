@@ -1,7 +1,7 @@
 """The search for the compiled extension, and what of it this process uses.
 
 Nothing happens at import. The first op that runs loads `megatron_samoe/_C*.so`, if it is there, takes the running torch
-and was built from these sources. It uses torch's stable ABI alone, so it takes every torch from `oldest_torch` of its
+and was built from these sources. It uses only torch's stable ABI, so it takes every torch from `oldest_torch` of its
 record on. Otherwise the reference implementations of ops/reference.py do the work, and one line says so.
 MEGATRON_SAMOE_EXTENSION=off never loads it, =require raises ExtensionError instead of falling back, and =auto (the
 default) falls back.
@@ -43,7 +43,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _library_path() -> Path | None:
-    """Returns the newest compiled library beside the package, or None."""
+    """Returns the newest compiled library in the package's folder, or None."""
     found = sorted(Path(__file__).parent.parent.glob("_C*.so"), key=lambda path: path.stat().st_mtime)
     return found[-1] if found else None
 
@@ -115,7 +115,7 @@ def load() -> bool:
         ConfigError: the mode is unknown.
     """
     mode = _setting(ENVIRONMENT_VARIABLE, _MODES)
-    _setting(CUDA_ENVIRONMENT_VARIABLE, _CUDA_MODES)  # a bad value is refused wherever the run takes place
+    _setting(CUDA_ENVIRONMENT_VARIABLE, _CUDA_MODES)  # a bad value is refused wherever the run is
     if mode == "off":
         return False
     reason = _load_or_explain()
@@ -199,7 +199,7 @@ def cuda_kernels_in_use() -> list[CudaKernel]:
 def build_info() -> dict[str, Any]:
     """Returns what the build recorded (torch, compiler, instruction sets, CUDA) and what this process uses of it.
 
-    Empty where there is no library of this project.
+    Empty without a library of this project.
     """
     path = _library_path()
     if path is None:
@@ -216,7 +216,7 @@ def build_info() -> dict[str, Any]:
 
 
 def build_identity() -> dict[str, str]:
-    """Returns what two builds that work together must have alike: their sources, and whether they have CUDA kernels."""
+    """Returns the facts that must be equal in builds that work together: their sources, and whether they have CUDA kernels."""
     info = build_info()
     kernels = f"with kernels for CUDA {info['cuda']}" if info.get("cuda") else "without CUDA kernels"
     return {"a compiled extension": f"from sources {info.get('sources', 'unknown')[:12]} {kernels}"}

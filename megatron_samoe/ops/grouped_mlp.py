@@ -101,7 +101,7 @@ def expert_rows(rows_per_expert: Counts, x_RH: Tensor) -> list[int] | ExpertRows
 
 
 def with_backward(x: Tensor) -> Tensor:
-    """Returns x such that autograd visits the op that takes it, for ops whose backward has effects besides its result."""
+    """Returns x such that autograd visits the op that takes it, for ops whose backward has side effects."""
     return x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
 
 

@@ -2,7 +2,7 @@
 
 torch's grouped product takes the ends of the experts' rows from the device, in one launch. Where torch has no kernel for
 it (`use_grouped_mm`), rows are packed into blocks of one size, each of one expert: R rows of e experts fill at most
-R / block + e blocks, so all shapes are known. A block's matrix is copied beside it, some blocks at a time.
+R / block + e blocks, so all shapes are known. A block's matrix is copied for it, some blocks at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_samoe.ops.asynchronous import capability, runs_behind_host
 
-#: Elements of matrices that are copied beside blocks at a time.
+#: Elements of matrices that are copied for blocks at a time.
 _CHUNK_ELEMENTS = 1 << 25
 _LEAST_BLOCK, _MOST_BLOCK = 16, 512
 #: torch's grouped product takes fewer experts than this.
@@ -31,9 +31,9 @@ class Blocks:
 
     Attributes:
         expert_of_block_b: whose rows a block has; blocks without rows count as the last expert's.
-        row_of_place: [b, block], row in each place; any row where the place is empty.
+        row_of_place: [b, block], row in each position; any row where the position is empty.
         is_filled: [b, block].
-        place_of_row_R: place of each row among b * block.
+        place_of_row_R: position of each row among b * block.
     """
 
     expert_of_block_b: Tensor
@@ -109,7 +109,7 @@ def use_grouped_mm(left: Tensor, right: Tensor, num_groups: int) -> bool:
 
 
 def _fits_grouped_mm(t: Tensor) -> bool:
-    """Returns whether torch takes an operand as it lies in memory: rows or columns are contiguous, and each begins at whole
+    """Returns whether torch takes an operand as it is in memory: rows or columns are contiguous, and each begins at whole
     16 bytes, as all memory of torch's allocators does.
 
     torch.compile cannot follow an offset; there torch itself refuses a wrong one.
@@ -181,7 +181,7 @@ def _by_blocks(x_RK: Tensor, blocks: Blocks, w_eMK: Tensor) -> Tensor:
 
 
 def _packed(x_RK: Tensor, blocks: Blocks) -> Tensor:
-    """Returns [b, block, K], with zeros in empty places."""
+    """Returns [b, block, K], with zeros in empty positions."""
     packed = x_RK.index_select(0, blocks.row_of_place.flatten()).view(*blocks.row_of_place.shape, -1)
     return packed.masked_fill_(~blocks.is_filled[:, :, None], 0.0)
 

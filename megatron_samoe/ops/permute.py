@@ -1,9 +1,9 @@
 """The permutation of tokens into expert-major rows and back.
 
-A slot is one choice of one token: slot = t * K + k. A row is a kept slot's place in expert-major order.
+A slot is one choice of one token: slot = t * K + k. A row is a kept slot's position in expert-major order.
 
 How many slots are kept is a number of the device. Where the host would have to wait for it (`asynchronous`), every slot
-has a row: those of dropped slots stand last, are computed with the last expert's and read by nothing.
+has a row: those of dropped slots are last, are computed with the last expert's and read by nothing.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from megatron_samoe.ops.extension import accumulation_dtype
 
 
 def buckets(ids: Tensor, num_experts: int) -> Tensor:
-    """Returns ids with the number of experts in place of -1. Another id that is none is an error; on a device that runs behind
+    """Returns ids with the number of experts in place of -1. Any other id outside is an error; on a device that runs behind
     the host, its assertion.
     """
     places = torch.arange(-1, num_experts, device=ids.device).remainder_(num_experts + 1)

@@ -17,7 +17,7 @@ SCHEMAS = {line.partition("(")[0]: line for line in _TABLE.splitlines()}
 
 
 def digest() -> str:
-    """Returns what tells this table from others, as cpp_ext/builder.py records it."""
+    """Returns the fingerprint of this table, as cpp_ext/builder.py records it."""
     return hashlib.sha256(_TABLE.encode()).hexdigest()
 
 

@@ -39,14 +39,14 @@ class ChoiceRule:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a softmax or sigmoid of the logits decides alone."""
+        """Whether only a softmax or sigmoid of the logits decides."""
         others = self.bias_E is not None or self.candidates_E is not None or self.num_groups != 0 or self.factor != 1.0
         return not others and self.score_function in SCORE_FUNCTIONS
 
     def key(self, logits_TE: Tensor) -> Tensor | None:
-        """Returns what experts are chosen by, where that is not the logit: the score with a bias, in the best groups alone.
+        """Returns the values by which experts are chosen, if not the logits: the score with a bias, in the best groups only.
 
-        Scores are those among all experts; or logits, where a softmax over the chosen follows, as Megatron has it.
+        Scores are those among all experts; or logits, where a softmax over the chosen follows, as in Megatron.
         """
         if self.bias_E is None and not self.num_groups:
             return None
@@ -62,14 +62,14 @@ class ChoiceRule:
         if self.num_groups:
             key_TE = limit_to_groups(key_TE, self.num_groups, self.group_topk, self.topk // self.group_topk)
         if self.score_function == "norm":
-            # A bias gives no place to an expert without a score: it would count as idle, and its bias rise for ever.
+            # A bias does not choose an expert without a score: it would count as idle, and its bias rise for ever.
             key_TE = key_TE.masked_fill(logits_TE <= 0, -torch.inf)
         return key_TE
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """What the router decided for T tokens.
+    """The router's decisions for T tokens.
 
     probs_TK: weight of each chosen expert, in the logits' dtype; differentiable.
     ids_TK: chosen experts by falling logit (or key), int64; equal ones by the lower id.
@@ -188,7 +188,7 @@ def gate_by_rule(logits_TE: Tensor, rule: ChoiceRule, num_groups: int = 1) -> Ga
 
 
 def relu_gate(logits_TE: Tensor, topk: int, num_groups: int, key_TE: Tensor | None = None) -> GateResult:
-    """Chooses as `topk_gate`, but only experts with a positive logit; ids are -1 in place of others.
+    """Chooses as `topk_gate`, but only experts with a positive logit; ids of others are -1.
 
     Weights are ReLU(logit) as they are, and the distribution is their share of the sum over all experts.
     """

@@ -61,7 +61,7 @@ class RunData:
         return f"data: {', '.join(said) or 'none'}"
 
     def train_batches(self, consumed_samples: int) -> Iterator[list[Batch]]:
-        """Yields for each step this rank's micro-batches, from where a run stands."""
+        """Yields for each step this rank's micro-batches, from where a run is."""
         training, place = self.config.training, self._place
         if self.config.data.dataloader_type == "cyclic":
             sampler: Iterable[list[int]] = PretrainingRandomSampler(
@@ -141,7 +141,7 @@ def build_run_data(
 
 
 def _optional_splits(config: PretrainConfig) -> tuple[str, ...]:
-    """Returns the splits that a run goes without where there are no data: test data unless asked for by name."""
+    """Returns the splits that a run leaves out without data: test data unless asked for by name."""
     data = config.data
     if data.test_data_path:
         only_test = config.training.skip_train and not (data.data_path or data.valid_data_path or data.mock_data)

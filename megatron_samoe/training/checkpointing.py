@@ -24,7 +24,7 @@ from megatron_samoe.parallel_state.parameter_tag import tag_of
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import BF16_PRODUCTS, CUDA_KERNELS, PLAIN_KEYS, TrainState
 
-#: What decides which samples a run sees, besides its seed.
+#: Options that decide which samples a run sees, in addition to its seed.
 CORPUS_FIELDS = ("data_path", "train_data_path", "split", "mock_data")
 EXPERT_FRACTIONS = "training.expert_fractions"
 
@@ -66,7 +66,7 @@ def save_run(
     """Saves a checkpoint; all ranks call it together.
 
     Args:
-        background: what saves it while training goes on, if given.
+        background: saves it while training continues, if given.
         done: called with the folder once it is complete.
 
     Raises:
@@ -107,7 +107,7 @@ def find_run(setup: TrainSetup) -> Path | None:
 
 
 def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainState:
-    """Fills model and optimizer from a checkpoint and returns the state to go on from.
+    """Fills model and optimizer from a checkpoint and returns the state to resume from.
 
     Args:
         state: that of a fresh run, which --finetune keeps.
@@ -174,7 +174,7 @@ def _known(kind: type, saved: Mapping[str, Any] | None) -> Any:
 def _remark_on_rate(
     setup: TrainSetup, saved_config: Mapping[str, Any], saved: Mapping[str, Any], directory: Path
 ) -> None:
-    """Says so if the learning rate does not go on as in the run so far: often --train-iters was changed without thought."""
+    """Says so if the learning rate does not continue as in the run so far: often --train-iters was changed without thought."""
     iteration, samples = saved["iteration"], saved["consumed_samples"]
     training, optimizer = (saved_config.get(group) or {} for group in ("training", "optimizer"))
     if "train_iters" not in training or iteration == 0:  # a model that was converted never had a schedule
@@ -193,7 +193,7 @@ def _remark_on_rate(
 
 
 def _remark_on_router(setup: TrainSetup, saved_config: Mapping[str, Any], directory: Path) -> None:
-    """Says so if routers are trained otherwise than so far: losses and rate are no part of the model."""
+    """Says so if routers are trained otherwise than so far: losses and rate are not part of the model."""
     losses = ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_aux_loss_group_size", "moe_z_loss_coeff")
     changed = _changes(setup, saved_config.get("moe") or {}, "moe", losses)
     rate = {"moe_router_lr_mult": 1.0, **(saved_config.get("optimizer") or {})}  # 1 before there was such an option
@@ -214,7 +214,7 @@ def _remark_on_teacher(setup: TrainSetup, saved_config: Mapping[str, Any], itera
 def _refuse_unexpected(
     setup: TrainSetup, tensors: Mapping[str, list[ShardedTensor]], stored: set[str], directory: Path
 ) -> None:
-    """Raises CheckpointError naming stored weights for which no rank's model has a place: they would be lost unsaid."""
+    """Raises CheckpointError naming stored weights that no rank's model has: they would be lost silently."""
     here = setup.parallel.world.all_gather_object(set(tensors))
     unexpected = sorted(name for name in stored.difference(*here) if not name.startswith(("optimizer.", "training.")))
     if unexpected:

@@ -1,8 +1,8 @@
-"""What experts and the banks that layers share are taught: their gradients over batches, and who meets whom; what layers are worth.
+"""Diagnosis of experts and banks: their gradients over batches, layers whose tokens coincide, and what layers are worth.
 
 A bank's gradient is the sum of those of the layers that use it, weighed by their coefficients. If layers want the same of a
 bank, their gradients to it point the same way; if one batch wants what the next wants, the mean over batches keeps the length
-of each. Both are measured here, beside a model whose layers own their experts.
+of each. Both are measured here, next to a model whose layers own their experts.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Diagnosis:
 
     Attributes:
         worth_L: by how much the loss on the same batches rises, in nats, without what a layer's experts add.
-        overlap_LL: share of a token's choices that two layers have in common, and chance_LL what loads alone would give.
+        overlap_LL: share of a token's choices that two layers have in common, and chance_LL what only loads would give.
         choices_L: experts that a token visits in a layer.
         layers: gradients of each layer's effective experts. This and what follows is None where no layer has gradients of its own,
             as where layers share a set, or where they differ in the number of experts.
@@ -108,7 +108,7 @@ def diagnose(load: str, batches: int, data: DataConfig | None = None, ckpt_step:
         data: in place of the data of training.
 
     Raises:
-        CheckpointError: there is no whole checkpoint.
+        CheckpointError: no checkpoint is complete.
         ConfigError: it is a dense model.
     """
     checkpoint = CheckpointConfig(load=load, ckpt_step=ckpt_step, exit_on_missing_checkpoint=True, no_load_optim=True)
@@ -172,13 +172,13 @@ def _config(config: PretrainConfig, checkpoint: CheckpointConfig, data: DataConf
 
 
 def _comparable_mixtures(setup: TrainSetup) -> list[Mixture] | None:
-    """Returns what layers' experts are made of, if each layer has gradients of its own, and all of as many experts; None if not."""
+    """Returns what layers' experts are made of, if each layer has gradients of its own, and equal numbers of experts; None if not."""
     moe, layers = setup.config.moe, [layer.moe for layer in setup.model.moe_layers()]
     if (moe.shares_experts and not moe.has_pool) or len({layer.router.place.shape.num_experts for layer in layers}) > 1:
         return None
     try:
         return [setup.model.mixture(layer) for layer in layers]
-    except ConfigError:  # a way whose experts are no mixtures of banks
+    except ConfigError:  # a way whose experts are not mixtures of banks
         return None
 
 
@@ -255,7 +255,7 @@ def cosines_without_noise(halves: Sequence[Tensor]) -> Tensor:
     """Returns the cosines between what layers want of experts of one number, [L, L]; nan where that has no length.
 
     A gradient is what a layer wants and a batch's noise. Products of gradients of different batches have no noise in common,
-    neither those of two layers nor those of one, which tell the length of what it wants.
+    neither those of two layers nor those of one, which give the length of what it wants.
 
     Args:
         halves: gradients of all layers, [2, L, E, ...], each summed over batches that the other half has not seen.
@@ -269,7 +269,7 @@ def cosines_without_noise(halves: Sequence[Tensor]) -> Tensor:
 def rank_shares(halves: Sequence[Tensor]) -> Tensor:
     """Returns the share of what layers want of matrices that matrices of each of `RANKS` hold, [L, R]; nan where that has no length.
 
-    One half of the batches chooses the directions, and the other says how much lies in them, so that noise does not look like
+    One half of the batches chooses the directions, and the other says how much lies in them, so that noise is not taken for
     something of low rank. Noise makes the choice worse: with more batches shares grow.
 
     Args:
@@ -323,7 +323,7 @@ class _Routes:
             self._chosen.clear()
 
     def found(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns the share of choices that layers have in common, what their loads alone would give, and choices per token."""
+        """Returns the share of choices that layers have in common, what only their loads would give, and choices per token."""
         assert self._loads_LE is not None
         per_token_L = self._loads_LE.sum(1) / self._choices
         per_LL = torch.minimum(per_token_L[:, None], per_token_L[None, :]).clamp_min(1e-9)

@@ -1,4 +1,4 @@
-"""What every rank was doing when a job hung: stacks shortly before the time-out, and the last collectives after it."""
+"""A record of every rank when a job hangs: stacks shortly before the time-out, and the last collectives after it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class HangWatch:
                 ) from error
 
     def lost_others(self, problem: str) -> str:
-        """Notes what this rank met, its stacks and its last collectives; returns where, as a sentence for messages."""
+        """Notes what happened to this rank, its stacks and its last collectives; returns where, as a sentence for messages."""
         if self._file is None:
             return ""
         try:

@@ -1,4 +1,4 @@
-"""What the training loop calls: a hook is called at points of every step, on every rank, with the run in hand."""
+"""The interface of hooks: a hook is called at points of every step, on every rank, with the run in hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Training(Protocol):
 
     Attributes:
         state: of the last step that is done.
-        watch: to be told of work that may take long.
+        watch: to be notified of work that may take long.
     """
 
     setup: TrainSetup
@@ -38,7 +38,7 @@ class Hook:
 
     #: What it writes to, for messages.
     place = "the console"
-    #: Whether it runs on rank 0 alone. Then it may not communicate, and is not asked for what it wants.
+    #: Whether it runs on rank 0 only. Then it may not communicate, and is not asked for what it wants.
     rank_0_only: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
@@ -52,11 +52,11 @@ class Hook:
                 )
 
     def around(self, run: Training) -> contextlib.AbstractContextManager[None]:
-        """Returns what the run goes on within, from before a checkpoint is loaded until all hooks are closed."""
+        """Returns a context around the run, from before a checkpoint is loaded until all hooks are closed."""
         return contextlib.nullcontext()
 
     def start(self, run: Training) -> None:
-        """Training begins, or goes on; nothing of it has happened yet."""
+        """Training begins, or resumes; nothing of it has happened yet."""
 
     def pre_step(self, run: Training, batches: Sequence[Batch]) -> None:
         """A step begins, on these micro-batches of this rank."""
@@ -75,7 +75,7 @@ class Hook:
         """A step is done."""
 
     def wants_record(self, run: Training) -> bool:
-        """Whether the step that is done is to be recorded, besides every --log-interval steps and the last; the same on all
+        """Whether the step that is done is to be recorded, in addition to every --log-interval steps and the last; the same on all
         ranks."""
         return False
 
@@ -108,7 +108,7 @@ class Hook:
 
 
 def refuse_strange(hooks: Sequence[Hook]) -> None:
-    """Raises TypeError naming the first of some hooks that is none."""
+    """Raises TypeError naming the first object that is not a hook."""
     for hook in hooks:
         if not isinstance(hook, Hook):
             raise TypeError(f"{hook!r} is no Hook: give an instance of a class derived from training.hook.Hook")

@@ -1,4 +1,4 @@
-"""What a host computes with: for whoever reads a run's speed later, and for the error that names a host unlike the others."""
+"""The facts of a host: for whoever reads a run's speed later, and for the error that names a host that differs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PATHS = (
     "MKL_CBWR",
 )
 #: Of a data file this many blocks are compared, at equal distances from the first byte to the last: what differs in a longer
-#: stretch than lies between two of them is noticed.
+#: stretch than is between two of them is noticed.
 _COMPARED_BLOCKS, _COMPARED_BYTES = 256, 1 << 16
 #: Options that a host may have of its own. Threads are compared as they come out.
 _OF_A_HOST = ("data_cache_path", "num_threads")

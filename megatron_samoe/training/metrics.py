@@ -1,4 +1,4 @@
-"""What is recorded of a step: one flat record per logged step, the same keys everywhere.
+"""The record of a step: one flat mapping per logged step, the same keys everywhere.
 
 docs/metrics.md lists the keys; hooks write the record to the console, metrics.jsonl and TensorBoard.
 """

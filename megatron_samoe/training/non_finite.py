@@ -18,7 +18,7 @@ from megatron_samoe.training.train_step import StepResult, micro_batch_context
 
 
 def raise_non_finite(setup: TrainSetup, state: TrainState, batches: Sequence[Batch], result: StepResult) -> None:
-    """Raises NonFiniteLossError naming step, place and rank; all ranks call it together.
+    """Raises NonFiniteLossError naming step, part of the model and rank; all ranks call it together.
 
     The forward passes are run again with every layer watched. If all are finite, the backward pass was at fault, and
     the parameters whose gradients are not finite are named.
@@ -40,7 +40,7 @@ def raise_non_finite(setup: TrainSetup, state: TrainState, batches: Sequence[Bat
     )
 
 
-#: Micro-batch, place in the model, 0 where the rank's own weights are at fault (1 where it may have got it from others), name.
+#: Micro-batch, part of the model, 0 where the rank's own weights are at fault (1 where it may have got it from others), name.
 Finding = tuple[int, int, int, str]
 
 

@@ -61,7 +61,7 @@ def _refuse_too_little_memory(config: PretrainConfig, vocab_size: int, parallel:
 
 
 def _clocks(parallel: ParallelState, ranks: Sequence[str]) -> list[str]:
-    """Compares the ranks' clocks, read when all have met."""
+    """Compares the ranks' clocks, read after the rendezvous."""
     parallel.world.barrier()
     times = [float(t) for t in parallel.world.all_gather_object(time.time())]
     middle = statistics.median(times)

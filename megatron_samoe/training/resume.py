@@ -38,13 +38,13 @@ class Start:
     is_taught: bool = False
 
     def settle(self, config: PretrainConfig, world_size: int) -> PretrainConfig:
-        """Returns what the run trains with: the steps that --train-samples makes from here, and the checkpoint to go on from."""
+        """Returns the start of a run: the steps that --train-samples makes from here, and the checkpoint to resume from."""
         config = with_train_iters(config, world_size, (self.iteration, self.samples))
         return replace(config, checkpoint=self.checkpoint)
 
 
 def on_ranks(asked: Asked, world_size: int) -> tuple[Asked, PretrainConfig, int]:
-    """Returns what is asked for with what a checkpoint says of it, the legal configuration that this is on so many ranks, and
+    """Returns the request with the checkpoint's part of it, the legal configuration that it is on these ranks, and
     how many of them it uses.
 
     Raises:
@@ -79,14 +79,14 @@ def _seen(options: CheckpointConfig) -> Start:
 
 
 def is_taught(config: PretrainConfig, iteration: int) -> bool:
-    """Returns whether the step after so many has a teacher."""
+    """Returns whether the step after a number of steps has a teacher."""
     training = config.training
     ends = training.skip_train or iteration >= training.train_iters
     return not ends and config.distillation.teaches_after(iteration)
 
 
 def resume(setup: TrainSetup, state: TrainState) -> tuple[TrainSetup, TrainState]:
-    """Returns a set-up, and the state of its run, that go on from the checkpoint that there is, if any; with the teacher of the
+    """Returns a set-up, and the state of its run, that resume the checkpoint, if any; with the teacher of the
     next step, if it has one. All ranks call it together.
 
     Args:

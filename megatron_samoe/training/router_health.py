@@ -26,7 +26,7 @@ class RouterHealth:
         load_entropy: of each MoE layer, see `load_entropy`.
         largest_expert_share: share of a layer's tokens that chose its fullest expert, the largest of any layer.
         idle_experts: experts of all layers without a token.
-        dropped_fraction: share of routed tokens that found no place.
+        dropped_fraction: share of routed tokens beyond the capacity.
     """
 
     load_entropy: list[float]

@@ -36,15 +36,15 @@ from megatron_samoe.training.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """All that one rank needs to train, besides the model.
+    """All that one rank needs to train, except the model.
 
     Attributes:
         config: legal on these ranks, with the steps and the checkpoint of this start.
         said: who said an option, "file", "checkpoint" or "flag"; nobody did where it has its default or follows from others.
-        parallel: this rank's place in the layout.
+        parallel: this rank's parallel state.
         kernels: what it computes with, from here on.
         extensions: what comes from outside the package.
-        meeting: this rank's part in torchrun's job; None where there is none.
+        meeting: this rank's part in torchrun's job; None without one.
     """
 
     config: PretrainConfig
@@ -125,7 +125,7 @@ def train(run: Run, hooks: Sequence[Hook] = ()) -> Trainer:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What a run has made.
+    """The results of a run.
 
     Attributes:
         records: of its logged steps and evaluations, as in metrics.jsonl.

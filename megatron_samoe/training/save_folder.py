@@ -1,4 +1,4 @@
-"""The folder where a run saves: it is this run's alone, and has room for its checkpoints while nothing can be lost."""
+"""The folder where a run saves: it is only this run's, and has room for its checkpoints while nothing can be lost."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _refuse_unshared(root: Path, parallel: ParallelState, patience_s: float, ela
     """Finds ranks that do not see what rank 0 writes to the folder.
 
     Raises:
-        ConfigError: the same on all ranks; also on those alone that differ from an elastic job's members.
+        ConfigError: the same on all ranks; also on those only that differ from an elastic job's members.
         HostRefusedError: on the others then.
     """
     until = time.monotonic() + patience_s
@@ -94,7 +94,7 @@ class DiskRoom:
     """Ends a run that could not save, before it trains on. All ranks make it, and call it, together.
 
     Args:
-        parallel: the ranks as the thread that calls `look` meets them.
+        parallel: the ranks, for the thread that calls `look`.
     """
 
     def __init__(self, setup: TrainSetup, state: TrainState, parallel: ParallelState):

@@ -33,7 +33,7 @@ from megatron_samoe.training.teacher import Teacher
 
 @dataclass(frozen=True)
 class Extensions:
-    """What code outside the package gives a run; see docs/extending.md.
+    """Parts of a run from outside the package; see docs/extending.md.
 
     Attributes:
         parts: of the model.
@@ -68,7 +68,7 @@ class TrainSetup:
         return global_batch_size(self.config, self.parallel.world_size)
 
     def batch_size_after(self, consumed_samples: int) -> int:
-        """Returns the sequences, over all ranks, of the optimizer step that comes after so many."""
+        """Returns the sequences, over all ranks, of the optimizer step after a number of steps."""
         return batch_size_after(self.config, self.parallel.world_size, consumed_samples)
 
     @property
@@ -95,7 +95,7 @@ class TrainSetup:
         return batch_size * self.config.model.seq_length // self.parallel.token_share.num_shares
 
     def tokens_after(self, consumed_samples: int) -> int:
-        """Returns the tokens, over all ranks, of the optimizer step that comes after so many samples."""
+        """Returns the tokens, over all ranks, of the optimizer step after a number of samples."""
         return self.batch_size_after(consumed_samples) * self.config.model.seq_length
 
 
@@ -109,7 +109,7 @@ def build_setup(
     """Returns model, gradient buffers and optimizer of this rank, with initial weights.
 
     Args:
-        dtype: of weights and activations, in place of the configured precision.
+        dtype: of weights and activations, if not the configured precision.
         extensions: what comes from outside the package.
     """
     extensions = extensions or Extensions()

@@ -1,4 +1,4 @@
-"""What a run carries from step to step besides weights and optimizer state."""
+"""The state that a run carries from step to step, except weights and optimizer state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.optimizer.mixed_precision import LossScale
 
-#: Key of the CUDA kernels that a run uses, beside the state in a checkpoint.
+#: Key of the CUDA kernels that a run uses, next to the state in a checkpoint.
 CUDA_KERNELS = "cuda_kernels"
 #: Key of how experts are multiplied in bf16 on CPUs, likewise.
 BF16_PRODUCTS = "bf16_products"
@@ -23,7 +23,7 @@ PLAIN_KEYS = ("iteration", "consumed_samples", "consumed_tokens", "loss_scale")
 
 @dataclass(frozen=True)
 class SpikeHistory:
-    """Losses and gradient norms of the last steps, as many as --spike-window at most."""
+    """Losses and gradient norms of the last steps, at most --spike-window of them."""
 
     losses: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()

@@ -1,4 +1,4 @@
-"""A teacher beside its student: a trained model that reads the same micro-batches and is never trained.
+"""The teacher of a student: a trained model that reads the same micro-batches and is never trained.
 
 Its layers lie over the student's ranks. Between pipeline stages its activations are rows below
 the student's in the same message, of the student's width. They come back with no gradient.
@@ -68,7 +68,7 @@ class Teacher:
 
 
 def refuse_unfit(config: PretrainConfig, vocab_size: int, world_size: int, parts: ModelParts) -> None:
-    """Raises what `load_teacher` would, but for damaged files, before any data is read or model built.
+    """Raises what `load_teacher` would, except for damaged files, before any data is read or model built.
 
     Args:
         parts: of the student.
@@ -83,7 +83,7 @@ def load_teacher(config: PretrainConfig, student: RankModel) -> Teacher:
     """Returns the teacher that a run asks for, in the layout and precision of its student; all ranks call it together.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged, or has parts that this program does not know.
+        CheckpointError: the checkpoint is missing or damaged, or has parts that this program does not know.
         ConfigError: it cannot teach this student: see `SavedTeacher.on_ranks_of`.
     """
     options, parallel = config.distillation, student.state

@@ -32,10 +32,10 @@ class RoutingStats:
 
     Attributes:
         counts_LE: tokens that chose each expert, before dropping; on the CPU.
-        load_balance_loss: mean over layers of the balance loss, unweighted: 1 is perfect balance; None where the strategy tells
+        load_balance_loss: mean over layers of the balance loss, unweighted: 1 is perfect balance; None where the strategy reports
             no such sum.
         z_loss: mean over layers and tokens of the squared log-sum-exp of router logits.
-        others: means over layers and tokens of what other routers and strategies tell, by name.
+        others: means over layers and tokens of what other routers and strategies report, by name.
     """
 
     counts_LE: Tensor
@@ -56,7 +56,7 @@ def fractions(counts_LE: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, the same on every rank.
+    """The result of a step, the same on every rank.
 
     Attributes:
         batch_size: sequences of the step over all ranks.
@@ -97,7 +97,7 @@ def micro_batch_context(setup: TrainSetup, state: TrainState, number: int) -> Fo
 
 
 class StepSums:
-    """What the global batch of a step adds up, on the device.
+    """The sums over the global batch of a step, on the device.
 
     Args:
         losses: sums over all predicted tokens, of the loss and, with a teacher, of the divergence from it.

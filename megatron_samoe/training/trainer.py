@@ -36,7 +36,7 @@ class Trainer:
     """Trains from the newest checkpoint, or from the start, to --train-iters or an earlier exit.
 
     Args:
-        hooks: called in this order on every rank, those of rank 0 there alone.
+        hooks: called in this order on every rank, those of rank 0 only there.
     """
 
     def __init__(self, setup: TrainSetup, data: RunData, hooks: Sequence[Hook]):
@@ -52,7 +52,7 @@ class Trainer:
         self._began, self._saved_at = time.monotonic(), -1
 
     def run(self) -> TrainState:
-        """Trains and returns the last state; it has been saved if there is a place to save to.
+        """Trains and returns the last state; it has been saved if the run has a folder.
 
         Raises:
             CheckpointError: another run writes to the same folder, or it cannot be written to.
@@ -150,7 +150,7 @@ class Trainer:
         self._tell(lambda hook: hook.record(self, record))
 
     def _exit_reason(self) -> str | None:
-        """Returns why to end now, the same on all ranks; None to go on.
+        """Returns why to end now, the same on all ranks; None to continue.
 
         Raises:
             CheckpointError: a save in the background has failed.
@@ -165,14 +165,14 @@ class Trainer:
         own = torch.tensor(wishes, dtype=torch.int32, device=self.setup.parallel.device)
         is_unsaved, *numbers, is_late = self.setup.parallel.world.all_reduce(own, dist.ReduceOp.MAX).tolist()
         if is_unsaved:
-            self._finish_saving()  # raises on every rank what the saving has met
+            self._finish_saving()  # raises the errors of saving on every rank
         for hook, number in zip(self._asked, numbers, strict=True):
             if number:
                 return hook.exit_reason(self, number)
         return f"--exit-duration-in-mins {training.exit_duration_in_mins}" if is_late else None
 
     def _save(self, room: DiskRoom | None = None) -> None:
-        """Saves a checkpoint, if there is a place for it and none of this state.
+        """Saves a checkpoint, if the run has a folder without one of this state.
 
         Args:
             room: looks whether the next one will have room too.

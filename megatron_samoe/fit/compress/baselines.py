@@ -1,4 +1,4 @@
-"""What compression is compared with at equal bytes: pruning by REAP's saliency, and merging within a layer.
+"""Baselines of compression at equal bytes: pruning by REAP's saliency, and merging within a layer.
 
 Both leave each layer E' experts of its own. Merging is HC-SMoE's in outline (arXiv:2410.08589): average linkage of the experts'
 mean outputs, then means weighted by how often an expert is chosen; here neurons are matched first, which it does not do. As
@@ -31,7 +31,7 @@ from megatron_samoe.ops.grouped_mlp import Activation, ExpertWeights
 
 
 def experts_in_budget(source: GlobalTensors, num_bytes: int) -> int:
-    """Returns E', the most experts per layer whose bytes are no more; as many of each group of experts.
+    """Returns E', the most experts per layer whose bytes fit; the same number of each group of experts.
 
     Raises:
         ConfigError: fewer than a token chooses, of all or of a group.
@@ -58,7 +58,7 @@ def pruned_model(source: GlobalTensors, calibrations: Sequence[LayerCalibration]
 
 
 def _most_salient(saliency_E: Tensor, num_kept: int, groups: int) -> Tensor:
-    """Returns the experts to keep in their order, as many of each of the consecutive groups."""
+    """Returns the experts to keep in their order, the same number of each of the consecutive groups."""
     kept_GE = saliency_E.view(groups, -1).topk(num_kept // groups, dim=1).indices.sort(1).values
     return (kept_GE + torch.arange(groups)[:, None] * (len(saliency_E) // groups)).flatten()
 

@@ -11,7 +11,7 @@ from megatron_samoe.errors import ConfigError
 
 
 def require_compressible(source: GlobalTensors) -> PretrainConfig:
-    """Returns the configuration of a MoE whose layers own as many experts each; ConfigError for any other model."""
+    """Returns the configuration of a MoE whose layers own equal numbers of experts; ConfigError for any other model."""
     config = source_config(source)
     moe = config.moe
     if moe.expert_layout == "dense":

@@ -1,4 +1,4 @@
-"""The fits of both matrices of layers that share, weighted by what their experts meet, and of pairs to choose a map by."""
+"""The fits of both matrices of layers that share, weighted by their experts' inputs, and of pairs to choose a map by."""
 
 from __future__ import annotations
 

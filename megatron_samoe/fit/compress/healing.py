@@ -1,6 +1,6 @@
 """Healing: the trainer with the original as teacher, banks first, then banks, coefficients and routers, then all weights.
 
-What it is compared with learns by as many steps: the models of as many bytes from the same teacher, and the original, with all
+Its baselines learn for the same number of steps: the models of equal bytes from the same teacher, and the original, with all
 its weights at the same rate, from text.
 """
 
@@ -37,7 +37,7 @@ STAGES = (
     HealStage("healed-routers", _SHARED),
     HealStage("healed-all", None),
 )
-#: By the model that they begin with, each by as many steps as the stages have together. The original has no teacher, which would
+#: By the model that they begin with, each for all steps of the stages together. The original has no teacher, which would
 #: hold it where it is. A merged model is left out: the experts of a cluster, which count once, would come apart.
 OTHERS = {
     "blind": HealStage("blind-healed", _SHARED),
@@ -77,7 +77,7 @@ class HealOptions:
     Attributes:
         lr: peak rate; that of the original's training if not given.
         batch_size: sequences of a step; those of the original's training if not given.
-        teacher_weight: of the divergence from the teacher beside the cross-entropy.
+        teacher_weight: of the divergence from the teacher, which is added to the cross-entropy.
     """
 
     lr: float | None = None
@@ -103,10 +103,10 @@ def require_rate_and_batch(original: PretrainConfig, options: HealOptions) -> No
 
 
 def _batch(original: PretrainConfig, trained: Mapping[str, Any], options: HealOptions) -> dict[str, int]:
-    """Returns the batch of a step, and the largest micro-batch that divides it and is no larger than the original's.
+    """Returns the batch of a step, and the largest micro-batch that divides it and is at most the original's.
 
     Args:
-        trained: the original's training state, which tells its batch where that followed from its ranks.
+        trained: the original's training state, which has its batch where that followed from its ranks.
     """
     micro, steps, samples = (
         original.training.micro_batch_size,

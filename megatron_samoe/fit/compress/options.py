@@ -1,4 +1,4 @@
-"""What a compression is asked for, and what is refused of it before anything is written."""
+"""The options of a compression, and their refusals before anything is written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_samoe.fit.matching import Matching
 
 @dataclass(frozen=True)
 class CompressOptions:
-    """What is asked for."""
+    """The options of a compression."""
 
     load_dir: str
     """the MoE: folder of a run or of checkpoints"""
@@ -52,14 +52,14 @@ class CompressOptions:
     choose_map: bool = False
     """choose the neighbouring layers that share a set by what pairs of layers lose"""
     match: Matching = "neurons"
-    """what gets a common numbering: experts and their neurons, experts alone"""
+    """what gets a common numbering: experts and their neurons, experts only"""
     refit: bool = True
     """fit w2 to the outputs from what the fitted w1 gives, over the text once more; else to the weights"""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What a compression reads.
+    """The inputs of a compression.
 
     Attributes:
         calibration, judged: ids [B, S + 1] of each forward pass.
@@ -74,7 +74,7 @@ class Texts:
 
 
 def texts(options: CompressOptions, config: PretrainConfig, vocab_size: int, tokenizer: Tokenizer) -> Texts:
-    """Returns the text to calibrate and heal on, and that to judge on, which is no part of the former.
+    """Returns the text to calibrate and heal on, and that to judge on, which does not overlap the former.
 
     Args:
         vocab_size, tokenizer: the model's.

@@ -1,6 +1,6 @@
 """The stages of a compression, one after the other: calibrate, choose a map, match, fit, write what to compare with, judge.
 
-Each leaves its result in the folder and is not done again. Healing stands between: it is the trainer's, which the command
+Each leaves its result in the folder and is not done again. Healing comes between: it is the trainer's, which the command
 line runs.
 """
 
@@ -50,9 +50,9 @@ class Compression:
     """A compression in its folder.
 
     Raises:
-        ConfigError: the model is none that can be compressed, or the options are not legal for it.
+        ConfigError: the model cannot be compressed, or the options are not legal for it.
         DataError: the text is too short, or of another tokenizer.
-        CheckpointError: there is no checkpoint, or the folder is another's.
+        CheckpointError: the checkpoint is missing, or the folder is another's.
     """
 
     def __init__(self, options: CompressOptions):
@@ -113,7 +113,7 @@ class Compression:
 
     @cached_property
     def calibration(self) -> list[LayerCalibration]:
-        """What experts meet, of each MoE layer."""
+        """Statistics of the experts of each MoE layer."""
         self.folder.stage("calibration", self._calibration_settings(), self._calibrate)
         names = [f.name for f in fields(LayerCalibration)]
         return [LayerCalibration(**{n: layer[n] for n in names}) for layer in self.folder.read_tensors("calibration")]
@@ -204,7 +204,7 @@ class Compression:
         return activation_of(self.config.model)
 
     def _layers(self) -> list[MatchedLayer]:
-        """Returns the experts of each MoE layer with what they met, in the original's numbering."""
+        """Returns the experts of each MoE layer with their statistics, in the original's numbering."""
         experts = LayerExperts(self.source)
         return [MatchedLayer(experts.weights(p), c) for p, c in zip(experts.layers, self.calibration, strict=True)]
 
@@ -278,7 +278,7 @@ class Compression:
     # 4. What to compare with
 
     def others(self) -> list[str]:
-        """Returns the names of models of as many bytes that were made by other means; a line says which cannot be."""
+        """Returns the names of models of equal bytes that were made by other means; a line says which cannot be made."""
         result = self.folder.stage("others", self._plan_settings(), self._make_others)
         return list(result["models"])
 

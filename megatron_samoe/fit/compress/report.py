@@ -45,7 +45,7 @@ _LINEAR_BELOW = 0.01
 
 @dataclass(frozen=True)
 class Compressed:
-    """What the page of a compression is made of.
+    """The content of a compression's page.
 
     Attributes:
         verdicts: the original's first.
@@ -63,7 +63,7 @@ class Compressed:
 
 
 def write_compression_report(path: Path, compressed: Compressed) -> None:
-    """Writes the page, and each plot as a PNG beside it."""
+    """Writes the page, and each plot as a PNG next to it."""
     layers = (
         "Root of the share of the power of a layer's matrix products that the fit loses, on the text of calibration; w2 after w1, with "
         "the inputs that the fitted w1 gives it."

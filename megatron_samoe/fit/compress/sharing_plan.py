@@ -54,7 +54,7 @@ def chosen_map(error_LL: Tensor, max_sets: int, way: Way) -> str:
 
 
 def best_runs(error_LL: Tensor, max_runs: int) -> list[int]:
-    """Returns the sizes of the runs, in order: at most so many, of the least summed loss."""
+    """Returns the sizes of the runs, in order: at most `max_runs`, of the least summed loss."""
     num_layers = len(error_LL)
 
     def cost(start: int, end: int) -> float:

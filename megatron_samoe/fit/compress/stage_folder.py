@@ -1,4 +1,4 @@
-"""A folder in which stages leave results, each whole or not at all, so that a compression goes on where it was cut off."""
+"""A folder in which stages leave results, each whole or not at all, so that a compression resumes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IMPORTED = "imported"
 
 
 class StageFolder:
-    """Results of stages, `NAME.json` beside what else a stage writes; a stage is done when its file is there.
+    """Results of stages, `NAME.json` next to a stage's other files; a stage is done when its file is there.
 
     Raises:
         CheckpointError: the folder holds something else.

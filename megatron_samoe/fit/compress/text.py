@@ -73,7 +73,7 @@ class HeldOut:
 
 
 def last_documents(prefix: str, num_tokens: int, flag: str) -> HeldOut:
-    """Returns the fewest last documents with so many tokens and one to predict.
+    """Returns the fewest last documents that have a number of tokens and one to predict.
 
     Raises:
         DataError: the dataset is missing, or no document is before them.
@@ -92,7 +92,7 @@ def last_documents(prefix: str, num_tokens: int, flag: str) -> HeldOut:
 
 
 def are_one_dataset(one: str, other: str) -> bool:
-    """Whether two prefixes name the same tokens, as far as paths and manifests tell."""
+    """Whether two prefixes name the same tokens, as far as paths and manifests say."""
     if os.path.realpath(get_bin_path(one)) == os.path.realpath(get_bin_path(other)):
         return True
     records = [manifest.read(prefix) for prefix in (one, other)]

@@ -43,7 +43,7 @@ class SetOptions:
     """How sets are made.
 
     Attributes:
-        num_sets, untied_ends: where --expert-sharing is no map.
+        num_sets, untied_ends: where --expert-sharing is not a map.
         layers: of each set, the layer (among all) whose experts it takes; None for the average of its layers.
     """
 
@@ -146,7 +146,7 @@ def _refuse_banks(moe: MoEConfig, group: SharedGroup) -> None:
 
 
 def _anchors(groups: Sequence[SharedGroup], experts: LayerExperts, options: SetOptions) -> dict[Source, int]:
-    """Returns for each set that takes a layer's experts the place of that layer among its own."""
+    """Returns for each set that takes a layer's experts the index of that layer among its own."""
     sets = [group for group in groups if group.source.way.in_sets]
     if options.layers is None:
         return {}
@@ -168,7 +168,7 @@ def _fit(
     """Returns the common numbering of a group's layers, and the banks of w1 and b1, and of w2 and b2.
 
     Args:
-        anchor: place among the layers of the one that a set is taken from.
+        anchor: index among the layers of the one that a set is taken from.
     """
     places, way = [experts.layers[index] for index in group.layers], group.source.way
 

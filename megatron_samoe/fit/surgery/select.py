@@ -1,7 +1,7 @@
 """A model whose layers combine banks made one whose layers each name a bank: they share storage, and nothing is combined.
 
 The weights change, and by how much is said. What is selected is kept as one-hot coefficients of the pool, or becomes tied sets,
-of which w1 is used as it is; a factor on w2 goes into the weights of routing, where the router has a place for one: the scale of
+of which w1 is used as it is; a factor on w2 goes into the weights of routing, where the router has one: the scale of
 --moe-router-score-function norm, the weights of relu, or --moe-router-topk-scaling-factor if all layers want the same.
 """
 
@@ -146,7 +146,7 @@ def tie_selected(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
         scale: keep: w2 and b2 keep the factor that changes them least, in the weights of routing; one: it becomes 1.
 
     Raises:
-        ConfigError: no layers of the source have coefficients, or its routers have no place for their factors.
+        ConfigError: no layers of the source have coefficients, or its routers cannot hold their factors.
     """
     config = source_config(source)
     require(config.moe.has_coefficients, config, "combined or scaled layers", "select")
@@ -216,7 +216,7 @@ def _with_factors(config: PretrainConfig, factors: Mapping[int, float]) -> tuple
             "--scale", "keep", f"w2's factors are {smallest}, and weights of routing are positive; {advice}"
         )
     if moe.moe_router_score_function == "norm":
-        # Its scores are weights as they are; what they are compared with grows alike, so the choice stays.
+        # Its scores are weights as they are; the thresholds grow equally, so the choice stays.
         return config, (".moe.router.scale", ".moe.router.expert_bias")
     if moe.moe_router_score_function == "relu":
         return config, (".moe.router.weight",)

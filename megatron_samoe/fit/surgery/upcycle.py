@@ -61,7 +61,7 @@ class UpcycleOptions:
 
     Attributes:
         moe: the experts that the new model has; its layout is moe or samoe.
-        dense_mlp: experts: each expert is a copy; shared-expert: the MLP serves every token beside new experts.
+        dense_mlp: experts: each expert is a copy; shared-expert: the MLP serves every token in addition to new experts.
         noise: spread of what is added to each copy, as a share of the weights' own spread; 0 for equal copies.
         router_std: spread of router weights; derived if None.
         seed: of routers, noise and new experts.
@@ -133,7 +133,7 @@ class _Upcycling:
         kind = name[-2:]
         mlp = self.source.read(name.replace(f".moe.experts.{kind}", f".mlp.{MLP_TENSOR[kind]}"))
         copies = (mlp / start_weight_sum(self.config.moe) if kind in ("w2", "b2") else mlp).expand(shape).clone()
-        # Biases are left alone: they may well be 0, and the matrices' noise sets experts apart.
+        # Biases are not changed: they may well be 0, and the matrices' noise sets experts apart.
         if self.options.noise and kind[0] == "w":
             spread = float(copies[0].float().std(correction=0)) * self.options.noise
             for expert, copy in enumerate(copies):
@@ -142,7 +142,7 @@ class _Upcycling:
 
 
 def _pooled(copied: _Upcycling, config: PretrainConfig) -> EditedModel:
-    """Returns the MLPs of all layers, as well as P banks can stand for them, copied to the experts of each bank."""
+    """Returns the MLPs of all layers, as well as P banks can represent them, copied to the experts of each bank."""
     moe, layers = config.moe, moe_layers(config)
     if moe.samoe_normalization != "none":
         raise ConfigError("--samoe-normalization", moe.samoe_normalization, "must be none for copies of MLPs")

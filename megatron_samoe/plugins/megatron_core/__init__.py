@@ -1,6 +1,6 @@
 """Layers that share experts in Megatron-Core; see docs/megatron_core.md.
 
-sharing, experts     the pool and its gradients, and what a layer has in the place of its experts
+sharing, experts     the pool and its gradients, and the modules that replace a layer's experts
 rank_layout          Megatron-Core's groups as a `ParallelState`
 candidates           routers that choose some experts of a set only, and experts that move
 options              how layers share, and what is refused

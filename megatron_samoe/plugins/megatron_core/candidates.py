@@ -1,4 +1,4 @@
-"""Routers of Megatron-Core that may choose some experts of a shared set only, and experts that change places with all that
+"""Routers of Megatron-Core that may choose some experts of a shared set only, and experts that are reordered with all that
 its optimizers keep of them. Which experts, `moe/candidates.py` decides.
 """
 
@@ -83,11 +83,11 @@ def global_counts(routers: Mapping[int, CandidateRouter], num_layers: int, like:
 
 @torch.no_grad()
 def reorder(optimizer: Any, parameter: Any, dim: int, order_E: Tensor, is_split: bool) -> None:
-    """Gives the experts of a parameter other places: weights, gradient, and what Megatron-Core's optimizer keeps of them.
+    """Reorders the experts of a parameter: weights, gradient, and what Megatron-Core's optimizer keeps of them.
 
     Args:
         dim: of the experts.
-        order_E: the expert that each place is to have.
+        order_E: the expert that each index is to have.
         is_split: whether experts are split over expert-parallel ranks. All ranks call it together.
     """
     main, moments, start = _kept(optimizer, parameter)

@@ -1,4 +1,4 @@
-"""What a MoE layer of Megatron-Core has in the place of its experts, and what the model has for all of its layers."""
+"""The modules that replace the experts of a MoE layer of Megatron-Core, and the model's modules for all layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_samoe.parallel_state.parameter_tag import tag_of
 
 
 class Lends(Protocol):
-    """What these modules ask of `ExpertSharing`."""
+    """The interface of `ExpertSharing` that these modules use."""
 
     def experts(self, moe_index: int) -> Experts:
         """Returns the experts of a layer."""
@@ -61,7 +61,7 @@ class LentExperts(MegatronModule):
 
 
 class SharedExperts(MegatronModule):
-    """What all layers share, on one rank."""
+    """The experts that all layers share, on one rank."""
 
     def __init__(self, config: Any, sharing: Lends, part: nn.Module):
         super().__init__(config)
@@ -75,7 +75,7 @@ class SharedExperts(MegatronModule):
 
 
 def sharded_tensor(name: str, parameter: nn.Parameter, state: Any) -> ShardedTensor:
-    """Returns a parameter's place in the complete tensor, and which copy of it this rank has."""
+    """Returns a parameter's offset in the full tensor, and which copy of it this rank has."""
     spec = tag_of(parameter).shard
     pieces = [(dim, state.group(axis).rank, state.group(axis).size) for dim, axis in spec.partition]
     copy = 0

@@ -50,7 +50,7 @@ OF_CANDIDATES = (
         "moe_router_load_balancing_type", lambda v: v == "sinkhorn", "must not be sinkhorn, which opens closed experts"
     ),
 )
-#: Of a TransformerConfig that has met a schedule.
+#: Of a TransformerConfig that a schedule has used.
 OF_SCHEDULE = (
     Refusal(
         "grad_sync_func",
@@ -61,7 +61,7 @@ OF_SCHEDULE = (
 
 
 def sharing_options(config: Any, expert_sharing: str, options: Mapping[str, Any], num_layers: int) -> MoEConfig:
-    """Returns the options of sharing of a model with so many MoE layers.
+    """Returns the options of sharing, for a model with a number of MoE layers.
 
     Raises:
         ConfigError: an option is unknown or out of range, has no effect with this way, or does not fit the model.

@@ -16,7 +16,7 @@ from megatron_samoe.parallel_state.state import ParallelState, planned_state
 
 
 def rank_state(config: Any) -> ParallelState:
-    """Returns this rank's place in Megatron-Core's layout. Stages alone can exchange: else Megatron-Core does it.
+    """Returns this rank's part of Megatron-Core's layout. Only stages can exchange here; all else is Megatron-Core's.
 
     Args:
         config: Megatron-Core's TransformerConfig.

@@ -57,7 +57,7 @@ class ExpertSharing:
         options: of `MoEConfig`, such as num_expert_banks, num_expert_sets, samoe_combine and pool_lock_step.
 
     Raises:
-        ConfigError: an option of the model meets shared experts wrongly, or the layers cannot share so.
+        ConfigError: an option of the model does not go with shared experts, or the layers cannot share so.
     """
 
     @in_python_words()

@@ -28,7 +28,7 @@ class CoefficientWatch(Hook):
             self.look(run.state.iteration, a_L2GP)
 
     def look(self, iteration: int, a_L2GP: Tensor) -> None:
-        """Takes in the coefficients after so many steps, zeros for layers without."""
+        """Records the coefficients after a step, zeros for layers without."""
         size_L2 = a_L2GP.square().sum(-1).mean(-1).sqrt()
         is_off_L2 = (size_L2 > 0) & (size_L2 < LEAST_SHARE * size_L2.amax(0))
         off = {(int(layer), int(row)) for layer, row in is_off_L2.nonzero()}

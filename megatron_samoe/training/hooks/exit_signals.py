@@ -38,7 +38,7 @@ class ExitSignals(Hook):
 
     @contextlib.contextmanager
     def around(self, run: Training) -> Iterator[None]:
-        """Notes signals in place of dying of them; only a process's main thread can."""
+        """Notes signals, which would end the process; only a process's main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -94,10 +94,10 @@ class MetricsFile(Hook):
     """One JSON object per logged step.
 
     A resumed run first drops what the killed one logged beyond its checkpoint; a fresh one sets aside an existing file;
-    an evaluation alone adds to what is there. Where training runs goes into machine.json beside it, as of the last start.
+    a run that only evaluates appends. Where training runs goes into machine.json next to it, as of the last start.
 
     Args:
-        trains: whether there will be steps, not an evaluation alone, which says nothing of training's speed.
+        trains: whether there will be steps, not only an evaluation, which says nothing of training's speed.
     """
 
     rank_0_only = True
@@ -108,7 +108,7 @@ class MetricsFile(Hook):
         self.file: Any = None
 
     def start(self, run: Training) -> None:
-        """Opens the file and cuts it back to the iteration that training goes on from."""
+        """Opens the file and cuts it back to the iteration that training resumes from."""
         iteration = run.state.iteration
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self._trains:
@@ -225,7 +225,7 @@ class Tracker(Hook):
         return self._library.init(project=self._project, name=self._name, config=self._config)
 
     def _try(self, call: Callable[[], object]) -> None:
-        """Runs a call; a tracker that fails is left alone from then on, and training goes on."""
+        """Runs a call; a tracker that fails is not called again, and training continues."""
         if self._failed:
             return
         try:
@@ -246,7 +246,7 @@ class Tracker(Hook):
 
 
 class ProgressBar(Hook):
-    """A bar over iterations, in place of the console's lines."""
+    """A bar over iterations, which replaces the console's lines."""
 
     rank_0_only = True
 

@@ -109,7 +109,7 @@ def gathered_coefficients(setup: TrainSetup) -> Tensor:
         try:
             mixture = setup.model.mixture(layer.moe)
         except ConfigError:
-            continue  # its experts are more than a mixture, and coefficients alone would not tell what they are
+            continue  # its experts are more than a mixture, and coefficients do not say what they are
         a_2GP = mixture.a_2GP
         if a_2GP is None:
             continue

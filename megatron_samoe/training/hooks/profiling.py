@@ -17,7 +17,7 @@ from megatron_samoe.training.train_step import StepResult
 class StepProfiler(Hook):
     """Profiles the steps from --profile-step-start on, before --profile-step-end, on the ranks that are to.
 
-    `profile/rank-N.json.gz` beside the run's checkpoints is to be opened with Perfetto or chrome://tracing.
+    `profile/rank-N.json.gz` next to the run's checkpoints is to be opened with Perfetto or chrome://tracing.
     """
 
     def __init__(self, config: LoggingConfig):

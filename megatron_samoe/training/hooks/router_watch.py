@@ -10,7 +10,7 @@ from megatron_samoe.training.hook import Hook, Training
 from megatron_samoe.training.router_health import RouterHealth
 from megatron_samoe.training.train_step import StepResult
 
-#: A layer whose load entropy stays below this for so many steps after warm-up is warned of.
+#: A warning names a layer whose load entropy stays below the first for the second's number of steps after warm-up.
 LOW_ENTROPY, PATIENCE_STEPS = 0.5, 20
 
 

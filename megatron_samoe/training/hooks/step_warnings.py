@@ -1,4 +1,4 @@
-"""What is said of a step that went wrong."""
+"""Warnings of a step that went wrong."""
 
 from __future__ import annotations
 
