@@ -87,7 +87,7 @@ class HostDiffersError(ConfigErrors):
 
     def __init__(self, errors: list[ConfigError], common: str = ""):
         super().__init__(errors, common)
-        self.args = (f"{self}; the job goes on without this host",)
+        self.args = (f"{self}; the job continues without this host",)
 
 
 class DataError(MegatronSamoeError):

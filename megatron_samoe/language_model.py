@@ -114,7 +114,7 @@ def _sampling(max_new_tokens: int, given: Sampling) -> SamplingOptions:
     """Returns the options of a request; ConfigError for one that is not known."""
     for name, value in given.items():
         if name not in Sampling.__annotations__:
-            known = f"is no option; there are max_new_tokens, {', '.join(Sampling.__annotations__)}"
+            known = f"is not an option; there are max_new_tokens, {', '.join(Sampling.__annotations__)}"
             raise ConfigError(name, value, _ELSEWHERE.get(name, f"{known}.{nearest(name, Sampling.__annotations__)}"))
     return SamplingOptions(max_new_tokens, **given)  # type: ignore[arg-type]
 

@@ -36,7 +36,7 @@ class _Moved(MetaPathFinder, Loader):
         old = module.__name__
         new = self._new_name(old)
         assert new is not None
-        warnings.warn(f"{old} is now {new}; version 0.3 knows the new name alone.", FutureWarning, stacklevel=2)
+        warnings.warn(f"{old} is now {new}; version 0.3 knows only the new name.", FutureWarning, stacklevel=2)
         # The import system takes this entry when the loader is done.
         sys.modules[old] = importlib.import_module(new)
 

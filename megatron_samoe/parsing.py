@@ -192,7 +192,7 @@ def parse_json(text: str | bytes, finite: bool = False) -> Any:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"holds {name}, which is no number of JSON")
+    raise ValueError(f"holds {name}, which is not a number of JSON")
 
 
 def finite_float(value: object) -> float | None:

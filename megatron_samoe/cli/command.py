@@ -47,7 +47,7 @@ def usage(prog: str, commands: Mapping[str, str], text: str = "") -> str:
     width = max(map(len, commands))
     lines = "\n".join(f"  {name:{width}}  {what}" for name, what in commands.items())
     above = f"{text.strip()}\n\n" if text else ""
-    return f"usage: {prog} COMMAND ...\n\n{above}{lines}\n\n{prog} COMMAND --help tells about each."
+    return f"usage: {prog} COMMAND ...\n\n{above}{lines}\n\n{prog} COMMAND --help describes each."
 
 
 def _help() -> str:
@@ -65,7 +65,7 @@ def main() -> int:
         print(__version__)
         return 0
     if name not in COMMANDS:
-        print(f"error: {name} is no command.{nearest(name, COMMANDS)}\n\n{_help()}", file=sys.stderr)
+        print(f"error: {name} is not a command.{nearest(name, COMMANDS)}\n\n{_help()}", file=sys.stderr)
         return 2
     # Parsers name the program by this, and so do their messages.
     sys.argv = [f"megatron-samoe {name}", *rest]

@@ -169,7 +169,7 @@ def _heal(
     # A process of its own: the trainer keeps freed memory, and the stages before may have taken much.
     if children.run([sys.executable, "-m", "megatron_samoe", "pretrain", "--config", str(path)]).returncode != 0:
         newest = newest_in_words(run_dir / "checkpoints")
-        raise MegatronSamoeError(f"{stage.name} has not ended; the same command goes on with it. {newest}")
+        raise MegatronSamoeError(f"{stage.name} has not ended; the same command resumes it. {newest}")
     return open_folder(run_dir / "checkpoints").directory
 
 

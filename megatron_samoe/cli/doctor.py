@@ -74,7 +74,7 @@ def _devices() -> Iterator[Finding]:
         build = (
             f"this torch is built for CUDA {torch.version.cuda}, and no GPU is seen"
             if torch.version.cuda
-            else ("this torch is built for CPUs alone")
+            else ("this torch is built for CPUs only")
         )
         yield Finding("note", "GPU", build)
         return

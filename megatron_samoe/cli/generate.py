@@ -56,7 +56,7 @@ class Prompt:
             self.text.encode()
         except UnicodeEncodeError as error:
             raise ConfigError(
-                "prompt", self.text, f"must be UTF-8 text, and is none at character {error.start}"
+                "prompt", self.text, f"must be UTF-8 text, and is not at character {error.start}"
             ) from None
         if self.messages is not None:
             return Request(chat_prompt(tokenizer, self.messages), sampling)
@@ -87,7 +87,7 @@ def _from_json(line: str, place: str) -> Prompt:
     try:
         value = parse_json(line)
     except ValueError as error:
-        raise DataError(f"{wanted}, but is no JSON: {error}.") from None
+        raise DataError(f"{wanted}, but is not JSON: {error}.") from None
     if isinstance(value, dict) and isinstance(value.get("prompt"), str):
         return Prompt(value["prompt"], place=place)
     if isinstance(value, dict) and isinstance(value.get("prompt_ids"), list):

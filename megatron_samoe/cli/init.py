@@ -182,7 +182,7 @@ class Init:
         if self.example is not None and self.expert_layout is not None:
             raise ConfigError("--expert-layout", self.expert_layout, "is what the example says; leave out --example")
         if self.example is not None and self.text is not None:
-            raise ConfigError("--text", " ".join(self.text), "has no meaning beside --example")
+            raise ConfigError("--text", " ".join(self.text), "has no meaning with --example")
         commands = ""
         if self.example is None:
             commands, is_small = _commands(self.text, folder)

@@ -117,7 +117,7 @@ class InspectTensors(Inspect):
         try:
             pattern = re.compile(self.match or "")
         except re.error as error:
-            raise ConfigError("--match", self.match, f"is no regular expression: {error}") from None
+            raise ConfigError("--match", self.match, f"is not a regular expression: {error}") from None
         return {
             name: stored
             for name, stored in side.source.tensors.items()
@@ -334,7 +334,7 @@ class Sharing(Inspect):
 _EVIDENCE = {
     "start": "weights equal to those of --start",
     "moments": "no gradient in Adam's second moments",
-    "seed": "weights as the run's seed draws them, but for weight decay",
+    "seed": "weights as the run's seed draws them, except for weight decay",
 }
 
 

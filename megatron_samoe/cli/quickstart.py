@@ -71,7 +71,7 @@ def run(command: list[str], step: str) -> None:
     started = time.monotonic()
     status = children.run(command, env=environment()).returncode
     if status != 0:
-        raise MegatronSamoeError(f"{step} ended with status {status}; its message stands above.")
+        raise MegatronSamoeError(f"{step} ended with status {status}; its message is above.")
     print(f"   ({time.monotonic() - started:.0f} s)", flush=True)
 
 
@@ -246,7 +246,7 @@ class Quickstart:
         split = words("--expert-model-parallel-size 2 --micro-batch-size 8 --run-dir", str(out / FINISHED_BY_TWO))
         run(
             [*TORCHRUN, *two, *config, *MODELS[FINISHED_BY_TWO], *common, *split],
-            f"4/5 go on with {FINISHED_BY_TWO} on two ranks, half of the experts on each, for its last {PARALLEL_STEPS} steps",
+            f"4/5 continue {FINISHED_BY_TWO} on two ranks, half of the experts on each, for its last {PARALLEL_STEPS} steps",
         )
         samples[FINISHED_BY_TWO] = sample(out / FINISHED_BY_TWO)
         report(out, samples)

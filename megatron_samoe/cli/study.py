@@ -98,7 +98,7 @@ class Study(HandsOn):
                 report = self.output_dir / "report.html"
                 return report_main(["--study", str(self.output_dir / "results.json"), "--output", str(report)])
         except KeyboardInterrupt:
-            print("stopped; the same command goes on with what is not done.", file=sys.stderr)
+            print("stopped; the same command resumes.", file=sys.stderr)
             return 130
         return 0
 

@@ -177,7 +177,7 @@ def flag_forms() -> tyro.constructors.ConstructorRegistry:
         if not words:
             return True
         if len(words) > 1 or words[0] not in values:
-            raise ValueError(f"{' '.join(words)!r} is none of: nothing, which is True; {', '.join(values)}")
+            raise ValueError(f"{' '.join(words)!r} is not one of: nothing, which is True; {', '.join(values)}")
         return values[words[0]]
 
     @registry.primitive_rule
@@ -309,8 +309,8 @@ def foreign_flags() -> Mapping[str, Mapping[str, str]]:
 def what_it_is_here(name: str) -> str | None:
     """Returns what a flag of another program is here, for a message; None for one that is not known."""
     words = {
-        "renamed": "is no option; this program's name for it is {}",
-        "always_so": "is no option here; leave it out: {}",
+        "renamed": "is not an option; this program's name for it is {}",
+        "always_so": "is not an option here; leave it out: {}",
         "missing": "is not there: {}",
     }
     found = (words[kind].format(flags[name]) for kind, flags in foreign_flags().items() if name in flags)

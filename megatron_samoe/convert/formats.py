@@ -167,7 +167,7 @@ class RankFiles:
                         if isinstance(value, Tensor):
                             if not is_plain(value) or not isinstance(key, str):
                                 raise CheckpointError(
-                                    f"{folder}: {shown(key)} is no dense tensor with its elements in the file."
+                                    f"{folder}: {shown(key)} is not a dense tensor with its elements in the file."
                                 )
                             self.tensors[f"{name}/{model}.{key}"] = StoredTensor(tuple(value.shape), value.dtype)
 

@@ -55,7 +55,7 @@ def open_folder(
             raise CheckpointError(f"{words.path}{path} is {found.described}, and --from says {wanted}.")
         if vocab_size is not None and found.tells_vocabulary:
             raise ConfigError(
-                "--vocab-size", vocab_size, f"is for Megatron's checkpoints; {found.described} tells its own"
+                "--vocab-size", vocab_size, f"is for Megatron's checkpoints; {found.described} says its own"
             )
         directory = found.find(path, step, words, problems_of)
         tensors, notes = found.read(directory, vocab_size)

@@ -245,7 +245,7 @@ def check_vocabulary(indexed: IndexedDataset, tokenizer: Tokenizer, vocab_size: 
             f"{record.tokenizer_type} with its files), or make a dataset of the text with this run's (megatron-samoe preprocess)."
         )
     if indexed.dtype.kind not in "iu":
-        raise DataError(f"{indexed.path_prefix} holds {indexed.dtype} values, which are no token ids.")
+        raise DataError(f"{indexed.path_prefix} holds {indexed.dtype} values, which are not token ids.")
     top = record.max_token_id if record is not None else _largest_id(indexed)
     if top >= vocab_size:
         raise DataError(

@@ -40,7 +40,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> 
         if written is not None:
             literal = _continued(tokenizer.encode_literally, written)
             if tokenizer.control_tokens[written] in literal:
-                told = f"has the text {written}, which this model's tokenizer cannot tell from the control token"
+                told = f"has the text {written}, which this model's tokenizer cannot distinguish from the control token"
                 raise ConfigError("messages", messages, told)
             ids += literal
         ids += _continued(tokenizer.encode_rendered, after)
@@ -68,5 +68,5 @@ def _check(messages: Sequence[Mapping[str, Any]]) -> None:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise ConfigError(
-                    "messages", text, f"must be UTF-8 text, and is none at character {error.start}"
+                    "messages", text, f"must be UTF-8 text, and is not at character {error.start}"
                 ) from None

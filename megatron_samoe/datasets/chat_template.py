@@ -86,7 +86,7 @@ def read_chat(files: Mapping[str, bytes], folder: str | Path = "") -> Chat:
     if TEMPLATE in files:
         named = files[TEMPLATE].decode(errors="replace")
     if not isinstance(named, str | None):
-        raise DataError(f"{Path(folder, TOKENIZER_CONFIG)} is damaged: its chat_template is no text.")
+        raise DataError(f"{Path(folder, TOKENIZER_CONFIG)} is damaged: its chat_template is not text.")
     texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in config.items() if n.endswith("_token")}
     ends = generation.get("eos_token_id")
     ids = tuple(i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int)

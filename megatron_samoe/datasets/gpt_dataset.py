@@ -156,7 +156,7 @@ class _Gatherer:
             low, high = self._op(*self._tensors, numbers, self._dtype_code, out)
         except RuntimeError as error:
             raise DataError(
-                f"{owner.dataset.path_prefix}: one of the samples lies outside the data. The index, the data or the "
+                f"{owner.dataset.path_prefix}: one of the samples is outside the data. The index, the data or the "
                 "cached sample index is damaged."
             ) from error
         return out, low, high

@@ -90,7 +90,7 @@ def parse_header(head: bytes, file_bytes: int, path: str) -> IndexHeader:
     """
     if len(head) < HEADER_BYTES:
         raise DataError(
-            f"{path} is not a dataset index: it has {file_bytes} bytes, and the header alone needs {HEADER_BYTES}. "
+            f"{path} is not a dataset index: it has {file_bytes} bytes, and the header needs {HEADER_BYTES}. "
             "It is truncated or another kind of file."
         )
     if head[:9] != MAGIC:

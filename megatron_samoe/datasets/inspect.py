@@ -25,7 +25,7 @@ def document_lengths(data: IndexedDataset) -> np.ndarray:
 def token_counts(data: IndexedDataset) -> np.ndarray:
     """Returns how often each id occurs, int64 [largest id + 1]; DataError if an id is negative."""
     if data.dtype.kind not in "iu":
-        raise DataError(f"{data.bin_path} holds {data.dtype} values, which are no token ids.")
+        raise DataError(f"{data.bin_path} holds {data.dtype} values, which are not token ids.")
     counts, itemsize = np.zeros(0, dtype=np.int64), data.dtype.itemsize
     block, num_items = BLOCK_BYTES // itemsize, data.bin_reader.num_bytes // itemsize
     for start in range(0, num_items, block):
@@ -145,7 +145,7 @@ def repair(prefix: str, dtype: str, eod: int) -> tuple[int, int]:
     ends = [np.flatnonzero(tokens[s : s + block] == eod) + s + 1 for s in range(0, len(tokens), block)]
     borders = np.concatenate(ends)
     if not len(borders):
-        raise DataError(f"{path} holds no end-of-document token {eod}: its documents cannot be told apart.")
+        raise DataError(f"{path} holds no end-of-document token {eod}: its documents cannot be separated.")
     if borders[-1] != len(tokens):
         borders = np.append(borders, len(tokens))
     lengths = np.diff(borders, prepend=0)

@@ -79,18 +79,18 @@ def read(path_prefix: str) -> Manifest | None:
     for name in _COUNTS:
         value = getattr(record, name)
         if type(value) is not int or not -1 <= value < 2**62:
-            raise DataError(f"{path} is damaged: its {name} is {shown(value)}, which is no count.")
+            raise DataError(f"{path} is damaged: its {name} is {shown(value)}, which is not a count.")
     version = record.format_version
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise DataError(f"{path} has format version {shown(version)}; this program reads {FORMAT_VERSION}.")
     kinds = ((record.options, dict), (record.inputs, list), (record.counts, dict))
     if not all(isinstance(value, kind) for value, kind in kinds):
-        raise DataError(f"{path} is damaged: its options, inputs or counts are none.")
+        raise DataError(f"{path} is damaged: its options, inputs or counts are missing.")
     parts = ((record.inputs, dict), (record.counts.values(), int))
     if not all(type(value) is kind for values, kind in parts for value in values):
         raise DataError(f"{path} is damaged: its inputs or counts hold something else.")
     if not isinstance(record.tokenizer_fingerprint, str):
-        raise DataError(f"{path} is damaged: its tokenizer fingerprint is no text.")
+        raise DataError(f"{path} is damaged: its tokenizer fingerprint is not text.")
     return record
 
 

@@ -77,7 +77,7 @@ def read_saved_tensor(path: Path, start: int, length: int) -> Tensor:
         window.seek(0)
         tensor = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         if not is_plain(tensor):
-            raise ValueError("it is no plain tensor")
+            raise ValueError("it is not a plain tensor")
         window.seek(0)
         with zipfile.ZipFile(window) as archive:  # type: ignore[arg-type]
             for record in archive.infolist():
@@ -187,7 +187,7 @@ def why_not_loaded(error: Exception, path: Path) -> str:
         if start[:1] == _PICKLE:
             return "it was saved in torch's format of before version 1.6; load and save it with a newer torch"
         if start != b"PK":
-            return "it is no file of torch.save"
+            return "it is not a file of torch.save"
     if "weights_only" in text or "upgrade" in text or not text:
         return "it is damaged, or holds more than tensors"
     return readable(text[:200].rstrip("."))

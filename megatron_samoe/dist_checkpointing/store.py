@@ -255,7 +255,7 @@ def read_config(directory: Path) -> Mapping[str, Any]:
     for name, group in config.items():
         if group is not None and not isinstance(group, Mapping):
             raise CheckpointError(
-                f"{directory / CONFIG} is damaged: {name} is {shown(group)}, which is no group of options."
+                f"{directory / CONFIG} is damaged: {name} is {shown(group)}, which is not a group of options."
             )
     return upgrade(config)
 
@@ -315,7 +315,7 @@ def refuse_wrong_values(content: Mapping[str, Any], where: str) -> None:
         value = content.get(key, least)
         whole = type(value) is int or (key == "optimizer_steps" and type(value) is float and value.is_integer())
         if not (whole and least <= value < (2**31 if key == "vocab_size" else 2**62)):
-            raise CheckpointError(f"{where} is damaged: {key} is {shown(value)}, which is no count.")
+            raise CheckpointError(f"{where} is damaged: {key} is {shown(value)}, which is not a count.")
     scale = content.get("loss_scale", {})
     if not isinstance(scale, Mapping) or any(
         finite_float(value) is None or isinstance(value, str) for value in scale.values() if not isinstance(value, bool)

@@ -188,7 +188,7 @@ def _parsed(content: bytes) -> TableOfContents:
         raise _DamagedError(f"it holds {type(table).__name__}")
     try:
         entries, places = table.state_dict_metadata, table.storage_data
-        _require(isinstance(entries, dict) and isinstance(places, dict), "it is no table of tensors")
+        _require(isinstance(entries, dict) and isinstance(places, dict), "it is not a table of tensors")
         files = {index: _file_of(index, place) for index, place in places.items()}
         for name in entries:
             _require(not is_odd_name(name), f"a tensor is called {shown(name)}")
@@ -221,10 +221,10 @@ def _index(name: str, offset: torch.Size | None) -> _Index:
 
 def _file_of(index: Any, place: Any) -> StoredPart:
     is_place = isinstance(index, _Index) and isinstance(place, _Place) and isinstance(place.relative_path, str)
-    _require(is_place, "its table of places is none")
+    _require(is_place, "its table of files is malformed")
     path, start, length = place.relative_path, place.offset, place.length
     in_folder = os.path.basename(path) == path and _are_sizes((start, length))
-    _require(in_folder, f"{shown(path)} from {shown(start)} is no place in a file of its folder")
+    _require(in_folder, f"{shown(path)} from {shown(start)} is not inside a file of its folder")
     _require(not place.transform_descriptors, f"{shown(path)} was written through a transform, which is not read")
     return StoredPart(path, start, length)
 
@@ -242,7 +242,7 @@ def _tensor(name: str, entry: Any, files: Mapping[_Index, StoredPart]) -> Parted
 
 
 def _part(name: str, shape: tuple[int, ...], chunk: Any, files: Mapping[_Index, StoredPart]) -> StoredPart:
-    _require(isinstance(chunk, _Chunk), f"{name} has a part that is none")
+    _require(isinstance(chunk, _Chunk), f"{name} has a malformed part")
     offsets, sizes = chunk.offsets, chunk.sizes
     is_box = isinstance(offsets, tuple) and isinstance(sizes, tuple) and _are_sizes((*offsets, *sizes))
     fits = (

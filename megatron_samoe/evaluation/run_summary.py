@@ -171,10 +171,10 @@ def read_records(path: Path) -> list[JsonObject]:
                 break
             record = None
         if not isinstance(record, dict):
-            raise CheckpointError(f"{path}:{number} is no record of a run: {line.strip()[:60]!r}.")
+            raise CheckpointError(f"{path}:{number} is not a record of a run: {line.strip()[:60]!r}.")
         wrong = [key for key, value in record.items() if not _is_metric(key, value)]
         if wrong:
-            raise CheckpointError(f"{path}:{number} is no record of a run: {wrong[0]} is {shown(record[wrong[0]])}.")
+            raise CheckpointError(f"{path}:{number} is not a record of a run: {wrong[0]} is {shown(record[wrong[0]])}.")
         records.append(record)
     return records
 

@@ -51,7 +51,7 @@ class ModelParts:
         for kind, name in self.replaced().items():
             if "<lambda>" in name:
                 raise TypeError(
-                    f"{kind} is a lambda, {name}; give it a name by which checkpoints can tell it from others"
+                    f"{kind} is a lambda, {name}; give it a name by which checkpoints can distinguish it from others"
                 )
 
     def replaced(self) -> Mapping[str, str]:

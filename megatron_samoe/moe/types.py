@@ -99,7 +99,7 @@ class StatisticsLayout:
             ValueError: the sums are not those that were declared.
         """
         if stats.sums.keys() != self.sizes.keys():
-            raise ValueError(f"statistics {sorted(stats.sums)} were told, {sorted(self.sizes)} were declared")
+            raise ValueError(f"statistics {sorted(stats.sums)} were reported, {sorted(self.sizes)} were declared")
         start = 0
         for name, size in self.sizes.items():
             values = stats.sums[name].reshape(-1)

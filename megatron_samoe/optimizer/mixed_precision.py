@@ -95,7 +95,7 @@ class MixedPrecisionOptimizer:
                 raise ConfigError(
                     f"update of {name}",
                     kind,
-                    f"must be an update of single elements: {name} {list(shard.shape)} is no matrix",
+                    f"must be an update of single elements: {name} {list(shard.shape)} is not a matrix",
                 )
         return WholeTensors(shards, self.pieces, self._state, turns)
 

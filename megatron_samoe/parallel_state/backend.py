@@ -95,7 +95,7 @@ def _why_no_gpu() -> str:
         ConfigError: there is one, and its driver is too old.
     """
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built for CPUs alone."
+        return f"torch {torch.__version__} is built for CPUs only."
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as failure:
@@ -190,13 +190,13 @@ def _connect(
             lost = ["the store of the job"]
         if lost:
             raise CommunicationError(
-                f"Rank {rank} of {size} met the others, and lost {', '.join(lost)} before {backend} had connected them: "
+                f"Rank {rank} of {size} reached the others, and lost {', '.join(lost)} before {backend} had connected them: "
                 f"{problem} {silent_hosts(meeting.hosts)}".rstrip()
             ) from error
         variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
         chosen = os.environ.get(variable)
         raise CommunicationError(
-            f"Rank {rank} of {size} met the others, but {backend} could not connect them: {problem} "
+            f"Rank {rank} of {size} reached the others, but {backend} could not connect them: {problem} "
             f"{variable} names the network interface that ranks talk over: "
             + (f"it is {chosen!r}." if chosen else "it is not set, so the one of the host's name was taken.")
         ) from error

@@ -263,7 +263,7 @@ def refused(hosts: Sequence[str], problem: str) -> HostRefusedError:
     """Returns what the others raise where hosts cannot take part in their job: one of their ranks a host shows it."""
     names = ", ".join(dict.fromkeys(hosts))
     return HostRefusedError(
-        f"{names} cannot take part in this job, which goes on without: {problem}", launcher.local_rank() > 0
+        f"{names} cannot take part in this job, which continues without: {problem}", launcher.local_rank() > 0
     )
 
 
@@ -278,7 +278,7 @@ def differences(ranks: _Facts) -> list[tuple[str, str, str]]:
         for rank, (host, facts) in others:
             value = facts.get(name, "missing")
             if value != usual:
-                there = f"must be alike on all hosts, and is {usual} on {first} (rank {reference})"
+                there = f"must be equal on all hosts, and is {usual} on {first} (rank {reference})"
                 found.append((name, f"{value} on {host} (rank {rank})", there))
                 break
     return found

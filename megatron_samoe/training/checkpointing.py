@@ -199,7 +199,7 @@ def _remark_on_router(setup: TrainSetup, saved_config: Mapping[str, Any], direct
     rate = {"moe_router_lr_mult": 1.0, **(saved_config.get("optimizer") or {})}  # 1 before there was such an option
     changed += _changes(setup, rate, "optimizer", ("moe_router_lr_mult",))
     if changed and setup.model.num_moe_layers:
-        logger.info(f"Routers go on otherwise than in the run in {directory}: {', '.join(changed)}")
+        logger.info(f"Routers continue otherwise than in the run in {directory}: {', '.join(changed)}")
 
 
 def _remark_on_teacher(setup: TrainSetup, saved_config: Mapping[str, Any], iteration: int, directory: Path) -> None:
@@ -208,7 +208,7 @@ def _remark_on_teacher(setup: TrainSetup, saved_config: Mapping[str, Any], itera
     if not (setup.config.distillation.teaches_after(iteration) or before.teaches_after(iteration)):
         return
     if changed := _changes(setup, asdict(before), "distillation", sorted(asdict(before))):
-        logger.info(f"Teaching goes on otherwise than in the run in {directory}: {', '.join(changed)}")
+        logger.info(f"Teaching continues otherwise than in the run in {directory}: {', '.join(changed)}")
 
 
 def _refuse_unexpected(
@@ -290,11 +290,11 @@ def check_same_course(setup: TrainSetup, saved_config: Mapping[str, Any], direct
     if saved_seed not in (None, seed) and not setup.config.checkpoint.no_load_rng:
         raise CheckpointError(
             f"The run in {directory} draws noise and order of samples from --seed {saved_seed}, this one from {seed}. "
-            f"Give --seed {saved_seed} to go on as it would have, or --no-load-rng to go on with --seed {seed}."
+            f"Give --seed {saved_seed} to continue as it would have, or --no-load-rng to continue with --seed {seed}."
         )
     current, saved_data = to_mapping(setup.config)["data"], saved_config.get("data") or {}
     changed = [name for name in CORPUS_FIELDS if name in saved_data and saved_data[name] != current[name]]
     if changed:
         logger.info(
-            f"{', '.join(map(flag, changed))} differ from the run in {directory}; counting of samples goes on in the new corpus"
+            f"{', '.join(map(flag, changed))} differ from the run in {directory}; counting of samples continues in the new corpus"
         )

@@ -111,11 +111,11 @@ def refuse_strange(hooks: Sequence[Hook]) -> None:
     """Raises TypeError naming the first object that is not a hook."""
     for hook in hooks:
         if not isinstance(hook, Hook):
-            raise TypeError(f"{hook!r} is no Hook: give an instance of a class derived from training.hook.Hook")
+            raise TypeError(f"{hook!r} is not a Hook: give an instance of a class derived from training.hook.Hook")
 
 
 def __getattr__(name: str) -> Any:
     if name != "Run":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"{__name__}.Run is now Training; version 0.3 knows the new name alone.", FutureWarning, stacklevel=2)
+    warnings.warn(f"{__name__}.Run is now Training; version 0.3 knows only the new name.", FutureWarning, stacklevel=2)
     return Training

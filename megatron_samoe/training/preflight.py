@@ -56,7 +56,7 @@ def _refuse_too_little_memory(config: PretrainConfig, vocab_size: int, parallel:
                 True,
                 f"{len(of_host)} ranks of {host} will need {in_units(total, 'B')} and it has "
                 f"{in_units(left, 'B')} left; fewer ranks per host, --use-distributed-optimizer, a smaller "
-                "--micro-batch-size or --recompute-granularity full need less (megatron-samoe plan tells)",
+                "--micro-batch-size or --recompute-granularity full need less (see megatron-samoe plan)",
             )
 
 

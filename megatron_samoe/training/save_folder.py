@@ -117,7 +117,7 @@ class DiskRoom:
         )
         if (kept - self._to_be_deleted()) * self._num_bytes > free:
             logger.info(
-                f"{kept} checkpoints, as many as this run comes to hold, take {in_units(kept * self._num_bytes, 'B')}: the run "
+                f"{kept} checkpoints, the most that this run will hold, take {in_units(kept * self._num_bytes, 'B')}: the run "
                 "will end when there is no more room. --keep-last keeps fewer, a longer --save-interval makes fewer"
             )
 

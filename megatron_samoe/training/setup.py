@@ -176,7 +176,7 @@ def describe(setup: TrainSetup) -> None:
     idle = idle_share(config, grid.world_size)
     if idle > MUCH_IDLE:
         logger.info(
-            f"the pipeline stands idle for {idle:.0%} of a step while it fills and drains: more micro-batches, virtual stages or "
+            f"the pipeline is idle for {idle:.0%} of a step while it fills and drains: more micro-batches, virtual stages or "
             "fewer stages idle less"
         )
     if config.moe.moe_router_load_balancing_type == "aux_loss" and config.moe.moe_aux_loss_group_size is None:

@@ -132,7 +132,7 @@ class Trainer:
         """Frees the teacher after its last step."""
         if self.setup.teacher is not None and not self.config.distillation.teaches_after(self.state.iteration):
             self.setup = replace(self.setup, teacher=None)
-            logger.info(f"--teacher-until {self.state.iteration}: the student goes on without its teacher")
+            logger.info(f"--teacher-until {self.state.iteration}: the student continues without its teacher")
 
     def _backward_done(self) -> None:
         self._tell(lambda hook: hook.backward_done(self))

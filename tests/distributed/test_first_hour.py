@@ -168,4 +168,4 @@ def test_an_idle_pipeline_is_remarked_upon(tmp_path: Path) -> None:
     assert planned.returncode == 0, planned.stderr
     assert "warning: ranks stand idle for " in planned.stdout
     trained = start([*model, "--train-iters", "1", "--eval-iters", "0"], tmp_path, num_ranks=4).succeed()
-    assert "the pipeline stands idle for 75% of a step" in trained
+    assert "the pipeline is idle for 75% of a step" in trained

@@ -148,5 +148,5 @@ def test_what_is_wrong_is_said_in_pythons_words(given: Any, kind: type[MegatronS
 def test_what_is_no_configuration_or_hook_is_refused_at_once() -> None:
     with pytest.raises(TypeError, match="config must be a PretrainConfig or a mapping of options, not str"):
         megatron_samoe.pretrain("config.yaml")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="is no Hook"):
+    with pytest.raises(TypeError, match="is not a Hook"):
         megatron_samoe.pretrain({"mock_data": True}, hooks=[print])  # type: ignore[list-item]

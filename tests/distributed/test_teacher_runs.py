@@ -55,7 +55,7 @@ def test_killed_runs_end_as_the_run_that_was_not(num_ranks: int, corpus: Path, t
     lent, layout = tmp_path / "lent", {"pipeline_model_parallel_size": num_ranks}
     shutil.copytree(teacher, lent)
     output = start(taught(corpus, tmp_path / "whole", lent, **layout), tmp_path / "out", num_ranks).succeed()
-    assert output.count("the student goes on without its teacher") == 1
+    assert output.count("the student continues without its teacher") == 1
     assert output.count(" | kl loss: ") == UNTIL
     for reached in (2, UNTIL + 2):
         run = start(taught(corpus, tmp_path / "killed", lent, **layout), tmp_path / "out", num_ranks)

@@ -182,7 +182,7 @@ def test_parts_and_hooks_of_another_kind_are_refused() -> None:
     with pytest.raises(TypeError, match="attention is a lambda"):
         ModelParts(attention=lambda *arguments: SlidingWindowAttention(*arguments))
     setup = build_setup(tiny_config("moe"), VOCAB_SIZE, single_process_state())
-    with pytest.raises(TypeError, match="is no Hook"):
+    with pytest.raises(TypeError, match="is not a Hook"):
         Trainer(setup, RandomBatches(setup), [Witness])  # type: ignore[arg-type,list-item]
     with pytest.raises(TypeError, match=r"pre_optimizer_step is not one of a hook's points .* is it pre_optim_step"):
         type("Mistyped", (Hook,), {"pre_optimizer_step": lambda self, run: None})

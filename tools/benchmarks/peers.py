@@ -85,7 +85,7 @@ class PeerBenchmark(ProcessBenchmark):
 
     @contextmanager
     def running(self, script: str, names: Sequence[str], sizes: dict[str, Any]) -> Iterator[list[LineWorker]]:
-        """Gives the peers that started; says which did not. None where there is no folder."""
+        """Gives the peers that started; says which did not. None where there is not a folder."""
         if self.peers is None:
             yield []
             return

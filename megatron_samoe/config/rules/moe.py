@@ -64,7 +64,7 @@ def _scores(config: PretrainConfig, _: int) -> Rows:
     for name in ("moe_router_enable_expert_bias", "moe_router_num_groups", "moe_router_topk_scaling_factor"):
         allowed = f"has no use with {by}, where no token chooses its best experts"
         yield name, (by_relu or by_experts) and getattr(moe, name), allowed
-    allowed = "must be another with --moe-router-score-function relu: the loss alone keeps the number of experts small"
+    allowed = "must be another with --moe-router-score-function relu: only the loss keeps the number of experts small"
     yield "moe_router_load_balancing_type", by_relu and not is_balanced, allowed
     is_free = by_relu and is_balanced and moe.moe_aux_loss_coeff == 0
     yield "moe_aux_loss_coeff", is_free, "must be above 0 with --moe-router-score-function relu"

@@ -103,7 +103,7 @@ def _checkpoints(config: PretrainConfig, _: int) -> Rows:
     yield "skip_train", is_idle, "needs --load (or --run-dir) and --eval-iters: it only evaluates"
     is_idle = checkpoint.use_checkpoint_args and is_new and first is None
     yield "use_checkpoint_args", is_idle, "needs --load, --run-dir or --pretrained-checkpoint"
-    allowed = "needs --load (or --run-dir) beside --save: without it the same command would begin again and replace what it saved"
+    allowed = "needs --load (or --run-dir) with --save: without it the same command would begin again and replace what it saved"
     yield "pretrained_checkpoint", is_new and first is not None and checkpoint.save is not None, allowed
     allowed = "excludes --pretrained-checkpoint, which is not loaded again once the run has checkpoints of its own"
     yield "finetune", checkpoint.finetune and first is not None, allowed

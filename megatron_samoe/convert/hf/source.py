@@ -128,7 +128,7 @@ class HFSource:
                 raise CheckpointError(f"{where}: {name} is {list(stored.shape)}; its {CONFIG} says {list(part.shape)}.")
             if not stored.dtype.is_floating_point:
                 raise CheckpointError(
-                    f"{where}: {name} holds {stored.dtype_name} values, which are no weights (quantized weights are not read)."
+                    f"{where}: {name} holds {stored.dtype_name} values, which are not weights (quantized weights are not read)."
                 )
             if isinstance(part, Constant) and not bool((self.folder.read(name) == part.value).all()):
                 raise CheckpointError(f"{where}: {name} is not {part.value:g} everywhere, and {part.why}.")

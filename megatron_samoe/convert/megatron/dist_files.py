@@ -123,7 +123,7 @@ def _entries(directory: Path, model: Mapping[str, StoredTensor]) -> Iterator[tup
             continue
         stacked = layer is None
         if stacked and (not shape or shape[0] > MAX_LAYERS):
-            raise CheckpointError(f"{directory} is damaged: {name} of shape {list(shape)} is no stack of layers.")
+            raise CheckpointError(f"{directory} is damaged: {name} of shape {list(shape)} is not a stack of layers.")
         rest = _SINGLE_EXPERT.sub(r"mlp.experts.local_experts.\1.", rest)
         for number in range(shape[0]) if stacked else (int(layer),):
             of_layer = shape[1:] if stacked else shape

@@ -130,7 +130,7 @@ def load_rank_file(folder: Path) -> dict[str, Any]:
     except (ValueError, OSError, RuntimeError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from None
     if not isinstance(content, dict) or not isinstance(content.get("args"), argparse.Namespace):
-        raise CheckpointError(f"{path} is no file of Megatron's: it holds no model with its arguments.")
+        raise CheckpointError(f"{path} is not a file of Megatron's: it holds no model with its arguments.")
     version = content.get("checkpoint_version", 0)
     if type(version) not in (int, float) or version != CHECKPOINT_VERSION:
         raise CheckpointError(

@@ -129,7 +129,7 @@ def _tensors(folder: Path, first: Mapping[str, Any]) -> Iterator[Entry]:
                 raise CheckpointError(f"{folder}: {model} has an entry called {shown(key)}.")
             if isinstance(value, Tensor) and not key.endswith("_extra_state"):
                 if not is_plain(value):
-                    raise CheckpointError(f"{folder}: {key} is no dense tensor with its elements in the file.")
+                    raise CheckpointError(f"{folder}: {key} is not a dense tensor with its elements in the file.")
                 yield Entry(folder, model, key, tuple(value.shape), value.dtype)
 
 

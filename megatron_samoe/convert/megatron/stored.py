@@ -75,5 +75,5 @@ def count(holder: Any, name: str, default: int, where: object, least: int = 1) -
     value = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
     value = default if value is None else value
     if type(value) is not int or not least <= value < 2**62:
-        raise CheckpointError(f"{where}: {name} is {shown(value)}, which is no number of such things.")
+        raise CheckpointError(f"{where}: {name} is {shown(value)}, which is not a count.")
     return value

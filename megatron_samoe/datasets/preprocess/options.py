@@ -131,7 +131,7 @@ class PreprocessOptions:
             return re.compile(source.encode())
         except re.error as error:
             raise DataError(
-                f"--document-separator {self.document_separator!r} is no regular expression: {error}."
+                f"--document-separator {self.document_separator!r} is not a regular expression: {error}."
             ) from error
 
     def shard(self) -> tuple[int, int]:

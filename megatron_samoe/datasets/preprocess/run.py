@@ -55,7 +55,7 @@ def preprocess(options: PreprocessOptions) -> finish.Report:
         if error.errno not in NO_ROOM:
             raise
         folder = os.path.dirname(options.output_prefix) or "."
-        again = "start again" if _reads_stdin(files) else "give the same command with --resume, which goes on from here"
+        again = "start again" if _reads_stdin(files) else "give the same command with --resume, which resumes from here"
         raise DataError(
             f"The output cannot be written to {folder}: {error.strerror}. Make room, and {again}."
         ) from error
@@ -235,7 +235,7 @@ class _Run:
                 base += other.summary.num_lines
         raise DataError(
             f"{flight.chunk.file}:{base + line + 1}: {reason}. "
-            "Repair it, or leave such input out with --on-bad-input skip (--resume then goes on from here)."
+            "Repair it, or leave such input out with --on-bad-input skip (--resume then continues from here)."
         )
 
     def _deduplicate(self, flight: _InFlight, summary: Summary) -> tuple[np.ndarray | None, list[tuple[int, ...]]]:
@@ -283,7 +283,7 @@ class _Run:
                 where = f"{chunk.file} from byte {chunk.start}" if chunk.kind == "range" else chunk.file
                 raise DataError(
                     f"Workers died {flight.deaths} times while they held chunk {chunk.number} ({where}): {why}. "
-                    "If memory ran out, use fewer --workers or a smaller --max-document-mb; --resume goes on from here."
+                    "If memory ran out, use fewer --workers or a smaller --max-document-mb; --resume continues from here."
                 )
         self._executor.restart(worker)
         for flight in lost:

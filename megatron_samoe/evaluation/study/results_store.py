@@ -143,7 +143,7 @@ def read_kept(folder: Path) -> RunSummary:
         CheckpointError: it is missing, damaged, or another run than its folder's name says.
     """
     if key_of(folder) is None:
-        raise CheckpointError(f"{folder} has no {RUN_FILE}, so it is no finished run.")
+        raise CheckpointError(f"{folder} has no {RUN_FILE}, so it is not a finished run.")
     run = read_run(folder)
     if folder.name not in (run_key(run.config, edit) for edit in (None, *get_args(Edit))):
         raise CheckpointError(f"{folder} holds another run than its name says: its options make {run_key(run.config)}.")

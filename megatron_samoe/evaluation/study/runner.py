@@ -211,7 +211,7 @@ class StudyRunner:
     def _finish(self, run: Run, started: float) -> None:
         if not self.plan.has_ended(run):
             self.stopped.append(
-                f"{run.label} was stopped before its end; the same command goes on with it. "
+                f"{run.label} was stopped before its end; the same command resumes it. "
                 f"{store.newest_in_words(run.checkpoints)} "
                 f"Its output is in {run.directory / 'log.txt'}."
             )

@@ -70,7 +70,7 @@ def prepare(folder: Path, output: Path, vocab_size: int, say: Callable[[str], No
         DataError: the text cannot be read, is too short, or a step failed.
     """
     if not folder.is_dir():
-        raise DataError(f"--text {folder} is no folder.")
+        raise DataError(f"--text {folder} is not a folder.")
     flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(output / "tokenizer.json")]
     for part in ("train", "valid"):  # the test set is for whoever evaluates the study's end, not for every run
         flags += [f"--{part}-data-path", str(output / f"{part}_text_document")]

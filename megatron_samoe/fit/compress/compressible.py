@@ -25,7 +25,9 @@ def require_compressible(source: GlobalTensors) -> PretrainConfig:
     counts = experts_per_layer(moe, num_moe_layers(config))
     if len(set(counts)) != 1:
         raise ConfigError(
-            "--load-dir", f"a MoE of {', '.join(map(str, counts))} experts by layer", "must have as many in each"
+            "--load-dir",
+            f"a MoE of {', '.join(map(str, counts))} experts by layer",
+            "must have the same number in each",
         )
     if len(counts) < 2:
         raise ConfigError("--load-dir", "a MoE of one MoE layer", "must have two MoE layers or more, which can share")

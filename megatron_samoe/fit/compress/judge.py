@@ -75,7 +75,7 @@ def read_verdicts(folder: Path) -> list[Verdict]:
         assert found
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         raise DataError(
-            f"{path} is no file of verdicts; megatron-samoe compress writes one when it has judged."
+            f"{path} is not a file of verdicts; megatron-samoe compress writes one when it has judged."
         ) from None
     return found
 

@@ -142,7 +142,7 @@ def refuse_options(options: CompressOptions, layer_bytes: int, num_layers: int) 
         sets_in_budget(options.budget, layer_bytes, num_layers)
     if options.choose_map and (options.budget is None or word is None or word.way.combines):
         raise ConfigError(
-            "--choose-map", True, "needs --budget and --expert-sharing tied or scaled; combined layers share alike"
+            "--choose-map", True, "needs --budget and --expert-sharing tied or scaled; combined layers share equally"
         )
     plan = plan_of(options, layer_bytes, num_layers)
     sources = parse_sharing(plan.sharing, num_layers)

@@ -23,7 +23,7 @@ def parse_text(body: Mapping[str, Any], facts: ModelFacts) -> list[int]:
         ApiError: a field is unknown, or the text is missing, empty or longer than the context.
     """
     if unknown := sorted(set(body) - {"model", "prompt"}):
-        raise ApiError(400, f"{unknown[0]} is no field here: model, prompt.", param=unknown[0])
+        raise ApiError(400, f"{unknown[0]} is not a field here: model, prompt.", param=unknown[0])
     given = given_prompts(body)
     if len(given) != 1:
         raise ApiError(400, f"prompt has {len(given)} texts: one is shown at a time.", param="prompt")

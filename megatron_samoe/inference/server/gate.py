@@ -76,7 +76,7 @@ class Gate:
             if self._num_open >= self._limits.max_connections:
                 raise ApiError(
                     503,
-                    f"The server answers {self._limits.max_connections} HTTP requests at a time, and has as many.",
+                    f"The server answers {self._limits.max_connections} HTTP requests at a time, and has that many.",
                     kind="service_unavailable_error",
                     code="too_many_connections",
                     retry_after_s=1,

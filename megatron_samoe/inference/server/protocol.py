@@ -216,7 +216,7 @@ def check_fields(body: Mapping[str, Any], fields: Sequence[str], unsupported: Ma
                 told = f"{name} is not supported by this server: leave it out."
                 raise ApiError(400, told, param=name, code="unsupported_field")
         elif name not in fields:
-            told = f"{_shown(name)} is no field of such a request.{nearest(name, fields)}"
+            told = f"{_shown(name)} is not a field of such a request.{nearest(name, fields)}"
             raise ApiError(400, f"{told} Known are {', '.join(fields)}.", param=name[:60], code="unknown_field")
         elif name in LABELS and not isinstance(value, str | None):
             raise bad_value(name, value, "must be text")
@@ -228,7 +228,7 @@ def wants_usage(body: Mapping[str, Any]) -> bool:
     """Returns whether a stream is to end with the numbers of tokens."""
     options = given_value(body, "stream_options", {})
     if not isinstance(options, dict) or set(options) - {"include_usage"}:
-        raise bad_value("stream_options", options, 'may hold "include_usage" alone')
+        raise bad_value("stream_options", options, 'may hold "include_usage" only')
     if options and not flag(body, "stream"):
         raise bad_value("stream_options", options, 'needs "stream": true')
     return flag(options, "include_usage")
@@ -271,7 +271,7 @@ def encodable(name: str, text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        told = f"{name} has half a surrogate pair at character {error.start}, which is no text."
+        told = f"{name} has half a surrogate pair at character {error.start}, which is not text."
         raise ApiError(400, told, param=name) from error
     return text
 

@@ -148,7 +148,7 @@ class EngineWorker:
                 if notices or had_work:
                     self._publish(notices, self._desk.load(time.perf_counter() - started))
         except BaseException as error:  # whatever it is, requests wait for an answer
-            logger.exception("the engine cannot go on")
+            logger.exception("the engine cannot continue")
             self._fail(error)
 
     def _collect(self) -> list[Command]:

@@ -169,7 +169,7 @@ def _our_routing(
 
 
 def _folder(model: Any) -> Path:
-    """Returns where a model's files are, from the hub where it is no folder."""
+    """Returns where a model's files are, from the hub where it is not a folder."""
     if Path(model.model).is_dir():
         return Path(model.model)
     from huggingface_hub import snapshot_download

@@ -58,7 +58,7 @@ def test_completion_knows_commands_and_their_flags() -> None:
     assert "train-tokenizer" in script and "--num-expert-banks" in script and "--output-prefix" in script
 
 
-#: results_check.py looks at this repository's own pages, and is no command.
+#: results_check.py looks at this repository's own pages, and is not a command.
 PROGRAMS = sorted(path for path in (ROOT / "tools").glob("*.py") if path.stem not in ("results_check", "__init__"))
 
 

@@ -212,7 +212,7 @@ def test_what_other_programs_flags_are_is_said_at_once() -> None:
         parse_pretrain_args(["--recompute-activations", "--lr", "1e-3", "--use_flash_attn", "--mtp-num-layers=2"])
     said = str(caught.value)
     assert "this program's name for it is --recompute-granularity selective" in said
-    assert "--use-flash-attn = None: is no option here; leave it out" in said
+    assert "--use-flash-attn = None: is not an option here; leave it out" in said
     assert "--mtp-num-layers = None: is not there" in said
 
 

@@ -327,7 +327,7 @@ def test_bad_input_is_one_paragraph(tmp_path: Path, capsys: Captured) -> None:
         (("list", good, "--ckpt-step", 9), "has iterations [7]"),
         (("list", good / "iter_0000007", "--ckpt-step", 7), "give its parent to choose another"),
         (("list", tmp_path / "hf", "--ckpt-step", 7), "holds one model only"),
-        (("list", good, "--match", "("), "is no regular expression"),
+        (("list", good, "--match", "("), "is not a regular expression"),
         (("check", good, "--dead-below", 2), "must be a share between 0 and 1"),
         (("check", good, "--start-step", 2), "needs --start"),
         (("check", tmp_path / "moe", "--start", good), "has no layers.0.moe.experts.w1 of the same shape"),

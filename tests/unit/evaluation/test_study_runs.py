@@ -89,7 +89,7 @@ def test_a_signal_to_the_study_ends_its_run_with_a_checkpoint(tmp_path: Path) ->
         wait_for_records(process, folder)
         process.send_signal(signal.SIGTERM)
         error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "goes on with what is not done" in error
+    assert process.returncode == 130 and "the same command resumes" in error
     assert (folder / "checkpoints/latest_checkpointed_iteration.txt").is_file(), (folder / "log.txt").read_text()
 
 

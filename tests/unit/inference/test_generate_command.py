@@ -147,7 +147,7 @@ def test_bad_input_is_one_paragraph(run: Run, arguments: tuple[object, ...], std
         ('{"prompt_ids": [3, "a"]}', "line 1: prompt = \"token 'a' at place 1\""),
         ('{"prompt_ids": []}', "line 1: prompt = '': must hold at least one token"),
         ('{"text": "x"}', 'line 1: must be a JSON object with a text "prompt"'),
-        ("not JSON", "but is no JSON"),
+        ("not JSON", "but is not JSON"),
     ],
 )
 def test_bad_lines_are_named(run: Run, tmp_path: Path, line: str, message: str) -> None:
@@ -170,7 +170,7 @@ def test_ways_that_a_checkpoint_lacks_are_refused(tmp_path: Path, capsys: pytest
 
 
 def test_text_that_is_no_utf8_is_refused(run: Run, tmp_path: Path) -> None:
-    message = "must be UTF-8 text, and is none at character 4"
+    message = "must be UTF-8 text, and is not at character 4"
     assert message in run("--prompt", "bad \udcff", status=2)
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "bad \\ud800"}\n')

@@ -243,8 +243,8 @@ def test_steps_of_all_parameters_are_not_held_at_once() -> None:
 
 def test_muon_on_a_vector_is_refused_by_name() -> None:
     rules = (ParamRule("bias", update=Muon()),)
-    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.fc1\.bias.*Muon.*is no matrix"):
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.fc1\.bias.*Muon.*is not a matrix"):
         MixedPrecisionOptimizer(GradBuffers(model(), STATE), CONFIG, rules=rules)
     stack = {"w": set_tag(nn.Parameter(torch.ones(3, 4)), ParameterTag(init=Init(num_indexed_dims=1)))}
-    with pytest.raises(ConfigError, match=r"w \[3, 4\] is no matrix"):
+    with pytest.raises(ConfigError, match=r"w \[3, 4\] is not a matrix"):
         MixedPrecisionOptimizer(GradBuffers(stack, STATE), CONFIG, rules=(ParamRule("w", update=Muon()),))

@@ -79,7 +79,7 @@ def test_a_rank_that_is_lost_before_gloo_connects_is_named_and_not_waited_for(
         if lives
         else rf"lost rank 1 \({socket.gethostname()}\) before"
     )
-    with pytest.raises(CommunicationError, match=f"Rank 0 of 2 met the others, .*{said}") as caught:
+    with pytest.raises(CommunicationError, match=f"Rank 0 of 2 reached the others, .*{said}") as caught:
         backend.initialize_distributed(ParallelConfig(distributed_timeout_minutes=10), torch.device("cpu"), 2, {})
     thread.join(10)
     assert time.monotonic() - began < 10 and ("SOCKET_IFNAME" in str(caught.value)) == lives

@@ -151,7 +151,7 @@ def test_a_host_that_cannot_come_ends_no_elastic_job(monkeypatch: pytest.MonkeyP
     for thread in threads:
         thread.join(10)
     here = socket.gethostname()
-    said = f"{here} cannot take part in this job, which goes on without: rank 3 on {here}: this file is missing"
+    said = f"{here} cannot take part in this job, which continues without: rank 3 on {here}: this file is missing"
     assert [str(error) for error in raised] == [said] * 3 and not raised[0].permanent
     assert len(set(meet(lambda: store, 3).values())) == 1, "the next attempt knows nothing of it"
 
@@ -167,7 +167,7 @@ def test_a_host_that_cannot_come_ends_a_job_that_begins(monkeypatch: pytest.Monk
 def test_a_fault_of_a_host_that_differs_is_none_of_the_job() -> None:
     meetings = [Meeting(HashStore(), rank, 2) for rank in range(2)]
     with (
-        pytest.raises(HostDiffersError, match="--save = '/x': is not shared; the job goes on"),
+        pytest.raises(HostDiffersError, match="--save = '/x': is not shared; the job continues"),
         shared_fate(meetings[0]),
     ):
         raise HostDiffersError([ConfigError("--save", "/x", "is not shared")])

@@ -118,7 +118,7 @@ def test_all_ranks_hear_which_host_differs(monkeypatch: pytest.MonkeyPatch) -> N
     raised = compared([usual, {**usual, "x": "y"}, {**usual, "--lr": "2"}], [], monkeypatch)
     assert len(raised) == 3 and len({str(error) for error in raised.values()}) == 1
     assert all(error.permanent and error.ends_job for error in raised.values())
-    assert "--lr = '2 on host2 (rank 2)': must be alike on all hosts, and is 1 on host0" in str(raised[0])
+    assert "--lr = '2 on host2 (rank 2)': must be equal on all hosts, and is 1 on host0" in str(raised[0])
     assert "x = 'y on host1 (rank 1)'" in str(raised[0]) and "is missing on host0" in str(raised[0])
 
 
@@ -130,15 +130,15 @@ def test_a_host_that_comes_to_an_elastic_job_is_measured_by_those_that_were_ther
     assert isinstance(raised[0], HostDiffersError) and isinstance(raised[3], HostDiffersError)
     assert raised[0].permanent and not raised[0].ends_job, "its torchrun ends, and the job does not"
     problems = (
-        "torch = '2.14 on host0 (rank 0)': must be alike on all hosts, and is 2.13 on host1 (rank 1)",
-        "x = 'y on host3 (rank 3)': must be alike on all hosts, and is missing on host1 (rank 1)",
+        "torch = '2.14 on host0 (rank 0)': must be equal on all hosts, and is 2.13 on host1 (rank 1)",
+        "x = 'y on host3 (rank 3)': must be equal on all hosts, and is missing on host1 (rank 1)",
     )
     for rank, problem in zip((0, 3), problems, strict=True):
-        assert str(raised[rank]) == f"{problem}; the job goes on without this host"
+        assert str(raised[rank]) == f"{problem}; the job continues without this host"
     for rank in (1, 2, 4):
         assert isinstance(raised[rank], HostRefusedError) and not raised[rank].permanent
         assert str(raised[rank]).startswith(
-            "host0, host3 cannot take part in this job, which goes on without: hosts of"
+            "host0, host3 cannot take part in this job, which continues without: hosts of"
         )
         assert all(problem in str(raised[rank]) for problem in problems)
 

@@ -94,7 +94,7 @@ def test_a_run_ends_at_the_last_checkpoint_that_has_room(
     caplog.clear()
     with caplog.at_level(logging.INFO, "megatron_samoe"):
         assert train(tmp_path, keep_last=1) == 2
-    assert "as many as this run comes to hold" not in caplog.text, "the one that is there will be deleted"
+    assert "the most that this run will hold" not in caplog.text, "the one that is there will be deleted"
 
 
 def test_a_run_that_is_about_to_leave_needs_no_more_room(
@@ -113,7 +113,7 @@ def test_both_numbers_are_said_before_the_first_step(
         train(tmp_path)
     said = caplog.text
     assert f"a checkpoint takes {sizes[1] / 1e6:.3g} MB; {tmp_path} has" in said
-    assert "3 checkpoints, as many as this run comes to hold, take" in said and "--keep-last keeps fewer" in said
+    assert "3 checkpoints, the most that this run will hold, take" in said and "--keep-last keeps fewer" in said
 
 
 @pytest.mark.parametrize(

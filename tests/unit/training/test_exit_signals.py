@@ -121,7 +121,7 @@ def let_meet(error: MegatronSamoeError, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(cli_pretrain, "resolve", meet_it)
 
 
-ALIKE = ConfigErrors([ConfigError("--lr", 1, "must be alike on all hosts")])
+ALIKE = ConfigErrors([ConfigError("--lr", 1, "must be equal on all hosts")])
 DIFFERS = HostDiffersError([ConfigError("--lr", 1, "must be alike")])
 
 

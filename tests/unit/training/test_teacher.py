@@ -296,10 +296,10 @@ def test_another_course_of_teaching_is_remarked_upon(
     config = student(teacher, teacher_until=4)
     run(config, tmp_path / "run", exit_interval=2)
     run(config, tmp_path / "run", exit_interval=3)
-    assert "Teaching goes on otherwise" not in caplog.text
+    assert "Teaching continues otherwise" not in caplog.text
     run(config, tmp_path / "run", teacher_weight=3.0, exit_interval=5)
     assert "--teacher-weight 1.0 there, 3.0 here" in caplog.text
     run(config, tmp_path / "run", teacher=None, teacher_until=None)
     # A message may be caught by several handlers, of which other tests leave some.
-    remarks = {message for message in caplog.messages if "Teaching goes on otherwise" in message}
+    remarks = {message for message in caplog.messages if "Teaching continues otherwise" in message}
     assert len(remarks) == 1, "the teacher has left in either"
