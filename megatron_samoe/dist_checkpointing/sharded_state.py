@@ -183,7 +183,7 @@ def _fill(directory: Path, name: str, parted: PartedTensor, stored: StoredPart, 
                 if read_saved_tensor_into(target, file, stored.start, stored.length):
                     continue
         if saved is None:
-            saved = read_part(directory, name, parted, stored)
+            saved = read_part(directory, name, parted, stored, verifies=False)
         target.copy_(saved[_box(starts, ends, stored.offsets)])
 
 
@@ -195,15 +195,15 @@ def _box(starts: Sequence[int], ends: Sequence[int], base: Sequence[int]) -> tup
     return tuple(slice(start - b, end - b) for start, end, b in zip(starts, ends, base, strict=True))
 
 
-def read_part(directory: Path, name: str, parted: PartedTensor, part: StoredPart) -> Tensor:
-    """Returns a stored part of a tensor.
+def read_part(directory: Path, name: str, parted: PartedTensor, part: StoredPart, verifies: bool = True) -> Tensor:
+    """Returns a stored part of a tensor; see `read_saved_tensor`.
 
     Raises:
         CheckpointError: its file is damaged.
     """
     path = directory / part.file
     try:
-        tensor = read_saved_tensor(path, part.start, part.length)
+        tensor = read_saved_tensor(path, part.start, part.length, verifies)
     except Exception as error:  # torch raises several kinds for damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged: {name} cannot be read ({reason}).") from None
