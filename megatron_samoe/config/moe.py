@@ -51,6 +51,17 @@ class MoEConfig:
     (UniPool's lock). Experts then move, so that those of each layer lie on all expert-parallel ranks. Never if not given."""
     pool_lock_anneal_steps: int = model_option(100, READERS, range=POSITIVE, needs=needs.POOL_LOCK, may_differ=True)
     """Steps over which the scores of experts that other layers own fall to nothing."""
+    pool_lock_vote_steps: int = model_option(1, READERS, range=POSITIVE, needs=needs.POOL_LOCK, may_differ=True)
+    """Steps, the last of them --pool-lock-step, by whose choices owners are found: by the mean of their loads."""
+    pool_lock_entropy_coeff: float = model_option(
+        0.0, READERS, range=AT_LEAST_ZERO, needs=needs.POOL_LOCK, may_differ=True
+    )
+    """Weight of UniPool's entropy loss, the mean over L layers of (H - log(E / L))^2 with H the entropy of a layer's mean
+    scores, so that each comes to use as many experts as it will own. It grows from 0 up to --pool-lock-step. 0 for none."""
+    pool_lock_entropy_group_size: int | None = model_option(
+        None, READERS, range=POSITIVE, needs=needs.POOL_ENTROPY, may_differ=True
+    )
+    """Sequences over which the entropy loss takes mean scores, chosen as for --moe-aux-loss-group-size; 1 if not given."""
     untied_ends: int = model_option(0, NOT_MEGATRON, range=AT_LEAST_ZERO, largest=100_000, needs=needs.SHARING)
     """First MoE layers, and as many last ones, that own their experts while those between them share."""
     num_experts: int | tuple[int, ...] = model_option(

@@ -28,12 +28,13 @@ class CandidateSchedule(Protocol):
         """Returns a layer's factors [E] at the start."""
 
     def update(
-        self, factors_E: Mapping[int, Tensor], counts_LE: Tensor, iteration: int, state: ParallelState
+        self, factors_E: Mapping[int, Tensor], votes_LE: Tensor, iteration: int, state: ParallelState
     ) -> Tensor | None:
         """Changes the factors of a rank's layers, by index of the MoE layer; all ranks call it together.
 
         Args:
-            counts_LE: tokens of the last global batch that chose each expert, of all MoE layers.
+            votes_LE: tokens of the last global batch that chose each expert, of all MoE layers; or the mean share of these in
+                several steps, see `votes_before`.
 
         Returns:
             order_E, the expert that each place of the pool is to have from now on, the same on all ranks; None where experts
@@ -64,7 +65,7 @@ class NeighbourSchedule:
         """Returns 1 for the layer's own experts."""
         return self._factors(moe_index, num_experts, 0)
 
-    def update(self, factors_E: Mapping[int, Tensor], counts_LE: Tensor, iteration: int, state: ParallelState) -> None:
+    def update(self, factors_E: Mapping[int, Tensor], votes_LE: Tensor, iteration: int, state: ParallelState) -> None:
         """Opens as many as are due."""
         for moe_index, factors in factors_E.items():
             # What is open stays open: a run that starts again from these weights counts its steps anew.
@@ -80,7 +81,8 @@ class NeighbourSchedule:
 
 class PoolLock:
     """Gives each expert of a pool to one layer after step --pool-lock-step, to each layer as many, so that the experts' owners
-    are those that chose them most in this step. Others' factors fall to 0 over --pool-lock-anneal-steps, along a cosine."""
+    are those that chose them most in this step, or in the last --pool-lock-vote-steps of them. Others' factors fall to 0 over
+    --pool-lock-anneal-steps, along a cosine."""
 
     def __init__(self, config: MoEConfig):
         assert config.pool_lock_step is not None
@@ -91,9 +93,9 @@ class PoolLock:
         return torch.ones(num_experts)
 
     def update(
-        self, factors_E: Mapping[int, Tensor], counts_LE: Tensor, iteration: int, state: ParallelState
+        self, factors_E: Mapping[int, Tensor], votes_LE: Tensor, iteration: int, state: ParallelState
     ) -> Tensor | None:
-        """Decides once, from counts that all ranks know, and then follows its decision."""
+        """Decides once, from votes that all ranks know, and then follows its decision."""
         if iteration < self._at:
             return None
         # A stage without MoE layers, which holds a part of the pool, learns from the others whether they have decided.
@@ -101,12 +103,22 @@ class PoolLock:
         is_decided = bool(state.pp.all_reduce(torch.tensor(float(closed), device=state.device)))
         done = min((iteration - self._at + 1) / self._anneal, 1.0)
         left = min(0.5 + 0.5 * math.cos(math.pi * done), 1 - 2**-20)  # an owner alone has 1, in fp32 too
-        owner_E = None if is_decided else owners(counts_LE)
+        owner_E = None if is_decided else owners(votes_LE)
         owned = {i: factors.cpu() == 1 if owner_E is None else owner_E == i for i, factors in factors_E.items()}
         for moe_index, factors in factors_E.items():
             others = factors.clamp_max(left)  # a decision that was made before is not taken back
             factors.copy_(torch.where(owned[moe_index].to(factors.device), 1.0, others))
         return None if owner_E is None else spread(owner_E)
+
+
+def votes_before(config: MoEConfig, iteration: int) -> int:
+    """Returns how many steps vote before the one with which `iteration` are done, and which votes with them.
+
+    0 where it votes alone: also where the lock's own step was skipped, and a later one decides.
+    """
+    if config.pool_lock_step is None or iteration > config.pool_lock_step:
+        return 0
+    return max(iteration - 1 - config.pool_lock_step + config.pool_lock_vote_steps, 0)
 
 
 def spread(owner_E: Tensor) -> Tensor:
@@ -118,16 +130,16 @@ def spread(owner_E: Tensor) -> Tensor:
     return owner_E.argsort(stable=True).view(num_layers, -1).T.flatten()
 
 
-def owners(counts_LE: Tensor) -> Tensor:
-    """Returns the layer [E] to which each expert goes, E / L to each, so that most of the counted choices stay possible.
+def owners(votes_LE: Tensor) -> Tensor:
+    """Returns the layer [E] to which each expert goes, E / L to each, so that most of the choices voted for stay possible.
 
     This is the assignment problem, which scipy solves exactly.
     """
     from scipy import optimize  # which takes a second, once in a run
 
-    num_layers, num_experts = counts_LE.shape
+    num_layers, num_experts = votes_LE.shape
     assert num_experts % num_layers == 0, (num_layers, num_experts)
-    slots_SE = counts_LE.repeat_interleave(num_experts // num_layers, dim=0).double().cpu().numpy()
+    slots_SE = votes_LE.repeat_interleave(num_experts // num_layers, dim=0).double().cpu().numpy()
     slots, experts = optimize.linear_sum_assignment(slots_SE, maximize=True)
     owner_E = torch.empty(num_experts, dtype=torch.int64)
     owner_E[torch.from_numpy(experts)] = torch.from_numpy(slots) // (num_experts // num_layers)

@@ -140,6 +140,10 @@ def _lock(config: PretrainConfig, layers: int, is_new: bool) -> Rows:
     end = moe.pool_lock_step + annealed
     allowed = f"with --pool-lock-anneal-steps {annealed} ends at {end}, after --train-iters {steps}"
     yield "pool_lock_step", is_new and end > steps, allowed
+    allowed = f"must be at most --pool-lock-step {moe.pool_lock_step}"
+    yield "pool_lock_vote_steps", moe.pool_lock_vote_steps > moe.pool_lock_step, allowed
+    allowed = "needs --moe-balance-scope set: a loss that keeps the loads of each layer even would work against it"
+    yield "pool_lock_entropy_coeff", moe.pool_lock_entropy_coeff and not moe.balances_sets, allowed
 
 
 #: What a model's sizes must keep, whatever else is wrong with it.
