@@ -45,7 +45,14 @@ class MoEConfig:
     num_neighbour_layers: int = model_option(2, NOT_MEGATRON, range=POSITIVE, largest=100_000, needs=needs.NEIGHBOURS)
     """Consecutive MoE layers that choose from each other's experts with --expert-sharing neighbours (ReXMoE's r)."""
     neighbour_unmask_steps: int = model_option(0, NOT_MEGATRON, range=AT_LEAST_ZERO, needs=needs.NEIGHBOURS)
-    """Steps over which neighbours' experts become candidates one by one; a layer begins with its own. 0: all from the start."""
+    """Steps over which neighbours' experts become candidates one by one; a layer begins with as many as it owns. 0: all from the start."""
+    neighbour_unmask_start: int = model_option(0, READERS, range=AT_LEAST_ZERO, needs=needs.UNMASKING, may_differ=True)
+    """Steps before the first of them opens."""
+    neighbour_unmask_order: Literal["own", "random"] = model_option(
+        "own", READERS, needs=needs.UNMASKING, may_differ=True
+    )
+    """own: a layer's own experts are open, then its neighbours' one after the other; random: as many of all, drawn anew in each
+    step until all are open (ReXMoE)."""
     pool_lock_step: int | None = model_option(None, NOT_MEGATRON, range=POSITIVE, needs=needs.ONE_POOL)
     """Step after which each expert of the pool has one layer, that which chose it most as far as all layers get equally many
     (UniPool's lock). Experts then move, so that those of each layer lie on all expert-parallel ranks. Never if not given."""

@@ -53,6 +53,7 @@ SHARING = _of_sharing(
 )
 SETS = _of_word("num_expert_sets")
 NEIGHBOURS = _of_word("num_neighbour_layers")
+UNMASKING = _need("moe.neighbour_unmask_steps")
 ONE_POOL = _of_word("pool_lock_step")
 POOL_LOCK = _need("moe.pool_lock_step")
 POOL_ENTROPY = _need("moe.pool_lock_entropy_coeff")

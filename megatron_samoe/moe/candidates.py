@@ -3,7 +3,7 @@
 Each expert of a layer has a factor: 1 where it may be chosen, 0 where not, between them while it is taken away. Factors
 are parameters that no gradient moves, so a checkpoint says what a model may choose.
 
-Neighbours (ReXMoE) begin with a layer's own experts and open those of its neighbours one after the other. The lock of a
+Neighbours (ReXMoE, arXiv:2510.17483) begin with as many experts as a layer owns, and open the others one after the other. The lock of a
 pool (UniPool, arXiv:2605.06665) gives each expert to one layer, and closes it to all others. It also gives experts new
 places in the pool, so that each layer's lie on all expert-parallel ranks alike.
 """
@@ -50,32 +50,38 @@ def candidate_schedule(config: MoEConfig) -> CandidateSchedule | None:
 
 
 class NeighbourSchedule:
-    """Opens a block's experts evenly over --neighbour-unmask-steps: first the layer's own, then those of the next layer, in
-    the order of the block, from whose end it goes on at its start."""
+    """Opens a block's experts evenly over --neighbour-unmask-steps, after --neighbour-unmask-start. In a layer's own order these
+    are its own, then those of the next layer, in the order of the block, from whose end it goes on at its start; in a random
+    one as many, others in each step (ReXMoE, equation 6)."""
 
     def __init__(self, config: MoEConfig):
         assert isinstance(config.num_experts, int)
-        self._own, self._reuse, self._steps = (
-            config.num_experts,
-            config.num_neighbour_layers,
-            config.neighbour_unmask_steps,
-        )
+        self._own, self._reuse = config.num_experts, config.num_neighbour_layers
+        self._begin, self._steps = config.neighbour_unmask_start, config.neighbour_unmask_steps
+        self._draws = config.neighbour_unmask_order == "random"
 
     def start(self, moe_index: int, num_experts: int) -> Tensor:
-        """Returns 1 for the layer's own experts."""
+        """Returns 1 for as many experts as the layer owns."""
         return self._factors(moe_index, num_experts, 0)
 
     def update(self, factors_E: Mapping[int, Tensor], votes_LE: Tensor, iteration: int, state: ParallelState) -> None:
         """Opens as many as are due."""
         for moe_index, factors in factors_E.items():
-            # What is open stays open: a run that starts again from these weights counts its steps anew.
-            factors.copy_(torch.maximum(factors, self._factors(moe_index, len(factors), iteration).to(factors)))
+            due = self._factors(moe_index, len(factors), iteration).to(factors)
+            # What is open stays open, all at last: a run that starts again from these weights counts its steps anew.
+            kept = torch.maximum(factors, due)
+            factors.copy_(torch.where((factors < 1).any(), due, kept) if self._draws else kept)
 
     def _factors(self, moe_index: int, num_experts: int, iteration: int) -> Tensor:
-        due = (num_experts - self._own) * min(iteration, self._steps) // self._steps
-        begin = moe_index % self._reuse * self._own
+        opened = min(max(iteration - self._begin, 0), self._steps)
+        due = self._own + (num_experts - self._own) * opened // self._steps
+        if self._draws:
+            drawn = torch.Generator().manual_seed((iteration << 20) + moe_index)
+            order = torch.randperm(num_experts, generator=drawn)
+        else:
+            order = (moe_index % self._reuse * self._own + torch.arange(num_experts)) % num_experts
         factors = torch.zeros(num_experts)
-        factors[(begin + torch.arange(self._own + due)) % num_experts] = 1.0
+        factors[order[:due]] = 1.0
         return factors
 
 

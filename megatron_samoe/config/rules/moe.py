@@ -121,8 +121,9 @@ def _candidates(config: PretrainConfig, _: int) -> Rows:
         )
         yield name, getattr(moe, name) and counts_on_all, allowed
     is_new = not (config.checkpoint.finetune or config.checkpoint.pretrained_checkpoint or config.training.skip_train)
-    is_late = is_new and moe.neighbour_unmask_steps > steps
-    yield "neighbour_unmask_steps", is_late, f"must be at most --train-iters {steps}"
+    start = moe.neighbour_unmask_start
+    allowed = f"must be at most --train-iters {steps}" + (f" less --neighbour-unmask-start {start}" if start else "")
+    yield "neighbour_unmask_steps", is_new and start + moe.neighbour_unmask_steps > steps, allowed
     if moe.pool_lock_step is not None and moe.sharing_reads("pool_lock_step"):
         yield from _lock(config, layers, is_new)
 

@@ -38,6 +38,26 @@ def test_neighbours_open_after_a_layers_own() -> None:
     assert candidate_schedule(MoEConfig("moe", "neighbours", num_experts=2)) is None
 
 
+def test_neighbours_are_drawn_anew_until_all_are_open() -> None:
+    """N + floor((r - 1) N (t - s) / (e - s)) of r N experts in step t, between the steps s and e: ReXMoE's equation 6."""
+    config = MoEConfig("moe", "neighbours", num_experts=4, num_neighbour_layers=2, neighbour_unmask_steps=8,
+                       neighbour_unmask_start=3, neighbour_unmask_order="random")  # fmt: skip
+    schedule = NeighbourSchedule(config)
+    factors_E = {layer: schedule.start(layer, 8) for layer in range(2)}
+    opened = {0: [factors_E[0].clone()], 1: [factors_E[1].clone()]}
+    for iteration in range(1, 14):
+        schedule.update(factors_E, torch.zeros(2, 8), iteration, single_process_state())
+        for layer, factors in factors_E.items():
+            opened[layer].append(factors.clone())
+    wanted = [4 + 4 * min(max(t - 3, 0), 8) // 8 for t in range(14)]
+    for layer in range(2):
+        assert [int(factors.sum()) for factors in opened[layer]] == wanted
+        assert sum(not torch.equal(a, b) for a, b in itertools.pairwise(opened[layer][:4])) >= 2
+    assert any(not torch.equal(a, b) for a, b in zip(opened[0], opened[1], strict=True)), "layers draw apart"
+    schedule.update(factors_E, torch.zeros(2, 8), 1, single_process_state())
+    assert all(factors.all() for factors in factors_E.values()), "steps that count anew close nothing"
+
+
 def test_owners_keep_as_many_choices_as_can_be_kept() -> None:
     generator = torch.Generator().manual_seed(5)
     for _ in range(5):
