@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Makes the corpus of the studies in docs/results from five Debian packages: 36.3 MB of English prose.
+"""Makes the corpora of the studies in docs/results from Debian packages: 36.3 MB of English prose, and a larger one.
 
-    python examples/study_corpus.py OUT        # OUT/txt/*.txt; needs apt and dpkg, or the packages in OUT/deb
+    python examples/study_corpus.py OUT                      # OUT/txt/*.txt; needs apt and dpkg, or the packages in OUT/deb
+    python examples/study_corpus.py OUT --corpus kernel      # 214 MB of Linux: its documentation in English, and C
 
-Packages and texts are compared with the checksums below, so everybody trains on the same bytes. The English of four of the five
-is in the public domain; that of `anarchism` is under the GPL 2.
+Packages and texts are compared with the checksums below, so everybody trains on the same bytes. The prose of four of the five
+is in the public domain; `anarchism` and Linux are under the GPL 2.
 
     python examples/study_corpus.py OUT --documents runs/pool/data
 
@@ -18,6 +19,7 @@ import argparse
 import gzip
 import hashlib
 import html
+import io
 import json
 import re
 import struct
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +95,20 @@ def _without_markup(text: str) -> str:
     return re.sub(r"\n\s*\n+", "\n", re.sub(r"[ \t]+", " ", text))
 
 
+def linux_files(files: Files) -> Iterator[str]:
+    """Yields the texts of a source package of Linux in its archive's order: documentation in English, and C files but those of
+    drivers and tools, much of which repeats itself."""
+    (archive,) = files.values()
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r|xz") as tree:
+        for member in tree:
+            _, _, name = member.name.partition("/")
+            is_prose = name.startswith("Documentation/") and not name.startswith("Documentation/translations/")
+            is_code = not name.startswith(("Documentation/", "drivers/", "tools/"))
+            wanted = (".rst", ".txt") if is_prose else (".c",) if is_code else ()
+            if member.isfile() and name.endswith(wanted):
+                yield tree.extractfile(member).read().decode("utf-8", "replace")  # type: ignore[union-attr]
+
+
 def r_vectors(files: Files) -> Iterator[str]:
     """Yields the character vectors of an R package's data, a line for each string: records of a size and a zlib stream, in R's
     binary serialization."""
@@ -121,7 +137,7 @@ def _strings(record: bytes) -> Iterator[str]:
 
 
 _SWORD = "usr/share/sword/modules"
-SOURCES = (
+_PROSE = (
     Source(
         "anarchism", "15.3-4", "fc5f82ba6223bfdbcdee662980e5c1ec6fe6cd4f7aa60a0d08da2fcd61ecf178",
         "usr/share/doc/anarchism/markdown", markdown, "anarchism.txt",
@@ -148,6 +164,13 @@ SOURCES = (
         "0ad7cbf54cca3aa44afe9bc0a1f4376ca720651072716bb6301820c9c7c37eab",
     ),
 )  # fmt: skip
+_KERNEL = (
+    Source(
+        "linux-source-6.12", "6.12.117-1", "9141325315c7f1eca682113d185a8c77c82814aa6e32f7e127e61d6106403835",
+        "usr/src", linux_files, "linux.txt", "97410e502e7df060479faf5b8b0c6cea6f9d8d1a2de8d649130195c93e40adec",
+    ),
+)  # fmt: skip
+CORPORA = {"prose": _PROSE, "kernel": _KERNEL}
 
 
 def package_of(source: Source, folder: Path) -> Path:
@@ -173,11 +196,13 @@ def files_of(package: Path, folder: str) -> Files:
             return {Path(m.name).name: archive.extractfile(m).read() for m in inside}  # type: ignore[union-attr]
 
 
-def make_texts(out: Path) -> None:
+def make_texts(out: Path, sources: Sequence[Source]) -> None:
     """Writes OUT/txt/*.txt; the program ends where one is another than the study's."""
     for name in ("deb", "txt"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    for source in SOURCES:
+    if others := {path.name for path in (out / "txt").iterdir()} - {source.text for source in sources}:
+        sys.exit(f"error: {out / 'txt'} has other texts, which a study would read as well: {', '.join(sorted(others))}")
+    for source in sources:
         pieces = source.read(files_of(package_of(source, out / "deb"), source.folder))
         content = "".join(f"{piece.strip()}\n\n" for piece in pieces if piece.strip()).encode()
         found = hashlib.sha256(content).hexdigest()
@@ -235,9 +260,12 @@ def _digest(document: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of packages and texts")
+    parser.add_argument("--corpus", choices=CORPORA, default="prose", help="which of them; prose if not given")
     parser.add_argument("--documents", type=Path, metavar="DATA", help="a study's folder data, to be compared")
     options = parser.parse_args()
-    make_texts(options.out)
+    if options.documents and options.corpus != "prose":
+        parser.error("--documents: the list of test documents is of the prose")
+    make_texts(options.out, CORPORA[options.corpus])
     if options.documents:
         check_documents(options.out / "txt", options.documents)
 

@@ -45,12 +45,30 @@ class MoEConfig:
     num_neighbour_layers: int = model_option(2, NOT_MEGATRON, range=POSITIVE, largest=100_000, needs=needs.NEIGHBOURS)
     """Consecutive MoE layers that choose from each other's experts with --expert-sharing neighbours (ReXMoE's r)."""
     neighbour_unmask_steps: int = model_option(0, NOT_MEGATRON, range=AT_LEAST_ZERO, needs=needs.NEIGHBOURS)
-    """Steps over which neighbours' experts become candidates one by one; a layer begins with its own. 0: all from the start."""
+    """Steps over which neighbours' experts become candidates one by one; a layer begins with as many as it owns. 0: all from the start."""
+    neighbour_unmask_start: int = model_option(0, READERS, range=AT_LEAST_ZERO, needs=needs.UNMASKING, may_differ=True)
+    """Steps before the first of them opens."""
+    neighbour_unmask_order: Literal["own", "random"] = model_option(
+        "own", READERS, needs=needs.UNMASKING, may_differ=True
+    )
+    """own: a layer's own experts are open, then its neighbours' one after the other; random: as many of all, drawn anew in each
+    step until all are open (ReXMoE)."""
     pool_lock_step: int | None = model_option(None, NOT_MEGATRON, range=POSITIVE, needs=needs.ONE_POOL)
     """Step after which each expert of the pool has one layer, that which chose it most as far as all layers get equally many
     (UniPool's lock). Experts then move, so that those of each layer lie on all expert-parallel ranks. Never if not given."""
     pool_lock_anneal_steps: int = model_option(100, READERS, range=POSITIVE, needs=needs.POOL_LOCK, may_differ=True)
     """Steps over which the scores of experts that other layers own fall to nothing."""
+    pool_lock_vote_steps: int = model_option(1, READERS, range=POSITIVE, needs=needs.POOL_LOCK, may_differ=True)
+    """Steps, the last of them --pool-lock-step, by whose choices owners are found: by the mean of their loads."""
+    pool_lock_entropy_coeff: float = model_option(
+        0.0, READERS, range=AT_LEAST_ZERO, needs=needs.POOL_LOCK, may_differ=True
+    )
+    """Weight of UniPool's entropy loss, the mean over L layers of (H - log(E / L))^2 with H the entropy of a layer's mean
+    scores, so that each comes to use as many experts as it will own. It grows from 0 up to --pool-lock-step. 0 for none."""
+    pool_lock_entropy_group_size: int | None = model_option(
+        None, READERS, range=POSITIVE, needs=needs.POOL_ENTROPY, may_differ=True
+    )
+    """Sequences over which the entropy loss takes mean scores, chosen as for --moe-aux-loss-group-size; 1 if not given."""
     untied_ends: int = model_option(0, NOT_MEGATRON, range=AT_LEAST_ZERO, largest=100_000, needs=needs.SHARING)
     """First MoE layers, and as many last ones, that own their experts while those between them share."""
     num_experts: int | tuple[int, ...] = model_option(

@@ -53,7 +53,7 @@ def on_ranks_of(student: PretrainConfig, teacher: PretrainConfig, world_size: in
         train_iters=LARGEST,  # whatever its routers did at some step, it is behind them
     )
     # Its loads are not balanced any more, over however many sequences; its weights stay, so they are combined once.
-    moe = replace(teacher.moe, moe_aux_loss_group_size=None, samoe_combine="step")
+    moe = replace(teacher.moe, moe_aux_loss_group_size=None, pool_lock_entropy_group_size=None, samoe_combine="step")
     config = PretrainConfig(model, moe, parallel, training, data=DataConfig(mock_data=True))
     try:
         validate(config, world_size)

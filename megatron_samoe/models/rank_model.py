@@ -132,7 +132,7 @@ class RankModel(nn.Module):
         ]
 
     @torch.no_grad()
-    def after_step(self, counts_LE: Tensor, iteration: int, num_tokens: int) -> Tensor | None:
+    def after_step(self, counts_LE: Tensor, iteration: int, num_tokens: int, votes_LE: Tensor) -> Tensor | None:
         """Updates routers from the loads of a global batch, after the optimizer has updated the weights. Ranks call it
         together.
 
@@ -140,6 +140,7 @@ class RankModel(nn.Module):
             iteration: number of steps done, including this one.
             num_tokens: of the batch.
             counts_LE: tokens that chose each expert, of all MoE layers of the whole model, on the model's device.
+            votes_LE: what the lock of a pool finds owners by; see `CandidateSchedule.update`.
 
         Returns:
             order_E, the expert that each place is to have from now on where the lock of a pool moves experts, for
@@ -154,7 +155,7 @@ class RankModel(nn.Module):
         if schedule is None:
             return None
         factors_E = {i: router.candidates for i, router in routers.items()}
-        return schedule.update(factors_E, counts_LE, iteration, self.state)
+        return schedule.update(factors_E, votes_LE, iteration, self.state)
 
     def expert_dims(self) -> dict[str, int]:
         """Returns the experts' dim of each of the rank's parameters that has one, by global name, where all layers choose

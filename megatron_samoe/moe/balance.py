@@ -14,6 +14,7 @@ consecutive ones of the micro-batches that data-parallel ranks have in hand.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -25,6 +26,9 @@ from megatron_samoe.moe.scores import score_of
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops.topk_gate import GateResult
 from megatron_samoe.parallel_state.state import Group
+
+#: In place of a share of 0, whose logarithm is none.
+_TINY = 1e-30
 
 
 class BalanceStrategy(Protocol):
@@ -70,24 +74,42 @@ def balance_sum(gate: GateResult, topk: int, group_size: int, dp: Group) -> Tens
     num_sequences, num_experts = gate.counts_GE.shape
     num_tokens = len(gate.ids_TK)
     tokens = max(num_tokens // max(num_sequences, 1), 1)
-    counts_BE = _group_counts(gate.counts_GE, group_size, dp)
+    counts_BE = _group_sums(gate.counts_GE, group_size, dp)
     share = num_experts / (tokens * group_size * tokens * topk)
     return (counts_BE * gate.score_sum_GE).sum() * share
 
 
-def _group_counts(counts_BE: Tensor, group_size: int, dp: Group) -> Tensor:
-    """Returns for each of this rank's sequences the routed slots of its group."""
+def entropy_sum(score_sum_BE: Tensor, target: float, group_size: int, dp: Group) -> Tensor:
+    """Returns the sum over this rank's sequences of (H - log target)^2, H the entropy of the mean scores of a sequence's group.
+
+    UniPool's entropy loss (arXiv:2605.06665). Summed over a group's sequences this is group_size times the group's own.
+
+    Args:
+        score_sum_BE: each sequence's summed scores.
+        target: experts that a layer is to use.
+        group_size, dp: as in `balance_sum`.
+    """
+    own_BE = score_sum_BE.detach()
+    # A rank's rows stand for whole groups, whose others may lie elsewhere: each moves as many entropies as the group has rows.
+    sums_BE = _group_sums(own_BE, group_size, dp) + group_size * (score_sum_BE - own_BE)
+    shares_BE = sums_BE / sums_BE.sum(1, keepdim=True).clamp_min(_TINY)
+    entropy_B = -(shares_BE * shares_BE.clamp_min(_TINY).log()).sum(1)
+    return (entropy_B - math.log(target)).square().sum()
+
+
+def _group_sums(rows_BE: Tensor, group_size: int, dp: Group) -> Tensor:
+    """Returns for each of this rank's sequences the sum of its group's rows."""
     if group_size == 1:
-        return counts_BE
-    batch, num_experts = counts_BE.shape
-    first, counts_of_all = 0, counts_BE
+        return rows_BE
+    batch, num_experts = rows_BE.shape
+    first, rows_of_all = 0, rows_BE
     if batch % group_size:
         # Micro-batches of data-parallel ranks follow each other in the global batch (training/train_step.py).
         first = dp.rank * batch
-        counts_of_all = counts_BE.new_zeros(dp.size * batch, num_experts)
-        counts_of_all[first : first + batch] = counts_BE
-        dp.all_reduce(counts_of_all)
-    sums_GE = counts_of_all.view(-1, group_size, num_experts).sum(1)
+        rows_of_all = rows_BE.new_zeros(dp.size * batch, num_experts)
+        rows_of_all[first : first + batch] = rows_BE
+        dp.all_reduce(rows_of_all)
+    sums_GE = rows_of_all.view(-1, group_size, num_experts).sum(1)
     return sums_GE.repeat_interleave(group_size, 0)[first : first + batch]
 
 

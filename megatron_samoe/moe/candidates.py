@@ -3,7 +3,7 @@
 Each expert of a layer has a factor: 1 where it may be chosen, 0 where not, between them while it is taken away. Factors
 are parameters that no gradient moves, so a checkpoint says what a model may choose.
 
-Neighbours (ReXMoE) begin with a layer's own experts and open those of its neighbours one after the other. The lock of a
+Neighbours (ReXMoE, arXiv:2510.17483) begin with as many experts as a layer owns, and open the others one after the other. The lock of a
 pool (UniPool, arXiv:2605.06665) gives each expert to one layer, and closes it to all others. It also gives experts new
 places in the pool, so that each layer's lie on all expert-parallel ranks alike.
 """
@@ -28,12 +28,13 @@ class CandidateSchedule(Protocol):
         """Returns a layer's factors [E] at the start."""
 
     def update(
-        self, factors_E: Mapping[int, Tensor], counts_LE: Tensor, iteration: int, state: ParallelState
+        self, factors_E: Mapping[int, Tensor], votes_LE: Tensor, iteration: int, state: ParallelState
     ) -> Tensor | None:
         """Changes the factors of a rank's layers, by index of the MoE layer; all ranks call it together.
 
         Args:
-            counts_LE: tokens of the last global batch that chose each expert, of all MoE layers.
+            votes_LE: tokens of the last global batch that chose each expert, of all MoE layers; or the mean share of these in
+                several steps, see `votes_before`.
 
         Returns:
             order_E, the expert that each place of the pool is to have from now on, the same on all ranks; None where experts
@@ -49,38 +50,45 @@ def candidate_schedule(config: MoEConfig) -> CandidateSchedule | None:
 
 
 class NeighbourSchedule:
-    """Opens a block's experts evenly over --neighbour-unmask-steps: first the layer's own, then those of the next layer, in
-    the order of the block, from whose end it goes on at its start."""
+    """Opens a block's experts evenly over --neighbour-unmask-steps, after --neighbour-unmask-start. In a layer's own order these
+    are its own, then those of the next layer, in the order of the block, from whose end it goes on at its start; in a random
+    one as many, others in each step (ReXMoE, equation 6)."""
 
     def __init__(self, config: MoEConfig):
         assert isinstance(config.num_experts, int)
-        self._own, self._reuse, self._steps = (
-            config.num_experts,
-            config.num_neighbour_layers,
-            config.neighbour_unmask_steps,
-        )
+        self._own, self._reuse = config.num_experts, config.num_neighbour_layers
+        self._begin, self._steps = config.neighbour_unmask_start, config.neighbour_unmask_steps
+        self._draws = config.neighbour_unmask_order == "random"
 
     def start(self, moe_index: int, num_experts: int) -> Tensor:
-        """Returns 1 for the layer's own experts."""
+        """Returns 1 for as many experts as the layer owns."""
         return self._factors(moe_index, num_experts, 0)
 
-    def update(self, factors_E: Mapping[int, Tensor], counts_LE: Tensor, iteration: int, state: ParallelState) -> None:
+    def update(self, factors_E: Mapping[int, Tensor], votes_LE: Tensor, iteration: int, state: ParallelState) -> None:
         """Opens as many as are due."""
         for moe_index, factors in factors_E.items():
-            # What is open stays open: a run that starts again from these weights counts its steps anew.
-            factors.copy_(torch.maximum(factors, self._factors(moe_index, len(factors), iteration).to(factors)))
+            due = self._factors(moe_index, len(factors), iteration).to(factors)
+            # What is open stays open, all at last: a run that starts again from these weights counts its steps anew.
+            kept = torch.maximum(factors, due)
+            factors.copy_(torch.where((factors < 1).any(), due, kept) if self._draws else kept)
 
     def _factors(self, moe_index: int, num_experts: int, iteration: int) -> Tensor:
-        due = (num_experts - self._own) * min(iteration, self._steps) // self._steps
-        begin = moe_index % self._reuse * self._own
+        opened = min(max(iteration - self._begin, 0), self._steps)
+        due = self._own + (num_experts - self._own) * opened // self._steps
+        if self._draws:
+            drawn = torch.Generator().manual_seed((iteration << 20) + moe_index)
+            order = torch.randperm(num_experts, generator=drawn)
+        else:
+            order = (moe_index % self._reuse * self._own + torch.arange(num_experts)) % num_experts
         factors = torch.zeros(num_experts)
-        factors[(begin + torch.arange(self._own + due)) % num_experts] = 1.0
+        factors[order[:due]] = 1.0
         return factors
 
 
 class PoolLock:
     """Gives each expert of a pool to one layer after step --pool-lock-step, to each layer as many, so that the experts' owners
-    are those that chose them most in this step. Others' factors fall to 0 over --pool-lock-anneal-steps, along a cosine."""
+    are those that chose them most in this step, or in the last --pool-lock-vote-steps of them. Others' factors fall to 0 over
+    --pool-lock-anneal-steps, along a cosine."""
 
     def __init__(self, config: MoEConfig):
         assert config.pool_lock_step is not None
@@ -91,9 +99,9 @@ class PoolLock:
         return torch.ones(num_experts)
 
     def update(
-        self, factors_E: Mapping[int, Tensor], counts_LE: Tensor, iteration: int, state: ParallelState
+        self, factors_E: Mapping[int, Tensor], votes_LE: Tensor, iteration: int, state: ParallelState
     ) -> Tensor | None:
-        """Decides once, from counts that all ranks know, and then follows its decision."""
+        """Decides once, from votes that all ranks know, and then follows its decision."""
         if iteration < self._at:
             return None
         # A stage without MoE layers, which holds a part of the pool, learns from the others whether they have decided.
@@ -101,12 +109,22 @@ class PoolLock:
         is_decided = bool(state.pp.all_reduce(torch.tensor(float(closed), device=state.device)))
         done = min((iteration - self._at + 1) / self._anneal, 1.0)
         left = min(0.5 + 0.5 * math.cos(math.pi * done), 1 - 2**-20)  # an owner alone has 1, in fp32 too
-        owner_E = None if is_decided else owners(counts_LE)
+        owner_E = None if is_decided else owners(votes_LE)
         owned = {i: factors.cpu() == 1 if owner_E is None else owner_E == i for i, factors in factors_E.items()}
         for moe_index, factors in factors_E.items():
             others = factors.clamp_max(left)  # a decision that was made before is not taken back
             factors.copy_(torch.where(owned[moe_index].to(factors.device), 1.0, others))
         return None if owner_E is None else spread(owner_E)
+
+
+def votes_before(config: MoEConfig, iteration: int) -> int:
+    """Returns how many steps vote before the one with which `iteration` are done, and which votes with them.
+
+    0 where it votes alone: also where the lock's own step was skipped, and a later one decides.
+    """
+    if config.pool_lock_step is None or iteration > config.pool_lock_step:
+        return 0
+    return max(iteration - 1 - config.pool_lock_step + config.pool_lock_vote_steps, 0)
 
 
 def spread(owner_E: Tensor) -> Tensor:
@@ -118,16 +136,16 @@ def spread(owner_E: Tensor) -> Tensor:
     return owner_E.argsort(stable=True).view(num_layers, -1).T.flatten()
 
 
-def owners(counts_LE: Tensor) -> Tensor:
-    """Returns the layer [E] to which each expert goes, E / L to each, so that most of the counted choices stay possible.
+def owners(votes_LE: Tensor) -> Tensor:
+    """Returns the layer [E] to which each expert goes, E / L to each, so that most of the choices voted for stay possible.
 
     This is the assignment problem, which scipy solves exactly.
     """
     from scipy import optimize  # which takes a second, once in a run
 
-    num_layers, num_experts = counts_LE.shape
+    num_layers, num_experts = votes_LE.shape
     assert num_experts % num_layers == 0, (num_layers, num_experts)
-    slots_SE = counts_LE.repeat_interleave(num_experts // num_layers, dim=0).double().cpu().numpy()
+    slots_SE = votes_LE.repeat_interleave(num_experts // num_layers, dim=0).double().cpu().numpy()
     slots, experts = optimize.linear_sum_assignment(slots_SE, maximize=True)
     owner_E = torch.empty(num_experts, dtype=torch.int64)
     owner_E[torch.from_numpy(experts)] = torch.from_numpy(slots) // (num_experts // num_layers)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.moe.balance import BalanceStrategy
+from megatron_samoe.moe.balance import BalanceStrategy, entropy_sum
 from megatron_samoe.moe.candidates import candidate_schedule
 from megatron_samoe.moe.capacity import drop_over_capacity, expert_capacity
 from megatron_samoe.moe.scores import score_of
@@ -151,6 +151,9 @@ class Router(nn.Module):
                 ids_TK, gate.probs_TK, capacity, context.batch_size, num_experts, config.moe_token_drop_policy
             )
         loss, sums = self.balance(gate, context)
+        if context.training and config.pool_lock_entropy_coeff:
+            entropy_loss = self._entropy_loss(gate, context)
+            loss = entropy_loss if loss is None else loss + entropy_loss
         sums |= {"counts": gate.counts_GE.sum(0), "z_sum": gate.z_sum.detach()}
         none_dropped = ids_TK is chosen_TK
         sums["dropped"] = sums["counts"].new_zeros(()) if none_dropped else ((ids_TK < 0) & (chosen_TK >= 0)).sum()
@@ -168,6 +171,16 @@ class Router(nn.Module):
             return 0.0
         share = num_experts / (tokens_per_sequence * self.score.topk * columns.num_layers)
         return context.gradient_scale * config.moe_aux_loss_coeff * share / context.tokens_per_step
+
+    def _entropy_loss(self, gate: GateResult, context: ForwardContext) -> Tensor:
+        """Returns this micro-batch's share of a layer's entropy loss, weighted; see `pool_lock_entropy_coeff`."""
+        config, columns = self.config, self.place.set_columns
+        assert columns is not None and context.random is not None and config.pool_lock_step is not None
+        weight = config.pool_lock_entropy_coeff * min(context.random.iteration / config.pool_lock_step, 1.0)
+        tokens_per_sequence = len(gate.ids_TK) // context.batch_size
+        target = self.place.shape.num_experts / columns.num_layers
+        found = entropy_sum(gate.score_sum_GE, target, config.pool_lock_entropy_group_size or 1, self.state.dp)
+        return weight / columns.num_layers * tokens_per_sequence / context.tokens_per_step * found
 
     def _jitter(self, x_TH: Tensor, context: ForwardContext) -> Tensor:
         assert context.random is not None

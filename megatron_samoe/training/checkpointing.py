@@ -194,7 +194,8 @@ def _remark_on_rate(
 
 def _remark_on_router(setup: TrainSetup, saved_config: Mapping[str, Any], directory: Path) -> None:
     """Says so if routers are trained otherwise than so far: losses and rate are not part of the model."""
-    losses = ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_aux_loss_group_size", "moe_z_loss_coeff")
+    balance = ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_aux_loss_group_size", "moe_z_loss_coeff")
+    losses = (*balance, "pool_lock_entropy_coeff", "pool_lock_entropy_group_size")
     changed = _changes(setup, saved_config.get("moe") or {}, "moe", losses)
     rate = {"moe_router_lr_mult": 1.0, **(saved_config.get("optimizer") or {})}  # 1 before there was such an option
     changed += _changes(setup, rate, "optimizer", ("moe_router_lr_mult",))

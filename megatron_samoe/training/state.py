@@ -71,6 +71,7 @@ class TrainState:
         iteration: optimizer steps done.
         spikes: what a step is compared with, with --spike-window.
         expert_fractions_LE: share of routed tokens per MoE layer and expert in the last step; uniform at the start.
+            While steps vote for the owners of a pool's experts, the mean over those so far.
     """
 
     iteration: int

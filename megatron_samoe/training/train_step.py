@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.distributed.finalize_model_grads import finalize_model_grads
+from megatron_samoe.moe.candidates import votes_before
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops.asynchronous import HostCopy
 from megatron_samoe.optimizer.clip_grads import clip_factor, global_grad_norm
@@ -215,18 +216,20 @@ def train_step(
     )
     if not result.is_finite:
         return result, state
+    shares_LE, before = _shares(counts_LE, setup, state)
     if not skipped:
         if pre_optim_step is not None:
             pre_optim_step(norm)
         with named_range("optimizer", setup.parallel.device):
             setup.optimizer.step(lr, clip_factor(norm, optimizer.clip_grad))
-        if counts_LE is not None:
+        if counts_LE is not None and shares_LE is not None:
             in_step = setup.tokens_after(state.consumed_samples)
-            order_E = setup.model.after_step(counts_LE, state.iteration + 1, in_step)
+            votes_LE = shares_LE if before else counts_LE
+            order_E = setup.model.after_step(counts_LE, state.iteration + 1, in_step, votes_LE)
             if order_E is not None:
                 model = setup.model
                 setup.optimizer.reorder_experts(model.global_parameters(), model.expert_dims(), order_E)
-                counts_LE = counts_LE[:, order_E]
+                shares_LE = shares_LE[:, order_E]
     return result, replace(
         state,
         iteration=state.iteration + 1,
@@ -234,8 +237,18 @@ def train_step(
         consumed_tokens=state.consumed_tokens + setup.tokens_after(state.consumed_samples),
         loss_scale=state.loss_scale.after(overflow),
         spikes=state.spikes.after(lm_loss, norm, training),
-        expert_fractions_LE=None if counts_LE is None else fractions(counts_LE),
+        expert_fractions_LE=shares_LE,
     )
+
+
+def _shares(counts_LE: Tensor | None, setup: TrainSetup, state: TrainState) -> tuple[Tensor | None, int]:
+    """Returns each expert's share of its layer's tokens, in a step that votes the mean over the voters so far, and how many
+    voted before it."""
+    if counts_LE is None:
+        return None, 0
+    shares_LE, mean_LE = fractions(counts_LE), state.expert_fractions_LE
+    before = 0 if mean_LE is None else votes_before(setup.config.moe, state.iteration + 1)
+    return (shares_LE if mean_LE is None or not before else mean_LE + (shares_LE - mean_LE) / (before + 1)), before
 
 
 def _num_loss_tokens(setup: TrainSetup, state: TrainState, batches: Sequence[Batch]) -> Tensor:

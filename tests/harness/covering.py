@@ -26,8 +26,8 @@ Options = dict[str, Any]
 Pair = tuple[str, str, str]
 FACTORS = ("sharing", "routing", "style", "optimizer", "recomputation")
 #: Options that say which experts a layer has; the other ones of experts say how tokens reach them.
-_SHARING = ("layout", "expert_sharing", "untied_ends", "moe_layer_freq", "pool_lock_step", "pool_lock_anneal_steps")
-_SHARING_BEGINS = ("num_expert", "samoe_", "neighbour_")
+_SHARING = ("layout", "expert_sharing", "untied_ends", "moe_layer_freq")
+_SHARING_BEGINS = ("num_expert", "samoe_", "neighbour_", "pool_lock_")
 _FACTORS = (
     {f.name: "routing" for f in dataclasses.fields(MoEConfig)}
     | {f.name: "sharing" for f in dataclasses.fields(MoEConfig) if f.name.startswith(_SHARING_BEGINS)}

@@ -61,6 +61,13 @@ REFUSED: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
         {"pool_lock_step": 3},
         "num_moe_experts = 4: must be a multiple of the 4 MoE layers",
     ),
+    ({}, "pool", {"pool_lock_step": 3, "pool_lock_vote_steps": 2}, "pool_lock_vote_steps = 2: must be 1 here"),
+    (
+        {},
+        "pool",
+        {"pool_lock_step": 3, "pool_lock_entropy_coeff": 0.1},
+        "pool_lock_entropy_coeff = 0.1: must be 0.0 here",
+    ),
     ({}, "neighbours", {"num_neighbour_layers": 3}, "num_neighbour_layers = 3: must divide the 4 MoE layers"),
     (
         {"moe_expert_capacity_factor": 1.0},

@@ -124,7 +124,7 @@ def _context_parallel(config: PretrainConfig, _: int) -> Rows:
 
 
 def _batches(config: PretrainConfig, world_size: int) -> Rows:
-    training, group = config.training, config.moe.moe_aux_loss_group_size
+    training = config.training
     is_elastic = config.parallel.elastic and training.global_batch_size is None
     allowed = "needs --global-batch-size: one that follows the number of ranks would change the course of training"
     yield "elastic", is_elastic, allowed
@@ -138,7 +138,8 @@ def _batches(config: PretrainConfig, world_size: int) -> Rows:
     yield "rampup_batch_size", is_odd, f"must make each batch size {multiple}"
     # Loads of other micro-batches are not known when the first one's gradient is formed.
     allowed = f"must divide --micro-batch-size {micro_batch} x data-parallel size {dp}: one of {divisors(per_pass)}"
-    yield "moe_aux_loss_group_size", group is not None and per_pass % group, allowed
+    for name in ("moe_aux_loss_group_size", "pool_lock_entropy_group_size"):
+        yield name, per_pass % (getattr(config.moe, name) or 1), allowed
 
 
 def _stages(config: PretrainConfig, world_size: int) -> Rows:

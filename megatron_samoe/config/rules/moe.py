@@ -121,8 +121,9 @@ def _candidates(config: PretrainConfig, _: int) -> Rows:
         )
         yield name, getattr(moe, name) and counts_on_all, allowed
     is_new = not (config.checkpoint.finetune or config.checkpoint.pretrained_checkpoint or config.training.skip_train)
-    is_late = is_new and moe.neighbour_unmask_steps > steps
-    yield "neighbour_unmask_steps", is_late, f"must be at most --train-iters {steps}"
+    start = moe.neighbour_unmask_start
+    allowed = f"must be at most --train-iters {steps}" + (f" less --neighbour-unmask-start {start}" if start else "")
+    yield "neighbour_unmask_steps", is_new and start + moe.neighbour_unmask_steps > steps, allowed
     if moe.pool_lock_step is not None and moe.sharing_reads("pool_lock_step"):
         yield from _lock(config, layers, is_new)
 
@@ -140,6 +141,10 @@ def _lock(config: PretrainConfig, layers: int, is_new: bool) -> Rows:
     end = moe.pool_lock_step + annealed
     allowed = f"with --pool-lock-anneal-steps {annealed} ends at {end}, after --train-iters {steps}"
     yield "pool_lock_step", is_new and end > steps, allowed
+    allowed = f"must be at most --pool-lock-step {moe.pool_lock_step}"
+    yield "pool_lock_vote_steps", moe.pool_lock_vote_steps > moe.pool_lock_step, allowed
+    allowed = "needs --moe-balance-scope set: a loss that keeps the loads of each layer even would work against it"
+    yield "pool_lock_entropy_coeff", moe.pool_lock_entropy_coeff and not moe.balances_sets, allowed
 
 
 #: What a model's sizes must keep, whatever else is wrong with it.

@@ -73,6 +73,11 @@ def sharing_options(config: Any, expert_sharing: str, options: Mapping[str, Any]
     for name, value in options.items():
         if (words := words_with(name)) and not moe.sharing_reads(name):
             raise ConfigError(name, value, f"has an effect with expert_sharing {words} only")
+    for name in ("pool_lock_vote_steps", "pool_lock_entropy_coeff"):
+        if (value := getattr(moe, name)) > (least := getattr(MoEConfig, name)):
+            raise ConfigError(
+                name, value, f"must be {least} here: Megatron-Core's routers keep no votes and have losses of their own"
+            )
     if moe.pool_lock_step is not None or moe.neighbour_unmask_steps:
         refuse(config, OF_CANDIDATES)
     if moe.pool_lock_step is not None and (experts % num_layers or experts < topk * num_layers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.moe.candidates import NeighbourSchedule, PoolLock, candidate_schedule, owners, spread
 from megatron_samoe.ops.topk_gate import ChoiceRule, gate_by_rule, limited, topk_gate
 from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.training.checkpointing import find_run, load_run, save_run
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
 from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config
@@ -34,6 +36,26 @@ def test_neighbours_open_after_a_layers_own() -> None:
     assert opened == ["001110", "001111", "101111", "111111", "111111"]
     assert schedule.start(4, 6).tolist() == [0, 0, 1, 1, 0, 0], "the second layer of the second block"
     assert candidate_schedule(MoEConfig("moe", "neighbours", num_experts=2)) is None
+
+
+def test_neighbours_are_drawn_anew_until_all_are_open() -> None:
+    """N + floor((r - 1) N (t - s) / (e - s)) of r N experts in step t, between the steps s and e: ReXMoE's equation 6."""
+    config = MoEConfig("moe", "neighbours", num_experts=4, num_neighbour_layers=2, neighbour_unmask_steps=8,
+                       neighbour_unmask_start=3, neighbour_unmask_order="random")  # fmt: skip
+    schedule = NeighbourSchedule(config)
+    factors_E = {layer: schedule.start(layer, 8) for layer in range(2)}
+    opened = {0: [factors_E[0].clone()], 1: [factors_E[1].clone()]}
+    for iteration in range(1, 14):
+        schedule.update(factors_E, torch.zeros(2, 8), iteration, single_process_state())
+        for layer, factors in factors_E.items():
+            opened[layer].append(factors.clone())
+    wanted = [4 + 4 * min(max(t - 3, 0), 8) // 8 for t in range(14)]
+    for layer in range(2):
+        assert [int(factors.sum()) for factors in opened[layer]] == wanted
+        assert sum(not torch.equal(a, b) for a, b in itertools.pairwise(opened[layer][:4])) >= 2
+    assert any(not torch.equal(a, b) for a, b in zip(opened[0], opened[1], strict=True)), "layers draw apart"
+    schedule.update(factors_E, torch.zeros(2, 8), 1, single_process_state())
+    assert all(factors.all() for factors in factors_E.values()), "steps that count anew close nothing"
 
 
 def test_owners_keep_as_many_choices_as_can_be_kept() -> None:
@@ -78,6 +100,34 @@ def test_a_lock_is_decided_once_and_annealed(score_function: Any) -> None:
         assert torch.equal(factors_LE, torch.where(owned_LE, 1.0, others))
     assert (counts[-1][~owned_LE] == 0).all(), "a closed expert is not chosen"
     assert (counts[1][~before_LE] > 0).any()
+
+
+def test_steps_vote_for_owners_also_across_a_checkpoint(tmp_path: Path) -> None:
+    """Three steps vote, of which a run that is interrupted has saved two."""
+    config = tiny_config(**{**LOCKED, "pool_lock_step": 4}, pool_lock_vote_steps=3, pool_lock_entropy_coeff=0.1, lr=0.03,
+                         save=str(tmp_path), load=str(tmp_path))  # fmt: skip
+    whole = build_setup(config, VOCAB_SIZE, single_process_state())
+    state, counts = initial_state(whole), []
+    for step in range(6):
+        result, state = train_step(whole, state, micro_batches(whole, step))
+        assert result.routing is not None
+        counts.append(result.routing.counts_LE.double())
+        if step == 2:
+            save_run(whole, state)
+        if step == 3:
+            mean_LE = sum(c / c.sum(1, keepdim=True) for c in counts[1:]) / 3
+            order_E = spread(owners(mean_LE))
+            assert not torch.equal(order_E, spread(owners(counts[3]))), "the last step alone would decide otherwise"
+            assert state.expert_fractions_LE is not None
+            torch.testing.assert_close(state.expert_fractions_LE, mean_LE[:, order_E].float())
+    resumed = build_setup(config, VOCAB_SIZE, single_process_state())
+    found = find_run(resumed)
+    assert found is not None
+    state = load_run(resumed, initial_state(resumed), found)
+    for step in range(3, 6):
+        _, state = train_step(resumed, state, micro_batches(resumed, step))
+    for name, weight in whole.model.global_parameters().items():
+        assert torch.equal(resumed.model.global_parameters()[name], weight), name
 
 
 def test_a_closed_expert_is_as_if_it_did_not_exist() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from megatron_samoe.config import MoEConfig
-from megatron_samoe.moe.balance import AuxiliaryLosses, attach_loss, balance_sum
+from megatron_samoe.moe.balance import AuxiliaryLosses, attach_loss, balance_sum, entropy_sum
 from megatron_samoe.moe.capacity import drop_over_capacity, expert_capacity
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.router import Router, Routing
@@ -208,6 +208,20 @@ def test_groups_that_lie_on_several_ranks_count_all_their_sequences(
         shares_BE = torch.stack([sums_GE[(rank * batch + b) // group] for b in range(batch)]).double() / (group * S)
         expected = (shares_BE.double() * gate.score_sum_GE).sum() * E / S
         torch.testing.assert_close(balance_sum(gate, gate.ids_TK.shape[1], group, dp), expected, rtol=1e-12, atol=0)
+
+
+def test_an_entropy_has_the_gradient_of_its_formula_where_its_group_lies_on_several_ranks() -> None:
+    scores_BE = torch.rand(8, E, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    share_GE = scores_BE.view(2, 4, E).sum(1) / scores_BE.view(2, 4, E).sum((1, 2))[:, None]
+    losses_G = (torch.distributions.Categorical(share_GE).entropy() - math.log(3)).square()
+    (wanted,) = torch.autograd.grad(4 * losses_G.sum(), scores_BE)
+    for rank, own_BE in enumerate(scores_BE.detach().split(2)):
+        own_BE = own_BE.clone().requires_grad_()
+        dp = SimpleNamespace(rank=rank, size=4, all_reduce=lambda t: t.copy_(scores_BE.detach()))
+        found = entropy_sum(own_BE, 3.0, 4, dp)
+        torch.testing.assert_close(found, 2 * losses_G[rank // 2], rtol=1e-12, atol=0)
+        (gradient,) = torch.autograd.grad(found, own_BE)
+        torch.testing.assert_close(gradient, wanted[2 * rank : 2 * rank + 2], rtol=1e-12, atol=1e-14)
 
 
 def test_z_loss() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,8 +33,9 @@ def plain_expert(x_TH: Tensor, pool: dict[str, Tensor], e: int) -> Tensor:
     return h @ pool["w2"][0, e].t() + pool["b2"][0, e]
 
 
-def plain_loss(model: RankModel, config: PretrainConfig, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
-    """Returns cross-entropy plus coefficient * E * sum_e f_e * sum_l P[l, e], f over all layers, for each sequence."""
+def plain_loss(model: RankModel, config: PretrainConfig, tokens_BS: Tensor, labels_BS: Tensor, grown: float) -> Tensor:
+    """Returns cross-entropy plus coefficient * E * sum_e f_e * sum_l P[l, e], f over all layers, for each sequence; before a lock
+    plus coefficient * (H - log(E / L))^2 / L of each layer and group of sequences."""
     stage, moe = model.chunks[0], config.moe
     batch, length = tokens_BS.shape
     pool = {name: model.expert_pool["set"]["0"].bank[name] for name in ("w1", "b1", "w2", "b2")}
@@ -40,6 +43,7 @@ def plain_loss(model: RankModel, config: PretrainConfig, tokens_BS: Tensor, labe
     x = stage.embedding(tokens_BS, torch.arange(length).expand(batch, -1), context)
     used_BE = torch.zeros(batch, 8, dtype=torch.float64)
     scores_BE: Tensor | float = 0.0
+    entropy_loss: Tensor | float = 0.0
     layers = list(stage.layers.values())
     for layer in layers:
         x = x + layer.attention(layer.attention_norm(x), AttentionInputs(None, None), context)
@@ -50,25 +54,35 @@ def plain_loss(model: RankModel, config: PretrainConfig, tokens_BS: Tensor, labe
         mask = torch.zeros_like(s).scatter_(1, chosen, 1.0) * (s > 0)
         x = x + sum((s * mask)[:, e : e + 1] * plain_expert(normed, pool, e) for e in range(8))
         used_BE += mask.view(batch, length, 8).sum(1)
-        scores_BE = scores_BE + (s / s.sum(1, keepdim=True).clamp_min(1e-20)).view(batch, length, 8).mean(1)
+        mean_BE = (s / s.sum(1, keepdim=True).clamp_min(1e-20)).view(batch, length, 8).mean(1)
+        scores_BE = scores_BE + mean_BE
+        group = torch.distributions.Categorical(mean_BE.view(-1, moe.pool_lock_entropy_group_size or 1, 8).mean(1))
+        entropy_loss = entropy_loss + (group.entropy() - math.log(8 / len(layers))).square().mean() / len(layers)
     f_BE = used_BE / (length * 2 * len(layers))
     balance = 8 * (f_BE * scores_BE).sum() / batch
     logits = stage.embedding.word.weight[:VOCAB_SIZE]
     ce = F.cross_entropy(stage.final_norm(x) @ logits.t(), labels_BS.flatten())
-    return ce + moe.moe_aux_loss_coeff * balance
+    return ce + moe.moe_aux_loss_coeff * balance + grown * moe.pool_lock_entropy_coeff * entropy_loss
 
 
 @pytest.mark.parametrize("recompute", [None, "full"])
-def test_a_pool_has_the_gradients_of_a_plain_model(recompute: Any) -> None:
-    config = tiny_config(**POOL, recompute_granularity=recompute)
+@pytest.mark.parametrize("steps_done, grown", [(0, 0.0), (1, 0.25), (9, 1.0)])
+@pytest.mark.parametrize("group", [None, 4])
+def test_a_pool_has_the_gradients_of_a_plain_model(
+    recompute: Any, steps_done: int, grown: float, group: int | None
+) -> None:
+    """The entropy loss has its weight from the step of the lock on."""
+    config = tiny_config(**POOL, recompute_granularity=recompute, pool_lock_step=4, pool_lock_anneal_steps=4,
+                         pool_lock_entropy_coeff=0.7, pool_lock_entropy_group_size=group, micro_batch_size=4)  # fmt: skip
     setup = build_setup(config, VOCAB_SIZE, single_process_state(), torch.float64)
-    state = initial_state(setup)
+    state = replace(initial_state(setup), iteration=steps_done)
     compute_gradients(setup, state, micro_batches(setup, 0))
     actual = {p.name: p.grad.clone() for p in setup.buffers.pieces}
     batch = global_batch(config, 0)
     model = setup.model
-    loss = plain_loss(model, config, batch["tokens"], batch["labels"])
-    names, parameters = zip(*model.global_parameters().items(), strict=True)
+    loss = plain_loss(model, config, batch["tokens"], batch["labels"], grown)
+    trained = {name: p for name, p in model.global_parameters().items() if p.requires_grad}
+    names, parameters = zip(*trained.items(), strict=True)
     for name, expected in zip(names, torch.autograd.grad(loss, parameters), strict=True):
         scale = expected.abs().max().item()
         torch.testing.assert_close(

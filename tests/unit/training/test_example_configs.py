@@ -41,7 +41,8 @@ def reduced(config: PretrainConfig) -> PretrainConfig:
         "moe_per_layer_logging": False,
     }
     if moe.pool_lock_step is not None:
-        smaller |= {"pool_lock_step": 5, "pool_lock_anneal_steps": 10}
+        smaller |= {"pool_lock_step": 5, "pool_lock_anneal_steps": 10, "pool_lock_vote_steps": 3}
+        smaller |= {"pool_lock_entropy_group_size": 2}
     return with_options(
         config, hidden_size=32, ffn_hidden_size=32, num_attention_heads=4, seq_length=16, micro_batch_size=2,
         global_batch_size=2, train_iters=STEPS, lr_warmup_iters=0, bf16=False, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
