@@ -5,8 +5,10 @@ vLLM itself runs where VLLM_PYTHON names an interpreter that has it.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -174,6 +176,16 @@ def test_experts_in_plain_torch_compute_what_the_class_does(tmp_path: Path) -> N
         for scale in (None, torch.tensor(0.7)):
             expected = experts(x_TH, ids_TK, weights_TK, scale=scale)
             torch.testing.assert_close(PlainExperts(experts)(x_TH, ids_TK, weights_TK, scale), expected)
+
+
+def test_attention_is_found_by_the_lines_that_vllm_looks_for() -> None:
+    """vLLM reads the source of `forward`: a function of transformers' is looked up in it once, and called with its scaling."""
+    from megatron_samoe.convert.hf.remote_code.attention_samoe import Attention, LatentAttention
+
+    for kind in (Attention, LatentAttention):
+        source = inspect.getsource(kind.forward)
+        (name,) = re.findall(r"(\w+) = ALL_ATTENTION_FUNCTIONS[.[]", source)
+        assert source.count(f" {name}(") == 1 and "scaling=self.scaling" in source
 
 
 def test_the_entry_point_is_declared() -> None:
