@@ -7,8 +7,10 @@ Precedence, lowest first: defaults, the YAML file of --config, the checkpoint's 
 from __future__ import annotations
 
 import dataclasses
+import io
 import types
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -155,17 +157,19 @@ def _refuse_unknown_names(args: Sequence[str]) -> None:
 
 
 def _parse_flags(args: Sequence[str], base: PretrainConfig, prog: str, quiet: bool) -> PretrainConfig:
-    return tyro.cli(
-        PretrainConfig,
-        args=args,
-        default=base,
-        console_outputs=not quiet,
-        prog=prog,
-        description="Pretrain a GPT whose MoE layers own their experts, or share one pool (SaMoE). "
-        "--config FILE.yaml sets any of these options; flags override it.",
-        config=(tyro.conf.OmitArgPrefixes,),
-        registry=flag_forms(),
-    )
+    # tyro shows some mistakes even without console outputs.
+    with redirect_stderr(io.StringIO()) if quiet else nullcontext():
+        return tyro.cli(
+            PretrainConfig,
+            args=args,
+            default=base,
+            console_outputs=not quiet,
+            prog=prog,
+            description="Pretrain a GPT whose MoE layers own their experts, or share one pool (SaMoE). "
+            "--config FILE.yaml sets any of these options; flags override it.",
+            config=(tyro.conf.OmitArgPrefixes,),
+            registry=flag_forms(),
+        )
 
 
 def flag_forms() -> tyro.constructors.ConstructorRegistry:
