@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping
 
@@ -44,6 +45,9 @@ HEADS = {
     "inspect": "Look closer",
 }
 
+#: Commands that say at a terminal that they have begun, before torch is loaded.
+LOADING = ("pretrain", "generate", "serve", "evaluate")
+
 
 def module_of(command: str) -> str:
     """Returns the full name of a command's module."""
@@ -84,6 +88,8 @@ def main() -> int:
     if name == "pretrain" and {"-h", "--help"} & set(rest):
         # The configuration needs no torch, which takes seconds to load.
         importlib.import_module("megatron_samoe.config.cli").parse_pretrain_args(["--help"])
+    if name in LOADING and sys.stderr.isatty() and "RANK" not in os.environ:
+        print(f"megatron-samoe {name}: loading torch, which takes seconds", file=sys.stderr, flush=True)
     status: int = importlib.import_module(module_of(name)).main()
     return status
 

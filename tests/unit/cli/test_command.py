@@ -38,6 +38,15 @@ def test_the_help_of_training_loads_no_torch() -> None:
     assert shown.strip().endswith("0 False")
 
 
+def test_a_terminal_hears_something_before_torch_is_loaded() -> None:
+    code = (
+        "import sys; sys.argv = ['x', 'generate']; sys.stderr.isatty = lambda: True; from megatron_samoe.cli import command\n"
+        "command.importlib.import_module = lambda name: sys.exit('torch' in sys.modules); command.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "megatron-samoe generate: loading torch, which takes seconds\n"
+
+
 def test_an_unknown_command_names_the_nearest() -> None:
     result = run("pretrian")
     assert result.returncode == 2 and result.stderr == "error: pretrian is no command. Did you mean 'pretrain'?\n"
