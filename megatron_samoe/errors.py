@@ -55,6 +55,14 @@ class ConfigError(MegatronSamoeError):
         return ConfigError(f"{path}: {field}", self.value, self.allowed)
 
 
+class UnknownFlagError(ConfigError):
+    """A flag is none of this program's."""
+
+    def __init__(self, flag: str, what: str):
+        super().__init__(flag, None, what)
+        self.args = (f"{flag} {what}",)
+
+
 class ConfigErrors(ConfigError):
     """Several rules are broken at once; all are shown, after what they have in common."""
 
@@ -63,8 +71,7 @@ class ConfigErrors(ConfigError):
         self.errors = errors
         first = errors[0]
         super().__init__(first.field, first.value, first.allowed)
-        if len(errors) > 1:
-            self.args = ("\n  ".join([common, *map(str, errors)]),)
+        self.args = ("\n  ".join([common, *map(str, errors)]),) if len(errors) > 1 else first.args
 
     def of_file(self, path: object) -> ConfigError:
         """Returns the errors with the file in front of each."""
@@ -200,5 +207,5 @@ def nearest_file(path: str) -> str:
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the closest allowed name, or an empty string."""
     # A text as long as a file would be compared for hours.
-    match = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6) if len(name) <= 300 else []
+    match = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.75) if len(name) <= 300 else []
     return f" Did you mean {match[0]!r}?" if match else ""

@@ -27,8 +27,8 @@ TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %} {{ message.content }}{{ eos_token }}"
     "{% else %}{{ message.content }}\nAnswer:{% endif %}{% endfor %}"
 )
-#: Words of a passage.
-WORDS = 40
+#: Words of a passage, and the most tokens of an answer.
+WORDS, ANSWER = 40, 16
 
 
 def quickstart_books() -> dict[str, str]:
@@ -62,7 +62,7 @@ def answers(model: Any, tokenizer: Any, asked: list[dict[str, Any]]) -> list[str
     prompts = [tokenizer.apply_chat_template(row["prompt"], tokenize=False) for row in asked]
     given = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     given = {name: given[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    ids = model.eval().generate(**given, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    ids = model.eval().generate(**given, max_new_tokens=ANSWER, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     texts = tokenizer.batch_decode(ids[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
@@ -99,6 +99,13 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(given.model, trust_remote_code=True)
     tokenizer.chat_template, tokenizer.pad_token = TEMPLATE, tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(given.model, trust_remote_code=True, dtype=torch.float32)
+
+    def fits(row: dict[str, Any]) -> bool:
+        """Returns whether a question and its answer are within the model's context; a passage of rare words may not be."""
+        ids = tokenizer.apply_chat_template(row["prompt"], return_dict=False)
+        return len(ids) + ANSWER <= model.config.max_position_embeddings
+
+    train, test = list(filter(fits, train)), list(filter(fits, test))
     # Experts are packed in parameters of three dims, own ones and banks; coefficients that mix banks have three as well.
     experts = [name for name, p in model.named_parameters() if p.dim() == 3 and not name.endswith("combination")]
     adapter = LoraConfig(

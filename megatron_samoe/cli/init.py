@@ -89,8 +89,9 @@ megatron-samoe serve --load runs/first
 """
 CUT = "--document-kb {} "
 COMMENT = """# From text to a model that answers. All options: megatron-samoe pretrain --help.
-{commands}# On several ranks: torchrun --nproc-per-node 8 -m megatron_samoe pretrain --config config.yaml
+{commands}# On two ranks: torchrun --nproc-per-node 2 -m megatron_samoe pretrain --config config.yaml --micro-batch-size {each}
 """
+SLURM_RANKS = 16
 SLURM = """#!/bin/bash
 #SBATCH --job-name={name}
 #SBATCH --nodes=2
@@ -105,7 +106,7 @@ HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 srun --kill-on-bad-exit=0 torchrun --nnodes "1:$SLURM_NNODES" --nproc-per-node "${{SLURM_GPUS_ON_NODE:-8}}" --max-restarts 100 \\
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$HEAD_NODE:29400" \\
-    -m megatron_samoe pretrain --config config.yaml --elastic "$@"
+    -m megatron_samoe pretrain --config config.yaml --elastic --micro-batch-size {each} "$@"
 """
 
 
@@ -117,8 +118,18 @@ def examples() -> dict[str, Path]:
     return {path.stem: path for kind in ("configs", "studies") for path in sorted((folder / kind).glob("*.yaml"))}
 
 
-def _shown(expert_layout: str, is_small: bool) -> Mapping[str, Mapping[str, Any]]:
-    shown = {group: {**values, **(SMALL.get(group, {}) if is_small else {})} for group, values in SHOWN.items()}
+def _is_small(text_bytes: int | None) -> bool:
+    return text_bytes is not None and text_bytes < SMALL_BYTES
+
+
+def _shown(expert_layout: str, text_bytes: int | None) -> Mapping[str, Mapping[str, Any]]:
+    small = SMALL if _is_small(text_bytes) else {}
+    shown = {group: {**values, **small.get(group, {})} for group, values in SHOWN.items()}
+    if text_bytes is not None:
+        # No more than what is held out, a twentieth at some four bytes a token, once.
+        samples = text_bytes // 20 // 4 // shown["model"]["seq_length"]
+        most = max(samples // shown["training"]["global_batch_size"], 1)
+        shown["training"]["eval_iters"] = min(shown["training"]["eval_iters"], most)
     shown["moe"]["expert_layout"] = expert_layout
     if expert_layout != "samoe":
         del shown["moe"]["num_expert_banks"]
@@ -128,8 +139,8 @@ def _shown(expert_layout: str, is_small: bool) -> Mapping[str, Mapping[str, Any]
     return shown
 
 
-def _commands(text: Sequence[str] | None, folder: Path) -> tuple[str, bool]:
-    """Returns the commands from a text to a served model, as the project's folder runs them, and whether the text is small.
+def _commands(text: Sequence[str] | None, folder: Path) -> tuple[str, int | None]:
+    """Returns the commands from a text to a served model, as the project's folder runs them, and the text's bytes.
 
     Args:
         text: inputs as `megatron-samoe preprocess` takes them; None for one that is not known yet.
@@ -138,7 +149,7 @@ def _commands(text: Sequence[str] | None, folder: Path) -> tuple[str, bool]:
         DataError: a text is missing or too short.
     """
     if text is None:
-        return COMMANDS.format(text="text.txt", cut=CUT.format(2), vocab_size=8192), False
+        return COMMANDS.format(text="text.txt", cut=CUT.format(2), vocab_size=8192), None
     try:
         files = find_inputs(PreprocessOptions(input=tuple(text), output_prefix="data"))
     except DataError as error:
@@ -149,11 +160,10 @@ def _commands(text: Sequence[str] | None, folder: Path) -> tuple[str, bool]:
             f"--text {' '.join(text)} has {size:,} bytes. A twentieth of a text is held out, so it needs {LEAST_BYTES:,} "
             "at the very least, and some millions to learn words from."
         )
-    is_small = size < SMALL_BYTES
     words = [path if is_remote(path) or os.path.isabs(path) else os.path.relpath(path, folder) for path in text]
     # 200 documents or more, of which a twentieth is held out; pages rather than chapters, and of many places.
     cut = CUT.format(min(max(size // 200 >> 10, 1), 16)) if any(file.format == "text" for file in files) else ""
-    return COMMANDS.format(text=shlex.join(words), cut=cut, vocab_size=4096 if is_small else 8192), is_small
+    return COMMANDS.format(text=shlex.join(words), cut=cut, vocab_size=4096 if _is_small(size) else 8192), size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,12 +195,15 @@ class Init:
             raise ConfigError("--text", " ".join(self.text), "has no meaning with --example")
         commands = ""
         if self.example is None:
-            commands, is_small = _commands(self.text, folder)
-            comment = COMMENT.format(commands="".join(f"#   {line}\n" for line in commands.splitlines()))
-            text = (
-                HEAD + comment + explained_yaml(_shown(self.expert_layout or SHOWN["moe"]["expert_layout"], is_small))
-            )
-            files = {"config.yaml": text, "pretrain.slurm": SLURM.format(name=folder.name)}
+            commands, text_bytes = _commands(self.text, folder)
+            shown = _shown(self.expert_layout or SHOWN["moe"]["expert_layout"], text_bytes)
+            batch, micro_batch = (shown["training"][f"{kind}_batch_size"] for kind in ("global", "micro"))
+            listed = "".join(f"#   {line}\n" for line in commands.splitlines())
+            comment = COMMENT.format(commands=listed, each=micro_batch // 2)
+            files = {
+                "config.yaml": HEAD + comment + explained_yaml(shown),
+                "pretrain.slurm": SLURM.format(name=folder.name, each=batch // SLURM_RANKS),
+            }
         else:
             files = _example(self.example)
         if "config.yaml" in files:

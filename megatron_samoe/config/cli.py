@@ -7,8 +7,10 @@ Precedence, lowest first: defaults, the YAML file of --config, the checkpoint's 
 from __future__ import annotations
 
 import dataclasses
+import io
 import types
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +22,7 @@ from megatron_samoe.config.option import all_options, flag
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.typed import convert
 from megatron_samoe.config.validate import refuse_idle, without_idle_options
-from megatron_samoe.errors import ConfigError, ConfigErrors, nearest
+from megatron_samoe.errors import ConfigError, ConfigErrors, UnknownFlagError, nearest
 from megatron_samoe.parsing import parse_yaml, read_text
 
 #: Groups, and single fields of other groups, that describe the model rather than a run of it.
@@ -64,7 +66,7 @@ class Asked:
 
     def with_flags(self, args: Sequence[str], prog: str, quiet: bool = False) -> Asked:
         """Returns it with the flags of a command line; see `parse`."""
-        _refuse_foreign_names(args)
+        _refuse_unknown_names(args)
         said: dict[str, Source] = {**self.said, **dict.fromkeys(stated_in_args(args), "flag")}
         return self._with(_parse_flags(args, self.config, prog, quiet), said, "flag")
 
@@ -140,30 +142,34 @@ def stated_in_mapping(mapping: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(str(key).replace("-", "_").lstrip("_") for key in [*mapping, *inner])
 
 
-def _refuse_foreign_names(args: Sequence[str]) -> None:
-    """Raises ConfigErrors that say of flags of other programs what they are here."""
+def _refuse_unknown_names(args: Sequence[str]) -> None:
+    """Raises ConfigErrors that say of flags that are not known which one is near, or what those of other programs are here."""
     ours = {flag(name) for _, name, *_ in all_options(PretrainConfig())}
-    problems = []
-    for arg in args:
-        name = arg.partition("=")[0].replace("_", "-")
-        if name not in ours and (what := what_it_is_here(name)) is not None:
-            problems.append(ConfigError(name, None, what))
+    known = ours | {f"--no-{name[2:]}" for name in ours} | {"--config", "--help"}
+    names = [arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
+    problems: list[ConfigError] = [
+        UnknownFlagError(name, what_it_is_here(name) or f"is not known.{nearest(name, known)}")
+        for name in names
+        if name not in known
+    ]
     if problems:
-        raise ConfigErrors(problems)
+        raise ConfigErrors(problems, "several flags are not this program's:")
 
 
 def _parse_flags(args: Sequence[str], base: PretrainConfig, prog: str, quiet: bool) -> PretrainConfig:
-    return tyro.cli(
-        PretrainConfig,
-        args=args,
-        default=base,
-        console_outputs=not quiet,
-        prog=prog,
-        description="Pretrain a GPT whose MoE layers own their experts, or share one pool (SaMoE). "
-        "--config FILE.yaml sets any of these options; flags override it.",
-        config=(tyro.conf.OmitArgPrefixes,),
-        registry=flag_forms(),
-    )
+    # tyro shows some mistakes even without console outputs.
+    with redirect_stderr(io.StringIO()) if quiet else nullcontext():
+        return tyro.cli(
+            PretrainConfig,
+            args=args,
+            default=base,
+            console_outputs=not quiet,
+            prog=prog,
+            description="Pretrain a GPT whose MoE layers own their experts, or share one pool (SaMoE). "
+            "--config FILE.yaml sets any of these options; flags override it.",
+            config=(tyro.conf.OmitArgPrefixes,),
+            registry=flag_forms(),
+        )
 
 
 def flag_forms() -> tyro.constructors.ConstructorRegistry:
@@ -311,7 +317,7 @@ def what_it_is_here(name: str) -> str | None:
     words = {
         "renamed": "is not an option; this program's name for it is {}",
         "always_so": "is not an option here; leave it out: {}",
-        "missing": "is not there: {}",
+        "missing": "is Megatron-LM's, and not supported here: {}",
     }
     found = (words[kind].format(flags[name]) for kind, flags in foreign_flags().items() if name in flags)
     return next(found, None)

@@ -13,6 +13,7 @@ from megatron_samoe.evaluation.run_summary import (
     RunSummary,
     Table,
     entropy_text,
+    is_noise,
     megabytes_text,
     millions_text,
     parameter_columns,
@@ -22,8 +23,6 @@ from megatron_samoe.evaluation.run_summary import (
 )
 from megatron_samoe.evaluation.study.text_size import bits_per_byte
 
-#: Share of the median by which quartiles of a run's speed may lie apart, or it tells of the machine's other work.
-NOISE = 0.15
 #: What a column shows of a model.
 Column = Callable[[RunGroup], str]
 
@@ -114,7 +113,7 @@ def _figure(value: float | None) -> str:
 def speed_table(groups: Groups) -> Table:
     """Returns tokens per second, and where and how they were trained; nothing where a run did not have its machine to itself."""
     trained = [group for group in groups if _speeds(group)]
-    return [] if any(map(_is_noise, trained)) else table(_SPEED, trained)
+    return [] if any(is_noise(_speeds(group)) for group in trained) else table(_SPEED, trained)
 
 
 def _speeds(group: RunGroup) -> list[float]:
@@ -129,12 +128,6 @@ def _described(group: RunGroup) -> RunSummary:
 def _quartiles(group: RunGroup) -> str:
     low, high = np.quantile(_speeds(group), (0.25, 0.75))
     return f"{low:,.0f} to {high:,.0f}"
-
-
-def _is_noise(group: RunGroup) -> bool:
-    """Whether the speed of a model's intervals scatters as it does on a machine that something else uses, too."""
-    low, middle, high = np.quantile(_speeds(group), (0.25, 0.5, 0.75))
-    return bool(high - low > NOISE * middle)
 
 
 def _device(group: RunGroup) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +24,8 @@ from megatron_samoe.planning.accounting import ParameterCount, count_parameters
 
 #: What a study writes into the folder of a finished run; see study/results_store.py.
 RUN_FILE = "run.json"
+#: Share of the median by which quartiles of a run's speed may lie apart, or it tells of the machine's other work.
+NOISE = 0.15
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,16 @@ def megabytes_text(num_bytes: int | None, decimals: int = 0) -> str:
     return "-" if num_bytes is None else f"{num_bytes / 1e6:.{decimals}f} MB"
 
 
+def is_noise(speeds: Sequence[float]) -> bool:
+    """Returns whether the speeds of a run's intervals scatter as they do on a machine that something else uses, too."""
+    low, middle, high = np.quantile(speeds, (0.25, 0.5, 0.75)) if speeds else (0.0, 0.0, 0.0)
+    return bool(high - low > NOISE * middle)
+
+
+def _speed(run: RunSummary) -> str:
+    return speed_text(None if is_noise([r["tokens_per_s"] for r in run.trained[1:]]) else run.tokens_per_s)
+
+
 def speed_text(tokens_per_s: float | None) -> str:
     """Returns a speed; a dash where it is not known."""
     return "-" if tokens_per_s is None else f"{tokens_per_s:,.0f}"
@@ -284,6 +296,6 @@ _SUMMARY: dict[str, Callable[[RunSummary], str]] = {
     "valid. loss": lambda run: f"{run.validation['validation_loss']:.4f}",
     "perplexity": lambda run: perplexity_text(run.validation["validation_loss"]),
     "load entropy": lambda run: entropy_text([run.least_load_entropy]),
-    "tokens/s": lambda run: speed_text(run.tokens_per_s),
+    "tokens/s": _speed,
     "peak memory/rank": lambda run: megabytes_text(run.peak_memory_bytes),
 }

@@ -86,7 +86,9 @@ class Trainer:
     def _train(self) -> None:
         last, reason = self.config.training.train_iters, None
         if self.state.iteration >= last:
-            logger.info(f"all {last} iterations are done; nothing to train")
+            logger.info(
+                f"the run is at iteration {self.state.iteration}, and --train-iters is {last}: nothing to train"
+            )
         room = self._room(last)
         batches = self.data.train_batches(self.state.consumed_samples)
         while reason is None and self.state.iteration < last:

@@ -296,7 +296,7 @@ def test_ckpt_step_goes_back_and_trains_the_same_again(corpus: Path, trained: Pa
 def test_a_finished_run_started_again_changes_nothing(corpus: Path, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "run")
     output = start(noisy(corpus, tmp_path / "run", save_interval=2), tmp_path / "out").succeed()
-    assert "nothing to train" in output
+    assert "the run is at iteration 6, and --train-iters is 6: nothing to train" in output
     assert_same_run(tmp_path / "run", trained)
 
 

@@ -91,9 +91,9 @@ def port_in_use() -> str:
 
 
 CAUSES: dict[str, Callable[[], str]] = {
-    "Unrecognized options": lambda: refused("--num-expert-bank", "2"),
-    "--recompute-activations": lambda: refused("--recompute-activations"),
-    "--num-expert-banks": lambda: refused("--expert-layout", "moe"),
+    "--num-expert-bank is": lambda: refused("--num-expert-bank", "2"),
+    "--recompute-activations is": lambda: refused("--recompute-activations"),
+    "--num-expert-banks =": lambda: refused("--expert-layout", "moe"),
     "model.num_layer": wrong_key,
     "--num-attention-heads": lambda: refused("--num-attention-heads", "3"),
     "--tensor-model-parallel-size": lambda: refused("--tensor-model-parallel-size", "3"),

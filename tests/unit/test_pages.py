@@ -68,7 +68,10 @@ def see_experts(page: Browser, model: LoadedModel) -> None:
 
 def go_on_with_the_other_model_and_stop(page: Browser, running: RunningServer) -> None:
     """The second model's text becomes the prompt of both, and what they write of it is stopped."""
+    page.set("max_tokens", "999")
     page.click("on-1")
+    left = page.run("return document.getElementById('max_tokens').value")
+    assert int(left) == 256 - len(PROMPT.encode()) - 30, "no more than the context has left"
     prompt = page.run("return document.getElementById('prompt').value")
     assert page.focused() == "prompt" and prompt.startswith(PROMPT) and len(prompt) > len(PROMPT)
     page.set("max_tokens", "180")

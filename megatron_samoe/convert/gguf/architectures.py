@@ -95,18 +95,21 @@ def choose_architecture(native: NativeModel) -> tuple[Architecture, NativeModel]
     """Returns the architecture that computes a model, and the model folded.
 
     Raises:
-        ConfigError: none does; the reason of each that comes near is named.
+        ConfigError: none does; what the nearest one needs is named.
     """
     folded = folded_model(native) if native.moe.shares_experts else native
-    reasons = []
     for one in ARCHITECTURES:
-        misfits = one.misfits(folded)
-        if not misfits:
+        if not one.misfits(folded):
             return one, folded
-        if not misfits[0].startswith("--expert-layout"):
-            more = f" (and {len(misfits) - 1} more)" if misfits[1:] else ""
-            reasons.append(f"not {one.family.name}: {misfits[0]}{more}")
-    raise ConfigError("--to", "gguf", f"llama.cpp has no architecture that computes this model: {'; '.join(reasons)}")
+    # A dense model is not told what a MoE would need: that is its first misfit there.
+    near = [one for one in ARCHITECTURES if not one.misfits(folded)[0].startswith("--expert-layout")]
+    nearest = min(near or ARCHITECTURES, key=lambda one: len(one.misfits(folded)))
+    raise ConfigError(
+        "--to",
+        "gguf",
+        f"llama.cpp has no architecture that computes this model; the nearest is {nearest.family.name}, "
+        f"but for {', '.join(nearest.misfits(folded))}",
+    )
 
 
 def metadata(one: Architecture, native: NativeModel) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +15,14 @@ from megatron_samoe.datasets.tokenizer import MAX_TOKENIZER_BYTES
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.parsing import read_file
 
-#: gguf.TokenType, whose first six numbers are SentencePiece's.
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+#: gguf.TokenType, whose six numbers are SentencePiece's.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _SENTENCEPIECE_BPE = 2
+#: What SentencePiece does to a text, as steps of a tokenizer.json.
+_PREFIX, _SPACES = (
+    {"type": "Prepend", "prepend": "\u2581"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+)
 #: Expressions that cut a text before merging, by llama.cpp's name for them.
 _SPLITS = {
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -82,7 +88,8 @@ def vocabulary(data: DataConfig, chat: Chat) -> Vocabulary:
         assert data.tokenizer_model is not None
         made = _sentencepiece(data.tokenizer_model, files.eod)
     else:
-        made = _byte_level(json.loads(files.files[TOKENIZER]), files.eod)
+        tokenizer = json.loads(files.files[TOKENIZER])
+        made = (_byte_fallback if tokenizer["model"].get("byte_fallback") else _byte_level)(tokenizer, files.eod)
     end = chat.tokens.get("eos_token")
     return replace(made, template=chat.template, end=made.tokens.index(end) if end in made.tokens else None)
 
@@ -136,28 +143,59 @@ def _sentencepiece(path: str, eod: int) -> Vocabulary:
 
 def _byte_level(tokenizer: dict[str, Any], eod: int) -> Vocabulary:
     """Returns the vocabulary of a tokenizer.json."""
-    model = tokenizer["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise _refused(
-            f"a model of type {model['type']}{' with byte fallback' * bool(model.get('byte_fallback'))} (it has BPE)"
-        )
+    if tokenizer["model"]["type"] != "BPE":
+        raise _refused(f"a model of type {tokenizer['model']['type']} (it has BPE)")
     if tokenizer.get("normalizer") is not None:
         raise _refused(f"the normalizer {tokenizer['normalizer']['type']}")
-    tokens = {i: token for token, i in model["vocab"].items()}
+    merges = [" ".join(pair) for pair in _merges(tokenizer)]
+    return Vocabulary(
+        "gpt2", _pre_tokenizer(tokenizer["pre_tokenizer"], bool(merges)), *_tokens(tokenizer), eod, merges=merges
+    )
+
+
+def _merges(tokenizer: dict[str, Any]) -> list[tuple[str, str]]:
+    return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in tokenizer["model"]["merges"]]
+
+
+def _tokens(tokenizer: dict[str, Any]) -> tuple[list[str], list[int]]:
+    """Returns the tokens of a tokenizer.json and their types, by id."""
+    tokens = {i: token for token, i in tokenizer["model"]["vocab"].items()}
     types = dict.fromkeys(tokens, NORMAL)
     for added in tokenizer.get("added_tokens", []):
         tokens[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    size = max(tokens) + 1
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return Vocabulary(
-        "gpt2",
-        _pre_tokenizer(tokenizer["pre_tokenizer"], bool(merges)),
-        [tokens.get(i, f"[unused {i}]") for i in range(size)],
-        [types.get(i, UNUSED) for i in range(size)],
-        eod,
-        merges=merges,
-    )
+    ids = range(max(tokens) + 1)
+    return [tokens.get(i, f"[unused {i}]") for i in ids], [types.get(i, UNUSED) for i in ids]
+
+
+def _byte_fallback(tokenizer: dict[str, Any], eod: int) -> Vocabulary:
+    """Returns the vocabulary of a tokenizer.json that was a SentencePiece model: what transformers has of Llama's, or we of ours.
+
+    llama.cpp joins neighbours whose piece has the highest score; the file joins the pair that comes first in its list.
+    """
+    normalizer, pairs = tokenizer.get("normalizer") or {}, _merges(tokenizer)
+    steps = normalizer.get("normalizers", [normalizer])
+    if steps[-1] != _SPACES or steps[:-1] not in ([], [_PREFIX]) or tokenizer.get("pre_tokenizer") is not None:
+        raise _refused("what is done to a text before its BPE with byte fallback (it puts \u2581 for spaces)")
+    tokens, types = _tokens(tokenizer)
+    ranks: dict[str, int] = {}
+    for left, right in pairs:
+        ranks.setdefault(left + right, len(ranks))
+    pieces = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
+    every = {
+        (piece[:i], piece[i:]) for piece in pieces for i in range(1, len(piece)) if {piece[:i], piece[i:]} <= pieces
+    }
+    order = [ranks[left + right] for left, right in pairs]
+    if set(pairs) != every or order != sorted(order):
+        raise _refused("merges that are none of SentencePiece's (it joins all that make a piece)")
+    unknown = tokenizer["model"].get("unk_token")
+    for i, token in enumerate(tokens):
+        if token == unknown:
+            types[i] = UNKNOWN
+        elif types[i] == NORMAL and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            types[i] = BYTE
+    scores = [-float(ranks.get(token, 0)) for token in tokens]
+    return Vocabulary("llama", "default", tokens, types, eod, scores=scores, space_prefix=_PREFIX in steps)
 
 
 def _pre_tokenizer(found: dict[str, Any] | None, merges: bool) -> str:

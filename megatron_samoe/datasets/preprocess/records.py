@@ -123,7 +123,11 @@ def _parse(line: bytes, options: PreprocessOptions) -> Found:
     texts: tuple[Any, ...] = tuple(value.get(key) for key in options.json_keys)
     for key, text in zip(options.json_keys, texts, strict=True):
         if not isinstance(text, str):
-            return f"{type(text).__name__} under the key {key!r}, not a text" if key in value else f"no key {key!r}"
+            return (
+                f"{type(text).__name__} under the key {key!r}, not a text"
+                if key in value
+                else f"no key {key!r} (--json-keys names others)"
+            )
     if b"\\u" in line and not all(map(_encodable, texts)):
         return "half of a surrogate pair"
     return texts

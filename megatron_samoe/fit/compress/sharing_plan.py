@@ -31,10 +31,9 @@ def sets_in_budget(budget: float, layer_bytes: int, num_layers: int) -> int:
     limit = budget * layer_bytes * num_layers if budget < 1 else budget
     sets = int(limit / layer_bytes + 1e-9)
     if not 1 <= sets < num_layers:
-        least = f"{layer_bytes:,} bytes, or {1 / num_layers:.4g}"
-        most = f"{layer_bytes * (num_layers - 1):,} bytes, or {1 - 1 / num_layers:.4g}"
-        nearest = f"one set for all layers takes {least}" if sets < 1 else f"below all experts there are {most}"
-        raise ConfigError("--budget", budget, f"is met by no map: the nearest that can be, {nearest}")
+        shares = f"{1 / num_layers:.4g} (one set for all layers) to {1 - 1 / num_layers:.4g}"
+        numbers = f"{layer_bytes:,} to {layer_bytes * (num_layers - 1):,}"
+        raise ConfigError("--budget", budget, f"must be a share of all experts, {shares}, or bytes, {numbers}")
     return sets
 
 

@@ -31,7 +31,7 @@ def _numbers(record: Record) -> dict[str, float]:
 
 
 class ConsoleLog(Hook):
-    """Megatron's log line, with tokens per second."""
+    """Megatron's log line, the loss first, with tokens per second."""
 
     rank_0_only = True
 
@@ -42,6 +42,8 @@ class ConsoleLog(Hook):
         """Prints one line, and one more after an evaluation."""
         fields = [
             f"iteration {record['iteration']:8d}/{self.train_iters:8d}",
+            f"lm loss: {record['lm_loss']:.6E}",
+            *([f"kl loss: {record['kl_loss']:.6E}"] if "kl_loss" in record else []),
             f"consumed samples: {record['consumed_samples']:12d}",
             *([f"epoch: {record['epoch']:.2f}"] if "epoch" in record else []),
             f"elapsed time per iteration (ms): {record['step_time_s'] * 1000:.1f}",
@@ -49,8 +51,6 @@ class ConsoleLog(Hook):
             f"time left: {_hours(record['step_time_s'] * (self.train_iters - record['iteration']))}",
             f"learning rate: {record['learning_rate']:.6E}",
             f"global batch size: {record['global_batch_size']:5d}",
-            f"lm loss: {record['lm_loss']:.6E}",
-            *([f"kl loss: {record['kl_loss']:.6E}"] if "kl_loss" in record else []),
         ]
         if "load_balance_loss" in record:
             fields.append(f"load balancing loss: {record['load_balance_loss']:.6E}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_samoe.cli.command import COMMANDS, module_of
+from megatron_samoe.cli.command import COMMANDS, HEADS, module_of
 from megatron_samoe.cli.completion import command_of
 from megatron_samoe.cli.program import flags_of
 
@@ -25,6 +25,7 @@ def test_help_lists_every_command_without_loading_torch() -> None:
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
     assert shown.strip().endswith("False")
     assert all(f"  {name} " in shown for name in COMMANDS)
+    assert all(f"\n{head}:\n  {name} " in shown for name, head in HEADS.items())
 
 
 def test_the_help_of_training_loads_no_torch() -> None:
@@ -37,9 +38,18 @@ def test_the_help_of_training_loads_no_torch() -> None:
     assert shown.strip().endswith("0 False")
 
 
+def test_a_terminal_hears_something_before_torch_is_loaded() -> None:
+    code = (
+        "import sys; sys.argv = ['x', 'generate']; sys.stderr.isatty = lambda: True; from megatron_samoe.cli import command\n"
+        "command.importlib.import_module = lambda name: sys.exit('torch' in sys.modules); command.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "megatron-samoe generate: loading torch, which takes seconds\n"
+
+
 def test_an_unknown_command_names_the_nearest() -> None:
     result = run("pretrian")
-    assert result.returncode == 2 and "Did you mean 'pretrain'?" in result.stderr
+    assert result.returncode == 2 and result.stderr == "error: pretrian is no command. Did you mean 'pretrain'?\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -41,6 +41,7 @@ def test_from_a_text_to_a_served_model(
     _, _, printed = capsys.readouterr().out.partition("\n\ncd first\n")
     in_config = re.findall(r"^#   (.*)", Path("first/config.yaml").read_text(), re.MULTILINE)
     assert in_config == printed.splitlines()
+    (several,) = re.findall(r"^# On two ranks: (.*)", Path("first/config.yaml").read_text(), re.MULTILINE)
     commands = [shlex.split(line)[1:] for line in printed.replace("\\\n", "").splitlines()]
     assert [words[0] for words in commands] == ["train-tokenizer", "preprocess", "pretrain", "generate", "serve"]
     said = {}
@@ -53,6 +54,8 @@ def test_from_a_text_to_a_served_model(
             finally:
                 run.signal(signal.SIGTERM)
         said[name] = run.succeed(120)
+    words = shlex.split(several.partition(" pretrain ")[2]) + SHORT + ["--train-iters", "4"]
+    start(words, tmp_path / "several", num_ranks=2, cwd=tmp_path / "first").succeed(120)
     assert "--split" not in said["preprocess"], "there are documents enough"
     assert "validation loss at iteration 3" in said["pretrain"] and said["generate"].strip()
 

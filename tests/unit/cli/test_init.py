@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from megatron_samoe.cli.init import examples, main
+from megatron_samoe.cli.init import LEAST_BYTES, examples, main
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.config.schema import json_schema
@@ -48,6 +50,33 @@ def test_a_configuration_for_each_kind_of_model(tmp_path: Path, layout: str) -> 
                                   "--tokenizer-type", "ByteTokenizer", "--tokenizer-model", "None"])  # fmt: skip
     validate(config, 1)
     assert config.moe.expert_layout == layout
+
+
+@pytest.mark.parametrize("size", [None, LEAST_BYTES, 2_000_000])
+def test_the_commands_in_files_fit_their_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if size is not None:
+        Path("text.txt").write_text("It was a day. \n" * (size // 15 + 1))
+    assert main(["new", *([] if size is None else ["--text", "text.txt"])]) == 0
+    monkeypatch.chdir("new")
+    found = []
+    for name in ("config.yaml", "pretrain.slurm"):
+        text = Path(name).read_text()
+        nodes, each = (
+            int((re.findall(p, text) or [1])[0]) for p in (r"--nodes=(\d+)", r"(?:gpus-per|nproc-per)-node[= ](\d+)")
+        )
+        for words in re.findall(r"-m megatron_samoe pretrain (.*)", text):
+            flags = shlex.split(words.replace('"$@"', ""))
+            config = parse_pretrain_args(
+                [*flags, "--mock-data", "--data-path", "--tokenizer-type", "ByteTokenizer", "--tokenizer-model", "None"]
+            )
+            validate(config, nodes * each)
+            found.append(nodes * each)
+    assert found == [2, 16]
+    samples = config.training.eval_iters * config.training.global_batch_size
+    assert size is None or samples * config.model.seq_length * 4 <= max(size // 20, 16 * 128 * 4)
 
 
 def test_every_example_can_be_begun_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from megatron_samoe.cli import convert
 from megatron_samoe.config.data import DataConfig
-from megatron_samoe.convert.gguf.tokenizer import _byte_level, vocabulary
+from megatron_samoe.convert.gguf.tokenizer import _byte_fallback, _byte_level, vocabulary
 from megatron_samoe.convert.hf.tokenizer_files import tokenizer_files
 from megatron_samoe.datasets.chat_template import Chat
 from megatron_samoe.errors import ConfigError
@@ -183,8 +185,6 @@ def test_what_llama_cpp_does_not_compute_is_refused_by_name(
 
 def byte_level(**changes: Any) -> dict[str, Any]:
     """Returns a tokenizer.json with one merge."""
-    import json
-
     files = tokenizer_files(DataConfig(tokenizer_type="ByteTokenizer", mock_data=True))
     content: dict[str, Any] = json.loads(files.files["tokenizer.json"])
     content["model"]["vocab"]["Th"] = 257
@@ -252,6 +252,18 @@ def test_sentencepiece(options: dict[str, Any], named: str | None, tmp_path: Pat
     assert found.tokens == [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     assert found.scores is not None and found.scores[300 if len(found.scores) > 300 else 270] < 0
     assert found.types[0] == 2 and found.types.count(6) == 256 and found.types[found.tokens.index("\n")] == 1
+    # transformers' file of the same model, as it comes back from fine-tuning, is the same vocabulary; scores have its order.
+    written = json.loads(tokenizer_files(data).files["tokenizer.json"])
+    back = _byte_fallback(written, found.eod)
+    assert replace(back, scores=found.scores) == found
+    joined = [i for i, piece in enumerate(found.tokens) if found.types[i] == 1 and len(piece) > 1]
+    assert sorted(joined, key=back.scores.__getitem__) == sorted(joined, key=found.scores.__getitem__)
+    merges = written["model"]["merges"]
+    for changed in (merges[1:], [*merges, merges[0]]):
+        with pytest.raises(ConfigError, match="merges that are none of SentencePiece's"):
+            _byte_fallback({**written, "model": {**written["model"], "merges": changed}}, found.eod)
+    with pytest.raises(ConfigError, match="what is done to a text before its BPE"):
+        _byte_fallback({**written, "pre_tokenizer": {"type": "Metaspace"}}, found.eod)
 
 
 def test_without_the_package_a_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from megatron_samoe.evaluation.report_tables import (
     zero_shot_table,
 )
 from megatron_samoe.evaluation.run_groups import group_runs, mean_sd
-from megatron_samoe.evaluation.run_summary import perplexity_text, read_run
+from megatron_samoe.evaluation.run_summary import perplexity_text, read_run, summary_table
 from tests.harness.browser import browser, needs_browser
 from tests.harness.serving import save_tiny
 
@@ -237,6 +237,8 @@ def test_speed_of_a_machine_that_something_else_used_is_left_out(runs_dir: Path,
     (tmp_path / "moe/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     runs = [read_run(tmp_path / "moe"), read_run(runs_dir / "dense/seed-1")]
     assert speed_table(group_runs(runs)) == []
+    head, moe, dense = summary_table(runs)
+    assert moe[head.index("tokens/s")] == "-" != dense[head.index("tokens/s")], "at a terminal, too"
     write_report(tmp_path / "r.html", "Report", runs)
     assert "Not in this report: Training speed. Quartiles" in (tmp_path / "r.html").read_text()
 

@@ -1,13 +1,12 @@
 """The plug-in for vLLM: what it makes of a pool, and what it says to a vLLM that it does not know.
 
-vLLM itself runs where VLLM_PYTHON names an interpreter that has it.
+vLLM itself runs where VLLM_PYTHON, or this interpreter, has it.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
+import inspect
+import re
 import sys
 import types
 from importlib.metadata import entry_points
@@ -23,6 +22,7 @@ from megatron_samoe.errors import CheckpointError, MegatronSamoeError
 from megatron_samoe.plugins import vllm
 from megatron_samoe.plugins.vllm import experts_plan, interface
 from megatron_samoe.plugins.vllm.experts_plan import ExpertsPlan, folder_reader, plan_experts, without_combining
+from tests.harness import other_programs
 from tests.parity.hf_models import Native, converted, native, random_source, theirs, transformers
 
 LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
@@ -176,6 +176,16 @@ def test_experts_in_plain_torch_compute_what_the_class_does(tmp_path: Path) -> N
             torch.testing.assert_close(PlainExperts(experts)(x_TH, ids_TK, weights_TK, scale), expected)
 
 
+def test_attention_is_found_by_the_lines_that_vllm_looks_for() -> None:
+    """vLLM reads the source of `forward`: a function of transformers' is looked up in it once, and called with its scaling."""
+    from megatron_samoe.convert.hf.remote_code.attention_samoe import Attention, LatentAttention
+
+    for kind in (Attention, LatentAttention):
+        source = inspect.getsource(kind.forward)
+        (name,) = re.findall(r"(\w+) = ALL_ATTENTION_FUNCTIONS[.[]", source)
+        assert source.count(f" {name}(") == 1 and "scaling=self.scaling" in source
+
+
 def test_the_entry_point_is_declared() -> None:
     text = (Path(megatron_samoe.__file__).parent.parent / "pyproject.toml").read_text()
     assert (
@@ -186,32 +196,13 @@ def test_the_entry_point_is_declared() -> None:
         assert point.name != "megatron_samoe" or point.load() is vllm.register
 
 
-_PROGRAM = """
-import json, sys
-from megatron_samoe.plugins.vllm import register
-register()
-from vllm import LLM, SamplingParams
-llm = LLM(sys.argv[1], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_num_seqs=4, max_model_len=64)
-wanted = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
-prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
-print("@@" + json.dumps([list(r.outputs[0].token_ids) for r in llm.generate(prompts, wanted, use_tqdm=False)]))
-"""
-
-
-@pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no interpreter that has vLLM")
+@pytest.mark.skipif(other_programs.VLLM_PYTHON is None, reason=other_programs.NO_VLLM)
 @pytest.mark.parametrize("factor", [1.25, None])
 def test_vllm_gives_our_greedy_text(factor: float | None, tmp_path: Path) -> None:
-    ours, folder = exported(tmp_path, "samoe", WIDE, factor)
-    prompts = [ours.prompt, ours.prompt[:1], ours.prompt * 2]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                   "PYTHONPATH": str(Path(megatron_samoe.__file__).parent.parent)}  # fmt: skip
-    command = [os.environ["VLLM_PYTHON"], "-c", _PROGRAM, str(folder), json.dumps(prompts)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    line = next((line for line in done.stdout.splitlines() if line.startswith("@@")), None)
-    assert line is not None, done.stderr[-3000:]
     from megatron_samoe.language_model import LanguageModel
 
-    model = LanguageModel(ours.loaded)
-    for prompt, found in zip(prompts, json.loads(line[2:]), strict=True):
-        expected = model.generate_ids(prompt, 16, temperature=0.0)
+    ours, folder = exported(tmp_path, "samoe", WIDE, factor)
+    prompts, model = [ours.prompt, ours.prompt[:1], ours.prompt * 2], LanguageModel(ours.loaded)
+    for prompt, found in zip(prompts, other_programs.from_vllm(folder, 64, ids=prompts), strict=True):
+        expected = model.generate_ids(prompt, other_programs.TOKENS, temperature=0.0)
         assert found[: len(expected)] == expected and len(set(found)) > 3

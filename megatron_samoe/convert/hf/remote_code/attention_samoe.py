@@ -81,21 +81,23 @@ class AttentionCore(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.config, self.layer_idx, self.is_causal = config, layer_idx, True
-        self.kind = config.layer_types[layer_idx]
+        self.kind, self.v_size = config.layer_types[layer_idx], config.head_dim
         self.sliding_window = config.sliding_window if self.kind == "sliding_attention" else None
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         factor = config.attention_multiplier
         self.scaling = config.head_dim**-0.5 if factor is None else factor
 
-    def attend(self, query, key, value, attention_mask, cache, cache_position, **kwargs):
-        """Returns y [B, S, heads, D] of rotated queries and keys [B, heads, S, D], and attention's weights, if there are any."""
+    def forward(
+        self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, cache_position=None, **kwargs
+    ):
+        """Returns y [B, S, H] and attention's weights, if the function gives them."""
+        query, key, value = self.project(hidden_states, position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, {"cache_position": cache_position})
-        name, attention_interface = self.config._attn_implementation, eager_attention_forward
-        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
-            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        elif name != "eager":  # transformers 4
-            attention_interface = ALL_ATTENTION_FUNCTIONS[name]
+        # vLLM finds a layer's attention by these lines: the function is looked up and called here, in forward, and nowhere else.
+        attention_interface = eager_attention_forward
+        if self.config._attn_implementation != "eager":
+            attention_interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         y, weights = attention_interface(
             self,
             query,
@@ -107,7 +109,8 @@ class AttentionCore(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
         )
-        return y.reshape(*y.shape[:2], -1, query.shape[-1]), weights
+        y = y.reshape(*hidden_states.shape[:2], -1, query.shape[-1])
+        return self.o_proj(y[..., : self.v_size].flatten(2)), weights
 
 
 class Attention(AttentionCore):
@@ -132,10 +135,8 @@ class Attention(AttentionCore):
                 make_norm(config, size * count if self.norms_all else size) for count in (heads, kv_heads)
             )
 
-    def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, cache_position=None, **kwargs
-    ):
-        """Returns y [B, S, H] and attention's weights, if the function gives them."""
+    def project(self, hidden_states, position_embeddings):
+        """Returns rotated queries and keys, and values, [B, heads, S, D]."""
         shape = (*hidden_states.shape[:-1], -1, self.config.head_dim)
         query, key, value = (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.norms_all:
@@ -149,8 +150,7 @@ class Attention(AttentionCore):
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
         if position_embeddings is not None:
             query, key = apply_rotary(query, position_embeddings), apply_rotary(key, position_embeddings)
-        y, weights = self.attend(query, key, value, attention_mask, cache, cache_position, **kwargs)
-        return self.o_proj(y.flatten(2)), weights
+        return query, key, value
 
 
 class LatentAttention(AttentionCore):
@@ -177,10 +177,8 @@ class LatentAttention(AttentionCore):
         self.kv_b_proj = nn.Linear(rank, heads * (self.plain + self.v_size), bias=False)
         self.o_proj = nn.Linear(heads * self.v_size, hidden, bias=config.attention_output_bias)
 
-    def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, cache_position=None, **kwargs
-    ):
-        """Returns y [B, S, H] and attention's weights, if the function gives them."""
+    def project(self, hidden_states, position_embeddings):
+        """Returns rotated queries and keys, and values, [B, heads, S, D]."""
         shape, size = (*hidden_states.shape[:-1], self.config.num_attention_heads, -1), self.config.head_dim
         if self.config.q_lora_rank is None:
             query = self.q_proj(hidden_states)
@@ -194,7 +192,4 @@ class LatentAttention(AttentionCore):
         turned, turned_key = (apply_rotary(t, position_embeddings) for t in (turned, turned_key[:, None]))
         query = torch.cat((plain, turned), -1)
         key = torch.cat((key, turned_key.expand(-1, key.shape[1], -1, -1)), -1)
-        y, weights = self.attend(
-            query, key, F.pad(value, (0, size - self.v_size)), attention_mask, cache, cache_position, **kwargs
-        )
-        return self.o_proj(y[..., : self.v_size].flatten(2)), weights
+        return query, key, F.pad(value, (0, size - self.v_size))
