@@ -136,10 +136,13 @@ def theirs(model: Any, task: str, rows: list[dict[str, Any]], folder: Path) -> F
         "dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"validation": str(data)}},
         "validation_split": "validation", "training_split": None, "test_split": None, "tag": None,
     }  # fmt: skip
-    (folder / "theirs").mkdir(exist_ok=True)
-    (folder / f"theirs/{task}.yaml").write_text(yaml.safe_dump(content))
-    manager = lm_eval.tasks.TaskManager(include_path=str(folder / "theirs"), include_defaults=False)
-    found = lm_eval.simple_evaluate(model=model, tasks=[f"local_{task}"], task_manager=manager, bootstrap_iters=0)
+    path = folder / f"{task}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    loaded = lm_eval.tasks.TaskManager(include_defaults=False).load([str(path)])
+    for one in loaded["tasks"].values():
+        one.set_config(key="num_fewshot", value=0)
+        one.set_fewshot_seed(seed=1234)
+    found = lm_eval.evaluate(model, loaded, bootstrap_iters=0)
     figures = {
         name.removesuffix(",none"): value for name, value in found["results"][f"local_{task}"].items() if "," in name
     }
