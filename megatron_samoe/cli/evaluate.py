@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,13 +26,7 @@ from megatron_samoe.evaluation.zero_shot.harness_model import harness_model
 from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor
 from megatron_samoe.evaluation.zero_shot.results import TaskResult, evaluate_corpus, evaluate_task, result_record
 from megatron_samoe.evaluation.zero_shot.tasks import TaskLoader, harness, local_data, name_of
-from megatron_samoe.evaluation.zero_shot.variation import (
-    choose_iterations,
-    compare,
-    comparison_record,
-    variation_record,
-    variations,
-)
+from megatron_samoe.evaluation.zero_shot.variation import choose_iterations, compare, variations
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state import ParallelState, launcher
 from megatron_samoe.parsing import JsonObject, without_infinities
@@ -231,10 +225,10 @@ def _write(options: Evaluate, runs: Sequence[Run], other: Sequence[Run], is_part
             ]
         }
         if len(runs) > 1:
-            content["variation"] = [variation_record(v) for v in variations([run.results for run in runs])]
+            content["variation"] = [asdict(v) for v in variations([run.results for run in runs])]
         for second in other:
-            content["comparison"] = [comparison_record(c) for c in compare(runs[-1].results, second.results)]
-        _write_text(options.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
+            content["comparison"] = [asdict(c) for c in compare(runs[-1].results, second.results)]
+        _write_text(options.json, json.dumps(without_infinities(content), indent=1) + "\n")
     if not options.samples:
         return
     plain = harness("lm_eval.utils").handle_non_serializable

@@ -56,17 +56,13 @@ def variation_table(variations: Sequence[Variation]) -> str:
     return _filled(table(_VARIATIONS, variations))
 
 
-def _spread(name: str) -> Callable[[Variation], str]:
-    return lambda variation: _shown(variation.spread[name], variation.in_percent)
-
-
 _VARIATIONS: dict[str, Callable[[Variation], str]] = {
     "task": lambda v: v.task,
     "metric": lambda v: v.metric,
-    "mean": _spread("mean"),
-    "sd": _spread("sd"),
-    "lowest": _spread("low"),
-    "highest": _spread("high"),
+    "mean": lambda v: _shown(v.mean, v.in_percent),
+    "sd": lambda v: _shown(v.sd, v.in_percent),
+    "lowest": lambda v: _shown(v.low, v.in_percent),
+    "highest": lambda v: _shown(v.high, v.in_percent),
     "std. error of one": lambda v: _shown(v.stderr, v.in_percent),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,7 +11,6 @@ from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.evaluation.run_groups import mean_sd
 from megatron_samoe.evaluation.zero_shot.results import TaskResult
 from megatron_samoe.evaluation.zero_shot.statistics import McNemar, PairedDifference, mcnemar, paired_bootstrap
-from megatron_samoe.parsing import JsonObject, without_infinities
 
 
 def choose_iterations(wanted: str, available: Sequence[int], folder: str) -> list[int]:
@@ -48,6 +47,7 @@ class Variation:
     """A metric over checkpoints.
 
     Attributes:
+        sd: standard deviation (n - 1); nan for one value.
         stderr: of one checkpoint's value (the newest's), from the number of items.
     """
 
@@ -55,28 +55,23 @@ class Variation:
     metric: str
     in_percent: bool
     values: tuple[float, ...]
+    mean: float
+    sd: float
+    low: float
+    high: float
     stderr: float
-
-    @property
-    def spread(self) -> dict[str, float]:
-        """Mean, standard deviation (nan for one value) and range."""
-        over = mean_sd(self.values)
-        return {"mean": over.mean, "sd": over.sd, "low": min(self.values), "high": max(self.values)}
 
 
 def variations(runs: Sequence[Sequence[TaskResult]]) -> list[Variation]:
     """Returns how each metric varies over checkpoints; each run has the same tasks."""
-    return [
-        Variation(
-            task=results[-1].task,
-            metric=name,
-            in_percent=newest.in_percent,
-            values=tuple(result.metrics[name].value for result in results),
-            stderr=newest.stderr,
-        )
-        for results in zip(*runs, strict=True)
-        for name, newest in results[-1].metrics.items()
-    ]
+    found = []
+    for results in zip(*runs, strict=True):
+        for name, newest in results[-1].metrics.items():
+            values = tuple(result.metrics[name].value for result in results)
+            over = mean_sd(values)
+            facts = (results[-1].task, name, newest.in_percent, values)
+            found.append(Variation(*facts, over.mean, over.sd, min(values), max(values), newest.stderr))
+    return found
 
 
 @dataclass(frozen=True)
@@ -109,18 +104,3 @@ def compare(first: Sequence[TaskResult], second: Sequence[TaskResult]) -> list[C
             difference = paired_bootstrap(x.x_UV, y.x_UV, x.finish)
             found.append(Comparison(a.task, name, x.in_percent, x.value, y.value, difference, test))
     return found
-
-
-def variation_record(variation: Variation) -> JsonObject:
-    """Returns a variation as plain values for JSON."""
-    record = {"task": variation.task, "metric": variation.metric, "values": list(variation.values)}
-    return without_infinities({**record, **variation.spread, "stderr": variation.stderr})
-
-
-def comparison_record(comparison: Comparison) -> JsonObject:
-    """Returns a comparison as plain values for JSON."""
-    record = asdict(comparison)
-    del record["in_percent"]
-    if comparison.mcnemar is None:
-        del record["mcnemar"]
-    return without_infinities(record)

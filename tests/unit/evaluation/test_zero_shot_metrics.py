@@ -17,7 +17,7 @@ from megatron_samoe.evaluation.zero_shot.metrics import MetricResult, means, of_
 from megatron_samoe.evaluation.zero_shot.results import TaskResult, result_record
 from megatron_samoe.evaluation.zero_shot.statistics import bootstrap_stderr, mcnemar, paired_bootstrap
 from megatron_samoe.evaluation.zero_shot.tables import metric_line, notes, result_table, variation_table
-from megatron_samoe.evaluation.zero_shot.variation import Variation, choose_iterations, compare, variations
+from megatron_samoe.evaluation.zero_shot.variation import choose_iterations, compare, variations
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_variation_and_comparison_of_results() -> None:
     runs = [[result("boolq", right)] for right in ([1, 1, 1, 0], [1, 1, 0, 0])]
     (variation,) = variations(runs)
     assert variation.values == (0.75, 0.5) and variation.stderr == pytest.approx(math.sqrt(0.25 / 3))
-    assert variation.spread == {"mean": 0.625, "sd": pytest.approx(0.125 * math.sqrt(2)), "low": 0.5, "high": 0.75}
-    assert math.isnan(Variation("boolq", "acc", True, (1.0,), 0.1).spread["sd"])
+    assert (variation.mean, variation.low, variation.high) == (0.625, 0.5, 0.75)
+    assert variation.sd == pytest.approx(0.125 * math.sqrt(2)) and math.isnan(variations(runs[:1])[0].sd)
     (comparison,) = compare(*runs)
     assert comparison.difference.value == -0.25 and comparison.mcnemar is not None
     assert (comparison.mcnemar.only_first, comparison.mcnemar.only_second, comparison.mcnemar.p_value) == (1, 0, 1)
@@ -134,7 +134,8 @@ def test_tables_say_everything_once_and_have_no_empty_column() -> None:
     assert notes([questions], 16) == [
         "Contexts longer than the model's 16 tokens were cut from the left: multirc 1 of 2."
     ]
-    assert "std. error of one" not in variation_table([Variation("mmlu", "acc", True, (0.1, 0.2), math.nan)])
+    group = TaskResult("mmlu", 9, {"acc": MetricResult(0.25, in_percent=True)})
+    assert "std. error of one" not in variation_table(variations([[group], [group]]))
 
 
 @pytest.mark.parametrize("wanted, expected", [("LAST:2", [30, 40]), ("last:1", [40]), ("10, 30,10", [10, 30])])
