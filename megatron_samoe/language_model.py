@@ -23,8 +23,11 @@ from megatron_samoe.convert.target import plan_hf
 from megatron_samoe.datasets.chat_prompt import chat_prompt
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.errors import ConfigError, nearest
-from megatron_samoe.evaluation.zero_shot.items import Document
+from megatron_samoe.evaluation.zero_shot.data_files import Document
+from megatron_samoe.evaluation.zero_shot.harness_model import harness_model
 from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor, Score
+from megatron_samoe.evaluation.zero_shot.results import TaskResult, evaluate_task
+from megatron_samoe.evaluation.zero_shot.tasks import TaskLoader
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.kv_cache import PAGE
 from megatron_samoe.inference.request import Request, TokenEvent
@@ -268,6 +271,25 @@ class LanguageModel:
         """Returns how probable a text of any length is, read in windows of the model's length."""
         ((loglikelihood, num_tokens),) = self._predictor.loglikelihood_of([Document("text", text)])
         return TextScore(loglikelihood, num_tokens, len(text.encode()))
+
+    def evaluate(
+        self, tasks: str, data_dir: str | Path | None = None, limit: int | None = None, num_fewshot: int | None = None
+    ) -> list[TaskResult]:
+        """Returns the results on tasks of lm-evaluation-harness (extra `eval`).
+
+        Args:
+            tasks: names and YAML files between commas; all: those of docs/evaluation.md that have data.
+            data_dir: folder of their data; the Hugging Face Hub where none is given.
+            limit: only the first items of each.
+            num_fewshot: examples before each item; the task's own number if not given.
+
+        Raises:
+            ConfigError: a task is not known.
+            DataError: its data cannot be had, or the harness is not installed.
+        """
+        model = harness_model(self.loaded)
+        asked = TaskLoader(Path(data_dir) if data_dir is not None else None).load(tasks)
+        return [result for task in asked for result in evaluate_task(task, model, limit, num_fewshot)]
 
     @cached_property
     def _predictor(self) -> ModelPredictor:

@@ -1,84 +1,78 @@
-"""Zero-shot tasks and perplexity: `megatron-samoe evaluate --load runs/x/checkpoints --data-dir DIR --tasks piqa,boolq`."""
+"""Tasks and perplexity: `megatron-samoe evaluate --load runs/x/checkpoints --data-dir DIR --tasks piqa,boolq`."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from megatron_samoe.cli.model_arguments import LayoutOptions, ModelOptions, rank_program
-from megatron_samoe.cli.program import Count
-from megatron_samoe.config.option import flag
+from megatron_samoe.cli.model_arguments import ModelOptions, rank_program
+from megatron_samoe.cli.program import Count, Words, main_of
 from megatron_samoe.convert.opener import format_of
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.store import LoadWords
-from megatron_samoe.errors import ConfigError, DataError
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.zero_shot import tables
-from megatron_samoe.evaluation.zero_shot.lm_eval_adapter import run_harness
-from megatron_samoe.evaluation.zero_shot.predictors import CONSTANT, ConstantPredictor, ModelPredictor
-from megatron_samoe.evaluation.zero_shot.prepare import Questions, ask, prepare
-from megatron_samoe.evaluation.zero_shot.results import TaskResult, result_record, sample_records
-from megatron_samoe.evaluation.zero_shot.task import load_task, task_names
-from megatron_samoe.evaluation.zero_shot.variation import (
-    choose_iterations,
-    compare,
-    comparison_record,
-    variation_record,
-    variations,
-)
+from megatron_samoe.evaluation.zero_shot.data_files import Document, read_documents
+from megatron_samoe.evaluation.zero_shot.harness_model import harness_model
+from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor
+from megatron_samoe.evaluation.zero_shot.results import TaskResult, evaluate_corpus, evaluate_task, result_record
+from megatron_samoe.evaluation.zero_shot.tasks import TaskLoader, harness, local_data, name_of
+from megatron_samoe.evaluation.zero_shot.variation import choose_iterations, compare, variations
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state import ParallelState, launcher
-from megatron_samoe.parsing import JsonObject
+from megatron_samoe.parsing import JsonObject, without_infinities
 
 #: Environment variable that stands in for --data-dir.
 DATA_VARIABLE = "MEGATRON_SAMOE_EVAL_DATA"
 
 
-_WHO = f"who answers: model, or without one {', '.join(CONSTANT)}"
+#: Tasks and groups of the harness, and texts by their name.
+Questions = tuple[Sequence[Any], Mapping[str, Sequence[Document]]]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluated checkpoint, or predictor.
-
-    Attributes:
-        folder: of the checkpoint; empty for a predictor.
-    """
+    """One evaluated checkpoint."""
 
     name: str
     results: Sequence[TaskResult]
-    seq_length: int | None = None
-    folder: str = ""
+    seq_length: int
+    folder: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(ModelOptions):
-    """Zero-shot tasks and perplexity.
+    """Tasks of lm-evaluation-harness, and perplexity.
 
     Under torchrun the model is spread over the ranks; the checkpoint may have been saved by any other layout, and no layout
     changes the results. docs/evaluation.md has the tasks, the files they are read from, and what the figures mean.
     """
 
     tasks: str = "all"
-    """names and .yaml files between commas; all: every one that has data"""
+    """names and .yaml files between commas; all: every one of --list-tasks that has data"""
     list_tasks: bool = False
-    """show the tasks and leave"""
+    """show the tasks that --data-dir is searched for, and leave"""
     data_dir: Path | None = None
     """folder of the tasks' data; MEGATRON_SAMOE_EVAL_DATA if not given"""
     hub: bool = False
     """fetch data that is not in --data-dir from the Hugging Face Hub"""
+    include_path: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """further task files"""
+    num_fewshot: int | None = None
+    """examples before each item; the task's own number if not given"""
     corpus: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")] = ()
     """texts whose perplexity is measured: .txt, or rows with a field "text\""""
     limit: Count = None
     """only the first N items of each task"""
-    predictor: Annotated[str, tyro.conf.arg(help=_WHO)] = "model"
     load: str = ""
     """folder of a run, of checkpoints saved by any layout, or of another program's model"""
     checkpoints: Annotated[str | None, tyro.conf.arg(metavar="LAST:N")] = None
@@ -91,51 +85,30 @@ class Evaluate(ModelOptions):
     """results as JSON"""
     samples: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """one .jsonl per task with every item and answer"""
-    harness: bool = False
-    """run lm-evaluation-harness's tasks of these names in place of ours (extra eval)"""
-    include_path: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """further task files in the harness's format"""
 
     def run(self) -> None:
         """Evaluates."""
         if self.list_tasks:
-            for name in task_names():
-                logger.info(f"{name:14} {load_task(name).description}")
+            for name, local in local_data().items():
+                logger.info(f"{name:16} {', '.join(local.files)}")
+            logger.info(
+                "Every other task of lm-evaluation-harness goes by its name, too: `lm_eval ls tasks` lists them."
+            )
             return
         _evaluate(_checked(self))
 
 
 def _checked(options: Evaluate) -> Evaluate:
     """Returns the options with the folders of checkpoints; ConfigError for those that do not go together."""
-    constant = options.predictor != "model"
-    if constant:
-        ConstantPredictor(options.predictor)
-        of_models = (
-            "load",
-            "ckpt_step",
-            "checkpoints",
-            "compare_with",
-            "batch_size",
-            "tokenizer_model",
-            "harness",
-            *(f.name for f in fields(LayoutOptions) if getattr(options, f.name) != 1),
-        )
-        _refuse(options, of_models, f"has no effect with --predictor {options.predictor}")
-    if not constant and not options.load:
-        raise ConfigError(
-            "--load", None, f"must name a folder of checkpoints, or give --predictor {'|'.join(CONSTANT)}"
-        )
+    if not options.load:
+        raise ConfigError("--load", None, "must name a folder of checkpoints")
     if options.checkpoints and options.ckpt_step is not None:
         raise ConfigError("--ckpt-step", options.ckpt_step, "excludes --checkpoints")
-    if options.batch_size is not None and options.batch_size < 1:
-        raise ConfigError("--batch-size", options.batch_size, "must be 1 or more")
-    if options.harness:
-        if options.tasks == "all":
-            raise ConfigError("--tasks", "all", "with --harness must name tasks of the harness")
-        ours = ("data_dir", "hub", "corpus", "checkpoints", "compare_with", "samples")
-        _refuse(options, ours, "has no effect with --harness")
-    elif options.include_path:
-        raise ConfigError("--include-path", options.include_path, "needs --harness")
+    for name, value in (("--batch-size", options.batch_size), ("--limit", options.limit)):
+        if value is not None and value < 1:
+            raise ConfigError(name, value, "must be 1 or more")
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise ConfigError("--num-fewshot", options.num_fewshot, "must be 0 or more")
     load, other = (
         store.checkpoints_of(folder) if folder else folder for folder in (options.load, options.compare_with)
     )
@@ -144,13 +117,6 @@ def _checked(options: Evaluate) -> Evaluate:
         format_of(options.compare_with, LoadWords("--compare-with "))  # its turn comes last
     _check_outputs(options)
     return options
-
-
-def _refuse(options: Evaluate, names: Sequence[str], why: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value not in (None, False, (), ""):
-            raise ConfigError(flag(name), str(value) if isinstance(value, Path) else value, why)
 
 
 def _check_outputs(options: Evaluate) -> None:
@@ -168,27 +134,19 @@ def _check_outputs(options: Evaluate) -> None:
 
 
 def _evaluate(options: Evaluate) -> None:
-    if options.harness:
-        _run_harness(options)
-        return
     named = os.environ.get(DATA_VARIABLE)
     data_dir = options.data_dir or (Path(named) if named else None)
-    wants_tasks = options.tasks != "all" or data_dir is not None or not options.corpus
-    questions = prepare(options.tasks if wants_tasks else "", data_dir, options.corpus, options.limit, options.hub)
-    if questions.skipped:
-        logger.info(f"no data, left out: {', '.join(questions.skipped)}")
-    for problem in questions.failed:
-        logger.info(f"left out: {problem}")
-    if options.predictor != "model":
-        runs = [Run(options.predictor, ask(questions, ConstantPredictor(options.predictor), _tell))]
-        other: list[Run] = []
-    else:
-        runs, other = _ask_models(options, questions)
+    tasks: list[Any] = []
+    if options.tasks != "all" or data_dir is not None or not options.corpus:
+        loader = TaskLoader(data_dir, options.hub, options.include_path)
+        tasks = loader.load(options.tasks)
+        if loader.skipped:
+            logger.info(f"no data, left out: {', '.join(loader.skipped)}")
+    corpora = {f"corpus:{path.name}": read_documents(path, options.limit) for path in options.corpus}
+    runs, other = _ask_models(options, (tasks, corpora))
     if launcher.rank() == 0:
         _show(runs, other)
         _write(options, runs, other)
-    if questions.failed:
-        raise DataError(f"these tasks were not asked: {' '.join(questions.failed)}", collective=True)
 
 
 def _ask_models(options: Evaluate, questions: Questions) -> tuple[list[Run], list[Run]]:
@@ -202,6 +160,8 @@ def _ask_models(options: Evaluate, questions: Questions) -> tuple[list[Run], lis
     found: list[Run] = []
     for folder, step in asked:
         found.append(_ask_model(options, parallel, folder, step, questions))
+        for result in found[-1].results if len(found) < len(steps) else ():  # the last one's are in the table
+            logger.info(f"  {result.task}: {tables.metric_line(result)}")
         if launcher.rank() == 0 and len(found) < len(asked):
             _write(options, found, [], is_partial=True)
     own = len(asked) - bool(options.compare_with)
@@ -209,16 +169,17 @@ def _ask_models(options: Evaluate, questions: Questions) -> tuple[list[Run], lis
 
 
 def _ask_model(options: Evaluate, parallel: ParallelState, folder: str, step: int | None, questions: Questions) -> Run:
+    tasks, corpora = questions
     loaded = options.loaded(parallel, folder, step)
-    logger.info(f"{loaded.directory}")
+    logger.info(f"{loaded.directory}: {', '.join([*map(name_of, tasks), *corpora])}")
+    model = harness_model(loaded, options.batch_size, _bar) if tasks else None
+    results: list[TaskResult] = []
+    for task in tasks:
+        with contextlib.redirect_stderr(io.StringIO()):  # where the harness draws a bar for each step of its own
+            results += evaluate_task(task, model, options.limit, options.num_fewshot)
     predictor = ModelPredictor(loaded, options.batch_size, _bar)
-    return Run(
-        loaded.directory.name, ask(questions, predictor, _tell), loaded.config.model.seq_length, str(loaded.directory)
-    )
-
-
-def _tell(result: TaskResult) -> None:
-    logger.info(f"  {result.task}: {tables.metric_line(result)}")
+    results += [evaluate_corpus(name, documents, predictor) for name, documents in corpora.items()]
+    return Run(loaded.directory.name, results, loaded.config.model.seq_length, str(loaded.directory))
 
 
 @contextlib.contextmanager
@@ -226,14 +187,15 @@ def _bar(name: str, total: int) -> Iterator[Callable[[int], Any]]:
     """A progress bar on the first rank's terminal."""
     from tqdm import tqdm
 
-    hidden = launcher.rank() != 0 or not sys.stderr.isatty()
-    with tqdm(total=total, desc=name, disable=hidden, leave=False) as bar:
+    terminal = sys.__stderr__
+    hidden = launcher.rank() != 0 or terminal is None or not terminal.isatty()
+    with tqdm(total=total, desc=name, disable=hidden, leave=False, file=terminal) as bar:
         yield bar.update
 
 
 def _show(runs: Sequence[Run], other: Sequence[Run]) -> None:
     last = runs[-1]
-    logger.info(f"\n{last.folder or last.name}\n{tables.result_table(last.results)}")
+    logger.info(f"\n{last.folder}\n{tables.result_table(last.results)}")
     for note in tables.notes(last.results, last.seq_length):
         logger.info(note)
     if len(runs) > 1:
@@ -263,18 +225,22 @@ def _write(options: Evaluate, runs: Sequence[Run], other: Sequence[Run], is_part
             ]
         }
         if len(runs) > 1:
-            content["variation"] = [variation_record(v) for v in variations([run.results for run in runs])]
+            content["variation"] = [asdict(v) for v in variations([run.results for run in runs])]
         for second in other:
-            content["comparison"] = [comparison_record(c) for c in compare(runs[-1].results, second.results)]
-        _write_text(options.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
+            content["comparison"] = [asdict(c) for c in compare(runs[-1].results, second.results)]
+        _write_text(options.json, json.dumps(without_infinities(content), indent=1) + "\n")
     if not options.samples:
         return
+    plain = harness("lm_eval.utils").handle_non_serializable
     for number, run in enumerate(everyone):
         is_alone = len(everyone) == 1 and not is_partial
         folder = options.samples if is_alone else options.samples / f"{number}_{run.name}"
         for result in run.results:
-            if result.items:
-                lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in sample_records(result)]
+            if result.samples:
+                lines = [
+                    json.dumps(without_infinities(record), ensure_ascii=False, default=plain)
+                    for record in result.samples
+                ]
                 _write_text(folder / f"{result.task}.jsonl", "\n".join(lines) + "\n")
 
 
@@ -286,25 +252,23 @@ def _write_text(path: Path, text: str) -> None:
         raise ConfigError("--json/--samples", str(path), f"cannot be written: {error.strerror or error}") from None
 
 
-def _run_harness(options: Evaluate) -> None:
-    found = run_harness(
-        options.loaded(options.join()),
-        [name.strip() for name in options.tasks.split(",")],
-        batch_size=options.batch_size,
-        limit=options.limit,
-        include_path=options.include_path,
-    )
-    if launcher.rank() == 0:
-        results = found["results"]
-        for task, metrics in results.items():
-            for name, value in metrics.items():
-                if isinstance(value, float):
-                    logger.info(f"{task:24} {name.removesuffix(',none'):20} {value:.6g}")
-        if options.json:
-            _write_text(options.json, json.dumps(results, indent=1, default=str) + "\n")
+#: Flags of earlier versions, and what has taken their place.
+_EARLIER = {
+    "--harness": "leave it out: every task is lm-evaluation-harness's",
+    "--predictor": "has gone: the column `best constant` has what a constant answer gets",
+}
 
 
-main = rank_program(Evaluate)
+def main(words: Words = None) -> int:
+    """Evaluates as a command line says, and returns the exit status."""
+    for word in sys.argv[1:] if words is None else words:
+        if word in _EARLIER:
+            print(f"error: {word}: {_EARLIER[word]}", file=sys.stderr)
+            return 2
+    return rank_program(Evaluate)(words)
+
+
+main = main_of(Evaluate, main)  # type: ignore[assignment]
 
 if __name__ == "__main__":
     sys.exit(main())

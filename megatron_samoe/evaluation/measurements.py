@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_samoe.errors import DataError
 from megatron_samoe.evaluation.run_groups import RunGroup
-from megatron_samoe.evaluation.zero_shot.metrics import CORPUS_METRICS, METRICS, SHARES_OF_ITEMS
+from megatron_samoe.evaluation.zero_shot.metrics import SHARES_OF_ITEMS
 from megatron_samoe.parsing import JsonObject, finite_float, parse_json
 
 
@@ -104,8 +104,9 @@ def read_zero_shot(path: Path) -> list[ZeroShot]:
 def _zero_shot(
     checkpoint: str, result: JsonObject, metric: str, found: JsonObject, values: Sequence[float | None] | None
 ) -> ZeroShot:
-    known = METRICS.get(metric) or CORPUS_METRICS.get(metric)
-    factor = 100.0 if known is not None and known.in_percent else 1.0
+    # Files of earlier versions don't say it: all of their other metrics are shares.
+    in_percent = found.get("in_percent", not metric.endswith(("perplexity", "bits_per_byte")))
+    factor = 100.0 if in_percent else 1.0
 
     def scaled(value: float | None) -> float | None:
         return None if value is None else factor * value

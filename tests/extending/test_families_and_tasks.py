@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_samoe.cli import evaluate
 from megatron_samoe.convert.hf import families
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.language_model import LanguageModel
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import load_model
 from tests.extending.starcoder2 import ENTRIES, FAMILY
 from tests.harness.pairs import first_by_day
 from tests.harness.program import REPOSITORY
+from tests.unit.evaluation.zero_shot_models import loaded_model
 
 transformers = pytest.importorskip("transformers", minversion="4.56")
 VOCABULARY = 100
@@ -78,12 +79,13 @@ def logits(checkpoint: Path, ids_BS: torch.Tensor) -> torch.Tensor:
     return found.view(*ids_BS.shape, -1)[..., :VOCABULARY]
 
 
-def test_a_task_of_another_folder_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, table = Path(__file__).parent, tmp_path / "results.json"
-    arguments = ["--tasks", folder / "opposites.yaml", "--data-dir", folder, "--json", table]
-    assert evaluate.main([*map(str, arguments), "--predictor", "always-yes"]) == 0, capsys.readouterr().err
-    assert "opposites" in capsys.readouterr().out
-    assert "0.5" in table.read_text(), "the first choice is right in two of four questions"
+def test_a_task_of_another_folder_is_scored() -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
+    folder = Path(__file__).parent
+    (result,) = LanguageModel(loaded_model()).evaluate(str(folder / "opposites.yaml"), folder)
+    assert (result.task, result.num_items, result.best_constant) == ("opposites", 4, 0.5)
+    right = [int(max(range(3), key=lambda n: s["filtered_resps"][n][0])) == s["target"] for s in result.samples]
+    assert result.metrics["acc"].value == sum(right) / 4
 
 
 @pytest.mark.parametrize(

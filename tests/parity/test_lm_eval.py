@@ -1,52 +1,63 @@
-"""Item-by-item agreement with lm-evaluation-harness, whose own task files read the same rows.
+"""Sample-by-sample agreement with lm-evaluation-harness on the exported Hugging Face model.
 
-Three ways to every figure: our scorer, the harness on our adapter, and the harness on a model that is written here with the
-harness's base class and runs one row at a time. Besides made-up rows, the real files of MEGATRON_SAMOE_EVAL_DATA are compared
-where it is given: the first MEGATRON_SAMOE_EVAL_ITEMS of each, of the checkpoints in MEGATRON_SAMOE_EVAL_MODEL.
+The harness's own model class runs the exported model, and its own task files read the same rows in the Hub's form, which is
+made here without the package's readers. Besides made-up rows, all items of the real files of MEGATRON_SAMOE_EVAL_DATA are
+compared where it is given.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import json
 import lzma
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from megatron_samoe.config import CheckpointConfig, DataConfig, PretrainConfig
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.evaluation.zero_shot.items import Document, Item
-from megatron_samoe.evaluation.zero_shot.lm_eval_adapter import harness_model, run_harness
-from megatron_samoe.evaluation.zero_shot.metrics import normalised_prediction, prediction
-from megatron_samoe.evaluation.zero_shot.predictors import ConstantPredictor, ModelPredictor
-from megatron_samoe.evaluation.zero_shot.prepare import ask, prepare
-from megatron_samoe.evaluation.zero_shot.results import TaskResult
-from megatron_samoe.parallel_state import single_process_state
-from megatron_samoe.runtime.load import LoadedModel, load_model
+from megatron_samoe.evaluation.zero_shot.harness_model import harness_model
+from megatron_samoe.evaluation.zero_shot.metrics import of_questions
+from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor
+from megatron_samoe.evaluation.zero_shot.results import evaluate_task
+from megatron_samoe.evaluation.zero_shot.tasks import FOLDER, TaskLoader, local_data
+from megatron_samoe.language_model import load
+from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.runtime.load import load_model
+from megatron_samoe.training.checkpointing import save_run
+from megatron_samoe.training.setup import build_setup, initial_state
+from tests.harness.pairs import first_by_day
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import tiny_config, with_layout
 from tests.unit.evaluation.zero_shot_data import lines
-from tests.unit.evaluation.zero_shot_models import loaded_model, plain_log_probs
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
+pytest.importorskip("lm_eval.api.model")
+pytest.importorskip("lm_eval.tasks")
 pytestmark = pytest.mark.parity
 DATA = os.environ.get("MEGATRON_SAMOE_EVAL_DATA", "")
-MODEL = os.environ.get("MEGATRON_SAMOE_EVAL_MODEL", "")
-NUM_ITEMS = int(os.environ.get("MEGATRON_SAMOE_EVAL_ITEMS", "12"))
+needs_data = pytest.mark.skipif(not DATA, reason="MEGATRON_SAMOE_EVAL_DATA names no folder with the real data sets")
 STOCK = {
-    "boolq": "super_glue/boolq/default.yaml", "piqa": "piqa/piqa.yaml", "lambada": "lambada/lambada_openai.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml", "multirc": "super_glue/multirc/default.yaml", "cb": "super_glue/cb/default.yaml",
-    "copa": "super_glue/copa/default.yaml", "wsc": "super_glue/wsc/default.yaml", "wic": "super_glue/wic/default.yaml",
-    "rte": "super_glue/rte/default.yaml", "winogrande": "winogrande/default.yaml", "arc_easy": "arc/arc_easy.yaml",
-    "openbookqa": "openbookqa/openbookqa.yaml",
+    "boolq": "super_glue/boolq/default.yaml", "piqa": "piqa/piqa.yaml", "lambada_openai": "lambada/lambada_openai.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml", "multirc": str(FOLDER / "own_tasks/multirc.yaml"),
+    "cb": "super_glue/cb/default.yaml", "copa": "super_glue/copa/default.yaml", "wsc": "super_glue/wsc/default.yaml",
+    "wic": "super_glue/wic/default.yaml", "winogrande": "winogrande/default.yaml", "arc_easy": "arc/arc_easy.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml", "triviaqa": "triviaqa/default.yaml", "webqs": "webqs/webqs.yaml",
 }  # fmt: skip
-#: The harness's COPA puts its delimiter before choices that begin with a space of their own; ours have one space.
-CHANGED = {"copa": {"target_delimiter": ""}}
+#: Tasks with real files, and their items.
+REAL = {"cb": 56, "copa": 100, "wsc": 104, "openbookqa": 500, "winogrande": 1267, "piqa": 1838, "arc_easy": 2376,
+        "boolq": 3270, "multirc": 4848, "lambada_openai": 5153}  # fmt: skip
 WORDS = "the cat sat on a mat while 3 dogs, or more: ran äround it. So it is said".split(" ")
+SEQ_LENGTH = 64
+#: Samples of a task and its figures.
+Found = tuple[list[dict[str, Any]], dict[str, float]]
 
 
 def words(start: int, count: int) -> str:
@@ -55,18 +66,25 @@ def words(start: int, count: int) -> str:
 
 def made_up_rows() -> dict[str, list[dict[str, Any]]]:
     """Returns rows as the Hub has them."""
-    span = range(25)
+    span = range(6)
+    science = [
+        {
+            "question": words(n, n % 9 + 2) + "?",
+            "answerKey": "ABCD"[n % 4],
+            "choices": {"text": [words(n + e, 1 + e) for e in range(4)], "label": list("ABCD")},
+        }
+        for n in span
+    ]
     return {
-        "boolq": [{"question": words(n, 5), "passage": words(n + 1, n % 30), "label": n % 2} for n in span],
+        "boolq": [{"question": words(n, 5), "passage": words(n + 1, n * 5), "label": n % 2} for n in span],
         "piqa": [{"goal": words(n, n % 9 + 1), "sol1": words(n, 4), "sol2": words(n + 2, n % 5 + 2), "label": n % 2}
                  for n in span],
-        "lambada": [{"text": words(n, n % 30 + 2)} for n in span],
+        "lambada_openai": [{"text": words(n, n % 30 + 2)} for n in span],
         "hellaswag": [{"activity_label": words(n, 2), "ctx_a": words(n, 8) + " [step] x", "ctx_b": words(n + 1, 3),
                        "endings": [words(n + e, 2 + 2 * e) + " [substeps]" for e in range(4)], "label": str(n % 4)} for n in span],
         "multirc": [{"paragraph": words(n // 3, 12), "question": words(n // 3, 4), "answer": words(n, 3), "label": n % 2,
                      "idx": {"paragraph": 0, "question": n // 3, "answer": n}} for n in span],
         "cb": [{"premise": words(n, n % 20 + 3), "hypothesis": words(n + 1, 4), "label": n % 3} for n in span],
-        "rte": [{"premise": words(n, n % 20 + 3), "hypothesis": words(n + 1, 4), "label": n % 2} for n in span],
         "copa": [{"premise": words(n, 5) + ".", "choice1": words(n + 1, 4).capitalize(), "choice2": words(n + 2, 3).capitalize(),
                   "question": ("cause", "effect")[n % 2], "label": n // 2 % 2} for n in span],
         "wic": [{"sentence1": words(n, 6), "sentence2": words(n + 1, 5), "word": "cat", "start1": 1, "end1": 2 + n % 6,
@@ -75,156 +93,200 @@ def made_up_rows() -> dict[str, list[dict[str, Any]]]:
                  "span2_text": "she", "span2_index": 3, "label": n % 2} for n in span],
         "winogrande": [{"sentence": f"{words(n, 4)} _ {words(n + 1, n % 7 + 2)}.", "option1": words(n, 1),
                         "option2": words(n + 3, 2), "answer": str(n % 2 + 1)} for n in span],
-        "arc_easy": [{"question": words(n, n % 9 + 2) + "?", "answerKey": "ABCD"[n % 4], "choices":
-                      {"text": [words(n + e, 1 + e) for e in range(4)], "label": list("ABCD")}} for n in span],
-        "openbookqa": [{"question_stem": words(n, n % 9 + 2), "answerKey": "ABCD"[n % 4], "choices":
-                        {"text": [words(n + e, 1 + e) for e in range(4)], "label": list("ABCD")}} for n in span],
+        "arc_easy": science, "openbookqa": [{**row, "question_stem": row["question"]} for row in science],
+        "triviaqa": [{"question": words(n, 4), "answer": {"aliases": [words(n, 1), "x"]}} for n in span],
+        "webqs": [{"question": words(n, 4), "answers": [words(n, 1), words(n + 1, 2)]} for n in span],
     }  # fmt: skip
 
 
-def real_rows(task: str, name: str) -> list[dict[str, Any]]:
-    """Returns the first rows of a real file as the Hub has them."""
-    with lzma.open(Path(DATA) / f"{name}.jsonl.xz", "rt") as file:
-        rows = [json.loads(line) for _, line in zip(range(NUM_ITEMS), file, strict=False)]
-    if task == "lambada":
-        return [{"text": f"{row['context']} {row['continuation']}"} for row in rows]
+def as_the_hub_has_it(task: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row of a real file in the Hub's form."""
+    if task == "lambada_openai":
+        return {"text": f"{row['context']} {row['continuation']}"}
     if task == "piqa":
-        return [{"goal": row["query"].removeprefix("Question: ").removesuffix("\n"), "sol1": row["choices"][0],
-                 "sol2": row["choices"][1], "label": row["gold"]} for row in rows]  # fmt: skip
-    return rows
+        first, second = row["choices"]
+        goal = row["query"].removeprefix("Question: ").removesuffix("\n")
+        return {"goal": goal, "sol1": first, "sol2": second, "label": row["gold"]}
+    if task == "winogrande":
+        first, second = row["context_options"]
+        number = next(n for n, (a, b) in enumerate(zip(f"{first}.", f"{second}!", strict=False)) if a != b)
+        same = first[: first.rfind(" ", 0, number) + 1]
+        options = {"option1": first.removeprefix(same), "option2": second.removeprefix(same)}
+        return {"sentence": f"{same}_ {row['continuation']}", **options, "answer": str(row["gold"] + 1)}
+    if task in ("arc_easy", "openbookqa"):
+        names = list("ABCDE")[: len(row["choices"])]
+        question = row["query"].removeprefix("Question: ")
+        choices = {"text": row["choices"], "label": names}
+        return {"question": question, "question_stem": question, "choices": choices, "answerKey": names[row["gold"]]}
+    return row
 
 
-def write_harness_task(folder: Path, task: str, rows: list[dict[str, Any]]) -> str:
-    """Writes a task file that is the harness's own but for where its data is; returns its name."""
+def real_rows(task: str) -> list[dict[str, Any]]:
+    (path,) = Path(DATA).glob(f"{task}*.jsonl.xz")
+    with lzma.open(path, "rt") as file:
+        return [as_the_hub_has_it(task, json.loads(line)) for line in file]
+
+
+def theirs(model: Any, task: str, rows: list[dict[str, Any]], folder: Path) -> Found:
+    """Returns the samples and figures of the harness's own task file, which reads the rows in the Hub's form."""
     data = folder / f"{task}_hub.jsonl"
     data.write_text(lines(*rows))
     content = {
-        "include": str(Path(lm_eval.__file__).parent / "tasks" / STOCK[task]),
-        "task": f"local_{task}", "dataset_path": "json", "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"validation": str(data)}, "cache_dir": str(folder / "cache")},
-        "validation_split": "validation", "training_split": None, "test_split": None, "tag": None, **CHANGED.get(task, {}),
+        "include": str(Path(lm_eval.__file__).parent / "tasks" / STOCK[task]), "task": f"local_{task}",
+        "dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"validation": str(data)}},
+        "validation_split": "validation", "training_split": None, "test_split": None, "tag": None,
     }  # fmt: skip
-    (folder / f"local_{task}.yaml").write_text(yaml.safe_dump(content))
-    return f"local_{task}"
+    path = folder / f"{task}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    loaded = lm_eval.tasks.TaskManager(include_defaults=False).load([str(path)])
+    for one in loaded["tasks"].values():
+        one.set_config(key="num_fewshot", value=0)
+        one.set_fewshot_seed(seed=1234)
+    found = lm_eval.evaluate(model, loaded, bootstrap_iters=0)
+    figures = {
+        name.removesuffix(",none"): value for name, value in found["results"][f"local_{task}"].items() if "," in name
+    }
+    return in_order(found["samples"][f"local_{task}"]), figures
 
 
-def one_row_at_a_time(loaded: LoadedModel) -> Any:
-    """Returns a model by the harness's base class that shares nothing with the package but the forward pass."""
-    from lm_eval.api.model import TemplateLM
-
-    class Plain(TemplateLM):  # type: ignore[misc]
-        eot_token_id = loaded.tokenizer.eod
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            return loaded.tokenizer.encode(string)
-
-        def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-            answers = []
-            for _, context, continuation in requests:
-                row = (context + continuation)[-loaded.config.model.seq_length - 1 :]
-                log_probs = plain_log_probs(loaded, row[:-1])[-len(continuation) :]
-                total = sum(float(p[token]) for p, token in zip(log_probs, continuation, strict=True))
-                answers.append((total, log_probs.argmax(-1).tolist() == continuation))
-            return answers
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-            size = loaded.config.model.seq_length
-            totals = []
-            for request in requests:
-                ids = loaded.tokenizer.encode(request.args[0])
-                windows = get_rolling_token_windows(ids, self.eot_token_id, size, 1)
-                pairs = [("", *make_disjoint_window(window)) for window in windows]
-                totals.append(sum(value for value, _ in self._loglikelihood_tokens(pairs)))
-            return totals
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            raise NotImplementedError
-
-    return Plain()
+def in_order(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(samples, key=lambda sample: sample["doc_id"])
 
 
-def harness_samples(model: Any, name: str, folder: Path) -> list[dict[str, Any]]:
-    """Returns the harness's records of a task's items, in the order of the data."""
-    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
-    found = lm_eval.simple_evaluate(
-        model=model, tasks=[name], num_fewshot=0, task_manager=manager, bootstrap_iters=0, log_samples=True
+def assert_agree(task: str, found: Found, expected: Found) -> None:
+    """Asserts that prompts, answers and what counts as right are the same, item by item, and the figures."""
+    assert len(found[0]) == len(expected[0]) > 0
+    for name, value in found[1].items():
+        known = name.replace(" (", ",").rstrip(")")
+        assert task == "multirc" or value == pytest.approx(expected[1][known], rel=1e-4), "multirc's figures are ours"
+    for a, b in zip(found[0], expected[0], strict=True):
+        assert a["arguments"] == b["arguments"] and a["target"] == b["target"] and a["metrics"] == b["metrics"]
+        for x, y in zip(a["filtered_resps"], b["filtered_resps"], strict=True):
+            assert x == y if isinstance(x, str) else (x[0] == pytest.approx(y[0], rel=1e-4) and x[1] == y[1])
+        for name in a["metrics"]:
+            assert a[name] == (pytest.approx(b[name], rel=1e-4) if isinstance(b[name], float) else b[name]), name
+
+
+def save(config: PretrainConfig) -> None:
+    setup = build_setup(config, 300, initialize_model_parallel(config.parallel))
+    with torch.no_grad():
+        for name, parameter in setup.model.global_parameters().items():
+            if "norm" not in name:  # larger than at the start of training, so that predictions differ much
+                parameter.mul_(3)
+    save_run(setup, initial_state(setup))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PretrainConfig, Any]]:
+    """A checkpoint by its configuration, and the harness's own class on the exported model."""
+    import tokenizers
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    return sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+    tokenizer.train_from_iterator([" ".join(WORDS), "Question: Answer: yes no True False"] * 50, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = replace(
+        tiny_config("samoe", style="llama", seq_length=SEQ_LENGTH, max_position_embeddings=SEQ_LENGTH),
+        data=DataConfig(
+            mock_data=True, tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder / "tokenizer.json")
+        ),
+        checkpoint=CheckpointConfig(save=str(folder / "run")),
+    )
+    run_ranks(save, 1, with_layout(config))
+    load(folder / "run").save_pretrained(folder / "hf")
+    their_model = HFLM(pretrained=str(folder / "hf"), device="cpu", batch_size=1, trust_remote_code=True)
+    assert their_model.max_length == SEQ_LENGTH
+    with pytest.MonkeyPatch.context() as patch:
+        # Of 64 tokens none is left before an answer of the 256 that are usual; our adapter takes half of a short model.
+        patch.setattr(HFLM, "max_gen_toks", SEQ_LENGTH // 2)
+        yield config, their_model
 
 
-def assert_items_agree(result: TaskResult, samples: list[dict[str, Any]]) -> None:
-    """Asserts that prompts, scores and what counts as right are the same, item by item."""
-    assert len(result.items) == len(samples)
-    for item, response, sample in zip(result.items, result.responses, samples, strict=True):
-        arguments = sample["arguments"]
-        asked = (
-            [arguments[f"gen_args_{n}"] for n in range(len(arguments))] if isinstance(arguments, dict) else arguments
+def ours(config: PretrainConfig, tasks: str, data_dir: Path) -> dict[str, Found]:
+    """Returns the results of our own command's functions, on every rank."""
+    parallel = initialize_model_parallel(config.parallel)
+    asked = TaskLoader(data_dir).load(tasks)
+    answering = harness_model(load_model(open_folder(config.checkpoint.save), parallel, config.parallel))
+    results = [result for task in asked for result in evaluate_task(task, answering)]
+    return {r.task: (in_order(list(r.samples)), {name: m.value for name, m in r.metrics.items()}) for r in results}
+
+
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [(2, {"tp": 2}), (1, {}), (2, {"pp": 2})]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layouts", first_by_day([LAYOUTS[:1], LAYOUTS[1:]]))
+def test_made_up_rows(
+    model: tuple[PretrainConfig, Any], layouts: list[tuple[int, dict[str, Any]]], tmp_path: Path
+) -> None:
+    config, their_model = model
+    rows = made_up_rows()
+    for task in STOCK:
+        (tmp_path / f"{local_data()[task].files[0]}.jsonl").write_text(lines(*rows[task]))
+    expected = {task: theirs(their_model, task, rows[task], tmp_path) for task in STOCK}
+    assert len({sample["filtered_resps"][0][0] for sample in expected["boolq"][0]}) == 6
+    for num_ranks, layout in layouts:
+        for found in run_ranks(ours, num_ranks, with_layout(config, **layout), ",".join(STOCK), tmp_path):
+            for task in STOCK:
+                assert_agree(task, found[task], expected[task])
+
+
+@needs_data
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=[pytest.mark.night] if items > 110 else []) for task, items in REAL.items()]
+)
+def test_all_items_of_real_files(model: tuple[PretrainConfig, Any], task: str, tmp_path: Path) -> None:
+    config, their_model = model
+    rows = real_rows(task)
+    assert len(rows) == REAL[task]
+    expected = theirs(their_model, task, rows, tmp_path)
+    for num_ranks, layout in LAYOUTS[:2]:
+        assert_agree(
+            task, run_ranks(ours, num_ranks, with_layout(config, **layout), task, Path(DATA))[-1][task], expected
         )
-        pairs = [(a["arg_0"], a["arg_1"]) if isinstance(a, dict) else tuple(a) for a in asked]
-        assert tuple(pairs) == item.pairs
-        theirs = [r[0] if isinstance(r[0], (list, tuple)) else r for r in sample["resps"]]
-        assert [float(r[0]) for r in theirs] == pytest.approx(response.loglikelihoods, rel=1e-4)
-        assert [str(r[1]) for r in theirs] == [str(greedy) for greedy in response.is_greedy]
-        assert sample["acc"] == right_of(item, response)
-        if "acc_norm" in sample:
-            assert sample["acc_norm"] == (normalised_prediction(item, response) == item.gold)
 
 
-def right_of(item: Item, response: Any) -> bool:
-    return response.is_greedy[0] if len(item.pairs) == 1 else prediction(item, response) == item.gold
+class Knowing(lm_eval.api.model.LM):  # type: ignore[misc]
+    """Scores pairs by a function."""
+
+    def __init__(self, score: Callable[[Any], float]):
+        super().__init__()
+        self.score = score
+        self.cut: dict[str, set[int]] = {}
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return [(self.score(request), False) for request in requests]
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        raise NotImplementedError
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        raise NotImplementedError
 
 
-def compare(task: str, rows: list[dict[str, Any]], ours: Path, folder: Path, loaded: LoadedModel) -> TaskResult:
-    """Compares all three ways on one task; returns our result."""
-    name = write_harness_task(folder, task, rows)
-    (result,) = ask(prepare(task, ours, limit=len(rows)), ModelPredictor(loaded), lambda result: None)
-    for model in (one_row_at_a_time(loaded), harness_model(loaded, batch_size=3)):
-        assert_items_agree(result, harness_samples(model, name, folder))
-    return result
-
-
-@functools.cache
-def model_of_bytes() -> LoadedModel:
-    return loaded_model("samoe", "llama", seq_length=128)
-
-
-FILES = {
-    "boolq": "boolq_val", "piqa": "piqa_val", "lambada": "lambada_test", "hellaswag": "hellaswag_val", "cb": "cb_val",
-    "copa": "copa_val", "wsc": "wsc_val", "wic": "wic_val", "rte": "rte_val", "winogrande": "winogrande_val",
-    "arc_easy": "arc_easy_test", "openbookqa": "openbookqa_test",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("task", FILES)
-def test_made_up_rows(task: str, tmp_path: Path) -> None:
-    rows = made_up_rows()[task]
-    (tmp_path / f"{FILES[task]}.jsonl").write_text(lines(*rows))
-    result = compare(task, rows, tmp_path, tmp_path, model_of_bytes())
-    assert len({response.loglikelihoods for response in result.responses}) > 20
-
-
-@pytest.mark.skipif(not DATA, reason="MEGATRON_SAMOE_EVAL_DATA names no folder with the real data sets")
-@pytest.mark.parametrize("task, name", [("boolq", "boolq_val"), ("piqa", "piqa_val"), ("lambada", "lambada_openai")])
-def test_real_files(task: str, name: str, tmp_path: Path) -> None:
-    loaded = (
-        load_model(open_folder(MODEL), single_process_state())
-        if MODEL
-        else loaded_model("samoe", "llama", seq_length=1024)
-    )
-    result = compare(task, real_rows(task, name), Path(DATA), tmp_path, loaded)
-    print(f"{task}: {result.num_items} items agree")
-
-
-def test_rolling_windows(tmp_path: Path) -> None:
-    loaded = model_of_bytes()
-    texts = ["short", "exactly " * 16, words(1, 60), "a"]
-    requests = [type("Request", (), {"args": (text,)}) for text in texts]
-    plain = one_row_at_a_time(loaded).loglikelihood_rolling(requests)
-    assert harness_model(loaded).loglikelihood_rolling(requests) == pytest.approx(plain, rel=1e-5)
-    ours = ModelPredictor(loaded).loglikelihood_of([Document("", text) for text in texts])
-    assert [value for value, _ in ours] == pytest.approx(plain, rel=1e-5)
+@needs_data
+def test_multirc_of_those_who_read_nothing() -> None:
+    """What docs/evaluation.md says of the whole validation file."""
+    expected = {
+        "yes": (42.80, 0.84, 59.95, 100.0),
+        "no": (57.20, 0.31, 0.0, 0.0),
+        "truth": (100.0, 100.0, 100.0, 42.80),
+    }
+    rows = real_rows("multirc")
+    gold = [row["label"] == 1 for row in rows]
+    questions = [f"{row['idx']['paragraph']}-{row['idx']['question']}" for row in rows]
+    for said, figures in expected.items():
+        found = of_questions(
+            {"yes": [True] * len(gold), "no": [False] * len(gold), "truth": gold}[said], gold, questions
+        )
+        assert tuple(round(100 * m.value, 2) for m in found.values()) == figures
 
 
 def test_the_stock_template_of_multirc_scores_inverted_labels(tmp_path: Path) -> None:
@@ -232,62 +294,44 @@ def test_the_stock_template_of_multirc_scores_inverted_labels(tmp_path: Path) ->
     if importlib.metadata.version("lm_eval") != "0.4.13":
         pytest.skip("docs/evaluation.md speaks of version 0.4.13")
     rows = made_up_rows()["multirc"]
-    name = write_harness_task(tmp_path, "multirc", rows)
-    truth = {(row["question"], row["answer"]): row["label"] for row in rows}
+    stock = "super_glue/multirc/default.yaml"
+    for sign, task, accuracy in ((1, stock, 0.0), (-1, stock, 1.0), (1, STOCK["multirc"], 1.0)):
 
-    def knows(context: str, continuation: str) -> float:
-        question = context.split("Question: ")[1].removesuffix("\nAnswer:")
-        answer, _, said = continuation[1:].rpartition("\nIs the answer correct? ")
-        return 0.0 if (said == "yes") == truth[question, answer] else -1.0
+        def knows(request: Any, sign: int = sign) -> float:
+            said = request.args[1].rstrip("'").rpartition(" ")[2]
+            return sign * (0.0 if (said == "yes") == (request.doc["label"] == 1) else -1.0)
 
-    accuracies = []
-    for sign in (1, -1):
-        model = knowing(lambda *pair, sign=sign: sign * knows(*pair))
-        accuracies.append([sample["acc"] for sample in harness_samples(model, name, tmp_path)])
-    assert set(accuracies[0]) == {0.0} and set(accuracies[1]) == {1.0}
-    (tmp_path / "multirc_val.jsonl").write_text(lines(*rows))
-    (ours,) = ask(prepare("multirc", tmp_path), ConstantPredictor("oracle"), lambda result: None)
-    assert ours.metrics["acc_per_answer"].value == 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(STOCK, "multirc", task)
+            samples, _ = theirs(Knowing(knows), "multirc", rows, tmp_path)
+        assert {sample["acc"] for sample in samples} == {accuracy}
 
 
-def knowing(score: Callable[[str, str], float]) -> Any:
-    """Returns a harness model that scores pairs by a function."""
-    from lm_eval.api.model import LM
+def test_generation_through_the_adapter(model: tuple[PretrainConfig, Any]) -> None:
+    from lm_eval.api.instance import Instance
 
-    class Knowing(LM):  # type: ignore[misc]
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            return [(score(*request.args), False) for request in requests]
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            raise NotImplementedError
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            raise NotImplementedError
-
-    return Knowing()
-
-
-def test_generation_through_the_adapter() -> None:
-    loaded = model_of_bytes()
-    model = harness_model(loaded)
-    options = [
-        {"until": ["e"], "max_gen_toks": 5},
-        {"until": "x"},
-        {"until": [], "max_gen_toks": 3, "temperature": 0.0},
-    ]
-    requests = [type("Request", (), {"args": (f"Prompt {n}\n", option)}) for n, option in enumerate(options)]
+    loaded = load(model[0].checkpoint.save or "").loaded
+    options: list[dict[str, Any]] = [
+        {"until": ["e"], "max_gen_toks": 5}, {"until": "x"}, {"until": [], "max_gen_toks": 3, "temperature": 0.0}, {"do_sample": True}
+    ]  # fmt: skip
+    requests = [Instance("generate_until", {}, (f"Prompt {n}\n", option), 0) for n, option in enumerate(options)]
     predictor = ModelPredictor(loaded)
     expected = [
         predictor.generate(["Prompt 0\n"], ("e",), 5),
-        predictor.generate(["Prompt 1\n"], ("x",), 64),
+        predictor.generate(["Prompt 1\n"], ("x",), SEQ_LENGTH // 2),
         predictor.generate(["Prompt 2\n"], (), 3),
     ]
-    assert model.generate_until(requests) == [made[0][0] for made in expected]
-    requests[0].args = ("Prompt", {"do_sample": True})
+    adapter = harness_model(loaded)
+    assert adapter.generate_until(requests[:3]) == [made[0][0] for made in expected]
     with pytest.raises(ConfigError, match="only greedy generation is offered"):
-        model.generate_until(requests)
+        adapter.generate_until(requests)
 
 
-def test_tasks_the_harness_does_not_know() -> None:
-    with pytest.raises(ConfigError, match=r"--tasks = 'no_such_task': is no task of lm-evaluation-harness"):
-        run_harness(model_of_bytes(), ["no_such_task"])
+def test_rolling_windows(model: tuple[PretrainConfig, Any]) -> None:
+    from lm_eval.api.instance import Instance
+
+    texts = ["short", "exactly " * 16, words(1, 160), "a"]
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
+    adapter = harness_model(load(model[0].checkpoint.save or "").loaded)
+    expected = model[1].loglikelihood_rolling(requests)
+    assert adapter.loglikelihood_rolling(requests) == pytest.approx(expected, rel=1e-4)

@@ -24,13 +24,13 @@ from megatron_samoe.dist_checkpointing.store import read_train_state
 from megatron_samoe.dist_checkpointing.table_of_contents import read_table
 from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.evaluation.zero_shot.data_files import read_text
-from megatron_samoe.evaluation.zero_shot.task import load_task
+from megatron_samoe.evaluation.zero_shot.tasks import read_task_file
 from megatron_samoe.inference.server.run import read_api_key
 
 #: Readers of a file, and its name.
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "configuration": ("config.yaml", read_yaml),
-    "task": ("task.yaml", lambda path: load_task(str(path))),
+    "task": ("task.yaml", read_task_file),
     "blend": ("blend.yaml", lambda path: read_blend_yaml(str(path))),
     "manifest": ("x.manifest.json", lambda path: manifest.read(str(path).removesuffix(".manifest.json"))),
     "prompts": (

@@ -1,17 +1,16 @@
-"""Finding and reading a task's data: files below a folder, or the Hugging Face Hub."""
+"""Rows and texts of files: JSON, JSON lines, Parquet and plain text, as they are or packed with xz or gzip."""
 
 from __future__ import annotations
 
 import gzip
 import lzma
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_samoe.errors import DataError, nearest_file, optional_import, shown
-from megatron_samoe.evaluation.zero_shot.items import Document
-from megatron_samoe.evaluation.zero_shot.task import Task
+from megatron_samoe.errors import DataError, optional_import
 from megatron_samoe.parsing import parse_json, read_file
 
 #: A few packed bytes can stand for gigabytes; texts shrink to a fifth or so.
@@ -24,35 +23,34 @@ class NoDataError(DataError):
     """A task's data is not there (as opposed to: is damaged)."""
 
 
-def find_data(task: Task, data_dir: Path) -> Path:
+@dataclass(frozen=True)
+class Document:
+    """A text whose perplexity is measured."""
+
+    name: str
+    text: str
+
+
+def find_data(task: str, names: Sequence[str], data_dir: Path) -> Path:
     """Returns the first of a task's files (or folders of files) that is there.
+
+    Args:
+        names: below the folder, without their endings; `*` as in a shell.
 
     Raises:
         NoDataError: none is; the message names all that were looked for.
     """
-    if not data_dir.is_dir():
-        raise NoDataError(f"--data-dir {data_dir} is no folder.{nearest_file(str(data_dir))}")
-    for name in task.files:
+    for name in names:
         for ending in (kind + packing for kind in KINDS for packing in PACKINGS):
-            found = [p for p in _matches(task, data_dir, name + ending) if p.is_file()]
-            if found:
-                return found[0]
-        folders = [p for p in _matches(task, data_dir, name) if p.is_dir() and _files_in(p)]
-        if folders:
-            return folders[0]
+            for path in sorted(data_dir.glob(name + ending)):
+                if path.is_file():
+                    return path
+        for path in sorted(data_dir.glob(name)):
+            if path.is_dir() and _files_in(path):
+                return path
     endings = "{" + ",".join(KINDS) + "}[" + "|".join(filter(None, PACKINGS)) + "]"
-    looked_for = ", ".join(f"{name}{endings}" for name in task.files)
-    hint = " --hub would fetch it." if task.hub else ""
-    raise NoDataError(f"Task {task.name} has no data in {data_dir}: looked for {looked_for}.{hint}")
-
-
-def _matches(task: Task, data_dir: Path, pattern: str) -> list[Path]:
-    try:
-        return sorted(data_dir.glob(pattern))
-    except (ValueError, NotImplementedError, OSError) as error:
-        raise DataError(
-            f"Task {task.name}: files has {shown(pattern)}, which names nothing below a folder: {error}."
-        ) from None
+    looked_for = ", ".join(f"{name}{endings}" for name in names)
+    raise NoDataError(f"Task {task} has no data in {data_dir}: looked for {looked_for}. --hub would fetch it.")
 
 
 def _kind(path: Path) -> str:
@@ -64,36 +62,25 @@ def _files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and _kind(path) in KINDS)
 
 
-def read_rows(task: Task, data_dir: Path | None, hub: bool = False) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields (place, row) of a task's data as it stands in the files.
+def read_rows(path: Path, labels_name: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields (position, row) of a file, or of a folder's files.
+
+    Args:
+        labels_name: file beside it with a label per line, where the rows don't bring theirs.
 
     Raises:
-        DataError: there is no data, or it cannot be read.
+        DataError: something cannot be read, or there are not as many labels as rows.
     """
-    try:
-        if data_dir is None:
-            raise NoDataError(
-                f"No data: --data-dir (or MEGATRON_SAMOE_EVAL_DATA) must name the folder of task {task.name}'s, or --hub fetch it."
-            )
-        path = find_data(task, data_dir)
-    except NoDataError:
-        if not hub or (data_dir is not None and not task.hub):
-            raise
-        yield from _hub_rows(task)
-        return
     rows = (pair for file in (_files_in(path) if path.is_dir() else [path]) for pair in _file_rows(file))
-    beside = path.parent / task.labels
-    # Where the rows bring their labels, there is no such file.
-    if not (task.labels and beside.is_file()):
+    labels_path = path.parent / labels_name
+    if not (labels_name and labels_path.is_file()):
         yield from rows
         return
-    labels, count = read_file(beside).decode().split(), 0
-    for count, (where, row) in enumerate(rows, 1):
-        if count > len(labels):
-            raise DataError(f"{where}: {task.labels} beside it has only {len(labels)} labels.")
-        yield where, {**row, "label": labels[count - 1]}
-    if len(labels) != count:
-        raise DataError(f"{path} has {count} rows, {task.labels} beside it {len(labels)} labels.")
+    labels, listed = read_file(labels_path).decode().split(), list(rows)
+    if len(labels) != len(listed):
+        raise DataError(f"{path} has {len(listed)} rows, {labels_name} beside it {len(labels)} labels.")
+    for (where, row), label in zip(listed, labels, strict=True):
+        yield where, {**row, "label": label}
 
 
 def read_text(path: Path) -> str:
@@ -160,18 +147,6 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}.") from None
     yield from enumerate(table.to_pylist(), 1)
-
-
-def _hub_rows(task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if task.hub is None:
-        raise NoDataError(f"Task {task.name} names no data set on the Hub; give --data-dir.")
-    datasets = optional_import("datasets", "eval", "--hub")
-    try:
-        rows = datasets.load_dataset(task.hub.path, task.hub.name, split=task.hub.split)
-    except Exception as error:  # the library raises many kinds
-        raise NoDataError(f"Task {task.name}: the Hub's {task.hub.path} cannot be had: {error}") from None
-    for number, row in enumerate(rows, 1):
-        yield f"{task.hub.path}:{number}", row
 
 
 def read_documents(path: Path, limit: int | None = None) -> list[Document]:

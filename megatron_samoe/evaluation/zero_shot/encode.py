@@ -92,8 +92,7 @@ def encode_prompt(tokenizer: Tokenizer, context: str, seq_length: int, max_new_t
     Raises:
         DataError: the answer alone needs the whole sequence.
     """
-    # The answer's last token is not read.
-    room = seq_length + 1 - max_new_tokens
+    room = seq_length - max_new_tokens  # as lm-evaluation-harness has it, although the answer's last token is not read
     if room < 1:
         raise DataError(
             f"answers of up to {max_new_tokens} tokens leave no room for a prompt: the model reads {seq_length} tokens"

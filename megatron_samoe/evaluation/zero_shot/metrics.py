@@ -1,121 +1,77 @@
-"""Metrics as statistics of sums.
+"""Metrics as statistics of sums, so that units can be resampled and two models compared on the same units.
 
-A metric turns items and responses into one vector per unit, x_UV (a unit is an item, or a question of several items), and
-is a function of the vectors' sum: accuracy is sum(right) / sum(1), F1 is 2 sum(hits) / (sum(yes) + sum(gold)). Resampling
-units, and comparing two models on the same units, then work for every metric in the same way.
+A metric is one vector per unit, x_UV (a unit is an item, a question of several items, or a text), and a function of the
+vectors' sum: accuracy is sum(right) / sum(1), F1 is 2 sum(hits) / (sum(yes) + sum(gold)).
 """
 
 from __future__ import annotations
 
-import re
-import string
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_samoe.evaluation.zero_shot.items import Item, Response, groups_of
+from megatron_samoe.evaluation.zero_shot.statistics import bootstrap_stderr
 
-Units = Callable[[Sequence[Item], Sequence[Response]], np.ndarray]
 #: Gives value [...] of sums [..., V].
 Finish = Callable[[np.ndarray], np.ndarray]
-RANKED = ("multiple_choice", "partial")
+#: Metrics beside which the best constant choice says something.
+SHARES_OF_ITEMS = ("acc", "acc_norm", "acc_bytes", "acc_per_answer")
 
 
 @dataclass(frozen=True)
-class Metric:
-    """One metric.
+class MetricResult:
+    """One metric of one task.
 
     Attributes:
-        units: gives x_UV in fp64.
-        finish: of sums over units.
-        kinds: kinds of task that it has a meaning for.
+        value: as it is computed, shares from 0 to 1.
+        stderr: of the mean of units, or by bootstrap over units; nan where there is one unit.
         in_percent: shown times 100.
-        needs_group: counts whole questions.
-        binary: the value is a share of units that are right; its x_UV is (0 or 1, 1).
+        x_UV: what the value is computed from; no unit where that cannot be had.
+        finish: of sums over units.
     """
 
-    units: Units
-    finish: Finish
-    kinds: tuple[str, ...]
-    in_percent: bool = True
-    needs_group: bool = False
-    binary: bool = False
+    value: float
+    stderr: float = math.nan
+    in_percent: bool = False
+    x_UV: np.ndarray = field(default_factory=lambda: np.empty((0, 2)), repr=False)
+    finish: Finish = field(default=lambda sums: ratio(sums), repr=False)
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether the value is a share of units that are right."""
+        return self.finish is ratio and set(np.unique(self.x_UV[:, 0])) <= {0.0, 1.0}
 
 
-def prediction(item: Item, response: Response) -> int:
-    """Returns the choice of highest log-likelihood, the first of equals."""
-    return int(np.argmax(response.loglikelihoods))
-
-
-def normalised_prediction(item: Item, response: Response, length: Callable[[str], int] = len) -> int:
-    """Returns the choice of highest log-likelihood per character of its text, or per other unit of length.
-
-    Characters are what lm-evaluation-harness's acc_norm counts, its acc_bytes UTF-8 bytes.
-    """
-    lengths = [max(1, length(text)) for text in item.choice_texts]
-    return int(np.argmax(np.array(response.loglikelihoods) / lengths))
-
-
-def _num_bytes(text: str) -> int:
-    return len(text.encode())
-
-
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = {ord(c): " " for c in string.punctuation + "‘’´`"}
-
-
-def normalise_answer(text: str) -> str:
-    """Returns an answer in lower case without punctuation, articles and spare white space (TriviaQA's own rule)."""
-    text = text.lower().replace("_", " ").translate(_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", text).split())
-
-
-def is_right(item: Item, response: Response) -> bool:
-    """Whether an item counts as answered by the plainest rule of its kind."""
-    if item.answers:
-        return normalise_answer(response.text) in set(map(normalise_answer, item.answers))
-    if len(item.pairs) == 1:
-        return response.is_greedy[0]
-    return prediction(item, response) == item.gold
-
-
-def _means(values: Iterable[float]) -> np.ndarray:
-    """Returns (value, 1) of each unit, whose sums have a mean."""
-    column = np.fromiter(values, dtype=np.float64)
-    return np.stack((column, np.ones_like(column)), axis=1)
-
-
-def _share(right: Callable[[Item, Response], bool]) -> Units:
-    return lambda items, responses: _means(map(right, items, responses))
-
-
-def _ratio(sums: np.ndarray, below: int = 1, above: int = 0) -> np.ndarray:
+def ratio(sums: np.ndarray, below: int = 1, above: int = 0) -> np.ndarray:
     """Returns one column's sum over another's."""
     return np.asarray(sums[..., above] / sums[..., below])
 
 
-def _exp(x: np.ndarray) -> np.ndarray:
-    """Returns e^x; infinity, without a warning, where that is beyond all numbers."""
+def perplexity(sums: np.ndarray, column: int = 1) -> np.ndarray:
+    """Returns the perplexity per unit that a column counts; infinity where that is beyond all numbers."""
     with np.errstate(over="ignore"):
-        return np.asarray(np.exp(x))
+        return np.asarray(np.exp(-ratio(sums, column)))
 
 
-def _loglikelihood(items: Sequence[Item], responses: Sequence[Response]) -> np.ndarray:
-    return _means(response.loglikelihoods[0] for response in responses)
+def measure(x_UV: np.ndarray, finish: Finish = ratio, in_percent: bool = False) -> MetricResult:
+    """Returns a metric's value and standard error."""
+    units = x_UV.shape[0]
+    with np.errstate(invalid="ignore"):  # log-likelihoods may be infinite
+        value = float(finish(x_UV.sum(0)))
+        if finish is ratio:
+            stderr = float(np.std(x_UV[:, 0], ddof=1)) / math.sqrt(units) if units > 1 else math.nan
+        else:
+            stderr = bootstrap_stderr(x_UV, finish) if np.isfinite(x_UV).all() else math.nan
+    return MetricResult(value, stderr, in_percent, x_UV, finish)
 
 
-def _exact_questions(items: Sequence[Item], responses: Sequence[Response]) -> np.ndarray:
-    right = list(map(is_right, items, responses))
-    return _means(all(right[n] for n in group) for group in groups_of(items))
-
-
-def _answers_per_question(items: Sequence[Item], responses: Sequence[Response]) -> np.ndarray:
-    """Returns (right, answers, said yes, is yes, both) of each question; choice 1 is "yes"."""
-    said = np.array([prediction(i, r) == 1 for i, r in zip(items, responses, strict=True)], dtype=np.float64)
-    gold = np.array([i.gold == 1 for i in items], dtype=np.float64)
-    x_NV = np.stack(((said == gold).astype(np.float64), np.ones_like(said), said, gold, said * gold), axis=1)
-    return np.stack([x_NV[group].sum(0) for group in groups_of(items)])
+def means(values: Sequence[float], finish: Finish = ratio) -> MetricResult:
+    """Returns a function of the mean over items; shares of right items, which none exceeds, are in percent."""
+    column = np.array(values, dtype=np.float64)
+    is_share = finish is ratio and bool(((column >= 0) & (column <= 1)).all())
+    return measure(np.stack((column, np.ones_like(column)), axis=1), finish, is_share)
 
 
 def _f1(hits: np.ndarray, said: np.ndarray, gold: np.ndarray) -> np.ndarray:
@@ -124,59 +80,37 @@ def _f1(hits: np.ndarray, said: np.ndarray, gold: np.ndarray) -> np.ndarray:
     return np.asarray(np.divide(2 * hits, total, out=np.zeros_like(hits), where=total > 0))
 
 
-def _class_counts(items: Sequence[Item], responses: Sequence[Response]) -> np.ndarray:
-    """Returns (hits, said, gold) of each class, side by side."""
-    num_classes = max(len(item.pairs) for item in items)
-    x_UVC = np.zeros((len(items), 3, num_classes))
-    for row, (item, response) in enumerate(zip(items, responses, strict=True)):
-        said = prediction(item, response)
-        x_UVC[row, 0, said] = said == item.gold
-        x_UVC[row, 1, said] = 1
-        x_UVC[row, 2, item.gold] = 1
-    return x_UVC.reshape(len(items), -1)
+def of_questions(said: Sequence[bool], gold: Sequence[bool], questions: Sequence[str]) -> dict[str, MetricResult]:
+    """Returns MultiRC's four figures of yes or no to each of several answers; docs/evaluation.md says why they belong together.
+
+    Args:
+        questions: name of each answer's question; its answers need not stand together.
+    """
+    x_NV = np.stack([np.array(x, dtype=np.float64) for x in (said, gold)], axis=1)
+    said_N, gold_N = x_NV.T
+    x_NV = np.stack((said_N == gold_N, np.ones_like(said_N), said_N, gold_N, said_N * gold_N), axis=1)
+    number_of = {name: number for number, name in enumerate(dict.fromkeys(questions))}
+    x_UV = np.zeros((len(number_of), 5))
+    np.add.at(x_UV, [number_of[name] for name in questions], x_NV)
+    exact = (x_UV[:, 0] == x_UV[:, 1]).astype(np.float64)
+    return {
+        "acc_per_answer": measure(x_UV, lambda sums: ratio(sums), in_percent=True),
+        "em": means(list(exact)),
+        "f1a": measure(x_UV, lambda s: _f1(s[..., 4], s[..., 2], s[..., 3]), in_percent=True),
+        "yes_share": measure(x_UV, lambda sums: ratio(sums, above=2), in_percent=True),
+    }
 
 
-def _macro_f1(sums: np.ndarray) -> np.ndarray:
-    """Returns the mean F1 of the classes that occur, in the data or in what was said."""
-    hits, said, gold = np.moveaxis(sums.reshape(*sums.shape[:-1], 3, -1), -2, 0)
-    return np.asarray(_f1(hits, said, gold).sum(-1) / (said + gold > 0).sum(-1))
+def of_texts(x_UV: np.ndarray) -> dict[str, MetricResult]:
+    """Returns the perplexities of texts.
 
-
-def _normalised(length: Callable[[str], int] = len) -> Units:
-    return _share(lambda item, response: normalised_prediction(item, response, length) == item.gold)
-
-
-def _perplexity(column: int = 1) -> Finish:
-    """Returns the perplexity per unit that a column counts."""
-    return lambda sums: _exp(-_ratio(sums, column))
-
-
-METRICS: dict[str, Metric] = {
-    "acc": Metric(_share(is_right), _ratio, (*RANKED, "greedy_match"), binary=True),
-    "acc_norm": Metric(_normalised(), _ratio, RANKED, binary=True),
-    "acc_bytes": Metric(_normalised(_num_bytes), _ratio, RANKED, binary=True),
-    "exact_match": Metric(_share(is_right), _ratio, ("generate",), binary=True),
-    "perplexity": Metric(_loglikelihood, _perplexity(), ("greedy_match",), in_percent=False),
-    "f1_macro": Metric(_class_counts, _macro_f1, RANKED),
-    # MultiRC's four; see docs/evaluation.md for why they belong together.
-    "acc_per_answer": Metric(_answers_per_question, _ratio, RANKED, needs_group=True),
-    "em": Metric(_exact_questions, _ratio, RANKED, needs_group=True, binary=True),
-    "f1a": Metric(_answers_per_question, lambda s: _f1(s[..., 4], s[..., 2], s[..., 3]), RANKED, needs_group=True),
-    "yes_share": Metric(_answers_per_question, lambda s: _ratio(s, above=2), RANKED, needs_group=True),
-}
-
-#: Metrics beside which the best constant choice says something.
-SHARES_OF_ITEMS = ("acc", "acc_norm", "acc_bytes", "acc_per_answer")
-
-
-def _of_corpus(finish: Finish) -> Metric:
-    return Metric(lambda *_: np.empty(0), finish, ("corpus",), in_percent=False)
-
-
-#: Of whole texts; x_UV is (log-likelihood, tokens, bytes, words) of each document.
-CORPUS_METRICS: dict[str, Metric] = {
-    "token_perplexity": _of_corpus(_perplexity(1)),
-    "byte_perplexity": _of_corpus(_perplexity(2)),
-    "word_perplexity": _of_corpus(_perplexity(3)),
-    "bits_per_byte": _of_corpus(lambda sums: -_ratio(sums, 2) / np.log(2.0)),
-}
+    Args:
+        x_UV: (log-likelihood, tokens, bytes, words) of each text.
+    """
+    finishes: dict[str, Finish] = {
+        "token_perplexity": perplexity,
+        "byte_perplexity": lambda sums: perplexity(sums, 2),
+        "word_perplexity": lambda sums: perplexity(sums, 3),
+        "bits_per_byte": lambda sums: -ratio(sums, 2) / np.log(2.0),
+    }
+    return {name: measure(x_UV, finish) for name, finish in finishes.items()}

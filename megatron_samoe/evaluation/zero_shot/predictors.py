@@ -1,4 +1,4 @@
-"""Who answers: a model, or one of the predictors that a metric must be able to tell from it."""
+"""A model's answers to texts: log-likelihoods and greedy decoding, in any layout."""
 
 from __future__ import annotations
 
@@ -6,64 +6,19 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from megatron_samoe.errors import ConfigError, nearest
 from megatron_samoe.evaluation.zero_shot.batched_forward import Answer, answer_queries
+from megatron_samoe.evaluation.zero_shot.data_files import Document
 from megatron_samoe.evaluation.zero_shot.encode import Query, encode_pair, encode_prompt, rolling_queries
-from megatron_samoe.evaluation.zero_shot.items import Document, Item, Response
-from megatron_samoe.evaluation.zero_shot.task import Task
 from megatron_samoe.runtime.load import LoadedModel
 
 #: Makes a progress display from a name and a total: a context manager whose value is called with advances.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
-CONSTANT = ("always-yes", "always-no", "oracle")
 
 
-class Predictor(Protocol):
-    """Answers a task's items, in their order."""
-
-    def respond(self, task: Task, items: Sequence[Item]) -> list[Response]:
-        """Returns one response per item."""
-        ...
-
-
-@dataclass(frozen=True)
-class ConstantPredictor:
-    """Always the task's "yes" choice (the first if it names none), or its "no" (the last); or the right one, always.
-
-    Where there are no choices it says the word. It shows what a metric gives to who has read nothing, or knows all.
-    """
-
-    name: str
-
-    def __post_init__(self) -> None:
-        if self.name not in CONSTANT:
-            raise ConfigError(
-                "--predictor",
-                self.name,
-                f"must be model or one of {', '.join(CONSTANT)}.{nearest(self.name, CONSTANT)}",
-            )
-
-    def respond(self, task: Task, items: Sequence[Item]) -> list[Response]:
-        """Returns one response per item."""
-        return [self._one(task, item) for item in items]
-
-    def _one(self, task: Task, item: Item) -> Response:
-        word = self.name.removeprefix("always-")
-        if task.kind == "generate":
-            return Response(text=item.answers[0] if word == "oracle" else word)
-        if task.kind == "greedy_match":
-            right = word in ("oracle", item.choice_texts[0])
-            return Response((0.0 if right else -math.inf,), (right,))
-        count = len(item.pairs)
-        given = task.always_yes if word == "yes" else task.always_no
-        fallback = {"yes": 0, "no": count - 1, "oracle": item.gold}[word]
-        choice = given if given is not None and word != "oracle" else fallback
-        return Response(tuple(0.0 if n == choice else -math.inf for n in range(count)), (False,) * count)
-
-
-def _silent(name: str, total: int) -> AbstractContextManager[Callable[[int], Any]]:
+def silent(name: str, total: int) -> AbstractContextManager[Callable[[int], Any]]:
+    """No progress display."""
     return nullcontext(lambda count: None)
 
 
@@ -77,28 +32,12 @@ class ModelPredictor:
 
     loaded: LoadedModel
     batch_size: int | None = None
-    progress: Progress = _silent
+    progress: Progress = silent
 
     @property
     def seq_length(self) -> int:
         """Most tokens that are read at a time."""
         return self.loaded.config.model.seq_length
-
-    def check(self, task: Task) -> None:
-        """Raises DataError for a task whose answers are longer than what the model reads."""
-        if task.kind == "generate":
-            encode_prompt(self.loaded.tokenizer, "", self.seq_length, task.max_new_tokens)
-
-    def respond(self, task: Task, items: Sequence[Item]) -> list[Response]:
-        """Returns one response per item; all ranks of the layout call it together."""
-        if task.kind == "generate":
-            # Models write the space before a word with the word.
-            prompts = [item.contexts[0].rstrip() for item in items]
-            texts = self.generate(prompts, task.until, task.max_new_tokens, task.name)
-            return [Response(text=text.strip(), cut_tokens=cut) for text, cut in texts]
-        pairs = [pair for item in items for pair in item.pairs]
-        scores = iter(self.score_pairs(pairs, task.name))
-        return [_response([next(scores) for _ in item.pairs]) for item in items]
 
     def score_pairs(self, pairs: Sequence[tuple[str, str]], name: str = "") -> list[Score]:
         """Returns the score of each (context, continuation)."""
@@ -160,15 +99,6 @@ class Score:
     is_greedy: bool
     cut_tokens: int
     num_windows: int
-
-
-def _response(scores: list[Score]) -> Response:
-    return Response(
-        tuple(score.loglikelihood for score in scores),
-        tuple(score.is_greedy for score in scores),
-        cut_tokens=max(score.cut_tokens for score in scores),
-        in_windows=any(score.num_windows > 1 for score in scores),
-    )
 
 
 def _new_text(

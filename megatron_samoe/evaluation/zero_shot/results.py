@@ -3,102 +3,155 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
 
 import numpy as np
 
-from megatron_samoe.evaluation.zero_shot.items import Document, Item, Response
-from megatron_samoe.evaluation.zero_shot.metrics import CORPUS_METRICS, METRICS, Metric, is_right, prediction
-from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor, Predictor
-from megatron_samoe.evaluation.zero_shot.statistics import binomial_stderr, bootstrap_stderr
-from megatron_samoe.evaluation.zero_shot.task import Task
+from megatron_samoe.evaluation.zero_shot.data_files import Document
+from megatron_samoe.evaluation.zero_shot.metrics import (
+    Finish,
+    MetricResult,
+    means,
+    of_questions,
+    of_texts,
+    perplexity,
+    ratio,
+)
+from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor
+from megatron_samoe.evaluation.zero_shot.tasks import ask, harness
 from megatron_samoe.parsing import JsonObject, without_infinities
 
 
 @dataclass(frozen=True)
-class MetricResult:
-    """One metric of one task.
-
-    Attributes:
-        value: as it is computed, shares from 0 to 1.
-        stderr: binomial for shares of units, by bootstrap over units for the rest; nan where there is one unit.
-        x_UV: what the value is computed from, one row per unit.
-    """
-
-    metric: Metric
-    value: float
-    stderr: float
-    x_UV: np.ndarray
-
-
-@dataclass(frozen=True)
 class TaskResult:
-    """One task.
+    """One task, a group of tasks, or texts.
 
     Attributes:
+        num_items: items, or texts.
+        samples: the harness's record of each item.
         best_constant: share of items that the best single choice would get right; nan without choices.
         num_cut: items whose context was cut from the left.
         num_windowed: items with a continuation longer than the model's sequence.
     """
 
     task: str
-    items: Sequence[Item]
-    responses: Sequence[Response]
+    num_items: int
     metrics: Mapping[str, MetricResult]
+    samples: Sequence[JsonObject] = field(default=(), repr=False)
     best_constant: float = math.nan
     num_cut: int = 0
     num_windowed: int = 0
-    num_documents: int = 0
-
-    @property
-    def num_items(self) -> int:
-        """Items, or documents of a corpus."""
-        return len(self.items) or self.num_documents
 
 
-def measure(metric: Metric, x_UV: np.ndarray) -> MetricResult:
-    """Returns a metric's value and standard error."""
-    with np.errstate(invalid="ignore"):  # a constant predictor's log-likelihoods are infinite
-        value = float(metric.finish(x_UV.sum(0)))
-        if metric.binary:
-            stderr = binomial_stderr(value, x_UV.shape[0])
-        else:
-            stderr = bootstrap_stderr(x_UV, metric.finish) if np.isfinite(x_UV).all() else math.nan
-    return MetricResult(metric, value, stderr, x_UV)
+def evaluate_task(task: Any, model: Any, limit: int | None = None, num_fewshot: int | None = None) -> list[TaskResult]:
+    """Returns a model's results on a task, or on a group and its tasks; all ranks of the layout call it together.
+
+    Args:
+        task, model: of `TaskLoader` and `harness_model`.
+        limit: only the first items of each.
+        num_fewshot: examples before each item; the task's own number if not given.
+    """
+    model.cut.clear()
+    model.windowed.clear()
+    found = ask(task, model, limit, num_fewshot)
+    results = [
+        _of_task(one, found["samples"][name], found["results"][name], model) for name, one in found["tasks"].items()
+    ]
+    sizes = {result.task: result.num_items for result in results}
+    for name in found.get("groups", {}):
+        size = sum(sizes[child] for child in found["group_subtasks"].get(name, ()) if child in sizes)
+        values = {
+            _shown_name(key): MetricResult(v, in_percent=0 <= v <= 1) for key, v in _values(found["results"][name])
+        }
+        results.append(TaskResult(name, size, values))
+    return results
 
 
-def evaluate_task(task: Task, items: Sequence[Item], predictor: Predictor) -> TaskResult:
-    """Returns a predictor's results on a task's items."""
-    responses = predictor.respond(task, items)
-    metrics = {name: measure(METRICS[name], METRICS[name].units(items, responses)) for name in task.metrics}
-    golds = Counter(item.gold for item in items)
-    ranked = task.kind in ("multiple_choice", "partial")
+def _values(results: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Returns the figures of the harness's results, which it names by metric and filter, without standard errors."""
+    return [
+        (key, float(value))
+        for key, value in results.items()
+        if "," in key and "_stderr," not in key and isinstance(value, Real)
+    ]
+
+
+def _shown_name(key: str) -> str:
+    name, _, filter_name = key.partition(",")
+    return name if filter_name == "none" else f"{name} ({filter_name})"
+
+
+def _of_task(task: Any, samples: Sequence[JsonObject], values: Mapping[str, Any], model: Any) -> TaskResult:
+    name = task.task_name
+    ids = {sample["doc_id"] for sample in samples}
+    metrics = {_shown_name(key): _metric(task, samples, key, value) for key, value in _values(values)}
+    golds = [_gold(task, sample) for sample in samples]
+    ranked = task.OUTPUT_TYPE == "multiple_choice" and all(isinstance(gold, int) for gold in golds)
+    questions = (task.config.metadata or {}).get("whole_questions")
+    if questions:
+        said = [int(np.argmax([resp[0] for resp in sample["filtered_resps"]])) == 1 for sample in samples]
+        fill = harness("lm_eval.utils").apply_template
+        metrics = of_questions(
+            said, [gold == 1 for gold in golds], [fill(questions, sample["doc"]) for sample in samples]
+        )
     return TaskResult(
-        task.name,
-        items,
-        responses,
+        name,
+        len(ids),
         metrics,
-        best_constant=max(golds.values()) / len(items) if ranked else math.nan,
-        num_cut=sum(response.cut_tokens > 0 for response in responses),
-        num_windowed=sum(response.in_windows for response in responses),
+        samples,
+        best_constant=max(Counter(golds).values()) / len(golds) if ranked else math.nan,
+        num_cut=len(ids & model.cut[name]),
+        num_windowed=len(ids & model.windowed[name]),
     )
+
+
+def _gold(task: Any, sample: JsonObject) -> Any:
+    """Returns the index of the right choice; the target where it is not one."""
+    # Where contexts are ranked, the harness has the index in the text's stead.
+    gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+    if isinstance(gold, str) and task.config.doc_to_choice is not None:
+        choices = task.doc_to_choice(sample["doc"])
+        return choices.index(gold) if gold in choices else gold
+    return int(gold) if isinstance(gold, bool) else gold
+
+
+def _metric(task: Any, samples: Sequence[JsonObject], key: str, value: float) -> MetricResult:
+    """Returns a metric with its standard error where it is a function of the mean over items."""
+    name, _, filter_name = key.partition(",")
+    numbers = [sample[name] for sample in samples if sample["filter"] == filter_name and name in sample]
+    known = harness("lm_eval.api.metrics")
+    finishes: dict[Any, Finish] = {known.mean: ratio, known.perplexity: perplexity}
+    finish = finishes.get(task.aggregation().get(name))
+    if finish is None or not numbers or not all(isinstance(number, Real) for number in numbers):
+        return MetricResult(value, in_percent=name == "f1")
+    return means([float(number) for number in numbers], finish)
 
 
 def evaluate_corpus(name: str, documents: Sequence[Document], predictor: ModelPredictor) -> TaskResult:
-    """Returns a model's perplexity on whole texts, per token, byte and word."""
+    """Returns a model's perplexity on whole texts, per token, byte and word.
+
+    Bytes (UTF-8) and words are those of the texts before any tokenizer. Words are what stands between runs of white space,
+    counted as lm-evaluation-harness does: an empty part at an end counts.
+    """
     scores = predictor.loglikelihood_of(documents)
-    x_UV = np.array(
-        [(ll, n, d.num_bytes, d.num_words) for (ll, n), d in zip(scores, documents, strict=True)], dtype=np.float64
-    )
-    metrics = {metric: measure(CORPUS_METRICS[metric], x_UV) for metric in CORPUS_METRICS}
-    return TaskResult(name, (), (), metrics, num_documents=len(documents))
+    rows = [
+        (loglikelihood, num_tokens, len(document.text.encode()), len(re.split(r"\s+", document.text)))
+        for (loglikelihood, num_tokens), document in zip(scores, documents, strict=True)
+    ]
+    return TaskResult(name, len(documents), of_texts(np.array(rows, dtype=np.float64)))
 
 
 def result_record(result: TaskResult) -> JsonObject:
     """Returns a result as plain values for JSON; what is not finite becomes None."""
-    metrics = {name: {"value": m.value, "stderr": m.stderr, "units": len(m.x_UV)} for name, m in result.metrics.items()}
+    metrics = {
+        name: {"value": m.value, "stderr": m.stderr, "units": len(m.x_UV), "in_percent": m.in_percent}
+        for name, m in result.metrics.items()
+    }
     record = {
         "task": result.task,
         "items": result.num_items,
@@ -107,26 +160,4 @@ def result_record(result: TaskResult) -> JsonObject:
         "best_constant": result.best_constant,
         "metrics": metrics,
     }
-    return without_infinities(record)
-
-
-def sample_records(result: TaskResult) -> list[JsonObject]:
-    """Returns one record per item: what was asked, what was answered, whether that is right."""
-    return [_sample(result.task, *pair) for pair in zip(result.items, result.responses, strict=True)]
-
-
-def _sample(task: str, item: Item, response: Response) -> JsonObject:
-    record: JsonObject = {"task": task, "item": item.name}
-    record |= {"group": item.group} if item.group else {}
-    record |= {"contexts": item.contexts, "right": bool(is_right(item, response))}
-    if item.answers:
-        record |= {"answers": item.answers, "text": response.text}
-    else:
-        record |= {
-            "continuations": item.continuations,
-            "loglikelihoods": response.loglikelihoods,
-            "is_greedy": response.is_greedy,
-        }
-        record |= {"gold": item.gold, "prediction": prediction(item, response)} if len(item.pairs) > 1 else {}
-    record |= {"cut_tokens": response.cut_tokens} if response.cut_tokens else {}
     return without_infinities(record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,18 +14,11 @@ _CHUNK = 250
 Statistic = Callable[[np.ndarray], np.ndarray]
 
 
-def binomial_stderr(share: float, count: int) -> float:
-    """Returns sqrt(p (1 - p) / n)."""
-    return math.sqrt(share * (1 - share) / count)
-
-
-def _resampled_sums(x_UV: np.ndarray, num_samples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yields sums [samples, V] over units drawn with replacement; equal seeds and sizes draw the same units."""
+def _resampled(statistic: Callable[[np.ndarray], np.ndarray], units: int, num_samples: int, seed: int) -> np.ndarray:
+    """Returns a statistic of units [..., U] drawn with replacement; equal seeds and sizes draw the same units."""
     generator = np.random.default_rng(seed)
-    units = x_UV.shape[0]
-    for start in range(0, num_samples, _CHUNK):
-        count = min(_CHUNK, num_samples - start)
-        yield generator.multinomial(units, np.full(units, 1 / units), size=count).astype(np.float64) @ x_UV
+    counts = [min(_CHUNK, num_samples - start) for start in range(0, num_samples, _CHUNK)]
+    return np.concatenate([statistic(generator.integers(units, size=(count, units))) for count in counts])
 
 
 def bootstrap_stderr(x_UV: np.ndarray, finish: Statistic, num_samples: int = 1000, seed: int = 0) -> float:
@@ -33,7 +26,7 @@ def bootstrap_stderr(x_UV: np.ndarray, finish: Statistic, num_samples: int = 100
     is not finite."""
     if x_UV.shape[0] < 2:
         return math.nan
-    values = np.concatenate([finish(sums) for sums in _resampled_sums(x_UV, num_samples, seed)])
+    values = _resampled(lambda units: finish(x_UV[units].sum(-2)), x_UV.shape[0], num_samples, seed)
     return float(np.std(values, ddof=1)) if np.isfinite(values).all() else math.nan
 
 
@@ -83,11 +76,13 @@ def paired_bootstrap(
     """Returns how two models' statistics differ over the same resampled units."""
     assert first_UV.shape[0] == second_UV.shape[0]
     value = float(finish(second_UV.sum(0))) - float(finish(first_UV.sum(0)))
-    pairs = zip(
-        _resampled_sums(first_UV, num_samples, seed), _resampled_sums(second_UV, num_samples, seed), strict=True
-    )
     with np.errstate(invalid="ignore"):  # infinity less infinity
-        values = np.concatenate([finish(b) - finish(a) for a, b in pairs])
+        values = _resampled(
+            lambda units: finish(second_UV[units].sum(-2)) - finish(first_UV[units].sum(-2)),
+            first_UV.shape[0],
+            num_samples,
+            seed,
+        )
     if not np.isfinite(values).all():  # a perplexity beyond the largest number says nothing of a difference
         return PairedDifference(value, math.nan, math.nan, math.nan)
     low, high = np.quantile(values, (0.025, 0.975))

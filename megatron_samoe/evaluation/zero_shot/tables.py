@@ -1,60 +1,43 @@
-"""Results as text for a terminal and as lines of Markdown alike."""
+"""Results as text for a terminal."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from megatron_samoe.evaluation.run_summary import format_table, table
+from megatron_samoe.evaluation.run_summary import Table, format_table, table
 from megatron_samoe.evaluation.zero_shot.metrics import SHARES_OF_ITEMS
-from megatron_samoe.evaluation.zero_shot.results import MetricResult, TaskResult
+from megatron_samoe.evaluation.zero_shot.results import TaskResult
 from megatron_samoe.evaluation.zero_shot.variation import Comparison, Variation
 
 
 def _shown(value: float, in_percent: bool) -> str:
     if math.isnan(value):
-        return "-"
+        return ""
     return f"{100 * value:.2f}" if in_percent else f"{value:,.4g}" if abs(value) < 1e5 else f"{value:.3e}"
+
+
+def _filled(rows: Table) -> str:
+    """Returns a table as text without the columns in which no row has anything."""
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    return format_table([list(row) for row in zip(*columns, strict=True)])
 
 
 def metric_line(result: TaskResult) -> str:
     """Returns all of a task's metrics in one line: some mean little without the others."""
-    return ", ".join(f"{name} {_shown(m.value, m.metric.in_percent)}" for name, m in result.metrics.items())
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A metric of a task; what is said of the task stands in its first row."""
-
-    result: TaskResult
-    name: str
-    measured: MetricResult
-
-    def of_task(self, text: str) -> str:
-        """Returns a text in the first row of the task."""
-        return text if self.name == next(iter(self.result.metrics)) else ""
-
-    def shown(self, value: float) -> str:
-        """Returns a value of the metric."""
-        return _shown(value, self.measured.metric.in_percent)
+    return ", ".join(f"{name} {_shown(m.value, m.in_percent)}" for name, m in result.metrics.items())
 
 
 def result_table(results: Sequence[TaskResult]) -> str:
-    """Returns every metric of every task with its standard error; shares in percent."""
-    rows = [_Row(result, name, measured) for result in results for name, measured in result.metrics.items()]
-    return format_table(table(_RESULTS, rows))
-
-
-_RESULTS: dict[str, Callable[[_Row], str]] = {
-    "task": lambda row: row.of_task(row.result.task),
-    "items": lambda row: row.of_task(f"{row.result.num_items:,}"),
-    "metric": lambda row: row.name,
-    "value": lambda row: row.shown(row.measured.value),
-    "std. error": lambda row: row.shown(row.measured.stderr),
-    "best constant": lambda row: _shown(row.result.best_constant, True) if row.name in SHARES_OF_ITEMS else "",
-    "contexts cut": lambda row: row.of_task(f"{row.result.num_cut:,}"),
-}
+    """Returns every metric of every task with its standard error; shares in percent. What is said of a task stands once."""
+    rows = [["task", "items", "metric", "value", "std. error", "best constant", "contexts cut"]]
+    for result in results:
+        task = [result.task, f"{result.num_items:,}", f"{result.num_cut:,}" if result.num_cut else ""]
+        for name, m in result.metrics.items():
+            constant = _shown(result.best_constant, True) if name in SHARES_OF_ITEMS else ""
+            rows.append([*task[:2], name, *(_shown(x, m.in_percent) for x in (m.value, m.stderr)), constant, task[2]])
+            task = ["", "", ""]
+    return _filled(rows)
 
 
 def notes(results: Sequence[TaskResult], seq_length: int | None) -> list[str]:
@@ -70,27 +53,23 @@ def notes(results: Sequence[TaskResult], seq_length: int | None) -> list[str]:
 
 def variation_table(variations: Sequence[Variation]) -> str:
     """Returns mean, standard deviation and range over checkpoints, beside the standard error of one of them."""
-    return format_table(table(_VARIATIONS, variations))
-
-
-def _spread(name: str) -> Callable[[Variation], str]:
-    return lambda variation: _shown(variation.spread[name], variation.in_percent)
+    return _filled(table(_VARIATIONS, variations))
 
 
 _VARIATIONS: dict[str, Callable[[Variation], str]] = {
     "task": lambda v: v.task,
     "metric": lambda v: v.metric,
-    "mean": _spread("mean"),
-    "sd": _spread("sd"),
-    "lowest": _spread("low"),
-    "highest": _spread("high"),
+    "mean": lambda v: _shown(v.mean, v.in_percent),
+    "sd": lambda v: _shown(v.sd, v.in_percent),
+    "lowest": lambda v: _shown(v.low, v.in_percent),
+    "highest": lambda v: _shown(v.high, v.in_percent),
     "std. error of one": lambda v: _shown(v.stderr, v.in_percent),
 }
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
     """Returns the paired tests; the difference is the second model's value less the first's."""
-    return format_table(table(_COMPARISONS, comparisons))
+    return _filled(table(_COMPARISONS, comparisons))
 
 
 def _interval(c: Comparison) -> str:

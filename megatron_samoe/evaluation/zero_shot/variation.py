@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,7 +11,6 @@ from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.evaluation.run_groups import mean_sd
 from megatron_samoe.evaluation.zero_shot.results import TaskResult
 from megatron_samoe.evaluation.zero_shot.statistics import McNemar, PairedDifference, mcnemar, paired_bootstrap
-from megatron_samoe.parsing import JsonObject, without_infinities
 
 
 def choose_iterations(wanted: str, available: Sequence[int], folder: str) -> list[int]:
@@ -48,6 +47,7 @@ class Variation:
     """A metric over checkpoints.
 
     Attributes:
+        sd: standard deviation (n - 1); nan for one value.
         stderr: of one checkpoint's value (the newest's), from the number of items.
     """
 
@@ -55,28 +55,23 @@ class Variation:
     metric: str
     in_percent: bool
     values: tuple[float, ...]
+    mean: float
+    sd: float
+    low: float
+    high: float
     stderr: float
-
-    @property
-    def spread(self) -> dict[str, float]:
-        """Mean, standard deviation (nan for one value) and range."""
-        over = mean_sd(self.values)
-        return {"mean": over.mean, "sd": over.sd, "low": min(self.values), "high": max(self.values)}
 
 
 def variations(runs: Sequence[Sequence[TaskResult]]) -> list[Variation]:
     """Returns how each metric varies over checkpoints; each run has the same tasks."""
-    return [
-        Variation(
-            task=results[-1].task,
-            metric=name,
-            in_percent=newest.metric.in_percent,
-            values=tuple(result.metrics[name].value for result in results),
-            stderr=newest.stderr,
-        )
-        for results in zip(*runs, strict=True)
-        for name, newest in results[-1].metrics.items()
-    ]
+    found = []
+    for results in zip(*runs, strict=True):
+        for name, newest in results[-1].metrics.items():
+            values = tuple(result.metrics[name].value for result in results)
+            over = mean_sd(values)
+            facts = (results[-1].task, name, newest.in_percent, values)
+            found.append(Variation(*facts, over.mean, over.sd, min(values), max(values), newest.stderr))
+    return found
 
 
 @dataclass(frozen=True)
@@ -100,27 +95,12 @@ def compare(first: Sequence[TaskResult], second: Sequence[TaskResult]) -> list[C
     """Returns the paired tests of two models' results on the same tasks and items."""
     found = []
     for a, b in zip(first, second, strict=True):
-        assert a.task == b.task and [i.name for i in a.items] == [i.name for i in b.items]
+        assert (a.task, a.num_items) == (b.task, b.num_items)
         for name in a.metrics:
             x, y = a.metrics[name], b.metrics[name]
             if not (np.isfinite(x.x_UV).all() and np.isfinite(y.x_UV).all()) or x.x_UV.shape[0] < 2:
                 continue
-            test = mcnemar(x.x_UV[:, 0] > 0, y.x_UV[:, 0] > 0) if x.metric.binary else None
-            difference = paired_bootstrap(x.x_UV, y.x_UV, x.metric.finish)
-            found.append(Comparison(a.task, name, x.metric.in_percent, x.value, y.value, difference, test))
+            test = mcnemar(x.x_UV[:, 0] > 0, y.x_UV[:, 0] > 0) if x.is_binary and y.is_binary else None
+            difference = paired_bootstrap(x.x_UV, y.x_UV, x.finish)
+            found.append(Comparison(a.task, name, x.in_percent, x.value, y.value, difference, test))
     return found
-
-
-def variation_record(variation: Variation) -> JsonObject:
-    """Returns a variation as plain values for JSON."""
-    record = {"task": variation.task, "metric": variation.metric, "values": list(variation.values)}
-    return without_infinities({**record, **variation.spread, "stderr": variation.stderr})
-
-
-def comparison_record(comparison: Comparison) -> JsonObject:
-    """Returns a comparison as plain values for JSON."""
-    record = asdict(comparison)
-    del record["in_percent"]
-    if comparison.mcnemar is None:
-        del record["mcnemar"]
-    return without_infinities(record)

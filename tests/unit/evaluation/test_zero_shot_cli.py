@@ -19,7 +19,7 @@ import torch
 
 from megatron_samoe.cli.evaluate import DATA_VARIABLE, main
 from megatron_samoe.config import CheckpointConfig, DataConfig, PretrainConfig
-from megatron_samoe.evaluation.zero_shot.task import TASK_DIR
+from megatron_samoe.language_model import load
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
@@ -28,6 +28,7 @@ from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_layout
 from tests.unit.evaluation.zero_shot_data import FORMS, lines, write
 
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
 TABLE = table(__file__, tuples=False)
 ROOT = Path(__file__).resolve().parents[3]
 Run = Callable[..., str]
@@ -107,16 +108,42 @@ def test_all_tasks_of_a_folder(run: Run, checkpoints: tuple[Path, Path], data: P
     (found,) = json.loads((tmp_path / "r.json").read_text())["runs"]
     assert found["name"] == "iter_0000030" and found["seq_length"] == 32 and found["limit"] is None
     results = {result["task"]: result for result in found["results"]}
-    assert len(results) == 17 and results["boolq"]["items"] == 30 and results["boolq"]["best_constant"] == 2 / 3
+    assert len(results) == 18 and results["boolq"]["items"] == 30 and results["boolq"]["best_constant"] == 2 / 3
     assert set(results["multirc"]["metrics"]) == {"acc_per_answer", "em", "f1a", "yes_share"}
-    assert all(task in out for task in results) and "were cut from the left" in out
+    assert "were cut from the left" in out
+    lines_of = [line for line in out.splitlines() if line.startswith("boolq ")]
+    assert len(lines_of) == 1, "each figure is printed once"
     samples = [json.loads(line) for line in (tmp_path / "s/boolq.jsonl").read_text().splitlines()]
-    assert len(samples) == 30 and samples[3]["item"] == "boolq_val.jsonl:4"
-    right = sum(sample["right"] for sample in samples)
-    assert right / 30 == results["boolq"]["metrics"]["acc"]["value"]
+    assert len(samples) == 30
+    accuracy = sum(sample["acc"] for sample in samples) / 30
+    assert accuracy == pytest.approx(results["boolq"]["metrics"]["acc"]["value"])
     for sample in samples:
-        assert sample["prediction"] == max((0, 1), key=lambda n: sample["loglikelihoods"][n])
-        assert sample["right"] == (sample["prediction"] == sample["gold"])
+        scores = [float(response[0]) for response in sample["filtered_resps"]]
+        assert sample["acc"] == (scores.index(max(scores)) == sample["target"])
+    again = load(checkpoints[0]).evaluate("boolq,multirc", data)
+    assert [(r.task, r.num_items) for r in again] == [("boolq", 30), ("multirc", results["multirc"]["items"])]
+    assert again[0].metrics["acc"].value == pytest.approx(accuracy)
+
+
+def test_a_group_and_examples_before_each_item(
+    run: Run, checkpoints: tuple[Path, Path], tmp_path: Path, data: Path
+) -> None:
+    task = {
+        "task": "odd", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "boolq_val.jsonl"}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": ["no", "yes"],
+        "doc_to_target": "{{label|int}}", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    group = {"group": "both", "task": [task, {**task, "task": "odder"}], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "both.yaml").write_text(json.dumps(group))
+    words = ("--load", checkpoints[0], "--data-dir", data, "--tasks", tmp_path / "both.yaml", "--limit", 8)
+    samples = ("--samples", tmp_path / "s")
+    run(*words, "--json", tmp_path / "r.json", "--num-fewshot", 2, *samples)
+    results = {r["task"]: r for r in json.loads((tmp_path / "r.json").read_text())["runs"][0]["results"]}
+    assert {name: r["items"] for name, r in results.items()} == {"both::odd": 8, "both::odder": 8, "both": 16}
+    values = [results[name]["metrics"]["acc"]["value"] for name in ("both::odd", "both::odder", "both")]
+    assert values[2] == pytest.approx((values[0] + values[1]) / 2)
+    (first, *_) = [json.loads(line) for line in (tmp_path / "s/both::odd.jsonl").read_text().splitlines()]
+    assert first["arguments"][0][0].count("is ") == 3
 
 
 def test_checkpoints_and_comparison(run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
@@ -132,7 +159,7 @@ def test_checkpoints_and_comparison(run: Run, checkpoints: tuple[Path, Path], da
     over = next(v for v in content["variation"] if v["task"] == "boolq")
     assert over["values"] == accuracies and over["mean"] == pytest.approx(sum(accuracies) / 2)
     assert over["sd"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / math.sqrt(2))
-    assert over["stderr"] == pytest.approx(math.sqrt(accuracies[1] * (1 - accuracies[1]) / 30))
+    assert over["stderr"] == pytest.approx(math.sqrt(accuracies[1] * (1 - accuracies[1]) / 29))
     comparison = content["comparison"][0]
     other = content["runs"][2]["results"][0]["metrics"]["acc"]["value"]
     assert (comparison["first"], comparison["second"]) == (accuracies[1], other)
@@ -154,17 +181,6 @@ def test_results_are_kept_when_a_later_checkpoint_fails(
     assert (tmp_path / "samples/0_iter_0000020/boolq.jsonl").is_file()
 
 
-def test_predictors(run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DATA_VARIABLE, str(data))
-    for predictor, accuracy in (("always-yes", 2 / 3), ("always-no", 1 / 3), ("oracle", 1.0)):
-        out = run("--predictor", predictor, "--json", tmp_path / "r.json")
-        (found,) = json.loads((tmp_path / "r.json").read_text())["runs"]
-        results = {result["task"]: result["metrics"] for result in found["results"]}
-        assert len(results) == 17 and results["boolq"]["acc"]["value"] == pytest.approx(accuracy)
-        assert f"boolq: acc {100 * accuracy:.2f}" in out
-    assert all(metric["value"] == 1 for name, metric in results["multirc"].items() if name != "yes_share")
-
-
 def test_perplexity_alone_needs_no_data_folder(run: Run, checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("words to measure, several")
     words = ("--load", checkpoints[1], "--corpus", tmp_path / "a.txt")
@@ -177,16 +193,13 @@ def test_perplexity_alone_needs_no_data_folder(run: Run, checkpoints: tuple[Path
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
-def test_answers_too_long_for_the_model_are_refused_first(
-    run: Run, checkpoints: tuple[Path, Path], tmp_path: Path
+def test_without_the_harness(
+    run: Run, checkpoints: tuple[Path, Path], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "long.yaml").write_text(
-        (TASK_DIR / "webqs.yaml").read_text().replace("max_new_tokens: 24", "max_new_tokens: 33")
-    )
-    (tmp_path / "webqs_test.jsonl").write_text(lines({"question": "where?", "answers": ["here"]}))
-    words = ("--load", checkpoints[0], "--data-dir", tmp_path, "--tasks", tmp_path / "long.yaml")
-    assert run(*words, status=1).endswith(
-        "Task webqs: answers of up to 33 tokens leave no room for a prompt: the model reads 32 tokens.\n"
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+    error = run("--load", checkpoints[0], "--data-dir", data, "--tasks", "boolq", status=1)
+    assert (
+        error.startswith("error: a task needs the package lm_eval: ") and "[eval]" in error and error.count("\n") == 1
     )
 
 
@@ -197,7 +210,7 @@ def test_misspelt_flags_are_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_list_tasks(run: Run) -> None:
-    assert len(run("--list-tasks").splitlines()) == 17
+    assert len(run("--list-tasks").splitlines()) == 18 + 1
 
 
 @pytest.mark.parametrize("words, message", TABLE["refused"])
@@ -225,7 +238,7 @@ def test_torchrun(run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path
         "--data-dir",
         str(data),
         "--tasks",
-        "boolq,lambada",
+        "boolq,lambada_openai,triviaqa",
         "--checkpoints",
         "LAST:2",
     ]

@@ -16,12 +16,10 @@ from megatron_samoe.config import CheckpointConfig, DataConfig, PretrainConfig
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.datasets.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from megatron_samoe.errors import DataError
+from megatron_samoe.evaluation.zero_shot.data_files import Document
 from megatron_samoe.evaluation.zero_shot.encode import encode_pair, encode_prompt, rolling_queries, split_pair
-from megatron_samoe.evaluation.zero_shot.items import Document, Item
 from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor
-from megatron_samoe.evaluation.zero_shot.results import evaluate_corpus, evaluate_task
-from megatron_samoe.evaluation.zero_shot.tables import notes
-from megatron_samoe.evaluation.zero_shot.task import load_task, parse_task
+from megatron_samoe.evaluation.zero_shot.results import evaluate_corpus
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.runtime.load import LoadedModel, load_model
@@ -176,10 +174,10 @@ def test_what_does_not_fit() -> None:
     assert (
         pair.cut_tokens == 7 and pair.queries[0].tokens == tuple(b"789ab") and pair.queries[0].labels == tuple(b"abc")
     )
-    assert encode_prompt(tokenizer, "0123456789", 5, 3) == (list(b"789"), 7)
-    assert encode_prompt(tokenizer, "", 5, 5) == ([256], 0)
-    with pytest.raises(DataError, match="answers of up to 6 tokens leave no room for a prompt: the model reads 5"):
-        encode_prompt(tokenizer, "0", 5, 6)
+    assert encode_prompt(tokenizer, "0123456789", 5, 3) == (list(b"89"), 8)
+    assert encode_prompt(tokenizer, "", 5, 4) == ([256], 0)
+    with pytest.raises(DataError, match="answers of up to 5 tokens leave no room for a prompt: the model reads 5"):
+        encode_prompt(tokenizer, "0", 5, 5)
 
 
 def test_generation_is_greedy_and_stops() -> None:
@@ -196,30 +194,8 @@ def test_generation_is_greedy_and_stops() -> None:
     place = text.find(stop)
     prompts = ["A longer prompt than that", "The cat", "x"]
     together = predictor.generate(prompts, (stop,), 9)
-    assert together[1] == (text[:place], 0) and together[0][1] == len(prompts[0]) - 8
+    assert together[1] == (text[:place], 0) and together[0][1] == len(prompts[0]) - 7
     assert together == [predictor.generate([prompt], (stop,), 9)[0] for prompt in prompts]
-
-
-def test_a_task_where_text_is_generated() -> None:
-    loaded = loaded_model()
-    text = ModelPredictor(loaded).generate(["The cat"], (), 3)[0][0].strip()
-    content = {
-        "name": "mine", "description": "made up", "files": ["mine"], "kind": "generate", "context": "{q}",
-        "answers": "answers", "until": ["\0\0"], "max_new_tokens": 3, "metrics": ["exact_match"],
-    }  # fmt: skip
-    task = parse_task(content, "mine.yaml")
-    items = [Item("1", ("The cat ",), answers=("other", text)), Item("2", ("The cat",), answers=("other",))]
-    result = evaluate_task(task, items, ModelPredictor(loaded))
-    assert result.metrics["exact_match"].value == 0.5
-
-
-def test_cut_contexts_are_told() -> None:
-    items = [Item("1", ("a context that is far too long",), (" x", " yes"), 1, choice_texts=("x", "yes"))]
-    result = evaluate_task(load_task("boolq"), items, ModelPredictor(loaded_model()))
-    assert result.num_cut == 1 and result.responses[0].cut_tokens == 30 + 4 - 17
-    assert notes([result], SEQ_LENGTH) == [
-        "Contexts longer than the model's 16 tokens were cut from the left: boolq 1 of 1."
-    ]
 
 
 def save(config: PretrainConfig) -> None:

@@ -21,9 +21,10 @@ class Form:
     task: str
     files: dict[str, str]
     contexts: tuple[str, ...]
-    continuations: tuple[str, ...]
+    continuations: tuple[str, ...] = ()
     gold: int = 0
     num_items: int = 1
+    answers: tuple[str, ...] = ()
 
 
 def lines(*rows: dict[str, Any]) -> str:
@@ -47,9 +48,9 @@ def _text(name: str, content: Any) -> str:
     return lines(*content) if name.endswith(".jsonl") else json.dumps(content)
 
 
-def _form(task: str, files: dict[str, Any], contexts: list[str], continuations: list[str], **numbers: int) -> Form:
+def _form(task: str, files: dict[str, Any], **expected: Any) -> Form:
     texts = {name: _text(name, content) for name, content in files.items()}
-    return Form(task, texts, tuple(contexts), tuple(continuations), **numbers)
+    return Form(task, texts, **{key: tuple(x) if isinstance(x, list) else x for key, x in expected.items()})
 
 
 FORMS = [_form(**form) for form in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())]
