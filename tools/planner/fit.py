@@ -109,9 +109,8 @@ def table(rows: Sequence[Row], values: Sequence[float], mfu: Sequence[float]) ->
         ratios = [values[i] / rows[i].tokens_per_s for i in chosen]
         middle, most = errors(ratios)
         flat, flat_most = errors([mfu[i] / rows[i].tokens_per_s for i in chosen])
-        lines.append(
-            f"| {family} | {gpu} | {len(chosen)} | {middle:.0%} | {most:.0%} | {min(ratios):.2f} to {max(ratios):.2f} | {flat:.0%}, {flat_most:.0%} |"
-        )
+        known = f"{middle:.0%} | {most:.0%} | {min(ratios):.2f} to {max(ratios):.2f} | {flat:.0%}, {flat_most:.0%}"
+        lines.append(f"| {family} | {gpu} | {len(chosen)} | {known} |")
     return lines
 
 
@@ -151,6 +150,8 @@ def main() -> None:
         values = [planned(row, constants) for row in rows]
         groups[name] = rows, values
         print(f"\n{name}:\n", *table(rows, values, one_mfu(rows, to_fit)), sep="\n")
+    apart = [abs(math.log(v / r.tokens_per_s)) for r, v in zip(*groups["families held out"], strict=True)]
+    print(f'\n    "spread": {math.expm1(float(np.quantile(apart, 0.9))):.2f},  # nine of ten runs of families held out')
     if asked.plot is not None:
         draw(asked.plot, groups)
 
