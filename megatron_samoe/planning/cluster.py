@@ -26,6 +26,8 @@ class Cluster:
         activation_traffic: how often each byte that autograd keeps moves through memory, forwards and backwards.
         moe_traffic: how many times as often in MoE layers, whose tokens are permuted.
         layer_launch_s, moe_launch_s: seconds that a host needs to launch a pass of a dense and of an MoE layer.
+        launches_ahead: hosts launch while their GPUs compute, so that only who is slower counts; a processor does both in turn.
+        step_s: seconds of a step besides, whatever its size.
         link_efficiency: share of the links' bandwidth that exchanges reach.
         tensor_exposed, expert_exposed: share of the exchanges between tensor- and expert-parallel ranks that no product
             hides.
@@ -49,6 +51,8 @@ class Cluster:
     moe_traffic: float = 1.0
     layer_launch_s: float = 0.0
     moe_launch_s: float = 0.0
+    launches_ahead: bool = True
+    step_s: float = 0.0
     link_efficiency: float = 1.0
     tensor_exposed: float = 1.0
     expert_exposed: float = 1.0

@@ -65,6 +65,7 @@ FITTED: Mapping[str, float] = {
     "tensor_exposed": 0.2733,
     "expert_exposed": 0.2524,
     "expert_exposed_fused": 0.5336,
+    "spread": 0.57,
 }
 
 

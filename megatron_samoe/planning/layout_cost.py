@@ -48,6 +48,12 @@ class Cost:
         """Seconds of the whole step."""
         return sum(self.seconds.values())
 
+    @property
+    def largest(self) -> tuple[str, float]:
+        """The part that takes longest, and its share of the step."""
+        part = max(self.seconds, key=lambda name: self.seconds[name])
+        return part, self.seconds[part] / self.step_s
+
     def add(self, part: str, seconds: float, sent_bytes: float | None = None) -> None:
         """Adds seconds, and bytes sent, to a part."""
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
@@ -125,8 +131,7 @@ def _layer_seconds(cost: Cost, work: LayerWork, count: int, forwards: int, cores
     traffic = cluster.activation_traffic * (cluster.moe_traffic if work.is_moe else 1.0)
     memory = traffic * work.kept_bytes * (forwards + 2) / 3 / cluster.memory_bandwidth
     launches = (forwards + 1) * (cluster.moe_launch_s if work.is_moe else cluster.layer_launch_s)
-    # Hosts launch ahead of their GPUs; who is slower counts.
-    host = max(0.0, launches - products - attention - memory)
+    host = max(0.0, launches - products - attention - memory) if cluster.launches_ahead else launches
     for part, seconds in (("products", products), ("attention", attention), ("memory", memory), ("host", host)):
         cost.add(part, count * seconds)
 
@@ -218,6 +223,8 @@ def _end_of_step(cost: Cost, planned: PlannedModel, links: Links) -> None:
     for kind, (seconds, sent) in exchanges.items():
         cost.add(kind, seconds, sent)
     cost.add("optimizer", updated * OPTIMIZER_TRAFFIC_BYTES * memory_s)
+    if links.cluster.step_s:
+        cost.add("host", links.cluster.step_s)
     if config.optimizer.optimizer == "muon":
         cost.add("muon", *max(_muon(planned, stage, links) for stage in planned.stages.distinct))
     moved = fold_bytes(planned, num_micro_batches(config, links.cluster.world_size))
