@@ -21,7 +21,7 @@ from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE
 from megatron_samoe.planning.accounting import idle_share
 from megatron_samoe.planning.cluster import Cluster
-from megatron_samoe.planning.gpus import gpu_cluster
+from megatron_samoe.planning.gpus import gpu_cluster, measured_cluster, read_measured
 from megatron_samoe.planning.layout_planner import PlannedLayout, changes, plan_layouts
 from megatron_samoe.planning.layout_plot import draw_layout
 
@@ -35,6 +35,7 @@ FIGURES = {
     "inter_bandwidth": ("inter_bandwidth", 1e9),
     "memory_bandwidth": ("memory_bandwidth", 1e9),
 }
+NO_LINKS = "\nlinks were not measured: torchrun --nproc-per-node N -m megatron_samoe.cli.plan --calibrate does"
 Figure = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
 
 
@@ -46,11 +47,15 @@ class Plan(HandsOn):
     that are given there are kept; the others are chosen here. Figures of time come from a model, not from a run.
     """
 
-    world_size: int
-    """ranks, one per GPU"""
+    world_size: Count = None
+    """ranks, one per GPU (required, but to calibrate)"""
     gpu: str = "H100"
     """H100, B200, B300, GB200 or GB300: its data sheet, and constants of published runs; what follows takes the place of single
     figures"""
+    calibrate: Path | None = None
+    """measure this machine in about a minute, write its figures to a file, and plan nothing; by torchrun its links as well"""
+    calibration: Path | None = None
+    """a file that --calibrate wrote, in place of --gpu"""
     gpus_per_node: Count = None
     memory_gb: Figure = None
     """memory of a GPU that tensors may fill, 1e9 bytes"""
@@ -64,7 +69,7 @@ class Plan(HandsOn):
     """GB/s that a GPU sends to other nodes"""
     memory_bandwidth: Figure = None
     """GB/s of a GPU's memory"""
-    latency_us: float = 10.0
+    latency_us: Figure = None
     """of one hop of a collective"""
     micro_batch_sizes: tuple[int, ...] = ()
     """to choose from; default: --micro-batch-size, with --choose-all also 1, 2, 4, 8 and 16"""
@@ -79,6 +84,8 @@ class Plan(HandsOn):
 
     def run(self) -> None:
         """Ranks them."""
+        if self.calibrate is not None:
+            return self.measure(self.calibrate)
         cluster = self.cluster()
         config = parse_pretrain_args(self.others, prog="megatron-samoe plan")
         sizes = self.micro_batch_sizes
@@ -101,18 +108,52 @@ class Plan(HandsOn):
             draw_layout(self.plot, layouts[0].config, cluster.world_size, title, cluster.gpus_per_node)
             print(f"picture: {self.plot}", file=sys.stderr)
 
+    def measure(self, path: Path) -> None:
+        """Measures the machine, writes its figures, and says how far those of a known GPU are off."""
+        # torch and the trainer: what plans needs neither.
+        from megatron_samoe.training.machine_speed import measure_here
+
+        measured = measure_here()
+        if measured is None:  # another rank says it
+            return
+        try:
+            path.write_text(json.dumps(measured, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError("--calibrate", str(path), f"cannot be written ({error.strerror})") from None
+        table = gpu_cluster(self.gpu, 1)
+        head = ["figure", "measured here", f"constant of {self.gpu}", "here / there"]
+        print(format_table([head, *(_compared(name, value, table) for name, value in measured.items())]))
+        print(
+            f"\nwritten: {path}; plan with --calibration {path}" + ("" if "inter_bandwidth" in measured else NO_LINKS)
+        )
+
     def cluster(self) -> Cluster:
         """Returns the cluster that the options describe; ConfigError for sizes that no cluster has."""
+        if self.world_size is None:
+            raise ConfigError("--world-size", None, "must be given: the ranks to plan for")
         given = {name: getattr(self, name) for name in FIGURES if getattr(self, name) is not None}
         for name, value in {**given, "world_size": self.world_size, "top": self.top}.items():
             if not 0 < value < float("inf"):
                 raise ConfigError(flag(name), value, "must be above 0")
-        if not 0 <= self.latency_us < float("inf"):
+        if self.latency_us is not None and not 0 <= self.latency_us < float("inf"):
             raise ConfigError("--latency-us", self.latency_us, "must be 0 or more")
         if any(size < 1 for size in self.micro_batch_sizes):
             raise ConfigError("--micro-batch-sizes", self.micro_batch_sizes, "must be positive integers")
         figures: dict[str, Any] = {FIGURES[name][0]: value * FIGURES[name][1] for name, value in given.items()}
-        return replace(gpu_cluster(self.gpu, self.world_size), latency_s=self.latency_us * 1e-6, **figures)
+        if self.latency_us is not None:
+            figures["latency_s"] = self.latency_us * 1e-6
+        known = self.calibration and measured_cluster(read_measured(self.calibration), self.world_size)
+        return replace(known or gpu_cluster(self.gpu, self.world_size), **figures)
+
+
+def _compared(name: str, value: float, table: Cluster) -> list[str]:
+    """Returns a row: a figure that was measured, that of a known GPU, and their ratio; rates of products at what is reached."""
+    there = getattr(table, name) if getattr(table, name) is not None else table.efficiency
+    if name == "flops":
+        there *= table.efficiency
+    if name == "efficiency" or isinstance(there, bool):
+        return [name, str(value), "", ""]
+    return [name, f"{value:.3g}", f"{there:.3g}", f"{value / there:.2g}" if there else ""]
 
 
 def layouts_table(layouts: Sequence[PlannedLayout], cluster: Cluster) -> str:

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.planning.cluster import Cluster
@@ -118,3 +121,41 @@ def gpu_cluster(
         sends_once=sends_once,
         spread=c.get("spread", 0.0),
     )
+
+
+def read_measured(path: Path) -> dict[str, Any]:
+    """Returns the figures that `plan --calibrate` wrote, by field of `Cluster`.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds a name or a value that is none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError("--calibration", str(path), f"cannot be read: {str(error).splitlines()[0]}") from None
+    known = {f.name for f in fields(Cluster)} - {"world_size"}
+    for name, value in found.items() if isinstance(found, dict) else [("", None)]:
+        if name not in known or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ConfigError(
+                "--calibration", str(path), f"holds {name!r}: {value!r}, which plan --calibrate does not write"
+            )
+    return {str(name): value for name, value in found.items()}
+
+
+def measured_cluster(measured: Mapping[str, Any], world_size: int) -> Cluster:
+    """Returns a cluster of the machine that was measured; links that were not are as fast as memory, for one rank needs none.
+
+    Raises:
+        ConfigError: figures are missing, or several ranks are asked for and no link was measured.
+    """
+    needed = {"memory_bytes", "flops", "memory_bandwidth"} | ({"inter_bandwidth"} if world_size > 1 else set())
+    if missing := sorted(needed - set(measured)):
+        words = (
+            "start plan --calibrate by torchrun on several ranks"
+            if missing == ["inter_bandwidth"]
+            else "calibrate anew"
+        )
+        raise ConfigError("--calibration", ", ".join(missing), f"is missing in the file: {words}")
+    links = dict.fromkeys(("intra_bandwidth", "inter_bandwidth"), measured["memory_bandwidth"])
+    start = Cluster(world_size, 1, 0, 0, spread=FITTED["spread"], **links)
+    return replace(start, **measured)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.parallel_state import RankGrid
+from megatron_samoe.parallel_state import RankGrid, single_process_state
 from megatron_samoe.planning.cluster import Cluster, Links
 from megatron_samoe.planning.gpus import FITTED, GPUS, gpu_cluster
 from megatron_samoe.planning.layer_work import Product
 from megatron_samoe.planning.layout_cost import step_cost
+from megatron_samoe.training.machine_speed import _line, measure
 from tests.harness.program import call
 from tests.harness.tiny import tiny_config
 from tools.planner.fit import errors, one_mfu, planned, sides
@@ -80,7 +82,9 @@ def test_an_unknown_gpu_is_refused_in_a_sentence() -> None:
         gpu_cluster("V100", 8)
     result = call("megatron_samoe.cli.plan", "--world-size", "8", "--gpu", "V100", "--vocab-size", "100")
     assert (
-        result.returncode == 2 and result.stderr.startswith("error: --gpu = 'V100'") and "Traceback" not in result.stderr
+        result.returncode == 2
+        and result.stderr.startswith("error: --gpu = 'V100'")
+        and "Traceback" not in result.stderr
     )
 
 
@@ -101,3 +105,37 @@ def test_plan_says_what_dominates_and_what_one_change_buys() -> None:
     assert "most of it" in out and "9 of 10 within" in out
     assert "sharing experts: combining and contracting" in out
     assert "micro-batch 8 " in out.split("one change: ")[1] and "recompute full -" in out
+
+
+def test_a_machine_is_measured_and_planned_for(tmp_path: Path) -> None:
+    found = measure(single_process_state(), rounds=1, scale=1 / 16)
+    assert (
+        found["flops"] > 1e7 and found["memory_bandwidth"] > 1e7 and found["layer_launch_s"] > 0 < found["moe_launch_s"]
+    )
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(found))
+    words = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --vocab-size 256 --json".split()
+    result = call("megatron_samoe.cli.plan", "--world-size", "1", "--calibration", str(path), *words)
+    layout = json.loads(result.stdout)[0]
+    assert layout["seconds"]["host"] > 2 * 2 * found["layer_launch_s"]
+    for damage, said in (
+        ('{"flop": 1}', "'flop': 1"),
+        ("{", "cannot be read"),
+        ('{"flops": 1}', "'memory_bandwidth, memory_bytes': is missing"),
+    ):
+        path.write_text(damage)
+        result = call("megatron_samoe.cli.plan", "--world-size", "1", "--calibration", str(path), *words)
+        assert result.returncode == 2 and said in result.stderr and "Traceback" not in result.stderr, result.stderr
+    path.write_text(json.dumps(found))
+    result = call("megatron_samoe.cli.plan", "--world-size", "2", "--calibration", str(path), *words)
+    assert (
+        result.returncode == 2
+        and "'inter_bandwidth': is missing in the file: start plan --calibrate by torchrun" in result.stderr
+    )
+
+
+def test_a_line_through_shapes() -> None:
+    """Work that takes 2 s an operation and 3 s a byte: rows are operations and bytes of a second."""
+    rows = [(f / (2 * f + 3 * b), b / (2 * f + 3 * b)) for f, b in ((1, 1), (5, 1), (1, 7), (100, 3))]
+    assert _line(rows) == pytest.approx((2.0, 3.0))
+    assert _line([(0.5, 0.01), (0.5, 0.1), (0.2, 0.0)])[1] == 0.0
