@@ -97,20 +97,20 @@ def errors(ratios: Sequence[float]) -> tuple[float, float]:
     return float(np.median(wrong)), float(np.quantile(wrong, 0.9))
 
 
-def table(rows: Sequence[Row], values: Sequence[float], mfu: Sequence[float]) -> list[str]:
-    """Returns the lines of a table of errors, by family and GPU and over all."""
-    lines = [
-        "| family | GPU | runs | median error | nine of ten within | planned / published | one MFU: median, nine of ten |",
-        "|---" * 7 + "|",
-    ]
-    keys: list[tuple[str, str]] = sorted({(str(r.family), r.gpu) for r in rows})
-    for family, gpu in [*keys, ("all", "")]:
-        chosen = [i for i, r in enumerate(rows) if family == "all" or (r.family, r.gpu) == (family, gpu)]
-        ratios = [values[i] / rows[i].tokens_per_s for i in chosen]
-        middle, most = errors(ratios)
-        flat, flat_most = errors([mfu[i] / rows[i].tokens_per_s for i in chosen])
-        known = f"{middle:.0%} | {most:.0%} | {min(ratios):.2f} to {max(ratios):.2f} | {flat:.0%}, {flat_most:.0%}"
-        lines.append(f"| {family} | {gpu} | {len(chosen)} | {known} |")
+def table(rows: Sequence[Row], values: Sequence[float]) -> list[str]:
+    """Returns the lines of a table of errors in percent, families by GPUs: median / nine of ten within (runs)."""
+    gpus = [gpu for gpu in GPUS if any(row.gpu == gpu for row in rows)]
+
+    def cell(family: str, gpu: str) -> str:
+        chosen = [i for i, r in enumerate(rows) if family in ("all", r.family) and gpu in ("all", r.gpu)]
+        if not chosen:
+            return ""
+        middle, most = errors([values[i] / rows[i].tokens_per_s for i in chosen])
+        return f"{100 * middle:.0f} / {100 * most:.0f} ({len(chosen)})"
+
+    lines = [f"| family | {' | '.join(gpus)} | all |", "|---" * (len(gpus) + 2) + "|"]
+    for family in [*sorted({str(row.family) for row in rows}), "all"]:
+        lines.append(f"| {family} | {' | '.join(cell(family, gpu) for gpu in (*gpus, 'all'))} |")
     return lines
 
 
@@ -149,7 +149,9 @@ def main() -> None:
     for name, rows in (("families that were fitted", to_fit), ("families held out", held_out)):
         values = [planned(row, constants) for row in rows]
         groups[name] = rows, values
-        print(f"\n{name}:\n", *table(rows, values, one_mfu(rows, to_fit)), sep="\n")
+        print(f"\n{name}:\n", *table(rows, values), sep="\n")
+        flat = errors([v / r.tokens_per_s for r, v in zip(rows, one_mfu(rows, to_fit), strict=True)])
+        print("\nwith one share of the peak for all: {:.0%}, nine of ten within {:.0%}".format(*flat))
     apart = [abs(math.log(v / r.tokens_per_s)) for r, v in zip(*groups["families held out"], strict=True)]
     print(f'\n    "spread": {math.expm1(float(np.quantile(apart, 0.9))):.2f},  # nine of ten runs of families held out')
     if asked.plot is not None:
