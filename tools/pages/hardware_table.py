@@ -26,7 +26,7 @@ PUBLISHED = {"Qwen3-235B-A22B": (24, 2048, 256), "DeepSeek-V3": (15, 8192, 1024)
 SEQUENCE, VOCABULARY, TOKENS_PER_ACTIVE = 2048, 50257, 20
 HEAD = (
     "model",
-    "parameters",
+    "parameters, 1e9",
     "active",
     "GPUs",
     "tensor, pipeline, expert, data",
