@@ -2,10 +2,10 @@
 
     step = (m + (pp - 1) / chunks) * slowest stage's micro-batch + ramp + gradients + pool + optimizer
 
-A micro-batch's time is its products at a share of the peak, plus the exchanges between tensor- and expert-parallel
-ranks, which nothing hides, and between context-parallel ranks. Collectives are rings: all-gather and reduce-scatter of n
-bytes send n (g - 1) / g, an all-reduce twice that. A group inside one node has the node's bandwidth, any other the
-network's. An all-to-all is split between both.
+A micro-batch's time is its products by shape, attention, what passes through memory, waits for the host, and what of the
+exchanges nothing hides (`Cluster` has the constants). Collectives are rings: all-gather and reduce-scatter of n bytes
+send n (g - 1) / g, an all-reduce twice that. A group inside one node has the node's bandwidth, any other the network's.
+An all-to-all is split between both.
 """
 
 from __future__ import annotations
@@ -19,40 +19,21 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.models.gpt_stage import recomputed_layers
 from megatron_samoe.models.rank_model import compute_dtype
 from megatron_samoe.models.transformer_layer import TransformerLayer
-from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
+from megatron_samoe.parallel_state.rank_grid import RankGrid
+from megatron_samoe.planning.cluster import Cluster, Links
 from megatron_samoe.planning.description import PlannedModel
+from megatron_samoe.planning.layer_work import LayerWork, Product, layer_work
 from megatron_samoe.planning.muon import flops_of_rank, matrices_of
 from megatron_samoe.planning.teacher import planned_teacher
 
 #: AdamW reads gradient, master and two moments and writes the last three and the weight: bytes per element it updates.
 OPTIMIZER_TRAFFIC_BYTES = 30
 
+#: Parts of a step of which a forward pass is a third; of the others it is half.
+COMPUTED = ("products", "attention", "memory")
+
 #: Rate of fp32 products over the peak in 16 bits (H100: 67 of 989 TFLOP/s, A100: 19.5 of 312).
 FP32_SHARE = 1 / 15
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """The machines of a cluster.
-
-    Attributes:
-        memory_bytes: bytes of one GPU's memory that tensors may fill.
-        flops: peak FLOPs per second of one GPU's matrix products, in the precision of training.
-        intra_bandwidth, inter_bandwidth: bytes per second that one GPU sends inside its node, and to other nodes.
-        memory_bandwidth: bytes per second of one GPU's memory.
-        efficiency: share of `flops` that the model's products reach.
-        latency_s: seconds of one hop of a collective.
-    """
-
-    world_size: int
-    gpus_per_node: int
-    memory_bytes: float
-    flops: float
-    intra_bandwidth: float
-    inter_bandwidth: float
-    memory_bandwidth: float = 2e12
-    efficiency: float = 0.45
-    latency_s: float = 1e-5
 
 
 @dataclass
@@ -66,6 +47,12 @@ class Cost:
     def step_s(self) -> float:
         """Seconds of the whole step."""
         return sum(self.seconds.values())
+
+    @property
+    def largest(self) -> tuple[str, float]:
+        """The part that takes longest, and its share of the step."""
+        part = max(self.seconds, key=lambda name: self.seconds[name])
+        return part, self.seconds[part] / self.step_s
 
     def add(self, part: str, seconds: float, sent_bytes: float | None = None) -> None:
         """Adds seconds, and bytes sent, to a part."""
@@ -104,85 +91,49 @@ def step_cost(config: PretrainConfig, vocab_size: int, cluster: Cluster) -> Cost
     return cost
 
 
-@dataclass(frozen=True)
-class Links:
-    """Times of exchanges in the named groups of a grid."""
-
-    grid: RankGrid
-    cluster: Cluster
-
-    def size(self, name: str) -> int:
-        """Returns the number of a group's members."""
-        return self.grid.place(name, 0)[0]
-
-    def stride(self, name: str) -> int:
-        """Returns the distance between a group's first two ranks."""
-        axes_grid, varying = GROUPS[name]
-        stride = 1
-        for axis, size in self.grid.axes(axes_grid).items():
-            if axis in varying and size > 1:
-                return stride
-            stride *= size
-        return stride
-
-    def members_in_node(self, name: str) -> int:
-        """Returns how many members of a group share the first one's node."""
-        axes_grid, varying = GROUPS[name]
-        stride, members = 1, 1
-        for axis, size in self.grid.axes(axes_grid).items():
-            if axis in varying:
-                members *= max(1, min(size, self.cluster.gpus_per_node // stride))
-            stride *= size
-        return min(members, self.size(name))
-
-    def bandwidth(self, name: str) -> float:
-        """Returns the bytes per second of a ring through the group."""
-        inside = self.members_in_node(name) == self.size(name)
-        return self.cluster.intra_bandwidth if inside else self.cluster.inter_bandwidth
-
-    def seconds(self, name: str, sent_bytes: float) -> float:
-        """Returns the seconds to send bytes along a ring."""
-        hops = max(1, math.ceil(math.log2(max(self.size(name), 2))))
-        return sent_bytes / self.bandwidth(name) + self.cluster.latency_s * hops
-
-    def gather(self, name: str, whole_bytes: float) -> tuple[float, float]:
-        """Returns (seconds, bytes sent) of an all-gather or reduce-scatter."""
-        size = self.size(name)
-        if size == 1:
-            return 0.0, 0.0
-        sent = whole_bytes * (size - 1) / size
-        return self.seconds(name, sent), sent
-
-    def all_to_all(self, name: str, own_bytes: float) -> tuple[float, float]:
-        """Returns (seconds, bytes sent) of an even all-to-all of `own_bytes` per rank; both kinds of link work at once."""
-        size, near = self.size(name), self.members_in_node(name)
-        if size == 1:
-            return 0.0, 0.0
-        part = own_bytes / size
-        inside = (near - 1) * part / self.cluster.intra_bandwidth
-        outside = (size - near) * part / self.cluster.inter_bandwidth
-        return max(inside, outside) + self.cluster.latency_s, part * (size - 1)
-
-
 def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
     """Returns the cost of one micro-batch in one stage, forwards and backwards."""
     config, plans, description = planned.config, planned.stages.chunks_of_stage[stage], planned.description
-    cost, tokens = Cost(), group_tokens(config)
+    cost, tokens, cluster, tp = Cost(), group_tokens(config), links.cluster, links.grid.tp
+    size = compute_dtype(config).itemsize
     selective = config.training.recompute_granularity == "selective"
     for place, again, count in planned.stages.counts(stage, recomputed_layers(config)):
-        layer = description.layer(place)
-        flops = (4.0 if again else 3.0) * layer.flops_per_token()
-        flops += layer.attention.core_flops_per_token() if selective else 0.0
-        _compute(cost, count * tokens * flops / links.grid.tp, links)
-        passes = (3 if again else 2) * count
-        _tensor_exchanges(cost, config, layer.is_moe, links, passes)
-        _context_exchanges(cost, config, layer, links, count, passes, passes + (0 if again or not selective else count))
+        layer, work = description.layer(place), layer_work(description, place, tokens, size, tp)
+        passes = 3 if again else 2
+        _layer_seconds(cost, work, count, passes - 1, (selective or again) + 1, cluster)
+        _tensor_exchanges(cost, config, layer.is_moe, links, count * passes)
+        core_passes = count * (3 if again or selective else 2)
+        _context_exchanges(cost, config, layer, links, count, count * passes, core_passes)
         if layer.is_moe:
-            _expert_exchanges(cost, config, layer, links, passes)
-    heads = sum(description.ends(plan).head_flops_per_token() for plan in plans if plan.has_head)
-    if heads:
-        _compute(cost, 3.0 * tokens * heads / links.grid.tp, links)
+            _expert_exchanges(cost, config, layer, links, count * passes)
+    fuses_loss = config.training.fused_linear_cross_entropy
+    for plan in (plan for plan in plans if plan.has_head):
+        ends = description.ends(plan)
+        head = Product(tokens, config.model.hidden_size, ends.head_width(), size)
+        cost.add("products", head.seconds(cluster, 1, 1))
+        moved = cluster.activation_traffic * ends.head_kept_bytes(tokens, fuses_loss)
+        cost.add("memory", moved / cluster.memory_bandwidth)
     return cost
+
+
+def _layer_seconds(cost: Cost, work: LayerWork, count: int, forwards: int, cores: int, cluster: Cluster) -> None:
+    """Adds a micro-batch's passes through layers: what they compute, what they move, and how long they wait for hosts.
+
+    Args:
+        count: layers.
+        forwards, cores: forward passes of a layer, and of its attention's core.
+    """
+    peak = cluster.product_flops or cluster.flops
+    products = sum(product.seconds(cluster, forwards, 1, peak) for product in work.products)
+    products += (forwards + 2) * work.other_flops / (peak * cluster.efficiency)
+    attention = (cores + 2) * work.core_flops / (cluster.flops * (cluster.attention_efficiency or cluster.efficiency))
+    # Of a forward and a backward pass, the former moves a third.
+    traffic = cluster.activation_traffic * (cluster.moe_traffic if work.is_moe else 1.0)
+    memory = traffic * work.kept_bytes * (forwards + 2) / 3 / cluster.memory_bandwidth
+    launches = (forwards + 1) * (cluster.moe_launch_s if work.is_moe else cluster.layer_launch_s)
+    host = max(0.0, launches - products - attention - memory) if cluster.launches_ahead else launches
+    for part, seconds in (("products", products), ("attention", attention), ("memory", memory), ("host", host)):
+        cost.add(part, count * seconds)
 
 
 def _slowest_micro_batch(planned: PlannedModel, links: Links) -> Cost:
@@ -192,14 +143,10 @@ def _slowest_micro_batch(planned: PlannedModel, links: Links) -> Cost:
 
 
 def _add_forward(cost: Cost, both: Cost) -> None:
-    """Adds the forward pass of a micro-batch that is not recomputed: a third of its products, half of its exchanges."""
+    """Adds the forward pass of a micro-batch that is not recomputed: a third of what is computed, half of its exchanges."""
     for part, seconds in both.seconds.items():
-        share = 1 / 3 if part == "compute" else 1 / 2
+        share = 1 / 3 if part in COMPUTED else 1 / 2
         cost.add(part, share * seconds, share * both.sent_bytes[part] if part in both.sent_bytes else None)
-
-
-def _compute(cost: Cost, flops: float, links: Links) -> None:
-    cost.add("compute", flops / (links.cluster.flops * links.cluster.efficiency))
 
 
 def _residual_elements(config: PretrainConfig, grid: RankGrid) -> int:
@@ -222,6 +169,7 @@ def _tensor_exchanges(cost: Cost, config: PretrainConfig, is_moe: bool, links: L
         elif not config.parallel.sequence_parallel:
             regions += 0.5  # one gather of the shares, no sum
     seconds, sent = links.gather("tp", whole)
+    seconds *= links.cluster.tensor_exposed
     cost.add("tensor", 2 * regions * passes * seconds, 2 * regions * passes * sent)
 
 
@@ -246,7 +194,7 @@ def _context_exchanges(
         of_gradients = cp * tokens * keys_values * 4
         sent = core_passes * of_pass + count * of_gradients
         core_s = tokens * layer.attention.core_flops_per_token() / links.grid.tp
-        core_s /= links.cluster.flops * links.cluster.efficiency
+        core_s /= links.cluster.flops * (links.cluster.attention_efficiency or links.cluster.efficiency)
         hidden = (core_passes + count) * core_s  # a backward pass computes twice what a forward pass does
         hops = (core_passes * (cp - 1) + count * cp) * links.cluster.latency_s
         cost.add("context", max(0.0, sent / links.bandwidth("cp") - hidden) + hops, sent)
@@ -262,8 +210,9 @@ def _expert_exchanges(cost: Cost, config: PretrainConfig, layer: TransformerLaye
     if grid.ep == 1:
         return
     tokens = group_tokens(config) if grid.etp == grid.tp else group_tokens(config) // grid.tp
-    rows = tokens * layer.moe.router.experts_per_token
-    seconds, sent = links.all_to_all("ep", rows * config.model.hidden_size * compute_dtype(config).itemsize)
+    token_bytes = tokens * config.model.hidden_size * compute_dtype(config).itemsize
+    seconds, sent = links.dispatch("ep", token_bytes, layer.moe.router.experts_per_token)
+    seconds *= links.cluster.expert_exposed
     cost.add("expert", 2 * passes * seconds, 2 * passes * sent)
 
 
@@ -274,6 +223,8 @@ def _end_of_step(cost: Cost, planned: PlannedModel, links: Links) -> None:
     for kind, (seconds, sent) in exchanges.items():
         cost.add(kind, seconds, sent)
     cost.add("optimizer", updated * OPTIMIZER_TRAFFIC_BYTES * memory_s)
+    if links.cluster.step_s:
+        cost.add("host", links.cluster.step_s)
     if config.optimizer.optimizer == "muon":
         cost.add("muon", *max(_muon(planned, stage, links) for stage in planned.stages.distinct))
     moved = fold_bytes(planned, num_micro_batches(config, links.cluster.world_size))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -28,7 +29,8 @@ from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import refuse_unknown, validate
 from megatron_samoe.errors import ConfigError, in_units
-from megatron_samoe.planning.layout_cost import Cluster, Cost, step_cost
+from megatron_samoe.planning.cluster import Cluster
+from megatron_samoe.planning.layout_cost import Cost, step_cost
 from megatron_samoe.planning.memory import RankMemory, largest_rank_memory
 from megatron_samoe.planning.teacher import planned_teacher
 
@@ -54,9 +56,14 @@ class PlannedLayout:
     cost: Cost
 
     @property
+    def step_tokens(self) -> int:
+        """Tokens of an optimizer step."""
+        return global_batch_size(self.config, self.world_size) * self.config.model.seq_length
+
+    @property
     def tokens_per_s(self) -> float:
         """Tokens of the whole cluster per second."""
-        return global_batch_size(self.config, self.world_size) * self.config.model.seq_length / self.cost.step_s
+        return self.step_tokens / self.cost.step_s
 
     def name(self) -> str:
         """Returns the layout in a few letters: tp2sp pp4x2 ep8 etp1 dp16 mb1x32."""
@@ -133,6 +140,24 @@ def plan_layouts(
     if not fitting:
         raise _too_large(_smallest(legal, vocab_size, cluster), cluster)
     return sorted(fitting, key=lambda layout: -layout.tokens_per_s)
+
+
+def changes(layout: PlannedLayout, vocab_size: int, cluster: Cluster) -> Iterator[tuple[str, PlannedLayout]]:
+    """Yields (words, layout) of every legal layout that differs in one choice, whether it fits or not."""
+    config, world = layout.config, layout.world_size
+    parallel, training = config.parallel, config.training
+    micro, ep, tp = training.micro_batch_size, parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size
+    recomputes: list[Any] = [kind for kind in (None, "selective", "full") if kind != training.recompute_granularity]
+    tried = [(f"micro-batch {size}", {"micro_batch_size": size}) for size in (micro // 2, 2 * micro)]
+    tried += [(f"recompute {kind or 'nothing'}", {"recompute_granularity": kind}) for kind in recomputes]
+    tried += [(f"expert parallel {size}", {"expert_model_parallel_size": size}) for size in (ep // 2, 2 * ep)]
+    tried += [(f"tensor parallel {size}", {"tensor_model_parallel_size": size}) for size in (tp // 2, 2 * tp)]
+    for words, change in tried:
+        group = "parallel" if next(iter(change)) in PLANNED_FIELDS["parallel"] else "training"
+        changed = replace(config, **{group: replace(getattr(config, group), **change)})
+        with suppress(ConfigError):
+            validate(changed, world)
+            yield words, _planned(changed, *largest_rank_memory(changed, vocab_size, world), vocab_size, cluster)
 
 
 def _too_large(smallest: PlannedLayout, cluster: Cluster) -> ConfigError:

@@ -49,7 +49,7 @@ def test_the_drawing_is_what_its_script_draws(name: str) -> None:
     assert name == "idea.svg" or f'content: url("{name}")' in (ROOT / "docs/static/site.css").read_text()
 
 
-@pytest.mark.parametrize("size", first_by_day(list(hardware_table.SIZES)))
+@pytest.mark.parametrize("size", first_by_day([*hardware_table.SIZES, *hardware_table.PUBLISHED]))
 def test_the_table_of_what_runs_need_is_the_planners(size: str) -> None:
     page = (ROOT / "docs/hardware.md").read_text()
     assert all(f"{line}\n" in page for line in hardware_table.table([size]))

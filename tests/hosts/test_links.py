@@ -72,7 +72,8 @@ def planned(cluster: Cluster) -> Planned:
         data_path=cluster.shared / "data" / "corpus", run_dir=cluster.folder / "one", **{**OPTIONS, **MODEL}
     )
     start(flags, cluster.folder / "one-out").succeed(200)
-    seconds = step_cost(config_of(cluster, {}), VOCABULARY, replace(TWO, world_size=1)).seconds["compute"]
+    alone = step_cost(config_of(cluster, {}), VOCABULARY, replace(TWO, world_size=1)).seconds
+    seconds = alone["products"] + alone["attention"]
     flops = 1e9 * seconds / measured(cluster.folder / "one")[0]
     for _ in range(2):
         cluster.add()

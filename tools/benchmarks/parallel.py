@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,17 +17,17 @@ import torch.distributed as dist
 
 from megatron_samoe.config import ParallelConfig, PretrainConfig
 from megatron_samoe.gpu_check.tables import as_table
-from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.pipeline_parallel.schedule_plan import bubble_fraction, make_plan
-from megatron_samoe.planning.accounting import train_flops_per_token
-from megatron_samoe.planning.layout_cost import Cluster, step_cost
+from megatron_samoe.planning.gpus import measured_cluster
+from megatron_samoe.planning.layout_cost import step_cost
 from megatron_samoe.planning.memory import rank_memory
+from megatron_samoe.training.machine_speed import measure
 from megatron_samoe.training.micro_batches import run_micro_batches
-from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
+from megatron_samoe.training.setup import TrainSetup, initial_state
 from megatron_samoe.training.train_step import micro_batch_context, train_step
 from tools.benchmarks.harness import Benchmark, Row, Rows, Run, in_turn, medians_of, ratios_of_rounds
 from tools.benchmarks.models import ModelSizes
-from tools.benchmarks.ranks import VOCAB_SIZE, batches_of, make_setup, run_ranks, synchronized, together
+from tools.benchmarks.ranks import VOCAB_SIZE, batches_of, make_parallel, make_setup, run_ranks, synchronized, together
 
 Layout = Literal["pp2", "ep2", "dp2 zero", "tp2"]
 LAYOUTS: dict[Layout, ParallelConfig] = {
@@ -273,59 +274,81 @@ def formula_bytes(
     return own + share * stages * 8
 
 
+#: Layouts of steps that are planned and measured: ranks, and how these divide a model.
+STEP_LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
+    "one": (1, ParallelConfig()),
+    **{name: (2, layout) for name, layout in LAYOUTS.items()},
+    "dp4 zero": (4, ParallelConfig(use_distributed_optimizer=True)),
+    "ep4": (4, ParallelConfig(expert_model_parallel_size=4)),
+    "pp2 dp2": (4, ParallelConfig(pipeline_model_parallel_size=2)),
+    "tp2 pp2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepTime(ParallelBenchmark):
-    """steps in several layouts against the planner's model, calibrated in the same run
+    """steps in layouts of 1, 2 and 4 ranks against the planner's, which is calibrated for each number in the same run
 
-    The same global batch of 8 micro-batches in each layout; products' speed from one rank, links' from an all-reduce.
+    The same global batch of 8 micro-batches in each layout. Needs as many idle cores as ranks.
     """
 
     name = "step-time"
 
-    layouts: tuple[Layout, ...] = tuple(LAYOUTS)
+    layouts: tuple[str, ...] = tuple(STEP_LAYOUTS)
+    models: tuple[str, ...] = ("dense", *MODELS, *WAYS)
 
     def rows(self) -> Rows:
+        measured = {
+            ranks: run_ranks(_calibrate, ranks, ranks)
+            for ranks in sorted({STEP_LAYOUTS[layout][0] for layout in self.layouts})
+        }
         rows: Rows = []
-        for model in ("moe", "samoe"):
-            alone = run_ranks(self._alone, 1, model)
-            config = self.config(model, 8)
-            tokens = 8 * config.training.micro_batch_size * config.model.seq_length
-            flops = tokens * train_flops_per_token(config, VOCAB_SIZE)
+        for model in self.models:
             for layout in self.layouts:
-                seconds, bandwidth = run_ranks(self._on_rank, 2, layout, model)
-                cluster = Cluster(
-                    2,
-                    2,
-                    1e12,
-                    flops / alone,
-                    bandwidth,
-                    bandwidth,
-                    memory_bandwidth=5e9,
-                    efficiency=1.0,
-                    latency_s=2e-4,
-                )
-                planned = step_cost(self.on_two_ranks(layout, model), VOCAB_SIZE, cluster)
+                ranks, parallel = STEP_LAYOUTS[layout]
+                if model == "dense" and parallel.expert_model_parallel_size > 1:
+                    continue
+                config = self._config(model, ranks, parallel)
+                planned = step_cost(config, VOCAB_SIZE, measured_cluster(measured[ranks], ranks)).step_s
+                seconds = run_ranks(self._seconds, ranks, config)
                 rows.append(
                     {
                         "model": model,
                         "layout": layout,
-                        "one_rank_s": alone,
+                        "ranks": ranks,
+                        "planned_s": planned,
                         "measured_s": seconds,
-                        "model_s": planned.step_s,
-                        "model/measured": planned.step_s / seconds,
-                        "gb_per_s": bandwidth / 1e9,
+                        "planned / measured": planned / seconds,
+                        "load": os.getloadavg()[0],
                     }
                 )
+        print(step_time_verdict(rows))
         return rows
 
-    def _alone(self, model: str) -> float:
-        return self._seconds(build_setup(self.config(model, 8), VOCAB_SIZE, single_process_state()))
+    def _config(self, model: str, ranks: int, parallel: ParallelConfig) -> PretrainConfig:
+        experts, combine = MODELS.get(model, ("dense" if model == "dense" else "moe", None))
+        dp = ranks // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+        config = self.config(experts, 8 // dp, dp, **(WAYS.get(model) or {"samoe_combine": combine}))
+        return replace(config, parallel=parallel)
 
-    def _on_rank(self, layout: Layout, model: str, size: int = 1 << 21) -> tuple[float, float]:
-        """Returns the median seconds of a step, and bytes per second of an all-reduce of 8 MB (each sends its size once)."""
-        seconds = self._seconds(make_setup(self.on_two_ranks(layout, model)))
-        times = together({"all-reduce": partial(dist.all_reduce, torch.ones(size))}, 5)
-        return seconds, size * 4 / statistics.median(times["all-reduce"])
+    def _seconds(self, config: PretrainConfig) -> float:
+        return medians_of(together({"step": _step(make_setup(config))}, self.rounds))["step"]
 
-    def _seconds(self, setup: TrainSetup) -> float:
-        return medians_of(together({"step": _step(setup)}, self.rounds))["step"]
+
+def _calibrate(ranks: int) -> dict[str, Any]:
+    """Returns the figures of this machine for so many ranks at once."""
+    return measure(make_parallel(ParallelConfig(tensor_model_parallel_size=ranks)))
+
+
+def step_time_verdict(rows: Rows) -> str:
+    """Returns the median error, and for how many models and numbers of ranks the fastest layout is among the first two planned."""
+    off = statistics.median(abs(row["planned / measured"] - 1) for row in rows)
+    groups: dict[tuple[str, int], Rows] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["ranks"]), []).append(row)
+    several = [group for group in groups.values() if len(group) > 2]
+    hits = sum(
+        min(group, key=lambda row: row["measured_s"]) in sorted(group, key=lambda row: row["planned_s"])[:2]
+        for group in several
+    )
+    return f"median error {off:.0%}; the fastest is among the first two planned for {hits} of {len(several)}\n"
