@@ -49,7 +49,7 @@ def test_a_terminal_hears_something_before_torch_is_loaded() -> None:
 
 def test_an_unknown_command_names_the_nearest() -> None:
     result = run("pretrian")
-    assert result.returncode == 2 and result.stderr == "error: pretrian is no command. Did you mean 'pretrain'?\n"
+    assert result.returncode == 2 and result.stderr == "error: pretrian is not a command. Did you mean 'pretrain'?\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
