@@ -95,5 +95,7 @@ def test_a_spare_that_differs_is_refused(what: str, place: int, cluster: Cluster
     said = re.findall(r"^error.*?: (.*(?:\n  .*)*)", run.output(), re.MULTILINE)
     problem = problem.replace("HOST", spare.name).replace("FIRST", hosts[0].name)
     assert len(said) == 1 and re.search(problem, said[0]), run.output()
-    assert re.search(f"^error.*{spare.name} cannot take part in this job, which continues", output, re.MULTILINE), output
+    assert re.search(f"^error.*{spare.name} cannot take part in this job, which continues", output, re.MULTILINE), (
+        output
+    )
     assert output.count("lm loss: ") == STEPS, "no step was repeated"
