@@ -8,16 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_samoe.config.data import DataConfig
-from megatron_samoe.convert.hf.sentencepiece_fast import processor_of
 from megatron_samoe.convert.hf.tokenizer_files import TOKENIZER, tokenizer_files
 from megatron_samoe.datasets.chat_template import Chat
-from megatron_samoe.datasets.tokenizer import MAX_TOKENIZER_BYTES
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.parsing import read_file
 
 #: gguf.TokenType, whose six numbers are SentencePiece's.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-_SENTENCEPIECE_BPE = 2
 #: What SentencePiece does to a text, as steps of a tokenizer.json.
 _PREFIX, _SPACES = (
     {"type": "Prepend", "prepend": "\u2581"},
@@ -84,12 +80,11 @@ def vocabulary(data: DataConfig, chat: Chat) -> Vocabulary:
         DataError: the tokenizer is not where the checkpoint says.
     """
     files = tokenizer_files(data)  # which says what is wrong with a tokenizer
-    if data.tokenizer_type == "SentencePieceTokenizer":
-        assert data.tokenizer_model is not None
-        made = _sentencepiece(data.tokenizer_model, files.eod)
-    else:
-        tokenizer = json.loads(files.files[TOKENIZER])
-        made = (_byte_fallback if tokenizer["model"].get("byte_fallback") else _byte_level)(tokenizer, files.eod)
+    if TOKENIZER not in files.files:
+        raise _refused(f"{data.tokenizer_model} has no equal among tokenizers of transformers")
+    tokenizer = json.loads(files.files[TOKENIZER])
+    is_sentencepiece = tokenizer["model"].get("byte_fallback") or tokenizer.get("pre_tokenizer") is None
+    made = (_sentencepiece if is_sentencepiece else _byte_level)(tokenizer, files.eod)
     end = chat.tokens.get("eos_token")
     return replace(made, template=chat.template, end=made.tokens.index(end) if end in made.tokens else None)
 
@@ -97,47 +92,6 @@ def vocabulary(data: DataConfig, chat: Chat) -> Vocabulary:
 def _refused(what: str) -> ConfigError:
     return ConfigError(
         "--to", "gguf", f"llama.cpp does not know the tokenizer: {what}. It can be left out with --no-tokenizer"
-    )
-
-
-def _sentencepiece(path: str, eod: int) -> Vocabulary:
-    from sentencepiece import sentencepiece_model_pb2
-
-    content = read_file(path, MAX_TOKENIZER_BYTES)
-    processor_of(content, path)  # which says what is wrong with a file
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(content)
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    if trainer.model_type != _SENTENCEPIECE_BPE:
-        raise _refused("SentencePiece's unigram model (it has its BPE)")
-    for name, value, needed in (
-        ("byte_fallback", trainer.byte_fallback, True),
-        ("remove_extra_whitespaces", normalizer.remove_extra_whitespaces, False),
-        ("escape_whitespaces", normalizer.escape_whitespaces, True),
-        ("treat_whitespace_as_suffix", trainer.treat_whitespace_as_suffix, False),
-    ):
-        if value != needed:
-            raise _refused(f"{name} = {value} of the SentencePiece model (it has {needed})")
-    if normalizer.precompiled_charsmap and normalizer.name != "identity":
-        raise _refused(f"the normalization {normalizer.name} of the SentencePiece model (it has identity)")
-    pieces, types = list(proto.pieces), [p.type for p in proto.pieces]
-    joined = "".join(p.piece for p in pieces if len(p.piece) > 1)
-    for i, piece in enumerate(pieces):
-        if piece.type == USER_DEFINED and normalizer.add_dummy_prefix:
-            # llama.cpp puts a space after such a piece. A character of no other piece needs no cut: nothing merges it.
-            if len(piece.piece) > 1 or piece.piece in joined:
-                raise _refused(
-                    f"the user's piece {piece.piece!r} where a text gets a space before it (it puts one after, too)"
-                )
-            types[i] = NORMAL
-    return Vocabulary(
-        "llama",
-        "default",
-        [p.piece for p in pieces],
-        types,
-        eod,
-        scores=[p.score for p in pieces],
-        space_prefix=normalizer.add_dummy_prefix,
     )
 
 
@@ -168,16 +122,19 @@ def _tokens(tokenizer: dict[str, Any]) -> tuple[list[str], list[int]]:
     return [tokens.get(i, f"[unused {i}]") for i in ids], [types.get(i, UNUSED) for i in ids]
 
 
-def _byte_fallback(tokenizer: dict[str, Any], eod: int) -> Vocabulary:
-    """Returns the vocabulary of a tokenizer.json that was a SentencePiece model: what transformers has of Llama's, or we of ours.
+def _sentencepiece(tokenizer: dict[str, Any], eod: int) -> Vocabulary:
+    """Returns the vocabulary of a tokenizer.json that was a SentencePiece model, as transformers has Llama's.
 
     llama.cpp joins neighbours whose piece has the highest score; the file joins the pair that comes first in its list.
     """
-    normalizer, pairs = tokenizer.get("normalizer") or {}, _merges(tokenizer)
+    model, normalizer = tokenizer["model"], tokenizer.get("normalizer") or {}
+    if model["type"] != "BPE" or not model.get("byte_fallback"):
+        raise _refused(f"a {model['type']} model without byte fallback (it has BPE with that)")
     steps = normalizer.get("normalizers", [normalizer])
-    if steps[-1] != _SPACES or steps[:-1] not in ([], [_PREFIX]) or tokenizer.get("pre_tokenizer") is not None:
-        raise _refused("what is done to a text before its BPE with byte fallback (it puts \u2581 for spaces)")
-    tokens, types = _tokens(tokenizer)
+    if steps[-1:] != [_SPACES] or steps[:-1] not in ([], [_PREFIX]) or tokenizer.get("pre_tokenizer") is not None:
+        done = ", ".join(step.get("type", "nothing") for step in steps)
+        raise _refused(f"what is done to a text before its BPE: {done} (it puts \u2581 for spaces, and one before)")
+    (tokens, types), pairs = _tokens(tokenizer), _merges(tokenizer)
     ranks: dict[str, int] = {}
     for left, right in pairs:
         ranks.setdefault(left + right, len(ranks))
@@ -188,7 +145,7 @@ def _byte_fallback(tokenizer: dict[str, Any], eod: int) -> Vocabulary:
     order = [ranks[left + right] for left, right in pairs]
     if set(pairs) != every or order != sorted(order):
         raise _refused("merges that are none of SentencePiece's (it joins all that make a piece)")
-    unknown = tokenizer["model"].get("unk_token")
+    unknown = model.get("unk_token")
     for i, token in enumerate(tokens):
         if token == unknown:
             types[i] = UNKNOWN

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from megatron_samoe.cli import convert
 from megatron_samoe.config.data import DataConfig
-from megatron_samoe.convert.gguf.tokenizer import _byte_fallback, _byte_level, vocabulary
+from megatron_samoe.convert.gguf.tokenizer import _byte_level, _sentencepiece, vocabulary
 from megatron_samoe.convert.hf.tokenizer_files import tokenizer_files
 from megatron_samoe.datasets.chat_template import Chat
 from megatron_samoe.errors import ConfigError
@@ -226,9 +225,9 @@ def test_unknown_ways_to_cut_a_text_are_refused_by_name(changes: dict[str, Any],
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"model_type": "unigram"}, "unigram"), ({"byte_fallback": False}, "byte_fallback"),
-     ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces"), ({"normalization_rule_name": "nmt_nfkc"}, "nmt_nfkc"),
-     ({"user_defined_symbols": ["two words"]}, "two words"), ({"user_defined_symbols": ["\n"]}, None)],
+    [({"model_type": "unigram"}, "no equal|Unigram"), ({"byte_fallback": False}, "no equal|without byte fallback"),
+     ({"remove_extra_whitespaces": True}, "no equal|BPE: Strip"), ({"normalization_rule_name": "nmt_nfkc"}, "BPE: Precompiled"),
+     ({"user_defined_symbols": ["two words"]}, "no equal"), ({"user_defined_symbols": ["\n"]}, None)],
 )  # fmt: skip
 def test_sentencepiece(options: dict[str, Any], named: str | None, tmp_path: Path) -> None:
     import sentencepiece
@@ -250,20 +249,21 @@ def test_sentencepiece(options: dict[str, Any], named: str | None, tmp_path: Pat
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
     assert (found.model, found.pre, found.space_prefix) == ("llama", "default", True)
     assert found.tokens == [processor.id_to_piece(i) for i in range(processor.vocab_size())]
-    assert found.scores is not None and found.scores[300 if len(found.scores) > 300 else 270] < 0
     assert found.types[0] == 2 and found.types.count(6) == 256 and found.types[found.tokens.index("\n")] == 1
-    # transformers' file of the same model, as it comes back from fine-tuning, is the same vocabulary; scores have its order.
-    written = json.loads(tokenizer_files(data).files["tokenizer.json"])
-    back = _byte_fallback(written, found.eod)
-    assert replace(back, scores=found.scores) == found
+    assert [kind == 3 for kind in found.types] == [processor.is_control(i) for i in range(processor.vocab_size())]
+    # Scores have the order of SentencePiece's, which is all that counts.
     joined = [i for i, piece in enumerate(found.tokens) if found.types[i] == 1 and len(piece) > 1]
-    assert sorted(joined, key=back.scores.__getitem__) == sorted(joined, key=found.scores.__getitem__)
+    assert len(joined) > 9 and found.scores is not None
+    assert sorted(joined, key=found.scores.__getitem__) == sorted(joined, key=processor.get_score)
+    written = json.loads(tokenizer_files(data).files["tokenizer.json"])
     merges = written["model"]["merges"]
     for changed in (merges[1:], [*merges, merges[0]]):
         with pytest.raises(ConfigError, match="merges that are none of SentencePiece's"):
-            _byte_fallback({**written, "model": {**written["model"], "merges": changed}}, found.eod)
-    with pytest.raises(ConfigError, match="what is done to a text before its BPE"):
-        _byte_fallback({**written, "pre_tokenizer": {"type": "Metaspace"}}, found.eod)
+            _sentencepiece({**written, "model": {**written["model"], "merges": changed}}, found.eod)
+    with pytest.raises(ConfigError, match=r"a Unigram model without byte fallback \(it has BPE with that\)"):
+        _sentencepiece({**written, "model": {"type": "Unigram"}}, found.eod)
+    with pytest.raises(ConfigError, match="what is done to a text before its BPE: Prepend, Replace"):
+        _sentencepiece({**written, "pre_tokenizer": {"type": "Metaspace"}}, found.eod)
 
 
 def test_without_the_package_a_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
