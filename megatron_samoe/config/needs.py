@@ -95,6 +95,7 @@ TOKENIZER_FILE = _by_value(
     "data.tokenizer_type", lambda kind: kind != "ByteTokenizer", "has no use with --tokenizer-type ByteTokenizer"
 )
 TEACHER = _need("distillation.teacher")
+PREFLIGHT = _need("parallel.preflight")
 PIPELINE = _need_above_1("parallel.pipeline_model_parallel_size")
 CONTEXT_PARALLEL = _need_above_1("parallel.context_parallel_size")
 EXPERT_PARALLEL = _need_above_1("parallel.expert_model_parallel_size")

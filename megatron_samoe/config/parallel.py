@@ -68,6 +68,8 @@ class ParallelConfig:
     """auto: NCCL where CUDA is found, else gloo."""
     preflight: bool = option(False)
     """Test memory, speed, links and clocks of all ranks before training, and name the slow ones."""
+    preflight_calibration: str | None = option(None, needs=needs.PREFLIGHT)
+    """A file of `plan --calibrate`: name also ranks and groups that are slower than it says."""
     distributed_timeout_minutes: float = option(10.0, range=ABOVE_ZERO, largest=1_000_000)
     """Longest wait for another rank."""
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.planning.cluster import Cluster
 
@@ -140,6 +142,11 @@ def read_measured(path: Path) -> dict[str, Any]:
                 "--calibration", str(path), f"holds {name!r}: {value!r}, which plan --calibrate does not write"
             )
     return {str(name): value for name, value in found.items()}
+
+
+def measured_dtype(device: torch.device) -> torch.dtype:
+    """Returns the precision that products are measured in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def measured_cluster(measured: Mapping[str, Any], world_size: int) -> Cluster:

@@ -21,6 +21,7 @@ from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.parallel_state import backend, launcher
 from megatron_samoe.parallel_state.state import Group, ParallelState, single_process_state
 from megatron_samoe.planning.cluster import Cluster
+from megatron_samoe.planning.gpus import measured_dtype
 from megatron_samoe.planning.layer_work import Product
 from megatron_samoe.planning.layout_cost import step_cost
 from megatron_samoe.runtime.free_memory import free_memory_bytes
@@ -104,13 +105,9 @@ def _several(work: Callable[[], object], times: int) -> None:
         work()
 
 
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def _products(clock: _Clock, device: torch.device, bandwidth: float, scale: float) -> dict[str, Any]:
     """Returns the rate of large products, and how often products move their operands: a least-squares line through shapes."""
-    dtype, side = _dtype(device), _SIDE[device.type] * scale
+    dtype, side = measured_dtype(device), _SIDE[device.type] * scale
     rows = []
     for shape in _SHAPES:
         m, k, n = (max(1, int(side * part)) for part in shape)
@@ -139,7 +136,8 @@ def _attention(clock: _Clock, device: torch.device, scale: float) -> float:
     """Returns the operations per second of attention's core, forwards and backwards."""
     tokens, heads = max(16, int((2048 if device.type == "cuda" else 512) * scale)), 8
     q, k, v = (
-        torch.ones(2, heads, tokens, 64, device=device, dtype=_dtype(device), requires_grad=True) for _ in range(3)
+        torch.ones(2, heads, tokens, 64, device=device, dtype=measured_dtype(device), requires_grad=True)
+        for _ in range(3)
     )
     seconds = clock.seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward())
     return 3 * 2 * 2 * 2 * heads * 64 * tokens * tokens / 2 / seconds

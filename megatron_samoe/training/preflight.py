@@ -6,6 +6,7 @@ import socket
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,9 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError, in_units
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import Group, ParallelState
+from megatron_samoe.planning.cluster import Cluster, Links
+from megatron_samoe.planning.gpus import measured_cluster, measured_dtype, read_measured
+from megatron_samoe.planning.layer_work import Product
 from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.runtime.free_memory import free_memory_bytes
 
@@ -33,7 +37,9 @@ def preflight(config: PretrainConfig, vocab_size: int, parallel: ParallelState) 
         _refuse_too_little_memory(config, vocab_size, parallel)
     hosts = parallel.world.all_gather_object(socket.gethostname())
     ranks = [f"rank {rank}" + (f" ({host})" if len(set(hosts)) > 1 else "") for rank, host in enumerate(hosts)]
-    warnings = [*_clocks(parallel, ranks), *_speeds(parallel, ranks), *_links(parallel)]
+    path = config.parallel.preflight_calibration
+    calibrated = None if path is None else measured_cluster(read_measured(Path(path)), parallel.world_size)
+    warnings = [*_clocks(parallel, ranks), *_speeds(parallel, ranks, calibrated), *_links(parallel, calibrated)]
     for warning in warnings:
         logger.warning(f"preflight: {warning}") if parallel.rank == 0 else None
     logger.info(f"preflight: {'done' if warnings else 'all is well'}")
@@ -72,9 +78,9 @@ def _clocks(parallel: ParallelState, ranks: Sequence[str]) -> list[str]:
     ]
 
 
-def _speeds(parallel: ParallelState, ranks: Sequence[str]) -> list[str]:
+def _speeds(parallel: ParallelState, ranks: Sequence[str], calibrated: Cluster | None) -> list[str]:
     """Compares what ranks compute in a second, all at once as in training."""
-    x = torch.ones(_SIZE, _SIZE, device=parallel.device)
+    x = torch.ones(_SIZE, _SIZE, device=parallel.device, dtype=measured_dtype(parallel.device))
     torch.mm(x, x)
     seconds = []
     for _ in range(_ROUNDS):
@@ -82,10 +88,12 @@ def _speeds(parallel: ParallelState, ranks: Sequence[str]) -> list[str]:
         seconds.append(_timed(lambda: [torch.mm(x, x) for _ in range(8)], parallel.device))
     rates = [8 * 2 * _SIZE**3 / s for s in parallel.world.all_gather_object(statistics.median(seconds))]
     logger.info(f"preflight: {in_units(min(rates), 'FLOP/s')} to {in_units(max(rates), 'FLOP/s')} per rank")
-    return _slow(rates, ranks, "FLOP/s")
+    product = Product(_SIZE, _SIZE, _SIZE, x.element_size())
+    usual = None if calibrated is None else product.flops / product.seconds(calibrated, 1, 0)
+    return _slow(rates, ranks, "FLOP/s") + _below(rates, ranks, "FLOP/s", usual)
 
 
-def _links(parallel: ParallelState) -> list[str]:
+def _links(parallel: ParallelState, calibrated: Cluster | None) -> list[str]:
     """Compares the groups of each kind by what an all-reduce carries."""
     warnings = []
     for name in ("tp", "cp", "ep", "dp", "pp"):
@@ -100,7 +108,9 @@ def _links(parallel: ParallelState) -> list[str]:
         if found:
             least, most = (in_units(rate, "B/s") for rate in (min(found.values()), max(found.values())))
             logger.info(f"preflight: {least} to {most} in {name} groups")
-            warnings += _slow(list(found.values()), [f"the {name} group of ranks {list(r)}" for r in found], "B/s")
+            names = [f"the {name} group of ranks {list(r)}" for r in found]
+            expected = None if calibrated is None else _BYTES / Links(parallel.grid, calibrated).seconds(name, _BYTES)
+            warnings += _slow(list(found.values()), names, "B/s") + _below(list(found.values()), names, "B/s", expected)
     return warnings
 
 
@@ -110,6 +120,15 @@ def _slow(rates: Sequence[float], names: Sequence[str], unit: str) -> list[str]:
         f"{name} has {in_units(rate, unit)}, the median is {in_units(usual, unit)}"
         for name, rate in zip(names, rates, strict=True)
         if rate < SLOW * usual
+    ]
+
+
+def _below(rates: Sequence[float], names: Sequence[str], unit: str, calibrated: float | None) -> list[str]:
+    """Returns a warning for each rate that is far below what calibration found, if one did."""
+    return [
+        f"{name} has {in_units(rate, unit)}, calibration found {in_units(calibrated, unit)}"
+        for name, rate in zip(names, rates, strict=True)
+        if calibrated is not None and rate < SLOW * calibrated
     ]
 
 

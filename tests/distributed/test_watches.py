@@ -223,9 +223,13 @@ def test_preflight_names_what_is_slow() -> None:
 
 
 def test_preflight_of_a_run(corpus: Path, tmp_path: Path) -> None:
-    args = arguments(data_path=corpus, train_iters=1, eval_iters=0, preflight=True, expert_model_parallel_size=2)
+    fast = dict.fromkeys(("flops", "memory_bandwidth", "intra_bandwidth", "inter_bandwidth"), 1e18)
+    (tmp_path / "machine.json").write_text(json.dumps({**fast, "memory_bytes": 1e9, "efficiency": 1, "latency_s": 0}))
+    args = arguments(data_path=corpus, train_iters=1, eval_iters=0, preflight=True, expert_model_parallel_size=2,
+                     preflight_calibration=tmp_path / "machine.json")  # fmt: skip
     output = start(args, tmp_path, num_ranks=2).succeed()
-    for words in ("ranks of", "FLOP/s per rank", "B/s in ep groups", "B/s in dp groups"):
+    for words in ("ranks of", "FLOP/s per rank", "B/s in ep groups", "B/s in dp groups", "calibration found 1e+06 TFLOP/s",
+                  "the ep group of ranks [0, 1] has"):  # fmt: skip
         assert words in output
     assert "no --save and no --run-dir: the model is gone" in output
 
