@@ -55,7 +55,7 @@ def _leave_moments(shares: Any) -> None:
         main, moments, begin = kept(*args)
         return main, [None for _ in moments], begin
 
-    candidates._kept = without_moments
+    candidates._kept = without_moments  # type: ignore[assignment]
 
 
 #: What a plug-in could do wrong, planted after the model is attached.
