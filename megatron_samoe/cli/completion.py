@@ -39,7 +39,7 @@ def _any_of(commands: Mapping[str, Commands]) -> Any:
 
 @dataclass(frozen=True)
 class Completion:
-    """Prints a script that completes megatron-samoe in a shell."""
+    """Prints a script by which a shell completes megatron-samoe."""
 
     shell: Annotated[tyro.conf.Positional[Literal["bash", "zsh", "tcsh", "fish"]], tyro.conf.arg(metavar="SHELL")]
 

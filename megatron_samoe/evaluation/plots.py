@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from megatron_samoe.evaluation.run_groups import Groups, RunGroup
 from megatron_samoe.evaluation.run_summary import RunSummary
@@ -66,8 +66,11 @@ def side_by_side(count: int, width: float, **options: Any) -> tuple[Any, list[Ax
 
 
 def label_tokens(axes: Axes, most: int | None = None) -> None:
-    """Writes the horizontal axis in k, M and G, with at most so many steps."""
+    """Writes the horizontal axis in k, M and G, with at most so many steps; a logarithmic one at 1, 2 and 5."""
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if axes.get_xscale() == "log":
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     if most is not None:
         axes.xaxis.set_major_locator(MaxNLocator(most))
 
@@ -84,7 +87,7 @@ def loss_curves(groups: Groups) -> bytes | None:
     for place, group in enumerate(groups):
         for run in group.runs:
             tokens, losses = [r["consumed_tokens"] for r in run.trained], [r["lm_loss"] for r in run.trained]
-            panels[0].plot(tokens, losses, alpha=0.35, linewidth=0.8, color=colour(place))
+            panels[0].plot(tokens, losses, alpha=0.7, linewidth=1.0, color=colour(place))
         at = _validation(group)
         if at:
             means = [np.mean(values) for values in at.values()]
@@ -150,14 +153,14 @@ def last_value(run: RunSummary, key: str) -> Any:
     return next((r[key] for r in reversed(run.records) if key in r), None)
 
 
-def _heat_maps(groups: Groups, key: str, draw: Callable[[Axes, np.ndarray], Any]) -> bytes | None:
-    """A map of layers x experts for the first run of each group, two beside each other."""
+def _heat_maps(groups: Groups, key: str, unit: str, draw: Callable[[Axes, np.ndarray], Any]) -> bytes | None:
+    """A map of layers x experts for the first run of each group, two beside each other, with the unit at its scale."""
     shown = [(g, np.asarray(value)) for g in groups if (value := last_value(g.first, key)) is not None]
     if not shown:
         return None
     figure, panels = side_by_side(len(shown), width=6.0)
     for axes, (group, values) in zip(panels, shown, strict=True):
-        figure.colorbar(draw(axes, values), ax=axes)
+        figure.colorbar(draw(axes, values), ax=axes, label=unit)
         axes.set(title=group.name, xlabel="expert", ylabel="MoE layer")
     return png_of(figure)
 
@@ -168,7 +171,7 @@ def expert_load(groups: Groups) -> bytes | None:
     def draw(axes: Axes, load_LE: np.ndarray) -> Any:
         return grid(axes, load_LE * load_LE.shape[1], cmap="RdBu_r", vmin=0, vmax=2)
 
-    return _heat_maps(groups, "expert_load", draw)
+    return _heat_maps(groups, "expert_load", "times an even share", draw)
 
 
 def gradient_norms(groups: Groups) -> bytes | None:
@@ -179,7 +182,7 @@ def gradient_norms(groups: Groups) -> bytes | None:
             logs_LE = np.where(norms_LE > 0, np.log10(norms_LE), np.nan)
         return grid(axes, logs_LE, cmap="viridis", decimals=1)
 
-    return _heat_maps(groups, "expert_grad_norm", draw)
+    return _heat_maps(groups, "expert_grad_norm", "log10 of the norm", draw)
 
 
 def combinations(groups: Groups) -> bytes | None:

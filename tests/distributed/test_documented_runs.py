@@ -30,7 +30,7 @@ PARSED = {
     "docs/cluster.md": "needs several hosts",
     "docs/extension.md": "needs GPUs, or measures for minutes", "docs/extending.md": OWN,
     "docs/from_megatron.md": "needs 32 GPUs; tests/distributed/test_from_megatron.py runs it scaled down",
-    "docs/finetuning.md": "trains for minutes on the quickstart's model; tests/parity/test_finetune.py runs it on a small one",
+    "docs/finetuning.md": "tests/parity/test_whole_path.py runs it",
     "docs/hardware.md": "the reader's cluster; tests plan others", "docs/parallelism.md": "tests plan the same models",
     "docs/index.md": "installation; tests of doctor and quickstart run these",
     "docs/performance.md": "measures for minutes, beside other programs",

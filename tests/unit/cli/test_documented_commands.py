@@ -1,4 +1,4 @@
-"""Every command of the README and of docs/ exists, with the flags that it is shown with."""
+"""Every command of the README, of docs/, and of files that users read exists, with the flags that it is shown with."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from megatron_samoe.config.option import flag
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FILES = [
+    *(path for path in sorted((ROOT / "examples").rglob("*")) if path.suffix in (".yaml", ".py", ".sh", ".conf")),
+    *sorted((ROOT / "megatron_samoe/cli").glob("*.py")),
+]
 #: Commands that hand on what they do not know to pretraining.
 HAND_ON = ("study", "plan")
 PROGRAM = re.compile(
@@ -57,13 +61,27 @@ def shown_commands(text: str) -> list[tuple[re.Match[str], str]]:
     return [(match, line[match.end() :]) for line in lines if (match := PROGRAM.search(line))]
 
 
+def test_commands_in_files_exist_with_their_flags() -> None:
+    found = {str(path.relative_to(ROOT)): re.sub(r"(?m)^#", " ", path.read_text()) for path in FILES}
+    shown = {name: shown_commands(text) for name, text in found.items()}
+    for name, commands in shown.items():
+        refuse_unknown(name, commands)
+    assert {"examples/serve_nginx.conf", "examples/finetune/answers.py"} <= {
+        name for name, some in shown.items() if some
+    }
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_of_a_page_exist_with_their_flags(page: Path) -> None:
-    for match, rest in shown_commands(page.read_text()):
+    refuse_unknown(page.name, shown_commands(page.read_text()))
+
+
+def refuse_unknown(place: str, commands: list[tuple[re.Match[str], str]]) -> None:
+    for match, rest in commands:
         command = command_of(match)
         words = re.sub(r'"[^"]*"', "", rest)  # what is quoted is a value
         unknown = set(re.findall(r"(?<!\S)(--[a-z][a-z-]*)", words.split("#")[0].split("|")[0])) - flags_of(command)
-        assert not unknown, f"{match[0]} ({command}) has no {unknown}: {rest}"
+        assert not unknown, f"{place}: {match[0]} ({command}) has no {unknown}: {rest}"
 
 
 def test_the_readme_shows_commands() -> None:

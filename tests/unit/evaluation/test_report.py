@@ -243,6 +243,17 @@ def test_speed_of_a_machine_that_something_else_used_is_left_out(runs_dir: Path,
     assert "Not in this report: Training speed. Quartiles" in (tmp_path / "r.html").read_text()
 
 
+def test_tokens_on_a_logarithmic_axis_have_one_notation() -> None:
+    figure, (axes,) = plots.side_by_side(1, width=6.5)
+    axes.plot([20_000, 700_000], [8, 4])
+    axes.set_xscale("log")
+    plots.label_tokens(axes)
+    figure.canvas.draw()
+    low, high = axes.get_xlim()
+    shown = [t.get_text() for t in axes.get_xticklabels(which="both") if low <= t.get_position()[0] <= high]
+    assert list(filter(None, shown)) == ["20k", "50k", "100k", "200k", "500k"]
+
+
 def test_entropy_of_the_load() -> None:
     load_LE = np.array([[0.25] * 4, [1.0, 0, 0, 0], [0.5, 0.5, 0, 0]])
     np.testing.assert_allclose(plots_experts.load_entropy(load_LE), [1.0, 0.0, 0.5])
