@@ -10,12 +10,12 @@ from pathlib import Path
 
 from megatron_samoe.evaluation.run_summary import Table
 
-STYLE = """:root{color-scheme:light}body{font:16px/1.55 system-ui,"DejaVu Sans",sans-serif;max-width:1280px;margin:0 auto;
+STYLE = """:root{color-scheme:light}body{font:16px/1.55 system-ui,"DejaVu Sans",sans-serif;max-width:1600px;margin:0 auto;
 padding:1rem;color:#1c2430;background:#fff}h1{font-size:1.6rem;margin:.6em 0 .2em}h2{font-size:1.2rem;margin:2em 0 .4em;
 border-top:1px solid #d5dae1;padding-top:1em}nav{font-size:.9rem;margin:.6em 0 1em}nav a{margin-right:1em;color:#1f5fbf}
 div.wide{overflow-x:auto;max-width:100%}div.wide::-webkit-scrollbar{height:10px;background:#eef0f3}
-div.wide::-webkit-scrollbar-thumb{background:#9aa4b1;border-radius:5px}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-td,th{padding:.3em .5em;text-align:right;border-bottom:1px solid #e2e6eb;white-space:nowrap}th{vertical-align:bottom;white-space:normal}
+div.wide::-webkit-scrollbar-thumb{background:#9aa4b1;border-radius:5px}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
+td,th{padding:.3em .45em;text-align:right;border-bottom:1px solid #e2e6eb;white-space:nowrap}th{vertical-align:bottom;white-space:normal}
 td:first-child,th:first-child{text-align:left}img{max-width:100%;height:auto}p{max-width:75ch}p.how{color:#5b6675;
 font-size:.9rem}p.sentence{font-size:1.05rem;max-width:none}div.beside{display:flex;flex-wrap:wrap;gap:1.5rem;
 align-items:flex-start}div.beside div.wide{flex:0 1 auto}div.beside div.wide.plot{flex:1 1 380px;min-width:0}

@@ -13,7 +13,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+<<<<<<< HEAD
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+=======
+from matplotlib.axis import Axis
+from matplotlib.ticker import EngFormatter, FormatStrFormatter, Formatter, LogLocator, MaxNLocator, NullFormatter
+>>>>>>> evals
 
 from megatron_samoe.evaluation.run_groups import Groups, RunGroup
 from megatron_samoe.evaluation.run_summary import RunSummary
@@ -65,18 +70,30 @@ def side_by_side(count: int, width: float, **options: Any) -> tuple[Any, list[Ax
     return figure, list(panels.flat[:count])
 
 
+def label_log(axis: Axis, formatter: Formatter | None = None) -> None:
+    """Writes 1, 2 and 5 of each decade of a logarithmic axis, in one notation."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(formatter or FormatStrFormatter("%g"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def label_tokens(axes: Axes, most: int | None = None) -> None:
     """Writes the horizontal axis in k, M and G, with at most so many steps; a logarithmic one at 1, 2 and 5."""
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+<<<<<<< HEAD
     axes.xaxis.set_minor_formatter(NullFormatter())
     if axes.get_xscale() == "log":
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+=======
+    if axes.get_xscale() == "log":
+        label_log(axes.xaxis, EngFormatter(sep=""))
+>>>>>>> evals
     if most is not None:
         axes.xaxis.set_major_locator(MaxNLocator(most))
 
 
 def loss_curves(groups: Groups) -> bytes | None:
-    """Training loss (thin, every seed) and validation loss (dots: mean over seeds, bars: range) over consumed tokens; beside it
+    """Training loss (thin, every seed) and validation loss (marks: mean over seeds, bars: range) over consumed tokens; beside it
     what parts the models: their differences from the dense one, or from the first.
     """
     if not any(run.trained for group in groups for run in group.runs):
@@ -96,8 +113,9 @@ def loss_curves(groups: Groups) -> bytes | None:
                 [*at],
                 means,
                 yerr=np.maximum(spans, 0.0),
-                fmt="o-",
-                markersize=4,
+                fmt=f"{marker(place)}-",
+                markersize=5,
+                linewidth=2,
                 capsize=2,
                 color=colour(place),
                 label=f"{group.name}: validation",
@@ -153,14 +171,23 @@ def last_value(run: RunSummary, key: str) -> Any:
     return next((r[key] for r in reversed(run.records) if key in r), None)
 
 
+<<<<<<< HEAD
 def _heat_maps(groups: Groups, key: str, unit: str, draw: Callable[[Axes, np.ndarray], Any]) -> bytes | None:
     """A map of layers x experts for the first run of each group, two beside each other, with the unit at its scale."""
+=======
+def _heat_maps(groups: Groups, key: str, what: str, draw: Callable[[Axes, np.ndarray], Any]) -> bytes | None:
+    """A map of layers x experts for the first run of each group, two beside each other."""
+>>>>>>> evals
     shown = [(g, np.asarray(value)) for g in groups if (value := last_value(g.first, key)) is not None]
     if not shown:
         return None
     figure, panels = side_by_side(len(shown), width=6.0)
     for axes, (group, values) in zip(panels, shown, strict=True):
+<<<<<<< HEAD
         figure.colorbar(draw(axes, values), ax=axes, label=unit)
+=======
+        figure.colorbar(draw(axes, values), ax=axes, label=what)
+>>>>>>> evals
         axes.set(title=group.name, xlabel="expert", ylabel="MoE layer")
     return png_of(figure)
 
@@ -171,7 +198,11 @@ def expert_load(groups: Groups) -> bytes | None:
     def draw(axes: Axes, load_LE: np.ndarray) -> Any:
         return grid(axes, load_LE * load_LE.shape[1], cmap="RdBu_r", vmin=0, vmax=2)
 
+<<<<<<< HEAD
     return _heat_maps(groups, "expert_load", "times an even share", draw)
+=======
+    return _heat_maps(groups, "expert_load", "load / even load", draw)
+>>>>>>> evals
 
 
 def gradient_norms(groups: Groups) -> bytes | None:
@@ -182,7 +213,11 @@ def gradient_norms(groups: Groups) -> bytes | None:
             logs_LE = np.where(norms_LE > 0, np.log10(norms_LE), np.nan)
         return grid(axes, logs_LE, cmap="viridis", decimals=1)
 
+<<<<<<< HEAD
     return _heat_maps(groups, "expert_grad_norm", "log10 of the norm", draw)
+=======
+    return _heat_maps(groups, "expert_grad_norm", "log10 of the gradient norm", draw)
+>>>>>>> evals
 
 
 def combinations(groups: Groups) -> bytes | None:
@@ -196,7 +231,7 @@ def combinations(groups: Groups) -> bytes | None:
         limit = np.abs(a_2LP).max()
         for axes, a_LP, what in zip(row, a_2LP, ("input (w1)", "output (w2)"), strict=True):
             image = grid(axes, a_LP, cmap="RdBu_r", vmin=-limit, vmax=limit, decimals=3)
-            figure.colorbar(image, ax=axes)
+            figure.colorbar(image, ax=axes, label="coefficient")
             axes.set(title=f"{group.name}: {what}", xlabel="bank", ylabel="MoE layer")
     return png_of(figure)
 

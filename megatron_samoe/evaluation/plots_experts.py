@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from megatron_samoe.evaluation.plots import colour, finished, label_tokens, png_of
+from megatron_samoe.evaluation.plots import colour, finished, label_log, label_tokens, png_of
 from megatron_samoe.evaluation.run_groups import Groups
 from megatron_samoe.evaluation.run_summary import RunSummary
 
@@ -85,6 +85,7 @@ def gradients_against_experts(groups: Groups) -> bytes | None:
         ticks = sorted(set(counts))
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
+        label_log(axes.yaxis)
         axes.set_xlim(min(ticks) / 1.5, max(ticks) * 1.5)
     return finished(figure, axes, bool(counts))
 

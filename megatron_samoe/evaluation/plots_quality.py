@@ -9,11 +9,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from scipy.optimize import isotonic_regression
 
 from megatron_samoe.evaluation.measurements import DecodeTime, of_group
-from megatron_samoe.evaluation.plots import colour, marker, png_of, side_by_side
+from megatron_samoe.evaluation.plots import colour, label_log, marker, png_of, side_by_side
 from megatron_samoe.evaluation.run_groups import Groups, RunGroup
 
 #: Bytes of weights per decoded token: by group and batch size.
@@ -57,9 +56,7 @@ def _scale_costs(axes: Axes, costs: Sequence[float]) -> None:
     """Chooses scale and limits of the horizontal axis."""
     if costs and max(costs) > 5 * min(costs):
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        label_log(axes.xaxis)
         axes.set_xlim(min(costs) / 1.3, max(costs) * 1.3)
     elif costs:
         # Costs that hardly differ stand close together, and not at the ends of an axis made for them.
@@ -83,8 +80,11 @@ def _draw(axes: Axes, place: int, group: RunGroup, cost: float) -> Any:
     )
 
 
-def at_a_glance(groups: Groups) -> bytes:
-    """Validation loss over all parameters, with every model's name; names make room for each other, points do not."""
+def at_a_glance(groups: Groups) -> bytes | None:
+    """Validation loss over all parameters, with every model's name; names make room for each other, points do not. None for one
+    model, of which a point says nothing."""
+    if len(groups) < 2:
+        return None
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     costs = [group.first.parameters.total / 1e6 for group in groups]
     for place, (group, cost) in enumerate(zip(groups, costs, strict=True)):
@@ -111,8 +111,10 @@ def at_a_glance(groups: Groups) -> bytes:
     return png_of(figure)
 
 
-def quality_against_cost(groups: Groups, axes_by_cost: Mapping[str, Mapping[str, float]]) -> bytes:
-    """Validation loss (mean, and deviation over seeds) over every cost; lower and further left is better."""
+def quality_against_cost(groups: Groups, axes_by_cost: Mapping[str, Mapping[str, float]]) -> bytes | None:
+    """Validation loss (mean, and deviation over seeds) over every cost; lower and further left is better. None for one model."""
+    if len(groups) < 2:
+        return None
     figure, panels = side_by_side(len(axes_by_cost), width=5.0, sharey=True)
     handles: dict[str, Any] = {}
     for axes, (cost, values) in zip(panels, axes_by_cost.items(), strict=True):
@@ -122,6 +124,7 @@ def quality_against_cost(groups: Groups, axes_by_cost: Mapping[str, Mapping[str,
         for place, group in enumerate(groups):
             if group.name in values:
                 handles[group.name] = _draw(axes, place, group, values[group.name])
+        axes.margins(y=0.12)  # room for whole markers
     for axes in panels[::2]:
         axes.set_ylabel("validation loss (nats per token)")
     figure.legend(

@@ -58,10 +58,11 @@ def write_group_report(path: Path, title: str, groups: Groups, data: ReportData)
 def _glance(groups: Groups) -> Section:
     several = any(len(group.runs) > 1 for group in groups)
     how = "Bars: standard deviation over seeds." if several else "One seed each."
+    how += " Lower and further left is better." if len(groups) > 1 else ""
     return Section(
         "glance",
         "At a glance",
-        [f"{how} Lower and further left is better. Active: parameters that a token meets."],
+        [f"{how} Active: parameters that a token meets."],
         report_tables.glance_table(groups),
         at_a_glance(groups),
         report_tables.glance_text(groups, MARGIN),
@@ -87,10 +88,12 @@ def _results(groups: Groups, data: ReportData) -> Section:
 
 def _quality(groups: Groups, data: ReportData) -> Section:
     axes = cost_axes(groups, data.decode, data.bytes_per_token)
-    paragraphs = [
-        "Lower and further left is better. Two models at one place of a horizontal axis cost the same there; the vertical "
-        "distance is what the cost buys. Models at one point lie within each other. Bars: standard deviation over seeds."
-    ]
+    paragraphs = []
+    if len(groups) > 1:
+        paragraphs.append(
+            "Lower and further left is better. Two models at one place of a horizontal axis cost the same there; the vertical "
+            "distance is what the cost buys. Models at one point lie within each other. Bars: standard deviation over seeds."
+        )
     if data.bytes_per_token:
         paragraphs.append(
             "Weights read per decoded token are counted, not measured: every weight that a step of the batch needs once, "
@@ -196,10 +199,12 @@ _PLOTS: tuple[tuple[str, str, str, Callable[[Groups], bytes | None], Callable[[G
 
 
 def _sections(groups: Groups, data: ReportData) -> list[Section]:
-    losses = (
-        "Left, thin: training, every seed. Dots: validation, mean over seeds; bars: lowest and highest seed. Right, from a tenth "
-        "of the tokens on: differences of training (lines, means over a twentieth of the run) and of validation (marks)."
-    )
+    losses = "Thin: training, every seed. Marks: validation, mean over seeds; bars: lowest and highest seed."
+    if len(groups) > 1:
+        losses += (
+            " Right, from a tenth of the tokens on: differences of training (lines, means over a twentieth of the run) and of "
+            "validation (marks)."
+        )
     speed = report_tables.speed_table(groups)
     return [
         _glance(groups),

@@ -89,6 +89,8 @@ def glance_text(groups: Groups, margin: float) -> str:
         if small is best
         else f"The smallest within {margin} of it: {small.name}, +{behind:.4f} with {sizes[small.name]}."
     )
+    if len(groups) == 1:
+        return f"{best.name}: {best.loss.text(4)} nats per token with {sizes[best.name]} parameters."
     return f"Best: {best.name}, {best.loss.text(4)} nats per token with {sizes[best.name]} parameters. {also}"
 
 

@@ -55,7 +55,8 @@ STOCK = {
 REAL = {"cb": 56, "copa": 100, "wsc": 104, "openbookqa": 500, "winogrande": 1267, "piqa": 1838, "arc_easy": 2376,
         "boolq": 3270, "multirc": 4848, "lambada_openai": 5153}  # fmt: skip
 WORDS = "the cat sat on a mat while 3 dogs, or more: ran äround it. So it is said".split(" ")
-SEQ_LENGTH = 64
+#: Of models of made-up rows, whose contexts are cut, and of real ones: the harness's class takes no longer continuations.
+SEQ_LENGTH, LONG = 64, 1536
 #: Samples of a task and its figures.
 Found = tuple[list[dict[str, Any]], dict[str, float]]
 
@@ -177,13 +178,15 @@ def save(config: PretrainConfig) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PretrainConfig, Any]]:
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[PretrainConfig, Any]]:
     """A checkpoint by its configuration, and the harness's own class on the exported model."""
     import tokenizers
     from lm_eval.models.huggingface import HFLM
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    folder = tmp_path_factory.mktemp("model")
+    folder, seq_length = tmp_path_factory.mktemp("model"), getattr(request, "param", SEQ_LENGTH)
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -193,7 +196,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PretrainCo
     tokenizer.train_from_iterator([" ".join(WORDS), "Question: Answer: yes no True False"] * 50, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = replace(
-        tiny_config("samoe", style="llama", seq_length=SEQ_LENGTH, max_position_embeddings=SEQ_LENGTH),
+        tiny_config("samoe", style="llama", seq_length=seq_length, max_position_embeddings=seq_length),
         data=DataConfig(
             mock_data=True, tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder / "tokenizer.json")
         ),
@@ -202,10 +205,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PretrainCo
     run_ranks(save, 1, with_layout(config))
     load(folder / "run").save_pretrained(folder / "hf")
     their_model = HFLM(pretrained=str(folder / "hf"), device="cpu", batch_size=1, trust_remote_code=True)
-    assert their_model.max_length == SEQ_LENGTH
+    assert their_model.max_length == seq_length
     with pytest.MonkeyPatch.context() as patch:
         # Of 64 tokens none is left before an answer of the 256 that are usual; our adapter takes half of a short model.
-        patch.setattr(HFLM, "max_gen_toks", SEQ_LENGTH // 2)
+        patch.setattr(HFLM, "max_gen_toks", seq_length // 2)
         yield config, their_model
 
 
@@ -239,6 +242,7 @@ def test_made_up_rows(
 
 
 @needs_data
+@pytest.mark.parametrize("model", [LONG], indirect=True)
 @pytest.mark.parametrize(
     "task", [pytest.param(task, marks=[pytest.mark.night] if items > 110 else []) for task, items in REAL.items()]
 )

@@ -304,11 +304,34 @@ def is_seen(place: int, image: np.ndarray) -> bool:
 def test_every_model_is_seen_in_every_plot_of_costs(runs_dir: Path) -> None:
     groups = group_runs([read_run(path) for path in folders(runs_dir)])
     same = {"some cost": {group.name: 2.0 for group in groups}, "another": {group.name: 2.0 for group in groups}}
-    image = plt.imread(io.BytesIO(quality_against_cost(groups, same)))[:, :, :3]
+    image = plt.imread(io.BytesIO(quality_against_cost(groups, same) or b""))[:, :, :3]
     panels = image[: int(0.8 * len(image))]  # without the legend
     for half in np.array_split(panels, 2, axis=1):
         for place in range(len(groups)):
             assert is_seen(place, half), place
+
+
+def test_no_plot_compares_one_model_with_itself(runs_dir: Path, tmp_path: Path) -> None:
+    write_report(tmp_path / "r.html", "One", [read_run(runs_dir / "moe/seed-1")])
+    page = (tmp_path / "r.html").read_text()
+    assert not (tmp_path / "quality.png").exists() and not (tmp_path / "glance.png").exists()
+    assert "Best:" not in page and "Right, from" not in page and "further left" not in page
+
+
+def test_an_axis_has_one_notation() -> None:
+    figure, axes = plt.subplots()
+    axes.set(xscale="log", yscale="log", xlim=(2500, 52000), ylim=(0.015, 0.09))
+    plots.label_tokens(axes)
+    plots.label_log(axes.yaxis)
+    figure.canvas.draw()
+    shown = [
+        [text.get_text() for text in texts if text.get_text()]
+        for texts in (axes.get_xticklabels(), axes.get_yticklabels())
+    ]
+    assert {"5k", "10k", "20k", "50k"} <= set(shown[0]) and {"0.02", "0.05"} <= set(shown[1])
+    minor = [text.get_text() for axis in (axes.xaxis, axes.yaxis) for text in axis.get_ticklabels(minor=True)]
+    assert not any(minor)
+    plt.close(figure)
 
 
 def test_models_have_their_colours_where_the_first_has_no_experts(runs_dir: Path) -> None:
@@ -440,6 +463,9 @@ def test_the_page_in_a_browser(runs_dir: Path, tmp_path: Path, capsys: Any) -> N
     output = tmp_path / "report" / "r.html"
     assert report_command.main([*map(str, folders(runs_dir)), *flags, "--output", str(output)]) == 0
     with browser() as page:
+        page.resize(1400, 900)
+        page.open(output.as_uri())
+        assert page.run("return [...document.querySelectorAll('div.wide')].every(d => d.scrollWidth <= d.clientWidth)")
         page.resize(380, 800)
         page.open(output.as_uri())
         assert page.run("return document.documentElement.scrollWidth") <= 380
