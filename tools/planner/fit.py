@@ -1,7 +1,7 @@
 """Fits the constants of the planner's model of time to published runs, and judges them by families that were held out.
 
 `python -m tools.planner.fit` prints the constants for megatron_samoe/planning/gpus.py, and errors by family and GPU;
-`--judge` only judges those that are there; `--plot FILE.svg` draws planned against published speeds. Needs scipy.
+`--judge` only judges those that are there; `--plot FILE.png` draws planned against published speeds. Needs scipy.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def draw(path: Path, groups: Mapping[str, tuple[Sequence[Row], Sequence[float]]]
         axes.fill_between(ends, ends / 1.2, ends * 1.2, color="black", alpha=0.08, linewidth=0)
         axes.set(xscale="log", yscale="log", title=name, xlabel="published tokens/s per GPU", ylabel="planned")
         axes.legend(fontsize=8)
-    figure.savefig(path)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
