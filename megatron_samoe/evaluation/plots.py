@@ -13,12 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-<<<<<<< HEAD
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
-=======
 from matplotlib.axis import Axis
 from matplotlib.ticker import EngFormatter, FormatStrFormatter, Formatter, LogLocator, MaxNLocator, NullFormatter
->>>>>>> evals
 
 from megatron_samoe.evaluation.run_groups import Groups, RunGroup
 from megatron_samoe.evaluation.run_summary import RunSummary
@@ -78,16 +74,10 @@ def label_log(axis: Axis, formatter: Formatter | None = None) -> None:
 
 
 def label_tokens(axes: Axes, most: int | None = None) -> None:
-    """Writes the horizontal axis in k, M and G, with at most so many steps; a logarithmic one at 1, 2 and 5."""
+    """Writes the horizontal axis in k, M and G, with at most so many steps."""
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-<<<<<<< HEAD
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    if axes.get_xscale() == "log":
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-=======
     if axes.get_xscale() == "log":
         label_log(axes.xaxis, EngFormatter(sep=""))
->>>>>>> evals
     if most is not None:
         axes.xaxis.set_major_locator(MaxNLocator(most))
 
@@ -171,23 +161,14 @@ def last_value(run: RunSummary, key: str) -> Any:
     return next((r[key] for r in reversed(run.records) if key in r), None)
 
 
-<<<<<<< HEAD
-def _heat_maps(groups: Groups, key: str, unit: str, draw: Callable[[Axes, np.ndarray], Any]) -> bytes | None:
-    """A map of layers x experts for the first run of each group, two beside each other, with the unit at its scale."""
-=======
 def _heat_maps(groups: Groups, key: str, what: str, draw: Callable[[Axes, np.ndarray], Any]) -> bytes | None:
     """A map of layers x experts for the first run of each group, two beside each other."""
->>>>>>> evals
     shown = [(g, np.asarray(value)) for g in groups if (value := last_value(g.first, key)) is not None]
     if not shown:
         return None
     figure, panels = side_by_side(len(shown), width=6.0)
     for axes, (group, values) in zip(panels, shown, strict=True):
-<<<<<<< HEAD
-        figure.colorbar(draw(axes, values), ax=axes, label=unit)
-=======
         figure.colorbar(draw(axes, values), ax=axes, label=what)
->>>>>>> evals
         axes.set(title=group.name, xlabel="expert", ylabel="MoE layer")
     return png_of(figure)
 
@@ -198,11 +179,7 @@ def expert_load(groups: Groups) -> bytes | None:
     def draw(axes: Axes, load_LE: np.ndarray) -> Any:
         return grid(axes, load_LE * load_LE.shape[1], cmap="RdBu_r", vmin=0, vmax=2)
 
-<<<<<<< HEAD
-    return _heat_maps(groups, "expert_load", "times an even share", draw)
-=======
     return _heat_maps(groups, "expert_load", "load / even load", draw)
->>>>>>> evals
 
 
 def gradient_norms(groups: Groups) -> bytes | None:
@@ -213,11 +190,7 @@ def gradient_norms(groups: Groups) -> bytes | None:
             logs_LE = np.where(norms_LE > 0, np.log10(norms_LE), np.nan)
         return grid(axes, logs_LE, cmap="viridis", decimals=1)
 
-<<<<<<< HEAD
-    return _heat_maps(groups, "expert_grad_norm", "log10 of the norm", draw)
-=======
     return _heat_maps(groups, "expert_grad_norm", "log10 of the gradient norm", draw)
->>>>>>> evals
 
 
 def combinations(groups: Groups) -> bytes | None:

@@ -35,7 +35,7 @@ from megatron_samoe.evaluation.report_tables import (
     zero_shot_table,
 )
 from megatron_samoe.evaluation.run_groups import group_runs, mean_sd
-from megatron_samoe.evaluation.run_summary import perplexity_text, read_run, summary_table
+from megatron_samoe.evaluation.run_summary import perplexity_text, read_run
 from tests.harness.browser import browser, needs_browser
 from tests.harness.serving import save_tiny
 
@@ -145,7 +145,7 @@ def test_a_half_written_line_is_left_out_and_a_broken_one_refused(runs_dir: Path
     assert len(read_run(run).records) == 4
     for broken in ('{"iteration": 0, "lm_l\n' + whole, whole + "7\n"):
         (run / "metrics.jsonl").write_text(broken)
-        with pytest.raises(CheckpointError, match=r"metrics\.jsonl:[15] is not a record"):
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl:[15] is no record"):
             read_run(run)
 
 
@@ -237,21 +237,8 @@ def test_speed_of_a_machine_that_something_else_used_is_left_out(runs_dir: Path,
     (tmp_path / "moe/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     runs = [read_run(tmp_path / "moe"), read_run(runs_dir / "dense/seed-1")]
     assert speed_table(group_runs(runs)) == []
-    head, moe, dense = summary_table(runs)
-    assert moe[head.index("tokens/s")] == "-" != dense[head.index("tokens/s")], "at a terminal, too"
     write_report(tmp_path / "r.html", "Report", runs)
     assert "Not in this report: Training speed. Quartiles" in (tmp_path / "r.html").read_text()
-
-
-def test_tokens_on_a_logarithmic_axis_have_one_notation() -> None:
-    figure, (axes,) = plots.side_by_side(1, width=6.5)
-    axes.plot([20_000, 700_000], [8, 4])
-    axes.set_xscale("log")
-    plots.label_tokens(axes)
-    figure.canvas.draw()
-    low, high = axes.get_xlim()
-    shown = [t.get_text() for t in axes.get_xticklabels(which="both") if low <= t.get_position()[0] <= high]
-    assert list(filter(None, shown)) == ["20k", "50k", "100k", "200k", "500k"]
 
 
 def test_entropy_of_the_load() -> None:
