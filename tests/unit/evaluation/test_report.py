@@ -145,7 +145,7 @@ def test_a_half_written_line_is_left_out_and_a_broken_one_refused(runs_dir: Path
     assert len(read_run(run).records) == 4
     for broken in ('{"iteration": 0, "lm_l\n' + whole, whole + "7\n"):
         (run / "metrics.jsonl").write_text(broken)
-        with pytest.raises(CheckpointError, match=r"metrics\.jsonl:[15] is no record"):
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl:[15] is not a record"):
             read_run(run)
 
 
