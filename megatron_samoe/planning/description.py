@@ -27,6 +27,8 @@ from megatron_samoe.moe.sharing.way import LenderCosts, SharingContext, SharingW
 from megatron_samoe.parallel_state.parameter_tag import ParameterTag, tag_of
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.parallel_state.state import ParallelState, planned_state
+from megatron_samoe.planning.recorder import storageless
+from megatron_samoe.planning.traces import Trace, trace_head, trace_layer
 
 Chunks = tuple[StagePlan, ...]
 
@@ -60,6 +62,7 @@ class Description:
         self._blueprint = Blueprint(replace(config, moe=moe), vocab_size, state, compute_dtype(config))
         self._layers: dict[tuple, TransformerLayer] = {}
         self._kept: dict[tuple, int] = {}
+        self._traces: dict[tuple, Trace] = {}
         self._own_of_way: dict[Way, nn.Module] = {}
         self._ends: dict[tuple[bool, bool], GPTStage] = {}
         self._known: dict[int, tuple[DescribedParameter, ...]] = {}
@@ -79,6 +82,24 @@ class Description:
             blueprint = replace(self._blueprint, config=replace(self._blueprint.config, training=training))
             self._layers[key] = TransformerLayer(blueprint, place)
         return self._layers[key]
+
+    def trace(self, place: LayerPlace, batch: int, selective: bool = False, worst: bool = False) -> Trace:
+        """Returns the trace of such a layer for a micro-batch of sequences; see `traces.trace_layer`."""
+        layer = self.layer(place, selective)
+        if worst and layer.is_moe and layer.moe.router.kept_choices[0] == layer.moe.router.experts_per_token:
+            worst = False  # it is the same
+        key = (_kind(place), batch, selective, worst)
+        if key not in self._traces:
+            self._traces[key] = trace_layer(layer, self._blueprint.config.model, batch, worst)
+        return self._traces[key]
+
+    def head_trace(self, batch: int, fuses_loss: bool) -> Trace:
+        """Returns the trace of the output layer and the loss; see `traces.trace_head`."""
+        key = (batch, fuses_loss)
+        if key not in self._traces:
+            head = self.ends(StagePlan((), has_embedding=False, has_head=True))
+            self._traces[key] = trace_head(head, batch, fuses_loss)
+        return self._traces[key]
 
     def kept_bytes(self, place: LayerPlace, tokens: int, selective: bool) -> int:
         """Returns the bytes that autograd keeps of such a layer."""
@@ -189,10 +210,10 @@ class Stages:
         Args:
             recomputed: how many layers of each chunk are recomputed, at most.
         """
-        kinds: dict[tuple[int, bool], list[LayerPlace]] = {}
+        kinds: dict[tuple[tuple, bool], list[LayerPlace]] = {}
         for plan in self.chunks_of_stage[stage]:
             for number, place in enumerate(plan.layers):
-                kinds.setdefault((place.num_experts, number < recomputed), []).append(place)
+                kinds.setdefault((_kind(place), number < recomputed), []).append(place)
         return tuple((places[-1], again, len(places)) for (_, again), places in kinds.items())
 
 
@@ -208,7 +229,7 @@ class Users:
 
 def _kind(place: LayerPlace) -> tuple:
     """Returns the key of layers with the same parameters."""
-    return place.num_experts, place.source and place.source.way
+    return place.num_experts, place.source and place.source.way, place.window
 
 
 def _described(module: nn.Module) -> tuple[DescribedParameter, ...]:
@@ -251,6 +272,8 @@ class PlannedModel:
             layout.num_layers_per_virtual_pipeline_stage,
             layout.pipeline_model_parallel_layout,
             config.model.num_layers,
+            config.model.sliding_window,
+            config.model.window_attn_skip_freq,
             moe,
         )
         self._shared: dict[int, SharedExperts] = {}
@@ -313,7 +336,7 @@ def _describe(
         cp_comm_type=cp_comm_type,
     )
     config = PretrainConfig(model=model, moe=moe, parallel=layout, training=TrainingConfig(bf16=low))
-    return Description(config, vocab_size, planned_state(grid, 0, sequence_parallel, cp_comm_type))
+    return Description(config, vocab_size, storageless(planned_state(grid, 0, sequence_parallel, cp_comm_type)))
 
 
 @lru_cache(maxsize=4096)
@@ -324,13 +347,22 @@ def _shared(
 
 
 @lru_cache(maxsize=1024)
-def _stages(pp: int, per_stage: int | None, layout: str | None, num_layers: int, moe: MoEConfig) -> Stages:
+def _stages(
+    pp: int,
+    per_stage: int | None,
+    layout: str | None,
+    num_layers: int,
+    window: int | None,
+    window_frequency: int | None,
+    moe: MoEConfig,
+) -> Stages:
     parallel = ParallelConfig(
         pipeline_model_parallel_size=pp,
         num_layers_per_virtual_pipeline_stage=per_stage,
         pipeline_model_parallel_layout=layout,
     )
-    plans = stage_plans(PretrainConfig(model=ModelConfig(num_layers=num_layers), moe=moe, parallel=parallel))
+    model = ModelConfig(num_layers=num_layers, sliding_window=window, window_attn_skip_freq=window_frequency)
+    plans = stage_plans(PretrainConfig(model=model, moe=moe, parallel=parallel))
     by_rank = tuple(plans[rank::pp] for rank in range(pp))
     places = [place for plan in plans for place in plan.layers]
     first_of_kind = {_kind(place): place for place in reversed(places)}
