@@ -55,13 +55,17 @@ class DescribedParameter:
 
 
 class Description:
-    """A model's modules as the ranks of a layout hold them, without storage. Each layout has one (`_describe`)."""
+    """A model's modules as the ranks of a layout hold them, without storage. Each layout has one (`_describe`).
 
-    def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState):
+    Args:
+        dense: that of a layout that has the same layers without experts, and the same ends.
+    """
+
+    def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState, dense: Description | None = None):
         moe = replace(config.moe, moe_scale_output_init=False)  # first values do not matter here
         self._blueprint = Blueprint(replace(config, moe=moe), vocab_size, state, compute_dtype(config))
+        self._dense = dense or self
         self._layers: dict[tuple, TransformerLayer] = {}
-        self._kept: dict[tuple, int] = {}
         self._traces: dict[tuple, Trace] = {}
         self._own_of_way: dict[Way, nn.Module] = {}
         self._ends: dict[tuple[bool, bool], GPTStage] = {}
@@ -74,6 +78,8 @@ class Description:
         Args:
             selective: whether the layer recomputes attention's core, which changes nothing but what it keeps.
         """
+        if not place.num_experts and self._dense is not self:
+            return self._dense.layer(place, selective)
         key = (_kind(place), selective)
         if key not in self._layers:
             training = replace(
@@ -85,6 +91,8 @@ class Description:
 
     def trace(self, place: LayerPlace, batch: int, selective: bool = False, worst: bool = False) -> Trace:
         """Returns the trace of such a layer for a micro-batch of sequences; see `traces.trace_layer`."""
+        if not place.num_experts and self._dense is not self:
+            return self._dense.trace(place, batch, selective)
         layer = self.layer(place, selective)
         if worst and layer.is_moe and layer.moe.router.kept_choices[0] == layer.moe.router.experts_per_token:
             worst = False  # it is the same
@@ -95,18 +103,11 @@ class Description:
 
     def head_trace(self, batch: int, fuses_loss: bool) -> Trace:
         """Returns the trace of the output layer and the loss; see `traces.trace_head`."""
-        key = (batch, fuses_loss)
-        if key not in self._traces:
+        key, traces = (batch, fuses_loss), self._dense._traces
+        if key not in traces:
             head = self.ends(StagePlan((), has_embedding=False, has_head=True))
-            self._traces[key] = trace_head(head, batch, fuses_loss)
-        return self._traces[key]
-
-    def kept_bytes(self, place: LayerPlace, tokens: int, selective: bool) -> int:
-        """Returns the bytes that autograd keeps of such a layer."""
-        key = (_kind(place), tokens, selective)
-        if key not in self._kept:
-            self._kept[key] = self.layer(place, selective).kept_bytes(tokens)
-        return self._kept[key]
+            traces[key] = trace_head(head, batch, fuses_loss)
+        return traces[key]
 
     def ends(self, plan: StagePlan) -> GPTStage:
         """Returns a stage with the same ends and no layer."""
@@ -336,7 +337,10 @@ def _describe(
         cp_comm_type=cp_comm_type,
     )
     config = PretrainConfig(model=model, moe=moe, parallel=layout, training=TrainingConfig(bf16=low))
-    return Description(config, vocab_size, storageless(planned_state(grid, 0, sequence_parallel, cp_comm_type)))
+    dense = None
+    if (ep, etp) != (1, tp):
+        dense = _describe(model, moe, vocab_size, low, 1, tp, tp, sequence_parallel, cp, cp_comm_type)
+    return Description(config, vocab_size, storageless(planned_state(grid, 0, sequence_parallel, cp_comm_type)), dense)
 
 
 @lru_cache(maxsize=4096)

@@ -23,6 +23,7 @@ from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
 from megatron_samoe.planning.description import PlannedModel
 from megatron_samoe.planning.muon import flops_of_rank, matrices_of
 from megatron_samoe.planning.teacher import planned_teacher
+from megatron_samoe.planning.traces import Trace
 
 #: AdamW reads gradient, master and two moments and writes the last three and the weight: bytes per element it updates.
 OPTIMIZER_TRAFFIC_BYTES = 30
@@ -167,21 +168,19 @@ class Links:
 def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
     """Returns the cost of one micro-batch in one stage, forwards and backwards."""
     config, plans, description = planned.config, planned.stages.chunks_of_stage[stage], planned.description
-    cost, tokens = Cost(), group_tokens(config)
+    cost, batch = Cost(), config.training.micro_batch_size
     selective = config.training.recompute_granularity == "selective"
     for place, again, count in planned.stages.counts(stage, recomputed_layers(config)):
-        layer = description.layer(place)
-        flops = (4.0 if again else 3.0) * layer.flops_per_token()
-        flops += layer.attention.core_flops_per_token() if selective else 0.0
-        _compute(cost, count * tokens * flops / links.grid.tp, links)
+        layer, trace = description.layer(place), description.trace(place, batch, selective)
+        flops = (4.0 if again else 3.0) * trace.forward_flops + (trace.core_flops if selective else 0.0)
+        _compute(cost, count * flops, links)
         passes = (3 if again else 2) * count
         _tensor_exchanges(cost, config, layer.is_moe, links, passes)
-        _context_exchanges(cost, config, layer, links, count, passes, passes + (0 if again or not selective else count))
+        _context_exchanges(cost, trace, links, count, again)
         if layer.is_moe:
             _expert_exchanges(cost, config, layer, links, passes)
-    heads = sum(description.ends(plan).head_flops_per_token() for plan in plans if plan.has_head)
-    if heads:
-        _compute(cost, 3.0 * tokens * heads / links.grid.tp, links)
+    if any(plan.has_head for plan in plans):
+        _compute(cost, 3.0 * description.head_trace(batch, fuses_loss=False).forward_flops, links)
     return cost
 
 
@@ -225,35 +224,24 @@ def _tensor_exchanges(cost: Cost, config: PretrainConfig, is_moe: bool, links: L
     cost.add("tensor", 2 * regions * passes * seconds, 2 * regions * passes * sent)
 
 
-def _context_exchanges(
-    cost: Cost, config: PretrainConfig, layer: TransformerLayer, links: Links, count: int, passes: int, core_passes: int
-) -> None:
+def _context_exchanges(cost: Cost, trace: Trace, links: Links, count: int, again: bool) -> None:
     """Adds what attention exchanges between context-parallel ranks, and the routers' logits. Keys and values go round beside
     the core's products: what these do not hide takes time.
-
-    Args:
-        core_passes: those of attention's core, which selective recomputation repeats.
     """
-    cp, tokens, size = links.grid.cp, group_tokens(config), compute_dtype(config).itemsize
-    if cp == 1:
-        return
-    queries, keys_values = layer.attention.widths()
-    if config.parallel.cp_comm_type == "a2a":
-        seconds, sent = links.all_to_all("cp", tokens * (2 * queries + keys_values) * size)
-        cost.add("context", core_passes * seconds, core_passes * sent)
-    else:
-        of_pass = (cp - 1) * tokens * keys_values * size
-        of_gradients = cp * tokens * keys_values * 4
-        sent = core_passes * of_pass + count * of_gradients
-        core_s = tokens * layer.attention.core_flops_per_token() / links.grid.tp
+    operations = [o for part in (trace.forward, trace.backward, trace.forward if again else ()) for o in part]
+    exchanges = [o for o in operations if o.group == "cp"]
+    ring = [o.sent_bytes for o in exchanges if o.name == "shift"]
+    if ring:
+        core_s = sum(o.flops for o in operations if o.kind == "attention")
         core_s /= links.cluster.flops * links.cluster.efficiency
-        hidden = (core_passes + count) * core_s  # a backward pass computes twice what a forward pass does
-        hops = (core_passes * (cp - 1) + count * cp) * links.cluster.latency_s
-        cost.add("context", max(0.0, sent / links.bandwidth("cp") - hidden) + hops, sent)
-    if layer.is_moe:
-        seconds, sent = links.gather("cp", cp * tokens * layer.moe.shape.num_experts * 4)
-        forwards = passes - count
-        cost.add("context", forwards * seconds, forwards * sent)
+        exposed = max(0.0, sum(ring) / links.bandwidth("cp") - core_s) + len(ring) * links.cluster.latency_s
+        cost.add("context", count * exposed, count * sum(ring))
+    for o in exchanges:
+        if o.name == "all_to_all":
+            seconds, sent = links.all_to_all("cp", o.read_bytes)
+            cost.add("context", count * seconds, count * sent)
+        elif o.name != "shift":
+            cost.add("context", count * links.seconds("cp", o.sent_bytes), count * o.sent_bytes)
 
 
 def _expert_exchanges(cost: Cost, config: PretrainConfig, layer: TransformerLayer, links: Links, passes: int) -> None:

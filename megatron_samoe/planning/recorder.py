@@ -9,7 +9,7 @@ and size. Where the host reads a number of rows from the device, it gets that of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -272,8 +272,7 @@ class _Made:
 
     @staticmethod
     def of(results: Any) -> _Made:
-        parts = (results,) if isinstance(results, Tensor) else results
-        facts = tuple((t.shape, t.stride(), t.dtype) if isinstance(t, Tensor) else t for t in parts)
+        facts = tuple((t.shape, t.stride(), t.dtype) if isinstance(t, Tensor) else t for t in _parts(results))
         return _Made(facts, isinstance(results, Tensor))
 
     def __call__(self) -> Any:
@@ -301,15 +300,21 @@ class _Effect:
 _EFFECTS: dict[Any, _Effect] = {}
 
 
-def _facts(value: Any) -> Any:
-    """Returns what the effect of an operation depends on, of one argument or of all."""
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device.type
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_facts, value))
-    if isinstance(value, dict):
-        return tuple((name, _facts(v)) for name, v in value.items())
-    return type(value), value
+def _facts(values: Iterable[Any]) -> tuple[Any, ...]:
+    """Returns what the effect of an operation depends on, of its arguments."""
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found += value.shape, value.stride(), value.dtype, value.is_meta
+        elif isinstance(value, (tuple, list)):
+            found.append(_facts(value))
+        else:
+            found += type(value), value
+    return tuple(found)
+
+
+def _parts(results: Any) -> Sequence[Any]:
+    return results if isinstance(results, (tuple, list)) else (results,)
 
 
 class _Kernels(TorchDispatchMode):
@@ -324,13 +329,13 @@ class _Kernels(TorchDispatchMode):
         return False  # torch would load its compiler at the first operation, for seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        key = func, self._window, _facts(args), _facts(kwargs)
+        key = func, self._window, _facts(args), _facts(kwargs.items()) if kwargs else ()
         effect = _EFFECTS.get(key)
         if effect is not None and effect.made is not None:
             results = effect.made()
         else:
             results = _KERNELS.get(func.overloadpacket, func)(*args, **(kwargs or {}))
-        made = [t for t in tree_leaves(results) if isinstance(t, Tensor) and t.is_meta]
+        made = [t for t in _parts(results) if isinstance(t, Tensor) and t.is_meta]
         if effect is None:
             effect = _EFFECTS[key] = self._effect(func, args, kwargs, results, made)
         if effect.operation is not None:

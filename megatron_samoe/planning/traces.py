@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,10 +39,15 @@ class Trace:
     forward_peak: int
     backward_peak: int
 
-    @property
+    @cached_property
     def forward_flops(self) -> float:
-        """Multiply-adds x 2 of the forward pass on this rank."""
+        """Multiply-adds x 2 of the forward pass."""
         return sum(operation.flops for operation in self.forward)
+
+    @cached_property
+    def core_flops(self) -> float:
+        """The part of `forward_flops` in products of queries, keys and values."""
+        return sum(operation.flops for operation in self.forward if operation.kind == "attention")
 
 
 class _Noise(SampleRandom):
@@ -71,7 +77,8 @@ def trace_layer(layer: TransformerLayer, model: ModelConfig, batch: int, worst: 
         tokens = batch * length // (1 if state.etp.size == state.tp.size else state.tp.size)
         rows = int(tokens * visited)
         lender = OwnLender({moe.moe_index: _with_main_grads(OwnExperts(moe.shape, state, layer.dtype))})
-    context = _context(batch, length)
+    noise = _Noise(0, 0, tuple(range(batch)))
+    context = ForwardContext(batch, training=True, tokens_per_step=batch * length, random=noise)
     local_tokens = batch * length // (state.tp.size if state.sequence_parallel else 1)
 
     def run(x_TH: Tensor) -> Tensor:
@@ -90,7 +97,7 @@ def trace_head(head: GPTStage, batch: int, fuses_loss: bool) -> Trace:
     model, state = head.config.model, head.state
     length = model.seq_length // state.cp.size
     labels_BS = torch.empty(batch, length, dtype=torch.int64, device="meta")
-    context = _context(batch, length, fuses_loss)
+    context = ForwardContext(batch, fuses_loss=fuses_loss)
 
     def run(x_TH: Tensor) -> Tensor:
         y, _ = head(x_TH, context, OwnLender({}))
@@ -98,11 +105,6 @@ def trace_head(head: GPTStage, batch: int, fuses_loss: bool) -> Trace:
 
     local_tokens = batch * length // (state.tp.size if state.sequence_parallel else 1)
     return _trace(head, run, (local_tokens, model.hidden_size), head.final_norm.weight.dtype)
-
-
-def _context(batch: int, length: int, fuses_loss: bool = False) -> ForwardContext:
-    noise = _Noise(0, 0, tuple(range(batch)))
-    return ForwardContext(batch, True, batch * length, random=noise, fuses_loss=fuses_loss)
 
 
 def _with_main_grads(module: OwnExperts) -> OwnExperts:
@@ -125,13 +127,12 @@ def _trace(
         forward_peak = recorder.peak
         kept = recorder.alive_bytes() - y.untyped_storage().nbytes()
         forward = recorder.take()
-        dy = torch.empty_like(y)
-        torch.autograd.backward(
-            [get_gradient_edge(y)], [dy]
-        )  # of a tensor, it would run without this mode of functions
+        edge, dy = get_gradient_edge(y), torch.empty_like(y)
+        del y  # the next layer kept it, and has passed
+        torch.autograd.backward([edge], [dy])  # of a tensor, it would run without this mode of functions
         backward_peak = recorder.peak
         backward = recorder.take()
-        del y, dy
+        del edge, dy
         kept -= recorder.alive_bytes()  # what stays is cached for the next pass
     for hook in hooks:
         hook.remove()
