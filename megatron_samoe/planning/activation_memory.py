@@ -17,6 +17,7 @@ def activation_bytes(planned: PlannedModel, stage: int, micro_batches: int) -> i
     passes = passes_in_flight(parallel.pipeline_schedule, grid.pp, stage, len(plans), micro_batches)
     local_tokens = tokens // grid.tp if parallel.sequence_parallel else tokens
     inputs = local_tokens * config.model.hidden_size * compute_dtype(config).itemsize
+    workspace = planned.lending_costs(planned.first_rank_of(stage)).workspace
     all_chunks = in_backward = 0
     for place, again, count in planned.stages.counts(stage, recomputed_layers(config)):
         trace = planned.description.trace(place, batch, training.recompute_granularity == "selective", worst=True)
@@ -24,7 +25,7 @@ def activation_bytes(planned: PlannedModel, stage: int, micro_batches: int) -> i
         if again:
             kept, most = inputs, max(most, trace.forward_peak)
         all_chunks += count * kept
-        in_backward = max(in_backward, most - kept)
+        in_backward = max(in_backward, most - kept + (workspace if place.num_experts else 0))
     kept = passes * (all_chunks // len(plans) + (inputs if grid.pp > 1 else 0))
     if any(plan.has_head for plan in plans):
         # A teacher's logits are compared with the student's, so both are kept.
@@ -33,7 +34,7 @@ def activation_bytes(planned: PlannedModel, stage: int, micro_batches: int) -> i
         waiting = passes - 1 if parallel.pipeline_schedule == "gpipe" else 0
         kept += waiting * head.kept_bytes
         in_backward = max(in_backward, head.forward_peak, head.backward_peak)
-    return kept + in_backward + planned.lending_costs(planned.first_rank_of(stage)).workspace
+    return kept + in_backward
 
 
 def passes_in_flight(schedule: str, pp: int, rank: int, num_chunks: int, num_micro_batches: int) -> int:

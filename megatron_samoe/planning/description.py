@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice
 from typing import Literal
 
 from torch import nn
@@ -20,7 +18,7 @@ from megatron_samoe.config.sharing_map import Source, Way
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.models.blueprint import Blueprint
 from megatron_samoe.models.gpt_stage import GPTStage
-from megatron_samoe.models.layer_layout import LayerPlace, StagePlan, stage_plans
+from megatron_samoe.models.layer_layout import LayerPlace, StagePlan
 from megatron_samoe.models.rank_model import compute_dtype
 from megatron_samoe.models.transformer_layer import TransformerLayer
 from megatron_samoe.moe.sharing.way import LenderCosts, SharingContext, SharingWay
@@ -28,9 +26,8 @@ from megatron_samoe.parallel_state.parameter_tag import ParameterTag, tag_of
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.parallel_state.state import ParallelState, planned_state
 from megatron_samoe.planning.recorder import storageless
+from megatron_samoe.planning.stages import StageContent, Users, kind_of, stages_of
 from megatron_samoe.planning.traces import Trace, trace_head, trace_layer
-
-Chunks = tuple[StagePlan, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Description:
         dense: that of a layout that has the same layers without experts, and the same ends.
     """
 
-    def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState, dense: Description | None = None):
+    def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState, dense: Description | None):
         moe = replace(config.moe, moe_scale_output_init=False)  # first values do not matter here
         self._blueprint = Blueprint(replace(config, moe=moe), vocab_size, state, compute_dtype(config))
         self._dense = dense or self
@@ -80,7 +77,7 @@ class Description:
         """
         if not place.num_experts and self._dense is not self:
             return self._dense.layer(place, selective)
-        key = (_kind(place), selective)
+        key = (kind_of(place), selective)
         if key not in self._layers:
             training = replace(
                 self._blueprint.config.training, recompute_granularity="selective" if selective else None
@@ -90,15 +87,19 @@ class Description:
         return self._layers[key]
 
     def trace(self, place: LayerPlace, batch: int, selective: bool = False, worst: bool = False) -> Trace:
-        """Returns the trace of such a layer for a micro-batch of sequences; see `traces.trace_layer`."""
+        """Returns the trace of such a layer for a micro-batch of sequences.
+
+        Args:
+            worst: let tokens visit as many experts as at the worst time of a run, not as on average.
+        """
         if not place.num_experts and self._dense is not self:
             return self._dense.trace(place, batch, selective)
         layer = self.layer(place, selective)
-        if worst and layer.is_moe and layer.moe.router.kept_choices[0] == layer.moe.router.experts_per_token:
-            worst = False  # it is the same
-        key = (_kind(place), batch, selective, worst)
+        router = layer.moe.router if layer.is_moe else None
+        visited = 0.0 if router is None else router.kept_choices[0] if worst else router.experts_per_token
+        key = (kind_of(place), batch, selective, visited)
         if key not in self._traces:
-            self._traces[key] = trace_layer(layer, self._blueprint.config.model, batch, worst)
+            self._traces[key] = trace_layer(layer, self._blueprint.config.model, batch, visited)
         return self._traces[key]
 
     def head_trace(self, batch: int, fuses_loss: bool) -> Trace:
@@ -122,11 +123,14 @@ class Description:
         using: dict[Source, list[int]] = {}
         for moe_index, source in enumerate(context.sources):
             using.setdefault(source, []).append(moe_index)
-        # Only how many layers of a stage use a source matters, not which.
-        unused = {source: iter(layers) for source, layers in using.items()}
-        layers = tuple(tuple(i for s, n in used for i in islice(unused[s], n)) for used in users.of_stage)
+        # Only how many layers of a stage use a source matters, not which: each stage takes the next ones.
+        layers = []
+        for used in users.of_stage:
+            layers.append(tuple(i for source, number in used for i in using[source][:number]))
+            for source, number in used:
+                using[source] = using[source][number:]
         config = replace(context.config, samoe_pool_placement=placement)
-        context = replace(context, config=config, state=state, layers_of_stage=layers)
+        context = replace(context, config=config, state=state, layers_of_stage=tuple(layers))
         own = {moe_index: self._own(moe_index) for moe_index in layers[state.pp.rank]}
         return SharedExperts(self._blueprint.parts.sharing, context, own)
 
@@ -177,62 +181,6 @@ class SharedExperts:
         return self._costs[combine]
 
 
-@dataclass(frozen=True, eq=False)
-class StageContent:
-    """The ends of a pipeline rank's chunks, and a layer of each kind with the number of such layers.
-
-    Ranks with equal content have the same object, which is therefore cheap to look up.
-    """
-
-    ends: tuple[tuple[bool, bool], ...]
-    layers: tuple[tuple[LayerPlace, int], ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Stages:
-    """The layers of all pipeline ranks.
-
-    Attributes:
-        chunks_of_stage: chunks of every pipeline rank.
-        distinct: the first pipeline rank of each kind; ranks of a kind hold equally many layers of the same kinds, and the
-            same ends.
-        contents: of every pipeline rank.
-    """
-
-    chunks_of_stage: tuple[Chunks, ...]
-    distinct: tuple[int, ...]
-    contents: tuple[StageContent, ...]
-    users: Users
-
-    @lru_cache(maxsize=1 << 14)  # noqa: B019  stages live as long, in a cache of their own
-    def counts(self, stage: int, recomputed: int) -> tuple[tuple[LayerPlace, bool, int], ...]:
-        """Returns a layer of each kind of a stage, whether it is recomputed, and the number of such layers.
-
-        Args:
-            recomputed: how many layers of each chunk are recomputed, at most.
-        """
-        kinds: dict[tuple[tuple, bool], list[LayerPlace]] = {}
-        for plan in self.chunks_of_stage[stage]:
-            for number, place in enumerate(plan.layers):
-                kinds.setdefault((_kind(place), number < recomputed), []).append(place)
-        return tuple((places[-1], again, len(places)) for (_, again), places in kinds.items())
-
-
-@dataclass(frozen=True, eq=False)
-class Users:
-    """How many MoE layers of each pipeline rank use each source whose experts are shared.
-
-    Stages cut in any way with equal numbers have the same object.
-    """
-
-    of_stage: tuple[tuple[tuple[Source, int], ...], ...]
-
-
-def _kind(place: LayerPlace) -> tuple:
-    """Returns the key of layers with the same parameters."""
-    return place.num_experts, place.source and place.source.way, place.window
-
-
 def _described(module: nn.Module) -> tuple[DescribedParameter, ...]:
     """Returns a module's parameters; those that are sharded and reduced alike count as one."""
     alike: dict[tuple, DescribedParameter] = {}
@@ -268,7 +216,7 @@ class PlannedModel:
         # What is shared is the same for every tensor- and context-parallel size.
         self._lending_grid = replace(self.grid, tp=1, cp=1)
         self._lending = self.description if self.grid == self._lending_grid else _describe(*model, 1, False, 1, "p2p")
-        self.stages = _stages(
+        self.stages = stages_of(
             self.grid.pp,
             layout.num_layers_per_virtual_pipeline_stage,
             layout.pipeline_model_parallel_layout,
@@ -348,56 +296,3 @@ def _shared(
     description: Description, grid: RankGrid, rank: int, users: Users, placement: Literal["sharded", "replicated"]
 ) -> SharedExperts:
     return description.shared(users, planned_state(grid, rank), placement)
-
-
-@lru_cache(maxsize=1024)
-def _stages(
-    pp: int,
-    per_stage: int | None,
-    layout: str | None,
-    num_layers: int,
-    window: int | None,
-    window_frequency: int | None,
-    moe: MoEConfig,
-) -> Stages:
-    parallel = ParallelConfig(
-        pipeline_model_parallel_size=pp,
-        num_layers_per_virtual_pipeline_stage=per_stage,
-        pipeline_model_parallel_layout=layout,
-    )
-    model = ModelConfig(num_layers=num_layers, sliding_window=window, window_attn_skip_freq=window_frequency)
-    plans = stage_plans(PretrainConfig(model=model, moe=moe, parallel=parallel))
-    by_rank = tuple(plans[rank::pp] for rank in range(pp))
-    places = [place for plan in plans for place in plan.layers]
-    first_of_kind = {_kind(place): place for place in reversed(places)}
-    contents, used_by_rank = [], []
-    for chunks in by_rank:
-        kinds = Counter(_kind(place) for plan in chunks for place in plan.layers)
-        ends = tuple((plan.has_embedding, plan.has_head) for plan in chunks)
-        contents.append(_content(ends, tuple((first_of_kind[kind], n) for kind, n in kinds.items())))
-        sources = (place.source for plan in chunks for place in plan.layers)
-        used_by_rank.append(Counter(source for source in sources if source is not None and source.way.is_shared))
-    everywhere = sum(used_by_rank, Counter[Source]())
-    size_of = {place.source: place.num_experts for place in places}
-    seen: dict[tuple, int] = {}
-    for rank, (chunks, used) in enumerate(zip(by_rank, used_by_rank, strict=True)):
-        kind = tuple((c.has_embedding, c.has_head, *map(_kind, c.layers)) for c in chunks)
-        # Sets alike in everything but their number are used by as many layers here, and here alone or elsewhere as well.
-        sets = sorted(
-            (count, count == everywhere[source], size_of[source])
-            for source, count in used.items()
-            if source.way.in_sets
-        )
-        seen.setdefault((kind, tuple(sets)), rank)
-    users = _users(tuple(tuple(sorted(used.items(), key=str)) for used in used_by_rank))
-    return Stages(by_rank, tuple(seen.values()), tuple(contents), users)
-
-
-@lru_cache(maxsize=1 << 14)
-def _content(ends: tuple[tuple[bool, bool], ...], layers: tuple[tuple[LayerPlace, int], ...]) -> StageContent:
-    return StageContent(ends, layers)
-
-
-@lru_cache(maxsize=1 << 14)
-def _users(of_stage: tuple[tuple[tuple[Source, int], ...], ...]) -> Users:
-    return Users(of_stage)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from megatron_samoe.parallel_state.state import Group, ParallelState, PendingShi
 from megatron_samoe.row_exchange.all_to_all import group_of
 
 Kind = Literal["product", "attention", "memory", "collective"]
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -59,49 +60,13 @@ class Operation:
     sent_bytes: float = 0.0
     group: str | None = None
 
-
-class Recorder:
-    """The operations since the last `take`, and the bytes of storages that were made and are alive; see `recording`.
-
-    Temporaries inside torch's own ops are not seen.
-
-    Attributes:
-        peak: most bytes since the last `take`.
-    """
-
-    def __init__(self) -> None:
-        self._operations: list[Operation] = []
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._bytes = self.peak = 0
-
-    def take(self) -> tuple[Operation, ...]:
-        """Returns the operations so far, and begins anew."""
-        found, self._operations = tuple(self._operations), []
-        self.peak = self.alive_bytes()
-        return found
-
-    def alive_bytes(self) -> int:
-        """Returns the bytes of storages that are alive."""
-        self._alive = {key: (ref, size) for key, (ref, size) in self._alive.items() if not ref.expired()}
-        self._bytes = sum(size for _, size in self._alive.values())
-        return self._bytes
-
-    def operation(self, operation: Operation) -> None:
-        """Adds an operation."""
-        self._operations.append(operation)
-
-    def made(self, t: Tensor) -> None:
-        """Takes note of a tensor, whose storage may be known."""
-        storage = t.untyped_storage()
-        known = self._alive.get(storage._cdata)
-        if known is not None and not known[0].expired():
-            return
-        if known is not None:
-            self._bytes -= known[1]
-        self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._bytes += storage.nbytes()
-        if self._bytes > self.peak:  # or so it seems, with what has gone since
-            self.peak = max(self.peak, self.alive_bytes())
+    @classmethod
+    def collective(cls, name: str, x: Tensor, result: Tensor, group: Group) -> Operation:
+        """Returns the collective that makes `result` of x."""
+        before, after = _bytes_of(x), _bytes_of(result)
+        sent = (2.0 if name == "all_reduce" else 1.0) * max(before, after) * (group.size - 1) / group.size
+        sent = before if name == "shift" else sent
+        return cls("collective", name, tuple(result.shape), x.dtype, 0.0, before, after, sent, group.name)
 
 
 @contextmanager
@@ -112,17 +77,14 @@ def recording(rows: int = 0, window: int | None = None) -> Iterator[Recorder]:
         rows: that a rank sends to experts, and that its experts have.
         window: most keys that a query attends to; None for all before it.
     """
-    recorder = Recorder()
-    with taken_for_gpu("meta"), _Functions(recorder, rows), _Kernels(recorder, window):
+    recorder = Recorder(window)
+    with taken_for_gpu("meta"), _Functions(recorder, rows), recorder:
         yield recorder
 
 
 def storageless(state: ParallelState) -> ParallelState:
     """Returns the state with groups whose collectives return shapes alone."""
-    groups: dict[str, Any] = {}
-    for name in GROUPS:
-        group = state.group(name)
-        groups[name] = StoragelessGroup(name, group.ranks, group.rank)
+    groups: dict[str, Any] = {n: StoragelessGroup(n, state.group(n).ranks, state.group(n).rank) for n in GROUPS}
     return replace(state, **groups)
 
 
@@ -130,26 +92,25 @@ class StoragelessGroup(Group):
     """A group without other members, for tensors without storage."""
 
     def all_reduce(self, tensor: Tensor, op: Any = None) -> Tensor:
-        return tensor if self.size == 1 else _collective(tensor, self, "all_reduce", tensor.shape)
+        return self._exchange("all_reduce", tensor, tensor.shape)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        shape = (self.size * tensor.shape[0], *tensor.shape[1:])
-        return tensor if self.size == 1 else _collective(tensor, self, "all_gather", shape)
+        return self._exchange("all_gather", tensor, (self.size * len(tensor), *tensor.shape[1:]))
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        shape = (tensor.shape[0] // self.size, *tensor.shape[1:])
-        return tensor if self.size == 1 else _collective(tensor, self, "reduce_scatter", shape)
+        return self._exchange("reduce_scatter", tensor, (len(tensor) // self.size, *tensor.shape[1:]))
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
-        return tensor if self.size == 1 else _collective(tensor, self, "all_to_all", tensor.shape)
+        return self._exchange("all_to_all", tensor, tensor.shape)
 
     def all_to_all_uneven(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        shape = (sum(receive), *tensor.shape[1:])
-        return tensor if self.size == 1 else _collective(tensor, self, "all_to_all", shape)
+        return self._exchange("all_to_all", tensor, (sum(receive), *tensor.shape[1:]))
 
     def start_shift(self, tensor: Tensor) -> PendingShift:
-        received = tensor if self.size == 1 else _collective(tensor, self, "shift", tensor.shape)
-        return PendingShift(self, received, tensor, ())
+        return PendingShift(self, self._exchange("shift", tensor, tensor.shape), tensor, ())
+
+    def _exchange(self, name: str, x: Tensor, shape: Sequence[int]) -> Tensor:
+        return x if self.size == 1 else _collective(x, self, name, shape)
 
 
 def _collective(x: Tensor, group: Group, name: str, shape: Sequence[int]) -> Tensor:
@@ -159,15 +120,8 @@ def _collective(x: Tensor, group: Group, name: str, shape: Sequence[int]) -> Ten
     return x if name == "all_reduce" else x.new_empty(shape)
 
 
-def _sent(name: str, operand: int, result: int, size: int) -> float:
-    """Returns the bytes that a rank sends in a collective of a group."""
-    if name == "shift":
-        return operand
-    return (2 if name == "all_reduce" else 1) * max(operand, result) * (size - 1) / size
-
-
 class _Functions(TorchFunctionMode):
-    """Replaces functions of torch before they become operations."""
+    """Replaces functions before they become operations of "meta"."""
 
     def __init__(self, recorder: Recorder, rows: int):
         super().__init__()
@@ -180,30 +134,19 @@ class _Functions(TorchFunctionMode):
             is_causal = kwargs.get("is_causal", False) or kwargs.get("attn_mask") is not None
             return aten._scaled_dot_product_flash_attention(*args[:3], kwargs.get("dropout_p", 0.0), is_causal)[0]
         if func is F.rms_norm:
-            (x, shape), weight, epsilon = args, kwargs["weight"], kwargs["eps"]
-            return torch.native_layer_norm(x, shape, weight, None, epsilon)[0]
+            return torch.native_layer_norm(args[0], args[1], kwargs["weight"], None, kwargs["eps"])[0]
         if func is use_grouped_mm:
             return True
-        if func is _collective:
-            x, group, name, _ = args
-            result = func(*args)
-            before, after = _bytes_of(x), _bytes_of(result)
-            sent = _sent(name, before, after, group.size)
-            self._recorder.operation(
-                Operation("collective", name, tuple(result.shape), x.dtype, 0.0, before, after, sent, group.name)
-            )
-            return result
         if func is Tensor.__int__:
             return self._rows
         if func is Tensor.cpu:
-            (table,) = args
-            cells = table[0].numel()
+            cells = args[0][0].numel()
             even = torch.arange(cells, device="cpu").add(self._rows).div(cells, rounding_mode="floor")
-            return even.view(table.shape[1:]).expand(table.shape)
-        return func(*args, **kwargs)
-
-
-aten = torch.ops.aten
+            return even.view(args[0].shape[1:]).expand(args[0].shape)
+        result = func(*args, **kwargs)
+        if func is _collective:
+            self._recorder.operations.append(Operation.collective(args[2], args[0], result, args[1]))
+        return result
 
 
 def _layer_norm(x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None, epsilon: float) -> tuple[Tensor, ...]:
@@ -212,30 +155,26 @@ def _layer_norm(x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None, epsi
     return torch.empty_like(x), mean, factor
 
 
-def _layer_norm_backward(
-    dy: Tensor, x: Tensor, shape: Any, mean: Tensor, factor: Tensor, weight: Tensor, bias: Tensor | None, mask: Any
-) -> tuple[Tensor | None, ...]:
+def _layer_norm_backward(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+    *_, weight, bias, mask = others
     return tuple(
-        torch.empty_like(t) if t is not None and m else None for t, m in zip((x, weight, bias), mask, strict=True)
+        torch.empty_like(t) if m and t is not None else None for t, m in zip((x, weight, bias), mask, strict=True)
     )
 
 
-def _flash_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Any, ...]:
+def _flash_attention(query: Tensor, key: Tensor, *_: Any, **__: Any) -> tuple[Any, ...]:
     batch, heads, length, width = query.shape
     y = query.new_empty(batch, length, heads, width).transpose(1, 2)  # in the order of memory that the kernel writes
     sums, seed = query.new_empty(batch, heads, length, dtype=torch.float32), query.new_empty(0)
     return y, sums, None, None, length, key.shape[2], seed, seed, seed
 
 
-def _flash_attention_backward(
-    dy: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
-) -> tuple[Tensor, ...]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+def _flash_attention_backward(dy: Tensor, *saved: Any, **_: Any) -> tuple[Tensor, ...]:
+    return tuple(map(torch.empty_like, saved[:3]))
 
 
-def _grouped_mm(left: Tensor, right: Tensor, ends: Tensor, *_: Any, **__: Any) -> Tensor:
-    shape = (len(left), right.shape[2]) if right.dim() == 3 else (len(ends), len(left), right.shape[1])
-    return left.new_empty(shape)
+def _grouped_mm(left: Tensor, right: Tensor, ends: Tensor, *_: Any) -> Tensor:
+    return left.new_empty((len(left), right.shape[2]) if right.dim() == 3 else (len(ends), len(left), right.shape[1]))
 
 
 #: What kernels of a GPU return, which torch does on "meta" by other operations, or in another order of memory.
@@ -263,37 +202,25 @@ _ALLOCATIONS = {aten.empty, aten.empty_strided, aten.new_empty, aten.empty_like,
 _OVERWRITES = {aten.copy_, aten.fill_, aten.zero_}
 
 
-@dataclass(frozen=True)
-class _Made:
-    """New tensors: shape, strides and dtype of each; other results as they are."""
-
-    facts: tuple[Any, ...]
-    is_one: bool
-
-    @staticmethod
-    def of(results: Any) -> _Made:
-        facts = tuple((t.shape, t.stride(), t.dtype) if isinstance(t, Tensor) else t for t in _parts(results))
-        return _Made(facts, isinstance(results, Tensor))
-
-    def __call__(self) -> Any:
-        made = tuple(
-            torch.empty_strided(f[0], f[1], dtype=f[2], device="meta") if isinstance(f, tuple) else f
-            for f in self.facts
-        )
-        return made[0] if self.is_one else made
-
-
-@dataclass(frozen=True)
-class _Effect:
+class _Effect(NamedTuple):
     """What an operation does for arguments of some shapes.
 
     Attributes:
         operation: to record; None for views and bare allocations.
-        made: new results; None where it has to run, as it gives views or changes its arguments.
+        made: shape, strides and dtype of each new tensor, or another result as it is; None where the operation has to run,
+            as it gives views or changes its arguments.
     """
 
     operation: Operation | None
-    made: _Made | None
+    made: tuple[Any, ...] | None
+    is_one: bool
+
+    def results(self) -> Any:
+        assert self.made is not None
+        made = tuple(
+            torch.empty_strided(f[0], f[1], dtype=f[2], device="meta") if isinstance(f, tuple) else f for f in self.made
+        )
+        return made[0] if self.is_one else made
 
 
 #: Most operations are many layers' and layouts', and torch takes long to find their results on "meta".
@@ -306,69 +233,93 @@ def _facts(values: Iterable[Any]) -> tuple[Any, ...]:
     for value in values:
         if isinstance(value, Tensor):
             found += value.shape, value.stride(), value.dtype, value.is_meta
-        elif isinstance(value, (tuple, list)):
-            found.append(_facts(value))
         else:
-            found += type(value), value
+            found += type(value), _facts(value) if isinstance(value, (tuple, list)) else value
     return tuple(found)
 
 
-def _parts(results: Any) -> Sequence[Any]:
-    return results if isinstance(results, (tuple, list)) else (results,)
+class Recorder(TorchDispatchMode):
+    """Operations, and the bytes of storages that are made and alive. Temporaries inside torch's own ops are not seen.
 
+    Attributes:
+        operations: since the last `take`.
+        peak: most bytes since then.
+    """
 
-class _Kernels(TorchDispatchMode):
-    """Records operations with what they make."""
-
-    def __init__(self, recorder: Recorder, window: int | None):
+    def __init__(self, window: int | None):
         super().__init__()
-        self._recorder, self._window = recorder, window
+        self._window = window
+        self.operations: list[Operation] = []
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._bytes = self.peak = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # torch would load its compiler at the first operation, for seconds
 
+    def take(self) -> tuple[Operation, ...]:
+        """Returns the operations so far, and begins anew."""
+        found, self.operations = tuple(self.operations), []
+        self.peak = self.alive_bytes()
+        return found
+
+    def alive_bytes(self) -> int:
+        """Returns the bytes of storages that are alive."""
+        self._alive = {key: (ref, size) for key, (ref, size) in self._alive.items() if not ref.expired()}
+        self._bytes = sum(size for _, size in self._alive.values())
+        return self._bytes
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         key = func, self._window, _facts(args), _facts(kwargs.items()) if kwargs else ()
         effect = _EFFECTS.get(key)
         if effect is not None and effect.made is not None:
-            results = effect.made()
+            results = effect.results()
         else:
             results = _KERNELS.get(func.overloadpacket, func)(*args, **(kwargs or {}))
-        made = [t for t in _parts(results) if isinstance(t, Tensor) and t.is_meta]
+        parts = results if isinstance(results, (tuple, list)) else (results,)
+        made = [t for t in parts if isinstance(t, Tensor) and t.is_meta]
         if effect is None:
-            effect = _EFFECTS[key] = self._effect(func, args, kwargs, results, made)
+            operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta]
+            effect = _EFFECTS[key] = self._effect(func, args, operands, parts, made, parts is not results)
         if effect.operation is not None:
-            self._recorder.operation(effect.operation)
+            self.operations.append(effect.operation)
         if effect.made is not None:
             for t in made:
-                self._recorder.made(t)
+                self._note(t)
         return results
 
-    def _effect(self, func: Any, args: Any, kwargs: Any, results: Any, made: list[Tensor]) -> _Effect:
-        packet, operands = (
-            func.overloadpacket,
-            [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta],
+    def _note(self, t: Tensor) -> None:
+        """Counts a new tensor, whose storage may be another's of the same operation."""
+        storage = t.untyped_storage()
+        known = self._alive.get(storage._cdata)
+        if known is not None and not known[0].expired():
+            return
+        self._bytes += storage.nbytes() - (0 if known is None else known[1])
+        self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        if self._bytes > self.peak:  # or so it seems, with what has gone since
+            self.peak = max(self.peak, self.alive_bytes())
+
+    def _effect(
+        self, func: Any, args: Any, operands: list[Tensor], parts: Sequence[Any], made: list[Tensor], is_one: bool
+    ) -> _Effect:
+        packet, known = func.overloadpacket, {t.untyped_storage()._cdata for t in operands}
+        is_new = (
+            bool(made) and not func._schema.is_mutable and any(t.untyped_storage()._cdata not in known for t in made)
         )
-        known = {t.untyped_storage()._cdata for t in operands}
-        changes, is_view = (
-            func._schema.is_mutable,
-            bool(made) and all(t.untyped_storage()._cdata in known for t in made),
-        )
-        again = None if changes or is_view or not made else _Made.of(results)
-        no_work = not (operands or made) or (is_view and not changes) or packet in _ALLOCATIONS
-        return _Effect(None if no_work else self._operation(packet, args, operands, made), again)
+        facts = tuple((t.shape, t.stride(), t.dtype) if isinstance(t, Tensor) else t for t in parts) if is_new else None
+        works = (is_new and packet not in _ALLOCATIONS) or (func._schema.is_mutable and operands)
+        return _Effect(self._operation(packet, args, operands, made) if works else None, facts, is_one)
 
     def _operation(self, packet: Any, args: Any, operands: list[Tensor], made: list[Tensor]) -> Operation:
-        name, shape = packet.__name__.lstrip("_"), tuple(made[0].shape) if made else ()
+        name, dtype = packet.__name__.lstrip("_"), (operands or made)[0].dtype
+        if name == "all_to_all_rows":
+            return Operation.collective("all_to_all", operands[0], made[0], group_of(args[3]))
         kind: Kind = "memory"
-        flops, sent, group = 0.0, 0.0, None
-        read, written = sum(map(_bytes_of, operands[packet in _OVERWRITES :])), sum(map(_bytes_of, made))
+        shape, flops = tuple(made[0].shape) if made else (), 0.0
         if packet in _PRODUCTS:
             left, right = (t for t in args[-2:] if isinstance(t, Tensor))
-            batch = left.shape[0] if left.dim() == 3 else 1
-            kind, shape = _PRODUCTS[packet], (batch, left.shape[-2], right.shape[-1], left.shape[-1])
-            flops = 2.0 * math.prod(shape)
+            kind, shape = _PRODUCTS[packet], (*left.shape[:-2], left.shape[-2], right.shape[-1], left.shape[-1])
+            shape, flops = shape if left.dim() == 3 else (1, *shape), 2.0 * math.prod(shape)
         elif packet is aten._grouped_mm:
             (left, right, ends), kind = args[:3], "product"
             (rows, inner), groups = left.shape, len(ends)
@@ -382,16 +333,12 @@ class _Kernels(TorchDispatchMode):
             first, place = _ATTENTION[packet]
             query, key, value = args[first : first + 3]
             kind, shape = "attention", (*query.shape[:3], key.shape[2], query.shape[3])
-            products = 2 * query.shape[3] + value.shape[3] if first else 0  # the backward pass makes the scores again
-            products += query.shape[3] + value.shape[3]
-            is_causal = args[place] if len(args) > place else False  # its default
-            flops = 2.0 * math.prod(query.shape[:2]) * self._pairs(query.shape[2], key.shape[2], is_causal) * products
-        elif name == "all_to_all_rows":
-            of = group_of(args[3])
-            name, kind, group = "all_to_all", "collective", of.name
-            sent = _sent(name, read, written, of.size)
-        dtype = operands[0].dtype if operands else made[0].dtype
-        return Operation(kind, name, shape, dtype, flops, read, written, sent, group)
+            # The backward pass makes the scores again, and two gradients of each product.
+            widths = (3 if first else 1) * query.shape[3] + (2 if first else 1) * value.shape[3]
+            pairs = self._pairs(query.shape[2], key.shape[2], len(args) > place and args[place])
+            flops = 2.0 * math.prod(query.shape[:2]) * pairs * widths
+        read, written = sum(map(_bytes_of, operands[packet in _OVERWRITES :])), sum(map(_bytes_of, made))
+        return Operation(kind, name, shape, dtype, flops, read, written)
 
     def _pairs(self, queries: int, keys: int, is_causal: bool) -> float:
         """Returns the pairs of a query and a key that meet; causally, where the last of both are of one token."""

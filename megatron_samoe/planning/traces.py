@@ -53,17 +53,16 @@ class Trace:
 class _Noise(SampleRandom):
     """Draws without numbers."""
 
-    def uniform(self, shape_per_sample: tuple[int, ...], device: torch.device, *_: Any) -> Tensor:  # type: ignore[override]
-        length, *rest = shape_per_sample
-        return torch.empty((len(self.samples) * length, *rest), device=device)
+    def uniform_like(self, x_TH: Tensor, *_: Any) -> Tensor:
+        return torch.empty_like(x_TH, dtype=torch.float32)
 
 
-def trace_layer(layer: TransformerLayer, model: ModelConfig, batch: int, worst: bool = False) -> Trace:
+def trace_layer(layer: TransformerLayer, model: ModelConfig, batch: int, visited: float) -> Trace:
     """Returns the trace of a layer on "meta" for a micro-batch of sequences. Experts are lent as if they were the layer's own;
     all have equally many rows.
 
     Args:
-        worst: let tokens visit as many experts as at the worst time of a run, not as on average.
+        visited: experts that a token visits.
     """
     state = layer.state
     length = model.seq_length // state.cp.size
@@ -73,7 +72,6 @@ def trace_layer(layer: TransformerLayer, model: ModelConfig, batch: int, worst: 
     rows, lender = 0, OwnLender({})
     if layer.is_moe:
         moe = layer.moe
-        visited = moe.router.kept_choices[0] if worst else moe.router.experts_per_token
         tokens = batch * length // (1 if state.etp.size == state.tp.size else state.tp.size)
         rows = int(tokens * visited)
         lender = OwnLender({moe.moe_index: _with_main_grads(OwnExperts(moe.shape, state, layer.dtype))})
