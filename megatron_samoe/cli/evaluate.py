@@ -231,12 +231,12 @@ def _write(options: Evaluate, runs: Sequence[Run], other: Sequence[Run], is_part
         _write_text(options.json, json.dumps(without_infinities(content), indent=1) + "\n")
     if not options.samples:
         return
-    plain = harness("lm_eval.utils").handle_non_serializable
     for number, run in enumerate(everyone):
         is_alone = len(everyone) == 1 and not is_partial
         folder = options.samples if is_alone else options.samples / f"{number}_{run.name}"
         for result in run.results:
             if result.samples:
+                plain = harness("lm_eval.utils").handle_non_serializable
                 lines = [
                     json.dumps(without_infinities(record), ensure_ascii=False, default=plain)
                     for record in result.samples

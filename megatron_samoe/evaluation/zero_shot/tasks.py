@@ -73,7 +73,6 @@ class TaskLoader:
             ConfigError: one is not known or named twice.
             DataError: its data or its file is missing or damaged.
         """
-        harness()
         wanted = list(local_data()) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
         if not wanted:
             raise ConfigError("--tasks", names, "names no task")
@@ -136,17 +135,18 @@ class TaskLoader:
             if entry.kind.name != "TASK":
                 return self._built(name, name, self._everything)
             local = LocalData(task=str(entry.yaml_path), files=(name,))
-        own = FOLDER / "own_tasks" / local.task
-        config = read_task_file(own if own.is_file() else Path(harness("lm_eval.tasks").__file__).parent / local.task)
+        data = None
         if self.data_dir is not None:
             try:
                 data = find_data(name, local.files, self.data_dir)
             except NoDataError:
                 if local.fields and not self.hub:
                     raise
-            else:
-                config |= {"custom_dataset": _reader(name, local, data), "test_split": "test"}
-                config |= {"training_split": None, "validation_split": None, "fewshot_split": None}
+        own = FOLDER / "own_tasks" / local.task
+        config = read_task_file(own if own.is_file() else Path(harness("lm_eval.tasks").__file__).parent / local.task)
+        if data is not None:
+            config |= {"custom_dataset": _reader(name, local, data), "test_split": "test"}
+            config |= {"training_split": None, "validation_split": None, "fewshot_split": None}
         return self._built(name, config)
 
     def _built(self, name: str, spec: str | JsonObject, manager: Any = None) -> list[Any]:

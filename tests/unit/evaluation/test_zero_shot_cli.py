@@ -196,7 +196,8 @@ def test_perplexity_alone_needs_no_data_folder(run: Run, checkpoints: tuple[Path
 def test_without_the_harness(
     run: Run, checkpoints: tuple[Path, Path], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.setitem(sys.modules, name, None)
     error = run("--load", checkpoints[0], "--data-dir", data, "--tasks", "boolq", status=1)
     assert (
         error.startswith("error: a task needs the package lm_eval: ") and "[eval]" in error and error.count("\n") == 1
