@@ -12,7 +12,7 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.norms import Norm, SplitNorm
 from megatron_samoe.models.rotary import apply_rotary
 from megatron_samoe.moe.types import ForwardContext
-from megatron_samoe.ops.attention import ScoreRule, attention, needs_scores, takes_blocks
+from megatron_samoe.ops.attention import ScoreRule, attention, needs_scores
 from megatron_samoe.ops.document_attention import Documents, document_attention
 from megatron_samoe.parallel_state.parameter_tag import Init, ParameterTag
 from megatron_samoe.parallel_state.shard_spec import ShardSpec
@@ -69,18 +69,6 @@ class AttentionCore(nn.Module):
         if sinks is None and self.has_sinks:
             sinks = torch.zeros(self.num_local_heads, device=device)
         return ScoreRule(self.window, self.softcap, sinks, self.config.attention_multiplier)
-
-    def widths(self) -> tuple[int, int]:
-        """Returns the elements that a token's queries have on this rank, and its keys and values together."""
-        raise NotImplementedError
-
-    def exchange_bytes(self, tokens: int) -> int:
-        """Returns the most bytes of what goes to and comes from other context-parallel ranks at a time, with sums in fp32."""
-        (queries, keys_values), size = self.widths(), self.output.weight.element_size()
-        if not self.goes_round:
-            return 2 * tokens * (queries + keys_values) * size
-        # Keys, values and their gradients are computed with, while the next come; a piece's gradients are added.
-        return tokens * ((2 * size + 2 * 4 + size) * keys_values + (4 + size) * queries)
 
     def run_core(
         self, q_BSAD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, inputs: AttentionInputs, context: ForwardContext
@@ -199,63 +187,6 @@ class SelfAttention(AttentionCore):
             q_TAD, k_TGD, v_TGD = (t.flatten(0, 1) for t in (q_BSAD, k_BSGD, v_BSGD))
             return self.output(context.cache.attend(self.layer, q_TAD, k_TGD, v_TGD, self.rule(x_TH.device)))
         return self.output(self.run_core(q_BSAD, k_BSGD, v_BSGD, inputs, context))
-
-    def widths(self) -> tuple[int, int]:
-        """See `AttentionCore.widths`."""
-        kv_heads = self.qkv.weight.shape[0]
-        return kv_heads * self.queries_per_kv * self.config.head_dim, 2 * kv_heads * self.config.head_dim
-
-    def core_flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the two products with the keys and values that a token attends to, on average over a
-        sequence and over layers with and without a window: the planner asks one layer for all.
-        """
-        model = self.config
-        return 2.0 * 2 * model.num_attention_heads * model.head_dim * model.mean_keys
-
-    def flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the forward pass, over all tensor-parallel ranks."""
-        return self.qkv.flops_per_token() + self.output.flops_per_token() + self.core_flops_per_token()
-
-    def kept_bytes(self, tokens: int) -> int:
-        """Returns the bytes that autograd keeps: the gathered input, queries, keys and values in one tensor, and the
-        output; copies where they are normalised, clipped or rotated; the norms' statistics, and the fused kernel's sums.
-        """
-        model, weight = self.config, self.output.weight
-        size, head_dim = weight.element_size(), model.head_dim
-        kv_heads = self.qkv.weight.shape[0]
-        heads = kv_heads * self.queries_per_kv
-        clips, norms = model.clip_qkv is not None, model.qk_layernorm
-        copies = 0
-        if self.cp.size > 1 and not self.recompute_core:
-            # What is sent is a copy, so that norms and clips alone keep the projection; heads come back as another copy.
-            copies += heads + 2 * kv_heads if norms or clips else 0
-            copies += heads if (norms or clips) and heads > kv_heads else 0  # as within a rank
-            copies += heads + kv_heads if norms and clips else 0
-            copies += 0 if self.goes_round else heads
-        else:
-            copies += self._copies_in_rank(heads, kv_heads)
-        vectors = 2 if model.qk_layernorm_scope == "all" else heads + kv_heads
-        statistics = 4 * vectors * (1 if model.normalization == "RMSNorm" else 2) if norms else 0
-        has_sums = not (self.recompute_core or needs_scores(self.rule()))
-        if has_sums and takes_blocks(self.rule(), model.seq_length):
-            copies += heads  # the kernel keeps each block's output, the projection all of them
-        elements = model.hidden_size + (2 * heads + 2 * kv_heads + copies) * head_dim
-        return tokens * (elements * size + statistics + (4 * heads if has_sums else 0))
-
-    def _copies_in_rank(self, heads: int, kv_heads: int) -> int:
-        """Returns the heads that are copied between the projection and the core."""
-        model = self.config
-        rotates, clips, norms = model.position_embedding_type == "rope", model.clip_qkv is not None, model.qk_layernorm
-        copies = 0
-        if heads > kv_heads and (norms or clips or not rotates):
-            copies += heads  # queries that share keys are copied out of the projection
-        if norms and (clips or not rotates):  # rotating keeps only its result
-            copies += heads + kv_heads
-        if clips:
-            copies += kv_heads if rotates else heads + 2 * kv_heads
-        if rotates:
-            copies += heads + kv_heads
-        return copies
 
 
 def _query_key_norm(config: ModelConfig, num_heads: int, state: ParallelState, dtype: torch.dtype) -> Norm | SplitNorm:

@@ -21,7 +21,6 @@ from megatron_samoe.moe.types import ForwardContext, MoEStats
 from megatron_samoe.ops.document_attention import Documents
 from megatron_samoe.parallel_state.parameter_tag import Init, ParameterTag
 from megatron_samoe.tensor_parallel.cross_entropy import (
-    chunk_tokens,
     linear_cross_entropy,
     vocab_parallel_cross_entropy,
 )
@@ -178,29 +177,9 @@ class GPTStage(nn.Module):
     def _recomputes(self, number: int, context: ForwardContext) -> bool:
         return context.training and number < recomputed_layers(self.config)
 
-    def head_flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the output matrix in a forward pass, over all tensor-parallel ranks."""
-        return 2.0 * self._head().weight.numel() * self.state.tp.size
-
     def head_width(self) -> int:
         """Returns the columns of this rank's logits."""
         return self._head().width
-
-    def head_kept_bytes(self, tokens: int, fuses_loss: bool) -> int:
-        """Returns the bytes of one micro-batch's head: normalised input, logits, fp32 probabilities, and their
-        gradient; or, where the loss makes logits, those of some tokens, and the gradients that it makes.
-        """
-        weight = self._head().weight
-        local_tokens = tokens // self.state.tp.size if self.state.sequence_parallel else tokens
-        hidden, size = weight.shape[1], weight.element_size()
-        capped = size if self.config.model.final_logit_softcapping is not None else 0
-        inputs = (tokens + local_tokens) * hidden * size
-        if fuses_loss:
-            at_a_time = min(chunk_tokens(self.head_width()), tokens)
-            # Of the input, and of the weight, in fp32 and a part that is added.
-            gradients = tokens * hidden * size + self.head_width() * hidden * (4 + size)
-            return inputs + gradients + at_a_time * self.head_width() * (size + capped + 8)
-        return inputs + tokens * self.head_width() * (size + capped + 8)
 
 
 def _words(blueprint: Blueprint, family: Literal["dense", "embedding"]) -> VocabParallelEmbedding:

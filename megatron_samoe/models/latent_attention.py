@@ -15,7 +15,6 @@ from megatron_samoe.models.attention import AttentionCore, AttentionInputs, Self
 from megatron_samoe.models.norms import Norm
 from megatron_samoe.models.rotary import apply_rotary
 from megatron_samoe.moe.types import ForwardContext
-from megatron_samoe.ops.attention import needs_scores, takes_blocks
 from megatron_samoe.parallel_state.parameter_tag import Init
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, TokenWiseLinear
@@ -109,41 +108,3 @@ class LatentAttention(AttentionCore):
         y_TF = context.cache.attend(self.layer, q_TAD, k_T1D, latent_TC[:, None], self.rule(latent.device))
         y_TAC = y_TF.view(*q_TAD.shape[:2], -1)
         return torch.einsum("tac,avc->tav", y_TAC, down_AVC).flatten(1)
-
-    def widths(self) -> tuple[int, int]:
-        """See `AttentionCore.widths`."""
-        queries = self.q_up.weight.shape[0] * self.config.query_dim
-        return queries, 2 * queries
-
-    def core_flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the products with keys and with values."""
-        config = self.config
-        return 2.0 * config.num_attention_heads * (config.query_dim + config.v_head_dim) * config.mean_keys
-
-    def flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the forward pass, over all tensor-parallel ranks, each of which makes the latents of
-        its tokens.
-        """
-        down = self.kv_down.flops_per_token() + (0.0 if self.q_down is None else self.q_down.flops_per_token())
-        up = self.q_up.flops_per_token() + self.kv_up.flops_per_token() + self.output.flops_per_token()
-        return down + up + self.core_flops_per_token()
-
-    def kept_bytes(self, tokens: int) -> int:
-        """Returns the bytes that autograd keeps: the input, latents before and after their norms, queries, keys, values filled
-        up to their width, and the output.
-        """
-        config, size = self.config, self.output.weight.element_size()
-        local = tokens // self.state.tp.size if self.state.sequence_parallel else tokens
-        heads, width = self.q_up.weight.shape[0], config.query_dim
-        q_rank, rank, positions = config.q_lora_rank or 0, config.kv_lora_rank, config.qk_pos_emb_head_dim
-        of_tokens = local * (config.hidden_size + q_rank + rank + positions) + tokens * (q_rank + rank)
-        if self.q_down is None and self.state.sequence_parallel:
-            of_tokens += tokens * config.hidden_size
-        has_sums = not (self.recompute_core or needs_scores(self.rule()))
-        blocks = has_sums and takes_blocks(self.rule(), config.seq_length)
-        # Values are a view of what they are projected with, until they are filled up.
-        values = config.qk_head_dim + config.v_head_dim if self.recompute_core else width
-        outputs = config.v_head_dim + (0 if self.recompute_core or not has_sums else width * (1 + blocks))
-        of_heads = tokens * heads * (2 * width + values + outputs)
-        statistics = 4 * (local * (2 if q_rank else 1) + (tokens * heads if has_sums else 0))
-        return (of_tokens + of_heads) * size + statistics

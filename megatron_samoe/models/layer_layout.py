@@ -26,12 +26,14 @@ class LayerPlace:
         moe_index: among MoE layers, or None for a layer with a dense MLP.
         num_experts: routed experts (E); 0 for a layer with a dense MLP.
         source: source of the experts; None for a layer with a dense MLP.
+        window: most keys that a token attends to; None for all before it.
     """
 
     index: int
     moe_index: int | None = None
     num_experts: int = 0
     source: Source | None = None
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,15 @@ class StagePlan:
 def all_layers(config: PretrainConfig) -> tuple[LayerPlace, ...]:
     """Returns the layers of the whole model in order."""
     num_layers = config.model.num_layers
+    windows = [config.model.window_of(i) for i in range(num_layers)]
     if config.moe.expert_layout == "dense":
-        return tuple(LayerPlace(i) for i in range(num_layers))
+        return tuple(LayerPlace(i, window=windows[i]) for i in range(num_layers))
     is_moe = parse_moe_layer_freq(config.moe.moe_layer_freq, num_layers)
     moe_layers = zip(itertools.count(), experts_per_layer(config.moe, sum(is_moe)), sharing_map(config), strict=False)
-    return tuple(LayerPlace(i, *next(moe_layers)) if moe else LayerPlace(i) for i, moe in enumerate(is_moe))
+    return tuple(
+        LayerPlace(i, *next(moe_layers), window=windows[i]) if moe else LayerPlace(i, window=windows[i])
+        for i, moe in enumerate(is_moe)
+    )
 
 
 def stage_plans(config: PretrainConfig) -> tuple[StagePlan, ...]:

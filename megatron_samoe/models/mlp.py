@@ -56,19 +56,3 @@ class MLP(nn.Module):
             gate, up = h.chunk(2, -1)
             return self.fc2(nn.functional.silu(gate) * up)
         return self.fc2(nn.functional.gelu(h, approximate=GELU_FORM[self.activation]))
-
-    def flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the forward pass, over all tensor-parallel ranks."""
-        return self.fc1.flops_per_token() + self.fc2.flops_per_token()
-
-    def inner_bytes(self, tokens: int) -> int:
-        """Returns the bytes of inner tensors that autograd keeps; a SiLU-gated MLP keeps both halves, the gate's SiLU,
-        and their product.
-        """
-        weight = self.fc2.weight
-        return tokens * (4 if self.gated else 2) * weight.shape[1] * weight.element_size()
-
-    def kept_bytes(self, tokens: int) -> int:
-        """Returns the bytes that autograd keeps: those of `inner_bytes` and of the gathered input."""
-        weight = self.fc2.weight
-        return self.inner_bytes(tokens) + tokens * weight.shape[0] * weight.element_size()

@@ -38,11 +38,6 @@ class Norm(nn.Module):
             return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
 
-    def kept_bytes(self, vectors: int) -> int:
-        """Returns the bytes that autograd keeps of `vectors` vectors: a fused norm's input and fp32 statistics."""
-        statistics = 1 if self.bias is None else 2
-        return vectors * (self.weight.numel() * self.weight.element_size() + 4 * statistics)
-
 
 class SplitNorm(nn.Module):
     """RMSNorm over vectors whose channels are split over tensor-parallel ranks, as its weights are.

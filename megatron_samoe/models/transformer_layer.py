@@ -81,31 +81,6 @@ class TransformerLayer(nn.Module):
         assert context.random is not None
         return context.random.dropout(y_TH, self.dropout, self.index, site, self.state.token_share)
 
-    def flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the forward pass's matrix products, over all ranks that process a token."""
-        return self.attention.flops_per_token() + (self.moe if self.is_moe else self.mlp).flops_per_token()
-
-    def exchange_bytes(self, tokens: int) -> int:
-        """Returns the most bytes of what attention exchanges between context-parallel ranks, which it does not keep."""
-        return self.attention.exchange_bytes(tokens) if self.state.cp.size > 1 else 0
-
-    def kept_bytes(self, tokens: int) -> int:
-        """Returns the bytes that autograd keeps of a micro-batch without recomputation, the layer's input included.
-
-        `tokens` are those that the rank's tensor-parallel group has: with context parallelism parts of sequences.
-
-        With sequence parallelism, tensors outside tensor-parallel regions hold 1/tp of the tokens; the input of a split
-        matrix is gathered and kept whole.
-        """
-        local_tokens = tokens // self.state.tp.size if self.state.sequence_parallel else tokens
-        norms = self.attention_norm.kept_bytes(local_tokens) + self.mlp_norm.kept_bytes(local_tokens)
-        element_bytes = self.dtype.itemsize
-        if self.is_parallel:  # both norms have the same input
-            norms -= local_tokens * self.mlp_norm.weight.numel() * element_bytes
-        kept = self.moe.kept_bytes(tokens, element_bytes) if self.is_moe else self.mlp.kept_bytes(tokens)
-        dropped = 2 * local_tokens * self.mlp_norm.weight.numel() * element_bytes if self.dropout else 0
-        return norms + self.attention.kept_bytes(tokens) + kept + dropped
-
 
 def _moe_layer(blueprint: Blueprint, place: LayerPlace, moe_index: int) -> MoELayer:
     config, state, dtype, parts = blueprint.config, blueprint.state, blueprint.dtype, blueprint.parts

@@ -12,24 +12,8 @@ from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.layers import new_parameter, token_wise_spec
 
 
-class _TokenWeights(nn.Module):
-    """Weights of each token, as many as the matrix has rows, computed in fp32 or better."""
-
-    weight: nn.Parameter
-
-    def flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the forward pass in the product."""
-        return 2.0 * self.weight.numel()
-
-    def kept_bytes(self, tokens: int, element_bytes: int) -> int:
-        """Returns the bytes that autograd keeps: the outputs that are weighed, weights, and of bf16 tokens an fp32 copy."""
-        rows, hidden = self.weight.shape
-        copy = 0 if element_bytes == self.weight.element_size() else 4 * hidden
-        return tokens * (rows * (hidden * element_bytes + 4 + (0 if element_bytes == 4 else element_bytes)) + copy)
-
-
-class Mixing(_TokenWeights):
-    """c_routed * routed + c_dense * dense with (c_routed, c_dense) = softmax(W x + b)."""
+class Mixing(nn.Module):
+    """c_routed * routed + c_dense * dense with (c_routed, c_dense) = softmax(W x + b), computed in fp32 or better."""
 
     def __init__(self, hidden_size: int, init_std: float, state: ParallelState, dtype: torch.dtype):
         super().__init__()
@@ -43,8 +27,8 @@ class Mixing(_TokenWeights):
         return c_T2[:, :1] * routed_TH + c_T2[:, 1:] * dense_TH
 
 
-class SharedExpertGate(_TokenWeights):
-    """routed + sigmoid(w x) * shared."""
+class SharedExpertGate(nn.Module):
+    """routed + sigmoid(w x) * shared, with the gate computed in fp32 or better."""
 
     def __init__(self, hidden_size: int, init_std: float, state: ParallelState, dtype: torch.dtype):
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -22,26 +22,6 @@ from megatron_samoe.tensor_parallel.mappings import (
 )
 
 
-class SharedExpert(Protocol):
-    """An MLP that every token passes, and what it costs."""
-
-    def __call__(self, x_TH: Tensor) -> Tensor:
-        """Returns y_TH."""
-        ...
-
-    def flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the forward pass."""
-        ...
-
-    def inner_bytes(self, tokens: int) -> int:
-        """Returns the bytes that autograd keeps besides the input."""
-        ...
-
-    def kept_bytes(self, tokens: int) -> int:
-        """Returns the same with the input."""
-        ...
-
-
 class MoELayer(nn.Module):
     """Routed experts, lent by whoever keeps them, and an optional shared expert.
 
@@ -59,7 +39,7 @@ class MoELayer(nn.Module):
         place: MoEPlace,
         router: Router,
         experts: nn.Module,
-        shared_expert: SharedExpert | None,
+        shared_expert: Callable[[Tensor], Tensor] | None,
         state: ParallelState,
         dispatch_chunks: int = 1,
         overlap_shared_expert: bool = False,
@@ -113,36 +93,3 @@ class MoELayer(nn.Module):
         if self.state.etp.size == self.state.tp.size:
             return leave_tensor_parallel_region(y_TH, self.state)
         return y_TH if self.state.sequence_parallel else gather_tokens(y_TH, self.state.tp)
-
-    def flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the forward pass, over all ranks that a token meets."""
-        shared = 0.0 if self.shared_expert is None else self.shared_expert.flops_per_token()
-        shared += 0.0 if self.mixing is None else self.mixing.flops_per_token()
-        routed = self.router.experts_per_token * self.shape.matrix_elements
-        return 2.0 * (self.router.weight.numel() + routed) + shared
-
-    def kept_bytes(self, tokens: int, element_bytes: int) -> int:
-        """Returns the bytes that autograd keeps of a micro-batch, with experts evenly loaded.
-
-        Permuting keeps no input. The router keeps its own in fp32, a shared expert the gathered one; experts keep their
-        first product and recompute activations.
-        """
-        state, shape, tp = self.state, self.shape, self.state.tp.size
-        local_tokens = tokens // tp if state.sequence_parallel else tokens
-        routed_tokens = tokens if state.etp.size == tp else tokens // tp
-        visited, width = self.router.kept_choices
-        rows = int(routed_tokens * visited)
-        up = (2 if shape.activation == "swiglu" else 1) * shape.ffn_size // state.etp.size
-        inner = rows * (up + 2 * shape.hidden_size) * element_bytes
-        # Whole sequences are routed on each of their ranks.
-        routed_here = tokens * state.cp.size
-        router = 4 * (int(routed_here * (2 * shape.num_experts + width)) + local_tokens * shape.hidden_size)
-        indices = 8 * (int(routed_tokens * (2 * width + 1)) + 2 * rows)
-        total = inner + router + indices
-        if self.shared_expert is not None:
-            kept_by_router = element_bytes == 4 and local_tokens == tokens
-            shared = self.shared_expert
-            total += shared.inner_bytes(tokens) if kept_by_router else shared.kept_bytes(tokens)
-        if self.mixing is not None:
-            total += self.mixing.kept_bytes(local_tokens, element_bytes)
-        return total

@@ -88,11 +88,6 @@ def needs_scores(rule: ScoreRule) -> bool:
     return rule.softcap is not None or rule.sinks_A is not None
 
 
-def takes_blocks(rule: ScoreRule, length: int) -> bool:
-    """Whether a sequence's result is put together from several blocks."""
-    return not rule.is_plain and length > BLOCK
-
-
 @lru_cache(maxsize=64)
 def band(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
     """Returns mask [queries, keys], True where a key is not after the query and in its window; both end together."""

@@ -86,8 +86,9 @@ def merge(y_BASD: Tensor, lse_BAS: Tensor, more_BASD: Tensor, more_lse_BAS: Tens
 
 
 def _takes_flash(q: Tensor) -> bool:
-    """Whether CUDA's flash attention takes it."""
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    """Whether CUDA's flash attention takes it. Tensors without storage are planned for it."""
+    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return q.is_meta or (q.is_cuda and fits)
 
 
 def _for_each_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,9 +47,12 @@ def train_flops_per_token(config: PretrainConfig, vocab_size: int) -> float:
 
 def forward_flops_per_token(config: PretrainConfig, vocab_size: int) -> float:
     """Returns the forward pass's part of `train_flops_per_token`."""
-    whole = whole_model(config, vocab_size)
-    layers = sum(whole.description.layer(place).flops_per_token() for place in whole.layers())
-    return layers + whole.description.ends(whole.stages.chunks_of_stage[0][-1]).head_flops_per_token()
+    whole, model = whole_model(config, vocab_size), config.model
+    traces = [whole.description.trace(place, 1) for place in whole.layers()]
+    traces.append(whole.description.head_trace(1, fuses_loss=False))
+    products = sum(trace.forward_flops - trace.core_flops for trace in traces) / model.seq_length
+    width = model.query_dim + model.v_head_dim if model.multi_latent_attention else 2 * model.head_dim
+    return products + 2.0 * model.num_layers * model.num_attention_heads * width * model.mean_keys
 
 
 def idle_share(config: PretrainConfig, world_size: int) -> float:

@@ -1,4 +1,4 @@
-"""Bytes of activations that autograd keeps, from the modules' `kept_bytes`; tests compare them with what it does keep."""
+"""Bytes of activations that autograd keeps, and what passes need besides, from traces of one layer of each kind."""
 
 from __future__ import annotations
 
@@ -9,28 +9,32 @@ from megatron_samoe.planning.description import PlannedModel
 
 
 def activation_bytes(planned: PlannedModel, stage: int, micro_batches: int) -> int:
-    """Returns the bytes of activations at a stage's peak: all passes in flight, and either the head's or, when the backward
-    pass has come through that, one recomputed layer's and what a layer exchanges with context-parallel ranks."""
+    """Returns the bytes of activations at a stage's peak: all passes in flight, and what the output layer takes or, when the
+    backward pass has come through that, a layer's backward pass, with its forward pass where that is done again."""
     config, grid, plans = planned.config, planned.grid, planned.stages.chunks_of_stage[stage]
-    parallel, description = config.parallel, planned.description
-    tokens = group_tokens(config)
+    parallel, training = config.parallel, config.training
+    tokens, batch = group_tokens(config), training.micro_batch_size
     passes = passes_in_flight(parallel.pipeline_schedule, grid.pp, stage, len(plans), micro_batches)
-    selective = config.training.recompute_granularity == "selective"
-    counts = planned.stages.counts(stage, recomputed_layers(config))
-    layers = [(description.kept_bytes(place, tokens, selective), again, n) for place, again, n in counts]
     local_tokens = tokens // grid.tp if parallel.sequence_parallel else tokens
     inputs = local_tokens * config.model.hidden_size * compute_dtype(config).itemsize
-    all_chunks = sum(n * (inputs if again else whole) for whole, again, n in layers)
-    boundary = inputs if grid.pp > 1 else 0
-    kept = passes * (all_chunks // len(plans) + boundary)
-    recomputed = max((whole for whole, again, _ in layers if again), default=0)
-    # A teacher's logits are compared with the student's, so both are kept.
-    fuses_loss = config.training.fused_linear_cross_entropy and config.distillation.teacher is None
-    head = sum(description.ends(p).head_kept_bytes(tokens, fuses_loss) for p in plans if p.has_head)
-    heads = passes if parallel.pipeline_schedule == "gpipe" else 1
-    exchanged = max((description.layer(place).exchange_bytes(tokens) for place, _, _ in counts), default=0)
-    at_a_time = max(head * heads, head * (heads - 1) + recomputed + exchanged)
-    return kept + at_a_time + planned.lending_costs(planned.first_rank_of(stage)).workspace
+    workspace = planned.lending_costs(planned.first_rank_of(stage)).workspace
+    all_chunks = in_backward = 0
+    for place, again, count in planned.stages.counts(stage, recomputed_layers(config)):
+        trace = planned.description.trace(place, batch, training.recompute_granularity == "selective", worst=True)
+        kept, most = trace.kept_bytes, trace.backward_peak
+        if again:
+            kept, most = inputs, max(most, trace.forward_peak)
+        all_chunks += count * kept
+        in_backward = max(in_backward, most - kept + (workspace if place.num_experts else 0))
+    kept = passes * (all_chunks // len(plans) + (inputs if grid.pp > 1 else 0))
+    if any(plan.has_head for plan in plans):
+        # A teacher's logits are compared with the student's, so both are kept.
+        fuses_loss = training.fused_linear_cross_entropy and config.distillation.teacher is None
+        head = planned.description.head_trace(batch, fuses_loss)
+        waiting = passes - 1 if parallel.pipeline_schedule == "gpipe" else 0
+        kept += waiting * head.kept_bytes
+        in_backward = max(in_backward, head.forward_peak, head.backward_peak)
+    return kept + in_backward
 
 
 def passes_in_flight(schedule: str, pp: int, rank: int, num_chunks: int, num_micro_batches: int) -> int:

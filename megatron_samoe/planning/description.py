@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice
 from typing import Literal
 
 from torch import nn
@@ -20,15 +18,16 @@ from megatron_samoe.config.sharing_map import Source, Way
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.models.blueprint import Blueprint
 from megatron_samoe.models.gpt_stage import GPTStage
-from megatron_samoe.models.layer_layout import LayerPlace, StagePlan, stage_plans
+from megatron_samoe.models.layer_layout import LayerPlace, StagePlan
 from megatron_samoe.models.rank_model import compute_dtype
 from megatron_samoe.models.transformer_layer import TransformerLayer
 from megatron_samoe.moe.sharing.way import LenderCosts, SharingContext, SharingWay
 from megatron_samoe.parallel_state.parameter_tag import ParameterTag, tag_of
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.parallel_state.state import ParallelState, planned_state
-
-Chunks = tuple[StagePlan, ...]
+from megatron_samoe.planning.recorder import storageless
+from megatron_samoe.planning.stages import StageContent, Users, kind_of, stages_of
+from megatron_samoe.planning.traces import Trace, trace_head, trace_layer
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,18 @@ class DescribedParameter:
 
 
 class Description:
-    """A model's modules as the ranks of a layout hold them, without storage. Each layout has one (`_describe`)."""
+    """A model's modules as the ranks of a layout hold them, without storage. Each layout has one (`_describe`).
 
-    def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState):
+    Args:
+        dense: that of a layout that has the same layers without experts, and the same ends.
+    """
+
+    def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState, dense: Description | None):
         moe = replace(config.moe, moe_scale_output_init=False)  # first values do not matter here
         self._blueprint = Blueprint(replace(config, moe=moe), vocab_size, state, compute_dtype(config))
+        self._dense = dense or self
         self._layers: dict[tuple, TransformerLayer] = {}
-        self._kept: dict[tuple, int] = {}
+        self._traces: dict[tuple, Trace] = {}
         self._own_of_way: dict[Way, nn.Module] = {}
         self._ends: dict[tuple[bool, bool], GPTStage] = {}
         self._known: dict[int, tuple[DescribedParameter, ...]] = {}
@@ -71,7 +75,9 @@ class Description:
         Args:
             selective: whether the layer recomputes attention's core, which changes nothing but what it keeps.
         """
-        key = (_kind(place), selective)
+        if not place.num_experts and self._dense is not self:
+            return self._dense.layer(place, selective)
+        key = (kind_of(place), selective)
         if key not in self._layers:
             training = replace(
                 self._blueprint.config.training, recompute_granularity="selective" if selective else None
@@ -80,12 +86,29 @@ class Description:
             self._layers[key] = TransformerLayer(blueprint, place)
         return self._layers[key]
 
-    def kept_bytes(self, place: LayerPlace, tokens: int, selective: bool) -> int:
-        """Returns the bytes that autograd keeps of such a layer."""
-        key = (_kind(place), tokens, selective)
-        if key not in self._kept:
-            self._kept[key] = self.layer(place, selective).kept_bytes(tokens)
-        return self._kept[key]
+    def trace(self, place: LayerPlace, batch: int, selective: bool = False, worst: bool = False) -> Trace:
+        """Returns the trace of such a layer for a micro-batch of sequences.
+
+        Args:
+            worst: let tokens visit as many experts as at the worst time of a run, not as on average.
+        """
+        if not place.num_experts and self._dense is not self:
+            return self._dense.trace(place, batch, selective)
+        layer = self.layer(place, selective)
+        router = layer.moe.router if layer.is_moe else None
+        visited = 0.0 if router is None else router.kept_choices[0] if worst else router.experts_per_token
+        key = (kind_of(place), batch, selective, visited)
+        if key not in self._traces:
+            self._traces[key] = trace_layer(layer, self._blueprint.config.model, batch, visited)
+        return self._traces[key]
+
+    def head_trace(self, batch: int, fuses_loss: bool) -> Trace:
+        """Returns the trace of the output layer and the loss; see `traces.trace_head`."""
+        key, traces = (batch, fuses_loss), self._dense._traces
+        if key not in traces:
+            head = self.ends(StagePlan((), has_embedding=False, has_head=True))
+            traces[key] = trace_head(head, batch, fuses_loss)
+        return traces[key]
 
     def ends(self, plan: StagePlan) -> GPTStage:
         """Returns a stage with the same ends and no layer."""
@@ -100,11 +123,14 @@ class Description:
         using: dict[Source, list[int]] = {}
         for moe_index, source in enumerate(context.sources):
             using.setdefault(source, []).append(moe_index)
-        # Only how many layers of a stage use a source matters, not which.
-        unused = {source: iter(layers) for source, layers in using.items()}
-        layers = tuple(tuple(i for s, n in used for i in islice(unused[s], n)) for used in users.of_stage)
+        # Only how many layers of a stage use a source matters, not which: each stage takes the next ones.
+        layers = []
+        for used in users.of_stage:
+            layers.append(tuple(i for source, number in used for i in using[source][:number]))
+            for source, number in used:
+                using[source] = using[source][number:]
         config = replace(context.config, samoe_pool_placement=placement)
-        context = replace(context, config=config, state=state, layers_of_stage=layers)
+        context = replace(context, config=config, state=state, layers_of_stage=tuple(layers))
         own = {moe_index: self._own(moe_index) for moe_index in layers[state.pp.rank]}
         return SharedExperts(self._blueprint.parts.sharing, context, own)
 
@@ -155,62 +181,6 @@ class SharedExperts:
         return self._costs[combine]
 
 
-@dataclass(frozen=True, eq=False)
-class StageContent:
-    """The ends of a pipeline rank's chunks, and a layer of each kind with the number of such layers.
-
-    Ranks with equal content have the same object, which is therefore cheap to look up.
-    """
-
-    ends: tuple[tuple[bool, bool], ...]
-    layers: tuple[tuple[LayerPlace, int], ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Stages:
-    """The layers of all pipeline ranks.
-
-    Attributes:
-        chunks_of_stage: chunks of every pipeline rank.
-        distinct: the first pipeline rank of each kind; ranks of a kind hold equally many layers of the same kinds, and the
-            same ends.
-        contents: of every pipeline rank.
-    """
-
-    chunks_of_stage: tuple[Chunks, ...]
-    distinct: tuple[int, ...]
-    contents: tuple[StageContent, ...]
-    users: Users
-
-    @lru_cache(maxsize=1 << 14)  # noqa: B019  stages live as long, in a cache of their own
-    def counts(self, stage: int, recomputed: int) -> tuple[tuple[LayerPlace, bool, int], ...]:
-        """Returns a layer of each kind of a stage, whether it is recomputed, and the number of such layers.
-
-        Args:
-            recomputed: how many layers of each chunk are recomputed, at most.
-        """
-        kinds: dict[tuple[int, bool], list[LayerPlace]] = {}
-        for plan in self.chunks_of_stage[stage]:
-            for number, place in enumerate(plan.layers):
-                kinds.setdefault((place.num_experts, number < recomputed), []).append(place)
-        return tuple((places[-1], again, len(places)) for (_, again), places in kinds.items())
-
-
-@dataclass(frozen=True, eq=False)
-class Users:
-    """How many MoE layers of each pipeline rank use each source whose experts are shared.
-
-    Stages cut in any way with equal numbers have the same object.
-    """
-
-    of_stage: tuple[tuple[tuple[Source, int], ...], ...]
-
-
-def _kind(place: LayerPlace) -> tuple:
-    """Returns the key of layers with the same parameters."""
-    return place.num_experts, place.source and place.source.way
-
-
 def _described(module: nn.Module) -> tuple[DescribedParameter, ...]:
     """Returns a module's parameters; those that are sharded and reduced alike count as one."""
     alike: dict[tuple, DescribedParameter] = {}
@@ -246,11 +216,13 @@ class PlannedModel:
         # What is shared is the same for every tensor- and context-parallel size.
         self._lending_grid = replace(self.grid, tp=1, cp=1)
         self._lending = self.description if self.grid == self._lending_grid else _describe(*model, 1, False, 1, "p2p")
-        self.stages = _stages(
+        self.stages = stages_of(
             self.grid.pp,
             layout.num_layers_per_virtual_pipeline_stage,
             layout.pipeline_model_parallel_layout,
             config.model.num_layers,
+            config.model.sliding_window,
+            config.model.window_attn_skip_freq,
             moe,
         )
         self._shared: dict[int, SharedExperts] = {}
@@ -313,7 +285,10 @@ def _describe(
         cp_comm_type=cp_comm_type,
     )
     config = PretrainConfig(model=model, moe=moe, parallel=layout, training=TrainingConfig(bf16=low))
-    return Description(config, vocab_size, planned_state(grid, 0, sequence_parallel, cp_comm_type))
+    dense = None
+    if (ep, etp) != (1, tp):
+        dense = _describe(model, moe, vocab_size, low, 1, tp, tp, sequence_parallel, cp, cp_comm_type)
+    return Description(config, vocab_size, storageless(planned_state(grid, 0, sequence_parallel, cp_comm_type)), dense)
 
 
 @lru_cache(maxsize=4096)
@@ -321,47 +296,3 @@ def _shared(
     description: Description, grid: RankGrid, rank: int, users: Users, placement: Literal["sharded", "replicated"]
 ) -> SharedExperts:
     return description.shared(users, planned_state(grid, rank), placement)
-
-
-@lru_cache(maxsize=1024)
-def _stages(pp: int, per_stage: int | None, layout: str | None, num_layers: int, moe: MoEConfig) -> Stages:
-    parallel = ParallelConfig(
-        pipeline_model_parallel_size=pp,
-        num_layers_per_virtual_pipeline_stage=per_stage,
-        pipeline_model_parallel_layout=layout,
-    )
-    plans = stage_plans(PretrainConfig(model=ModelConfig(num_layers=num_layers), moe=moe, parallel=parallel))
-    by_rank = tuple(plans[rank::pp] for rank in range(pp))
-    places = [place for plan in plans for place in plan.layers]
-    first_of_kind = {_kind(place): place for place in reversed(places)}
-    contents, used_by_rank = [], []
-    for chunks in by_rank:
-        kinds = Counter(_kind(place) for plan in chunks for place in plan.layers)
-        ends = tuple((plan.has_embedding, plan.has_head) for plan in chunks)
-        contents.append(_content(ends, tuple((first_of_kind[kind], n) for kind, n in kinds.items())))
-        sources = (place.source for plan in chunks for place in plan.layers)
-        used_by_rank.append(Counter(source for source in sources if source is not None and source.way.is_shared))
-    everywhere = sum(used_by_rank, Counter[Source]())
-    size_of = {place.source: place.num_experts for place in places}
-    seen: dict[tuple, int] = {}
-    for rank, (chunks, used) in enumerate(zip(by_rank, used_by_rank, strict=True)):
-        kind = tuple((c.has_embedding, c.has_head, *map(_kind, c.layers)) for c in chunks)
-        # Sets alike in everything but their number are used by as many layers here, and here alone or elsewhere as well.
-        sets = sorted(
-            (count, count == everywhere[source], size_of[source])
-            for source, count in used.items()
-            if source.way.in_sets
-        )
-        seen.setdefault((kind, tuple(sets)), rank)
-    users = _users(tuple(tuple(sorted(used.items(), key=str)) for used in used_by_rank))
-    return Stages(by_rank, tuple(seen.values()), tuple(contents), users)
-
-
-@lru_cache(maxsize=1 << 14)
-def _content(ends: tuple[tuple[bool, bool], ...], layers: tuple[tuple[LayerPlace, int], ...]) -> StageContent:
-    return StageContent(ends, layers)
-
-
-@lru_cache(maxsize=1 << 14)
-def _users(of_stage: tuple[tuple[tuple[Source, int], ...], ...]) -> Users:
-    return Users(of_stage)

@@ -22,9 +22,10 @@ from megatron_samoe.models.transformer_layer import TransformerLayer
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.planning.cluster import Cluster, Links
 from megatron_samoe.planning.description import PlannedModel
-from megatron_samoe.planning.layer_work import LayerWork, Product, layer_work
+from megatron_samoe.planning.layer_work import products_of
 from megatron_samoe.planning.muon import flops_of_rank, matrices_of
 from megatron_samoe.planning.teacher import planned_teacher
+from megatron_samoe.planning.traces import Trace
 
 #: AdamW reads gradient, master and two moments and writes the last three and the weight: bytes per element it updates.
 OPTIMIZER_TRAFFIC_BYTES = 30
@@ -94,29 +95,26 @@ def step_cost(config: PretrainConfig, vocab_size: int, cluster: Cluster) -> Cost
 def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
     """Returns the cost of one micro-batch in one stage, forwards and backwards."""
     config, plans, description = planned.config, planned.stages.chunks_of_stage[stage], planned.description
-    cost, tokens, cluster, tp = Cost(), group_tokens(config), links.cluster, links.grid.tp
-    size = compute_dtype(config).itemsize
+    cost, batch, cluster = Cost(), config.training.micro_batch_size, links.cluster
     selective = config.training.recompute_granularity == "selective"
     for place, again, count in planned.stages.counts(stage, recomputed_layers(config)):
-        layer, work = description.layer(place), layer_work(description, place, tokens, size, tp)
+        layer, trace = description.layer(place), description.trace(place, batch, selective)
         passes = 3 if again else 2
-        _layer_seconds(cost, work, count, passes - 1, (selective or again) + 1, cluster)
+        _layer_seconds(cost, trace, layer.is_moe, count, passes - 1, (selective or again) + 1, cluster)
         _tensor_exchanges(cost, config, layer.is_moe, links, count * passes)
-        core_passes = count * (3 if again or selective else 2)
-        _context_exchanges(cost, config, layer, links, count, count * passes, core_passes)
+        _context_exchanges(cost, trace, links, count, again)
         if layer.is_moe:
             _expert_exchanges(cost, config, layer, links, count * passes)
-    fuses_loss = config.training.fused_linear_cross_entropy
-    for plan in (plan for plan in plans if plan.has_head):
-        ends = description.ends(plan)
-        head = Product(tokens, config.model.hidden_size, ends.head_width(), size)
-        cost.add("products", head.seconds(cluster, 1, 1))
-        moved = cluster.activation_traffic * ends.head_kept_bytes(tokens, fuses_loss)
-        cost.add("memory", moved / cluster.memory_bandwidth)
+    if any(plan.has_head for plan in plans):
+        head = description.head_trace(batch, config.training.fused_linear_cross_entropy)
+        cost.add("products", sum(product.seconds(cluster, 1, 1) for product in products_of(head)))
+        cost.add("memory", cluster.activation_traffic * head.kept_bytes / cluster.memory_bandwidth)
     return cost
 
 
-def _layer_seconds(cost: Cost, work: LayerWork, count: int, forwards: int, cores: int, cluster: Cluster) -> None:
+def _layer_seconds(
+    cost: Cost, trace: Trace, is_moe: bool, count: int, forwards: int, cores: int, cluster: Cluster
+) -> None:
     """Adds a micro-batch's passes through layers: what they compute, what they move, and how long they wait for hosts.
 
     Args:
@@ -124,13 +122,12 @@ def _layer_seconds(cost: Cost, work: LayerWork, count: int, forwards: int, cores
         forwards, cores: forward passes of a layer, and of its attention's core.
     """
     peak = cluster.product_flops or cluster.flops
-    products = sum(product.seconds(cluster, forwards, 1, peak) for product in work.products)
-    products += (forwards + 2) * work.other_flops / (peak * cluster.efficiency)
-    attention = (cores + 2) * work.core_flops / (cluster.flops * (cluster.attention_efficiency or cluster.efficiency))
+    products = sum(product.seconds(cluster, forwards, 1, peak) for product in products_of(trace))
+    attention = (cores + 2) * trace.core_flops / (cluster.flops * (cluster.attention_efficiency or cluster.efficiency))
     # Of a forward and a backward pass, the former moves a third.
-    traffic = cluster.activation_traffic * (cluster.moe_traffic if work.is_moe else 1.0)
-    memory = traffic * work.kept_bytes * (forwards + 2) / 3 / cluster.memory_bandwidth
-    launches = (forwards + 1) * (cluster.moe_launch_s if work.is_moe else cluster.layer_launch_s)
+    traffic = cluster.activation_traffic * (cluster.moe_traffic if is_moe else 1.0)
+    memory = traffic * trace.kept_bytes * (forwards + 2) / 3 / cluster.memory_bandwidth
+    launches = (forwards + 1) * (cluster.moe_launch_s if is_moe else cluster.layer_launch_s)
     host = max(0.0, launches - products - attention - memory) if cluster.launches_ahead else launches
     for part, seconds in (("products", products), ("attention", attention), ("memory", memory), ("host", host)):
         cost.add(part, count * seconds)
@@ -173,35 +170,24 @@ def _tensor_exchanges(cost: Cost, config: PretrainConfig, is_moe: bool, links: L
     cost.add("tensor", 2 * regions * passes * seconds, 2 * regions * passes * sent)
 
 
-def _context_exchanges(
-    cost: Cost, config: PretrainConfig, layer: TransformerLayer, links: Links, count: int, passes: int, core_passes: int
-) -> None:
+def _context_exchanges(cost: Cost, trace: Trace, links: Links, count: int, again: bool) -> None:
     """Adds what attention exchanges between context-parallel ranks, and the routers' logits. Keys and values go round beside
     the core's products: what these do not hide takes time.
-
-    Args:
-        core_passes: those of attention's core, which selective recomputation repeats.
     """
-    cp, tokens, size = links.grid.cp, group_tokens(config), compute_dtype(config).itemsize
-    if cp == 1:
-        return
-    queries, keys_values = layer.attention.widths()
-    if config.parallel.cp_comm_type == "a2a":
-        seconds, sent = links.all_to_all("cp", tokens * (2 * queries + keys_values) * size)
-        cost.add("context", core_passes * seconds, core_passes * sent)
-    else:
-        of_pass = (cp - 1) * tokens * keys_values * size
-        of_gradients = cp * tokens * keys_values * 4
-        sent = core_passes * of_pass + count * of_gradients
-        core_s = tokens * layer.attention.core_flops_per_token() / links.grid.tp
+    operations = [o for part in (trace.forward, trace.backward, trace.forward if again else ()) for o in part]
+    exchanges = [o for o in operations if o.group == "cp"]
+    ring = [o.sent_bytes for o in exchanges if o.name == "shift"]
+    if ring:
+        core_s = sum(o.flops for o in operations if o.kind == "attention")
         core_s /= links.cluster.flops * (links.cluster.attention_efficiency or links.cluster.efficiency)
-        hidden = (core_passes + count) * core_s  # a backward pass computes twice what a forward pass does
-        hops = (core_passes * (cp - 1) + count * cp) * links.cluster.latency_s
-        cost.add("context", max(0.0, sent / links.bandwidth("cp") - hidden) + hops, sent)
-    if layer.is_moe:
-        seconds, sent = links.gather("cp", cp * tokens * layer.moe.shape.num_experts * 4)
-        forwards = passes - count
-        cost.add("context", forwards * seconds, forwards * sent)
+        exposed = max(0.0, sum(ring) / links.bandwidth("cp") - core_s) + len(ring) * links.cluster.latency_s
+        cost.add("context", count * exposed, count * sum(ring))
+    for o in exchanges:
+        if o.name == "all_to_all":
+            seconds, sent = links.all_to_all("cp", o.read_bytes)
+            cost.add("context", count * seconds, count * sent)
+        elif o.name != "shift":
+            cost.add("context", count * links.seconds("cp", o.sent_bytes), count * o.sent_bytes)
 
 
 def _expert_exchanges(cost: Cost, config: PretrainConfig, layer: TransformerLayer, links: Links, passes: int) -> None:

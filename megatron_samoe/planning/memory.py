@@ -23,9 +23,9 @@ from megatron_samoe.planning.description import (
     Description,
     PlannedModel,
     SharedExperts,
-    StageContent,
 )
 from megatron_samoe.planning.muon import Matrices, matrices_of
+from megatron_samoe.planning.stages import StageContent
 from megatron_samoe.planning.teacher import kept_bytes, planned_teacher, weight_bytes
 
 FP32_BYTES = 4

@@ -19,7 +19,8 @@ from megatron_samoe.optimizer.param_groups import FUSED_QKV, MATRICES
 from megatron_samoe.optimizer.whole_tensors import Shard
 from megatron_samoe.parallel_state.parameter_tag import ParameterTag, shard_shape, tag_of
 from megatron_samoe.parallel_state.rank_grid import RankGrid
-from megatron_samoe.planning.description import DescribedParameter, Description, PlannedModel, StageContent
+from megatron_samoe.planning.description import DescribedParameter, Description, PlannedModel
+from megatron_samoe.planning.stages import StageContent
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,11 @@ def _key(group: Group) -> int:
     return key
 
 
+def group_of(key: int) -> Group:
+    """Returns the group that a number of the op stands for."""
+    return _groups[key]
+
+
 @functools.cache
 def _op() -> Any:
     """Registers the op at its first use and returns it."""
@@ -168,7 +173,7 @@ def _op() -> Any:
 
 
 def _impl(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], group: int) -> Tensor:
-    return _exchange(x, send_rows, receive_rows, _groups[group])
+    return _exchange(x, send_rows, receive_rows, group_of(group))
 
 
 def _fake(x: Tensor, send_rows: Sequence[Any], receive_rows: Sequence[Any], group: int) -> Tensor:
@@ -177,7 +182,7 @@ def _fake(x: Tensor, send_rows: Sequence[Any], receive_rows: Sequence[Any], grou
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _x, ctx.send_rows, ctx.receive_rows, key = inputs
-    ctx.group = _groups[key]  # lives as long as the graph
+    ctx.group = group_of(key)  # lives as long as the graph
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

@@ -69,10 +69,6 @@ class ColumnParallelLinear(nn.Module):
         bias = None if self.bias is None else self.bias.flatten()
         return F.linear(x_TH, self.weight.flatten(0, -2), bias)
 
-    def flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the forward pass, over all tensor-parallel ranks."""
-        return 2.0 * self.weight.numel() * self.state.tp.size
-
 
 class TokenWiseLinear(nn.Module):
     """A linear layer y = x W^T that every tensor-parallel rank has whole; with sequence parallelism it acts on the rank's
@@ -88,10 +84,6 @@ class TokenWiseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns [T, out_features]."""
         return F.linear(x, self.weight)
-
-    def flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the forward pass."""
-        return 2.0 * self.weight.numel()
 
 
 class RowParallelLinear(nn.Module):
@@ -112,10 +104,6 @@ class RowParallelLinear(nn.Module):
             return F.linear(x_TF, self.weight, self.bias)
         y_TH = leave_tensor_parallel_region(F.linear(x_TF, self.weight), self.state)
         return y_TH if self.bias is None else y_TH + self.bias
-
-    def flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the forward pass, over all tensor-parallel ranks."""
-        return 2.0 * self.weight.numel() * self.state.tp.size
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_samoe.config import PretrainConfig
-from megatron_samoe.config.derived import group_tokens
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.attention import AttentionInputs
@@ -130,11 +129,10 @@ def kept(config: PretrainConfig) -> int:
 ])  # fmt: skip
 def test_a_layer_keeps_what_it_says(options: dict[str, Any], comm: str) -> None:
     config = with_layout(tiny_config(**options, hidden_size=64, seq_length=64, ffn_hidden_size=192), cp=2, comm=comm)
-    expected = PlannedModel(config, VOCAB_SIZE, 2).description.kept_bytes(
-        all_layers(config)[0], group_tokens(config), False
-    )
+    batch = config.training.micro_batch_size
+    expected = PlannedModel(config, VOCAB_SIZE, 2).description.trace(all_layers(config)[0], batch)
     for found in run_ranks(kept, 2, config):
-        assert found == pytest.approx(expected, rel=0.05)
+        assert found == pytest.approx(expected.kept_bytes, rel=0.05)
 
 
 class OtherAttention(torch.nn.Module):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.parallel_state import single_process_state
-from megatron_samoe.planning.accounting import count_parameters, train_flops_per_token
+from megatron_samoe.planning.accounting import count_parameters, forward_flops_per_token, train_flops_per_token
 from tests.harness.tiny import tiny_config
 
 
@@ -102,6 +102,15 @@ def test_flops_are_three_times_the_forward_products(layout: str, options: dict[s
     flops = train_flops_per_token(tiny_config(layout, **options), 103)
     # Norm weights and coefficients count as products here; they are a few in a thousand.
     assert flops == pytest.approx(3 * products(layout, **options), rel=2e-3)
+
+
+def test_a_window_saves_products() -> None:
+    plain, narrow, mixed = (
+        forward_flops_per_token(tiny_config("dense", seq_length=64, **o), 103)
+        for o in ({}, {"sliding_window": 1}, {"sliding_window": 1, "window_attn_skip_freq": 2})
+    )
+    # In each of four layers two products of 32 channels with 32 keys, or with one.
+    assert plain - narrow == 4 * 4 * 32 * 31 and mixed == (plain + narrow) / 2
 
 
 def test_positions_are_looked_up_for_free() -> None:

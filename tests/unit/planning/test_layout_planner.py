@@ -84,7 +84,10 @@ def test_recomputed_attention_exchanges_its_context_again(comm: str) -> None:
         step_cost(with_options(config, recompute_granularity=kind), 103, with_world(2)).sent_bytes["context"]
         for kind in kinds
     )
-    assert none < selective == full
+    if comm == "a2a":  # what the core returned need not go back again, as nothing of that is kept
+        assert none < selective < full
+    else:
+        assert none < selective == full
 
 
 def test_every_legal_choice_of_sizes_is_among_them() -> None:
@@ -220,7 +223,8 @@ def test_one_rank_computes_the_accounted_operations() -> None:
     forward = tokens * train_flops_per_token(config, 103) / 3
     cost = step_cost(config, 103, replace(CLUSTER, world_size=1, efficiency=1.0))
     computed = cost.seconds["products"] + cost.seconds["attention"]
-    assert computed == pytest.approx(4 * 3 * forward / CLUSTER.flops)
+    # A query meets its own key too, which half a sequence on average leaves out.
+    assert computed == pytest.approx(4 * 3 * forward / CLUSTER.flops, rel=1e-3)
     assert not any(cost.sent_bytes.values())
 
 

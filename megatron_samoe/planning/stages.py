@@ -1,0 +1,126 @@
+"""The layers of all pipeline ranks, as far as they differ: what a plan has to look at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_samoe.config.model import ModelConfig
+from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.models.layer_layout import LayerPlace, StagePlan, stage_plans
+
+Chunks = tuple[StagePlan, ...]
+
+
+def kind_of(place: LayerPlace) -> tuple:
+    """Returns the key of layers with the same parameters."""
+    return place.num_experts, place.source and place.source.way, place.window
+
+
+@dataclass(frozen=True, eq=False)
+class StageContent:
+    """The ends of a pipeline rank's chunks, and a layer of each kind with the number of such layers.
+
+    Ranks with equal content have the same object, which is therefore cheap to look up.
+    """
+
+    ends: tuple[tuple[bool, bool], ...]
+    layers: tuple[tuple[LayerPlace, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """The layers of all pipeline ranks.
+
+    Attributes:
+        chunks_of_stage: chunks of every pipeline rank.
+        distinct: the first pipeline rank of each kind; ranks of a kind hold equally many layers of the same kinds, and the
+            same ends.
+        contents: of every pipeline rank.
+    """
+
+    chunks_of_stage: tuple[Chunks, ...]
+    distinct: tuple[int, ...]
+    contents: tuple[StageContent, ...]
+    users: Users
+
+    @lru_cache(maxsize=1 << 14)  # noqa: B019  stages live as long, in a cache of their own
+    def counts(self, stage: int, recomputed: int) -> tuple[tuple[LayerPlace, bool, int], ...]:
+        """Returns a layer of each kind of a stage, whether it is recomputed, and the number of such layers.
+
+        Args:
+            recomputed: how many layers of each chunk are recomputed, at most.
+        """
+        kinds: dict[tuple[tuple, bool], list[LayerPlace]] = {}
+        for plan in self.chunks_of_stage[stage]:
+            for number, place in enumerate(plan.layers):
+                kinds.setdefault((kind_of(place), number < recomputed), []).append(place)
+        return tuple((places[-1], again, len(places)) for (_, again), places in kinds.items())
+
+
+@dataclass(frozen=True, eq=False)
+class Users:
+    """How many MoE layers of each pipeline rank use each source whose experts are shared.
+
+    Stages cut in any way with equal numbers have the same object.
+    """
+
+    of_stage: tuple[tuple[tuple[Source, int], ...], ...]
+
+
+@lru_cache(maxsize=1024)
+def stages_of(
+    pp: int,
+    per_stage: int | None,
+    layout: str | None,
+    num_layers: int,
+    window: int | None,
+    window_frequency: int | None,
+    moe: MoEConfig,
+) -> Stages:
+    """Returns the layers of the pipeline ranks that a configuration has."""
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=pp,
+        num_layers_per_virtual_pipeline_stage=per_stage,
+        pipeline_model_parallel_layout=layout,
+    )
+    model = ModelConfig(num_layers=num_layers, sliding_window=window, window_attn_skip_freq=window_frequency)
+    plans = stage_plans(PretrainConfig(model=model, moe=moe, parallel=parallel))
+    by_rank = tuple(plans[rank::pp] for rank in range(pp))
+    places = [place for plan in plans for place in plan.layers]
+    first_of_kind = {kind_of(place): place for place in reversed(places)}
+    contents, used_by_rank = [], []
+    for chunks in by_rank:
+        kinds = Counter(kind_of(place) for plan in chunks for place in plan.layers)
+        ends = tuple((plan.has_embedding, plan.has_head) for plan in chunks)
+        contents.append(_content(ends, tuple((first_of_kind[kind], n) for kind, n in kinds.items())))
+        sources = (place.source for plan in chunks for place in plan.layers)
+        used_by_rank.append(Counter(source for source in sources if source is not None and source.way.is_shared))
+    everywhere = sum(used_by_rank, Counter[Source]())
+    size_of = {place.source: place.num_experts for place in places}
+    seen: dict[tuple, int] = {}
+    for rank, (chunks, used) in enumerate(zip(by_rank, used_by_rank, strict=True)):
+        kind = tuple((c.has_embedding, c.has_head, *map(kind_of, c.layers)) for c in chunks)
+        # Sets alike in everything but their number are used by as many layers here, and here alone or elsewhere as well.
+        sets = sorted(
+            (count, count == everywhere[source], size_of[source])
+            for source, count in used.items()
+            if source.way.in_sets
+        )
+        seen.setdefault((kind, tuple(sets)), rank)
+    users = _users(tuple(tuple(sorted(used.items(), key=str)) for used in used_by_rank))
+    return Stages(by_rank, tuple(seen.values()), tuple(contents), users)
+
+
+@lru_cache(maxsize=1 << 14)
+def _content(ends: tuple[tuple[bool, bool], ...], layers: tuple[tuple[LayerPlace, int], ...]) -> StageContent:
+    return StageContent(ends, layers)
+
+
+@lru_cache(maxsize=1 << 14)
+def _users(of_stage: tuple[tuple[tuple[Source, int], ...], ...]) -> Users:
+    return Users(of_stage)
