@@ -1,13 +1,11 @@
-"""What a rank computes in one layer for one micro-batch: its products by shape, and the bytes that pass through memory."""
+"""What a rank computes in products, by shape, as a trace of a layer has them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
-from megatron_samoe.models.layer_layout import LayerPlace
 from megatron_samoe.planning.cluster import Cluster
-from megatron_samoe.planning.description import Description
+from megatron_samoe.planning.recorder import Operation
 from megatron_samoe.planning.traces import Trace
 
 #: Bytes of a weight's gradient in fp32 that a backward pass reads and writes.
@@ -42,29 +40,13 @@ class Product:
         return (forwards + 2 * backwards) * self.flops / rate + moved / cluster.memory_bandwidth
 
 
-@dataclass(frozen=True)
-class LayerWork:
-    """The work of a layer on one rank, for the tokens of a micro-batch.
-
-    Attributes:
-        core_flops: forward operations of attention's core.
-        kept_bytes: what autograd keeps.
-    """
-
-    products: tuple[Product, ...]
-    core_flops: float
-    kept_bytes: int
-    is_moe: bool
-
-
-@lru_cache(maxsize=1 << 14)
-def layer_work(description: Description, place: LayerPlace, batch: int) -> LayerWork:
-    """Returns the work of the layer at a place for a micro-batch of sequences."""
-    trace = description.trace(place, batch)
-    return LayerWork(forward_products(trace), trace.core_flops, trace.kept_bytes, place.num_experts > 0)
-
-
-def forward_products(trace: Trace) -> tuple[Product, ...]:
+def products_of(trace: Trace) -> tuple[Product, ...]:
     """Returns the products of a forward pass."""
-    shapes = [(o.shape, o.dtype.itemsize) for o in trace.forward if o.kind == "product"]
-    return tuple(Product(rows, inner, columns, size, groups) for (groups, rows, columns, inner), size in shapes)
+    return tuple(_product(o) for o in trace.forward if o.kind == "product")
+
+
+def _product(operation: Operation) -> Product:
+    """Returns an operation as a product; the rows of grouped ones are those of a group on average."""
+    groups, _, columns, inner = operation.shape
+    rows = operation.flops / (2.0 * groups * columns * inner)
+    return Product(rows, inner, columns, operation.dtype.itemsize, groups)

@@ -22,7 +22,7 @@ from megatron_samoe.models.transformer_layer import TransformerLayer
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.planning.cluster import Cluster, Links
 from megatron_samoe.planning.description import PlannedModel
-from megatron_samoe.planning.layer_work import LayerWork, forward_products, layer_work
+from megatron_samoe.planning.layer_work import products_of
 from megatron_samoe.planning.muon import flops_of_rank, matrices_of
 from megatron_samoe.planning.teacher import planned_teacher
 from megatron_samoe.planning.traces import Trace
@@ -95,26 +95,26 @@ def step_cost(config: PretrainConfig, vocab_size: int, cluster: Cluster) -> Cost
 def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
     """Returns the cost of one micro-batch in one stage, forwards and backwards."""
     config, plans, description = planned.config, planned.stages.chunks_of_stage[stage], planned.description
-    cost, cluster, batch = Cost(), links.cluster, config.training.micro_batch_size
+    cost, batch, cluster = Cost(), config.training.micro_batch_size, links.cluster
     selective = config.training.recompute_granularity == "selective"
     for place, again, count in planned.stages.counts(stage, recomputed_layers(config)):
-        layer, work = description.layer(place), layer_work(description, place, batch)
+        layer, trace = description.layer(place), description.trace(place, batch, selective)
         passes = 3 if again else 2
-        _layer_seconds(cost, work, count, passes - 1, (selective or again) + 1, cluster)
+        _layer_seconds(cost, trace, layer.is_moe, count, passes - 1, (selective or again) + 1, cluster)
         _tensor_exchanges(cost, config, layer.is_moe, links, count * passes)
-        _context_exchanges(cost, description.trace(place, batch, selective), links, count, again)
+        _context_exchanges(cost, trace, links, count, again)
         if layer.is_moe:
             _expert_exchanges(cost, config, layer, links, count * passes)
-    fuses_loss = config.training.fused_linear_cross_entropy
     if any(plan.has_head for plan in plans):
-        head = description.head_trace(batch, fuses_loss)
-        cost.add("products", sum(product.seconds(cluster, 1, 1) for product in forward_products(head)))
-        moved = cluster.activation_traffic * max(head.forward_peak, head.backward_peak)
-        cost.add("memory", moved / cluster.memory_bandwidth)
+        head = description.head_trace(batch, config.training.fused_linear_cross_entropy)
+        cost.add("products", sum(product.seconds(cluster, 1, 1) for product in products_of(head)))
+        cost.add("memory", cluster.activation_traffic * head.kept_bytes / cluster.memory_bandwidth)
     return cost
 
 
-def _layer_seconds(cost: Cost, work: LayerWork, count: int, forwards: int, cores: int, cluster: Cluster) -> None:
+def _layer_seconds(
+    cost: Cost, trace: Trace, is_moe: bool, count: int, forwards: int, cores: int, cluster: Cluster
+) -> None:
     """Adds a micro-batch's passes through layers: what they compute, what they move, and how long they wait for hosts.
 
     Args:
@@ -122,12 +122,12 @@ def _layer_seconds(cost: Cost, work: LayerWork, count: int, forwards: int, cores
         forwards, cores: forward passes of a layer, and of its attention's core.
     """
     peak = cluster.product_flops or cluster.flops
-    products = sum(product.seconds(cluster, forwards, 1, peak) for product in work.products)
-    attention = (cores + 2) * work.core_flops / (cluster.flops * (cluster.attention_efficiency or cluster.efficiency))
+    products = sum(product.seconds(cluster, forwards, 1, peak) for product in products_of(trace))
+    attention = (cores + 2) * trace.core_flops / (cluster.flops * (cluster.attention_efficiency or cluster.efficiency))
     # Of a forward and a backward pass, the former moves a third.
-    traffic = cluster.activation_traffic * (cluster.moe_traffic if work.is_moe else 1.0)
-    memory = traffic * work.kept_bytes * (forwards + 2) / 3 / cluster.memory_bandwidth
-    launches = (forwards + 1) * (cluster.moe_launch_s if work.is_moe else cluster.layer_launch_s)
+    traffic = cluster.activation_traffic * (cluster.moe_traffic if is_moe else 1.0)
+    memory = traffic * trace.kept_bytes * (forwards + 2) / 3 / cluster.memory_bandwidth
+    launches = (forwards + 1) * (cluster.moe_launch_s if is_moe else cluster.layer_launch_s)
     host = max(0.0, launches - products - attention - memory) if cluster.launches_ahead else launches
     for part, seconds in (("products", products), ("attention", attention), ("memory", memory), ("host", host)):
         cost.add(part, count * seconds)
