@@ -17,7 +17,7 @@ from megatron_samoe.config.pretrain import PretrainConfig
 
 def command_of(name: str) -> Commands:
     """Returns what a command reads."""
-    if name == "pretrain":  # whose options may stand in a file, too
+    if name == "pretrain":  # whose options may be in a file, too
         return PretrainConfig
     found: Commands = importlib.import_module(module_of(name)).main.command
     return found

@@ -43,7 +43,7 @@ class Compress(CompressOptions):
 
         megatron-samoe compress --load-dir runs/moe --save-dir runs/half --data-path runs/corpus --budget 0.5
 
-    Stages leave their results in --save-dir, so that the same command goes on where it was cut off: calibration, plan, matched,
+    Stages leave their results in --save-dir, so that the same command resumes: calibration, plan, matched,
     fitted, others, healed-banks, healed-routers, healed-all, judged. One process. docs/compression.md explains them.
     """
 
@@ -54,17 +54,17 @@ class Compress(CompressOptions):
     num_sets: Annotated[int, tyro.conf.arg(name="num-expert-sets", metavar="N")] = 1
     """of tied or scaled"""
     heal_iters: tuple[int, ...] = ()
-    """steps of training: of banks alone, then of banks, coefficients and routers, then of all weights"""
+    """steps of training: of banks only, then of banks, coefficients and routers, then of all weights"""
     heal_lr: float | None = None
     """peak rate; that of the original's training if not given"""
     teacher: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """model to learn from; the original if not given"""
     teacher_weight: float = 1.0
-    """of the divergence from the teacher, beside the cross-entropy"""
+    """of the divergence from the teacher, added to the cross-entropy"""
     heal_global_batch_size: Count = None
     """sequences of a step; those of the original's training if not given"""
     no_heal_others: bool = False
-    """leave out healing what it is compared with, and training the original on, by as many steps"""
+    """leave out the baselines' healing, and the original's training for the same steps"""
     heal_others_lr: float | None = None
     """peak rate of the healed pruned and blind models; --heal-lr if not given"""
     beside: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR [DIR ...]")] = ()

@@ -105,7 +105,7 @@ class Convert:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """precision to write; as stored if not given"""
     vocab_size: int | None = None
-    """tokens that exist, where Megatron's files do not tell"""
+    """tokens that exist, where Megatron's files do not say"""
     no_tokenizer: bool = False
     """convert without the tokenizer"""
     dry_run: bool = False

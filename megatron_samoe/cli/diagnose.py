@@ -32,7 +32,7 @@ class Diagnose(HandsOn):
     load: Annotated[str, tyro.conf.arg(metavar="DIR")]
     """folder of a run or of checkpoints"""
     ckpt_step: tuple[int, ...] = ()
-    """iterations to look at, in place of the newest"""
+    """iterations to look at; the newest if not given"""
     batches: int = 8
     """global batches of training data"""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None

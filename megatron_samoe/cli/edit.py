@@ -30,7 +30,7 @@ Map = Annotated[str, tyro.conf.arg(metavar="MAP")]
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """What makes another model from a trained one."""
+    """The actions that make another model from a trained one."""
 
     load_dir: str
     """folder of a run, of checkpoints, or of another program's model"""
@@ -87,7 +87,7 @@ class Upcycle(Edit):
     """coefficients per layer, or per layer and expert"""
     samoe_init: Literal["cyclic", "block", "uniform"] | None = None
     dense_mlp: Literal["experts", "shared-expert"] = "experts"
-    """experts: each is a copy; shared-expert: the MLP serves all tokens, beside new experts that begin at 0"""
+    """experts: each is a copy; shared-expert: the MLP serves all tokens, next to new experts that begin at 0"""
     noise: float = 0.0
     """added to each copy, as a share of the weights' own spread"""
     router_std: float | None = None
@@ -151,7 +151,7 @@ class Select(Edit):
     scale: Literal["keep", "one"] = "keep"
     """keep: the bank keeps its coefficient; one: it becomes 1, the layer is exactly a bank"""
     to: Literal["banks", "tied"] = "banks"
-    """banks: a SaMoE with one-hot coefficients; tied: sets that layers use as they are, where --scale keep is for w2 alone and
+    """banks: a SaMoE with one-hot coefficients; tied: sets that layers use as they are, where --scale keep is for w2 only and
     moves into the weights of routing"""
 
     def edited(self, source: GlobalTensors) -> EditedModel:

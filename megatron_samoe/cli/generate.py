@@ -31,7 +31,7 @@ class Prompt:
     """A prompt as it was given: text, ids or the messages of a conversation.
 
     Attributes:
-        place: where it stands, for messages; empty for the only one.
+        place: where it is, for messages; empty for the only one.
     """
 
     text: str
@@ -64,10 +64,10 @@ class Prompt:
 
 
 def read_prompts(file: TextIO, name: str, as_json: bool) -> list[Prompt]:
-    """Returns the prompts of a file; blank lines are none.
+    """Returns the prompts of a file, without blank lines.
 
     Raises:
-        DataError: a line is no object with "prompt", "prompt_ids" or "messages", or the file has no prompt.
+        DataError: a line is not an object with "prompt", "prompt_ids" or "messages", or the file has no prompt.
     """
     prompts = []
     try:
@@ -99,7 +99,7 @@ def _from_json(line: str, place: str) -> Prompt:
 
 @dataclass
 class Result:
-    """What has come for a prompt, and how many characters of the prompt and of it have been shown."""
+    """The answer to a prompt so far, and how many characters of the prompt and of it have been shown."""
 
     prompt: Prompt
     text: str = ""
@@ -187,7 +187,7 @@ class Generate:
     chat: bool = False
     """print the model's answers; .jsonl files may hold "messages", each with a "role" and a "content\""""
     system: str | None = None
-    """with --chat, what the model is told before the first message"""
+    """with --chat, the system message, before the first one"""
     no_stream: bool = False
     """print a text when it is complete, not as it comes"""
     json: bool = False

@@ -29,7 +29,7 @@ from megatron_samoe.parsing import JsonObject, without_infinities
 
 #: Exit statuses, as those of diff and grep.
 FINE, FOUND, TROUBLE = 0, 1, 2
-#: A folder is no flag's value here.
+#: A folder is not a flag's value here.
 WORDS = LoadWords("")
 TEXT = """Looks at checkpoints of this program, of Megatron-LM and of Hugging Face, one tensor in memory
 at a time. Exits with 0 where nothing is wrong or different, with 1 where something is, with 2 where it cannot tell."""
@@ -37,7 +37,7 @@ at a time. Exits with 0 where nothing is wrong or different, with 1 where someth
 
 @dataclass(frozen=True)
 class Side:
-    """What is looked at.
+    """The checkpoint that is inspected.
 
     Attributes:
         source: its tensors, under our names or those of the files.
@@ -77,7 +77,7 @@ Folder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIRECTORY")
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """What looks at a checkpoint."""
+    """The actions on a checkpoint."""
 
     directory: Folder
     """folder of checkpoints, or of one"""
@@ -103,7 +103,7 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectTensors(Inspect):
-    """What looks at tensors one by one."""
+    """The actions on single tensors."""
 
     match: Annotated[str | None, tyro.conf.arg(metavar="REGEX")] = None
     """only tensors in whose names this is found"""
@@ -199,7 +199,7 @@ class Diff(InspectTensors):
     rtol: float = 0.0
     """tolerated norm of the difference over the norm"""
     limit: int = 20
-    """show so many tensors, the most different first"""
+    """number of tensors to show, the most different first"""
 
     def found(self) -> Result:
         for name in ("atol", "rtol", "limit"):
@@ -207,7 +207,7 @@ class Diff(InspectTensors):
                 raise ConfigError(f"--{name}", getattr(self, name), "must be 0 or more")
         asked = ((self.directory, self.ckpt_step), (self.other, self.other_step))
         sides = tuple(opened(folder, step, self.raw) for folder, step in asked)
-        others = any(side.kind != NATIVE for side in sides)  # which keep the model alone
+        others = any(side.kind != NATIVE for side in sides)  # which keep only the model
         first, second = chosen = [self.chosen(side, model_only=others) for side in sides]
         padding = _Padding(sides)
         only = [[name for name in own if name not in other] for own, other in (chosen, chosen[::-1])]
@@ -291,7 +291,7 @@ class Check(Inspect):
     """find NaN and Inf, experts that were never updated, banks that no layer uses"""
 
     start: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """an earlier checkpoint of the run, to tell updates by"""
+    """an earlier checkpoint of the run, to see updates by"""
     start_step: int | None = None
     """iteration of --start; the newest if not given"""
     dead_below: float = 1e-3

@@ -1,4 +1,4 @@
-"""What programs share that load a model: under torchrun it is spread over the ranks, whichever layout saved it."""
+"""The options of programs that load a model: under torchrun it is spread over the ranks, whichever layout saved it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _CheckpointOptions:
     load: str
     """folder of a run, of checkpoints saved by any layout, or of another program's model"""
     tokenizer_model: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """in place of the tokenizer that the checkpoint carries"""
+    """replaces the tokenizer that the checkpoint carries"""
     ckpt_step: Count = None
     """iteration; the newest if not given"""
 
@@ -66,7 +66,7 @@ class ModelOptions(LayoutOptions, _CheckpointOptions):
 
 
 def rank_program(command: Commands) -> Program:
-    """Returns the main of a command that ranks run together: an error that all meet is shown by the first alone."""
+    """Returns the main of a command that ranks run together: an error of all is shown only by the first."""
 
     def main(words: Words = None) -> int:
         configure_logging(launcher.rank())

@@ -34,11 +34,11 @@ class Preprocess(PreprocessOptions):
     Reads JSONL, plain text and Parquet, each plain or .gz, .zst, .xz, .bz2, from files, folders, globs, URLs or standard
     input (-). Writes {prefix}_{key}_document.bin and .idx (byte for byte Megatron's format; _sentence with --split-sentences)
     and a manifest. The output appears only when complete, and is the same for any number of workers. A run that was killed
-    goes on with --resume. Nothing is cleaned unless asked for.
+    resumes with --resume. Nothing is cleaned unless asked for.
     """
 
     document_bytes: _bytes_in("document-kb", 10) = 0  # type: ignore[valid-type]
-    """text files: a document ends at the first blank line after so many KB, at twice as many anywhere"""
+    """text files: a document ends at the first blank line after this many KB, at twice that anywhere"""
     max_document_bytes: _bytes_in("max-document-mb", 20) = 256 << 20  # type: ignore[valid-type]
     """MB; a longer line or document is bad input"""
     chunk_bytes: _bytes_in("chunk-kb", 10) = DEFAULT_CHUNK_BYTES  # type: ignore[valid-type]

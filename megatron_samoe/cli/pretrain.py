@@ -20,7 +20,7 @@ from megatron_samoe.training.hook import Hook
 from megatron_samoe.training.run import resolve, train
 from megatron_samoe.training.setup import Extensions
 
-#: How long ranks that meet the same fault leave each other to say so.
+#: How long ranks with the same fault leave each other to say so.
 SPEAKING_S = 2.0
 
 
@@ -86,14 +86,14 @@ def _tell_launcher(message: str) -> None:
 
 def _let_first_speak(error: BaseException) -> None:
     """Waits a little on other ranks of a host: a launcher stops them all when the first leaves, so one of many equal messages is
-    shown. A host that the job goes on without leaves first, or the job would begin anew with it.
+    shown. A host that the job continues without leaves first, or the job would begin anew with it.
     """
     if launcher.local_rank() > 0 or isinstance(error, HostRefusedError):
         time.sleep(SPEAKING_S)
 
 
 def _let_other_hosts_speak(error: MegatronSamoeError) -> None:
-    """Waits a little where other hosts meet the same fault: this one's launcher may hold the store without which theirs end."""
+    """Waits a little where other hosts have the same fault: this one's launcher may hold the store without which theirs end."""
     is_theirs = error.ends_job and (error.collective or isinstance(error, JobEndedError))
     if is_theirs and launcher.has_other_hosts():
         time.sleep(SPEAKING_S)

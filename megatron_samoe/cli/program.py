@@ -26,7 +26,7 @@ class Group:
 
     Attributes:
         text: what --help says above their list.
-        elsewhere: what is said of a word that is none of them, in place of their list.
+        elsewhere: the message for any other word; their list if empty.
     """
 
     commands: Mapping[str, Commands]
@@ -134,7 +134,7 @@ def _read_one(command: type[Any], words: Sequence[str], prog: str) -> Any:
 
 
 def _misspelt(command: type[Any], words: Sequence[str]) -> str:
-    """Returns a sentence about the first flag that is not known, which is worth more than what tyro misses in its place."""
+    """Returns a sentence about the first unknown flag, which is worth more than tyro's message on what is missing."""
     flags = flags_of(command)
     for word in words:
         name = word.split("=")[0].replace("_", "-")

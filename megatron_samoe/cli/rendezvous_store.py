@@ -1,4 +1,4 @@
-"""Holds the store at which torchrun's agents meet, so that a job survives the loss of any of its hosts."""
+"""Holds the store of torchrun's rendezvous, so that a job survives the loss of any of its hosts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_samoe.errors import CommunicationError, ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RendezvousStore:
-    """Holds the store at which torchrun's agents meet, so that a job survives the loss of any of its hosts.
+    """Holds the store of torchrun's rendezvous, so that a job survives the loss of any of its hosts.
 
     `megatron-samoe rendezvous-store --port 29400` on a host that does not train, such as a login node; then on every node
     `torchrun --rdzv-backend c10d --rdzv-endpoint HOST:29400 --rdzv-conf is_host=0 ...`. Without it the store lives in the

@@ -43,7 +43,7 @@ class Report:
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[RUN_DIR ...]")] = ()
     """folders of runs"""
     study: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """results.json of a study, in place of run folders"""
+    """results.json of a study; replaces run folders"""
     decode: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")] = ()
     """of megatron-samoe benchmark decode --json"""
     zero_shot: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")] = ()
@@ -51,7 +51,7 @@ class Report:
     note: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """a paragraph under the first table"""
     output: Path = Path("report.html")
-    """PNG plots go beside it"""
+    """PNG plots go next to it"""
     title: str | None = None
 
     def run(self) -> None:

@@ -97,7 +97,7 @@ class _ServerFlags(ServerOptions):
     allowed_origins: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ORIGIN [ORIGIN ...]")] = ()
     """origins of pages that may ask from a browser, as https://NAME; * for all; the server's own page alone if not given"""
     max_queue: Number = ServerOptions.max_queue
-    """answers that may wait beside those being made; more are refused with 429"""
+    """answers that may wait in addition to those being made; more are refused with 429"""
     max_choices: Number = ServerOptions.max_choices
     """prompts times n of one request"""
     max_connections: Number = ServerOptions.max_connections
@@ -105,7 +105,7 @@ class _ServerFlags(ServerOptions):
     max_body_bytes: Number = ServerOptions.max_body_bytes
     """size of a request; more are refused with 413"""
     body_timeout_s: Annotated[float, tyro.conf.arg(name="body-timeout", metavar="N")] = ServerOptions.body_timeout_s
-    """seconds in which a request's head must have come, and then its body; idle connections are closed after as many"""
+    """seconds in which a request's head must have come, and then its body; idle connections are closed after the same time"""
     drain_timeout_s: Annotated[float, tyro.conf.arg(name="drain-timeout", metavar="N")] = ServerOptions.drain_timeout_s
     """seconds that open requests have after SIGTERM"""
 
@@ -122,7 +122,7 @@ class Serve:
     """Serves a checkpoint with OpenAI's completions API.
 
     Under torchrun it spreads the model over the ranks, whichever layout saved the checkpoint, and rank 0 answers. It listens
-    on this machine alone unless --host says otherwise. docs/serving.md has the API, the limits and how to end it.
+    on this machine only unless --host says otherwise. docs/serving.md has the API, the limits and how to end it.
     """
 
     model: ServedModel

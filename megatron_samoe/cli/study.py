@@ -29,8 +29,8 @@ class Study(HandsOn):
     """Trains the models of a study, several seeds each, and compares them.
 
     All other flags go to the pretraining of every run (the corpus and the tokenizer, say). Started again with the same command,
-    the study goes on where it was stopped; started several times at once on one folder, the programs share its runs. Ctrl-Z
-    (kill -TSTP) holds its runs, fg (kill -CONT) lets them go on.
+    the study resumes; started several times at once on one folder, the programs share its runs. Ctrl-Z
+    (kill -TSTP) holds its runs, fg (kill -CONT) continues them.
     """
 
     study: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STUDY")]
@@ -38,7 +38,7 @@ class Study(HandsOn):
     output_dir: Path
     """folder of all runs and of results.json"""
     seeds: tuple[int, ...] = ()
-    """these in place of the file's"""
+    """these replace the file's"""
     text: Path | None = None
     """folder of text files to train on, in place of a corpus and a tokenizer in the other flags; a report is made at the end"""
     vocab_size: int = 4096
@@ -46,7 +46,7 @@ class Study(HandsOn):
     jobs: int = 1
     """runs at once"""
     full_priority: bool = False
-    """runs take their share of a busy machine, in place of waiting for it to be idle"""
+    """runs take their share of a busy machine; otherwise they wait for idle processors"""
     store: Path | None = None
     """folder of finished runs of all studies, by what decides their result: none is trained twice"""
     launcher: str = ""

@@ -26,7 +26,7 @@ class TrainTokenizer:
     json_keys: tuple[str, ...] = ("text",)
     """keys (Parquet: columns) to train on"""
     on_bad_input: OnBadInput = "fail"
-    """for lines that are no document"""
+    """for lines that are not a document"""
     vocab_size: int
     """entries of the vocabulary"""
     output_prefix: str
@@ -71,7 +71,7 @@ class TrainTokenizer:
         if self.type == "byte-bpe":
             return train_byte_bpe(texts, self.vocab_size, self.output_prefix)
         kind = self.type.removeprefix("sentencepiece-")
-        # It ends with an error where the text does not give so many.
+        # It ends with an error where the text does not give that many.
         path = train_sentencepiece(texts, kind, self.vocab_size, self.output_prefix, self.num_threads)
         return path, self.vocab_size
 

@@ -1,4 +1,4 @@
-"""What other commands measured of the runs of a report: decoding times, zero-shot results, a study's list of runs."""
+"""Measurements by other commands for a report's runs: decoding times, zero-shot results, a study's list of runs."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def read_zero_shot(path: Path) -> list[ZeroShot]:
         DataError: the file is not what `evaluate.py --json` writes.
     """
     with reading(path, "the output of evaluate.py --json") as content:
-        # A model to compare with stands last, in a folder of its own.
+        # A model to compare with is last, in a folder of its own.
         home = Path(content["runs"][0]["checkpoint"]).parent
         newest = [run for run in content["runs"] if Path(run["checkpoint"]).parent == home][-1]
         varied = {(v["task"], v["metric"]): v["values"] for v in content.get("variation", ())}
@@ -137,7 +137,7 @@ def read_study(path: Path) -> StudyResults:
     """Returns what a study's results.json has.
 
     Raises:
-        DataError: the file is none.
+        DataError: the file is malformed.
     """
     with reading(path, "a study's results.json") as content:
         title, folders = content["title"], {v["name"]: [Path(d) for d in v["directories"]] for v in content["variants"]}

@@ -26,7 +26,7 @@ blockquote{border-left:3px solid #c9ced6;margin-left:0;padding-left:1em;white-sp
 @dataclass
 class Section:
     """A heading, a sentence that says it all, paragraphs on how to read what follows, a table, and a plot by the name of its
-    file, beside the table where there is a sentence."""
+    file, next to the table, where there is a sentence."""
 
     name: str
     heading: str
@@ -44,7 +44,7 @@ class Section:
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section], samples: Mapping[str, str] | None = None) -> None:
-    """Writes the page, and each plot as a PNG beside it; it names sections that have nothing to show.
+    """Writes the page, and each plot as a PNG next to it; it names sections that have nothing to show.
 
     Args:
         samples: text per model, at the end.

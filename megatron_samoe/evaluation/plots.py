@@ -20,7 +20,7 @@ from megatron_samoe.evaluation.run_groups import Groups, RunGroup
 from megatron_samoe.evaluation.run_summary import RunSummary
 
 #: One colour and one shape per model, the same in all plots of a report. The colours are those of Okabe and Ito, which
-#: people tell apart whatever colours they see, their yellow left out.
+#: people distinguish whatever colours they see, their yellow left out.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00", "#56b4e9", "#7f7f7f")
 MARKERS = "osD^vP*Xh<"
 
@@ -55,7 +55,7 @@ def finished(figure: Any, axes: Axes, is_drawn: bool = True) -> bytes | None:
 
 
 def side_by_side(count: int, width: float, **options: Any) -> tuple[Any, list[Axes]]:
-    """Returns a figure and so many panels of a width in inches, two in a row."""
+    """Returns a figure and its panels, of a width in inches, two in a row."""
     columns = min(2, count)
     rows = -(-count // columns)
     figure, panels = plt.subplots(
@@ -74,7 +74,7 @@ def label_log(axis: Axis, formatter: Formatter | None = None) -> None:
 
 
 def label_tokens(axes: Axes, most: int | None = None) -> None:
-    """Writes the horizontal axis in k, M and G, with at most so many steps."""
+    """Writes the horizontal axis in k, M and G, with at most `steps` steps."""
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if axes.get_xscale() == "log":
         label_log(axes.xaxis, EngFormatter(sep=""))
@@ -147,7 +147,7 @@ def _smoothed(group: RunGroup) -> dict[int, float]:
 
 
 def _difference(axes: Axes, group: RunGroup, base: RunGroup, shade: str, shape: str) -> None:
-    """Draws how far a model lies from another after the first tenth of training: a line of training, marks of validation."""
+    """Draws how far a model is from another after the first tenth of training: a line of training, marks of validation."""
     ours, theirs = _smoothed(group), _smoothed(base)
     shared = [tokens for tokens in ours if tokens in theirs and tokens >= 0.1 * max(theirs)]
     axes.plot(shared, [ours[t] - theirs[t] for t in shared], color=shade, linewidth=1.2, label=group.name)
@@ -157,12 +157,12 @@ def _difference(axes: Axes, group: RunGroup, base: RunGroup, shade: str, shape: 
 
 
 def last_value(run: RunSummary, key: str) -> Any:
-    """Returns a key's value in the last record that has it, None if none has."""
+    """Returns a key's value in the last record with that key, None without one."""
     return next((r[key] for r in reversed(run.records) if key in r), None)
 
 
 def _heat_maps(groups: Groups, key: str, what: str, draw: Callable[[Axes, np.ndarray], Any]) -> bytes | None:
-    """A map of layers x experts for the first run of each group, two beside each other."""
+    """A map of layers x experts for the first run of each group, two in a row."""
     shown = [(g, np.asarray(value)) for g in groups if (value := last_value(g.first, key)) is not None]
     if not shown:
         return None

@@ -1,4 +1,4 @@
-"""What experts learn over a run: balance of their load, their gradients, and a SaMoE's combinations."""
+"""Plots of experts over a run: balance of their load, their gradients, and a SaMoE's combinations."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def cost_axes(
 
 
 def spread_apart(wanted: Sequence[float], least: float) -> list[float]:
-    """Returns places near the wanted ones, in their order, of which no two are closer than `least`."""
+    """Returns positions near the wanted ones, in their order, of which no two are closer than `least`."""
     order, steps = np.argsort(wanted, kind="stable"), least * np.arange(len(wanted))
     places = np.empty(len(wanted))
     places[order] = isotonic_regression(np.take(wanted, order) - steps).x + steps
@@ -59,13 +59,13 @@ def _scale_costs(axes: Axes, costs: Sequence[float]) -> None:
         label_log(axes.xaxis)
         axes.set_xlim(min(costs) / 1.3, max(costs) * 1.3)
     elif costs:
-        # Costs that hardly differ stand close together, and not at the ends of an axis made for them.
+        # Costs that hardly differ are close together, and not at the ends of an axis made for them.
         margin = max(0.08 * (max(costs) - min(costs)), 0.15 * max(costs))
         axes.set_xlim(min(costs) - margin, max(costs) + margin)
 
 
 def _draw(axes: Axes, place: int, group: RunGroup, cost: float) -> Any:
-    """Draws a model where it belongs, in a shape and size of its own, empty: so it shows where another lies, too."""
+    """Draws a model where it belongs, in a shape and size of its own, empty: so it shows where another is, too."""
     error = None if math.isnan(group.loss.sd) else [group.loss.sd]
     return axes.errorbar(
         [cost],

@@ -17,7 +17,7 @@ from megatron_samoe.parsing import JsonObject
 
 @dataclass(frozen=True)
 class ReportData:
-    """What a report is made of beside the runs.
+    """The parts of a report, except the runs.
 
     Attributes:
         decode, zero_shot: of checkpoints in the runs' folders; others are left out.
@@ -35,7 +35,7 @@ class ReportData:
     study: JsonObject | None = None
 
 
-#: A model is called as good as the best if its loss lies so near, in nats: rounding alone sets equal runs as far apart.
+#: A model is called as good as the best if its loss is within this of the best, in nats: rounding sets equal runs as far apart.
 MARGIN = 0.02
 
 
@@ -46,12 +46,12 @@ def write_report(
     notes: Sequence[str] = (),
     samples: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a report on runs alone; see `write_group_report`."""
+    """Writes a report on runs only; see `write_group_report`."""
     write_group_report(path, title, group_runs(runs), ReportData(notes=notes, samples=samples or {}))
 
 
 def write_group_report(path: Path, title: str, groups: Groups, data: ReportData) -> None:
-    """Writes the page, and each plot as a PNG beside it. What nobody measured has no section; the page says so."""
+    """Writes the page, and each plot as a PNG next to it. What nobody measured has no section; the page says so."""
     write_page(path, title, _sections(groups, data), data.samples)
 
 
@@ -110,7 +110,7 @@ def _quality(groups: Groups, data: ReportData) -> Section:
 
 
 def _study(study: JsonObject | None) -> list[Section]:
-    """Returns what a study of this version knows beside its runs."""
+    """Returns the further results of a study of this version."""
     if study is None or "size" not in study:
         return []
     how = (

@@ -95,7 +95,7 @@ def glance_text(groups: Groups, margin: float) -> str:
 
 
 def cost_table(groups: Groups, axes: Mapping[str, Mapping[str, float]]) -> Table:
-    """Returns every cost of every model beside its loss."""
+    """Returns every cost of every model, and its loss."""
     columns: dict[str, Column] = {"model": lambda group: group.name}
     columns |= {cost: _cost(values) for cost, values in axes.items()}
     return table(columns | {"validation loss": lambda group: group.loss.text(4)}, groups)

@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone, taken together: the rows and colours of a report."""
+"""Runs that differ only in their seed, taken together: the rows and colours of a report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MeanSd:
     count: int
 
     def text(self, decimals: int) -> str:
-        """Returns "5.123 ± 0.010", without the deviation where there is none."""
+        """Returns "5.123 ± 0.010", without a deviation of one run."""
         spread = "" if math.isnan(self.sd) else f" ± {self.sd:.{decimals}f}"
         return f"{self.mean:.{decimals}f}{spread}"
 
@@ -44,7 +44,7 @@ class RunGroup:
 
     @property
     def first(self) -> RunSummary:
-        """The run that stands for the group where one is shown."""
+        """The run that represents the group where one is shown."""
         return self.runs[0]
 
     @property
@@ -78,9 +78,9 @@ Groups = Sequence[RunGroup]
 
 
 def group_runs(runs: Sequence[RunSummary]) -> list[RunGroup]:
-    """Returns runs by model: folders `moe/seed-1` and `moe/seed-2` are one, any other folder is one alone.
+    """Returns runs by model: folders `moe/seed-1` and `moe/seed-2` are one, any other folder is a model.
 
-    A model has its folder's name, with as many of the folders above as tell it from the other models.
+    A model has its folder's name, with the folders above that distinguish it from the other models.
 
     Raises:
         ConfigError: a folder is given twice.

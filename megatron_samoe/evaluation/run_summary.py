@@ -1,4 +1,4 @@
-"""What a finished run came to, read from its folder."""
+"""The results of a finished run, read from its folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_samoe.planning.accounting import ParameterCount, count_parameters
 
 #: What a study writes into the folder of a finished run; see study/results_store.py.
 RUN_FILE = "run.json"
-#: Share of the median by which quartiles of a run's speed may lie apart, or it tells of the machine's other work.
+#: Share of the median by which quartiles of a run's speed may differ; more is due to the machine's other work.
 NOISE = 0.15
 
 
@@ -110,7 +110,7 @@ def read_run(run_dir: Path) -> RunSummary:
 
 
 def _read_checkpoint(run_dir: Path) -> JsonObject | None:
-    """Returns what `read_run_file` does, but for the key, of a run's last checkpoint; None where none is whole."""
+    """Returns what `read_run_file` does, without the key, of a run's last checkpoint; None without a complete one."""
     iterations = store.whole_iterations(run_dir / "checkpoints")
     if not iterations:
         return None
@@ -259,7 +259,7 @@ def entropy_text(entropies: Iterable[float | None]) -> str:
 
 
 def perplexity_text(loss: float) -> str:
-    """Returns e^loss, with as many digits as say something."""
+    """Returns e^loss, with its significant digits."""
     perplexity = math.exp(loss) if not loss > math.log(sys.float_info.max) else math.inf
     return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"
 
@@ -281,7 +281,7 @@ def format_table(rows: Table) -> str:
 
 
 def parameter_columns(count: Callable[[T], ParameterCount]) -> dict[str, Callable[[T], str]]:
-    """Returns columns of parameters, those of experts and those that a token meets, in millions."""
+    """Returns columns of parameters, those of experts and those that a token uses, in millions."""
     return {
         "parameters": lambda item: millions_text(count(item).total),
         "expert": lambda item: millions_text(count(item).expert),

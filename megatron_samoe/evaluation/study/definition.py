@@ -60,7 +60,7 @@ class Sweep:
         values: rising, the first that are tried.
         train_iters: length of the sweep's runs; None for that of the study.
         seeds: of the sweep's runs.
-        extensions: how often the range grows by a value where the best lies at its edge.
+        extensions: how often the range grows by a value where the best is at its edge.
         choose: the parabola's vertex, or the best value that was tried, whose runs then need not be trained again.
     """
 
@@ -78,7 +78,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Gate:
-    """What must hold before a study goes on.
+    """A condition for a study to continue.
 
     Attributes:
         arm, baseline: names of variants; the arm itself where no baseline is given.
@@ -199,7 +199,7 @@ def read_study(path: Path, seeds: Sequence[int] | None = None) -> Study:
     """Returns the study that a YAML file describes, with other seeds if some are given.
 
     Raises:
-        ConfigError: the file is no study; the message names the key.
+        ConfigError: the file is not a study; the message names the key.
     """
     found = typed(Study, read_yaml(path), str(path))
     sweep = found.sweep and replace(found.sweep, option=found.sweep.option.lstrip("-").replace("_", "-"))
@@ -224,7 +224,7 @@ def _rules(study: Study) -> Iterator[tuple[str, object, bool, str]]:
     one_of = f"must be one of {', '.join(names)}"
     yield "runs", study.runs, bool(study.runs), "must name at least one model"
     yield "seeds", study.seeds, _are_different(study.seeds), "must be different whole numbers, there or after --seeds"
-    # A name that no file can have is no file, either.
+    # A name that no file can have is not a file, either.
     yield "config", str(study.config), os.path.isfile(study.config), "no such file"
     yield "baseline", study.baseline, study.baseline in names, one_of
     yield "margin", study.margin, _are_finite(study.margin), "must be a number"

@@ -1,4 +1,4 @@
-"""What must hold before a study goes on."""
+"""The conditions for a study to continue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a study's runs are: their options, once sweeps have told them, what is finished, and what waits for what."""
+"""The runs of a study: their options, once sweeps have found them, their state, and what they wait for."""
 
 from __future__ import annotations
 
@@ -159,12 +159,12 @@ class StudyPlan:
 
     @cached_property
     def _file(self) -> Asked:
-        """What the study's configuration asks for."""
+        """The options that the study's configuration sets."""
         return parse(("--config", str(self.study.config)))
 
     @cached_property
     def _shared(self) -> Asked:
-        """What that and the study's command line ask of all runs."""
+        """The options that it and the study's command line set for all runs."""
         return self._file.with_flags(self.common_flags, prog="megatron-samoe study")
 
     def _swept_options(self, run: Run) -> dict[str, Any]:
@@ -255,7 +255,7 @@ class StudyPlan:
         return run.directory.relative_to(self.root).as_posix()
 
     def chosen(self, names: Collection[str] | None) -> list[Run]:
-        """Returns the runs of some names and those that they need, in the order of all; every run if there are no names."""
+        """Returns the runs of some names and those that they need, in the order of all; every run without names."""
         runs = self.all_runs()
         if names is None:
             return runs

@@ -1,4 +1,4 @@
-"""What a study came to: means and spreads over seeds, and differences within seeds."""
+"""The results of a study: means and spreads over seeds, and differences within seeds."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Comparison:
 
     Attributes:
         steps: None for the full length.
-        seeds: that every variant has finished, but for those that were given up after the first.
+        seeds: that every variant has finished, except those that were given up after the first.
     """
 
     size: str
@@ -79,7 +79,7 @@ def collect(study: Study, finished: Sequence[Run], given_up: Collection[tuple[st
     is. The first is the study's own, if it is there.
 
     Args:
-        given_up: names and sizes of variants that have the first seed alone.
+        given_up: names and sizes of variants that have only the first seed.
     """
     lengths = [(size, steps) for size in study.sizes for steps in (None, *study.branches)]
     found = [_comparison(study, finished, given_up, size, steps) for size, steps in lengths]

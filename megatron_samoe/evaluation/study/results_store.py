@@ -25,7 +25,7 @@ from megatron_samoe.parsing import JsonObject, write_whole
 
 #: Part of every key; to be raised when the program trains otherwise under the same options.
 KEY_VERSION = 1
-#: Groups of options that decide what a run computes, but for the fields that do not.
+#: Groups of options that decide what a run computes, except the fields that do not.
 DECISIVE_GROUPS = ("model", "moe", "training", "optimizer", "distillation", "data")
 INDECISIVE_FIELDS = (
     "num_threads",
@@ -40,7 +40,7 @@ INDECISIVE_FIELDS = (
     "vocab_file",
     "merge_file",
 )
-#: About so many records of a run keep a number for every expert (load, gradient, coefficients); the lists are most of its bytes.
+#: About this number of a run's records keeps a number for every expert (load, gradient, coefficients); the lists are most of its bytes.
 LISTED_ROWS = 48
 _DATA_PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
@@ -124,7 +124,7 @@ def put(store: Path, run_dir: Path) -> None:
 
 
 def take(store: Path | None, key: str, run_dir: Path) -> bool:
-    """Makes a run's folder one that is finished, if the store has it whole, and returns whether it has."""
+    """Makes a run's folder one that is finished, if the store has a complete copy, and returns whether it has."""
     if store is None or not (store / key).is_dir():
         return False
     try:

@@ -1,7 +1,7 @@
-"""Makes the runs of a study, some beside each other; started again, it goes on where it was.
+"""Makes the runs of a study, some at a time; started again, it resumes.
 
 A run is a few command lines, one after another, under the lock of its folder, and what is ready follows from the folders
-alone. So several programs may work on one study (tasks of a Slurm array, say): each takes the next run that no other has.
+alone. So several programs may work on one study (tasks of a Slurm array, say): each takes the next free run.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class StudyRunner:
         jobs: runs at once.
         launcher: words before `-m megatron_samoe pretrain`; this Python if empty.
         idle: runs wait for whatever else the machine has to do.
-        look: called every few seconds while runs go on.
-        active: runs that go on now, by folder.
+        look: called every few seconds during runs.
+        active: current runs, by folder.
         stopped: what was said of runs that were stopped before their end.
     """
 
@@ -149,7 +149,7 @@ class StudyRunner:
             pass
         except (MegatronSamoeError, OSError) as error:
             self._fail(run, str(error))
-        except SystemExit as error:  # a flag that pretraining does not know has been told on standard error
+        except SystemExit as error:  # an unknown flag has been reported on standard error
             self._fail(run, f"its flags were refused ({error})")
         self._close(making)
         return False
@@ -255,7 +255,7 @@ class StudyRunner:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Makes SIGTERM and SIGHUP do what Ctrl-C does: a run that outlives its study would meet its own successor. SIGTSTP, as
+        """Makes SIGTERM and SIGHUP do what Ctrl-C does: a run that outlives its study would collide with its own successor. SIGTSTP, as
         Ctrl-Z sends it, holds the runs with the study until it is continued."""
 
         def interrupt(number: int, frame: object) -> None:

@@ -1,7 +1,7 @@
-"""What differences between models over a few seeds are worth: intervals, equivalence, the number of seeds, scaling laws.
+"""Statistics of differences between models over a few seeds: intervals, equivalence, the number of seeds, scaling laws.
 
 One seed draws the same samples in all models, so differences are taken within seeds. Their own spread over a few seeds is
-badly known; the spread that all trained models have in common is known better, if all scatter alike. Both are shown.
+badly known; the spread that all trained models have in common is known better, if all scatter equally. Both are shown.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of differences within seeds, in nats per token; what one seed cannot tell is nan.
+    """Mean of differences within seeds, in nats per token; nan where one seed does not suffice.
 
     Attributes:
         half_width: of the 95 % interval by Student's t, from the spread of these differences.
@@ -41,7 +41,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Spread:
-    """What is left of losses after each model's and each seed's part: standard deviation, nats, and degrees of freedom.
+    """Residuals of losses after each model's and each seed's part: standard deviation, nats, and degrees of freedom.
 
     Differences between two models scatter by it; by their own spread where that is more than twice as wide.
     """
@@ -201,7 +201,7 @@ class ScalingFit:
 
 @dataclass(frozen=True)
 class ScalingPoint:
-    """One run: parameters that a token meets, parameters of all routed experts, tokens, loss in nats.
+    """One run: parameters that a token uses, parameters of all routed experts, tokens, loss in nats.
 
     Attributes:
         model: whose shared parameters have a factor of their own; "" for a model that shares none.

@@ -27,7 +27,7 @@ class Optimum:
 
 def optimum(losses: Mapping[float, float], between: bool = True) -> Optimum:
     """Returns the optimum of a sweep of at least three values: the vertex of the parabola through the best value and its
-    neighbours over log(value), or the best value itself where it lies at an edge or beside a run that diverged.
+    neighbours over log(value), or the best value itself where it is at an edge or next to a run that diverged.
 
     Args:
         losses: by value; nan or inf where a run diverged.
@@ -41,7 +41,7 @@ def optimum(losses: Mapping[float, float], between: bool = True) -> Optimum:
     place = values.index(best)
     if place == 0:
         return Optimum(best, losses[best], "low")
-    if best == known[-1]:  # what diverged above it is no value to extend to
+    if best == known[-1]:  # the range does not extend to a value that diverged
         return Optimum(best, losses[best], "high" if best == values[-1] else None)
     near = values[place - 1 : place + 2]
     if not between or not all(math.isfinite(losses[v]) for v in near):

@@ -12,7 +12,7 @@ from megatron_samoe import children
 from megatron_samoe.dist_checkpointing.folder_lock import folder_lock
 from megatron_samoe.errors import DataError
 
-#: Characters after which a document ends, at the next empty line or, in a text without, at twice as many.
+#: Characters after which a document ends, at the next empty line or, in a text without, at twice that number.
 DOCUMENT_CHARS = 2000
 #: Every 20th document is for validation, and the one after it for a test.
 HOLD_OUT_EVERY = 20

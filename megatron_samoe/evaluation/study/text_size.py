@@ -1,4 +1,4 @@
-"""The bytes of text that a token stands for, by which losses of different tokenizers compare."""
+"""The bytes of text of a token, by which losses of different tokenizers compare."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from megatron_samoe.datasets.tokenizer import build_tokenizer
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import DataError
 
-#: Of a larger validation set documents at even distances are decoded, about so many tokens: a report shall not take minutes.
+#: Of a larger validation set documents at even distances are decoded, about this number of tokens: a report shall not take minutes.
 MOST_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True)
 class _Text:
-    """What tokens of a dataset stand for."""
+    """The text size of a dataset's tokens."""
 
     num_bytes: int
     num_tokens: int

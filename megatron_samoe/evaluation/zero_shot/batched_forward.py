@@ -1,6 +1,6 @@
 """The one place where evaluation runs a model: batches of token rows through all pipeline stages, without a cache.
 
-Rows are sorted by length and dealt to data-parallel ranks. Right of a row stand padding tokens, which causal attention
+Rows are sorted by length and dealt to data-parallel ranks. Right of a row are padding tokens, which causal attention
 never looks at and, as no token is dropped outside training, cannot take another token's place at an expert: what a row
 is given does not depend on what else is in its batch.
 """
@@ -30,11 +30,11 @@ LOSS_ROWS = 1024
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says to a query.
+    """A model's answer to a query.
 
     Attributes:
         loglikelihood: of all labels, natural logarithm.
-        is_greedy: every label is the most probable token in its place.
+        is_greedy: every label is the most probable token at its position.
         next_id: most probable token after the last one read; the lowest id of equals.
     """
 
@@ -53,7 +53,7 @@ def answer_queries(
 
     Args:
         batch_size: sequences of a forward pass on one data-parallel rank; as many as make BATCH_TOKENS if not given.
-        progress: is told how many queries were answered since it was last called.
+        progress: is called with how many queries were answered since it was last called.
     """
     parallel = loaded.model.state
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -68,7 +68,7 @@ def answer_queries(
     for start in range(0, len(batches), depth * parallel.dp.size):
         round_ = batches[start : start + depth * parallel.dp.size]
         mine = round_[parallel.dp.rank :: parallel.dp.size]
-        # Experts may lie on other data-parallel ranks: all run as many batches as the one that has most.
+        # Experts may be on other data-parallel ranks: all run as many batches as the one that has most.
         mine += [[(loaded.tokenizer.eod,)]] * (-(-len(round_) // parallel.dp.size) - len(mine))
         numbers = [[groups.get(tokens, []) for tokens in batch] for batch in mine]
         own += _run(loaded, mine, numbers, queries)

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_samoe.errors import DataError, optional_import
 from megatron_samoe.parsing import parse_json, read_file
 
-#: A few packed bytes can stand for gigabytes; texts shrink to a fifth or so.
+#: A few packed bytes can expand to gigabytes; texts shrink to a fifth or so.
 LEAST_LIMIT, MOST_TIMES = 64 << 20, 100
 KINDS = (".jsonl", ".json", ".parquet", ".txt")
 PACKINGS = ("", ".xz", ".gz")
@@ -66,10 +66,10 @@ def read_rows(path: Path, labels_name: str = "") -> Iterator[tuple[str, Mapping[
     """Yields (position, row) of a file, or of a folder's files.
 
     Args:
-        labels_name: file beside it with a label per line, where the rows don't bring theirs.
+        labels_name: file next to it with a label per line, where the rows don't bring theirs.
 
     Raises:
-        DataError: something cannot be read, or there are not as many labels as rows.
+        DataError: something cannot be read, or labels and rows differ in number.
     """
     rows = (pair for file in (_files_in(path) if path.is_dir() else [path]) for pair in _file_rows(file))
     labels_path = path.parent / labels_name
@@ -150,7 +150,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def read_documents(path: Path, limit: int | None = None) -> list[Document]:
-    """Returns the texts of a file: the field "text" of each row, or a .txt file as one; DataError if there are none."""
+    """Returns the texts of a file: the field "text" of each row, or a .txt file as one; DataError without any."""
     if not path.is_file():
         raise NoDataError(f"--corpus {path} is {'a folder; name files' if path.is_dir() else 'not there'}.")
     if _kind(path) not in (".jsonl", ".json", ".parquet"):

@@ -90,9 +90,9 @@ def encode_prompt(tokenizer: Tokenizer, context: str, seq_length: int, max_new_t
     """Returns (a prompt that leaves room for its answer, tokens cut from its left).
 
     Raises:
-        DataError: the answer alone needs the whole sequence.
+        DataError: the answer needs the complete sequence.
     """
-    room = seq_length - max_new_tokens  # as lm-evaluation-harness has it, although the answer's last token is not read
+    room = seq_length - max_new_tokens  # as in lm-evaluation-harness, although the answer's last token is not read
     if room < 1:
         raise DataError(
             f"answers of up to {max_new_tokens} tokens leave no room for a prompt: the model reads {seq_length} tokens"

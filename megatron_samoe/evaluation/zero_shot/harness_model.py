@@ -45,7 +45,7 @@ def harness_model(loaded: LoadedModel, batch_size: int | None = None, progress: 
 
         @property
         def tokenizer_name(self) -> str:
-            """What the harness names its caches of requests by."""
+            """The harness's name for caches of requests."""
             return loaded.tokenizer.fingerprint
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

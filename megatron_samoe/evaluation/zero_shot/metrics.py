@@ -16,7 +16,7 @@ from megatron_samoe.evaluation.zero_shot.statistics import bootstrap_stderr
 
 #: Gives value [...] of sums [..., V].
 Finish = Callable[[np.ndarray], np.ndarray]
-#: Metrics beside which the best constant choice says something.
+#: Metrics for which the best constant choice is shown.
 SHARES_OF_ITEMS = ("acc", "acc_norm", "acc_bytes", "acc_per_answer")
 
 
@@ -84,7 +84,7 @@ def of_questions(said: Sequence[bool], gold: Sequence[bool], questions: Sequence
     """Returns MultiRC's four figures of yes or no to each of several answers; docs/evaluation.md says why they belong together.
 
     Args:
-        questions: name of each answer's question; its answers need not stand together.
+        questions: name of each answer's question; its answers need not be together.
     """
     x_NV = np.stack([np.array(x, dtype=np.float64) for x in (said, gold)], axis=1)
     said_N, gold_N = x_NV.T

@@ -104,7 +104,7 @@ class Score:
 def _new_text(
     decode: Callable[[list[int]], str], ids: list[int], prompt_length: int, until: Sequence[str]
 ) -> tuple[str, bool]:
-    """Returns (text after the prompt and before the first stop, whether a stop was met)."""
+    """Returns (text after the prompt and before the first stop, whether a stop was found)."""
     # Decoded together with the prompt's end: a token's text can depend on the one before it.
     whole, start = decode(ids[prompt_length - 1 :]), decode(ids[prompt_length - 1 : prompt_length])
     text = whole[len(start) :] if whole.startswith(start) else decode(ids[prompt_length:])

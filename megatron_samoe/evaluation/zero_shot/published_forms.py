@@ -192,7 +192,7 @@ def _webqs(row: Row) -> Row:
     return {"question": row["utterance"], "answers": _texts(found)}
 
 
-#: Makes a row the Hub's, or several; tasks that are not here have one form, but for how labels are written.
+#: Makes a row the Hub's, or several; tasks that are not here have one form, except for how labels are written.
 FORMS: dict[str, Callable[[Row], Row | Rows]] = {
     "arc_challenge": _science,
     "arc_easy": _science,

@@ -1,4 +1,4 @@
-"""A task's results: every metric with its standard error, and what a reader must know beside it."""
+"""A task's results: every metric with its standard error, and notes for a reader."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _metric(task: Any, samples: Sequence[JsonObject], key: str, value: float) ->
 def evaluate_corpus(name: str, documents: Sequence[Document], predictor: ModelPredictor) -> TaskResult:
     """Returns a model's perplexity on whole texts, per token, byte and word.
 
-    Bytes (UTF-8) and words are those of the texts before any tokenizer. Words are what stands between runs of white space,
+    Bytes (UTF-8) and words are those of the texts before any tokenizer. Words are separated by runs of white space,
     counted as lm-evaluation-harness does: an empty part at an end counts.
     """
     scores = predictor.loglikelihood_of(documents)

@@ -29,7 +29,7 @@ def metric_line(result: TaskResult) -> str:
 
 
 def result_table(results: Sequence[TaskResult]) -> str:
-    """Returns every metric of every task with its standard error; shares in percent. What is said of a task stands once."""
+    """Returns every metric of every task with its standard error; shares in percent. Notes on a task are shown once."""
     rows = [["task", "items", "metric", "value", "std. error", "best constant", "contexts cut"]]
     for result in results:
         task = [result.task, f"{result.num_items:,}", f"{result.num_cut:,}" if result.num_cut else ""]
@@ -41,7 +41,7 @@ def result_table(results: Sequence[TaskResult]) -> str:
 
 
 def notes(results: Sequence[TaskResult], seq_length: int | None) -> list[str]:
-    """Returns what a reader must know beside the table."""
+    """Returns the notes on the table."""
     cut = ", ".join(f"{r.task} {r.num_cut:,} of {r.num_items:,}" for r in results if r.num_cut)
     windowed = ", ".join(f"{r.task} {r.num_windowed:,}" for r in results if r.num_windowed)
     texts = {
@@ -52,7 +52,7 @@ def notes(results: Sequence[TaskResult], seq_length: int | None) -> list[str]:
 
 
 def variation_table(variations: Sequence[Variation]) -> str:
-    """Returns mean, standard deviation and range over checkpoints, beside the standard error of one of them."""
+    """Returns mean, standard deviation and range over checkpoints, and the standard error of one of them."""
     return _filled(table(_VARIATIONS, variations))
 
 

@@ -35,7 +35,7 @@ class LocalData:
 
 @cache
 def local_data() -> dict[str, LocalData]:
-    """Returns where the data of each task lies that is read from files in its authors' form."""
+    """Returns where the data of each task is that is read from files in its authors' form."""
     path = FOLDER / "local_data.yaml"
     return {name: typed(LocalData, row, f"{path}: {name}") for name, row in parse_yaml(read_text(path)).items()}
 
@@ -126,7 +126,7 @@ class TaskLoader:
         if _is_file(name):
             path = Path(name).resolve()
             content = read_task_file(path)
-            if "group" in content:  # which the harness finds by name alone
+            if "group" in content:  # which the harness finds by name only
                 return self._built(name, content["group"], self._all_tasks(path.parent))
             return self._built(name, str(path))
         local = local_data().get(name)
@@ -162,7 +162,7 @@ class TaskLoader:
 
 
 def _check_target(task: Any) -> None:
-    """Raises DataError where the first item's target is none of its choices, which the harness would count as wrong."""
+    """Raises DataError where the first item's target is not one of its choices, which the harness would count as wrong."""
     if task.OUTPUT_TYPE != "multiple_choice" or task.config.doc_to_choice is None or task.multiple_input:
         return
     doc = task.eval_docs[0]
