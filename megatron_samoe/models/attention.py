@@ -39,10 +39,10 @@ class AttentionInputs:
 
 
 class AttentionCore(nn.Module):
-    """What all kinds of attention have in common: scores of queries and keys, and what they weigh.
+    """The base of all kinds of attention: scores of queries and keys, and the weighted values.
 
     Args:
-        recompute_core: keep its inputs alone for the backward pass.
+        recompute_core: keep only its inputs for the backward pass.
     """
 
     output: RowParallelLinear
@@ -64,7 +64,7 @@ class AttentionCore(nn.Module):
         self.recompute_core = recompute_core or (config.attention_dropout > 0 and needs_scores(self.rule()))
 
     def rule(self, device: torch.device | None = None) -> ScoreRule:
-        """Returns what scores have besides the product of queries and keys."""
+        """Returns the parts of scores in addition to the product of queries and keys."""
         sinks: Tensor | None = self.sinks
         if sinks is None and self.has_sinks:
             sinks = torch.zeros(self.num_local_heads, device=device)

@@ -1,4 +1,4 @@
-"""The blueprint that a model is built from: its configuration, its place over ranks, and its replaceable parts."""
+"""The blueprint that a model is built from: its configuration, its parallel state, and its replaceable parts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values are made from one small vector per token.
 
 A token's latent c has --kv-lora-rank numbers; each head makes its keys and values from it. Positions are in a part of the key
-that all heads share, and in a part of each query. So a cache holds c and that part alone, for all heads together.
+that all heads share, and in a part of each query. So a cache holds only c and that part, for all heads together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def configured_attention(
 
 
 class LatentAttention(AttentionCore):
-    """Projections down to latents act on each token alone, and every tensor-parallel rank has them whole. Projections up to
+    """Projections down to latents act on each token separately, and every tensor-parallel rank has them whole. Projections up to
     heads and from heads to the output are split over the ranks.
     """
 
@@ -92,7 +92,7 @@ class LatentAttention(AttentionCore):
     def _cached(
         self, plain_BSAD: Tensor, turned_BSAD: Tensor, latent: Tensor, key_BS1R: Tensor, context: ForwardContext
     ) -> Tensor:
-        """Returns attention's output over cached latents. A head's key c -> W c met by a query q is c met by W^T q, so heads
+        """Returns attention's output over cached latents. A head's key c -> W c with a query q is c with W^T q, so heads
         turn their queries instead of the cache's latents; values are latents, which heads project after attention.
         """
         assert context.cache is not None

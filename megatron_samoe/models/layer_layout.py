@@ -19,7 +19,7 @@ from megatron_samoe.config.sharing_map import Source
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """The place of one transformer layer in the model.
+    """The position of one transformer layer in the model, and its kind.
 
     Attributes:
         index: among all layers.

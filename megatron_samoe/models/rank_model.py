@@ -42,7 +42,7 @@ def stored_name(name: str) -> str:
 class RankModel(nn.Module):
     """The rank's chunks (one, or several with virtual pipeline stages) and the experts that their MoE layers share.
 
-    The model owns shared experts and lends them to its layers in every call. If every layer held them, they would stand
+    The model owns shared experts and lends them to its layers in every call. If every layer held them, they would be
     in `state_dict()` many times, and their gradient would be reduced before all layers have added theirs.
     """
 
@@ -143,7 +143,7 @@ class RankModel(nn.Module):
             votes_LE: what the lock of a pool finds owners by; see `CandidateSchedule.update`.
 
         Returns:
-            order_E, the expert that each place is to have from now on where the lock of a pool moves experts, for
+            order_E, the expert that each index is to have from now on where the lock of a pool moves experts, for
             `MixedPrecisionOptimizer.reorder_experts`; else None.
         """
         balanced = self.balanced_counts(counts_LE)
@@ -201,7 +201,7 @@ def build_model(
     Args:
         vocab_size: number of tokens, before padding.
         dtype: of weights and activations; the configured precision if not given.
-        parts: parts in place of the package's own.
+        parts: parts that replace the package's own.
     """
     model = RankModel(config, vocab_size, state, dtype or compute_dtype(config), parts)
     initialize_parameters(model.global_parameters(), state, config.training.seed)

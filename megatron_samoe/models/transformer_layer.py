@@ -23,7 +23,7 @@ from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
 
 class TransformerLayer(nn.Module):
     """A layer: x + attention(norm(x)), then x + mlp(norm(x)), or with --use-parallel-residual x + attention(norm(x)) +
-    mlp(norm(x)). `mlp` is dense; `moe` takes its place in MoE layers.
+    mlp(norm(x)). `mlp` is dense; `moe` replaces it in MoE layers.
     """
 
     attention: Any  # whatever the parts say

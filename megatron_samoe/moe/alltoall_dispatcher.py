@@ -98,7 +98,7 @@ class AllToAllDispatcher:
     Args:
         num_chunks: parts that travel behind each other's experts, at most the experts of a rank; all in one exchange, which
             nothing hides, if not given.
-        sparse_choices: whether most of a token's choices are missing (-1); then sorting alone asks for the number of rows.
+        sparse_choices: whether most of a token's choices are missing (-1); then only sorting asks for the number of rows.
     """
 
     def __init__(self, num_experts: int, group: Group, num_chunks: int | None = None, sparse_choices: bool = False):
@@ -159,10 +159,10 @@ class AllToAllDispatcher:
         return receive_We, HostCopy(torch.stack((send_We, receive_We)))
 
     def awaited(self, copy: HostCopy) -> Tensor:
-        """Returns what a copy brings: the one place where the host waits for the device."""
+        """Returns the content of a copy: only here does the host wait for the device."""
         table = copy.wait()
         if self.group.exchange is not None:
-            self.group.exchange.check()  # counts of an exchange that was aborted are no counts
+            self.group.exchange.check()  # counts of an aborted exchange are not valid
         return table
 
 

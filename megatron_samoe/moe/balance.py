@@ -7,7 +7,7 @@ several layers share.
 The balance loss is Switch Transformer's (arXiv:2101.03961, equation 4), E * sum_e f_e s_e over a group of sequences, with
 f_e the share of the group's routed tokens that expert e takes and s_e its mean score. f_e is always that of the tokens
 whose gradient it weighs. Loads of an earlier step would not do: all tokens move to the expert that was empty then, and
-routers swing from expert to expert. So a group lies within what is computed at the same time: a sequence, or several
+routers swing from expert to expert. So a group is within what is computed at the same time: a sequence, or several
 consecutive ones of the micro-batches that data-parallel ranks have in hand.
 """
 
@@ -27,7 +27,7 @@ from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops.topk_gate import GateResult
 from megatron_samoe.parallel_state.state import Group
 
-#: In place of a share of 0, whose logarithm is none.
+#: Replaces a share of 0, which has no logarithm.
 _TINY = 1e-30
 
 
@@ -90,7 +90,7 @@ def entropy_sum(score_sum_BE: Tensor, target: float, group_size: int, dp: Group)
         group_size, dp: as in `balance_sum`.
     """
     own_BE = score_sum_BE.detach()
-    # A rank's rows stand for whole groups, whose others may lie elsewhere: each moves as many entropies as the group has rows.
+    # A rank's rows represent complete groups, whose other rows may be elsewhere: each moves the entropies of all rows of its group.
     sums_BE = _group_sums(own_BE, group_size, dp) + group_size * (score_sum_BE - own_BE)
     shares_BE = sums_BE / sums_BE.sum(1, keepdim=True).clamp_min(_TINY)
     entropy_B = -(shares_BE * shares_BE.clamp_min(_TINY).log()).sum(1)
@@ -114,7 +114,7 @@ def _group_sums(rows_BE: Tensor, group_size: int, dp: Group) -> Tensor:
 
 
 def auxiliary_loss(gate: GateResult, balance: Tensor, config: MoEConfig, context: ForwardContext) -> Tensor | None:
-    """Returns this micro-batch's share of a layer's balance and z-losses, already weighted; None if there are none.
+    """Returns this micro-batch's share of a layer's balance and z-losses, already weighted; None without any.
 
     Shares of all micro-batches and data-parallel ranks add up to the losses of the global batch.
     """

@@ -3,9 +3,9 @@
 Each expert of a layer has a factor: 1 where it may be chosen, 0 where not, between them while it is taken away. Factors
 are parameters that no gradient moves, so a checkpoint says what a model may choose.
 
-Neighbours (ReXMoE, arXiv:2510.17483) begin with as many experts as a layer owns, and open the others one after the other. The lock of a
+Neighbours (ReXMoE, arXiv:2510.17483) begin with the number of experts that a layer owns, and open the others one by one. The lock of a
 pool (UniPool, arXiv:2605.06665) gives each expert to one layer, and closes it to all others. It also gives experts new
-places in the pool, so that each layer's lie on all expert-parallel ranks alike.
+positions in the pool, so that each layer's are spread evenly over expert-parallel ranks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CandidateSchedule(Protocol):
                 several steps, see `votes_before`.
 
         Returns:
-            order_E, the expert that each place of the pool is to have from now on, the same on all ranks; None where experts
+            order_E, the expert that each index of the pool is to have from now on, the same on all ranks; None where experts
             stay.
         """
 
@@ -51,8 +51,8 @@ def candidate_schedule(config: MoEConfig) -> CandidateSchedule | None:
 
 class NeighbourSchedule:
     """Opens a block's experts evenly over --neighbour-unmask-steps, after --neighbour-unmask-start. In a layer's own order these
-    are its own, then those of the next layer, in the order of the block, from whose end it goes on at its start; in a random
-    one as many, others in each step (ReXMoE, equation 6)."""
+    are its own, then those of the next layer, in the order of the block, from whose end it continues at its start; in a random
+    one the same number, others in each step (ReXMoE, equation 6)."""
 
     def __init__(self, config: MoEConfig):
         assert isinstance(config.num_experts, int)
@@ -61,11 +61,11 @@ class NeighbourSchedule:
         self._draws = config.neighbour_unmask_order == "random"
 
     def start(self, moe_index: int, num_experts: int) -> Tensor:
-        """Returns 1 for as many experts as the layer owns."""
+        """Returns 1 for the number of experts that the layer owns."""
         return self._factors(moe_index, num_experts, 0)
 
     def update(self, factors_E: Mapping[int, Tensor], votes_LE: Tensor, iteration: int, state: ParallelState) -> None:
-        """Opens as many as are due."""
+        """Opens those that are due."""
         for moe_index, factors in factors_E.items():
             due = self._factors(moe_index, len(factors), iteration).to(factors)
             # What is open stays open, all at last: a run that starts again from these weights counts its steps anew.
@@ -86,7 +86,7 @@ class NeighbourSchedule:
 
 
 class PoolLock:
-    """Gives each expert of a pool to one layer after step --pool-lock-step, to each layer as many, so that the experts' owners
+    """Gives each expert of a pool to one layer after step --pool-lock-step, the same number to each layer, so that the experts' owners
     are those that chose them most in this step, or in the last --pool-lock-vote-steps of them. Others' factors fall to 0 over
     --pool-lock-anneal-steps, along a cosine."""
 
@@ -108,7 +108,7 @@ class PoolLock:
         closed = any(bool((factors < 1).any()) for factors in factors_E.values())
         is_decided = bool(state.pp.all_reduce(torch.tensor(float(closed), device=state.device)))
         done = min((iteration - self._at + 1) / self._anneal, 1.0)
-        left = min(0.5 + 0.5 * math.cos(math.pi * done), 1 - 2**-20)  # an owner alone has 1, in fp32 too
+        left = min(0.5 + 0.5 * math.cos(math.pi * done), 1 - 2**-20)  # only an owner has 1, in fp32 too
         owner_E = None if is_decided else owners(votes_LE)
         owned = {i: factors.cpu() == 1 if owner_E is None else owner_E == i for i, factors in factors_E.items()}
         for moe_index, factors in factors_E.items():
@@ -120,7 +120,7 @@ class PoolLock:
 def votes_before(config: MoEConfig, iteration: int) -> int:
     """Returns how many steps vote before the one with which `iteration` are done, and which votes with them.
 
-    0 where it votes alone: also where the lock's own step was skipped, and a later one decides.
+    0 where only it votes: also where the lock's own step was skipped, and a later one decides.
     """
     if config.pool_lock_step is None or iteration > config.pool_lock_step:
         return 0
@@ -128,7 +128,7 @@ def votes_before(config: MoEConfig, iteration: int) -> int:
 
 
 def spread(owner_E: Tensor) -> Tensor:
-    """Returns the expert for each place, so that all layers' experts lie spread over the places: the k-th of layer l at k L + l.
+    """Returns the expert for each index, so that all layers' experts are spread over the pool: the k-th of layer l at k L + l.
 
     So every expert-parallel size that divides E / L gives each rank equally many of each layer.
     """

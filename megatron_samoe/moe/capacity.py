@@ -26,9 +26,9 @@ def drop_over_capacity(
     num_experts: int,
     policy: Literal["probs", "position"],
 ) -> Tensor:
-    """Returns ids_TK with -1 where a token is over its expert's capacity; ids of -1 stay and take no place.
+    """Returns ids_TK with -1 where a token is over its expert's capacity; ids of -1 stay and take no capacity.
 
-    Experts keep their most probable tokens, or those that stand first (all first choices before all second choices).
+    Experts keep their most probable tokens, or the first ones (all first choices before all second choices).
     """
     num_tokens, topk = ids_TK.shape
     sequence_T = torch.arange(num_tokens, device=ids_TK.device).div(num_tokens // batch_size, rounding_mode="floor")

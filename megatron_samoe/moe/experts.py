@@ -1,4 +1,4 @@
-"""Expert weights: their shapes and places over ranks."""
+"""Expert weights: their shapes and sharding."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ExpertShape:
         """Returns w1, w2 and maybe b1, b2: experts split over ep, F over etp; a leading dim for banks that layers share.
 
         Args:
-            on_one_stage: whether layers of this pipeline stage alone use the banks; else all stages hold them.
+            on_one_stage: whether only layers of this pipeline stage use the banks; else all stages hold them.
         """
         E, H, F = self.num_experts, self.hidden_size, self.ffn_size
         up = (2, F) if self.activation == "swiglu" else (F,)
@@ -86,7 +86,7 @@ class ExpertShape:
         if self.bias:
             made["b1"] = make(up, ShardSpec(family, inner))
             # Every expert-tensor rank holds the output bias, one adds it: gradients are parts of a sum, and the others'
-            # backward passes never meet the parameter.
+            # backward passes never reach the parameter.
             made["b2"] = make((H,), ShardSpec(family, (by_expert,), partial=("etp",)), completed_at="step_end")
         return made
 

@@ -1,5 +1,5 @@
 """The MLP that every token passes, weighed by each token: against routed experts (the residual MoE of DeepSpeed-MoE,
-arXiv:2201.05596), or beside them (the shared expert of Qwen1.5-MoE).
+arXiv:2201.05596), or next to them (the shared expert of Qwen1.5-MoE).
 """
 
 from __future__ import annotations

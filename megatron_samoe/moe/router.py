@@ -46,10 +46,10 @@ class Routing:
 class Router(nn.Module):
     """Scores tokens against E expert vectors, in fp32 whatever the model's dtype, and takes the best K.
 
-    All tensor- and context-parallel ranks of a sequence route all of it alike. Another way to choose overrides `select`.
+    All tensor- and context-parallel ranks of a sequence route all of it equally. Another way to choose overrides `select`.
     """
 
-    #: How many numbers each sum has that routers tell, by name; "counts" has one for each expert.
+    #: Numbers of each sum that routers report, by name; "counts" has one for each expert.
     statistics: ClassVar[Mapping[str, int]] = {"z_sum": 1, "dropped": 1}
     #: Parameters whose first dim counts experts, which the lock of a pool gives other numbers.
     by_expert: ClassVar[Sequence[str]] = ("weight", "expert_bias", "candidates")
@@ -88,7 +88,7 @@ class Router(nn.Module):
         return self.score.kept_choices(self.place.shape.num_experts)
 
     def select(self, logits_TE: Tensor, num_sequences: int) -> GateResult:
-        """Returns the choice of T tokens, which are so many whole sequences; see `ops.topk_gate.described`."""
+        """Returns the choice of T tokens, which are complete sequences; see `ops.topk_gate.described`."""
         return self.score.select(logits_TE, num_sequences, self)
 
     def rule(self) -> ChoiceRule:

@@ -49,7 +49,7 @@ class TopkScore:
         return logits_TE
 
     def select(self, logits_TE: Tensor, num_sequences: int, router: Any) -> GateResult:
-        """Returns the choice of tokens, which are so many whole sequences."""
+        """Returns the choice of tokens, which are complete sequences."""
         return gate_by_rule(logits_TE, router.rule(), num_sequences)
 
     def after_step(self, visited: Tensor, router: Any) -> None:

@@ -24,7 +24,7 @@ from megatron_samoe.config.sharing_map import Source
 
 @dataclass(frozen=True)
 class SetColumns:
-    """Where the loads of one layer's set stand in a row of all sets' loads, and how many layers use the set."""
+    """The columns of one layer's set in a row of all sets' loads, and how many layers use the set."""
 
     start: int
     stop: int
@@ -45,7 +45,7 @@ class SetLoads:
 
     @staticmethod
     def of(sources: Sequence[Source], num_experts: Sequence[int]) -> SetLoads:
-        """Returns the places of the loads of MoE layers with these sources and numbers of experts."""
+        """Returns the columns of the loads of MoE layers with these sources and numbers of experts."""
         starts: dict[Source, int] = {}
         width = 0
         for source, experts in zip(sources, num_experts, strict=True):

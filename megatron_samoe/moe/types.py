@@ -26,7 +26,7 @@ class KeyValueCache(Protocol):
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What a forward pass needs to know besides its tokens.
+    """The context of a forward pass: all that it needs except its tokens.
 
     Attributes:
         batch_size: B, sequences in the micro-batch.
@@ -52,10 +52,10 @@ class MoEPlace:
     """One MoE layer of the model.
 
     Attributes:
-        layer, moe_index: its place among all layers, which seeds noise, and among MoE layers.
+        layer, moe_index: its index among all layers, which seeds noise, and among MoE layers.
         shape: global sizes of its routed experts.
         router_init_std: spread of the router's first weights.
-        set_columns: place of its set's loads, where those are balanced over all layers that use the set.
+        set_columns: columns of its set's loads, where those are balanced over all layers that use the set.
     """
 
     layer: int
@@ -80,7 +80,7 @@ class MoEStats:
 
 @dataclass(frozen=True)
 class StatisticsLayout:
-    """Where named statistics stand in one row per MoE layer, so that all layers' sums travel in one tensor.
+    """The columns of named statistics in one row per MoE layer, so that all layers' sums travel in one tensor.
 
     Attributes:
         sizes: numbers of each statistic, the same for all layers of a model.

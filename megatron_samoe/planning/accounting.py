@@ -18,7 +18,7 @@ class ParameterCount:
         total: all stored parameters, padding of the vocabulary included.
         expert: parameters of routed experts (all layers' own, or the pool's banks).
         active: parameters that work on one token: all but the routed experts, plus K experts in each MoE layer. A SaMoE
-            counts combined experts, which a token meets.
+            counts combined experts, which a token uses.
     """
 
     total: int
@@ -56,7 +56,7 @@ def forward_flops_per_token(config: PretrainConfig, vocab_size: int) -> float:
 
 
 def idle_share(config: PretrainConfig, world_size: int) -> float:
-    """Returns the share of a step for which a pipeline stands idle while it fills and drains."""
+    """Returns the share of a step for which a pipeline is idle while it fills and drains."""
     stages = config.parallel.pipeline_model_parallel_size
     chunks = virtual_stages(config.parallel, config.model.num_layers) // stages
     return bubble_fraction(stages, chunks, num_micro_batches(config, world_size))

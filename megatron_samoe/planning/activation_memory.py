@@ -1,4 +1,4 @@
-"""Bytes of activations that autograd keeps, and what passes need besides, from traces of one layer of each kind."""
+"""Bytes of activations that autograd keeps, and the workspace of passes, from traces of one layer of each kind."""
 
 from __future__ import annotations
 

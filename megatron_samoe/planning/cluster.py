@@ -27,7 +27,7 @@ class Cluster:
         moe_traffic: how many times as often in MoE layers, whose tokens are permuted.
         layer_launch_s, moe_launch_s: seconds that a host needs to launch a pass of a dense and of an MoE layer.
         launches_ahead: hosts launch while their GPUs compute, so that only who is slower counts; a processor does both in turn.
-        step_s: seconds of a step besides, whatever its size.
+        step_s: further seconds of a step, whatever its size.
         link_efficiency: share of the links' bandwidth that exchanges reach.
         tensor_exposed, expert_exposed: share of the exchanges between tensor- and expert-parallel ranks that no product
             hides.

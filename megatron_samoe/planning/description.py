@@ -70,7 +70,7 @@ class Description:
         self._of_stage: dict[StageContent, tuple[DescribedParameter, ...]] = {}
 
     def layer(self, place: LayerPlace, selective: bool = False) -> TransformerLayer:
-        """Returns a layer like the one at a place; each number of experts and way of sharing has one.
+        """Returns a layer like the one at a position; each number of experts and way of sharing has one.
 
         Args:
             selective: whether the layer recomputes attention's core, which changes nothing but what it keeps.
@@ -90,7 +90,7 @@ class Description:
         """Returns the trace of such a layer for a micro-batch of sequences.
 
         Args:
-            worst: let tokens visit as many experts as at the worst time of a run, not as on average.
+            worst: let tokens visit the number of experts of a run's worst time, not of the average.
         """
         if not place.num_experts and self._dense is not self:
             return self._dense.trace(place, batch, selective)
@@ -135,7 +135,7 @@ class Description:
         return SharedExperts(self._blueprint.parts.sharing, context, own)
 
     def parameters(self, content: StageContent) -> tuple[DescribedParameter, ...]:
-        """Returns the parameters of a rank whose stage has this content, besides experts that MoE layers share."""
+        """Returns the parameters of a rank whose stage has this content, except experts that MoE layers share."""
         if content not in self._of_stage:
             found = [p for ends in content.ends for p in self._described(self.ends(StagePlan((), *ends)))]
             for place, count in content.layers:
@@ -182,7 +182,7 @@ class SharedExperts:
 
 
 def _described(module: nn.Module) -> tuple[DescribedParameter, ...]:
-    """Returns a module's parameters; those that are sharded and reduced alike count as one."""
+    """Returns a module's parameters; those that are sharded and reduced equally count as one."""
     alike: dict[tuple, DescribedParameter] = {}
     for number, p in enumerate(module.parameters()):
         tag, numel = tag_of(p), p.numel()

@@ -22,7 +22,7 @@ Graphs = Literal["", "part", "full"]
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a data sheet says of a GPU and its usual machine.
+    """Facts of a data sheet on a GPU and its usual machine.
 
     Attributes:
         generation: whose products share a constant.
@@ -89,7 +89,7 @@ def gpu_cluster(
     Args:
         precision: of the layers' products: bf16, fp8 or mxfp8.
         graphs: what runs as CUDA graphs: nothing, parts of a layer, or whole steps.
-        overlaps: exchanges of tensor and expert parallelism run beside products as in Megatron-Core; here they do not.
+        overlaps: exchanges of tensor and expert parallelism overlap with products as in Megatron-Core; here they do not.
         sends_once: see `Cluster`.
     """
     if name not in GPUS:
@@ -129,7 +129,7 @@ def read_measured(path: Path) -> dict[str, Any]:
     """Returns the figures that `plan --calibrate` wrote, by field of `Cluster`.
 
     Raises:
-        ConfigError: the file cannot be read, or holds a name or a value that is none.
+        ConfigError: the file cannot be read, or holds an unknown name or a wrong value.
     """
     try:
         found = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""What a rank computes in products, by shape, as a trace of a layer has them."""
+"""The products of a rank, by shape, from the trace of a layer."""
 
 from __future__ import annotations
 

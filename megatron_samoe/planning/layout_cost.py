@@ -79,7 +79,7 @@ def step_cost(config: PretrainConfig, vocab_size: int, cluster: Cluster) -> Cost
     if grid.pp > 1:
         cost.add("bubble", (grid.pp - 1) / chunks * sum(slowest.seconds.values()))
         boundary = _residual_elements(config, grid) * compute_dtype(config).itemsize
-        # Sends run beside the passes; what remains is their way through the empty pipeline, there and back.
+        # Sends overlap with the passes; what remains is their way through the empty pipeline, there and back.
         ramp = 2 * (grid.pp - 1) * links.seconds("pp", boundary)
         # Of two stages one has no way on, and the other none back.
         cost.add("pipeline", ramp, (2 * chunks - (grid.pp == 2)) * number * boundary)
@@ -171,7 +171,7 @@ def _tensor_exchanges(cost: Cost, config: PretrainConfig, is_moe: bool, links: L
 
 
 def _context_exchanges(cost: Cost, trace: Trace, links: Links, count: int, again: bool) -> None:
-    """Adds what attention exchanges between context-parallel ranks, and the routers' logits. Keys and values go round beside
+    """Adds what attention exchanges between context-parallel ranks, and the routers' logits. Keys and values go round during
     the core's products: what these do not hide takes time.
     """
     operations = [o for part in (trace.forward, trace.backward, trace.forward if again else ()) for o in part]

@@ -81,7 +81,7 @@ class PlannedLayout:
         return " ".join([*words, f"mb{self.config.training.micro_batch_size}x{number}"])
 
     def options(self) -> str:
-        """Returns the options besides sizes in a few words."""
+        """Returns the options other than sizes in a few words."""
         training, moe, parallel = self.config.training, self.config.moe, self.config.parallel
         words = ["zero"] if parallel.use_distributed_optimizer else []
         words += [f"cp {parallel.cp_comm_type}"] if parallel.context_parallel_size > 1 else []
@@ -209,7 +209,7 @@ def _sizes(base: PretrainConfig, cluster: Cluster, micro_batch_sizes: Sequence[i
 
 
 def _contexts(given: ParallelConfig, seq_length: int, world: int) -> Iterator[tuple[int, Any]]:
-    """Yields context-parallel sizes with each way of exchange; of one rank there is none."""
+    """Yields context-parallel sizes with each way of exchange; none for one rank."""
     for cp in _fixed(given, "context_parallel_size", _context_sizes(seq_length, world)):
         ways = _fixed(given, "cp_comm_type", ["p2p", "a2a"]) if cp > 1 else [ParallelConfig().cp_comm_type]
         yield from ((cp, way) for way in ways)

@@ -18,7 +18,7 @@ LETTERS = {"tp": "t", "cp": "c", "dp": "d", "etp": "t", "ep": "e", "edp": "D"}
 
 
 def draw_layout(path: Path, config: PretrainConfig, world_size: int, title: str, gpus_per_node: int) -> None:
-    """Writes a picture, PNG or what else the name ends with: every rank's place on the dense and on the expert grid, a row for a node.
+    """Writes a picture, PNG or what else the name ends with: every rank's position on the dense and on the expert grid, a row for a node.
 
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.
@@ -57,7 +57,7 @@ def _shown_ranks(grid: RankGrid, gpus_per_node: int) -> list[list[int]]:
 
 
 def _draw_rank(axes: Any, grid: RankGrid, rank: int, x: int, y: int) -> None:
-    """Draws a rank's number, and below it its place on either grid, in the colour of the part that it holds there."""
+    """Draws a rank's number, and below it its position on either grid, in the colour of the part that it holds there."""
     import matplotlib
     from matplotlib.patches import Rectangle
 
@@ -72,7 +72,7 @@ def _draw_rank(axes: Any, grid: RankGrid, rank: int, x: int, y: int) -> None:
 
 
 def _name_stages(axes: Any, grid: RankGrid, rows: list[list[int]], columns: int, config: PretrainConfig) -> None:
-    """Writes beside the rows which stage they are, and above them what is drawn."""
+    """Writes next to the rows which stage they are, and a title above them."""
     per_stage, last_stage = grid.world_size // grid.pp, None
     for y, ranks in enumerate(rows):
         stage = ranks[0] // per_stage

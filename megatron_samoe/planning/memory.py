@@ -189,7 +189,7 @@ class _Held:
 
 
 def _buffers(parameters: Iterable[DescribedParameter]) -> list[list[DescribedParameter]]:
-    """Returns the parameters of each gradient buffer; frozen parameters and sharded banks are each alone."""
+    """Returns the parameters of each gradient buffer; frozen parameters and sharded banks are buffers of their own."""
     buffers: dict[tuple, list[DescribedParameter]] = {}
     for number, p in enumerate(parameters):
         alone = p.tag.slice is not None or not p.is_trained
@@ -203,10 +203,10 @@ def _held(
     """Returns the bytes of one gradient buffer's parameters, with the largest temporary of its exchange.
 
     Args:
-        place: size of the group that sums the gradients, and the rank's place in it.
+        place: size of the group that sums the gradients, and the rank's number in it.
         zero: whether each of the group's ranks updates a slice of the buffer.
         matrices: elements that Muon updates, by gradient group, element size and, of a slice, its tag. A rank's slice of a
-            buffer counts as many of them as the buffer has on average.
+            buffer counts the buffer's share of them on average.
     """
     first, own, size = buffer[0], sum(p.numel for p in buffer), place[0]
     element, exchange = first.element_bytes, 0

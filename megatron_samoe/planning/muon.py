@@ -1,6 +1,6 @@
-"""What --optimizer muon changes on a rank: the elements of its matrices, and the operations that make them orthogonal.
+"""The effect of --optimizer muon on a rank: the elements of its matrices, and the operations that make them orthogonal.
 
-Who asks: `memory` counts one fp32 moment in place of two for these elements, `layout_cost` the time and the exchanges.
+Who asks: `memory` counts one fp32 moment, not two, for these elements, `layout_cost` the time and the exchanges.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from megatron_samoe.planning.stages import StageContent
 
 @dataclass(frozen=True)
 class Matrices:
-    """Matrices of a rank that are sharded and summed alike.
+    """Matrices of a rank that are sharded and summed equally.
 
     Attributes:
         numel: elements of this rank's shards.
-        num_tensors: how many there are, of experts those that this rank's expert-parallel place has.
+        num_tensors: how many there are, of experts those of this rank's expert-parallel number.
         step_flops: multiply-adds x 2 of one Newton-Schulz step of all of them, whole.
         split: the axis over which each is split, if it is.
     """

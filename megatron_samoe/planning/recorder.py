@@ -1,7 +1,7 @@
 """Operations and memory of code that runs on tensors without storage, as a GPU would have them.
 
 Tensors are on "meta", which is taken for an H100 (`ops.asynchronous`). Collectives of a `StoragelessGroup` return shapes.
-What torch runs on "meta" in place of three of a GPU's kernels keeps more, so it is replaced: fused attention keeps its inputs,
+For three of a GPU's kernels torch's code for "meta" keeps more, so it is replaced: fused attention keeps its inputs,
 its output and a sum for each query; the fused RMSNorm its input and one number a row; the grouped product takes every dtype
 and size. Where the host reads a number of rows from the device, it gets that of evenly loaded experts.
 """
@@ -83,7 +83,7 @@ def recording(rows: int = 0, window: int | None = None) -> Iterator[Recorder]:
 
 
 def storageless(state: ParallelState) -> ParallelState:
-    """Returns the state with groups whose collectives return shapes alone."""
+    """Returns the state with groups whose collectives return only shapes."""
     groups: dict[str, Any] = {n: StoragelessGroup(n, state.group(n).ranks, state.group(n).rank) for n in GROUPS}
     return replace(state, **groups)
 
@@ -114,7 +114,7 @@ class StoragelessGroup(Group):
 
 
 def _collective(x: Tensor, group: Group, name: str, shape: Sequence[int]) -> Tensor:
-    """Returns what a collective does: x itself where it works in place."""
+    """Returns the result of a collective: x itself where it works in place."""
     if has_torch_function((x,)):  # `_Functions` records it
         return handle_torch_function(_collective, (x,), x, group, name, shape)
     return x if name == "all_reduce" else x.new_empty(shape)
@@ -192,7 +192,7 @@ _PRODUCTS: dict[Any, Kind] = {
     aten.bmm: "attention",
     aten.baddbmm: "attention",
 }
-#: Fused attention, and the place of the query and of whether it is causal among the arguments.
+#: Fused attention, and the argument numbers of the query and of whether it is causal.
 _ATTENTION = {
     aten._scaled_dot_product_flash_attention: (0, 4),
     aten._scaled_dot_product_flash_attention_backward: (1, 11),
@@ -203,7 +203,7 @@ _OVERWRITES = {aten.copy_, aten.fill_, aten.zero_}
 
 
 class _Effect(NamedTuple):
-    """What an operation does for arguments of some shapes.
+    """The work of an operation on arguments of some shapes.
 
     Attributes:
         operation: to record; None for views and bare allocations.
@@ -341,7 +341,7 @@ class Recorder(TorchDispatchMode):
         return Operation(kind, name, shape, dtype, flops, read, written)
 
     def _pairs(self, queries: int, keys: int, is_causal: bool) -> float:
-        """Returns the pairs of a query and a key that meet; causally, where the last of both are of one token."""
+        """Returns the pairs of a query and a key with a score; causally, where the last of both are of one token."""
         if not is_causal:
             return queries * keys
         window, before = self._window or keys, keys - queries

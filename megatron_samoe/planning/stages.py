@@ -105,7 +105,7 @@ def stages_of(
     seen: dict[tuple, int] = {}
     for rank, (chunks, used) in enumerate(zip(by_rank, used_by_rank, strict=True)):
         kind = tuple((c.has_embedding, c.has_head, *map(kind_of, c.layers)) for c in chunks)
-        # Sets alike in everything but their number are used by as many layers here, and here alone or elsewhere as well.
+        # Sets that differ only in their number are used by equally many layers here, and only here or elsewhere as well.
         sets = sorted(
             (count, count == everywhere[source], size_of[source])
             for source, count in used.items()

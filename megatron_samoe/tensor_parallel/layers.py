@@ -32,7 +32,7 @@ def new_parameter(
 
 
 def token_wise_spec(state: ParallelState) -> ShardSpec:
-    """Returns the spec of weights that act on each token alone. With sequence parallelism each tensor-parallel rank has
+    """Returns the spec of weights that act on each token separately. With sequence parallelism each tensor-parallel rank has
     only its tokens' part of their gradient.
     """
     return ShardSpec(partial=("tp",) if state.sequence_parallel else ())
@@ -155,7 +155,7 @@ class VocabParallelEmbedding(nn.Module):
     @property
     def width(self) -> int:
         """Columns of this rank's logits: padding included, which keeps the rows of three large products aligned; 0 where it
-        has padding alone.
+        has only padding.
         """
         return self.weight.shape[0] if self.num_used_rows else 0
 

@@ -53,7 +53,7 @@ def gather_tokens(x: Tensor, group: Group) -> Tensor:
 
 def gather_sequences(x_TH: Tensor, state: ParallelState, batch_size: int) -> Tensor:
     """Returns whole sequences [B * S, ...] of the parts that context-parallel ranks hold; the backward takes this rank's part
-    of a gradient that all ranks have alike.
+    of a gradient that is equal on all ranks.
     """
 
     def whole(x_TH: Tensor, group: Group) -> Tensor:

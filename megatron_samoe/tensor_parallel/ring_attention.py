@@ -1,7 +1,7 @@
 """Causal attention over sequences that are split over context-parallel ranks: keys and values go round the ring of them.
 
 A rank holds chunks r and 2 n - 1 - r of 2 n of each sequence (parallel_state/token_share.py). In step i it has the keys and
-values of rank j = r - i, and sends them on while it computes. Each step but the first has half as many scores as the square of
+values of rank j = r - i, and sends them on while it computes. Each step but the first has half the scores of the square of
 a rank's tokens, on every rank:
 
     j = r    its own keys                          causal: both chunks are in order
@@ -35,7 +35,7 @@ def ring_attention(q_BASD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, cp: Group, sc
 
 
 def _piece(source: int, rank: int, length: int) -> tuple[slice, slice, bool]:
-    """Returns the queries of `rank` and the keys of `source` that meet, and whether causally; each has `length` tokens."""
+    """Returns the queries of `rank` and the keys of `source` that have scores, and whether causally; each has `length` tokens."""
     half, everything = length // 2, slice(0, length)
     if source == rank:
         return everything, everything, True
@@ -47,7 +47,7 @@ class _RingAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cp: Group, scale: float) -> Tensor:  # type: ignore[override]
         arriving: PendingShift | None = None
         own = kv = torch.stack((k, v))
-        y = lse = q  # the first piece, of the rank's own keys, takes their place
+        y = lse = q  # the first piece, of the rank's own keys, replaces them
         for step in range(cp.size):
             kv = kv if arriving is None else arriving.wait()
             arriving = cp.start_shift(kv) if step + 1 < cp.size else None

@@ -206,7 +206,7 @@ def _with_batches(config: PretrainConfig, number: int) -> PretrainConfig:
 
 
 def _batch_seconds(clock: _Clock, device: torch.device, config: PretrainConfig) -> tuple[float, float]:
-    """Returns (seconds of a micro-batch, of a step besides) from steps of one and of four micro-batches."""
+    """Returns (seconds of a micro-batch, of a step in addition) from steps of one and of four micro-batches."""
     seconds = []
     for number in (1, 4):
         setup = build_setup(_with_batches(config, number), _VOCABULARY, single_process_state(device))

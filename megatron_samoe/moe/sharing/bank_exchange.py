@@ -3,7 +3,7 @@
 Holders are the ranks of a bank's group: the expert-data-parallel ranks of all pipeline stages. Each holds a slice of all
 banks. It combines its slice for all layers and sends every stage the slices of its layers. These are fewer bytes than the
 banks, which `bank_store.py` gathers where they are few. Weight gradients go back the same way; holders sum and contract
-them. Per step and rank this moves l weights of each kind in place of P.
+them. Per step and rank this moves l weights of each kind, not P.
 """
 
 from __future__ import annotations

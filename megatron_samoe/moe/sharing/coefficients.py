@@ -34,7 +34,7 @@ def normalize_coefficients(raw: Tensor, normalization: str) -> Tensor:
 
 
 def coefficient_spec(config: MoEConfig) -> ShardSpec:
-    """Returns the coefficients' place over ranks: each rank's gradient is a sum over its own experts and F-slices."""
+    """Returns the coefficients' sharding: each rank's gradient is a sum over its own experts and F-slices."""
     if config.samoe_granularity == "expert":
         return ShardSpec("expert", partition=((1, "ep"),), partial=("etp",))
     return ShardSpec("expert", partial=("etp", "ep"))

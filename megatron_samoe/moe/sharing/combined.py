@@ -173,9 +173,9 @@ class StepLender:
     def costs(self) -> LenderCosts:
         """Effective weights and their fp32 gradients of this rank's layers.
 
-        One bank tensor after the other is exchanged. Where banks are gathered, at the step's end stand beside each other the
+        One bank tensor after the other is exchanged. Where banks are gathered, at the step's end are in memory together the
         bank, its gradient, that in the order of its holders (twice while it is put in order) and the slice that is reduced of
-        it. Where holders combine, a rank's weight gradients stand in the order of their receivers, beside those received and
+        it. Where holders combine, a rank's weight gradients are in the order of their receivers, next to those received and
         their sum. Combining reads banks and writes weights, contracting reads and clears gradients and updates the banks'.
         """
         pool, layers, width = self._pool, len(self._coefficients), self._dtype.itemsize

@@ -1,4 +1,4 @@
-"""What layers share on one rank: banks of experts, sharded or whole."""
+"""The shared experts of one rank: banks, sharded or unsharded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ExpertPool(nn.Module):
     fp32 whatever the compute dtype: they are their own master weights.
 
     Args:
-        on_one_stage: whether layers of this pipeline stage alone use the banks; else all stages hold them.
+        on_one_stage: whether only layers of this pipeline stage use the banks; else all stages hold them.
     """
 
     def __init__(self, context: SharingContext, shape: ExpertShape, num_banks: int, on_one_stage: bool = False):
@@ -54,7 +54,7 @@ class ExpertPool(nn.Module):
         return sum(store.num_elements for store in self.stores.values())
 
     def sent(self, times: float) -> dict[str, float]:
-        """Returns the elements that holders of slices exchange where each is moved so many times, by their group."""
+        """Returns the elements that holders of slices exchange where each is moved a number of times, by their group."""
         sent: dict[str, float] = {}
         for store in self.stores.values() if self.is_sharded else ():
             sent[store.group.name] = sent.get(store.group.name, 0.0) + times * store.numel

@@ -34,14 +34,14 @@ _MAKE: Mapping[Way, Callable[[SharingContext], SharingWay]] = {
 
 
 class MappedSharing:
-    """Hands each layer to the way of its source, which sees the layers of this source alone; see `way.SharingWay`."""
+    """Hands each layer to the way of its source, which sees only the layers of this source; see `way.SharingWay`."""
 
     def __init__(self, context: SharingContext):
         layers: dict[Source, list[int]] = {}
         for moe_index, source in enumerate(context.sources):
             layers.setdefault(source, []).append(moe_index)
         self._ways = {s: (s.way.make or _MAKE[s.way])(context.of_layers(users)) for s, users in layers.items()}
-        #: Source of each layer, and the layer's place among those that have it.
+        #: Source of each layer, and the layer's index among the source's.
         self._places = {i: (source, place) for source, users in layers.items() for place, i in enumerate(users)}
 
     def layer_part(self, moe_index: int) -> nn.Module:
@@ -61,7 +61,7 @@ class MappedSharing:
         return parts if len(parts) else None
 
     def lender(self, layer_parts: Mapping[int, nn.Module], shared_part: nn.Module | None) -> MappedLender:
-        """Returns the lenders of all ways as one, but of sets that other stages alone use."""
+        """Returns the lenders of all ways as one, except of sets that only other stages use."""
         lenders: dict[Source, ExpertLender] = {}
         for source, way in self._ways.items():
             own = {self._places[i][1]: part for i, part in layer_parts.items() if self._places[i][0] == source}
@@ -89,7 +89,7 @@ class MappedLender:
 
     Attributes:
         lenders: of each source that this rank has or uses.
-        places: source of each layer of the whole model, and the layer's place among those that have it.
+        places: source of each layer of the model, and the layer's index among the source's.
     """
 
     def __init__(self, lenders: Mapping[Source, ExpertLender], places: Mapping[int, tuple[Source, int]]):
@@ -115,7 +115,7 @@ class MappedLender:
         return LenderCosts.of_all([lender.costs() for lender in self.lenders.values()])
 
     def layer_gradients(self) -> dict[int, ExpertWeights] | None:
-        """Returns those of all ways; None where a way keeps none, on this rank or another: ranks answer alike."""
+        """Returns those of all ways; None where a way keeps none, on this rank or another: all ranks give the same answer."""
         found = {source: lender.layer_gradients() for source, lender in self.lenders.items()}
         kept = {source: grads for source, grads in found.items() if grads is not None}
         if len(kept) < len({source for source, _ in self.places.values()}):

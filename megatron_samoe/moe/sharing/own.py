@@ -15,7 +15,7 @@ from megatron_samoe.parallel_state.state import ParallelState
 
 
 class OwnExperts(nn.Module):
-    """The experts of a standard MoE layer: parameters of that layer alone.
+    """The experts of a standard MoE layer: parameters of that layer only.
 
     Attributes:
         uses_main_grads: whether gradients are added to main gradients at once; else autograd hands them on.
@@ -90,7 +90,7 @@ class OwnLender:
         """Autograd has completed the gradients."""
 
     def costs(self) -> LenderCosts:
-        """Nothing besides the parameters."""
+        """Only the parameters."""
         return LenderCosts()
 
     def layer_gradients(self) -> dict[int, ExpertWeights]:

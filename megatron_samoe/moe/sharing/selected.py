@@ -60,10 +60,10 @@ class SelectedLender:
         self._weights = {name: bank.to(self._dtype) for name, bank in self._pool.whole().items()}
 
     def finish_step(self) -> None:
-        """There are no gradients."""
+        """Selected experts have no gradients."""
 
     def layer_gradients(self) -> None:
-        """There are none."""
+        """Selected experts have no gradients of layers, either."""
 
     def costs(self) -> LenderCosts:
         """Banks in the compute dtype, unless whole ones are used as they are."""

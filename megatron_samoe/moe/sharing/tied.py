@@ -92,7 +92,7 @@ class TiedLender:
 
     def costs(self) -> LenderCosts:
         """Weights in the compute dtype, unless a whole set is used as it is; gradients of a sharded one. At the step's end a
-        gradient stands in the order of its holders, twice while it is put in order, beside the slice that is reduced."""
+        gradient is in the order of its holders, twice while it is ordered, next to the slice that is reduced."""
         pool, width, is_used = self._pool, self._dtype.itemsize, self._is_used
         one, copies = pool.bank_numel, pool.is_sharded or width != FP32_BYTES
         exchange = max(2 * store.numel + store.held for store in pool.stores.values()) if pool.is_sharded else 0

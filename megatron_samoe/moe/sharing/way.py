@@ -1,4 +1,4 @@
-"""What a way of sharing experts is: who owns which weights, and how a layer gets its experts from them.
+"""The interface of a way of sharing experts: who owns which weights, and how a layer gets its experts from them.
 
 The rank's model asks the way for what each MoE layer owns, for what all layers share, and for a lender that hands each
 layer its experts in every call; no layer keeps what is shared.
@@ -23,7 +23,7 @@ from megatron_samoe.parallel_state.state import ParallelState
 
 @dataclass(frozen=True)
 class SharingContext:
-    """What a way is made for.
+    """The model and rank that a way is made for.
 
     Attributes:
         sources: where each MoE layer's experts come from, as --expert-sharing says.
@@ -42,7 +42,7 @@ class SharingContext:
     serving: Literal["folded", "on-the-fly", "selected"] | None = None
 
     def of_layers(self, layers: Sequence[int]) -> SharingContext:
-        """Returns the context of some MoE layers alone, which are then numbered from 0."""
+        """Returns the context of some MoE layers only, numbered from 0."""
         place = {moe_index: i for i, moe_index in enumerate(layers)}
         return replace(
             self,
@@ -58,7 +58,7 @@ class SharingContext:
 
 @dataclass(frozen=True)
 class LenderCosts:
-    """What lending takes on one rank besides parameters, their gradients and optimizer state, for the planner.
+    """The cost of lending on one rank, without parameters, their gradients and optimizer state, for the planner.
 
     Attributes:
         weights, gradients: bytes held from step to step.
@@ -132,7 +132,7 @@ class Banks(Protocol):
 
 @dataclass(frozen=True)
 class Mixture:
-    """What one layer's experts are made of: W[e] = sum_p a[g, p] bank[p, e], or the only bank as it is.
+    """The composition of one layer's experts: W[e] = sum_p a[g, p] bank[p, e], or the only bank as it is.
 
     Attributes:
         a_2GP: weights of banks, a row for w1 and b1 and one for w2 and b2; G is 1 or the rank's experts. None for the bank

@@ -1,4 +1,4 @@
-"""What the experts of layers that combine a pool become where nothing is combined any more: read from the coefficients.
+"""The experts of layers that combined a pool, where nothing is combined any more: read from the coefficients.
 
 A layer whose every expert is one bank's, at most times two factors of the layer, selects: its experts are entries of one
 set that all such layers share. Other layers get their own, combined while the weights are loaded.
@@ -28,7 +28,7 @@ class Selection:
     """Which entries of the shared set a layer's experts are.
 
     Attributes:
-        places: of expert e.
+        places: indices of expert e.
         factors: on the first matrices (and biases), and on the second.
     """
 

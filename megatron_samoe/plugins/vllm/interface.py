@@ -1,4 +1,4 @@
-"""What the plug-in needs of vLLM, checked before it is used."""
+"""The parts of vLLM that the plug-in needs, checked before use."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _CPU_MULTIPLE = 32
 
 
 class SelectedExperts(nn.Module):
-    """A layer's view of the set that layers share: its ids are places in it, its factors those of input and weights.
+    """A layer's view of the set that layers share: its ids are indices in it, its factors those of input and weights.
 
     Args:
         experts: the set, which this module does not own: its weights are loaded once.
@@ -90,7 +90,7 @@ class SamoeForVLLM(vllm.TransformersForCausalLM):  # type: ignore[name-defined, 
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def recursive_replace(self) -> None:
-        """Puts vLLM's experts in place of ours, one module for each set, then its other layers."""
+        """Replaces our experts by vLLM's, one module for each set, then its other layers."""
         plan: ExpertsPlan = self.samoe_plan
         name = experts_name(self.config)
         shared = None
@@ -164,7 +164,7 @@ class SamoeForVLLM(vllm.TransformersForCausalLM):  # type: ignore[name-defined, 
 def _our_routing(
     hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool, state: Any
 ) -> tuple[Tensor, Tensor]:
-    """Returns weights and ids as our router has chosen them: the runner is given the first in place of logits."""
+    """Returns weights and ids as our router has chosen them: the runner is given the first, not logits."""
     return gating_output, state.topk_ids
 
 
