@@ -207,5 +207,5 @@ def nearest_file(path: str) -> str:
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the closest allowed name, or an empty string."""
     # A text as long as a file would be compared for hours.
-    match = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.75) if len(name) <= 300 else []
+    match = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.65) if len(name) <= 300 else []
     return f" Did you mean {match[0]!r}?" if match else ""

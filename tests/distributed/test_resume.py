@@ -263,7 +263,8 @@ def test_another_seed_is_refused_unless_told(corpus: Path, trained: Path, tmp_pa
     options = {"data_path": corpus, "load": trained / "checkpoints", "train_iters": 8, "seed": 77}
     paragraph = start(arguments(**options), tmp_path / "out").fail()
     assert (
-        "--seed 77" not in paragraph.split("this one from")[0] and "--no-load-rng to go on with --seed 77" in paragraph
+        "--seed 77" not in paragraph.split("this one from")[0]
+        and "--no-load-rng to continue with --seed 77" in paragraph
     )
     assert "loaded" in start(arguments(**options, no_load_rng=True), tmp_path / "out").succeed()
 

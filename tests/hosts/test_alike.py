@@ -22,7 +22,7 @@ night = pytest.mark.night
 PACKAGE = REPOSITORY / "megatron_samoe"
 #: What is other on a host: files that lie over others, flags, environment, and what the error says of it and the first host.
 DIFFERENCES: dict[str, tuple[Mapping[Path, Path], Sequence[str], Mapping[str, str], str]] = {
-    "configuration": ({}, ["--lr", "3e-4"], {}, r"--lr = '0.0003 on HOST \(rank \d\)': must be alike .* is 0.0001 on FIRST"),
+    "configuration": ({}, ["--lr", "3e-4"], {}, r"--lr = '0.0003 on HOST \(rank \d\)': must be equal .* is 0.0001 on FIRST"),
     "layout": ({}, ["--pipeline-model-parallel-size", "2"], {}, r"--pipeline-model-parallel-size = '2 on HOST"),
     "flag": ({}, ["--no-such-flag"], {}, r"--no-such-flag is not known"),
     "illegal": ({}, ["--hidden-size", "15"], {}, r"--num-attention-heads"),

@@ -29,9 +29,9 @@ HEAD = (
     "parameters, 1e9",
     "active",
     "GPUs",
-    "tensor, pipeline, expert, data",
+    "TP, PP, EP, DP",
     "peak GB",
-    "tokens/s",
+    "1,000 tokens/s",
     "interval",
     "GPU-hours",
 )
@@ -90,15 +90,15 @@ def row(name: str, experts: str) -> Sequence[str]:
         str(gpus),
         ", ".join(map(str, layout)),
         f"{best.memory.total / 1e9:.0f}",
-        f"{_two_digits(best.tokens_per_s):,}",
-        " – ".join(f"{_two_digits(speed):,}" for speed in speeds),
-        f"{_two_digits(hours):,}",
+        _two_digits(best.tokens_per_s / 1000),
+        " – ".join(_two_digits(speed / 1000) for speed in speeds),
+        _two_digits(hours),
     )
 
 
-def _two_digits(number: float) -> int:
+def _two_digits(number: float) -> str:
     """Returns a number as exactly as the planner knows it, or better."""
-    return int(float(f"{number:.1e}"))
+    return f"{float(f'{number:.1e}'):,g}"
 
 
 def table(names: Sequence[str]) -> Iterator[str]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
 
 _CHUNK = 250
 #: Gives value [...] of sums [..., V].
@@ -50,6 +49,8 @@ def mcnemar(first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.ndar
     assert first.shape == second.shape
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     either = only_first + only_second
+    from scipy.stats import binomtest  # which takes a second to import
+
     return McNemar(only_first, only_second, float(binomtest(only_first, either).pvalue) if either else 1.0)
 
 

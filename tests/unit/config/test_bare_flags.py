@@ -55,4 +55,4 @@ def test_an_option_that_is_derived_can_be_given_as_false(capsys: pytest.CaptureF
     assert parse([name, "None"]).config.moe.moe_router_pre_softmax is None
     with pytest.raises(SystemExit):
         parse_pretrain_args([name, "maybe"])
-    assert "none of" in capsys.readouterr().err
+    assert "not one of" in capsys.readouterr().err

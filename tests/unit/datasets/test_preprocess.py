@@ -282,7 +282,7 @@ def test_inputs_and_options_that_do_not_fit(tmp_path: Path) -> None:
         ({"workers": 0}, "at least 1"),
         ({"input_shard": "2/2"}, "must be i/n"),
         ({"input_shard": "0/2"}, "2 shards of 1 input"),
-        ({"document_separator": "("}, "no regular expression"),
+        ({"document_separator": "("}, "not a regular expression"),
         ({"document_bytes": -1}, "--document-kb must not be below 0"),
         ({"json_keys": ("text", "text")}, "each key once"),
         ({"keep_newlines": True}, "--split-sentences"),

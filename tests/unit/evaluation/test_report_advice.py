@@ -62,11 +62,11 @@ def test_what_was_not_measured_names_the_flag(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["samoe", "moe", "dense"])
 def test_a_new_project_measures_them(layout: str) -> None:
-    logging = _shown(layout, is_small=True)["logging"]
+    logging = _shown(layout, 100_000)["logging"]
     assert logging.get("moe_per_layer_logging") is (None if layout == "dense" else True)
     given = {
         group: {name: value for name, value in options.items() if value is not None}
-        for group, options in _shown(layout, is_small=True).items()
+        for group, options in _shown(layout, 100_000).items()
     }
     assert from_mapping(given, "config.yaml").logging.moe_per_layer_logging == (layout != "dense")
 

@@ -153,7 +153,7 @@ def test_other_options_than_those_of_a_stage_are_refused(folder: Path) -> None:
     [
         (lambda: tiny_config("dense"), "dense model"),
         (lambda: tiny_config("samoe"), "edit fold"),
-        (lambda: tiny_config("moe", num_experts=(2, 4, 4, 4)), "as many in each"),
+        (lambda: tiny_config("moe", num_experts=(2, 4, 4, 4)), "the same number in each"),
         (lambda: tiny_config("moe", moe_layer_freq="0100"), "two MoE layers"),
     ],
 )

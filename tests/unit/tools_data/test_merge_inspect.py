@@ -178,7 +178,7 @@ def test_repair(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert Path(prefix + ".idx").read_bytes() == wanted
     assert Path(prefix + ".idx.broken").read_bytes() == wanted[:50]
     assert inspect_dataset.main(["repair", prefix, "--dtype", "uint16", "--eod", "99"]) == 1
-    assert "cannot be told apart" in capsys.readouterr().err
+    assert "cannot be separated" in capsys.readouterr().err
     assert inspect_dataset.main(["repair", str(tmp_path / "none"), "--dtype", "uint16", "--eod", "99"]) == 1
     prefix = text_dataset(tmp_path, "t", ["one", "two"])
     wanted = Path(prefix + ".idx").read_bytes()

@@ -132,7 +132,7 @@ def test_a_store_names_what_is_missing_damaged_or_foreign_and_goes_on(tmp_path: 
     assert list(runs) == [KEPT]
     foreign, damaged, without = problems
     assert "0000000000000000 holds another run than its name says" in foreign and KEPT in foreign
-    assert "damaged/metrics.jsonl:1 is no record" in damaged
+    assert "damaged/metrics.jsonl:1 is not a record" in damaged
     assert "without has no run.json" in without
 
 
@@ -284,5 +284,5 @@ def test_a_kept_run_is_read_by_its_own_key_alone(tmp_path: Path) -> None:
     assert run.config.optimizer.optimizer == "muon" and run.validation["validation_loss"] == pytest.approx(
         3.5269, abs=1e-4
     )
-    with pytest.raises(CheckpointError, match="no finished run"):
+    with pytest.raises(CheckpointError, match="not a finished run"):
         results_store.read_kept(tmp_path)
