@@ -31,8 +31,7 @@ HEAD = (
     "GPUs",
     "TP, PP, EP, DP",
     "peak GB",
-    "1,000 tokens/s",
-    "interval",
+    "1,000 tokens/s (interval)",
     "GPU-hours",
 )
 
@@ -90,8 +89,7 @@ def row(name: str, experts: str) -> Sequence[str]:
         str(gpus),
         ", ".join(map(str, layout)),
         f"{best.memory.total / 1e9:.0f}",
-        _two_digits(best.tokens_per_s / 1000),
-        " – ".join(_two_digits(speed / 1000) for speed in speeds),
+        f"{_two_digits(best.tokens_per_s / 1000)} ({'–'.join(_two_digits(speed / 1000) for speed in speeds)})",
         _two_digits(hours),
     )
 
