@@ -209,8 +209,8 @@ class PlannedModel:
         layout, training = config.parallel, config.training
         self.config, self.grid = config, RankGrid.of(layout, world_size)
         # Layouts that differ in other things share what was counted. Groups of sequences exchange a few numbers only.
-        ungrouped = {"moe_aux_loss_group_size": None, "pool_lock_entropy_group_size": None}
-        moe = replace(config.moe, samoe_combine="step", samoe_pool_placement="sharded", **ungrouped)
+        moe = replace(config.moe, moe_aux_loss_group_size=None, pool_lock_entropy_group_size=None)
+        moe = replace(moe, samoe_combine="step", samoe_pool_placement="sharded")
         model = (config.model, moe, vocab_size, training.bf16 or training.fp16, self.grid.ep, self.grid.etp)
         sequence_parallel = layout.sequence_parallel and self.grid.tp > 1
         self.description = _describe(*model, self.grid.tp, sequence_parallel, self.grid.cp, layout.cp_comm_type)
