@@ -48,7 +48,7 @@ NOTES = (
 )
 
 
-def words(flags: str, *more: str) -> list[str]:
+def argv(flags: str, *more: str) -> list[str]:
     """Returns the words of a command line, with further ones that may have spaces."""
     return [*flags.split(), *more]
 
@@ -80,13 +80,13 @@ def prepare_data(out: Path) -> list[str]:
     tokenizer, prefix = out / "tokenizer/austen", out / "data/austen"
     tokenizer.parent.mkdir(parents=True, exist_ok=True)
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    kind = words("--type sentencepiece-bpe --vocab-size 4096 --overwrite")
+    kind = argv("--type sentencepiece-bpe --vocab-size 4096 --overwrite")
     run(
         [*PROGRAM, "train-tokenizer", "--input", str(NOVELS), "--output-prefix", str(tokenizer), *kind],
         "1/5 train a tokenizer",
     )
-    cut = words("--document-separator CHAPTER --append-eod --workers 2 --overwrite")
-    model = words("--tokenizer-type SentencePieceTokenizer --tokenizer-model", f"{tokenizer}.model")
+    cut = argv("--document-separator CHAPTER --append-eod --workers 2 --overwrite")
+    model = argv("--tokenizer-type SentencePieceTokenizer --tokenizer-model", f"{tokenizer}.model")
     run(
         [*PROGRAM, "preprocess", "--input", str(NOVELS), "--output-prefix", str(prefix), *cut, *model],
         "2/5 make the dataset, a document per chapter",
@@ -232,7 +232,7 @@ class Quickstart:
         for name, flags in MODELS.items():
             last = steps - PARALLEL_STEPS * (name == FINISHED_BY_TWO)
             stop = ["--exit-interval", str(last)] if last < steps else []
-            own = words("--num-threads 1 --run-dir", str(out / name))
+            own = argv("--num-threads 1 --run-dir", str(out / name))
             commands[name] = [*PROGRAM, "pretrain", *config, *flags, *common, *stop, *own], last
         torch.set_num_threads(1)
         samples: dict[str, str] = {}
@@ -242,8 +242,8 @@ class Quickstart:
                 samples[name] = sample(out / name)
 
         train_side_by_side(commands, out, ended)
-        two = words("--standalone --nproc-per-node 2 -m megatron_samoe pretrain")
-        split = words("--expert-model-parallel-size 2 --micro-batch-size 8 --run-dir", str(out / FINISHED_BY_TWO))
+        two = argv("--standalone --nproc-per-node 2 -m megatron_samoe pretrain")
+        split = argv("--expert-model-parallel-size 2 --micro-batch-size 8 --run-dir", str(out / FINISHED_BY_TWO))
         run(
             [*TORCHRUN, *two, *config, *MODELS[FINISHED_BY_TWO], *common, *split],
             f"4/5 continue {FINISHED_BY_TWO} on two ranks, half of the experts on each, for its last {PARALLEL_STEPS} steps",

@@ -144,7 +144,7 @@ def _sentencepiece(tokenizer: dict[str, Any], eod: int) -> Vocabulary:
     }
     order = [ranks[left + right] for left, right in pairs]
     if set(pairs) != every or order != sorted(order):
-        raise _refused("merges that are none of SentencePiece's (it joins all that make a piece)")
+        raise _refused("merges other than SentencePiece's (it joins all that make a piece)")
     unknown = model.get("unk_token")
     for i, token in enumerate(tokens):
         if token == unknown:

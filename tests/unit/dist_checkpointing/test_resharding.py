@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_samoe.config import PretrainConfig
+from megatron_samoe.config import CheckpointConfig, PretrainConfig
 from megatron_samoe.dist_checkpointing import saving, store
+from megatron_samoe.dist_checkpointing.sharded_state import replicated
 from megatron_samoe.errors import CheckpointError
-from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
 from megatron_samoe.training.checkpointing import find_run, load_run, model_state, optimizer_state, save_run
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
@@ -143,3 +144,21 @@ def test_trouble_of_one_rank_stops_all_with_the_same_words(tmp_path: Path) -> No
         first, second = run_ranks(fail_on_rank_1, 2, config, place)
         assert said in first and said in second
     assert store.whole_iterations(tmp_path) == [0]
+
+
+def _loaded_by(rank_without: int, folder: str) -> str:
+    parallel = initialize_model_parallel(PretrainConfig().parallel)
+    here = Path(folder if parallel.rank != rank_without else f"{folder}/nothing")
+    with pytest.raises(CheckpointError) as caught:
+        store.load_checkpoint(here, {"a": replicated(torch.zeros(3, 4), parallel)}, parallel)
+    assert caught.value.collective
+    return str(caught.value)
+
+
+@pytest.mark.distributed
+def test_a_file_that_one_rank_cannot_read_ends_all_with_its_sentence(tmp_path: Path) -> None:
+    one = single_process_state()
+    state = {"a": replicated(torch.ones(3, 4), one)}
+    saved = saving.save_checkpoint(CheckpointConfig(save=str(tmp_path)), 1, state, {}, {}, one)
+    first, second = run_ranks(_loaded_by, 2, 1, str(saved))
+    assert first == second and f"{saved}/nothing/.metadata cannot be read" in first
