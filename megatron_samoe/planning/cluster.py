@@ -27,10 +27,13 @@ class Cluster:
         moe_traffic: how many times as often in MoE layers, whose tokens are permuted.
         layer_launch_s, moe_launch_s: seconds that a host needs to launch a pass of a dense and of an MoE layer.
         launches_ahead: hosts launch while their GPUs compute, so that only who is slower counts; a processor does both in turn.
+        ranks_per_processor: ranks that take turns on a processor while none of them waits, so that one that waits speeds up others.
         step_s: further seconds of a step, whatever its size.
         link_efficiency: share of the links' bandwidth that exchanges reach.
         tensor_exposed, expert_exposed: share of the exchanges between tensor- and expert-parallel ranks that no product
             hides.
+        gradient_bytes: of an element of a gradient that data-parallel ranks sum.
+        gathers_ahead: weights of sharded optimizers are gathered during the first micro-batch's forward pass.
         sends_once: a token goes once to each rank, and once to each node, that has experts for it (DeepEP).
         spread: an interval holds 90 % of known runs if it ends at (1 + spread) times, and at 1 / (1 + spread) of, the time.
     """
@@ -52,10 +55,13 @@ class Cluster:
     layer_launch_s: float = 0.0
     moe_launch_s: float = 0.0
     launches_ahead: bool = True
+    ranks_per_processor: float = 1.0
     step_s: float = 0.0
     link_efficiency: float = 1.0
     tensor_exposed: float = 1.0
     expert_exposed: float = 1.0
+    gradient_bytes: float = 4.0
+    gathers_ahead: bool = False
     sends_once: bool = False
     spread: float = 0.0
 

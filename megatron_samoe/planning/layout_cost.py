@@ -77,7 +77,9 @@ def step_cost(config: PretrainConfig, vocab_size: int, cluster: Cluster) -> Cost
         cost.add(part, number * seconds, number * slowest.sent_bytes[part] if part in slowest.sent_bytes else None)
     chunks = len(planned.stages.chunks_of_stage[0])
     if grid.pp > 1:
-        cost.add("bubble", (grid.pp - 1) / chunks * sum(slowest.seconds.values()))
+        # Stages that wait leave their processors to others: if a processor has a rank of each stage, no time is lost.
+        idle = max(0.0, grid.pp - cluster.ranks_per_processor)
+        cost.add("bubble", idle / chunks * sum(slowest.seconds.values()))
         boundary = _residual_elements(config, grid) * compute_dtype(config).itemsize
         # Sends overlap with the passes; what remains is their way through the empty pipeline, there and back.
         ramp = 2 * (grid.pp - 1) * links.seconds("pp", boundary)
@@ -85,10 +87,12 @@ def step_cost(config: PretrainConfig, vocab_size: int, cluster: Cluster) -> Cost
         cost.add("pipeline", ramp, (2 * chunks - (grid.pp == 2)) * number * boundary)
     _end_of_step(cost, planned, links)
     if config.parallel.overlap_grad_reduce and "gradients" in cost.seconds:
-        # Reduced while the last micro-batch's backward pass runs; ZeRO-1's gathering of weights stays.
-        reduction = 4 / (4 + compute_dtype(config).itemsize) if config.parallel.use_distributed_optimizer else 1.0
-        hidden = min(reduction * cost.seconds["gradients"], 2 / 3 * sum(slowest.seconds.values()))
-        cost.add("gradients", -hidden)
+        # Reduced during the last micro-batch's backward pass, which is two thirds of it.
+        pass_s, exchange_s = sum(slowest.seconds.values()) / 3, cost.seconds["gradients"]
+        gathered = compute_dtype(config).itemsize if config.parallel.use_distributed_optimizer else 0.0
+        gather_s = exchange_s * gathered / (cluster.gradient_bytes + gathered)
+        hidden_s = min(exchange_s - gather_s, 2 * pass_s) + (min(gather_s, pass_s) if cluster.gathers_ahead else 0.0)
+        cost.add("gradients", -hidden_s)
     return cost
 
 
@@ -101,10 +105,12 @@ def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
         layer, trace = description.layer(place), description.trace(place, batch, selective)
         passes = 3 if again else 2
         _layer_seconds(cost, trace, layer.is_moe, count, passes - 1, (selective or again) + 1, cluster)
-        _tensor_exchanges(cost, config, layer.is_moe, links, count * passes)
+        _tensor_exchanges(cost, config, links, _tensor_regions(config, layer.is_moe, links.grid) * count * passes)
         _context_exchanges(cost, trace, links, count, again)
         if layer.is_moe:
             _expert_exchanges(cost, config, layer, links, count * passes)
+    # Embeddings are summed on the way in, and gradients of the head's input on the way back.
+    _tensor_exchanges(cost, config, links, sum(plan.has_embedding + plan.has_head for plan in plans))
     if any(plan.has_head for plan in plans):
         head = description.head_trace(batch, config.training.fused_linear_cross_entropy)
         cost.add("products", sum(product.seconds(cluster, 1, 1) for product in products_of(head)))
@@ -151,12 +157,8 @@ def _residual_elements(config: PretrainConfig, grid: RankGrid) -> int:
     return tokens * config.model.hidden_size
 
 
-def _tensor_exchanges(cost: Cost, config: PretrainConfig, is_moe: bool, links: Links, passes: int) -> None:
-    """Adds the all-reduces around attention and the MLP in each pass (or gathers and scatters, which send as much)."""
-    grid = links.grid
-    if grid.tp == 1:
-        return
-    whole = group_tokens(config) * config.model.hidden_size * compute_dtype(config).itemsize
+def _tensor_regions(config: PretrainConfig, is_moe: bool, grid: RankGrid) -> float:
+    """Returns the all-reduces of a layer in each pass."""
     regions = 1.0  # attention
     if not is_moe or config.shared_expert_size is not None:
         regions += 1.0
@@ -165,9 +167,16 @@ def _tensor_exchanges(cost: Cost, config: PretrainConfig, is_moe: bool, links: L
             regions += 1.0
         elif not config.parallel.sequence_parallel:
             regions += 0.5  # one gather of the shares, no sum
-    seconds, sent = links.gather("tp", whole)
-    seconds *= links.cluster.tensor_exposed
-    cost.add("tensor", 2 * regions * passes * seconds, 2 * regions * passes * sent)
+    return regions
+
+
+def _tensor_exchanges(cost: Cost, config: PretrainConfig, links: Links, number: float) -> None:
+    """Adds all-reduces between tensor-parallel ranks (or gathers and scatters, which send as much)."""
+    if links.grid.tp == 1:
+        return
+    complete = group_tokens(config) * config.model.hidden_size * compute_dtype(config).itemsize
+    seconds, sent = links.gather("tp", complete)
+    cost.add("tensor", 2 * number * seconds * links.cluster.tensor_exposed, 2 * number * sent)
 
 
 def _context_exchanges(cost: Cost, trace: Trace, links: Links, count: int, again: bool) -> None:
@@ -257,8 +266,9 @@ def _exchanges(planned: PlannedModel, links: Links) -> tuple[Mapping[str, tuple[
             elements += p.whole_numel / size if is_sliced or is_shared else p.whole_numel
             kind = ("pool" if p.tag.shard.family == "pool" else "gradients", group)
             if not is_sliced:
-                # fp32 gradients are summed, or each rank updates a slice and weights are gathered.
-                more = p.whole_numel * (4 + p.element_bytes if is_shared else 2 * 4)
+                # Gradients are summed, or each rank updates a slice and weights are gathered.
+                summed = links.cluster.gradient_bytes
+                more = p.whole_numel * (summed + p.element_bytes if is_shared else 2 * summed)
                 moved[kind] = moved.get(kind, 0.0) + more
         for group, sent in planned.lending_costs(rank).sent.items():
             moved["pool", group] = moved.get(("pool", group), 0.0) + sent

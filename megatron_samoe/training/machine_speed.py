@@ -26,6 +26,7 @@ from megatron_samoe.planning.layer_work import Product
 from megatron_samoe.planning.layout_cost import step_cost
 from megatron_samoe.runtime.free_memory import free_memory_bytes
 from megatron_samoe.runtime.ranks import join_ranks, prepare_device
+from megatron_samoe.training.machine import num_cores
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
 
@@ -36,10 +37,13 @@ MOST_S = 1.0
 _SIDE = {"cpu": 1024, "cuda": 8192}
 #: Sides of the products that are timed, as parts of the longest: large, small, and thin in each way.
 _SHAPES = ((1, 1, 1), (1 / 16, 1, 1), (1, 1 / 16, 1), (1, 1, 1 / 16), (1 / 4, 1 / 4, 1 / 4), (1 / 32, 1 / 4, 1))
-_MESSAGES = (1 << 16, 1 << 20, 1 << 23)
+_MESSAGES = (1 << 16, 1 << 20, 1 << 23, 1 << 26)
+#: Bytes of the weights that products run through in turn: no cache holds them, as none holds a model's.
+_WEIGHTS = {"cpu": 1 << 28, "cuda": 1 << 30}
+_MOST_PRODUCTS = 256
 
 
-def measure(parallel: ParallelState, rounds: int = 5, scale: float = 1.0) -> dict[str, Any]:
+def measure(parallel: ParallelState, rounds: int = 7, scale: float = 1.0) -> dict[str, Any]:
     """Returns fields of `Cluster` as all ranks find them at once, the slowest rank's where they differ.
 
     Args:
@@ -58,15 +62,16 @@ def measure(parallel: ParallelState, rounds: int = 5, scale: float = 1.0) -> dic
     found["attention_efficiency"] = _attention(clock, device, scale) / found["flops"]
     found |= _links(clock, parallel)
     found["launches_ahead"] = device.type == "cuda"
+    found["ranks_per_processor"] = _ranks_per_processor(parallel)
     rows = parallel.world.all_gather_object(found)
-    larger_is_slower = ("latency_s", "product_traffic")
+    larger_is_slower = ("latency_s", "product_traffic", "ranks_per_processor")
     found = {name: (max if name in larger_is_slower else min)(row[name] for row in rows) for name in found}
     return found | _layers(
         clock, device, Cluster(**{"world_size": 1, "intra_bandwidth": 1e12, "inter_bandwidth": 1e12, **found}), scale
     )
 
 
-def measure_here(rounds: int = 5, scale: float = 1.0) -> dict[str, Any] | None:
+def measure_here(rounds: int = 7, scale: float = 1.0) -> dict[str, Any] | None:
     """Joins torchrun's job, if this process is in one, and returns what rank 0 says that `measure` found; None on other ranks."""
     layout = ParallelConfig(tensor_model_parallel_size=launcher.local_world_size())
     alone = launcher.world_size() == 1
@@ -75,6 +80,13 @@ def measure_here(rounds: int = 5, scale: float = 1.0) -> dict[str, Any] | None:
     if not alone:
         backend.leave_distributed()
     return found if parallel.rank == 0 else None
+
+
+def _ranks_per_processor(parallel: ParallelState) -> float:
+    """Returns how many ranks of this host take turns on a processor; 1 if each has its own."""
+    if parallel.device.type == "cuda":
+        return 1.0
+    return max(1.0, parallel.tp.size * torch.get_num_threads() / num_cores())
 
 
 class _Clock:
@@ -100,9 +112,9 @@ class _Clock:
         return time.perf_counter()
 
 
-def _several(work: Callable[[], object], times: int) -> None:
-    for _ in range(times):
-        work()
+def _multiply(a: torch.Tensor, weights: torch.Tensor) -> None:
+    for weight in weights:
+        torch.mm(a, weight)
 
 
 def _products(clock: _Clock, device: torch.device, bandwidth: float, scale: float) -> dict[str, Any]:
@@ -111,10 +123,10 @@ def _products(clock: _Clock, device: torch.device, bandwidth: float, scale: floa
     rows = []
     for shape in _SHAPES:
         m, k, n = (max(1, int(side * part)) for part in shape)
-        a, b = torch.ones(m, k, device=device, dtype=dtype), torch.ones(k, n, device=device, dtype=dtype)
-        times = max(1, int(1e8 * scale // (m * k * n)))
+        times = max(1, min(_MOST_PRODUCTS, int(_WEIGHTS[device.type] * scale // (k * n * dtype.itemsize))))
+        a, weights = torch.ones(m, k, device=device, dtype=dtype), torch.ones(times, k, n, device=device, dtype=dtype)
         product = Product(m, k, n, dtype.itemsize)
-        seconds = clock.seconds(partial(_several, partial(torch.mm, a, b), times))
+        seconds = clock.seconds(partial(_multiply, a, weights))
         moved = dtype.itemsize * (m * k + k * n + m * n) / bandwidth
         rows.append((product.flops * times / seconds, moved * times / seconds))
     per_flop, traffic = _line(rows)
@@ -162,6 +174,8 @@ def _link(clock: _Clock, group: Group, device: torch.device) -> tuple[float, flo
         x = torch.zeros(size // 4, device=device)
         seconds = clock.seconds(partial(group.all_reduce, x))
         rows.append((2 * size * (group.size - 1) / group.size / seconds, 2 * hops / seconds))
+        if seconds > MOST_S / 8:  # a larger one would say no more
+            break
     per_byte, latency = _line(rows)
     return 1 / per_byte, latency
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -298,19 +299,15 @@ class StepTime(ParallelBenchmark):
     models: tuple[str, ...] = ("dense", *MODELS, *WAYS)
 
     def rows(self) -> Rows:
-        measured = {
-            ranks: run_ranks(_calibrate, ranks, ranks)
-            for ranks in sorted({STEP_LAYOUTS[layout][0] for layout in self.layouts})
-        }
         rows: Rows = []
-        for model in self.models:
-            for layout in self.layouts:
-                ranks, parallel = STEP_LAYOUTS[layout]
-                if model == "dense" and parallel.expert_model_parallel_size > 1:
-                    continue
-                config = self._config(model, ranks, parallel)
-                planned = step_cost(config, VOCAB_SIZE, measured_cluster(measured[ranks], ranks)).step_s
-                seconds = run_ranks(self._seconds, ranks, config)
+        for layout in sorted(self.layouts, key=lambda name: STEP_LAYOUTS[name][0]):
+            ranks, parallel = STEP_LAYOUTS[layout]
+            if not rows or rows[-1]["ranks"] != ranks:
+                cluster = measured_cluster(run_ranks(_calibrate, ranks, ranks), ranks)
+            models = [m for m in self.models if m != "dense" or parallel.expert_model_parallel_size == 1]
+            configs = {model: self._config(model, ranks, parallel) for model in models}
+            for model, seconds in run_ranks(self._seconds, ranks, configs).items():
+                planned = step_cost(configs[model], VOCAB_SIZE, cluster).step_s
                 rows.append(
                     {
                         "model": model,
@@ -322,6 +319,7 @@ class StepTime(ParallelBenchmark):
                         "load": os.getloadavg()[0],
                     }
                 )
+            print(f"{layout}: measured", file=sys.stderr, flush=True)
         print(step_time_verdict(rows))
         return rows
 
@@ -331,8 +329,12 @@ class StepTime(ParallelBenchmark):
         config = self.config(experts, 8 // dp, dp, **(WAYS.get(model) or {"samoe_combine": combine}))
         return replace(config, parallel=parallel)
 
-    def _seconds(self, config: PretrainConfig) -> float:
-        return medians_of(together({"step": _step(make_setup(config))}, self.rounds))["step"]
+    def _seconds(self, configs: dict[str, PretrainConfig]) -> dict[str, float]:
+        seconds = {}
+        for model, config in configs.items():
+            seconds[model] = medians_of(together({"step": _step(make_setup(config))}, self.rounds))["step"]
+            gc.collect()
+        return seconds
 
 
 def _calibrate(ranks: int) -> dict[str, Any]:

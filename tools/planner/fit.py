@@ -48,7 +48,7 @@ def planned(row: Row, constants: Mapping[str, float] = FITTED) -> float:
     config = config_of(row)
     graphs: Any = row.graphs
     cluster = gpu_cluster(
-        row.gpu, row.gpus, precision=row.precision, graphs=graphs, overlaps=True, sends_once=row.dispatcher == "flex",
+        row.gpu, row.gpus, precision=row.precision, graphs=graphs, overlaps=True, overlaps_experts=row.overlaps_experts, sends_once=row.dispatcher == "flex",
         constants=constants,
     )  # fmt: skip
     assert config.data.vocab_size is not None

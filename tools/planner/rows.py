@@ -73,6 +73,11 @@ class Row:
         return "moe" in models().get(self.model, {"moe": None})
 
     @property
+    def overlaps_experts(self) -> bool:
+        """Whether the run's recipe overlaps the exchanges of expert parallelism."""
+        return any(all(word in f"{self.model} {self.gpu}" for word in rule.split()) for rule in families()["overlap"])
+
+    @property
     def not_modelled(self) -> str | None:
         """Why the model of time has no words for the run: a key of families.yaml; None where it has."""
         if self.model not in models():
