@@ -48,9 +48,15 @@ def planned(row: Row, constants: Mapping[str, float] = FITTED) -> float:
     config = config_of(row)
     graphs: Any = row.graphs
     cluster = gpu_cluster(
-        row.gpu, row.gpus, precision=row.precision, graphs=graphs, overlaps=True, overlaps_experts=row.overlaps_experts, sends_once=row.dispatcher == "flex",
+        row.gpu,
+        row.gpus,
+        precision=row.precision,
+        graphs=graphs,
+        overlaps=True,
+        overlaps_experts=row.overlaps_experts,
+        sends_once=row.dispatcher == "flex",
         constants=constants,
-    )  # fmt: skip
+    )
     assert config.data.vocab_size is not None
     return row.gbs * row.seq / step_cost(config, config.data.vocab_size, cluster).step_s / row.gpus
 
