@@ -25,6 +25,7 @@ import torch
 
 from megatron_samoe.errors import ConfigError, nearest
 from megatron_samoe.log import say_once
+from megatron_samoe.ops.process_choice import ProcessChoice
 
 Bf16Products = Literal["native", "amx", "blas", "fp32"]
 VARIABLE = "MEGATRON_SAMOE_BF16_PRODUCTS"
@@ -168,7 +169,7 @@ def choose(processor: Processor, has_kernel: bool, asked: str | None, recorded: 
     return row if row.bf16 in ways else row._replace(bf16="fp32")
 
 
-_chosen: Row | None = None
+_chosen: ProcessChoice[Row | None] = ProcessChoice(None)
 
 
 def use(recorded: str | None = None) -> Row:
@@ -185,16 +186,15 @@ def use(recorded: str | None = None) -> Row:
 
 
 def _take(row: Row) -> Row:
-    global _chosen
     torch.ops.megatron_samoe.set_products("blas" if row.bf16 == "amx" else row.bf16, row.fp32_tokens, row.bf16_tokens)
-    _chosen = row
+    _chosen.value = row
     return row
 
 
 @contextlib.contextmanager
 def using(**changes: Any) -> Iterator[None]:
     """Inside, fields of the row in use are others."""
-    before = _chosen
+    before = _chosen.value
     assert before is not None
     _take(before._replace(**changes))
     try:
@@ -205,11 +205,12 @@ def using(**changes: Any) -> Iterator[None]:
 
 def in_use() -> Row | None:
     """Returns what this process uses; None without the extension."""
-    return _chosen
+    return _chosen.value
 
 
 def product_tokens(dtype: torch.dtype) -> int:
     """Returns the tokens from which inference makes whole products with weights of a type."""
-    if _chosen is None or dtype == torch.int8:
+    chosen = _chosen.value
+    if chosen is None or dtype == torch.int8:
         return _NEVER
-    return _chosen.fp32_tokens if dtype == torch.float32 else _chosen.bf16_tokens
+    return chosen.fp32_tokens if dtype == torch.float32 else chosen.bf16_tokens

@@ -143,7 +143,7 @@ def test_the_choice_is_made_within_one_graph(monkeypatch: pytest.MonkeyPatch) ->
             return SimpleNamespace(major=9, minor=0)
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    monkeypatch.setattr(asynchronous, "DEVICES", {"cpu": torch.cuda.get_device_capability})
+    monkeypatch.setattr(asynchronous.DEVICES, "value", {"cpu": torch.cuda.get_device_capability})
     graphs: list[str] = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
