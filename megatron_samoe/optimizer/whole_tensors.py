@@ -217,22 +217,24 @@ def _held_views(
 
 
 def _slice_views(held: FlatSlice, low: int, flat: Tensor) -> Iterator[Tensor]:
-    """Yields the parts of a shard's elements `flat`, the first of which is its number `low`, that a slice holds."""
-    inner, high = math.prod(held.shape[held.num_whole_dims :]), low + flat.numel()
+    """Yields the parts of a shard's elements `flat`, the first of which is its number `low`, that a slice holds: the same
+    columns of each row."""
     if held.start >= held.stop:
         return
-    first, last = min(-(-low // inner) * inner, high), max(high // inner * inner, low)
-    last = max(first, last)
-    for start, stop in ((low, first), (first, last), (last, high)):
-        if start == stop:
-            continue
-        part, base = flat[start - low : stop - low], start // inner * inner
-        if start == base and (stop - start) % inner == 0:
-            yield part.view(-1, inner)[:, held.start : held.stop]
-        else:
-            begin, end = max(base + held.start, start), min(base + held.stop, stop)
-            if begin < end:
-                yield part[begin - start : end - start]
+    row, high = math.prod(held.shape[held.num_whole_dims :]), low + flat.numel()
+    first_row = min(-(-low // row) * row, high)
+    end_of_rows = max(high // row * row, first_row)
+    yield from _part_of_row(held, low % row, flat[: first_row - low])
+    if first_row < end_of_rows:
+        yield flat[first_row - low : end_of_rows - low].view(-1, row)[:, held.start : held.stop]
+    yield from _part_of_row(held, 0, flat[end_of_rows - low :])
+
+
+def _part_of_row(held: FlatSlice, column: int, elements: Tensor) -> Iterator[Tensor]:
+    """Yields those of a row's elements from a column on that a slice holds, if any."""
+    start, stop = max(held.start - column, 0), min(held.stop - column, elements.numel())
+    if start < stop:
+        yield elements[start:stop]
 
 
 def _num_held(like: Shard, held: Sequence[Sequence[FlatSlice]], member: int, first: int, stop: int) -> int:
