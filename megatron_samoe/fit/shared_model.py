@@ -16,7 +16,7 @@ from megatron_samoe.convert.layer_experts import LayerExperts, is_experts, store
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.fit.bank_fit import BankFit
 from megatron_samoe.fit.numbering import Numbering
-from megatron_samoe.models.layer_layout import LayerPlace
+from megatron_samoe.models.layer_layout import LayerSpec
 from megatron_samoe.moe.router import Router
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
 
@@ -120,7 +120,7 @@ def shared_model(
     experts = LayerExperts(source)
     of_layer = {experts.layers[index].index: one for one in fitted for index in one.group.layers}
 
-    def whole(place: LayerPlace, kind: str) -> Tensor:
+    def whole(place: LayerSpec, kind: str) -> Tensor:
         found = of_layer.get(place.index)
         return experts.whole(place, kind) if found is None else found.bank(experts, kind)
 
@@ -132,7 +132,7 @@ def shared_model(
     return edited
 
 
-def _mixed(mixture_PGL: Tensor, experts: LayerExperts, places: Sequence[LayerPlace], kind: str) -> Tensor:
+def _mixed(mixture_PGL: Tensor, experts: LayerExperts, places: Sequence[LayerSpec], kind: str) -> Tensor:
     """Returns mixtures of layers' experts, which are read one after the other."""
     bank_PE = torch.zeros(len(mixture_PGL), *experts.shape(places[0], kind))
     for number, place in enumerate(places):

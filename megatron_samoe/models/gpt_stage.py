@@ -84,7 +84,7 @@ class GPTStage(nn.Module):
         tied = not config.model.untie_embeddings_and_output_weights
         if self.is_first or (self.is_last and tied):
             self.embedding = Embedding(blueprint, words_only=not self.is_first)
-        self.layers = nn.ModuleDict({str(place.index): TransformerLayer(blueprint, place) for place in plan.layers})
+        self.layers = nn.ModuleDict({str(spec.index): TransformerLayer(blueprint, spec) for spec in plan.layers})
         if self.is_last:
             self.final_norm = Norm(config.model, config.model.hidden_size, state, blueprint.dtype)
             if not tied:

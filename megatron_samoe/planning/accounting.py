@@ -32,7 +32,7 @@ def count_parameters(config: PretrainConfig, vocab_size: int) -> ParameterCount:
     found = whole.parameters(0)
     total = sum(p.numel for p in found)
     expert = sum(p.numel for p in found if p.tag.is_routed_expert)
-    moe_layers = [whole.description.layer(place).moe for place in whole.layers() if place.num_experts]
+    moe_layers = [whole.description.layer(spec).moe for spec in whole.layers() if spec.num_experts]
     chosen = sum(layer.router.experts_per_token * layer.shape.expert_parameters for layer in moe_layers)
     return ParameterCount(total, expert, total - expert + int(chosen))
 
@@ -48,7 +48,7 @@ def train_flops_per_token(config: PretrainConfig, vocab_size: int) -> float:
 def forward_flops_per_token(config: PretrainConfig, vocab_size: int) -> float:
     """Returns the forward pass's part of `train_flops_per_token`."""
     whole, model = whole_model(config, vocab_size), config.model
-    traces = [whole.description.trace(place, 1) for place in whole.layers()]
+    traces = [whole.description.trace(spec, 1) for spec in whole.layers()]
     traces.append(whole.description.head_trace(1, fuses_loss=False))
     products = sum(trace.forward_flops - trace.core_flops for trace in traces) / model.seq_length
     width = model.query_dim + model.v_head_dim if model.multi_latent_attention else 2 * model.head_dim

@@ -97,8 +97,8 @@ def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
     config, plans, description = planned.config, planned.stages.chunks_of_stage[stage], planned.description
     cost, batch, cluster = Cost(), config.training.micro_batch_size, links.cluster
     selective = config.training.recompute_granularity == "selective"
-    for place, again, count in planned.stages.counts(stage, recomputed_layers(config)):
-        layer, trace = description.layer(place), description.trace(place, batch, selective)
+    for spec, again, count in planned.stages.counts(stage, recomputed_layers(config)):
+        layer, trace = description.layer(spec), description.trace(spec, batch, selective)
         passes = 3 if again else 2
         _layer_seconds(cost, trace, layer.is_moe, count, passes - 1, (selective or again) + 1, cluster)
         _tensor_exchanges(cost, config, layer.is_moe, links, count * passes)

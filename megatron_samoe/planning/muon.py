@@ -54,14 +54,14 @@ def matrices_of(planned: PlannedModel, rank: int) -> tuple[Matrices, ...]:
     if planned.config.optimizer.optimizer != "muon":
         return ()
     shared = planned.shared(rank).parameters
-    shapes = (planned.description.layer(place).moe.shape for place in planned.layers() if place.num_experts)
+    shapes = (planned.description.layer(spec).moe.shape for spec in planned.layers() if spec.num_experts)
     of_shared = tuple(_of_shared(shared, next(shapes), planned.grid.etp)) if shared else ()
     return _own(planned.description, planned.grid, rank, planned.stages.contents[planned.stage_of(rank)]) + of_shared
 
 
 @lru_cache(maxsize=1024)
 def _own(description: Description, grid: RankGrid, rank: int, content: StageContent) -> tuple[Matrices, ...]:
-    layers = ((description.layer(place), count) for place, count in content.layers)
+    layers = ((description.layer(spec), count) for spec, count in content.layers)
     return tuple(m for layer, count in layers for m in _of_module(layer, grid, rank, count))
 
 
