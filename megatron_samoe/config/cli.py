@@ -55,14 +55,14 @@ class Asked:
         stated = [name for _, name, value, default, facts in known if value != default and facts.has_effect(config)]
         return Asked(config, dict.fromkeys(stated, "flag"))
 
-    def with_options(self, options: Mapping[str, Any], place: str, source: Source = "flag") -> Asked:
+    def with_options(self, options: Mapping[str, Any], written_in: str, source: Source = "flag") -> Asked:
         """Returns it with options by name, as a YAML file has them.
 
         Args:
-            place: where they are written, for error messages.
+            written_in: where they are written, for error messages.
         """
         said = {**self.said, **dict.fromkeys(stated_in_mapping(options), source)}
-        return self._with(apply_mapping(self.config, options, place), said, source)
+        return self._with(apply_mapping(self.config, options, written_in), said, source)
 
     def with_flags(self, args: Sequence[str], prog: str, quiet: bool = False) -> Asked:
         """Returns it with the flags of a command line; see `parse`."""

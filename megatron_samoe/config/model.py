@@ -68,7 +68,7 @@ class ModelConfig:
     norm_epsilon: float = model_option(1e-5, READERS, range=ABOVE_ZERO)
     """Added to the variance (LayerNorm) or mean square (RMSNorm)."""
     swiglu: bool = model_option(False, READERS)
-    """Gated SiLU MLPs and experts in place of GELU ones."""
+    """Gated SiLU MLPs and experts instead of GELU ones."""
     exact_gelu: bool = model_option(False, NOT_MEGATRON, needs=needs.GELU)
     """GELU by the error function rather than its tanh form."""
     disable_bias_linear: bool = model_option(False, READERS)

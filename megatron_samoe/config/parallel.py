@@ -18,7 +18,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = option(1, range=POSITIVE, largest=1_000_000)
     """Ranks that split the layers."""
     num_layers_per_virtual_pipeline_stage: int | None = option(None, range=POSITIVE, needs=needs.PIPELINE)
-    """Layers of a chunk; each pipeline rank then holds several chunks in place of one (the interleaved schedule)."""
+    """Layers of a chunk; each pipeline rank then holds several chunks instead of one (the interleaved schedule)."""
     pipeline_model_parallel_layout: str | None = option(None, needs=needs.PIPELINE)
     """Layers of each (virtual) stage in Megatron's notation: | between stages, E the embedding, t a layer, L the head,
     t*3 and (tt|)*2 repetitions, such as Et*3|t*4|t*4|t*3L. Even stages if not given.

@@ -61,11 +61,11 @@ def ways() -> Mapping[str, Way]:
         ConfigError: an installed package's entry point cannot be loaded, is not a Way, or its name is taken.
     """
     found = dict(_WAYS)
-    for place, value, way in added(GROUP):
+    for entry, value, way in added(GROUP):
         if not (isinstance(way, Way) and way.make is not None and re.fullmatch("[a-z][a-z_]*", way.name)):
-            raise ConfigError(place, value, "must name a Way whose name is of small letters, with a `make`")
+            raise ConfigError(entry, value, "must name a Way whose name is of small letters, with a `make`")
         if way.name in found or way.name in NAMES:
-            raise ConfigError(place, way.name, "is the name of another way, too; rename or uninstall one")
+            raise ConfigError(entry, way.name, "is the name of another way, too; rename or uninstall one")
         found[way.name] = way
     return found
 
@@ -99,11 +99,11 @@ class Word:
     options: frozenset[str] = frozenset()
     balances_sets: bool = False
 
-    def set_of(self, place: int, count: int, num_sets: int, num_neighbours: int) -> int:
+    def set_of(self, position: int, count: int, num_sets: int, num_neighbours: int) -> int:
         """Returns the set of one of `count` layers that share."""
         if "num_neighbour_layers" in self.options:
-            return place // num_neighbours
-        return place * num_sets // count if "num_expert_sets" in self.options else 0
+            return position // num_neighbours
+        return position * num_sets // count if "num_expert_sets" in self.options else 0
 
 
 _BLOCKS = frozenset(("num_expert_sets", "untied_ends"))
@@ -185,7 +185,7 @@ def parse_sharing(
     if "num_expert_sets" in word.options and num_sets > middle:
         raise ConfigError("--num-expert-sets", num_sets, f"must be at most the {middle} MoE layers that share")
     ends = (Source(OWN),) * untied_ends
-    sets = (word.set_of(place, middle, num_sets, num_neighbours) for place in range(middle))
+    sets = (word.set_of(position, middle, num_sets, num_neighbours) for position in range(middle))
     return _owned_where_alone((*ends, *(Source(word.way, number) for number in sets), *ends))
 
 
@@ -264,6 +264,6 @@ def renumbered(sources: Sequence[Source]) -> tuple[Source, ...]:
 
 
 def _owned_where_alone(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-    """Returns the sources with layers that own their experts in place of those that are the only users of an unscaled set."""
+    """Returns the sources with layers that own their experts instead of those that are the only users of an unscaled set."""
     users = Counter(sources)
     return tuple(Source(OWN) if s.way.in_sets and not s.way.mixes and users[s] == 1 else s for s in sources)

@@ -20,7 +20,7 @@ class TrainingConfig:
     train_iters: int = option(100, range=AT_LEAST_ZERO)
     """Optimizer steps to train for."""
     train_samples: int | None = option(None, range=POSITIVE)
-    """Sequences to train for, in place of --train-iters, which follows from them. The rate then follows the samples."""
+    """Sequences to train for, instead of --train-iters, which follows from them. The rate then follows the samples."""
     rampup_batch_size: tuple[int, int, int] | None = option(
         None, range=POSITIVE, largest=LARGEST, needs=needs.TRAIN_SAMPLES
     )
@@ -95,7 +95,7 @@ class OptimizerConfig:
     lr_warmup_samples: int = option(0, range=AT_LEAST_ZERO, needs=needs.TRAIN_SAMPLES)
     """Samples of linear warm-up."""
     lr_warmup_fraction: float | None = option(None, range=BY_RULES)
-    """Warm-up as a share of the decay steps or samples, in place of --lr-warmup-iters or --lr-warmup-samples."""
+    """Warm-up as a share of the decay steps or samples, instead of --lr-warmup-iters or --lr-warmup-samples."""
     weight_decay: float = option(0.1, range=AT_LEAST_ZERO)
     """Decoupled weight decay of matrices; biases, norms and coefficients of banks have none."""
     clip_grad: float = option(1.0, range=AT_LEAST_ZERO)

@@ -39,13 +39,13 @@ def initialize_parameters(parameters: Mapping[str, nn.Parameter], state: Paralle
         rows = parameter.view(math.prod(shape[:num_whole]), -1)
         per_row = math.prod(shape[num_whole:indexed])
         for number, local in enumerate(itertools.product(*(range(n) for n in shape[:indexed]))):
-            row, place_in_row = divmod(number, per_row)
-            begin = place_in_row * size
+            row, index_in_row = divmod(number, per_row)
+            begin = index_in_row * size
             low, high = max(start, begin), min(stop, begin + size)
             if low >= high:
                 continue
-            place = tuple(offset + i for offset, i in zip(first, local, strict=True))
-            whole = _draw(inner_shape, init, derived_seed(seed, name, *place))
+            index = tuple(offset + i for offset, i in zip(first, local, strict=True))
+            whole = _draw(inner_shape, init, derived_seed(seed, name, *index))
             values = (inner_spec.local_slice(whole, state) + init.mean).reshape(-1)
             rows[row, low - start : high - start] = values[low - begin : high - begin].to(rows)
 

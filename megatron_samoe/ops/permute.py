@@ -118,9 +118,9 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        rows_NH, probs_TK, *places = ctx.saved_tensors
+        rows_NH, probs_TK, *indices = ctx.saved_tensors
         backward = _ops(rows_NH, probs_TK).unpermute_backward
-        drows_NH, dprobs_TK = backward(dy_TH.contiguous(), rows_NH, probs_TK, *places)
+        drows_NH, dprobs_TK = backward(dy_TH.contiguous(), rows_NH, probs_TK, *indices)
         return drows_NH, dprobs_TK, None, None
 
 

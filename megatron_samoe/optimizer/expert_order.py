@@ -36,10 +36,10 @@ def reorder_experts(
     size, own_rank = (state.ep.size, state.ep.rank) if is_split else (1, 0)
     e = shape[dim]
     wanted = [[divmod(int(expert), e) for expert in part] for part in order_E.view(size, e).tolist()]
-    sent = [place for part in wanted for rank, place in part if rank == own_rank]
+    sent = [index for part in wanted for rank, index in part if rank == own_rank]
     send_rows = [sum(rank == own_rank for rank, _ in part) for part in wanted]
     receive_rows = [sum(rank == sender for rank, _ in wanted[own_rank]) for sender in range(size)]
-    arriving = sorted(range(e), key=lambda place: wanted[own_rank][place][0])  # by sender, as rows come
+    arriving = sorted(range(e), key=lambda row: wanted[own_rank][row][0])  # by sender, as rows come
     for own in tensors:
         shard = _gather_shard(own, held, tag, shape, state, like).movedim(dim, 0)
         rows = shard.reshape(e, -1)[torch.tensor(sent, dtype=torch.int64, device=shard.device)]

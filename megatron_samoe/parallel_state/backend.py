@@ -137,7 +137,7 @@ def initialize_distributed(
         return None
     die_with_torchrun()  # once more, for programs that import the package
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
-    place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     rank = os.environ.get("RANK", "?")
     began = time.monotonic()
     try:
@@ -149,7 +149,7 @@ def initialize_distributed(
         raise
     except (ValueError, OSError, RuntimeError, CommunicationError) as error:
         raise CommunicationError(
-            f"Rank {rank} of {world_size} could not join the others at {place}: {str(error).splitlines()[0]}"
+            f"Rank {rank} of {world_size} could not join the others at {address}: {str(error).splitlines()[0]}"
         ) from error
     num_ranks = num_ranks or world_size
     if number < num_ranks:

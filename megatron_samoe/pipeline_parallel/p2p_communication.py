@@ -124,9 +124,9 @@ class PipelineChannel:
     def _route(self, direction: Direction, sending: bool) -> tuple[int, dist.ProcessGroup]:
         pp = self.parallel.pp
         step = 1 if (direction == "forward") == sending else -1
-        place = pp.rank + step
-        wraps = not 0 <= place < pp.size
-        return pp.ranks[place % pp.size], self.groups[direction + (WRAP_SUFFIX if wraps else "")]
+        position = pp.rank + step
+        wraps = not 0 <= position < pp.size
+        return pp.ranks[position % pp.size], self.groups[direction + (WRAP_SUFFIX if wraps else "")]
 
 
 def open_channel(parallel: ParallelState, timeout: timedelta) -> PipelineChannel | None:

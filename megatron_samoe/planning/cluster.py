@@ -69,7 +69,7 @@ class Links:
 
     def size(self, name: str) -> int:
         """Returns the number of a group's members."""
-        return self.grid.place(name, 0)[0]
+        return self.grid.size_and_rank(name, 0)[0]
 
     def members_in_node(self, name: str) -> int:
         """Returns how many members of a group share the first one's node."""

@@ -252,7 +252,7 @@ def _exchanges(planned: PlannedModel, links: Links) -> tuple[Mapping[str, tuple[
             if not p.is_trained:
                 continue
             group, is_sliced = p.tag.gradient_group, p.tag.slice is not None
-            size = links.grid.place(group, rank)[0]
+            size = links.grid.size_and_rank(group, rank)[0]
             is_shared = zero and size > 1
             elements += p.whole_numel / size if is_sliced or is_shared else p.whole_numel
             kind = ("pool" if p.tag.shard.family == "pool" else "gradients", group)
@@ -265,7 +265,7 @@ def _exchanges(planned: PlannedModel, links: Links) -> tuple[Mapping[str, tuple[
         times: dict[str, tuple[float, float]] = {}
         for (what, group), sent in moved.items():
             # A buffer holds many tensors, so that none has a latency of its own.
-            size = links.grid.place(group, rank)[0]
+            size = links.grid.size_and_rank(group, rank)[0]
             passed, (seconds, before) = sent * (size - 1) / size, times.get(what, (0.0, 0.0))
             times[what] = (seconds + passed / links.bandwidth(group), before + passed)
         if sum(t for t, _ in times.values()) >= sum(t for t, _ in worst.values()):

@@ -45,7 +45,7 @@ class Matrices:
         """Returns the share of the work that the busiest rank has: whole tensors, so owners beyond their number have none."""
         most = self.num_tensors
         for axis in (self.tag.gradient_group, *((self.split,) if self.split else ())):
-            most = -(-most // grid.place(axis, rank)[0])
+            most = -(-most // grid.size_and_rank(axis, rank)[0])
         return most / self.num_tensors
 
 
@@ -72,7 +72,7 @@ def _of_module(module: nn.Module, grid: RankGrid, rank: int, count: int) -> Iter
         shard = Shard(tag_of(p), shard_shape(p), p)
         sizes = list(shard.shape[shard.num_stacked :])
         if shard.split is not None:
-            sizes[shard.split[0]] *= grid.place(shard.split[1], rank)[0]
+            sizes[shard.split[0]] *= grid.size_and_rank(shard.split[1], rank)[0]
         number, axis = count * shard.num_tensors, None if shard.split is None else shard.split[1]
         flops = number * newton_schulz_flops(math.prod(sizes[:-1]), sizes[-1], 1)
         yield Matrices(shard.tag, p.element_size(), count * math.prod(shard.shape), number, flops, axis)

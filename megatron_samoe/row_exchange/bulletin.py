@@ -82,8 +82,8 @@ class _Board:
         self._rank, self._size, self._handle = group.rank, group.size, handle
         self._pid, self._gone = os.getpid(), False
         self._many_at_once: bool = self._asking.has_extended_api()  # type: ignore[attr-defined]  # missing from torch's stubs
-        self._places = [str(rank) for rank in range(self._size)]  # the keys at which ranks say where they are
-        self._all_have_places = self._said = False
+        self._report_keys = [str(rank) for rank in range(self._size)]  # the keys at which ranks say where they are
+        self._all_have_reported = self._said = False
         self._told = -1  # the exchange that the others know this rank to be in
         self._waiting, self._looks = -1, 0
         self.missing = ""
@@ -120,17 +120,17 @@ class _Board:
         return self._look_for_others(started, waiting)
 
     def _look_for_others(self, started: int, waiting: int) -> bool:
-        if not self._all_have_places:  # a question for one that is not there yet would wait for it
-            self._all_have_places = self._asking.check(self._places)
+        if not self._all_have_reported:  # a question for one that is not there yet would wait for it
+            self._all_have_reported = self._asking.check(self._report_keys)
             return True
         absent = []
-        for rank, place in enumerate(self._read(self._places)):
-            exchange, *left = place.split() or ["-1"]
+        for rank, report in enumerate(self._read(self._report_keys)):
+            exchange, *left = report.split() or ["-1"]
             if rank == self._rank or int(exchange) >= waiting:
                 continue
             if left:
                 return self._abort(started, f"rank {rank} closed the communicator after exchange {exchange}")
-            absent.append(f"{rank} (last in {exchange})" if place else f"{rank} (says nothing)")
+            absent.append(f"{rank} (last in {exchange})" if report else f"{rank} (says nothing)")
         known = absent and self._looks >= _LONG
         self.missing = f"; in exchange {waiting} these ranks are missing: {', '.join(absent)}" if known else ""
         return True

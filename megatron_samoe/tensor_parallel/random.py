@@ -56,8 +56,8 @@ class SampleRandom:
             for (start, stop), part in zip(spans, of_sample.split([b - a for a, b in spans]), strict=True):
                 for low in range(start - start % BLOCK, stop, BLOCK):
                     high, number = min(low + BLOCK, length), low // BLOCK
-                    place = derived_seed(self.seed, self.iteration, sample, layer, site, *([number] if number else []))
-                    generator.manual_seed(place)
+                    seed = derived_seed(self.seed, self.iteration, sample, layer, site, *([number] if number else []))
+                    generator.manual_seed(seed)
                     begin, end = max(low, start), min(high, stop)
                     own = part[begin - start : end - start]
                     if (begin, end) == (low, high):

@@ -220,7 +220,7 @@ def _refuse_unexpected(
     unexpected = sorted(name for name in stored.difference(*here) if not name.startswith(("optimizer.", "training.")))
     if unexpected:
         raise CheckpointError(
-            f"{directory} holds weights for which the model has no place: {', '.join(unexpected[:3])}"
+            f"{directory} holds weights that the model does not have: {', '.join(unexpected[:3])}"
             f"{f' and {len(unexpected) - 3} more' if unexpected[3:] else ''}. Is it of a model with other layers or options?"
         )
 

@@ -22,7 +22,7 @@ from megatron_samoe.parallel_state import backend, launcher
 from megatron_samoe.parallel_state.meeting import Meeting
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.runtime import kernels
-from megatron_samoe.runtime.ranks import place_in, prepare_device
+from megatron_samoe.runtime.ranks import prepare_device, state_in_layout
 from megatron_samoe.training.batches import RunData, build_run_data
 from megatron_samoe.training.hook import Hook, Record, Training, refuse_strange
 from megatron_samoe.training.hooks import default_hooks
@@ -81,7 +81,7 @@ def resolve(asked: Asked, extensions: Extensions | None = None) -> Run | None:
         if meeting is not None and not dist.is_initialized():
             meeting.stand_by()
             return None
-        parallel = place_in(config.parallel, device, config.moe.shares_experts)
+        parallel = state_in_layout(config.parallel, device, config.moe.shares_experts)
         config, start = find_start(config, parallel)
         chosen = kernels.choose(parallel, start.kernels)
         vocabulary = vocabulary_of(config)

@@ -43,12 +43,12 @@ class SharingContext:
 
     def of_layers(self, layers: Sequence[int]) -> SharingContext:
         """Returns the context of some MoE layers only, numbered from 0."""
-        place = {moe_index: i for i, moe_index in enumerate(layers)}
+        position = {moe_index: i for i, moe_index in enumerate(layers)}
         return replace(
             self,
             sources=tuple(self.sources[i] for i in layers),
             shapes=tuple(self.shapes[i] for i in layers),
-            layers_of_stage=tuple(tuple(place[i] for i in stage if i in place) for stage in self.layers_of_stage),
+            layers_of_stage=tuple(tuple(position[i] for i in stage if i in position) for stage in self.layers_of_stage),
         )
 
     def stages_of(self, layers: Sequence[int]) -> list[int]:

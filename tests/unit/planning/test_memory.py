@@ -112,7 +112,7 @@ def test_places_in_groups_equal_the_listed_ones(placed: tuple[RankGrid, int]) ->
     grid, rank = placed
     for name in GROUPS:
         (ranks,) = (ranks for ranks in grid.groups(name) if rank in ranks)
-        assert grid.place(name, rank) == (len(ranks), ranks.index(rank)), name
+        assert grid.size_and_rank(name, rank) == (len(ranks), ranks.index(rank)), name
 
 
 @settings(deadline=None, max_examples=200)
