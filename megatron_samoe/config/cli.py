@@ -135,7 +135,7 @@ def stated_in_args(args: Sequence[str]) -> frozenset[str]:
 
 
 def stated_in_mapping(mapping: Mapping[str, Any]) -> frozenset[str]:
-    """Returns the fields that a YAML file names; none of a whole saved configuration, which holds every default."""
+    """Returns the fields that a YAML file names; none of a complete saved configuration, which holds every default."""
     if all(isinstance(mapping.get(group), Mapping) for group in _GROUPS):
         return frozenset()
     inner = [key for group in mapping.values() if isinstance(group, Mapping) for key in group]

@@ -67,7 +67,7 @@ def parse_moe_layer_freq(text: str, num_layers: int) -> tuple[bool, ...]:
     )
     compact = text.replace(" ", "")
     part = r"(?:\[([01](?:,[01])*)\]|\(\[([01](?:,[01])*)\]\))(?:\*(\d{1,4}))?"
-    # Megatron's scripts write the whole sum in parentheses, for Python to evaluate.
+    # Megatron's scripts write the full sum in parentheses, for Python to evaluate.
     total = compact[1:-1] if compact.startswith("(") and compact.endswith(")") else compact
     if re.fullmatch(rf"{part}(?:\+{part})*", total):
         pattern = "".join((m[1] or m[2]).replace(",", "") * int(m[3] or 1) for m in re.finditer(part, total))
@@ -205,7 +205,7 @@ def samples_after(config: PretrainConfig, world_size: int, consumed_samples: int
 
 
 def steps_for_samples(config: PretrainConfig, world_size: int, consumed_samples: int = 0) -> int | None:
-    """Returns the steps that --train-samples makes, or makes yet after so many; None without it, or where other options do
+    """Returns the steps that --train-samples makes, or makes yet after a number of them; None without it, or where other options do
     not fit.
     """
     samples = config.training.train_samples

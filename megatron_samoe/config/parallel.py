@@ -28,12 +28,12 @@ class ParallelConfig:
     sequence_parallel: bool = option(False)
     """Split the residual stream, norms and dropout over tensor-parallel ranks along tokens."""
     context_parallel_size: int = option(1, range=POSITIVE, largest=1_000_000)
-    """Ranks that split each sequence: rank r of n has chunks r and 2 n - 1 - r of 2 n, so that all have as many scores of
+    """Ranks that split each sequence: rank r of n has chunks r and 2 n - 1 - r of 2 n, so that all have the same number of scores of
     attention to compute.
     """
     cp_comm_type: Literal["p2p", "a2a"] = option("p2p", needs=needs.CONTEXT_PARALLEL)
     """What attention exchanges between context-parallel ranks. p2p: keys and values go round a ring, during the products.
-    a2a: each rank gets whole sequences of some of its heads (Ulysses), which every option of attention goes with.
+    a2a: each rank gets complete sequences of some of its heads (Ulysses), which every option of attention goes with.
     """
     use_distributed_optimizer: bool = option(False)
     """Shard optimizer state over data-parallel ranks, context-parallel ones included (ZeRO-1)."""

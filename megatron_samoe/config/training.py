@@ -35,7 +35,7 @@ class TrainingConfig:
     eval_iters: int = option(10, range=AT_LEAST_ZERO, largest=10_000_000)
     """Global batches of one evaluation; 0 for none."""
     full_validation: bool = option(False)
-    """Evaluate every sample of the validation and test data, whatever --eval-iters says, each dataset of a blend whole."""
+    """Evaluate every sample of the validation and test data, whatever --eval-iters says, all of each dataset of a blend."""
     skip_train: bool = option(False)
     """Evaluate the checkpoint in --load and stop."""
     seed: int = option(1234, range=AT_LEAST_ZERO, largest=2**32 - 1)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 def typed(kind: type[T], content: object, source: str, parent: str = "") -> T:
     """Returns a dataclass from the mapping that a file holds.
 
-    A key is a field's name, with - or _; `from` stands for a field `from_`. A key without a value counts as missing.
+    A key is a field's name, with - or _; `from` is the key of a field `from_`. A key without a value counts as missing.
 
     Args:
         source: name of the file, for messages.

@@ -70,7 +70,7 @@ class Embedding(nn.Module):
 class GPTStage(nn.Module):
     """Consecutive layers, with the embedding before the first and the head after the last.
 
-    Layers are named by their index in the whole model, so that parameter names do not depend on the layout.
+    Layers are named by their index in the full model, so that parameter names do not depend on the layout.
     """
 
     layers: Any  # torch's containers forget what they hold
@@ -104,8 +104,8 @@ class GPTStage(nn.Module):
             x: tokens_BS for the first stage, x_TH for others; with context parallelism, as all that has a value for each
                 token, this rank's part of sequences (`TokenShare`). While training, rows with the loads of shared sets follow
                 where loads are balanced over a set's layers (`set_loads`).
-            positions_BS: position of each token; those in whole sequences if not given.
-            document_ids_BS: of whole sequences, on the host; where given, no token attends to another document.
+            positions_BS: position of each token; those in complete sequences if not given.
+            document_ids_BS: of complete sequences, on the host; where given, no token attends to another document.
 
         Returns:
             logits [T, this rank's part of the padded vocabulary] on the last stage, -inf for padding, or, where the context
@@ -120,8 +120,8 @@ class GPTStage(nn.Module):
         if positions_BS is None:
             parts = self.state.tp.size if self.state.sequence_parallel and not self.is_first else 1
             tokens = x.numel() if self.is_first else x.shape[0] * parts
-            whole = torch.arange(tokens // batch * self.state.cp.size, device=x.device)
-            positions_BS = self.state.token_share.of_sequences(whole[None]).expand(batch, -1)
+            positions = torch.arange(tokens // batch * self.state.cp.size, device=x.device)
+            positions_BS = self.state.token_share.of_sequences(positions[None]).expand(batch, -1)
         if self.is_first:
             x = self.embedding(x, positions_BS, context)
             loads_BC = None if set_loads is None else set_loads.zeros(batch, x)

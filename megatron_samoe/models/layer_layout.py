@@ -47,7 +47,7 @@ class StagePlan:
 
 
 def all_layers(config: PretrainConfig) -> tuple[LayerSpec, ...]:
-    """Returns the layers of the whole model in order."""
+    """Returns the layers of the full model in order."""
     num_layers = config.model.num_layers
     windows = [config.model.window_of(i) for i in range(num_layers)]
     if config.moe.expert_layout == "dense":

@@ -37,7 +37,9 @@ class TransformerLayer(nn.Module):
         self.attention_norm = Norm(model, model.hidden_size, state, dtype)
         self.attention = blueprint.parts.attention(model, spec.index, state, dtype, recompute_core=selective)
         if state.cp.size > 1 and not isinstance(self.attention, AttentionCore):
-            allowed = "must be 1 with attention from outside that is not an AttentionCore, which meets the keys of other ranks"
+            allowed = (
+                "must be 1 with attention from outside that is not an AttentionCore, which sees the keys of other ranks"
+            )
             raise ConfigError("--context-parallel-size", state.cp.size, allowed)
         self.mlp_norm = Norm(model, model.hidden_size, state, dtype)
         if spec.moe_index is None:

@@ -75,7 +75,7 @@ class MoELayer(nn.Module):
     def _enter(self, x_TH: Tensor, ids_TK: Tensor, probs_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From what tensor-parallel ranks hold to what this one's experts need. Routing is known for all tokens.
 
-        Experts split over the same ranks see every token and give parts of a sum; whole experts see a share of tokens,
+        Experts split over the same ranks see every token and give parts of a sum; unsplit experts see a share of tokens,
         which with sequence parallelism is the share that x already is.
         """
         state, tp = self.state, self.state.tp

@@ -134,7 +134,7 @@ class Router(nn.Module):
     def forward(self, x_TH: Tensor, context: ForwardContext, loads_BC: Tensor | None = None) -> Routing:
         """Returns the routing of the T tokens that this rank's tensor-parallel group has, also where x_TH is a share of them.
 
-        Losses, loads and capacities are of whole sequences, so all context-parallel ranks of a sequence route all of it.
+        Losses, loads and capacities are of complete sequences, so all context-parallel ranks of a sequence route all of it.
 
         Args:
             loads_BC: loads of shared sets in the layers before this one, where they are balanced over layers.

@@ -3,10 +3,10 @@
 Experts in bf16 are multiplied by our kernel (`native`, AVX-512's dot products), by torch's BLAS (`blas`; on matrix tiles
 `amx`), or in fp32 from widened operands (`fp32`). Weight gradients are summed in fp32 in every way. Inference streams
 weights through its own kernels, with activations in fp32, while tokens are few. From the number in the table on it makes
-whole products; those of weights in bf16 go the way of experts, and so round activations as training does, except for `fp32`.
+full products; those of weights in bf16 go the way of experts, and so round activations as training does, except for `fp32`.
 
 The choice comes from the table, never from a timing. MEGATRON_SAMOE_BF16_PRODUCTS asks for a way of bf16, and a run keeps on
-resume what its checkpoint says where the machine has it.
+resume what its checkpoint says where the machine can.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Row(NamedTuple):
     """Ways for processors of a vendor (any if empty) with some features.
 
     Attributes:
-        fp32_tokens, bf16_tokens: tokens from which inference makes whole products with weights of the type.
+        fp32_tokens, bf16_tokens: tokens from which inference makes full products with weights of the type.
         measured: what the choice rests on.
     """
 
@@ -209,7 +209,7 @@ def in_use() -> Row | None:
 
 
 def product_tokens(dtype: torch.dtype) -> int:
-    """Returns the tokens from which inference makes whole products with weights of a type."""
+    """Returns the tokens from which inference makes full products with weights of a type."""
     chosen = _chosen.value
     if chosen is None or dtype == torch.int8:
         return _NEVER

@@ -62,7 +62,7 @@ class Documents:
 
     @cached_property
     def pieces(self) -> tuple[tuple[Piece, ...], ...]:
-        """Pieces of the whole micro-batch where its sequences are cut equally, else of each sequence."""
+        """Pieces of the full micro-batch where its sequences are cut equally, else of each sequence."""
         cuts = [_cuts(row) for row in self.lengths]
         if len({tuple(size for size, _ in row) for row in cuts}) == 1:
             return (
@@ -78,7 +78,7 @@ class Documents:
         )
 
     def mask(self) -> Tensor:
-        """Returns mask_B1SS of whole sequences, for what cannot go piece by piece."""
+        """Returns mask_B1SS of complete sequences, for what cannot go piece by piece."""
         return _mask(self.ids_BS).to(self.device)
 
 
@@ -118,7 +118,7 @@ def document_attention(
 
 def _by_pieces(q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule, pieces: Sequence[Piece], dropout: float) -> Tensor:
     sizes = [piece.num_tokens for piece in pieces]
-    # Splits, whose gradients are joined: a slice's would be a tensor of the whole for each piece.
+    # Splits, whose gradients are joined: a slice's would be a tensor of all of it for each piece.
     parts = zip(*(t.split(sizes, 2) for t in (q, k, v)), pieces, strict=True)
     ys = [attention(qp, kp, vp, rule, piece.mask, dropout) for qp, kp, vp, piece in parts]
     return ys[0] if len(ys) == 1 else torch.cat(ys, 2)

@@ -95,7 +95,7 @@ class ExpertRows:
 
 def use_grouped_mm(left: Tensor, right: Tensor, num_groups: int) -> bool:
     """Returns whether torch has a grouped product for these operands, [M, K] and [K, N] or [groups, K, N]: bf16 on a GPU of
-    capability 9 or 10, either way round in memory, with everything in whole 16 bytes.
+    capability 9 or 10, either way round in memory, with everything in multiples of 16 bytes.
 
     For all else torch's grouped product copies the experts' ends to the host and loops.
     """
@@ -112,7 +112,7 @@ def use_grouped_mm(left: Tensor, right: Tensor, num_groups: int) -> bool:
 
 
 def _fits_grouped_mm(t: Tensor) -> bool:
-    """Returns whether torch takes an operand as it is in memory: rows or columns are contiguous, and each begins at whole
+    """Returns whether torch takes an operand as it is in memory: rows or columns are contiguous, and each begins at a multiple of
     16 bytes, as all memory of torch's allocators does.
 
     torch.compile cannot follow an offset; there torch itself refuses a wrong one.

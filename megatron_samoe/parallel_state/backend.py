@@ -59,7 +59,7 @@ def choose_device(config: ParallelConfig) -> torch.device:
     """Returns the device of this rank: its own GPU with NCCL, else the CPU.
 
     Raises:
-        ConfigError: the configuration asks for NCCL and there is no CUDA device, there are fewer than ranks of this host,
+        ConfigError: the configuration asks for NCCL and no CUDA device is found, there are fewer than ranks of this host,
             or a GPU is there whose driver is older than torch's CUDA.
     """
     if config.distributed_backend == "gloo":
@@ -143,7 +143,7 @@ def initialize_distributed(
     try:
         store, number = join_store(timeout)
         meeting = Meeting(store, number, world_size, config.elastic and launcher.is_member())
-        store = meeting.meet(max(1.0, timeout.total_seconds() - (time.monotonic() - began)))
+        store = meeting.join(max(1.0, timeout.total_seconds() - (time.monotonic() - began)))
         meeting.compare(facts or {})
     except (JobEndedError, ConfigError):
         raise
@@ -223,7 +223,7 @@ def telling_other_hosts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def shared_fate(meeting: Meeting | None) -> Iterator[None]:
-    """Tells the other ranks of a permanent fault in the block. If the block lost a rank to such a fault, raises that
+    """Notifies the other ranks of a permanent fault in the block. If the block lost a rank to such a fault, raises that
     fault.
 
     Raises:
@@ -240,7 +240,7 @@ def shared_fate(meeting: Meeting | None) -> Iterator[None]:
         if meeting is not None and lost and not isinstance(error, JobEndedError):
             _at_store(meeting.raise_if_ended)
         elif meeting is not None and isinstance(error, MegatronSamoeError):
-            _at_store(partial(meeting.tell, error))
+            _at_store(partial(meeting.notify, error))
         if lost and isinstance(error, RuntimeError):
             raise CommunicationError(
                 f"Another rank was lost: {str(error).splitlines()[0]} {silent}".rstrip()

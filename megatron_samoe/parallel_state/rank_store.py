@@ -1,4 +1,4 @@
-"""The store at which ranks meet, on the fewest of a host's networks that torch allows."""
+"""The store at which ranks find each other, on the fewest of a host's networks that torch allows."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ class DescribedParameter:
     is_trained: bool
 
     @property
-    def whole_numel(self) -> int:
-        """Elements of the rank's whole shard, also where it holds only a slice of it."""
+    def shard_numel(self) -> int:
+        """Elements of the rank's full shard, also where it holds only a slice of it."""
         return self.numel if self.tag.slice is None else math.prod(self.tag.slice.shape)
 
 
@@ -183,16 +183,16 @@ class SharedExperts:
 
 def _described(module: nn.Module) -> tuple[DescribedParameter, ...]:
     """Returns a module's parameters; those that are sharded and reduced equally count as one."""
-    alike: dict[tuple, DescribedParameter] = {}
+    of_kind: dict[tuple, DescribedParameter] = {}
     for number, p in enumerate(module.parameters()):
         tag, numel = tag_of(p), p.numel()
         key: tuple = (tag.gradient_group, p.element_size(), p.requires_grad, tag.is_routed_expert)
         if tag.shard.family == "pool":
             key = (number,)  # exchanged one by one
-        before = alike.get(key)
+        before = of_kind.get(key)
         total, largest = (before.numel, before.largest) if before is not None else (0, 0)
-        alike[key] = DescribedParameter(tag, total + numel, max(largest, numel), p.element_size(), p.requires_grad)
-    return tuple(alike.values())
+        of_kind[key] = DescribedParameter(tag, total + numel, max(largest, numel), p.element_size(), p.requires_grad)
+    return tuple(of_kind.values())
 
 
 class PlannedModel:
@@ -259,7 +259,7 @@ class PlannedModel:
                 yield from plan.layers
 
 
-def whole_model(config: PretrainConfig, vocab_size: int) -> PlannedModel:
+def unsharded_model(config: PretrainConfig, vocab_size: int) -> PlannedModel:
     """Returns the planned model of one process."""
     return PlannedModel(replace(config, parallel=ParallelConfig()), vocab_size, 1)
 

@@ -46,7 +46,7 @@ class Cost:
 
     @property
     def step_s(self) -> float:
-        """Seconds of the whole step."""
+        """Seconds of the step."""
         return sum(self.seconds.values())
 
     @property
@@ -156,7 +156,7 @@ def _tensor_exchanges(cost: Cost, config: PretrainConfig, is_moe: bool, links: L
     grid = links.grid
     if grid.tp == 1:
         return
-    whole = group_tokens(config) * config.model.hidden_size * compute_dtype(config).itemsize
+    full = group_tokens(config) * config.model.hidden_size * compute_dtype(config).itemsize
     regions = 1.0  # attention
     if not is_moe or config.shared_expert_size is not None:
         regions += 1.0
@@ -165,7 +165,7 @@ def _tensor_exchanges(cost: Cost, config: PretrainConfig, is_moe: bool, links: L
             regions += 1.0
         elif not config.parallel.sequence_parallel:
             regions += 0.5  # one gather of the shares, no sum
-    seconds, sent = links.gather("tp", whole)
+    seconds, sent = links.gather("tp", full)
     seconds *= links.cluster.tensor_exposed
     cost.add("tensor", 2 * regions * passes * seconds, 2 * regions * passes * sent)
 
@@ -191,7 +191,7 @@ def _context_exchanges(cost: Cost, trace: Trace, links: Links, count: int, again
 
 
 def _expert_exchanges(cost: Cost, config: PretrainConfig, layer: TransformerLayer, links: Links, passes: int) -> None:
-    """Adds dispatch and return in each pass; with whole experts a tensor-parallel rank sends its share of the tokens."""
+    """Adds dispatch and return in each pass; with unsplit experts a tensor-parallel rank sends its share of the tokens."""
     grid = links.grid
     if grid.ep == 1:
         return
@@ -226,13 +226,13 @@ def _muon(planned: PlannedModel, stage: int, links: Links) -> tuple[float, float
     flops = flops_of_rank(found, config.optimizer, grid, rank)
     costs = [(flops / (links.cluster.flops * share * links.cluster.efficiency), 0.0)]
     for m in found:
-        group, whole = m.tag.gradient_group, 4.0 * (m.numel if m.tag.slice is None else math.prod(m.tag.slice.shape))
+        group, full = m.tag.gradient_group, 4.0 * (m.numel if m.tag.slice is None else math.prod(m.tag.slice.shape))
         if m.tag.slice is not None or config.parallel.use_distributed_optimizer:
-            costs += 2 * [links.all_to_all(group, whole / links.size(group))]
+            costs += 2 * [links.all_to_all(group, full / links.size(group))]
         else:
-            costs.append(links.gather(group, whole))
+            costs.append(links.gather(group, full))
         if m.split is not None:
-            costs += 2 * [links.all_to_all(m.split, whole / links.size(group))]
+            costs += 2 * [links.all_to_all(m.split, full / links.size(group))]
     seconds, sent = map(sum, zip(*costs, strict=True))
     return seconds, sent
 
@@ -254,11 +254,11 @@ def _exchanges(planned: PlannedModel, links: Links) -> tuple[Mapping[str, tuple[
             group, is_sliced = p.tag.gradient_group, p.tag.slice is not None
             size = links.grid.size_and_rank(group, rank)[0]
             is_shared = zero and size > 1
-            elements += p.whole_numel / size if is_sliced or is_shared else p.whole_numel
+            elements += p.shard_numel / size if is_sliced or is_shared else p.shard_numel
             kind = ("pool" if p.tag.shard.family == "pool" else "gradients", group)
             if not is_sliced:
                 # fp32 gradients are summed, or each rank updates a slice and weights are gathered.
-                more = p.whole_numel * (4 + p.element_bytes if is_shared else 2 * 4)
+                more = p.shard_numel * (4 + p.element_bytes if is_shared else 2 * 4)
                 moved[kind] = moved.get(kind, 0.0) + more
         for group, sent in planned.lending_costs(rank).sent.items():
             moved["pool", group] = moved.get(("pool", group), 0.0) + sent

@@ -62,7 +62,7 @@ class PlannedLayout:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens of the whole cluster per second."""
+        """Tokens of the cluster per second."""
         return self.step_tokens / self.cost.step_s
 
     def name(self) -> str:

@@ -41,8 +41,8 @@ class RankMemory:
         weights, gradients: the model's own, gradients in fp32.
         optimizer: fp32 master weights (where the weights are not fp32) and two moments, of Muon's matrices one.
         folded_weights, folded_gradients: experts that lenders keep from step to step: those that --samoe-combine step
-            keeps combined, for all layers of this rank, and the whole tied sets that its layers use.
-        gathered_banks: whole banks and their gradients that --samoe-combine layer holds through a step where the pool is
+            keeps combined, for all layers of this rank, and the unsharded tied sets that its layers use.
+        gathered_banks: unsharded banks and their gradients that --samoe-combine layer holds through a step where the pool is
             sharded.
         activations: kept for backward passes at the schedule's peak, with the largest layer's workspace.
         exchange: the largest temporary of gathering and reducing, at the beginning or end of a step, when no
@@ -192,8 +192,8 @@ def _buffers(parameters: Iterable[DescribedParameter]) -> list[list[DescribedPar
     """Returns the parameters of each gradient buffer; frozen parameters and sharded banks are buffers of their own."""
     buffers: dict[tuple, list[DescribedParameter]] = {}
     for number, p in enumerate(parameters):
-        alone = p.tag.slice is not None or not p.is_trained
-        buffers.setdefault((number,) if alone else (p.tag.gradient_group, p.element_bytes), []).append(p)
+        is_separate = p.tag.slice is not None or not p.is_trained
+        buffers.setdefault((number,) if is_separate else (p.tag.gradient_group, p.element_bytes), []).append(p)
     return list(buffers.values())
 
 

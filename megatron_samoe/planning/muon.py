@@ -30,7 +30,7 @@ class Matrices:
     Attributes:
         numel: elements of this rank's shards.
         num_tensors: how many there are, of experts those of this rank's expert-parallel number.
-        step_flops: multiply-adds x 2 of one Newton-Schulz step of all of them, whole.
+        step_flops: multiply-adds x 2 of one Newton-Schulz step of all of them, unsharded.
         split: the axis over which each is split, if it is.
     """
 
@@ -42,7 +42,7 @@ class Matrices:
     split: str | None
 
     def largest_share(self, grid: RankGrid, rank: int) -> float:
-        """Returns the share of the work that the busiest rank has: whole tensors, so owners beyond their number have none."""
+        """Returns the share of the work that the busiest rank has: full tensors, so owners beyond their number have none."""
         most = self.num_tensors
         for axis in (self.tag.gradient_group, *((self.split,) if self.split else ())):
             most = -(-most // grid.size_and_rank(axis, rank)[0])
@@ -91,7 +91,7 @@ def _of_shared(shared: Iterable[DescribedParameter], shape: ExpertShape, etp: in
         else:
             share = 0.0
         if share and p.tag.is_routed_expert:
-            elements = share * p.whole_numel
+            elements = share * p.shard_numel
             number = max(round(2 * etp * elements / shape.matrix_elements), 1)
             yield Matrices(p.tag, p.element_bytes, round(share * p.numel), number, etp * elements * per_element, "etp")
 

@@ -1,4 +1,4 @@
-"""A run's tensors under global names, and the saving and loading of a whole run."""
+"""A run's tensors under global names, and the saving and loading of a run."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def save_run(
 
 
 def find_run(setup: TrainSetup) -> Path | None:
-    """Returns the checkpoint to load: the newest whole one, or that of --ckpt-step; all ranks call it together.
+    """Returns the checkpoint to load: the newest complete one, or that of --ckpt-step; all ranks call it together.
 
     Raises:
         CheckpointError: as `store.find_checkpoint`.

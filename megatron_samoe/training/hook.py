@@ -101,7 +101,7 @@ class Hook:
         """The run has ended before its last step, and is saved."""
 
     def checkpoint_saved(self, run: Training, path: Path) -> None:
-        """A checkpoint is whole; called on rank 0, from another thread with --async-save."""
+        """A checkpoint is complete; called on rank 0, from another thread with --async-save."""
 
     def close(self, run: Training) -> None:
         """Training ends, for whatever reason."""

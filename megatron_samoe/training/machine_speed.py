@@ -69,10 +69,10 @@ def measure(parallel: ParallelState, rounds: int = 5, scale: float = 1.0) -> dic
 def measure_here(rounds: int = 5, scale: float = 1.0) -> dict[str, Any] | None:
     """Joins torchrun's job, if this process is in one, and returns what rank 0 says that `measure` found; None on other ranks."""
     layout = ParallelConfig(tensor_model_parallel_size=launcher.local_world_size())
-    alone = launcher.world_size() == 1
-    parallel = single_process_state(prepare_device(layout, None)) if alone else join_ranks(layout)
+    is_single = launcher.world_size() == 1
+    parallel = single_process_state(prepare_device(layout, None)) if is_single else join_ranks(layout)
     found = measure(parallel, rounds, scale)
-    if not alone:
+    if not is_single:
         backend.leave_distributed()
     return found if parallel.rank == 0 else None
 
@@ -127,8 +127,8 @@ def _line(rows: Sequence[tuple[float, float]]) -> tuple[float, float]:
     x, y = np.linalg.lstsq(table, np.ones(len(table)), rcond=None)[0]
     if y <= 0 or x <= 0:
         column = 0 if y <= 0 else 1
-        alone = table[:, column].sum() / (table[:, column] ** 2).sum()
-        x, y = (alone, 0.0) if column == 0 else (1 / table[:, 0].max(), max(0.0, y))
+        slope = table[:, column].sum() / (table[:, column] ** 2).sum()
+        x, y = (slope, 0.0) if column == 0 else (1 / table[:, 0].max(), max(0.0, y))
     return float(x), float(y)
 
 

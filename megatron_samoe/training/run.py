@@ -64,7 +64,7 @@ class Run:
 
 
 def resolve(asked: Asked, extensions: Extensions | None = None) -> Run | None:
-    """Returns the run that is asked for, on the ranks of this torchrun job or in this process alone; all ranks call it
+    """Returns the run that is asked for, on the ranks of this torchrun job or in this process only; all ranks call it
     together. On a rank that the layout does not use it returns None, once the others have trained.
     """
     with backend.telling_other_hosts():

@@ -57,7 +57,7 @@ class SelectedLender:
 
     def begin_step(self) -> None:
         """Takes in the banks."""
-        self._weights = {name: bank.to(self._dtype) for name, bank in self._pool.whole().items()}
+        self._weights = {name: bank.to(self._dtype) for name, bank in self._pool.unsharded().items()}
 
     def finish_step(self) -> None:
         """Selected experts have no gradients."""
@@ -66,7 +66,7 @@ class SelectedLender:
         """Selected experts have no gradients of layers, either."""
 
     def costs(self) -> LenderCosts:
-        """Banks in the compute dtype, unless whole ones are used as they are."""
+        """Banks in the compute dtype, unless unsharded ones are used as they are."""
         copies = self._pool.is_sharded or self._dtype.itemsize != FP32_BYTES
         banks = sum(store.numel for store in self._pool.stores.values())
         return LenderCosts(weights=banks * self._dtype.itemsize if copies else 0)
