@@ -188,11 +188,12 @@ def batch_sizes(config: PretrainConfig, world_size: int) -> tuple[int, ...]:
 
 
 def batch_size_after(config: PretrainConfig, world_size: int, consumed_samples: int) -> int:
-    """Returns the sequences of the step after a number of steps."""
+    """Returns the sequences of the step that follows a number of consumed samples."""
     sizes, ramp = batch_sizes(config, world_size), config.training.rampup_batch_size
     if ramp is None or consumed_samples > ramp[2]:
         return sizes[-1]
-    return sizes[min(int(consumed_samples / (ramp[2] / (len(sizes) - 1))), len(sizes) - 1)]
+    samples_per_size = ramp[2] / (len(sizes) - 1)
+    return sizes[min(int(consumed_samples / samples_per_size), len(sizes) - 1)]
 
 
 def samples_after(config: PretrainConfig, world_size: int, consumed_samples: int, steps: int) -> int:

@@ -45,7 +45,7 @@ class MoEConfig:
     num_neighbour_layers: int = model_option(2, NOT_MEGATRON, range=POSITIVE, largest=100_000, needs=needs.NEIGHBOURS)
     """Consecutive MoE layers that choose from each other's experts with --expert-sharing neighbours (ReXMoE's r)."""
     neighbour_unmask_steps: int = model_option(0, NOT_MEGATRON, range=AT_LEAST_ZERO, needs=needs.NEIGHBOURS)
-    """Steps over which neighbours' experts become candidates one by one; a layer begins with the number that it owns. 0: all from the start."""
+    """Steps over which neighbours' experts become candidates one by one; a layer begins with its own number. 0: all from the start."""
     neighbour_unmask_start: int = model_option(0, READERS, range=AT_LEAST_ZERO, needs=needs.UNMASKING, may_differ=True)
     """Steps before the first of them opens."""
     neighbour_unmask_order: Literal["own", "random"] = model_option(

@@ -67,7 +67,7 @@ class ShardSpec:
         own_grid = "dense" if self.family in ("dense", "embedding") else "expert"
         axes = set(state.grid.axes(own_grid)) - {axis for _, axis in self.partition}
         if self.family not in ("pool", "embedding"):
-            axes.discard("pp")
+            axes.discard("pp")  # stages have different layers
         return axes
 
 

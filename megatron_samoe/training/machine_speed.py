@@ -148,16 +148,16 @@ def _links(clock: _Clock, parallel: ParallelState) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field, group in (("inter_bandwidth", parallel.dp), ("intra_bandwidth", parallel.tp)):
         if group.size > 1:
-            found[field], found["latency_s"] = _link(clock, group, parallel.device)
+            found[field], found["latency_s"] = _all_reduce_speed(clock, group, parallel.device)
     for field, other in (("inter_bandwidth", "intra_bandwidth"), ("intra_bandwidth", "inter_bandwidth")):
         if other in found:
             found.setdefault(field, found[other])
     return found
 
 
-def _link(clock: _Clock, group: Group, device: torch.device) -> tuple[float, float]:
-    """Returns (bytes per second, seconds of a hop) of a group's all-reduces by size."""
-    rows, hops = [], (group.size - 1).bit_length()
+def _all_reduce_speed(clock: _Clock, group: Group, device: torch.device) -> tuple[float, float]:
+    """Returns (bytes per second, seconds of a hop): the line that fits a group's all-reduces of several sizes best."""
+    rows, hops = [], (group.size - 1).bit_length()  # a row: bytes sent and hops, both over the seconds taken
     for size in _MESSAGES:
         x = torch.zeros(size // 4, device=device)
         seconds = clock.seconds(partial(group.all_reduce, x))
