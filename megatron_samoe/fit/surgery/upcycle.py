@@ -130,6 +130,7 @@ class _Upcycling:
         return _normal(shape, std, seed) if name.endswith(".w1") else torch.zeros(shape)
 
     def _copies(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Returns a layer's experts [E, ...]: copies of its dense MLP, with the noise that was asked for."""
         kind = name[-2:]
         mlp = self.source.read(name.replace(f".moe.experts.{kind}", f".mlp.{MLP_TENSOR[kind]}"))
         copies = (mlp / start_weight_sum(self.config.moe) if kind in ("w2", "b2") else mlp).expand(shape).clone()
