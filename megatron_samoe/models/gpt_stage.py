@@ -131,11 +131,10 @@ class GPTStage(nn.Module):
             documents=None if document_ids_BS is None else Documents(document_ids_BS, x.device),
         )
         all_stats = []
+        recomputed = recomputed_layers(self.config) if context.training else 0
         for number, layer in enumerate(self.layers.values()):
             arguments = (x, inputs, context, lender, loads_BC)
-            x, stats, loads_BC = (
-                recompute(layer, *arguments) if self._recomputes(number, context) else layer(*arguments)
-            )
+            x, stats, loads_BC = recompute(layer, *arguments) if number < recomputed else layer(*arguments)
             if stats is not None:
                 all_stats.append(stats)
         if set_loads is not None and loads_BC is not None:
@@ -143,7 +142,9 @@ class GPTStage(nn.Module):
         if not self.is_last:
             return x, all_stats
         normed_TH = self._normed(x)
-        return (normed_TH if context.fuses_loss else self._logits(normed_TH)), all_stats
+        if context.fuses_loss:
+            return normed_TH, all_stats
+        return self._head().logits(normed_TH, self.config.model.final_logit_softcapping), all_stats
 
     def loss(self, y: Tensor, labels_BS: Tensor, fuses_loss: bool = False) -> Tensor:
         """Returns loss_T, the cross-entropy of each token's label, from what `forward` returned.
@@ -170,12 +171,6 @@ class GPTStage(nn.Module):
     def _normed(self, x_TH: Tensor) -> Tensor:
         scaling, normed_TH = self.config.model.logits_scaling, self.final_norm(x_TH)
         return normed_TH if scaling == 1.0 else normed_TH / scaling  # fewer numbers than logits
-
-    def _logits(self, normed_TH: Tensor) -> Tensor:
-        return self._head().logits(normed_TH, self.config.model.final_logit_softcapping)
-
-    def _recomputes(self, number: int, context: ForwardContext) -> bool:
-        return context.training and number < recomputed_layers(self.config)
 
     def head_width(self) -> int:
         """Returns the columns of this rank's logits."""

@@ -71,7 +71,7 @@ class PipelineChannel:
         """Starts sending to the neighbour and returns; `finish` waits for all sends."""
         peer, group = self._route(direction, sending=True)
         tensor = tensor.contiguous()
-        self._drop_finished()
+        self._sends = [p for p in self._sends if not p.work.is_completed()]
         work = dist.isend(tensor, peer, group=group)
         assert work is not None, "both ranks are in the group"
         self._sends.append(_Pending(work, tensor, f"{what} to rank {peer}"))
@@ -100,9 +100,6 @@ class PipelineChannel:
         for pending in self._sends:
             self._wait(pending)
         self._sends.clear()
-
-    def _drop_finished(self) -> None:
-        self._sends = [p for p in self._sends if not p.work.is_completed()]
 
     def _wait(self, pending: _Pending) -> None:
         pp = self.parallel.pp
