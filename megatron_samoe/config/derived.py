@@ -11,7 +11,7 @@ from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.option import flag
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source, parse_sharing
+from megatron_samoe.config.sharing_map import ExpertSource, parse_sharing
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.errors import ConfigError
 
@@ -159,7 +159,7 @@ def experts_per_layer(moe: MoEConfig, num_moe_layers: int) -> tuple[int, ...]:
     return moe.num_experts
 
 
-def sharing_map(config: PretrainConfig) -> tuple[Source, ...]:
+def sharing_map(config: PretrainConfig) -> tuple[ExpertSource, ...]:
     """Returns where each MoE layer's experts come from; ConfigError where --expert-sharing does not fit the layers."""
     moe = config.moe
     return parse_sharing(

@@ -59,7 +59,7 @@ class ParallelConfig:
     overlap_grad_reduce: bool = option(False)
     """Reduce gradients while the step's last backward passes still run. The pool's are always reduced at the end."""
     ddp_bucket_size: int | None = option(None, range=POSITIVE)
-    """Elements of one gradient buffer, which is reduced as a whole; 40 million if not given."""
+    """Elements of one gradient buffer, which is reduced at once; 40 million if not given."""
     elastic: bool = option(False)
     """Take the nearest legal layout where the launcher starts another number of ranks than the layout needs (torchrun
     --nnodes 1:4): data parallelism changes first. Needs --global-batch-size, which stays.

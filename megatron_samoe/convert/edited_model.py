@@ -18,7 +18,7 @@ from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.derived import experts_per_layer, flag
 from megatron_samoe.config.option import LARGEST
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source, written_options
+from megatron_samoe.config.sharing_map import ExpertSource, written_options
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.config.validate import refuse_wrong_numbers, validate, without_idle_options
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
@@ -87,7 +87,7 @@ class ReadOnce:
         return self._latest[1]
 
 
-def with_sharing(config: PretrainConfig, sources: Sequence[Source]) -> PretrainConfig:
+def with_sharing(config: PretrainConfig, sources: Sequence[ExpertSource]) -> PretrainConfig:
     """Returns the configuration of a model whose MoE layers have other sources of experts, without options that then have
     no effect.
 

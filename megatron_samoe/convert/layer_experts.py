@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import ExpertSource
 from megatron_samoe.convert.edited_model import (
     EXPERT_WEIGHTS,
     SHARED,
@@ -32,7 +32,7 @@ from megatron_samoe.ops.grouped_mlp import ExpertWeights
 Whole = Callable[[LayerSpec, str], Tensor]
 
 
-def source_of(place: LayerSpec) -> Source:
+def source_of(place: LayerSpec) -> ExpertSource:
     """Returns where an MoE layer's experts come from."""
     assert place.source is not None
     return place.source
@@ -91,7 +91,7 @@ class LayerExperts:
         stored = self._read_once(stored_experts(place) + kind)
         return stored if source_of(place).way.is_shared else stored[None]
 
-    def reshared(self, config: PretrainConfig, sources: Sequence[Source], whole: Whole) -> EditedModel:
+    def reshared(self, config: PretrainConfig, sources: Sequence[ExpertSource], whole: Whole) -> EditedModel:
         """Returns the model whose layers have other sources of experts, as yet without coefficients of what they mix.
 
         Args:
@@ -109,7 +109,7 @@ class LayerExperts:
         return edited
 
     def add_to(
-        self, edited: EditedModel, layers: Sequence[tuple[LayerSpec, Source, int]], whole: Whole | None = None
+        self, edited: EditedModel, layers: Sequence[tuple[LayerSpec, ExpertSource, int]], whole: Whole | None = None
     ) -> None:
         """Adds experts to a new model.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import ExpertSource
 from megatron_samoe.convert.edited_model import EditedModel, add_fractions, begin_edit, source_config
 from megatron_samoe.convert.layer_experts import LayerExperts, is_experts, stored_experts
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
@@ -30,12 +30,12 @@ class SharedGroup:
         num_banks: that they mix; a set is one.
     """
 
-    source: Source
+    source: ExpertSource
     layers: Sequence[int]
     num_banks: int = 1
 
 
-def shared_groups(sources: Sequence[Source], num_banks: int) -> list[SharedGroup]:
+def shared_groups(sources: Sequence[ExpertSource], num_banks: int) -> list[SharedGroup]:
     """Returns the layers that share, by what they share, in the order of first use.
 
     Args:
@@ -108,7 +108,7 @@ class FittedGroup:
 
 
 def shared_model(
-    source: GlobalTensors, config: PretrainConfig, sources: Sequence[Source], fitted: Sequence[FittedGroup]
+    source: GlobalTensors, config: PretrainConfig, sources: Sequence[ExpertSource], fitted: Sequence[FittedGroup]
 ) -> EditedModel:
     """Returns a MoE whose layers share banks and sets that replace their experts.
 

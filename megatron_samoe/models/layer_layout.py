@@ -14,7 +14,7 @@ from megatron_samoe.config.derived import (
 )
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import ExpertSource
 from megatron_samoe.moved import names_moved
 
 
@@ -33,7 +33,7 @@ class LayerSpec:
     index: int
     moe_index: int | None = None
     num_experts: int = 0
-    source: Source | None = None
+    source: ExpertSource | None = None
     window: int | None = None
 
 

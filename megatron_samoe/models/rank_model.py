@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import ExpertSource
 from megatron_samoe.models.blueprint import Blueprint, ModelParts
 from megatron_samoe.models.gpt_stage import GPTStage
 from megatron_samoe.models.initialize import initialize_parameters
@@ -123,7 +123,7 @@ class RankModel(nn.Module):
         own = [counts_E[:n] for counts_E, n in zip(counts_LE, self.num_experts, strict=True)]
         if self.set_loads is None:
             return own
-        sums: dict[Source, Tensor] = {}
+        sums: dict[ExpertSource, Tensor] = {}
         for source, counts_E in zip(self.sources, own, strict=True):
             sums[source] = sums[source] + counts_E if source in sums else counts_E
         columns = self.set_loads.columns

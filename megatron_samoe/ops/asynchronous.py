@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_samoe.ops.process_choice import ProcessChoice
 
 #: Types of these devices, and the source of their compute capability. Algorithms are chosen by it and never by `is_cuda`, so
-#: another device can stand for a GPU (`taken_for_gpu`).
+#: another device can be taken for a GPU (`taken_for_gpu`).
 DEVICES: ProcessChoice[Mapping[str, Callable[[torch.device], tuple[int, int]]]] = ProcessChoice(
     {"cuda": torch.cuda.get_device_capability}
 )

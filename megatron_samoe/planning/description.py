@@ -14,7 +14,7 @@ from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source, Way
+from megatron_samoe.config.sharing_map import ExpertSource, Way
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.models.blueprint import Blueprint
 from megatron_samoe.models.gpt_stage import GPTStage
@@ -120,7 +120,7 @@ class Description:
     def shared(self, users: Users, state: ParallelState, placement: Literal["sharded", "replicated"]) -> SharedExperts:
         """Returns the experts that MoE layers share on a rank of any world."""
         context = self._blueprint.sharing_context
-        using: dict[Source, list[int]] = {}
+        using: dict[ExpertSource, list[int]] = {}
         for moe_index, source in enumerate(context.sources):
             using.setdefault(source, []).append(moe_index)
         # Only how many layers of a stage use a source matters, not which: each stage takes the next ones.

@@ -10,7 +10,7 @@ from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import ExpertSource
 from megatron_samoe.models.layer_layout import LayerSpec, StagePlan, stage_plans
 
 Chunks = tuple[StagePlan, ...]
@@ -69,7 +69,7 @@ class Users:
     Stages cut in any way with equal numbers have the same object.
     """
 
-    of_stage: tuple[tuple[tuple[Source, int], ...], ...]
+    of_stage: tuple[tuple[tuple[ExpertSource, int], ...], ...]
 
 
 @lru_cache(maxsize=1024)
@@ -100,7 +100,7 @@ def stages_of(
         contents.append(_content(ends, tuple((first_of_kind[kind], n) for kind, n in kinds.items())))
         sources = (spec.source for plan in chunks for spec in plan.layers)
         used_by_rank.append(Counter(source for source in sources if source is not None and source.way.is_shared))
-    everywhere = sum(used_by_rank, Counter[Source]())
+    everywhere = sum(used_by_rank, Counter[ExpertSource]())
     size_of = {spec.source: spec.num_experts for spec in specs}
     seen: dict[tuple, int] = {}
     for rank, (chunks, used) in enumerate(zip(by_rank, used_by_rank, strict=True)):
@@ -122,5 +122,5 @@ def _content(ends: tuple[tuple[bool, bool], ...], layers: tuple[tuple[LayerSpec,
 
 
 @lru_cache(maxsize=1 << 14)
-def _users(of_stage: tuple[tuple[tuple[Source, int], ...], ...]) -> Users:
+def _users(of_stage: tuple[tuple[tuple[ExpertSource, int], ...], ...]) -> Users:
     return Users(of_stage)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_samoe.config.cli import Asked, Source
+from megatron_samoe.config.cli import Asked, OptionSource
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.training import DistillationConfig
 from megatron_samoe.config.words import in_python_words
@@ -48,7 +48,7 @@ class Run:
     """
 
     config: PretrainConfig
-    said: Mapping[str, Source]
+    said: Mapping[str, OptionSource]
     parallel: ParallelState
     start: Start
     vocabulary: Vocabulary

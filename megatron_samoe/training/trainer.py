@@ -73,7 +73,7 @@ class Trainer:
         return self.state
 
     def _load(self) -> None:
-        """Goes on from the checkpoint that there is, if any."""
+        """Resumes from the checkpoint that there is, if any."""
         self.watch.begin("loading")
         self.setup, self.state = resume(self.setup, self.state)
         if self.config.checkpoint.load == self.config.checkpoint.save:

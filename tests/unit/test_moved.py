@@ -45,7 +45,11 @@ def test_every_former_name_is_of_a_module_that_is_there(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("module", "old", "new"),
-    [("models.layer_layout", "LayerPlace", "LayerSpec"), ("moe.types", "MoEPlace", "MoELayerSpec")],
+    [
+        ("config.sharing_map", "Source", "ExpertSource"),
+        ("models.layer_layout", "LayerPlace", "LayerSpec"),
+        ("moe.types", "MoEPlace", "MoELayerSpec"),
+    ],
 )
 def test_a_former_name_in_a_module_warns_of_the_new_one(module: str, old: str, new: str) -> None:
     module_now = importlib.import_module(f"megatron_samoe.{module}")

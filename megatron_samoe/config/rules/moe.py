@@ -8,7 +8,7 @@ from megatron_samoe.config.derived import divisors, experts_per_layer, num_moe_l
 from megatron_samoe.config.needs import EXPERTS
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Rule, Rules, Table
-from megatron_samoe.config.sharing_map import Source, words_with
+from megatron_samoe.config.sharing_map import ExpertSource, words_with
 
 
 def _choices(config: PretrainConfig, _: int) -> Rules:
@@ -96,7 +96,7 @@ def _sharing(config: PretrainConfig, _: int) -> Rules:
     most = max(layers - 2, 0) // 2
     allowed = f"must leave at least 2 of {layers} MoE layers that share, so at most {most}"
     yield Rule("untied_ends", ends > most, allowed)
-    counts_of: dict[Source, set[int]] = {}
+    counts_of: dict[ExpertSource, set[int]] = {}
     for source, count in zip(sources, counts, strict=True):
         if source.way.is_shared:
             counts_of.setdefault(source, set()).add(count)

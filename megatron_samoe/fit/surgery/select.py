@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import TIED, Source, renumbered, written_map
+from megatron_samoe.config.sharing_map import TIED, ExpertSource, renumbered, written_map
 from megatron_samoe.convert.edited_model import (
     FRACTIONS,
     EditedModel,
@@ -164,7 +164,7 @@ def tie_selected(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
     config, scaled = _with_factors(config, factors)
     taken = [(source_of(p), banks.get(p.index, 0)) for p in experts.layers]
     keys = list(dict.fromkeys(taken))
-    sources = renumbered([s if not s.way.is_shared else Source(TIED, keys.index((s, bank))) for s, bank in taken])
+    sources = renumbered([s if not s.way.is_shared else ExpertSource(TIED, keys.index((s, bank))) for s, bank in taken])
 
     def whole(place: LayerSpec, kind: str) -> Tensor:
         bank = banks.get(place.index, 0)

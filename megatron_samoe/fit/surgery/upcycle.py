@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import COMBINED, OWN, Source
+from megatron_samoe.config.sharing_map import COMBINED, OWN, ExpertSource
 from megatron_samoe.convert.edited_model import (
     SHARED,
     EditedModel,
@@ -85,7 +85,7 @@ def upcycle_dense(source: GlobalTensors, options: UpcycleOptions) -> EditedModel
     new = replace(config, moe=_new_moe(config, options))
     validate_model(new)
     if options.dense_mlp == "experts" and new.moe.has_pool:
-        own = replace(new, moe=with_sharing(new, [Source(OWN)] * len(moe_layers(new))).moe)
+        own = replace(new, moe=with_sharing(new, [ExpertSource(OWN)] * len(moe_layers(new))).moe)
         edited = _pooled(_Upcycling(source, own, options), new)
     else:
         edited = _Upcycling(source, new, options).model()
@@ -149,7 +149,7 @@ def _pooled(copied: _Upcycling, config: PretrainConfig) -> EditedModel:
         raise ConfigError("--samoe-normalization", moe.samoe_normalization, "must be none for copies of MLPs")
     if moe.num_expert_banks > len(layers):
         raise ConfigError("--num-expert-banks", moe.num_expert_banks, f"must be at most the {len(layers)} MoE layers")
-    plain, sources = copied.model(), [Source(COMBINED)] * len(layers)
+    plain, sources = copied.model(), [ExpertSource(COMBINED)] * len(layers)
     kinds = LayerExperts(plain).kinds
 
     def read_mlp(kind: str, number: int) -> Tensor:

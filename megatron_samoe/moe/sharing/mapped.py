@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from megatron_samoe.config.sharing_map import COMBINED, OWN, SCALED, TIED, Source, Way
+from megatron_samoe.config.sharing_map import COMBINED, OWN, SCALED, TIED, ExpertSource, Way
 from megatron_samoe.moe.sharing.combined import CombinedSharing
 from megatron_samoe.moe.sharing.own import OwnSharing
 from megatron_samoe.moe.sharing.tied import TiedSharing
@@ -37,11 +37,11 @@ class MappedSharing:
     """Hands each layer to the way of its source, which sees only the layers of this source; see `way.SharingWay`."""
 
     def __init__(self, context: SharingContext):
-        layers: dict[Source, list[int]] = {}
+        layers: dict[ExpertSource, list[int]] = {}
         for moe_index, source in enumerate(context.sources):
             layers.setdefault(source, []).append(moe_index)
         self._ways = {s: (s.way.make or _MAKE[s.way])(context.of_layers(users)) for s, users in layers.items()}
-        #: Source of each layer, and the layer's index among the source's.
+        #: ExpertSource of each layer, and the layer's index among the source's.
         self._positions = {
             i: (source, position) for source, users in layers.items() for position, i in enumerate(users)
         }
@@ -64,7 +64,7 @@ class MappedSharing:
 
     def lender(self, layer_parts: Mapping[int, nn.Module], shared_part: nn.Module | None) -> MappedLender:
         """Returns the lenders of all ways as one, except of sets that only other stages use."""
-        lenders: dict[Source, ExpertLender] = {}
+        lenders: dict[ExpertSource, ExpertLender] = {}
         for source, way in self._ways.items():
             own = {self._positions[i][1]: part for i, part in layer_parts.items() if self._positions[i][0] == source}
             shared = _shared_of(source, shared_part)
@@ -78,7 +78,7 @@ class MappedSharing:
         return self._ways[source].mixture(position, layer_part, _shared_of(source, shared_part))
 
 
-def _shared_of(source: Source, parts: nn.Module | None) -> nn.Module | None:
+def _shared_of(source: ExpertSource, parts: nn.Module | None) -> nn.Module | None:
     """Returns the part of one source; None where it has none on this rank."""
     path = ("set", str(source.number)) if source.way.in_sets else (source.way.name,)
     for name in path:
@@ -94,7 +94,7 @@ class MappedLender:
         positions: source of each layer of the model, and the layer's index among the source's.
     """
 
-    def __init__(self, lenders: Mapping[Source, ExpertLender], positions: Mapping[int, tuple[Source, int]]):
+    def __init__(self, lenders: Mapping[ExpertSource, ExpertLender], positions: Mapping[int, tuple[ExpertSource, int]]):
         self.lenders, self.positions = lenders, positions
 
     def begin_step(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import ExpertSource
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.grouped_mlp import Activation, ExpertWeights
@@ -34,7 +34,7 @@ class SharingContext:
     """
 
     config: MoEConfig
-    sources: tuple[Source, ...]
+    sources: tuple[ExpertSource, ...]
     shapes: tuple[ExpertShape, ...]
     layers_of_stage: tuple[tuple[int, ...], ...]
     state: ParallelState
