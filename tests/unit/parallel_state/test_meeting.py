@@ -105,7 +105,7 @@ def test_who_stands_by_leaves_with_the_others() -> None:
     store = HashStore()
     for _ in range(2):
         meetings = [Meeting(store, rank, 3) for rank in range(3)]
-        threads = [threading.Thread(target=meeting.meet, args=(10.0,)) for meeting in meetings]
+        threads = [threading.Thread(target=meeting.join, args=(10.0,)) for meeting in meetings]
         for thread in threads:
             thread.start()
         for thread in threads:
