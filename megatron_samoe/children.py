@@ -55,7 +55,7 @@ def _become(parent: str, nice: str, *command: str) -> None:
     end_with(int(parent), signal.SIGTERM)
     if nice != "0":
         os.setpriority(os.PRIO_PROCESS, 0, int(nice))
-        # Linux shares the processors between sessions, by a priority that each has as a whole.
+        # Linux shares the processors between sessions, by a priority of each session.
         if os.getsid(0) == os.getpid():
             with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as file:
                 file.write(nice)

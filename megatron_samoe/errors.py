@@ -24,7 +24,7 @@ class MegatronSamoeError(Exception):
     exit_status = 1
     #: Whether every attempt has the same fault, so that a launcher should not try again.
     permanent = False
-    #: Whether a permanent fault of this rank is one of the whole job.
+    #: Whether a permanent fault of this rank is one of the job.
     ends_job = True
 
     def __init__(self, message: str, collective: bool = False):
@@ -56,7 +56,7 @@ class ConfigError(MegatronSamoeError):
 
 
 class UnknownFlagError(ConfigError):
-    """A flag is none of this program's."""
+    """A flag that this program does not have."""
 
     def __init__(self, flag: str, what: str):
         super().__init__(flag, None, what)

@@ -35,7 +35,7 @@ _said: set[str] = set()
 
 
 def say_once(message: str) -> None:
-    """Logs a message the first time this process has it, on the first local rank only."""
+    """Logs a message the first time this process logs it, on the first local rank only."""
     if message not in _said:
         _said.add(message)
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:

@@ -1,11 +1,11 @@
-"""Former names of modules: importing one warns, and gives the module under its new name."""
+"""Former names of modules and of what is in them: using one warns, and gives what has the new name."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -50,3 +50,17 @@ def modules_moved(old: str, new_of: Mapping[str, str]) -> list[str]:
     # First: a former package is the new one in `sys.modules`, whose folder would give its modules a second time.
     sys.meta_path.insert(0, _Moved(old, new_of))
     return []
+
+
+def names_moved(module: str, new_of: Mapping[str, type]) -> Callable[[str], type]:
+    """Returns the `__getattr__` of a module that knows former names: of each, what it is called now."""
+
+    def former(name: str) -> type:
+        if name not in new_of:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        new = new_of[name]
+        message = f"{module}.{name} is now {new.__name__}; version 0.3 knows only the new name."
+        warnings.warn(message, FutureWarning, stacklevel=2)
+        return new
+
+    return former

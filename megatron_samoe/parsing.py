@@ -215,7 +215,7 @@ def without_infinities(value: Any, shown: Callable[[float], Any] = lambda number
     return shown(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Writes a file such that whoever reads it finds all of it, or what was there before."""
     half = path.with_suffix(f".{os.getpid()}.tmp")
     half.write_text(text, encoding="utf-8")

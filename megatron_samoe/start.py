@@ -37,7 +37,7 @@ def die_with_torchrun() -> None:
     """Makes Linux kill this process when the torchrun that started it ends, however it ends.
 
     A rank that outlives a killed torchrun would train on next to the job that replaces it. Killing a rank at any moment
-    is safe, because checkpoints are renamed only when they are whole. Programs call this first of all: loading torch
+    is safe, because checkpoints are renamed only when they are complete. Programs call this first of all: loading torch
     takes seconds, in which the parent may go, and whoever asks later sees process 1 instead.
     """
     if not (sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ):

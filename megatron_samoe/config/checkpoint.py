@@ -29,7 +29,7 @@ class CheckpointConfig:
     async_save: bool = option(False, needs=needs.SAVE)
     """Save in the background: training waits only while the state is copied."""
     ckpt_step: int | None = option(None, range=BY_RULES, needs=needs.LOAD)
-    """Iteration to load in place of the newest."""
+    """Iteration to load instead of the newest."""
     finetune: bool = option(False, needs=needs.LOAD)
     """Load weights only and start at iteration 0."""
     no_save_optim: bool = option(False, needs=needs.SAVE)

@@ -30,7 +30,7 @@ CHECKPOINT_GROUPS = ("model", "moe")
 CHECKPOINT_FIELDS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
 _GROUPS = tuple(f.name for f in dataclasses.fields(PretrainConfig))
 #: Who can say an option, the last of whom counts; a flag is also what a caller in Python says.
-Source: TypeAlias = Literal["file", "checkpoint", "flag"]
+OptionSource: TypeAlias = Literal["file", "checkpoint", "flag"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Asked:
     """
 
     config: PretrainConfig
-    said: Mapping[str, Source]
+    said: Mapping[str, OptionSource]
     replaced: frozenset[str] = frozenset()
 
     @staticmethod
@@ -55,19 +55,19 @@ class Asked:
         stated = [name for _, name, value, default, facts in known if value != default and facts.has_effect(config)]
         return Asked(config, dict.fromkeys(stated, "flag"))
 
-    def with_options(self, options: Mapping[str, Any], place: str, source: Source = "flag") -> Asked:
+    def with_options(self, options: Mapping[str, Any], written_in: str, source: OptionSource = "flag") -> Asked:
         """Returns it with options by name, as a YAML file has them.
 
         Args:
-            place: where they are written, for error messages.
+            written_in: where they are written, for error messages.
         """
         said = {**self.said, **dict.fromkeys(stated_in_mapping(options), source)}
-        return self._with(apply_mapping(self.config, options, place), said, source)
+        return self._with(apply_mapping(self.config, options, written_in), said, source)
 
     def with_flags(self, args: Sequence[str], prog: str, quiet: bool = False) -> Asked:
         """Returns it with the flags of a command line; see `parse`."""
         _refuse_unknown_names(args)
-        said: dict[str, Source] = {**self.said, **dict.fromkeys(stated_in_args(args), "flag")}
+        said: dict[str, OptionSource] = {**self.said, **dict.fromkeys(stated_in_args(args), "flag")}
         return self._with(_parse_flags(args, self.config, prog, quiet), said, "flag")
 
     def with_checkpoint(self, saved: Mapping[str, Any]) -> Asked:
@@ -77,14 +77,14 @@ class Asked:
         flags = {name for name, source in self.said.items() if source == "flag"}
         part = {group: {n: v for n, v in options.items() if n not in flags} for group, options in part.items()}
         read = [name for options in part.values() for name in options]
-        said: dict[str, Source] = {**self.said, **dict.fromkeys(read, "checkpoint")}
+        said: dict[str, OptionSource] = {**self.said, **dict.fromkeys(read, "checkpoint")}
         return self._with(apply_mapping(self.config, part, "the checkpoint's config.yaml"), said, "checkpoint")
 
     def as_file(self) -> Asked:
         """Returns it as what a file says, to which flags of a run are added."""
         return replace(self, said=dict.fromkeys(self.said, "file"))
 
-    def _with(self, config: PretrainConfig, said: Mapping[str, Source], source: Source) -> Asked:
+    def _with(self, config: PretrainConfig, said: Mapping[str, OptionSource], source: OptionSource) -> Asked:
         """Returns it with what a source has said. A number of experts without a layout means experts of each layer's own."""
         pairs = zip(all_options(self.config), all_options(config), strict=True)
         changed = {name for (_, name, old, *_), (_, _, new, *_) in pairs if old != new}
@@ -135,7 +135,7 @@ def stated_in_args(args: Sequence[str]) -> frozenset[str]:
 
 
 def stated_in_mapping(mapping: Mapping[str, Any]) -> frozenset[str]:
-    """Returns the fields that a YAML file names; none of a whole saved configuration, which holds every default."""
+    """Returns the fields that a YAML file names; none of a complete saved configuration, which holds every default."""
     if all(isinstance(mapping.get(group), Mapping) for group in _GROUPS):
         return frozenset()
     inner = [key for group in mapping.values() if isinstance(group, Mapping) for key in group]

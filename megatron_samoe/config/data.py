@@ -20,7 +20,7 @@ class DataConfig:
     split: str = option("969,30,1")
     """Shares of training, validation and test documents in --data-path."""
     train_data_path: tuple[str, ...] = option(())
-    """Prefixes of the training split only, in place of --data-path."""
+    """Prefixes of the training split only, instead of --data-path."""
     valid_data_path: tuple[str, ...] = option(())
     """Prefixes of the validation split only."""
     test_data_path: tuple[str, ...] = option(())

@@ -11,7 +11,7 @@ from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.option import flag
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source, parse_sharing
+from megatron_samoe.config.sharing_map import ExpertSource, parse_sharing
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.errors import ConfigError
 
@@ -67,7 +67,7 @@ def parse_moe_layer_freq(text: str, num_layers: int) -> tuple[bool, ...]:
     )
     compact = text.replace(" ", "")
     part = r"(?:\[([01](?:,[01])*)\]|\(\[([01](?:,[01])*)\]\))(?:\*(\d{1,4}))?"
-    # Megatron's scripts write the whole sum in parentheses, for Python to evaluate.
+    # Megatron's scripts write the full sum in parentheses, for Python to evaluate.
     total = compact[1:-1] if compact.startswith("(") and compact.endswith(")") else compact
     if re.fullmatch(rf"{part}(?:\+{part})*", total):
         pattern = "".join((m[1] or m[2]).replace(",", "") * int(m[3] or 1) for m in re.finditer(part, total))
@@ -159,7 +159,7 @@ def experts_per_layer(moe: MoEConfig, num_moe_layers: int) -> tuple[int, ...]:
     return moe.num_experts
 
 
-def sharing_map(config: PretrainConfig) -> tuple[Source, ...]:
+def sharing_map(config: PretrainConfig) -> tuple[ExpertSource, ...]:
     """Returns where each MoE layer's experts come from; ConfigError where --expert-sharing does not fit the layers."""
     moe = config.moe
     return parse_sharing(
@@ -188,11 +188,12 @@ def batch_sizes(config: PretrainConfig, world_size: int) -> tuple[int, ...]:
 
 
 def batch_size_after(config: PretrainConfig, world_size: int, consumed_samples: int) -> int:
-    """Returns the sequences of the step after a number of steps."""
+    """Returns the sequences of the step that follows a number of consumed samples."""
     sizes, ramp = batch_sizes(config, world_size), config.training.rampup_batch_size
     if ramp is None or consumed_samples > ramp[2]:
         return sizes[-1]
-    return sizes[min(int(consumed_samples / (ramp[2] / (len(sizes) - 1))), len(sizes) - 1)]
+    samples_per_size = ramp[2] / (len(sizes) - 1)
+    return sizes[min(int(consumed_samples / samples_per_size), len(sizes) - 1)]
 
 
 def samples_after(config: PretrainConfig, world_size: int, consumed_samples: int, steps: int) -> int:
@@ -205,7 +206,7 @@ def samples_after(config: PretrainConfig, world_size: int, consumed_samples: int
 
 
 def steps_for_samples(config: PretrainConfig, world_size: int, consumed_samples: int = 0) -> int | None:
-    """Returns the steps that --train-samples makes, or makes yet after so many; None without it, or where other options do
+    """Returns the steps that --train-samples makes, or makes yet after a number of them; None without it, or where other options do
     not fit.
     """
     samples = config.training.train_samples

@@ -16,9 +16,9 @@ def added(group: str) -> Iterator[tuple[str, str, Any]]:
         ConfigError: one cannot be loaded.
     """
     for point in entry_points(group=group):
-        place = f"{group}: {point.name} of {point.dist.name if point.dist is not None else 'a package'}"
+        entry = f"{group}: {point.name} of {point.dist.name if point.dist is not None else 'a package'}"
         try:
             found = point.load()
         except Exception as error:
-            raise ConfigError(place, point.value, f"cannot be loaded: {error}") from error
-        yield place, point.value, found
+            raise ConfigError(entry, point.value, f"cannot be loaded: {error}") from error
+        yield entry, point.value, found

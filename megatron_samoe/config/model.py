@@ -54,13 +54,13 @@ class ModelConfig:
     rope_original_max_positions: int | None = model_option(None, READERS, range=POSITIVE, needs=needs.TRAINED_LENGTH)
     """Length of the sequences that the model was trained on before."""
     rope_low_freq_factor: float = model_option(1.0, NOT_MEGATRON, range=ABOVE_ZERO, needs=needs.LLAMA3_ROPE)
-    """llama3: angles that turn less often than this over the trained length are stretched whole."""
+    """llama3: angles that turn less often than this over the trained length are stretched in full."""
     rope_high_freq_factor: float = model_option(4.0, NOT_MEGATRON, range=ABOVE_ZERO, needs=needs.LLAMA3_ROPE)
     """llama3: angles that turn more often than this stay as they are."""
     yarn_beta_fast: float = model_option(32.0, READERS, range=ABOVE_ZERO, needs=needs.YARN)
     """YaRN: angles that turn more often than this over the trained length stay as they are."""
     yarn_beta_slow: float = model_option(1.0, READERS, range=ABOVE_ZERO, needs=needs.YARN)
-    """YaRN: angles that turn less often than this are stretched whole."""
+    """YaRN: angles that turn less often than this are stretched in full."""
     yarn_attention_factor: float | None = model_option(None, READERS, range=ABOVE_ZERO, needs=needs.YARN)
     """YaRN: factor on rotated queries and keys. Derived if not given: 0.1 ln(factor) + 1."""
     normalization: Literal["LayerNorm", "RMSNorm"] = model_option("LayerNorm", READERS)
@@ -68,7 +68,7 @@ class ModelConfig:
     norm_epsilon: float = model_option(1e-5, READERS, range=ABOVE_ZERO)
     """Added to the variance (LayerNorm) or mean square (RMSNorm)."""
     swiglu: bool = model_option(False, READERS)
-    """Gated SiLU MLPs and experts in place of GELU ones."""
+    """Gated SiLU MLPs and experts instead of GELU ones."""
     exact_gelu: bool = model_option(False, NOT_MEGATRON, needs=needs.GELU)
     """GELU by the error function rather than its tanh form."""
     disable_bias_linear: bool = model_option(False, READERS)
@@ -188,12 +188,12 @@ class ModelConfig:
     @property
     def mean_keys(self) -> float:
         """Keys that a token attends to, on average over a sequence and over layers."""
-        whole = self.seq_length / 2
+        full = self.seq_length / 2
         windows = [self.window_of(layer) for layer in range(self.num_layers)]
         seen = {
             w: w - w * (w - 1) / (2 * self.seq_length) for w in set(windows) if w is not None and w < self.seq_length
         }
-        return sum(whole if w is None else seen.get(w, whole) for w in windows) / self.num_layers
+        return sum(full if w is None else seen.get(w, full) for w in windows) / self.num_layers
 
     @property
     def max_positions(self) -> int:

@@ -45,13 +45,13 @@ class MoEConfig:
     num_neighbour_layers: int = model_option(2, NOT_MEGATRON, range=POSITIVE, largest=100_000, needs=needs.NEIGHBOURS)
     """Consecutive MoE layers that choose from each other's experts with --expert-sharing neighbours (ReXMoE's r)."""
     neighbour_unmask_steps: int = model_option(0, NOT_MEGATRON, range=AT_LEAST_ZERO, needs=needs.NEIGHBOURS)
-    """Steps over which neighbours' experts become candidates one by one; a layer begins with as many as it owns. 0: all from the start."""
+    """Steps over which neighbours' experts become candidates one by one; a layer begins with its own number. 0: all from the start."""
     neighbour_unmask_start: int = model_option(0, READERS, range=AT_LEAST_ZERO, needs=needs.UNMASKING, may_differ=True)
     """Steps before the first of them opens."""
     neighbour_unmask_order: Literal["own", "random"] = model_option(
         "own", READERS, needs=needs.UNMASKING, may_differ=True
     )
-    """own: a layer's own experts are open, then its neighbours' one after the other; random: as many of all, drawn anew in each
+    """own: a layer's own experts are open, then its neighbours' one after the other; random: that number of all, drawn anew in each
     step until all are open (ReXMoE)."""
     pool_lock_step: int | None = model_option(None, NOT_MEGATRON, range=POSITIVE, needs=needs.ONE_POOL)
     """Step after which each expert of the pool has one layer, that which chose it most as far as all layers get equally many
@@ -64,13 +64,13 @@ class MoEConfig:
         0.0, READERS, range=AT_LEAST_ZERO, needs=needs.POOL_LOCK, may_differ=True
     )
     """Weight of UniPool's entropy loss, the mean over L layers of (H - log(E / L))^2 with H the entropy of a layer's mean
-    scores, so that each comes to use as many experts as it will own. It grows from 0 up to --pool-lock-step. 0 for none."""
+    scores, so that each comes to use the number of experts that it will own. It grows from 0 up to --pool-lock-step. 0 for none."""
     pool_lock_entropy_group_size: int | None = model_option(
         None, READERS, range=POSITIVE, needs=needs.POOL_ENTROPY, may_differ=True
     )
     """Sequences over which the entropy loss takes mean scores, chosen as for --moe-aux-loss-group-size; 1 if not given."""
     untied_ends: int = model_option(0, NOT_MEGATRON, range=AT_LEAST_ZERO, largest=100_000, needs=needs.SHARING)
-    """First MoE layers, and as many last ones, that own their experts while those between them share."""
+    """First MoE layers, and the same number of last ones, that own their experts while those between them share."""
     num_experts: int | tuple[int, ...] = model_option(
         8, _readers_of_counts, range=POSITIVE, largest=1_000_000, needs=needs.EXPERTS, may_be_idle=True
     )
@@ -177,7 +177,7 @@ class MoEConfig:
         "sharded", READERS, needs=needs.SHARING, may_differ=True
     )
     """sharded: banks, or sets, and their optimizer state are sharded over the ranks that would hold replicas
-    (expert-data-parallel ranks of all pipeline stages) and gathered once per step; replicated: whole on each rank.
+    (expert-data-parallel ranks of all pipeline stages) and gathered once per step; replicated: all of it on each rank.
     """
     pool_replica_check_interval: int | None = model_option(
         None, READERS, range=POSITIVE, needs=needs.SHARING, may_differ=True

@@ -18,7 +18,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = option(1, range=POSITIVE, largest=1_000_000)
     """Ranks that split the layers."""
     num_layers_per_virtual_pipeline_stage: int | None = option(None, range=POSITIVE, needs=needs.PIPELINE)
-    """Layers of a chunk; each pipeline rank then holds several chunks in place of one (the interleaved schedule)."""
+    """Layers of a chunk; each pipeline rank then holds several chunks instead of one (the interleaved schedule)."""
     pipeline_model_parallel_layout: str | None = option(None, needs=needs.PIPELINE)
     """Layers of each (virtual) stage in Megatron's notation: | between stages, E the embedding, t a layer, L the head,
     t*3 and (tt|)*2 repetitions, such as Et*3|t*4|t*4|t*3L. Even stages if not given.
@@ -28,12 +28,12 @@ class ParallelConfig:
     sequence_parallel: bool = option(False)
     """Split the residual stream, norms and dropout over tensor-parallel ranks along tokens."""
     context_parallel_size: int = option(1, range=POSITIVE, largest=1_000_000)
-    """Ranks that split each sequence: rank r of n has chunks r and 2 n - 1 - r of 2 n, so that all have as many scores of
+    """Ranks that split each sequence: rank r of n has chunks r and 2 n - 1 - r of 2 n, so that all have the same number of scores of
     attention to compute.
     """
     cp_comm_type: Literal["p2p", "a2a"] = option("p2p", needs=needs.CONTEXT_PARALLEL)
     """What attention exchanges between context-parallel ranks. p2p: keys and values go round a ring, during the products.
-    a2a: each rank gets whole sequences of some of its heads (Ulysses), which every option of attention goes with.
+    a2a: each rank gets complete sequences of some of its heads (Ulysses), which every option of attention goes with.
     """
     use_distributed_optimizer: bool = option(False)
     """Shard optimizer state over data-parallel ranks, context-parallel ones included (ZeRO-1)."""
@@ -59,7 +59,7 @@ class ParallelConfig:
     overlap_grad_reduce: bool = option(False)
     """Reduce gradients while the step's last backward passes still run. The pool's are always reduced at the end."""
     ddp_bucket_size: int | None = option(None, range=POSITIVE)
-    """Elements of one gradient buffer, which is reduced as a whole; 40 million if not given."""
+    """Elements of one gradient buffer, which is reduced at once; 40 million if not given."""
     elastic: bool = option(False)
     """Take the nearest legal layout where the launcher starts another number of ranks than the layout needs (torchrun
     --nnodes 1:4): data parallelism changes first. Needs --global-batch-size, which stays.

@@ -49,8 +49,8 @@ class PretrainConfig:
 
     def folder_of(self, name: str) -> Path | None:
         """Returns a folder for files that ranks leave behind, if the run has a folder."""
-        place = self.logging.run_dir or self.checkpoint.save
-        return None if place is None else Path(place) / name
+        folder = self.logging.run_dir or self.checkpoint.save
+        return None if folder is None else Path(folder) / name
 
     def with_run_dir(self) -> PretrainConfig:
         """Returns the configuration with the paths that --run-dir implies filled in."""

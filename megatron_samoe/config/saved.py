@@ -13,7 +13,7 @@ _SINCE_0_2 = "moe_scale_output_init"
 
 
 def upgrade(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a whole saved configuration as this version reads it: what earlier versions derived by other rules is
+    """Returns a complete saved configuration as this version reads it: what earlier versions derived by other rules is
     given explicitly.
 
     Before 0.2 an expert was as wide as the dense MLP unless its width was given, also for top-k above 1.

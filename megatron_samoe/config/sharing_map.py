@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_samoe.config.entry_points import added
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.moved import names_moved
 
 FLAG = "--expert-sharing"
 #: Entry points of installed packages under this name are ways, too.
@@ -61,17 +62,17 @@ def ways() -> Mapping[str, Way]:
         ConfigError: an installed package's entry point cannot be loaded, is not a Way, or its name is taken.
     """
     found = dict(_WAYS)
-    for place, value, way in added(GROUP):
+    for entry, value, way in added(GROUP):
         if not (isinstance(way, Way) and way.make is not None and re.fullmatch("[a-z][a-z_]*", way.name)):
-            raise ConfigError(place, value, "must name a Way whose name is of small letters, with a `make`")
+            raise ConfigError(entry, value, "must name a Way whose name is of small letters, with a `make`")
         if way.name in found or way.name in NAMES:
-            raise ConfigError(place, way.name, "is the name of another way, too; rename or uninstall one")
+            raise ConfigError(entry, way.name, "is the name of another way, too; rename or uninstall one")
         found[way.name] = way
     return found
 
 
 @dataclass(frozen=True)
-class Source:
+class ExpertSource:
     """The source of one MoE layer's experts: how the layer comes by them, and the number of the set if there are several."""
 
     way: Way
@@ -99,11 +100,11 @@ class Word:
     options: frozenset[str] = frozenset()
     balances_sets: bool = False
 
-    def set_of(self, place: int, count: int, num_sets: int, num_neighbours: int) -> int:
+    def set_of(self, position: int, count: int, num_sets: int, num_neighbours: int) -> int:
         """Returns the set of one of `count` layers that share."""
         if "num_neighbour_layers" in self.options:
-            return place // num_neighbours
-        return place * num_sets // count if "num_expert_sets" in self.options else 0
+            return position // num_neighbours
+        return position * num_sets // count if "num_expert_sets" in self.options else 0
 
 
 _BLOCKS = frozenset(("num_expert_sets", "untied_ends"))
@@ -163,7 +164,7 @@ def _allowed(plain: Mapping[str, Way]) -> str:
 
 def parse_sharing(
     text: str, num_layers: int, num_sets: int = 1, untied_ends: int = 0, num_neighbours: int = 2
-) -> tuple[Source, ...]:
+) -> tuple[ExpertSource, ...]:
     """Returns the source of each MoE layer.
 
     Args:
@@ -181,15 +182,15 @@ def parse_sharing(
         return _owned_where_alone(_parse_map(text, num_layers))
     middle = num_layers - 2 * untied_ends
     if not word.way.is_shared or middle <= 0:
-        return (Source(OWN),) * num_layers
+        return (ExpertSource(OWN),) * num_layers
     if "num_expert_sets" in word.options and num_sets > middle:
         raise ConfigError("--num-expert-sets", num_sets, f"must be at most the {middle} MoE layers that share")
-    ends = (Source(OWN),) * untied_ends
-    sets = (word.set_of(place, middle, num_sets, num_neighbours) for place in range(middle))
-    return _owned_where_alone((*ends, *(Source(word.way, number) for number in sets), *ends))
+    ends = (ExpertSource(OWN),) * untied_ends
+    sets = (word.set_of(position, middle, num_sets, num_neighbours) for position in range(middle))
+    return _owned_where_alone((*ends, *(ExpertSource(word.way, number) for number in sets), *ends))
 
 
-def written_map(sources: Sequence[Source]) -> str:
+def written_map(sources: Sequence[ExpertSource]) -> str:
     """Returns the value of --expert-sharing from which `parse_sharing` makes these sources, an entry for each layer."""
     used, numbers = {s.way for s in sources}, {s.number for s in sources if s.way.in_sets}
     if len(used) == 1 and not numbers:
@@ -205,7 +206,7 @@ def written_map(sources: Sequence[Source]) -> str:
     return ("scaled:" if SCALED in used else "") + _written(entries)
 
 
-def written_options(sources: Sequence[Source]) -> dict[str, str | None]:
+def written_options(sources: Sequence[ExpertSource]) -> dict[str, str | None]:
     """Returns --expert-layout and --expert-sharing of a MoE whose layers have these sources."""
     used = {source.way for source in sources}
     if used == {COMBINED}:
@@ -213,7 +214,7 @@ def written_options(sources: Sequence[Source]) -> dict[str, str | None]:
     return {"expert_layout": "moe", "expert_sharing": None if used == {OWN} else written_map(sources)}
 
 
-def _parse_map(text: str, num_layers: int) -> tuple[Source, ...]:
+def _parse_map(text: str, num_layers: int) -> tuple[ExpertSource, ...]:
     prefix, colon, listed = text.rpartition(":")
     known = {name: way for name, way in ways().items() if not way.in_sets}
     if colon and prefix.strip() not in (TIED.name, SCALED.name):
@@ -236,7 +237,7 @@ def _parse_map(text: str, num_layers: int) -> tuple[Source, ...]:
         advice = f"{prefix}{colon}{_written(nearest)}"
         raise ConfigError(FLAG, text, f"{wrong} {what}; the nearest legal map is {advice}")
     sets = _way_of_sets(prefix)
-    return tuple(Source(sets, int(e)) if e.isdigit() else Source(known[e]) for e in entries)
+    return tuple(ExpertSource(sets, int(e)) if e.isdigit() else ExpertSource(known[e]) for e in entries)
 
 
 def _nearest(entries: Sequence[str], num_layers: int) -> list[str]:
@@ -256,14 +257,17 @@ def _written(entries: Sequence[str]) -> str:
     return ",".join(entry if count == 1 else f"{entry}*{count}" for entry, count in runs)
 
 
-def renumbered(sources: Sequence[Source]) -> tuple[Source, ...]:
+def renumbered(sources: Sequence[ExpertSource]) -> tuple[ExpertSource, ...]:
     """Returns the same sources with sets numbered by first use; a tied set that one layer uses is that layer's own."""
     sources = _owned_where_alone(tuple(sources))
     sets = list(dict.fromkeys(source for source in sources if source.way.in_sets))
-    return tuple(Source(s.way, sets.index(s)) if s in sets else s for s in sources)
+    return tuple(ExpertSource(s.way, sets.index(s)) if s in sets else s for s in sources)
 
 
-def _owned_where_alone(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-    """Returns the sources with layers that own their experts in place of those that are the only users of an unscaled set."""
+def _owned_where_alone(sources: tuple[ExpertSource, ...]) -> tuple[ExpertSource, ...]:
+    """Returns the sources with layers that own their experts instead of those that are the only users of an unscaled set."""
     users = Counter(sources)
-    return tuple(Source(OWN) if s.way.in_sets and not s.way.mixes and users[s] == 1 else s for s in sources)
+    return tuple(ExpertSource(OWN) if s.way.in_sets and not s.way.mixes and users[s] == 1 else s for s in sources)
+
+
+__getattr__ = names_moved(__name__, {"Source": ExpertSource})

@@ -18,7 +18,7 @@ def on_ranks_of(student: PretrainConfig, teacher: PretrainConfig, world_size: in
     """Returns the configuration in which a teacher runs with a student: its model, and of all else what a model that is
     not trained needs.
 
-    It is spread over the student's ranks. Its layers are spread evenly over as many virtual stages as the student has, whose
+    It is spread over the student's ranks. Its layers are spread evenly over the student's number of virtual stages, whose
     activations travel together. Its vocabulary is padded as the student's, so that ranks hold the same part of both.
 
     Raises:

@@ -20,7 +20,7 @@ class TrainingConfig:
     train_iters: int = option(100, range=AT_LEAST_ZERO)
     """Optimizer steps to train for."""
     train_samples: int | None = option(None, range=POSITIVE)
-    """Sequences to train for, in place of --train-iters, which follows from them. The rate then follows the samples."""
+    """Sequences to train for, instead of --train-iters, which follows from them. The rate then follows the samples."""
     rampup_batch_size: tuple[int, int, int] | None = option(
         None, range=POSITIVE, largest=LARGEST, needs=needs.TRAIN_SAMPLES
     )
@@ -35,7 +35,7 @@ class TrainingConfig:
     eval_iters: int = option(10, range=AT_LEAST_ZERO, largest=10_000_000)
     """Global batches of one evaluation; 0 for none."""
     full_validation: bool = option(False)
-    """Evaluate every sample of the validation and test data, whatever --eval-iters says, each dataset of a blend whole."""
+    """Evaluate every sample of the validation and test data, whatever --eval-iters says, all of each dataset of a blend."""
     skip_train: bool = option(False)
     """Evaluate the checkpoint in --load and stop."""
     seed: int = option(1234, range=AT_LEAST_ZERO, largest=2**32 - 1)
@@ -95,7 +95,7 @@ class OptimizerConfig:
     lr_warmup_samples: int = option(0, range=AT_LEAST_ZERO, needs=needs.TRAIN_SAMPLES)
     """Samples of linear warm-up."""
     lr_warmup_fraction: float | None = option(None, range=BY_RULES)
-    """Warm-up as a share of the decay steps or samples, in place of --lr-warmup-iters or --lr-warmup-samples."""
+    """Warm-up as a share of the decay steps or samples, instead of --lr-warmup-iters or --lr-warmup-samples."""
     weight_decay: float = option(0.1, range=AT_LEAST_ZERO)
     """Decoupled weight decay of matrices; biases, norms and coefficients of banks have none."""
     clip_grad: float = option(1.0, range=AT_LEAST_ZERO)

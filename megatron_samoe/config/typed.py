@@ -14,24 +14,24 @@ from megatron_samoe.errors import ConfigError, nearest
 T = TypeVar("T")
 
 
-def typed(kind: type[T], content: object, source: str, place: str = "") -> T:
+def typed(kind: type[T], content: object, source: str, parent: str = "") -> T:
     """Returns a dataclass from the mapping that a file holds.
 
-    A key is a field's name, with - or _; `from` stands for a field `from_`. A key without a value counts as missing.
+    A key is a field's name, with - or _; `from` is the key of a field `from_`. A key without a value counts as missing.
 
     Args:
         source: name of the file, for messages.
-        place: the key of the mapping itself, such as `sweep`.
+        parent: the key of the mapping itself, such as `sweep`.
 
     Raises:
         ConfigError: it is not a mapping, a key is unknown or missing, or a value has the wrong type.
     """
     if not isinstance(content, Mapping):
-        raise ConfigError(place or source, content, f"must be a mapping in {source}")
+        raise ConfigError(parent or source, content, f"must be a mapping in {source}")
     known = {f.name.rstrip("_"): f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     hints, values = _hints_of(kind), {}  # type: ignore[arg-type]
     for key, value in content.items():
-        name, at = str(key).replace("-", "_"), _under(place, key)
+        name, at = str(key).replace("-", "_"), _under(parent, key)
         if name not in known:
             raise ConfigError(at, value, f"unknown key in {source}.{nearest(name, known)}")
         if value is not None:
@@ -43,7 +43,7 @@ def typed(kind: type[T], content: object, source: str, place: str = "") -> T:
     }
     for name, is_there in needed.items():
         if not is_there:
-            raise ConfigError(_under(place, name), None, f"missing in {source}; needed are {', '.join(needed)}")
+            raise ConfigError(_under(parent, name), None, f"missing in {source}; needed are {', '.join(needed)}")
     return kind(**values)
 
 
@@ -53,8 +53,8 @@ def _hints_of(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _under(place: str, key: object) -> str:
-    return f"{place}.{key}" if place else str(key)
+def _under(parent: str, key: object) -> str:
+    return f"{parent}.{key}" if parent else str(key)
 
 
 def convert(value: Any, hint: Any, name: str, source: str) -> Any:
@@ -76,7 +76,7 @@ def convert(value: Any, hint: Any, name: str, source: str) -> Any:
         allowed = ", ".join(map(repr, parts))
         raise ConfigError(name, value, f"must be one of {allowed} (in {source}).{nearest(str(value), parts)}")
     if origin is tuple and dataclasses.is_dataclass(parts[0]) and isinstance(value, list):
-        return tuple(convert(item, parts[0], f"{name}.{place}", source) for place, item in enumerate(value, 1))
+        return tuple(convert(item, parts[0], f"{name}.{index}", source) for index, item in enumerate(value, 1))
     if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
         inner = {str(key): {} if part is None else part for key, part in value.items()}
         return {key: convert(part, parts[1], f"{name}.{key}", source) for key, part in inner.items()}

@@ -1,6 +1,6 @@
 """The check of a full configuration, which reports all errors at once.
 
-Single options are held to their facts (`option.py`), several together to the tables of `config/rules`: `layout.py` refuses
+Single options are held to their facts (`option.py`), several together to the rules of `config/rules`: `layout.py` refuses
 layouts, `model.py` and `moe.py` models, and `run.py` anything else of a run.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import replace
 from megatron_samoe.config.derived import with_train_iters
 from megatron_samoe.config.option import LARGEST, Value, all_options, flag
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.rules import Table, layout, model, moe, run
+from megatron_samoe.config.rules import FromConfig, Table, layout, model, moe, run
 from megatron_samoe.errors import ConfigError, ConfigErrors
 
 TABLES: tuple[Table, ...] = (*model.TABLES, *moe.TABLES, *layout.TABLES, *run.TABLES)
@@ -36,15 +36,17 @@ def validate(config: PretrainConfig, world_size: int) -> None:
 
 
 def _broken(table: Table, config: PretrainConfig, world_size: int) -> list[ConfigError]:
-    """Returns what a table refuses: of each option the first row that holds, or what its reading of a text raises."""
+    """Returns what a table refuses: of each option the first rule that is broken, or what its reading of a text raises."""
     found: dict[str, ConfigError] = {}
     if table.needs is not None and not table.needs.is_met(config):
         return []
     try:
-        for option, is_refused, allowed, *value in table.rows(config, world_size):
-            if is_refused and option not in found:
-                shown = value[0] if value else next(v for _, name, v, *_ in all_options(config) if name == option)
-                found[option] = ConfigError(flag(option), shown, allowed)
+        for rule in table.rules(config, world_size):
+            if rule.is_broken and rule.option not in found:
+                value = rule.value
+                if value is FromConfig:
+                    value = next(v for _, name, v, *_ in all_options(config) if name == rule.option)
+                found[rule.option] = ConfigError(flag(rule.option), value, rule.allowed)
     except ConfigError as error:
         return [*found.values(), error]
     return list(found.values())

@@ -18,12 +18,12 @@ from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.derived import experts_per_layer, flag
 from megatron_samoe.config.option import LARGEST
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source, written_options
+from megatron_samoe.config.sharing_map import ExpertSource, written_options
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.config.validate import refuse_wrong_numbers, validate, without_idle_options
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.models.layer_layout import LayerPlace, all_layers
+from megatron_samoe.models.layer_layout import LayerSpec, all_layers
 
 #: Names of one expert's tensors, in the order of reading that lets a bank be read once for all layers.
 EXPERT_WEIGHTS = ("w1", "b1", "w2", "b2")
@@ -87,7 +87,7 @@ class ReadOnce:
         return self._latest[1]
 
 
-def with_sharing(config: PretrainConfig, sources: Sequence[Source]) -> PretrainConfig:
+def with_sharing(config: PretrainConfig, sources: Sequence[ExpertSource]) -> PretrainConfig:
     """Returns the configuration of a model whose MoE layers have other sources of experts, without options that then have
     no effect.
 
@@ -164,7 +164,7 @@ def model_names(source: GlobalTensors) -> list[str]:
     return [name for name in source.tensors if not name.startswith(NOT_MODEL)]
 
 
-def moe_layers(config: PretrainConfig) -> list[LayerPlace]:
+def moe_layers(config: PretrainConfig) -> list[LayerSpec]:
     """Returns the layers that have experts, in order."""
     return [place for place in all_layers(config) if place.moe_index is not None]
 

@@ -7,7 +7,7 @@ standard MoE that it equals.
 from __future__ import annotations
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import OWN, Source
+from megatron_samoe.config.sharing_map import OWN, ExpertSource
 from megatron_samoe.convert.edited_model import EditedModel, require, source_config, with_sharing
 from megatron_samoe.convert.layer_experts import LayerExperts, source_of, stored_experts
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
@@ -22,7 +22,7 @@ def fold_shared(source: GlobalTensors) -> EditedModel:
     config = source_config(source)
     require(config.moe.shares_experts, config, "experts that layers share", "fold")
     experts = LayerExperts(source)
-    own = [Source(OWN)] * len(experts.layers)
+    own = [ExpertSource(OWN)] * len(experts.layers)
     edited = experts.reshared(with_sharing(config, own), own, lambda place, kind: experts.read(place, kind)[None])
     edited.report.append(_folded(config, experts))
     return edited

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import ExpertSource
 from megatron_samoe.convert.edited_model import (
     EXPERT_WEIGHTS,
     SHARED,
@@ -22,23 +22,23 @@ from megatron_samoe.convert.edited_model import (
     source_config,
 )
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
-from megatron_samoe.models.layer_layout import LayerPlace
+from megatron_samoe.models.layer_layout import LayerSpec
 from megatron_samoe.models.mlp import activation_of
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT, normalize_coefficients
 from megatron_samoe.moe.sharing.combined import combine
 from megatron_samoe.ops.grouped_mlp import ExpertWeights
 
 #: Gives the tensors [P, E, ...] of a kind from which a layer's weights come.
-Whole = Callable[[LayerPlace, str], Tensor]
+Whole = Callable[[LayerSpec, str], Tensor]
 
 
-def source_of(place: LayerPlace) -> Source:
+def source_of(place: LayerSpec) -> ExpertSource:
     """Returns where an MoE layer's experts come from."""
     assert place.source is not None
     return place.source
 
 
-def stored_experts(place: LayerPlace) -> str:
+def stored_experts(place: LayerSpec) -> str:
     """Returns what the names of the tensors begin with that an MoE layer's experts come from."""
     return source_of(place).stored(place.index)
 
@@ -61,12 +61,12 @@ class LayerExperts:
         self._source, self._read_once = source, ReadOnce(source)
         self.kinds = [k for k in EXPERT_WEIGHTS if k[0] == "w" or not self.config.model.disable_bias_linear]
 
-    def shape(self, place: LayerPlace, kind: str) -> tuple[int, ...]:
+    def shape(self, place: LayerSpec, kind: str) -> tuple[int, ...]:
         """Returns the shape [E, ...] of a layer's weights."""
         shape = self._source.tensors[stored_experts(place) + kind].shape
         return shape[1:] if source_of(place).way.is_shared else shape
 
-    def read(self, place: LayerPlace, kind: str) -> Tensor:
+    def read(self, place: LayerSpec, kind: str) -> Tensor:
         """Returns a layer's weights [E, ...], as training makes them; not to be changed."""
         stored, way = self._read_once(stored_experts(place) + kind), source_of(place).way
         if not way.is_shared:
@@ -77,21 +77,21 @@ class LayerExperts:
         out = stored.new_empty((1, *stored.shape[1:]), dtype=self.dtype)
         return combine(a_GP[None].to(stored.dtype), stored, out)[0]
 
-    def weights(self, place: LayerPlace) -> ExpertWeights:
+    def weights(self, place: LayerSpec) -> ExpertWeights:
         """Returns all of a layer's weights in fp32."""
         return ExpertWeights(**{kind: self.read(place, kind).float() for kind in self.kinds})
 
-    def coefficients(self, place: LayerPlace) -> Tensor:
+    def coefficients(self, place: LayerSpec) -> Tensor:
         """Returns a layer's weights of banks [2, G, P], or its factors on its set [2, 1, 1], normalised as the model does."""
         raw, moe = self._source.read(f"layers.{place.index}.moe.combination"), self.config.moe
         return normalize_coefficients(raw, moe.samoe_normalization if source_of(place).way.combines else "none")
 
-    def whole(self, place: LayerPlace, kind: str) -> Tensor:
+    def whole(self, place: LayerSpec, kind: str) -> Tensor:
         """Returns what a layer's weights come from, [P, E, ...], where a set or the layer's own are one bank; not to be changed."""
         stored = self._read_once(stored_experts(place) + kind)
         return stored if source_of(place).way.is_shared else stored[None]
 
-    def reshared(self, config: PretrainConfig, sources: Sequence[Source], whole: Whole) -> EditedModel:
+    def reshared(self, config: PretrainConfig, sources: Sequence[ExpertSource], whole: Whole) -> EditedModel:
         """Returns the model whose layers have other sources of experts, as yet without coefficients of what they mix.
 
         Args:
@@ -109,7 +109,7 @@ class LayerExperts:
         return edited
 
     def add_to(
-        self, edited: EditedModel, layers: Sequence[tuple[LayerPlace, Source, int]], whole: Whole | None = None
+        self, edited: EditedModel, layers: Sequence[tuple[LayerSpec, ExpertSource, int]], whole: Whole | None = None
     ) -> None:
         """Adds experts to a new model.
 

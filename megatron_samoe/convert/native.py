@@ -13,7 +13,7 @@ from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import ExpertSource
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor, name_of
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.models.layer_layout import all_layers
@@ -51,7 +51,7 @@ class NativeModel:
         return tuple(place.moe_index is not None for place in all_layers(self.config))
 
     @cached_property
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[ExpertSource, ...]:
         """Where each MoE layer's experts come from."""
         return tuple(place.source for place in all_layers(self.config) if place.source is not None)
 

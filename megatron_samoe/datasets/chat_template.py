@@ -116,11 +116,11 @@ class _Renderer:
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._process = self._started()
-            asked, told = self._process.stdin, self._process.stdout
-            assert asked is not None and told is not None
+            requests, replies = self._process.stdin, self._process.stdout
+            assert requests is not None and replies is not None
             with contextlib.suppress(OSError):  # it has ended
-                print(json.dumps({**request, "seconds": RENDER_S}), file=asked, flush=True)
-                line = told.readline()
+                print(json.dumps({**request, "seconds": RENDER_S}), file=requests, flush=True)
+                line = replies.readline()
             if not line:
                 self._process.communicate()
                 return {

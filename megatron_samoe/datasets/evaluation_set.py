@@ -36,12 +36,13 @@ class EvaluationSet:
         return self.padded_samples
 
     def get_batch(self, indices: Sequence[int]) -> Sample:
-        """Returns the samples stacked as the dataset does, with "dataset_ids" (int64 [B]) where there are several."""
+        """Returns samples, stacked to [B, S]; an index past the last gives the last, with a loss mask of zeros. Of several
+        datasets also "dataset_ids", int64 [B]."""
         last = self.num_samples - 1
         batch = dict(self.dataset.get_batch([min(index, last) for index in indices]))
-        fills = torch.tensor([index > last for index in indices])
-        if fills.any():
-            batch["loss_mask"] = batch["loss_mask"].masked_fill(fills[:, None], 0.0)
+        is_padding_B = torch.tensor([index > last for index in indices])
+        if is_padding_B.any():
+            batch["loss_mask"] = batch["loss_mask"].masked_fill(is_padding_B[:, None], 0.0)
         if self.names:
             assert isinstance(self.dataset, BlendedDataset)
             batch["dataset_ids"] = torch.tensor([self.dataset.locate(min(index, last))[0] for index in indices])

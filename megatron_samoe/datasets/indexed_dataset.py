@@ -208,7 +208,7 @@ class IndexedDatasetBuilder:
         self._boundaries.append(len(self._lengths))
 
     def add_index(self, path_prefix: str) -> None:
-        """Appends a whole dataset of the same dtype."""
+        """Appends all documents of a dataset of the same dtype."""
         other = IndexedDataset(path_prefix)
         if other.dtype != self.dtype:
             raise DataError(f"{path_prefix} stores {other.dtype} tokens and cannot be joined to {self.dtype} ones.")

@@ -48,7 +48,7 @@ def write_parts(
     writer = _Writer(directory)
     try:
         dcp.save(
-            {},
+            {},  # the planner brings the tensors
             storage_writer=writer,
             planner=_Planner(state, objects),
             process_group=parallel.world.handle,

@@ -24,7 +24,7 @@ DEFAULT_BUCKET_SIZE = 40_000_000
 
 def _keep_gradient(arrived: weakref.WeakMethod[Callable[[str], None]], name: str, parameter: Tensor) -> None:
     """Adds a parameter's gradient to its buffer; autograd calls this once per backward pass, when the gradient is
-    whole.
+    complete.
 
     A parameter must not hold its buffer. It would keep the group and gloo's threads until the interpreter ends, and a
     thread that then wants the interpreter's lock aborts the process.
@@ -39,10 +39,10 @@ def _keep_gradient(arrived: weakref.WeakMethod[Callable[[str], None]], name: str
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of one parameter that this rank updates: its whole shard, or a slice of it.
+    """The part of one parameter that this rank updates: its full shard, or a slice of it.
 
     Attributes:
-        slice: the elements of the shard; None for the whole shard, in its shape.
+        slice: the elements of the shard; None for the full shard, in its shape.
         weight, grad: the elements, as views.
         counts: whether this rank counts the elements in norms and writes them to checkpoints.
     """
@@ -108,7 +108,7 @@ class GradBuffer:
         self._arrivals = dict.fromkeys(self.parameters, 0)
 
     def _arrived(self, name: str) -> None:
-        """Counts a parameter's whole gradient, and starts the reduction when the last is there."""
+        """Counts a parameter's complete gradient, and starts the reduction when the last is there."""
         if not self._starts_early:
             return
         self._arrivals[name] += 1

@@ -65,7 +65,7 @@ _RESULTS: dict[str, Column] = {
 
 
 def glance_table(groups: Groups) -> Table:
-    """Returns loss and size of every model, the best first."""
+    """Returns the report's first table: loss and size of every model, the best first."""
     ranked = sorted(groups, key=lambda group: group.loss.mean)
     columns: dict[str, Column] = {
         "model": lambda group: group.name,

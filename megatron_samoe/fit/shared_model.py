@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import ExpertSource
 from megatron_samoe.convert.edited_model import EditedModel, add_fractions, begin_edit, source_config
 from megatron_samoe.convert.layer_experts import LayerExperts, is_experts, stored_experts
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.fit.bank_fit import BankFit
 from megatron_samoe.fit.numbering import Numbering
-from megatron_samoe.models.layer_layout import LayerPlace
+from megatron_samoe.models.layer_layout import LayerSpec
 from megatron_samoe.moe.router import Router
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
 
@@ -30,12 +30,12 @@ class SharedGroup:
         num_banks: that they mix; a set is one.
     """
 
-    source: Source
+    source: ExpertSource
     layers: Sequence[int]
     num_banks: int = 1
 
 
-def shared_groups(sources: Sequence[Source], num_banks: int) -> list[SharedGroup]:
+def shared_groups(sources: Sequence[ExpertSource], num_banks: int) -> list[SharedGroup]:
     """Returns the layers that share, by what they share, in the order of first use.
 
     Args:
@@ -108,7 +108,7 @@ class FittedGroup:
 
 
 def shared_model(
-    source: GlobalTensors, config: PretrainConfig, sources: Sequence[Source], fitted: Sequence[FittedGroup]
+    source: GlobalTensors, config: PretrainConfig, sources: Sequence[ExpertSource], fitted: Sequence[FittedGroup]
 ) -> EditedModel:
     """Returns a MoE whose layers share banks and sets that replace their experts.
 
@@ -120,7 +120,7 @@ def shared_model(
     experts = LayerExperts(source)
     of_layer = {experts.layers[index].index: one for one in fitted for index in one.group.layers}
 
-    def whole(place: LayerPlace, kind: str) -> Tensor:
+    def whole(place: LayerSpec, kind: str) -> Tensor:
         found = of_layer.get(place.index)
         return experts.whole(place, kind) if found is None else found.bank(experts, kind)
 
@@ -132,7 +132,7 @@ def shared_model(
     return edited
 
 
-def _mixed(mixture_PGL: Tensor, experts: LayerExperts, places: Sequence[LayerPlace], kind: str) -> Tensor:
+def _mixed(mixture_PGL: Tensor, experts: LayerExperts, places: Sequence[LayerSpec], kind: str) -> Tensor:
     """Returns mixtures of layers' experts, which are read one after the other."""
     bank_PE = torch.zeros(len(mixture_PGL), *experts.shape(places[0], kind))
     for number, place in enumerate(places):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.inference.serving import WEIGHT_BYTES, Precision, Serving
-from megatron_samoe.models.layer_layout import LayerPlace
+from megatron_samoe.models.layer_layout import LayerSpec
 from megatron_samoe.planning.accounting import count_parameters
-from megatron_samoe.planning.description import whole_model
+from megatron_samoe.planning.description import unsharded_model
 
 
 def expected_distinct_experts(num_experts: int, topk: float, num_tokens: int) -> float:
@@ -20,9 +20,9 @@ def expected_distinct_experts(num_experts: int, topk: float, num_tokens: int) ->
     return num_experts * (1.0 - (1.0 - topk / num_experts) ** num_tokens)
 
 
-def _layers_of_one_set(places: Iterable[LayerPlace]) -> Iterator[list[LayerPlace]]:
+def _layers_of_one_set(places: Iterable[LayerSpec]) -> Iterator[list[LayerSpec]]:
     """Yields the MoE layers, those together that follow each other directly and use one set."""
-    run: list[LayerPlace] = []
+    run: list[LayerSpec] = []
     for place in (place for place in places if place.source is not None):
         assert place.source is not None
         shares = place.source.way.in_sets and run and run[-1].source == place.source
@@ -66,7 +66,7 @@ def step_bytes(
         distinct: experts hit per MoE layer, as counted; `expected_distinct_experts` if not given.
     """
     model, moe, width = config.model, config.moe, WEIGHT_BYTES[dtype]
-    whole = whole_model(config, vocab_size)
+    whole = unsharded_model(config, vocab_size)
     count, expert_bytes, routers = count_parameters(config, vocab_size), 0.0, 0
     for run in _layers_of_one_set(whole.layers()):
         layer, num_experts = whole.description.layer(run[0]).moe, run[0].num_experts

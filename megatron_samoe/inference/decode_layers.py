@@ -215,7 +215,7 @@ class _Pool:
     """Banks that layers share, one set, or a layer's own experts."""
 
     def __init__(self, banks: Banks, dtype: Precision):
-        self._banks = banks.whole()  # [P, E, ...]
+        self._banks = banks.unsharded()  # [P, E, ...]
         self._num_banks, self._num_experts = self._banks.w1.shape[:2]
         self._activation, self._dtype = banks.activation, dtype
 

@@ -14,7 +14,7 @@ import torch
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError, in_units
-from megatron_samoe.models.layer_layout import LayerPlace, all_layers
+from megatron_samoe.models.layer_layout import LayerSpec, all_layers
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.moe.scores import score_of
 from megatron_samoe.moe.sharing.selected import one_bank
@@ -85,7 +85,7 @@ def default_cache_experts(config: PretrainConfig) -> int:
     return sum(min(place.num_experts, of_two) for place in combined_layers(config))
 
 
-def combined_layers(config: PretrainConfig) -> list[LayerPlace]:
+def combined_layers(config: PretrainConfig) -> list[LayerSpec]:
     """Returns the layers that combine a pool of banks."""
     return [place for place in all_layers(config) if place.source is not None and place.source.way.combines]
 

@@ -60,7 +60,7 @@ class AttentionCore(nn.Module):
         if config.softmax_type == "learnable":
             tag, wide = ParameterTag(ShardSpec(partition=((0, "tp"),))), torch.promote_types(dtype, torch.float32)
             self.sinks = new_parameter((config.num_attention_heads,), tag, state, wide)
-        # Scores that are dropped are drawn again with the whole core.
+        # Scores that are dropped are drawn again with all of the core.
         self.recompute_core = recompute_core or (config.attention_dropout > 0 and needs_scores(self.rule()))
 
     def rule(self, device: torch.device | None = None) -> ScoreRule:
@@ -115,7 +115,7 @@ class AttentionCore(nn.Module):
         context: ForwardContext,
         rule: ScoreRule,
     ) -> Tensor:
-        """Returns y_BSAD of whole sequences."""
+        """Returns y_BSAD of complete sequences."""
         dropout = self.config.attention_dropout if context.training else 0.0
         query, key, value = (t.transpose(1, 2) for t in (q_BSAD, k_BSGD, v_BSGD))
         documents, mask = inputs.documents, inputs.mask_B1SS

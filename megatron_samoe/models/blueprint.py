@@ -13,7 +13,7 @@ from torch import nn
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.models.latent_attention import configured_attention
-from megatron_samoe.models.layer_layout import LayerPlace, all_layers, moe_layers_of
+from megatron_samoe.models.layer_layout import LayerSpec, all_layers, moe_layers_of
 from megatron_samoe.models.mlp import activation_of
 from megatron_samoe.moe.balance import AuxiliaryLosses, BalanceStrategy
 from megatron_samoe.moe.branch_scale import branch_scale
@@ -85,14 +85,14 @@ class Blueprint:
     @cached_property
     def expert_shapes(self) -> tuple[ExpertShape, ...]:
         """Shapes of the experts of all MoE layers of the model."""
-        return tuple(expert_shape(self.config, place) for place in all_layers(self.config) if place.num_experts)
+        return tuple(expert_shape(self.config, spec) for spec in all_layers(self.config) if spec.num_experts)
 
     @cached_property
     def sharing_context(self) -> SharingContext:
         """The context that ways of sharing are made from."""
         pp = self.config.parallel.pipeline_model_parallel_size
         layers_of_stage = tuple(moe_layers_of(self.config, stage) for stage in range(pp))
-        sources = tuple(place.source for place in all_layers(self.config) if place.source is not None)
+        sources = tuple(spec.source for spec in all_layers(self.config) if spec.source is not None)
         return SharingContext(self.config.moe, sources, self.expert_shapes, layers_of_stage, self.state, self.dtype)
 
     @cached_property
@@ -117,15 +117,15 @@ class Blueprint:
         return StatisticsLayout({"counts": experts, **self.parts.router.statistics, **balance.statistics})
 
 
-def expert_shape(config: PretrainConfig, place: LayerPlace) -> ExpertShape:
+def expert_shape(config: PretrainConfig, spec: LayerSpec) -> ExpertShape:
     """Returns the global sizes of one MoE layer's routed experts, and the spread of their initial weights."""
     model = config.model
     return ExpertShape(
-        place.num_experts,
+        spec.num_experts,
         model.hidden_size,
         config.expert_ffn_size,
         activation_of(model),
         bias=not model.disable_bias_linear,
         init_std=model.init_method_std,
-        output_init_std=model.output_init_std * branch_scale(config, place.num_experts).routed,
+        output_init_std=model.output_init_std * branch_scale(config, spec.num_experts).routed,
     )

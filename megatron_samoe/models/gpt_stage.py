@@ -70,7 +70,7 @@ class Embedding(nn.Module):
 class GPTStage(nn.Module):
     """Consecutive layers, with the embedding before the first and the head after the last.
 
-    Layers are named by their index in the whole model, so that parameter names do not depend on the layout.
+    Layers are named by their index in the full model, so that parameter names do not depend on the layout.
     """
 
     layers: Any  # torch's containers forget what they hold
@@ -84,7 +84,7 @@ class GPTStage(nn.Module):
         tied = not config.model.untie_embeddings_and_output_weights
         if self.is_first or (self.is_last and tied):
             self.embedding = Embedding(blueprint, words_only=not self.is_first)
-        self.layers = nn.ModuleDict({str(place.index): TransformerLayer(blueprint, place) for place in plan.layers})
+        self.layers = nn.ModuleDict({str(spec.index): TransformerLayer(blueprint, spec) for spec in plan.layers})
         if self.is_last:
             self.final_norm = Norm(config.model, config.model.hidden_size, state, blueprint.dtype)
             if not tied:
@@ -104,8 +104,8 @@ class GPTStage(nn.Module):
             x: tokens_BS for the first stage, x_TH for others; with context parallelism, as all that has a value for each
                 token, this rank's part of sequences (`TokenShare`). While training, rows with the loads of shared sets follow
                 where loads are balanced over a set's layers (`set_loads`).
-            positions_BS: position of each token; those in whole sequences if not given.
-            document_ids_BS: of whole sequences, on the host; where given, no token attends to another document.
+            positions_BS: position of each token; those in complete sequences if not given.
+            document_ids_BS: of complete sequences, on the host; where given, no token attends to another document.
 
         Returns:
             logits [T, this rank's part of the padded vocabulary] on the last stage, -inf for padding, or, where the context
@@ -120,8 +120,8 @@ class GPTStage(nn.Module):
         if positions_BS is None:
             parts = self.state.tp.size if self.state.sequence_parallel and not self.is_first else 1
             tokens = x.numel() if self.is_first else x.shape[0] * parts
-            whole = torch.arange(tokens // batch * self.state.cp.size, device=x.device)
-            positions_BS = self.state.token_share.of_sequences(whole[None]).expand(batch, -1)
+            positions = torch.arange(tokens // batch * self.state.cp.size, device=x.device)
+            positions_BS = self.state.token_share.of_sequences(positions[None]).expand(batch, -1)
         if self.is_first:
             x = self.embedding(x, positions_BS, context)
             loads_BC = None if set_loads is None else set_loads.zeros(batch, x)
@@ -131,11 +131,10 @@ class GPTStage(nn.Module):
             documents=None if document_ids_BS is None else Documents(document_ids_BS, x.device),
         )
         all_stats = []
+        recomputed = recomputed_layers(self.config) if context.training else 0
         for number, layer in enumerate(self.layers.values()):
             arguments = (x, inputs, context, lender, loads_BC)
-            x, stats, loads_BC = (
-                recompute(layer, *arguments) if self._recomputes(number, context) else layer(*arguments)
-            )
+            x, stats, loads_BC = recompute(layer, *arguments) if number < recomputed else layer(*arguments)
             if stats is not None:
                 all_stats.append(stats)
         if set_loads is not None and loads_BC is not None:
@@ -143,7 +142,9 @@ class GPTStage(nn.Module):
         if not self.is_last:
             return x, all_stats
         normed_TH = self._normed(x)
-        return (normed_TH if context.fuses_loss else self._logits(normed_TH)), all_stats
+        if context.fuses_loss:
+            return normed_TH, all_stats
+        return self._head().logits(normed_TH, self.config.model.final_logit_softcapping), all_stats
 
     def loss(self, y: Tensor, labels_BS: Tensor, fuses_loss: bool = False) -> Tensor:
         """Returns loss_T, the cross-entropy of each token's label, from what `forward` returned.
@@ -170,12 +171,6 @@ class GPTStage(nn.Module):
     def _normed(self, x_TH: Tensor) -> Tensor:
         scaling, normed_TH = self.config.model.logits_scaling, self.final_norm(x_TH)
         return normed_TH if scaling == 1.0 else normed_TH / scaling  # fewer numbers than logits
-
-    def _logits(self, normed_TH: Tensor) -> Tensor:
-        return self._head().logits(normed_TH, self.config.model.final_logit_softcapping)
-
-    def _recomputes(self, number: int, context: ForwardContext) -> bool:
-        return context.training and number < recomputed_layers(self.config)
 
     def head_width(self) -> int:
         """Returns the columns of this rank's logits."""

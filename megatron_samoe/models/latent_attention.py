@@ -30,7 +30,7 @@ def configured_attention(
 
 
 class LatentAttention(AttentionCore):
-    """Projections down to latents act on each token separately, and every tensor-parallel rank has them whole. Projections up to
+    """Projections down to latents act on each token separately, and every tensor-parallel rank has all of them. Projections up to
     heads and from heads to the output are split over the ranks.
     """
 

@@ -14,11 +14,12 @@ from megatron_samoe.config.derived import (
 )
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import ExpertSource
+from megatron_samoe.moved import names_moved
 
 
 @dataclass(frozen=True)
-class LayerPlace:
+class LayerSpec:
     """The position of one transformer layer in the model, and its kind.
 
     Attributes:
@@ -32,7 +33,7 @@ class LayerPlace:
     index: int
     moe_index: int | None = None
     num_experts: int = 0
-    source: Source | None = None
+    source: ExpertSource | None = None
     window: int | None = None
 
 
@@ -40,21 +41,21 @@ class LayerPlace:
 class StagePlan:
     """The layers and ends that one (virtual) pipeline stage holds; it may hold no layer."""
 
-    layers: tuple[LayerPlace, ...]
+    layers: tuple[LayerSpec, ...]
     has_embedding: bool
     has_head: bool
 
 
-def all_layers(config: PretrainConfig) -> tuple[LayerPlace, ...]:
-    """Returns the layers of the whole model in order."""
+def all_layers(config: PretrainConfig) -> tuple[LayerSpec, ...]:
+    """Returns the layers of the full model in order."""
     num_layers = config.model.num_layers
     windows = [config.model.window_of(i) for i in range(num_layers)]
     if config.moe.expert_layout == "dense":
-        return tuple(LayerPlace(i, window=windows[i]) for i in range(num_layers))
+        return tuple(LayerSpec(i, window=windows[i]) for i in range(num_layers))
     is_moe = parse_moe_layer_freq(config.moe.moe_layer_freq, num_layers)
     moe_layers = zip(itertools.count(), experts_per_layer(config.moe, sum(is_moe)), sharing_map(config), strict=False)
     return tuple(
-        LayerPlace(i, *next(moe_layers), window=windows[i]) if moe else LayerPlace(i, window=windows[i])
+        LayerSpec(i, *next(moe_layers), window=windows[i]) if moe else LayerSpec(i, window=windows[i])
         for i, moe in enumerate(is_moe)
     )
 
@@ -65,10 +66,10 @@ def stage_plans(config: PretrainConfig) -> tuple[StagePlan, ...]:
     Virtual stage v is chunk v // pp of pipeline rank v % pp.
     """
     counts = layers_per_stage(config.parallel, config.model.num_layers)
-    places = all_layers(config)
+    specs = all_layers(config)
     plans, start = [], 0
     for stage, count in enumerate(counts):
-        layers = places[start : start + count]
+        layers = specs[start : start + count]
         plans.append(StagePlan(layers, has_embedding=stage == 0, has_head=stage == len(counts) - 1))
         start += count
     return tuple(plans)
@@ -91,3 +92,6 @@ def moe_layers_of(config: PretrainConfig, pipeline_rank: int) -> tuple[int, ...]
     """Returns the indices, among MoE layers, of the layers that one pipeline rank holds."""
     layers = [layer for plan in rank_plans(config, pipeline_rank) for layer in plan.layers]
     return tuple(layer.moe_index for layer in layers if layer.moe_index is not None)
+
+
+__getattr__ = names_moved(__name__, {"LayerPlace": LayerSpec})

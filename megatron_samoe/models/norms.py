@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm over the last dim, whole on a rank or split over ranks."""
+"""LayerNorm and RMSNorm over the last dim, on one rank or split over ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_samoe.tensor_parallel.mappings import sum_over_tensor_parallel_reg
 
 
 class Norm(nn.Module):
-    """The configured normalisation, with whole weights on every tensor-parallel rank.
+    """The configured normalisation, with all weights on every tensor-parallel rank.
 
     Args:
         split_input: whether tensor-parallel ranks normalise different vectors (heads), so that each has only a part of
@@ -43,7 +43,7 @@ class SplitNorm(nn.Module):
     """RMSNorm over vectors whose channels are split over tensor-parallel ranks, as its weights are.
 
     Args:
-        size: of the whole vector.
+        size: of the full vector.
     """
 
     bias = None
@@ -54,7 +54,7 @@ class SplitNorm(nn.Module):
         self.weight = new_parameter((size,), ParameterTag(ShardSpec(partition=((0, "tp"),)), ONES), state, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns x [..., size / tp] over the root mean square of the whole vector."""
+        """Returns x [..., size / tp] over the root mean square of the full vector."""
         if self.group.size == 1:
             return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import ExpertSource
 from megatron_samoe.models.blueprint import Blueprint, ModelParts
 from megatron_samoe.models.gpt_stage import GPTStage
 from megatron_samoe.models.initialize import initialize_parameters
@@ -60,10 +60,10 @@ class RankModel(nn.Module):
         self.config, self.state, self.vocab_size, self.dtype = config, state, vocab_size, dtype
         self.parts = parts or ModelParts()
         blueprint = Blueprint(config, vocab_size, state, dtype, self.parts)
-        #: Routed experts of each MoE layer of the whole model.
+        #: Routed experts of each MoE layer of the full model.
         self.num_experts = tuple(shape.num_experts for shape in blueprint.expert_shapes)
         self.statistics, self.set_loads = blueprint.statistics, blueprint.set_loads
-        #: Where the experts of each MoE layer of the whole model come from.
+        #: Where the experts of each MoE layer of the full model come from.
         self.sources = blueprint.sharing_context.sources
         self.chunks = nn.ModuleList(GPTStage(blueprint, plan) for plan in rank_plans(config, state.pp.rank))
         self.expert_pool = blueprint.sharing.shared_part()
@@ -93,7 +93,7 @@ class RankModel(nn.Module):
 
     @property
     def num_moe_layers(self) -> int:
-        """MoE layers of the whole model."""
+        """MoE layers of the full model."""
         return len(self.num_experts)
 
     def moe_layers(self) -> list[TransformerLayer]:
@@ -117,13 +117,13 @@ class RankModel(nn.Module):
         self.lender.finish_step()
 
     def balanced_counts(self, counts_LE: Tensor) -> list[Tensor]:
-        """Returns for each MoE layer of the whole model the mean loads to balance: the layer's own, or its set's over
+        """Returns for each MoE layer of the full model the mean loads to balance: the layer's own, or its set's over
         all layers that use it.
         """
         own = [counts_E[:n] for counts_E, n in zip(counts_LE, self.num_experts, strict=True)]
         if self.set_loads is None:
             return own
-        sums: dict[Source, Tensor] = {}
+        sums: dict[ExpertSource, Tensor] = {}
         for source, counts_E in zip(self.sources, own, strict=True):
             sums[source] = sums[source] + counts_E if source in sums else counts_E
         columns = self.set_loads.columns
@@ -139,7 +139,7 @@ class RankModel(nn.Module):
         Args:
             iteration: number of steps done, including this one.
             num_tokens: of the batch.
-            counts_LE: tokens that chose each expert, of all MoE layers of the whole model, on the model's device.
+            counts_LE: tokens that chose each expert, of all MoE layers of the full model, on the model's device.
             votes_LE: what the lock of a pool finds owners by; see `CandidateSchedule.update`.
 
         Returns:

@@ -39,7 +39,7 @@ def scaled_frequencies(config: ModelConfig, device: torch.device | None = None) 
 
 
 def _llama3(config: ModelConfig, plain: Tensor) -> Tensor:
-    """Stretches angles by how often they turn over the trained length: few times whole, many times not at all."""
+    """Stretches angles by how often they turn over the trained length: few times in full, many times not at all."""
     assert config.rope_original_max_positions is not None
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     turns = config.rope_original_max_positions * plain / (2 * math.pi)

@@ -112,7 +112,7 @@ class AllToAllDispatcher:
         ]
         # Experts in the order of their parts, each part's by rank: then a part's rows lie together.
         experts_We = torch.arange(num_experts).view(group.size, -1)
-        self._place_E = invert_index(torch.cat([experts_We[:, part].flatten() for part in self._local_experts]))
+        self._position_E = invert_index(torch.cat([experts_We[:, part].flatten() for part in self._local_experts]))
 
     def dispatch(self, x_TH: Tensor, ids_TK: Tensor) -> Trip:
         """Sorts tokens by the experts they chose, asks the other ranks what will come, and lets the tokens go as far as they
@@ -131,13 +131,13 @@ class AllToAllDispatcher:
 
     def _start(self, x_TH: Tensor, ids_TK: Tensor) -> Trip:
         """Starts sending all parts."""
-        if self._place_E.device != ids_TK.device:
-            self._place_E = self._place_E.to(ids_TK.device)
-        place_E = self._place_E
+        if self._position_E.device != ids_TK.device:
+            self._position_E = self._position_E.to(ids_TK.device)
+        position_E = self._position_E
         if len(self._local_experts) > 1:
-            ids_TK = torch.where(ids_TK < 0, ids_TK, place_E[ids_TK.clamp(min=0)])
+            ids_TK = torch.where(ids_TK < 0, ids_TK, position_E[ids_TK.clamp(min=0)])
         permutation = make_permutation(ids_TK, self.num_experts)
-        receive_We, copy = self._exchange_counts(permutation.counts_E[place_E])
+        receive_We, copy = self._exchange_counts(permutation.counts_E[position_E])
         table = self.awaited(copy)
         rows_e = receive_We.sum(0)
         routes, rows_per_expert = [], []

@@ -66,7 +66,7 @@ def balance_sum(gate: GateResult, topk: int, group_size: int, dp: Group) -> Tens
     Summed over a group's sequences this is group_size times the group's own E * sum_e f_e s_e.
 
     Args:
-        gate: of whole sequences; its sums have a row for each.
+        gate: of complete sequences; its sums have a row for each.
         topk: experts that a token visits, on average.
         group_size: sequences balanced together; divides those of all data-parallel ranks.
         dp: ranks that hold the other sequences. All call this together where a group does not lie within one rank.

@@ -42,7 +42,7 @@ def drop_over_capacity(
         order_N = queue_N.argsort(stable=True)
     sorted_N = queue_N[order_N]
     starts = torch.searchsorted(sorted_N, torch.arange(num_queues + 1, device=queue_N.device))
-    place_N = torch.empty_like(queue_N)
-    place_N[order_N] = torch.arange(queue_N.numel(), device=queue_N.device) - starts[sorted_N]
-    over_TK = (place_N >= capacity).view(topk, num_tokens).t()
+    position_N = torch.empty_like(queue_N)
+    position_N[order_N] = torch.arange(queue_N.numel(), device=queue_N.device) - starts[sorted_N]
+    over_TK = (position_N >= capacity).view(topk, num_tokens).t()
     return ids_TK.masked_fill(over_TK, -1)

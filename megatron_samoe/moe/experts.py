@@ -63,7 +63,7 @@ class ExpertShape:
         by_expert, f_dim = (d, "ep"), d + len(up)
         inner = (by_expert, (f_dim, "etp"))
 
-        # Several layers use a bank, so its gradient is whole when all of them are done.
+        # Several layers use a bank, so its gradient is complete when all of them are done.
         usual: Literal["backward", "step_end"] = "backward" if num_banks is None else "step_end"
 
         def make(

@@ -11,7 +11,7 @@ from megatron_samoe.moe.balance import attach_loss
 from megatron_samoe.moe.mixing import Mixing, SharedExpertGate
 from megatron_samoe.moe.router import Router
 from megatron_samoe.moe.sharing.way import ExpertLender
-from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
+from megatron_samoe.moe.types import ForwardContext, MoELayerSpec, MoEStats
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.mappings import (
     copy_to_tensor_parallel_region,
@@ -36,7 +36,7 @@ class MoELayer(nn.Module):
 
     def __init__(
         self,
-        place: MoEPlace,
+        spec: MoELayerSpec,
         router: Router,
         experts: nn.Module,
         shared_expert: Callable[[Tensor], Tensor] | None,
@@ -46,12 +46,12 @@ class MoELayer(nn.Module):
         mixing: Mixing | SharedExpertGate | None = None,
     ):
         super().__init__()
-        self.moe_index, self.shape, self.state = place.moe_index, place.shape, state
+        self.moe_index, self.shape, self.state = spec.moe_index, spec.shape, state
         self.router = router
         visited, width = router.kept_choices
         parts = dispatch_chunks if dispatch_chunks > 1 or overlap_shared_expert else None
         assert state.ep.size > 1 or parts is None
-        self.dispatcher = AllToAllDispatcher(place.shape.num_experts, state.ep, parts, visited < width)
+        self.dispatcher = AllToAllDispatcher(spec.shape.num_experts, state.ep, parts, visited < width)
         self.shared_expert, self.mixing = shared_expert, mixing
         self.experts = experts
 
@@ -75,7 +75,7 @@ class MoELayer(nn.Module):
     def _enter(self, x_TH: Tensor, ids_TK: Tensor, probs_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From what tensor-parallel ranks hold to what this one's experts need. Routing is known for all tokens.
 
-        Experts split over the same ranks see every token and give parts of a sum; whole experts see a share of tokens,
+        Experts split over the same ranks see every token and give parts of a sum; unsplit experts see a share of tokens,
         which with sequence parallelism is the share that x already is.
         """
         state, tp = self.state, self.state.tp

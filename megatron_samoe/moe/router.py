@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,7 +17,7 @@ from megatron_samoe.moe.candidates import candidate_schedule
 from megatron_samoe.moe.capacity import drop_over_capacity, expert_capacity
 from megatron_samoe.moe.scores import score_of
 from megatron_samoe.moe.set_loads import SetColumns, count
-from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
+from megatron_samoe.moe.types import ForwardContext, MoELayerSpec, MoEStats
 from megatron_samoe.ops.topk_gate import ChoiceRule, GateResult, limited
 from megatron_samoe.parallel_state.parameter_tag import ZEROS, Init, ParameterTag
 from megatron_samoe.parallel_state.state import ParallelState
@@ -58,24 +59,32 @@ class Router(nn.Module):
     loss_weight: nn.Parameter
 
     def __init__(
-        self, config: MoEConfig, place: MoEPlace, balance: BalanceStrategy, state: ParallelState, dtype: torch.dtype
+        self, config: MoEConfig, spec: MoELayerSpec, balance: BalanceStrategy, state: ParallelState, dtype: torch.dtype
     ):
         super().__init__()
-        self.config, self.place, self.balance, self.state = config, place, balance, state
+        self.config, self.spec, self.balance, self.state = config, spec, balance, state
         self.score = score_of(config)
         dtype = torch.promote_types(dtype, torch.float32)
-        num_experts = place.shape.num_experts
-        tag = ParameterTag(token_wise_spec(state), Init(std=place.router_init_std))
-        self.weight = new_parameter((num_experts, place.shape.hidden_size), tag, state, dtype)
+        num_experts = spec.shape.num_experts
+        tag = ParameterTag(token_wise_spec(state), Init(std=spec.router_init_std))
+        self.weight = new_parameter((num_experts, spec.shape.hidden_size), tag, state, dtype)
         if config.moe_router_enable_expert_bias:
             self.expert_bias = new_parameter((num_experts,), ParameterTag(init=ZEROS), state, dtype)
             self.expert_bias.requires_grad_(False)
         schedule = candidate_schedule(config)
         if schedule is not None:
-            factors = Init(mean=schedule.start(place.moe_index, num_experts))
+            factors = Init(mean=schedule.start(spec.moe_index, num_experts))
             self.candidates = new_parameter((num_experts,), ParameterTag(init=factors), state, dtype)
             self.candidates.requires_grad_(False)
         self.score.prepare(self, num_experts, dtype)
+
+    @property
+    def place(self) -> MoELayerSpec:
+        """The former name of `spec`."""
+        warnings.warn(
+            "Router.place is now Router.spec; version 0.3 knows only the new name.", FutureWarning, stacklevel=2
+        )
+        return self.spec
 
     @property
     def experts_per_token(self) -> float:
@@ -85,7 +94,7 @@ class Router(nn.Module):
     @property
     def kept_choices(self) -> tuple[float, int]:
         """Experts that a token may visit on average, at the worst time of a run, and the width of ids and weights."""
-        return self.score.kept_choices(self.place.shape.num_experts)
+        return self.score.kept_choices(self.spec.shape.num_experts)
 
     def select(self, logits_TE: Tensor, num_sequences: int) -> GateResult:
         """Returns the choice of T tokens, which are complete sequences; see `ops.topk_gate.described`."""
@@ -125,12 +134,12 @@ class Router(nn.Module):
     def forward(self, x_TH: Tensor, context: ForwardContext, loads_BC: Tensor | None = None) -> Routing:
         """Returns the routing of the T tokens that this rank's tensor-parallel group has, also where x_TH is a share of them.
 
-        Losses, loads and capacities are of whole sequences, so all context-parallel ranks of a sequence route all of it.
+        Losses, loads and capacities are of complete sequences, so all context-parallel ranks of a sequence route all of it.
 
         Args:
             loads_BC: loads of shared sets in the layers before this one, where they are balanced over layers.
         """
-        config, num_experts = self.config, self.place.shape.num_experts
+        config, num_experts = self.config, self.spec.shape.num_experts
         x_TH = x_TH.to(self.weight.dtype)
         if context.training and config.moe_input_jitter_eps:
             x_TH = self._jitter(x_TH, context)
@@ -157,16 +166,16 @@ class Router(nn.Module):
         sums |= {"counts": gate.counts_GE.sum(0), "z_sum": gate.z_sum.detach()}
         none_dropped = ids_TK is chosen_TK
         sums["dropped"] = sums["counts"].new_zeros(()) if none_dropped else ((ids_TK < 0) & (chosen_TK >= 0)).sum()
-        columns = self.place.set_columns
+        columns = self.spec.set_columns
         if loads_BC is not None and columns is not None:
             factor = self._set_factor(columns, len(logits_TE) // context.batch_size, context)
             loads_BC = count(loads_BC, columns, gate.counts_GE, gate.score_sum_GE, factor)
         ids_TK, probs_TK = (own_tokens(t, self.state, context.batch_size) for t in (ids_TK, gate.probs_TK))
-        return Routing(ids_TK, probs_TK, loss, MoEStats(self.place.moe_index, sums), loads_BC)
+        return Routing(ids_TK, probs_TK, loss, MoEStats(self.spec.moe_index, sums), loads_BC)
 
     def _set_factor(self, columns: SetColumns, tokens_per_sequence: int, context: ForwardContext) -> float:
         """Returns what the loads of all layers are multiplied by to be the gradient of a sequence's summed scores."""
-        config, num_experts = self.config, self.place.shape.num_experts
+        config, num_experts = self.config, self.spec.shape.num_experts
         if config.moe_router_load_balancing_type == "none":
             return 0.0
         share = num_experts / (tokens_per_sequence * self.score.topk * columns.num_layers)
@@ -174,16 +183,16 @@ class Router(nn.Module):
 
     def _entropy_loss(self, gate: GateResult, context: ForwardContext) -> Tensor:
         """Returns this micro-batch's share of a layer's entropy loss, weighted; see `pool_lock_entropy_coeff`."""
-        config, columns = self.config, self.place.set_columns
+        config, columns = self.config, self.spec.set_columns
         assert columns is not None and context.random is not None and config.pool_lock_step is not None
         weight = config.pool_lock_entropy_coeff * min(context.random.iteration / config.pool_lock_step, 1.0)
         tokens_per_sequence = len(gate.ids_TK) // context.batch_size
-        target = self.place.shape.num_experts / columns.num_layers
+        target = self.spec.shape.num_experts / columns.num_layers
         found = entropy_sum(gate.score_sum_GE, target, config.pool_lock_entropy_group_size or 1, self.state.dp)
         return weight / columns.num_layers * tokens_per_sequence / context.tokens_per_step * found
 
     def _jitter(self, x_TH: Tensor, context: ForwardContext) -> Tensor:
         assert context.random is not None
         eps = self.config.moe_input_jitter_eps
-        noise = context.random.uniform_like(x_TH, self.place.layer, "jitter", self.state.token_share)
+        noise = context.random.uniform_like(x_TH, self.spec.layer, "jitter", self.state.token_share)
         return x_TH * noise.mul_(2 * eps).add_(1 - eps).to(x_TH.dtype)

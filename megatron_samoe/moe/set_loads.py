@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import ExpertSource
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class SetLoads:
     width: int
 
     @staticmethod
-    def of(sources: Sequence[Source], num_experts: Sequence[int]) -> SetLoads:
+    def of(sources: Sequence[ExpertSource], num_experts: Sequence[int]) -> SetLoads:
         """Returns the columns of the loads of MoE layers with these sources and numbers of experts."""
-        starts: dict[Source, int] = {}
+        starts: dict[ExpertSource, int] = {}
         width = 0
         for source, experts in zip(sources, num_experts, strict=True):
             if source.way.in_sets and source not in starts:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.set_loads import SetColumns
+from megatron_samoe.moved import names_moved
 from megatron_samoe.ops.attention import ScoreRule
 from megatron_samoe.ops.grouped_mlp import Counts
 from megatron_samoe.tensor_parallel.random import SampleRandom
@@ -48,7 +49,7 @@ class ForwardContext:
 
 
 @dataclass(frozen=True)
-class MoEPlace:
+class MoELayerSpec:
     """One MoE layer of the model.
 
     Attributes:
@@ -123,3 +124,6 @@ class Experts(Protocol):
             rows_per_expert: e counts, on the device of x; see `ops.grouped_mlp`.
         """
         ...
+
+
+__getattr__ = names_moved(__name__, {"MoEPlace": MoELayerSpec})

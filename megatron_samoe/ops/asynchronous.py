@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from megatron_samoe.ops.process_choice import ProcessChoice
+
 #: Types of these devices, and the source of their compute capability. Algorithms are chosen by it and never by `is_cuda`, so
-#: another device can stand for a GPU (`taken_for_gpu`).
-DEVICES: Mapping[str, Callable[[torch.device], tuple[int, int]]] = {"cuda": torch.cuda.get_device_capability}
+#: another device can be taken for a GPU (`taken_for_gpu`).
+DEVICES: ProcessChoice[Mapping[str, Callable[[torch.device], tuple[int, int]]]] = ProcessChoice(
+    {"cuda": torch.cuda.get_device_capability}
+)
 
 
 def runs_behind_host(device: torch.device) -> bool:
     """Returns whether the host would wait for the device where it reads a number."""
-    return device.type in DEVICES
+    return device.type in DEVICES.value
 
 
 def capability(device: torch.device) -> tuple[int, int]:
     """Returns the compute capability of a device that works asynchronously."""
-    return DEVICES[device.type](device)
+    return DEVICES.value[device.type](device)
 
 
 # torch.compile asks once: it could not follow the question, which takes a lock. The decorator that says so, torch.compiler's
@@ -34,15 +38,9 @@ def capability(device: torch.device) -> tuple[int, int]:
 capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@contextlib.contextmanager
-def taken_for_gpu(device_type: str, of_capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+def taken_for_gpu(device_type: str, of_capability: tuple[int, int] = (9, 0)) -> contextlib.AbstractContextManager[None]:
     """Inside, tensors on a type of device go the way of those of a GPU of a capability (9.0: an H100)."""
-    global DEVICES
-    before, DEVICES = DEVICES, {**DEVICES, device_type: lambda device: of_capability}
-    try:
-        yield
-    finally:
-        DEVICES = before
+    return DEVICES.replaced_by({**DEVICES.value, device_type: lambda device: of_capability})
 
 
 class HostCopy:

@@ -1,7 +1,7 @@
 """Attention of some queries to some keys, as a part of attention to all: each piece has the log-sum-exp of its scores.
 
 Two pieces with the same queries add up by their log-sum-exps (`merge`). The gradients of a piece need only the result and the
-log-sum-exp of the whole. So pieces come and go, and no scores are kept. `reference.attention_piece` is the reference implementation.
+log-sum-exp of all pieces. So pieces come and go, and no scores are kept. `reference.attention_piece` is the reference implementation.
 """
 
 from __future__ import annotations

@@ -42,10 +42,10 @@ def combine_backward(coefficients_LGP: Tensor, banks_PGN: Tensor, dW_LGN: Tensor
 
 def _dot_products(x_GLN: Tensor, y_GPN: Tensor) -> Tensor:
     """Returns <x[g, l], y[g, p]> as [G, L, P] in fp64."""
-    whole = x_GLN.shape[2] // _SUM_BLOCK * _SUM_BLOCK
-    sums_GLP = torch.matmul(x_GLN[:, :, whole:], y_GPN[:, :, whole:].mT).double()
-    if whole:
-        x_GbLs, y_GbPs = (t[:, :, :whole].unflatten(2, (-1, _SUM_BLOCK)).transpose(1, 2) for t in (x_GLN, y_GPN))
+    complete = x_GLN.shape[2] // _SUM_BLOCK * _SUM_BLOCK
+    sums_GLP = torch.matmul(x_GLN[:, :, complete:], y_GPN[:, :, complete:].mT).double()
+    if complete:
+        x_GbLs, y_GbPs = (t[:, :, :complete].unflatten(2, (-1, _SUM_BLOCK)).transpose(1, 2) for t in (x_GLN, y_GPN))
         sums_GLP += torch.matmul(x_GbLs, y_GbPs.mT).sum(1, dtype=torch.float64)
     return sums_GLP
 

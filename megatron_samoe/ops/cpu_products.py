@@ -3,10 +3,10 @@
 Experts in bf16 are multiplied by our kernel (`native`, AVX-512's dot products), by torch's BLAS (`blas`; on matrix tiles
 `amx`), or in fp32 from widened operands (`fp32`). Weight gradients are summed in fp32 in every way. Inference streams
 weights through its own kernels, with activations in fp32, while tokens are few. From the number in the table on it makes
-whole products; those of weights in bf16 go the way of experts, and so round activations as training does, except for `fp32`.
+full products; those of weights in bf16 go the way of experts, and so round activations as training does, except for `fp32`.
 
 The choice comes from the table, never from a timing. MEGATRON_SAMOE_BF16_PRODUCTS asks for a way of bf16, and a run keeps on
-resume what its checkpoint says where the machine has it.
+resume what its checkpoint says where the machine can.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 
 from megatron_samoe.errors import ConfigError, nearest
 from megatron_samoe.log import say_once
+from megatron_samoe.ops.process_choice import ProcessChoice
 
 Bf16Products = Literal["native", "amx", "blas", "fp32"]
 VARIABLE = "MEGATRON_SAMOE_BF16_PRODUCTS"
@@ -40,11 +41,11 @@ class Processor:
     features: frozenset[str]
 
 
-class Row(NamedTuple):
+class ProductChoice(NamedTuple):
     """Ways for processors of a vendor (any if empty) with some features.
 
     Attributes:
-        fp32_tokens, bf16_tokens: tokens from which inference makes whole products with weights of the type.
+        fp32_tokens, bf16_tokens: tokens from which inference makes full products with weights of the type.
         measured: what the choice rests on.
     """
 
@@ -58,7 +59,7 @@ class Row(NamedTuple):
 
 #: The first row that fits counts.
 TABLE = (
-    Row(
+    ProductChoice(
         "",
         frozenset({"amx_tile", "amx_bf16"}),
         "amx",
@@ -67,7 +68,7 @@ TABLE = (
         "Xeon with AMX: experts whose counts change 24 ms by tiles with padded counts, 65 native, 53 fp32; a layer of 2048 x 2048 "
         "over 512 tokens streamed 47 ms in fp32 and 44 in bf16, by the BLAS 28 and 6. The bounds of tokens are estimates from these.",
     ),
-    Row(
+    ProductChoice(
         "GenuineIntel",
         frozenset({"avx512f"}),
         "fp32",
@@ -75,7 +76,7 @@ TABLE = (
         128,
         "bf16 dot products have half the rate of fp32's multiply-adds; tokens are estimates, too.",
     ),
-    Row(
+    ProductChoice(
         "AuthenticAMD",
         frozenset({"avx512_bf16"}),
         "native",
@@ -85,7 +86,7 @@ TABLE = (
         "tokens have 1.2 to 1.5 times the speed of torch's product in fp32. Rounded, layers of 512 to 4,096 have 1.7 to 2.1 times "
         "the speed of streamed ones over 64 to 512 tokens (1.2 to 1.6 over 16).",
     ),
-    Row(
+    ProductChoice(
         "AuthenticAMD",
         frozenset({"avx2"}),
         "fp32",
@@ -93,7 +94,7 @@ TABLE = (
         _NEVER,
         "Zen 4 held to AVX2: streamed layers 1.0 to 1.4 times the speed of torch's product to 128 tokens, 0.94 at 256.",
     ),
-    Row(
+    ProductChoice(
         "",
         frozenset(),
         "blas" if platform.machine() not in ("x86_64", "AMD64") else "fp32",
@@ -125,7 +126,7 @@ def _tiles_are_granted() -> bool:
     return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
 
 
-def row_for(processor: Processor) -> Row:
+def row_for(processor: Processor) -> ProductChoice:
     """Returns the table's row for a processor."""
     return next(row for row in TABLE if row.vendor in ("", processor.vendor) and row.features <= processor.features)
 
@@ -140,7 +141,7 @@ def possible(processor: Processor, has_kernel: bool) -> list[Bf16Products]:
     return [way for way in get_args(Bf16Products) if has.get(way, True)]
 
 
-def choose(processor: Processor, has_kernel: bool, asked: str | None, recorded: str | None = None) -> Row:
+def choose(processor: Processor, has_kernel: bool, asked: str | None, recorded: str | None = None) -> ProductChoice:
     """Returns the row to use, with the way of bf16 that was asked for, else that of the run so far, else the table's.
 
     Raises:
@@ -168,10 +169,10 @@ def choose(processor: Processor, has_kernel: bool, asked: str | None, recorded: 
     return row if row.bf16 in ways else row._replace(bf16="fp32")
 
 
-_chosen: Row | None = None
+_chosen: ProcessChoice[ProductChoice | None] = ProcessChoice(None)
 
 
-def use(recorded: str | None = None) -> Row:
+def use(recorded: str | None = None) -> ProductChoice:
     """Chooses for this process, and returns what was chosen; the extension has been loaded.
 
     Args:
@@ -184,17 +185,16 @@ def use(recorded: str | None = None) -> Row:
     return _take(choose(this_processor(), has_kernel, os.environ.get(VARIABLE), recorded))
 
 
-def _take(row: Row) -> Row:
-    global _chosen
+def _take(row: ProductChoice) -> ProductChoice:
     torch.ops.megatron_samoe.set_products("blas" if row.bf16 == "amx" else row.bf16, row.fp32_tokens, row.bf16_tokens)
-    _chosen = row
+    _chosen.value = row
     return row
 
 
 @contextlib.contextmanager
 def using(**changes: Any) -> Iterator[None]:
     """Inside, fields of the row in use are others."""
-    before = _chosen
+    before = _chosen.value
     assert before is not None
     _take(before._replace(**changes))
     try:
@@ -203,13 +203,14 @@ def using(**changes: Any) -> Iterator[None]:
         _take(before)
 
 
-def in_use() -> Row | None:
+def in_use() -> ProductChoice | None:
     """Returns what this process uses; None without the extension."""
-    return _chosen
+    return _chosen.value
 
 
 def product_tokens(dtype: torch.dtype) -> int:
-    """Returns the tokens from which inference makes whole products with weights of a type."""
-    if _chosen is None or dtype == torch.int8:
+    """Returns the tokens from which inference makes full products with weights of a type."""
+    chosen = _chosen.value
+    if chosen is None or dtype == torch.int8:
         return _NEVER
-    return _chosen.fp32_tokens if dtype == torch.float32 else _chosen.bf16_tokens
+    return chosen.fp32_tokens if dtype == torch.float32 else chosen.bf16_tokens

@@ -27,7 +27,7 @@ def cross_entropy_parts(logits_TV: Tensor, labels_T: Tensor, first_id: int = 0) 
     Args:
         logits_TV: columns first_id .. first_id + V - 1 of the vocabulary, fp32, bf16 or fp64; V may be 0 (then peak is
             -inf and sum 0).
-        labels_T: ids in the whole vocabulary; target is 0 where the label is in another part.
+        labels_T: ids in the full vocabulary; target is 0 where the label is in another part.
 
     Raises:
         ValueError: the labels do not fit the logits.
@@ -49,7 +49,7 @@ def cross_entropy_backward(
 
     Args:
         logits_TV, labels_T, first_id: as in the forward.
-        logsumexp_T: over the whole vocabulary, fp32 (fp64 for fp64 logits).
+        logsumexp_T: over the full vocabulary, fp32 (fp64 for fp64 logits).
         dloss_T: gradient of each token's loss, of the same dtype.
 
     Raises:

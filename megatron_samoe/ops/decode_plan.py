@@ -1,4 +1,4 @@
-"""A whole model's decoding step on a CPU as one compiled call, over weights that were checked when the plan was made.
+"""A full model's decoding step on a CPU as one compiled call, over weights that were checked when the plan was made.
 
 A step by a plan gives the same bits as the same step by the blocks of ops/decode.py.
 """

@@ -19,7 +19,7 @@ from megatron_samoe.ops.attention import BLOCK, ScoreRule, attention, needs_scor
 
 
 @dataclass(frozen=True)
-class Piece:
+class AttentionPiece:
     """Neighbouring tokens of a sequence that attend to none outside.
 
     Attributes:
@@ -61,8 +61,8 @@ class Documents:
         return ends.to(self.device, non_blocking=True), max(flat)
 
     @cached_property
-    def pieces(self) -> tuple[tuple[Piece, ...], ...]:
-        """Pieces of the whole micro-batch where its sequences are cut equally, else of each sequence."""
+    def pieces(self) -> tuple[tuple[AttentionPiece, ...], ...]:
+        """Pieces of the full micro-batch where its sequences are cut equally, else of each sequence."""
         cuts = [_cuts(row) for row in self.lengths]
         if len({tuple(size for size, _ in row) for row in cuts}) == 1:
             return (
@@ -70,15 +70,15 @@ class Documents:
             )
         return tuple(self._pieces(slice(b, b + 1), row) for b, row in enumerate(cuts))
 
-    def _pieces(self, rows: slice, cuts: Sequence[tuple[int, bool]]) -> tuple[Piece, ...]:
+    def _pieces(self, rows: slice, cuts: Sequence[tuple[int, bool]]) -> tuple[AttentionPiece, ...]:
         parts = self.ids_BS[rows].split([size for size, _ in cuts], 1)
         return tuple(
-            Piece(size, None if one else _mask(ids).to(self.device))
+            AttentionPiece(size, None if one else _mask(ids).to(self.device))
             for (size, one), ids in zip(cuts, parts, strict=True)
         )
 
     def mask(self) -> Tensor:
-        """Returns mask_B1SS of whole sequences, for what cannot go piece by piece."""
+        """Returns mask_B1SS of complete sequences, for what cannot go piece by piece."""
         return _mask(self.ids_BS).to(self.device)
 
 
@@ -116,9 +116,11 @@ def document_attention(
     return torch.cat([_by_pieces(q, k, v, rule, own, dropout) for q, k, v, own in rows])
 
 
-def _by_pieces(q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule, pieces: Sequence[Piece], dropout: float) -> Tensor:
+def _by_pieces(
+    q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule, pieces: Sequence[AttentionPiece], dropout: float
+) -> Tensor:
     sizes = [piece.num_tokens for piece in pieces]
-    # Splits, whose gradients are joined: a slice's would be a tensor of the whole for each piece.
+    # Splits, whose gradients are joined: a slice's would be a tensor of all of it for each piece.
     parts = zip(*(t.split(sizes, 2) for t in (q, k, v)), pieces, strict=True)
     ys = [attention(qp, kp, vp, rule, piece.mask, dropout) for qp, kp, vp, piece in parts]
     return ys[0] if len(ys) == 1 else torch.cat(ys, 2)

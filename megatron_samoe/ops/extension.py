@@ -16,7 +16,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,6 +26,7 @@ from megatron_samoe.errors import ConfigError, ExtensionError, nearest
 from megatron_samoe.installation import how_to_build
 from megatron_samoe.log import say_once
 from megatron_samoe.ops.asynchronous import runs_behind_host
+from megatron_samoe.ops.process_choice import ProcessChoice
 
 ENVIRONMENT_VARIABLE = "MEGATRON_SAMOE_EXTENSION"
 _MODES = ("auto", "require", "off")
@@ -67,12 +68,8 @@ def torch_release(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-#: The ops that are defined; they go with it.
-_ops: torch.library.Library | None = None
-
-
-def _load_or_explain() -> str | None:
-    """Loads the library and returns None, or returns a sentence that says why not."""
+def _load_or_explain() -> torch.library.Library | str:
+    """Loads the library and returns the ops that it implements, or returns a sentence that says why not."""
     path = _library_path()
     if path is None:
         return f"it is not built. {how_to_build()}"
@@ -86,16 +83,14 @@ def _load_or_explain() -> str | None:
 
     if info.get("schemas") != schemas.digest():
         return f"it was built from other sources than this Python code. {how_to_build()}"
-    global _ops
     ops = schemas.define()
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}. {how_to_build()}"
-    _ops = ops
     fake.register()
     cpu_products.use()
-    return None
+    return ops
 
 
 def _setting(variable: str, allowed: tuple[str, ...]) -> str:
@@ -106,9 +101,9 @@ def _setting(variable: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-@functools.cache
-def load() -> bool:
-    """Returns whether the compiled ops can be used, loading them at the first call.
+@functools.cache  # the ops last as long as this value
+def load() -> torch.library.Library | None:
+    """Returns the compiled ops, loaded at the first call, or None where they cannot be used.
 
     Raises:
         ExtensionError: the extension is required and not usable.
@@ -117,48 +112,41 @@ def load() -> bool:
     mode = _setting(ENVIRONMENT_VARIABLE, _MODES)
     _setting(CUDA_ENVIRONMENT_VARIABLE, _CUDA_MODES)  # a bad value is refused wherever the run is
     if mode == "off":
-        return False
-    reason = _load_or_explain()
-    if reason is None:
-        return True
-    message = f"The compiled extension is not used: {reason}"
+        return None
+    loaded = _load_or_explain()
+    if not isinstance(loaded, str):
+        return loaded
+    message = f"The compiled extension is not used: {loaded}"
     if mode == "require":
         raise ExtensionError(f"{message} ({ENVIRONMENT_VARIABLE}=require forbids the slower torch ops.)")
     say_once(f"{message} Slower torch ops do its work.")
-    return False
+    return None
 
 
 def available() -> bool:
     """Returns whether load() finds a usable library; unlike load() it never raises ExtensionError."""
     try:
-        return load()
+        return load() is not None
     except ExtensionError:
         return False
 
 
 def has_cuda_kernels() -> bool:
     """Returns whether the loaded library was built with the CUDA kernels."""
-    return load() and torch._C._dispatch_has_kernel_for_dispatch_key("megatron_samoe::topk_gate", "CUDA")
+    return load() is not None and torch._C._dispatch_has_kernel_for_dispatch_key("megatron_samoe::topk_gate", "CUDA")
 
 
-_trusted: frozenset[CudaKernel] = frozenset()
+_trusted: ProcessChoice[frozenset[CudaKernel]] = ProcessChoice(frozenset())
 
 
 def trust(kernels: Iterable[CudaKernel]) -> None:
     """From here on CUDA tensors go to these CUDA kernels, unless the environment variable says otherwise."""
-    global _trusted
-    _trusted = frozenset(kernels)
+    _trusted.value = frozenset(kernels)
 
 
-@contextlib.contextmanager
-def trusting(kernels: Iterable[CudaKernel]) -> Iterator[None]:
+def trusting(kernels: Iterable[CudaKernel]) -> contextlib.AbstractContextManager[None]:
     """Inside, these are trusted, and no others."""
-    before = _trusted
-    trust(kernels)
-    try:
-        yield
-    finally:
-        trust(before)
+    return _trusted.replaced_by(frozenset(kernels))
 
 
 def cuda_kernels_are_chosen() -> bool:
@@ -173,7 +161,7 @@ def uses_cuda_kernel(kernel: CudaKernel) -> bool:
         ExtensionError, ConfigError: as load().
     """
     asked = _asked_for()
-    return kernel in (_trusted if asked is None else asked)
+    return kernel in (_trusted.value if asked is None else asked)
 
 
 @functools.cache
@@ -244,4 +232,4 @@ def _has_kernels_on(device: torch.device | None, cuda: CudaKernel | None) -> boo
     """Returns whether ops run compiled on a device (None: on any); `cuda` as for serves()."""
     if device is not None and runs_behind_host(device):
         return cuda is not None and uses_cuda_kernel(cuda)
-    return (device is None or device.type == "cpu") and load()
+    return (device is None or device.type == "cpu") and load() is not None

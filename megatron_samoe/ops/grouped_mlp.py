@@ -1,6 +1,6 @@
 """Expert MLPs over rows that are sorted by expert: two products per expert, activation between.
 
-On a CPU the compiled op runs whole experts per thread, with activation and bias between the products while the rows are
+On a CPU the compiled op runs complete experts per thread, with activation and bias between the products while the rows are
 in the cache. Without the op each expert is one call of the BLAS. On a device that works asynchronously, products are
 those of all experts together, and the host does not know how many rows an expert has (`grouped_products`).
 

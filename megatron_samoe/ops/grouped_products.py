@@ -32,15 +32,15 @@ class Blocks:
 
     Attributes:
         expert_of_block_b: whose rows a block has; blocks without rows count as the last expert's.
-        row_of_place: [b, block], row in each position; any row where the position is empty.
+        row_of_position: [b, block], row in each position; any row where the position is empty.
         is_filled: [b, block].
-        place_of_row_R: position of each row among b * block.
+        position_of_row_R: position of each row among b * block.
     """
 
     expert_of_block_b: Tensor
-    row_of_place: Tensor
+    row_of_position: Tensor
     is_filled: Tensor
-    place_of_row_R: Tensor
+    position_of_row_R: Tensor
 
 
 class ExpertRows:
@@ -84,10 +84,10 @@ class ExpertRows:
         expert_b = torch.searchsorted(block_ends_e, self._range(num_blocks), right=True).clamp_max(self.num_experts - 1)
         first_row_e, first_block_e = ends_e - counts_e, block_ends_e - blocks_e
         rank_b = self._range(num_blocks) - first_block_e[expert_b]
-        row_of_place = (first_row_e[expert_b] + rank_b * block)[:, None] + self._range(block)
-        is_filled = row_of_place < ends_e[expert_b][:, None]
-        place_R = self._range(self.num_rows) + (first_block_e * block - first_row_e)[self.expert_of_row_R]
-        return Blocks(expert_b, row_of_place.clamp_max_(self.num_rows - 1), is_filled, place_R)
+        row_of_position = (first_row_e[expert_b] + rank_b * block)[:, None] + self._range(block)
+        is_filled = row_of_position < ends_e[expert_b][:, None]
+        position_R = self._range(self.num_rows) + (first_block_e * block - first_row_e)[self.expert_of_row_R]
+        return Blocks(expert_b, row_of_position.clamp_max_(self.num_rows - 1), is_filled, position_R)
 
     def _range(self, size: int) -> Tensor:
         return torch.arange(size, dtype=torch.int32, device=self.ends_e.device)
@@ -95,7 +95,7 @@ class ExpertRows:
 
 def use_grouped_mm(left: Tensor, right: Tensor, num_groups: int) -> bool:
     """Returns whether torch has a grouped product for these operands, [M, K] and [K, N] or [groups, K, N]: bf16 on a GPU of
-    capability 9 or 10, either way round in memory, with everything in whole 16 bytes.
+    capability 9 or 10, either way round in memory, with everything in multiples of 16 bytes.
 
     For all else torch's grouped product copies the experts' ends to the host and loops.
     """
@@ -112,7 +112,7 @@ def use_grouped_mm(left: Tensor, right: Tensor, num_groups: int) -> bool:
 
 
 def _fits_grouped_mm(t: Tensor) -> bool:
-    """Returns whether torch takes an operand as it is in memory: rows or columns are contiguous, and each begins at whole
+    """Returns whether torch takes an operand as it is in memory: rows or columns are contiguous, and each begins at a multiple of
     16 bytes, as all memory of torch's allocators does.
 
     torch.compile cannot follow an offset; there torch itself refuses a wrong one.
@@ -180,12 +180,12 @@ def _by_blocks(x_RK: Tensor, blocks: Blocks, w_eMK: Tensor) -> Tensor:
     for part in _chunks(len(x_blocks), w_eMK.shape[1] * w_eMK.shape[2]):
         w_b = w_eMK.index_select(0, blocks.expert_of_block_b[part])
         torch.bmm(x_blocks[part], w_b.transpose(1, 2), out=y_blocks[part])
-    return y_blocks.flatten(0, 1).index_select(0, blocks.place_of_row_R)
+    return y_blocks.flatten(0, 1).index_select(0, blocks.position_of_row_R)
 
 
 def _packed(x_RK: Tensor, blocks: Blocks) -> Tensor:
     """Returns [b, block, K], with zeros in empty positions."""
-    packed = x_RK.index_select(0, blocks.row_of_place.flatten()).view(*blocks.row_of_place.shape, -1)
+    packed = x_RK.index_select(0, blocks.row_of_position.flatten()).view(*blocks.row_of_position.shape, -1)
     return packed.masked_fill_(~blocks.is_filled[:, :, None], 0.0)
 
 

@@ -3,7 +3,7 @@
     KL = sum_v p_v log(p_v / q_v),      p = softmax(teacher / T),  q = softmax(student / T)
     d KL / d student = (q - p) / T
 
-The log-sum-exps of both come first, from which ranks that hold other parts of the vocabulary make those of the whole; then
+The log-sum-exps of both come first, from which ranks that hold other parts of the vocabulary make those of all of it; then
 each part adds its terms, and later makes its gradient from the logits. Some tokens at a time, so that no second [T, V]
 exists but the gradient. Plain functions, not recorded by autograd: tensor_parallel/kl_divergence.py puts the ranks'
 reductions between them. `ops/reference.py` says what each returns.
@@ -54,7 +54,7 @@ def kl_divergence_terms(
 
     Args:
         student_TV, teacher_TV: columns of the vocabulary, the same in both; fp32, bf16, fp16 or fp64.
-        student_lse_T, teacher_lse_T: of the whole vocabulary at this temperature.
+        student_lse_T, teacher_lse_T: of the full vocabulary at this temperature.
 
     Errors: ValueError where the shapes differ.
     """

@@ -118,9 +118,9 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        rows_NH, probs_TK, *places = ctx.saved_tensors
+        rows_NH, probs_TK, *indices = ctx.saved_tensors
         backward = _ops(rows_NH, probs_TK).unpermute_backward
-        drows_NH, dprobs_TK = backward(dy_TH.contiguous(), rows_NH, probs_TK, *places)
+        drows_NH, dprobs_TK = backward(dy_TH.contiguous(), rows_NH, probs_TK, *indices)
         return drows_NH, dprobs_TK, None, None
 
 
@@ -170,7 +170,7 @@ def gather_rows(x_RH: Tensor, index_R: Tensor, inverse_R: Tensor | None = None) 
     """Returns y_RH with y[r] = x[index[r]], for an index that is a bijection; its backward gathers by the inverse.
 
     Args:
-        inverse_R: `invert_index(index_R)`, where the caller has it already; `gather_rows(y, inverse_R)` undoes the op.
+        inverse_R: `invert_index(index_R)`, if the caller has computed that already; `gather_rows(y, inverse_R)` undoes the op.
 
     Raises:
         ValueError: the index does not have one int64 entry a row.

@@ -35,7 +35,7 @@ def attention_piece_backward(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq_BASD, dk_BGLD and dv_BGLD in their inputs' dtypes: with probabilities p = exp(score - lse) of the whole,
+    """Returns dq_BASD, dk_BGLD and dv_BGLD in their inputs' dtypes: with probabilities p = exp(score - lse) of all keys,
 
     dv = p^T dy, dscore = p (dy v^T - <dy, y>), dq = dscore k scale, dk = dscore^T q scale, summed over the heads of a group.
     """
@@ -190,7 +190,7 @@ def kl_divergence_terms(
 ) -> Tensor:
     """Returns sum_v p log(p / q) - p + q over these columns, for p = exp(teacher / temperature - lse) and q of the student.
 
-    Over the whole vocabulary p and q sum to 1, so the last two cancel; term by term they cancel rounding: what one
+    Over the full vocabulary p and q sum to 1, so the last two cancel; term by term they cancel rounding: what one
     log-sum-exp is off changes the sum in second order only, and no term is below 0.
     """
     log_q_TV = student_TV.to(student_lse_T.dtype) / temperature - student_lse_T[:, None]
@@ -261,7 +261,7 @@ def adamw(
 def attention(
     q_BASD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, rule: ScoreRule, mask_B1SL: Tensor | None = None
 ) -> Tensor:
-    """Returns y_BASD of causal attention with what the rule says, score by score over the whole square."""
+    """Returns y_BASD of causal attention with what the rule says, score by score over the full square."""
     queries, keys = q_BASD.shape[2], k_BGLD.shape[2]
     k, v = (t.repeat_interleave(q_BASD.shape[1] // t.shape[1], 1) for t in (k_BGLD, v_BGLD))
     scores = torch.einsum("basd,bald->basl", q_BASD, k) * (rule.scale or q_BASD.shape[-1] ** -0.5)

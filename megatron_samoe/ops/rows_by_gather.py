@@ -13,11 +13,11 @@ from megatron_samoe.ops.extension import accumulation_dtype
 
 
 def buckets(ids: Tensor, num_experts: int) -> Tensor:
-    """Returns ids with the number of experts in place of -1. Any other id outside is an error; on a device that runs behind
+    """Returns ids with the number of experts instead of -1. Any other id outside is an error; on a device that runs behind
     the host, its assertion.
     """
-    places = torch.arange(-1, num_experts, device=ids.device).remainder_(num_experts + 1)
-    return places.index_select(0, ids.reshape(-1) + 1).view_as(ids)
+    experts = torch.arange(-1, num_experts, device=ids.device).remainder_(num_experts + 1)
+    return experts.index_select(0, ids.reshape(-1) + 1).view_as(ids)
 
 
 def make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -29,17 +29,17 @@ def reorder_experts(
     Args:
         tensors: this rank's elements of each, which are changed; None where it holds none. The rest is as in
             `_gather_shard`.
-        dim: of the experts, split over expert-parallel ranks or whole.
+        dim: of the experts, split over expert-parallel ranks or not.
         order_E: the expert that each index is to have, among those of all ranks.
     """
     is_split = any(axis == "ep" for _, axis in tag.shard.partition)
     size, own_rank = (state.ep.size, state.ep.rank) if is_split else (1, 0)
     e = shape[dim]
     wanted = [[divmod(int(expert), e) for expert in part] for part in order_E.view(size, e).tolist()]
-    sent = [place for part in wanted for rank, place in part if rank == own_rank]
+    sent = [index for part in wanted for rank, index in part if rank == own_rank]
     send_rows = [sum(rank == own_rank for rank, _ in part) for part in wanted]
     receive_rows = [sum(rank == sender for rank, _ in wanted[own_rank]) for sender in range(size)]
-    arriving = sorted(range(e), key=lambda place: wanted[own_rank][place][0])  # by sender, as rows come
+    arriving = sorted(range(e), key=lambda row: wanted[own_rank][row][0])  # by sender, as rows come
     for own in tensors:
         shard = _gather_shard(own, held, tag, shape, state, like).movedim(dim, 0)
         rows = shard.reshape(e, -1)[torch.tensor(sent, dtype=torch.int64, device=shard.device)]
@@ -48,8 +48,8 @@ def reorder_experts(
         if own is not None:
             moved = torch.empty_like(rows)
             moved[torch.tensor(arriving, device=rows.device)] = rows
-            whole = moved.view(shard.shape).movedim(0, dim).contiguous()
-            own.copy_((whole if held is None else _slice_of(whole, held)).view(own.shape))
+            full = moved.view(shard.shape).movedim(0, dim).contiguous()
+            own.copy_((full if held is None else _slice_of(full, held)).view(own.shape))
 
 
 def _gather_shard(
@@ -79,5 +79,5 @@ def _gather_shard(
 
 def _slice_of(shard: Tensor, held: FlatSlice) -> Tensor:
     """Returns the elements of a shard that a slice holds, as a view of a contiguous shard."""
-    leading = len(held.whole_shape)
+    leading = len(held.leading_shape)
     return shard.reshape(*shard.shape[:leading], -1)[..., held.start : held.stop]

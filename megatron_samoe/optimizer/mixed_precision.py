@@ -141,11 +141,11 @@ class MixedPrecisionOptimizer:
                     grad_scale,
                 )
                 adamw([self._runs[name] for name in group.names], rates, self.num_steps)
-        for group, whole in zip(self._others, self._whole, strict=True):
+        for group, full in zip(self._others, self._whole, strict=True):
             assert group.update is not None
             factors = (lr * group.lr_mult, group.weight_decay, grad_scale)
             pieces = {name: self.pieces[name] for name in group.names if name in self.pieces}
-            apply_update(group.update, whole, pieces, self.masters, self._states, factors, self.num_steps)
+            apply_update(group.update, full, pieces, self.masters, self._states, factors, self.num_steps)
         for name, master in self.own_masters().items():
             if self._inner is not None or name not in self._runs or self._runs[name].weight is None:
                 self.pieces[name].weight.copy_(master)

@@ -17,7 +17,7 @@ class Update(Protocol):
 
     Attributes:
         moments: names of the state of each element; checkpoints carry it.
-        needs_whole: whether `direction` needs whole tensors; see `whole_tensors`.
+        needs_whole: whether `direction` needs full tensors; see `whole_tensors`.
     """
 
     moments: Sequence[str]
@@ -37,7 +37,7 @@ class Update(Protocol):
         """Returns the direction of the update; lr * direction is subtracted from the master weights.
 
         Args:
-            step: result of `accumulate`: with `needs_whole` a stack of whole tensors (experts and banks are stacks
+            step: result of `accumulate`: with `needs_whole` a stack of full tensors (experts and banks are stacks
                 themselves), else this rank's elements. The result has its shape.
             num_stacked: number of leading dims that only count tensors: 1 with `needs_whole`, else 0.
         """
@@ -46,7 +46,7 @@ class Update(Protocol):
 @torch.no_grad()
 def apply_update(
     update: Update,
-    whole: WholeTensors | None,
+    full: WholeTensors | None,
     pieces: Mapping[str, Piece],
     masters: Mapping[str, Tensor],
     moments: Mapping[str, Mapping[str, Tensor]],
@@ -57,7 +57,7 @@ def apply_update(
     some tensor.
 
     Args:
-        whole: brings whole tensors of the group's parameters to an update that needs them.
+        full: brings full tensors of the group's parameters to an update that needs them.
         pieces: of the group's parameters.
         rates: learning rate, weight decay, factor on the gradients.
     """
@@ -69,8 +69,8 @@ def apply_update(
 
     directions = (
         ((name, update.direction(step_of(name), 0)) for name in pieces)
-        if whole is None
-        else whole.directions(lambda x: update.direction(x, 1), step_of)
+        if full is None
+        else full.directions(lambda x: update.direction(x, 1), step_of)
     )
     for name, direction in directions:
         master = masters[name]

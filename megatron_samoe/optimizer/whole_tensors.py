@@ -1,4 +1,4 @@
-"""Whole tensors for updates that need them, each on one rank, from the elements that ranks update.
+"""Full tensors for updates that need them, each on one rank, from the elements that ranks update.
 
 A shard of a parameter (by tensor, expert parallelism) is [*stacked, *tensor]: the leading dims count experts and banks. Ranks
 that sum a gradient hold equal shards, or with ZeRO-1 and a sharded pool a slice each. Tensors of parameters of one shape
@@ -21,7 +21,7 @@ from megatron_samoe.parallel_state.parameter_tag import ParameterTag
 from megatron_samoe.parallel_state.shard_spec import FlatSlice
 from megatron_samoe.parallel_state.state import Group, ParallelState
 
-#: Parameters are taken together up to this number of elements for a rank, those that it gets whole and those that it sends.
+#: Parameters are taken together up to this number of elements for a rank, those that it gets in full and those that it sends.
 BATCH_ELEMENTS = 1 << 24
 #: On a CPU, where one rank has full tensors, up to this number: what an update reads and writes then stays in the cache.
 CACHED_ELEMENTS = 1 << 18
@@ -56,7 +56,7 @@ class Shard:
 
     @property
     def split(self) -> tuple[int, str] | None:
-        """The dim of a tensor, and the axis, over which tensors are split; None where the rank has them whole."""
+        """The dim of a tensor, and the axis, over which tensors are split; None where the rank has all of each."""
         found = [(dim - self.num_stacked, axis) for dim, axis in self.tag.shard.partition if dim >= self.num_stacked]
         assert len(found) <= 1, "a tensor is split along one dim"
         return found[0] if found else None
@@ -74,7 +74,7 @@ def even_sizes(count: int, members: int, first: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Alike shards whose tensors are shared among the ranks that sum their gradients.
+    """Equal shards whose tensors are shared among the ranks that sum their gradients.
 
     Attributes:
         held: of each shard, the slice of each member.
@@ -111,7 +111,7 @@ class WholeTensors:
         held = _slices_of_members(shards, self._pieces, state)
         self._batches = [
             _batch(names, shards[names[0]], [held[name] for name in names], state, turns)
-            for names in _alike(shards, held, state)
+            for names in _equal_shards(shards, held, state)
         ]
 
     def directions(
@@ -120,7 +120,7 @@ class WholeTensors:
         """Yields the direction of each piece by name, one batch of tensors after the other.
 
         Args:
-            direction: takes and returns a stack [n, *tensor] of whole tensors.
+            direction: takes and returns a stack [n, *tensor] of full tensors.
             step_of: gives what `direction` is computed from, for a piece; called once for each.
         """
         for batch in self._batches:
@@ -142,8 +142,8 @@ def _slices_of_members(
     own = {}
     for name, shard in shards.items():
         piece, total = pieces.get(name), math.prod(shard.shape)
-        whole = FlatSlice(shard.shape, 0, total if piece is not None else 0)
-        own[name] = piece.slice if piece is not None and piece.slice is not None else whole
+        every = FlatSlice(shard.shape, 0, total if piece is not None else 0)
+        own[name] = piece.slice if piece is not None and piece.slice is not None else every
     held: dict[str, list[FlatSlice]] = {}
     for axis in sorted({shard.tag.gradient_group for shard in shards.values()}):
         names = [name for name, shard in shards.items() if shard.tag.gradient_group == axis]
@@ -152,17 +152,17 @@ def _slices_of_members(
     return held
 
 
-def _is_whole(held: FlatSlice) -> bool:
-    return held.num_whole_dims == 0 and held.stop - held.start == math.prod(held.shape)
+def _is_complete(held: FlatSlice) -> bool:
+    return held.num_leading_dims == 0 and held.stop - held.start == math.prod(held.shape)
 
 
-def _alike(
+def _equal_shards(
     shards: Mapping[str, Shard], held: Mapping[str, Sequence[FlatSlice]], state: ParallelState
 ) -> Iterator[list[str]]:
     """Yields the names of shards that are taken together, in an order that all ranks keep."""
     kinds: dict[tuple, list[str]] = {}
     for name, shard in shards.items():
-        is_replicated = all(_is_whole(part) for part in held[name])
+        is_replicated = all(_is_complete(part) for part in held[name])
         kinds.setdefault((*shard.kind, is_replicated), []).append(name)
     for kind in sorted(kinds):
         shard, is_replicated = shards[kinds[kind][0]], kind[-1]
@@ -189,7 +189,7 @@ def _batch(
     sizes = _share(count, group, like.tag.gradient_group, turns)
     split_sizes = [] if split is None else _share(sizes[group.rank], split, f"split {like.split}", turns)
     send, receive = [], []
-    if not all(_is_whole(part) for slices in held for part in slices):
+    if not all(_is_complete(part) for slices in held for part in slices):
         bounds = [sum(sizes[:member]) for member in range(group.size + 1)]
         for member in range(group.size):
             send.append(_num_held(like, held, group.rank, bounds[member], bounds[member + 1]))
@@ -217,22 +217,24 @@ def _held_views(
 
 
 def _slice_views(held: FlatSlice, low: int, flat: Tensor) -> Iterator[Tensor]:
-    """Yields the parts of a shard's elements `flat`, the first of which is its number `low`, that a slice holds."""
-    inner, high = math.prod(held.shape[held.num_whole_dims :]), low + flat.numel()
+    """Yields the parts of a shard's elements `flat`, the first of which is its number `low`, that a slice holds: the same
+    columns of each row."""
     if held.start >= held.stop:
         return
-    first, last = min(-(-low // inner) * inner, high), max(high // inner * inner, low)
-    last = max(first, last)
-    for start, stop in ((low, first), (first, last), (last, high)):
-        if start == stop:
-            continue
-        part, base = flat[start - low : stop - low], start // inner * inner
-        if start == base and (stop - start) % inner == 0:
-            yield part.view(-1, inner)[:, held.start : held.stop]
-        else:
-            begin, end = max(base + held.start, start), min(base + held.stop, stop)
-            if begin < end:
-                yield part[begin - start : end - start]
+    row, high = math.prod(held.shape[held.num_leading_dims :]), low + flat.numel()
+    first_row = min(-(-low // row) * row, high)
+    end_of_rows = max(high // row * row, first_row)
+    yield from _part_of_row(held, low % row, flat[: first_row - low])
+    if first_row < end_of_rows:
+        yield flat[first_row - low : end_of_rows - low].view(-1, row)[:, held.start : held.stop]
+    yield from _part_of_row(held, 0, flat[end_of_rows - low :])
+
+
+def _part_of_row(held: FlatSlice, column: int, elements: Tensor) -> Iterator[Tensor]:
+    """Yields those of a row's elements from a column on that a slice holds, if any."""
+    start, stop = max(held.start - column, 0), min(held.stop - column, elements.numel())
+    if start < stop:
+        yield elements[start:stop]
 
 
 def _num_held(like: Shard, held: Sequence[Sequence[FlatSlice]], member: int, first: int, stop: int) -> int:
@@ -277,8 +279,8 @@ def _from_owner(batch: _Batch, found: Tensor) -> Iterator[Tensor]:
     ]
     sent = torch.cat([found.new_empty(0), *parts])
     received = batch.group.all_to_all_uneven(sent, batch.receive, batch.send)
-    whole = [math.prod(slices[rank].whole_shape) for slices in batch.held]
-    yield from received.split([n * (s[rank].stop - s[rank].start) for n, s in zip(whole, batch.held, strict=True)])
+    tensors = [math.prod(slices[rank].leading_shape) for slices in batch.held]
+    yield from received.split([n * (s[rank].stop - s[rank].start) for n, s in zip(tensors, batch.held, strict=True)])
 
 
 def _by_owner(stack: Tensor, batch: _Batch, direction: Callable[[Tensor], Tensor]) -> Tensor:
@@ -288,6 +290,6 @@ def _by_owner(stack: Tensor, batch: _Batch, direction: Callable[[Tensor], Tensor
     dim, own = batch.like.split[0] + 1, sizes[group.rank]
     parts = group.all_to_all_uneven(stack, sizes, [own] * group.size)  # every member's part of this rank's tensors
     if own:
-        whole = direction(torch.cat(parts.chunk(group.size), dim))
-        parts = torch.cat(whole.chunk(group.size, dim))
+        full = direction(torch.cat(parts.chunk(group.size), dim))
+        parts = torch.cat(full.chunk(group.size, dim))
     return group.all_to_all_uneven(parts, [own] * group.size, sizes)

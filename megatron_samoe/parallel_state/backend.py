@@ -59,7 +59,7 @@ def choose_device(config: ParallelConfig) -> torch.device:
     """Returns the device of this rank: its own GPU with NCCL, else the CPU.
 
     Raises:
-        ConfigError: the configuration asks for NCCL and there is no CUDA device, there are fewer than ranks of this host,
+        ConfigError: the configuration asks for NCCL and no CUDA device is found, there are fewer than ranks of this host,
             or a GPU is there whose driver is older than torch's CUDA.
     """
     if config.distributed_backend == "gloo":
@@ -137,19 +137,19 @@ def initialize_distributed(
         return None
     die_with_torchrun()  # once more, for programs that import the package
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
-    place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     rank = os.environ.get("RANK", "?")
     began = time.monotonic()
     try:
         store, number = join_store(timeout)
         meeting = Meeting(store, number, world_size, config.elastic and launcher.is_member())
-        store = meeting.meet(max(1.0, timeout.total_seconds() - (time.monotonic() - began)))
+        store = meeting.join(max(1.0, timeout.total_seconds() - (time.monotonic() - began)))
         meeting.compare(facts or {})
     except (JobEndedError, ConfigError):
         raise
     except (ValueError, OSError, RuntimeError, CommunicationError) as error:
         raise CommunicationError(
-            f"Rank {rank} of {world_size} could not join the others at {place}: {str(error).splitlines()[0]}"
+            f"Rank {rank} of {world_size} could not join the others at {address}: {str(error).splitlines()[0]}"
         ) from error
     num_ranks = num_ranks or world_size
     if number < num_ranks:
@@ -223,7 +223,7 @@ def telling_other_hosts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def shared_fate(meeting: Meeting | None) -> Iterator[None]:
-    """Tells the other ranks of a permanent fault in the block. If the block lost a rank to such a fault, raises that
+    """Notifies the other ranks of a permanent fault in the block. If the block lost a rank to such a fault, raises that
     fault.
 
     Raises:
@@ -240,7 +240,7 @@ def shared_fate(meeting: Meeting | None) -> Iterator[None]:
         if meeting is not None and lost and not isinstance(error, JobEndedError):
             _at_store(meeting.raise_if_ended)
         elif meeting is not None and isinstance(error, MegatronSamoeError):
-            _at_store(partial(meeting.tell, error))
+            _at_store(partial(meeting.notify, error))
         if lost and isinstance(error, RuntimeError):
             raise CommunicationError(
                 f"Another rank was lost: {str(error).splitlines()[0]} {silent}".rstrip()

@@ -18,7 +18,7 @@ def world_size() -> int:
     """Returns the number of processes that torchrun started; 1 without torchrun.
 
     Raises:
-        ConfigError: another launcher started several processes, which would all train alone and save to the same
+        ConfigError: another launcher started several processes, which would each train a model of its own and save to the same
             folder.
     """
     if "WORLD_SIZE" not in os.environ:
@@ -30,7 +30,7 @@ def world_size() -> int:
                     int(size),
                     "ranks find each other through torchrun's variables, which are not set: "
                     "start one torchrun per node (examples/pretrain_slurm.sh), or set WORLD_SIZE=1 where "
-                    "each process is to work alone",
+                    "each process is to work by itself",
                 )
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -94,5 +94,5 @@ def refuse_restart() -> None:
     # In a container torchrun may be process 1. Elsewhere on Linux that is nobody's parent: a rank dies with its torchrun.
     started_by_torchrun = os.getppid() > 1 or sys.platform == "linux"
     if "TORCHELASTIC_RUN_ID" in os.environ and left > 0 and started_by_torchrun:
-        print("torchrun is told not to try again: this fault does not pass by itself", file=sys.stderr, flush=True)
+        print("torchrun is asked not to try again: this fault does not pass by itself", file=sys.stderr, flush=True)
         os.kill(os.getppid(), signal.SIGTERM)

@@ -58,7 +58,7 @@ class Meeting:
         self._invited: list[str] = []
         self._generation = ""
 
-    def meet(self, timeout_s: float) -> Store:
+    def join(self, timeout_s: float) -> Store:
         """Waits until all ranks of this attempt are there and returns a store that only they use.
 
         Raises:
@@ -136,7 +136,7 @@ class Meeting:
             time.sleep(_SHORTEST_PAUSE_S)
 
     def compare_problems(self, problem: str, num_ranks: int, wait_s: float) -> tuple[str, list[str]]:
-        """Returns what the first rank met that could not connect to others, which may know more than one that only waited, and
+        """Returns what the first rank found that could not connect to others, which may know more than one that only waited, and
         the ranks that do not come here in time, of the first ones. All that live call it.
         """
         here = f"rank {self._rank} ({socket.gethostname()})"
@@ -154,10 +154,10 @@ class Meeting:
         self._board.set("ended", f"rank {self._rank} on {socket.gethostname()}: {message}")
 
     def stay_away(self, message: str) -> None:
-        """Tells the ranks of this attempt that one of its ranks cannot come, and why."""
+        """Notifies the ranks of this attempt that one of its ranks cannot come, and why."""
         self._board.set("away", f"rank {self._rank} on {socket.gethostname()}: {message}")
 
-    def tell(self, error: MegatronSamoeError) -> None:
+    def notify(self, error: MegatronSamoeError) -> None:
         """Notifies the other ranks of a permanent fault, and finds out whether rank 0 has one that all should report."""
         if error.permanent and error.ends_job:
             self.end(str(error))

@@ -1,4 +1,4 @@
-"""The tag of a parameter: its sharding, its initial values and when its gradient is whole, set where it is made.
+"""The tag of a parameter: its sharding, its initial values and when its gradient is complete, set where it is made.
 
 Gradient groups, de-duplication in norms, checkpoint offsets and layout-independent initial values all follow from the
 frozen tag. No other attribute of a parameter says anything about layouts.
@@ -37,7 +37,7 @@ ZEROS, ONES = Init("zeros"), Init("ones")
 
 @dataclass(frozen=True)
 class ParameterTag:
-    """A parameter's sharding over ranks, its initial values, and when its gradient is whole.
+    """A parameter's sharding over ranks, its initial values, and when its gradient is complete.
 
     Attributes:
         shard: which shard of the tensor a rank holds.

@@ -110,10 +110,10 @@ class RankGrid:
         return [tuple(ranks) for ranks in members.values()]
 
     @lru_cache(maxsize=1 << 16)  # noqa: B019  grids are small values
-    def place(self, name: str, rank: int) -> tuple[int, int]:
+    def size_and_rank(self, name: str, rank: int) -> tuple[int, int]:
         """Returns (size of a rank's group of that name, the rank's number in it), without listing any ranks."""
         grid, varying = GROUPS[name]
-        position, size, place = self.coordinates(rank, grid), 1, 0
+        position, size, number = self.coordinates(rank, grid), 1, 0
         for axis, length in self.axes(grid).items():
             if axis not in varying:
                 continue
@@ -121,5 +121,5 @@ class RankGrid:
             if name == "embed_dp" and axis == "pp":  # the first and the last stage; those between are in no group
                 is_outer = own in (0, self.pp - 1)
                 length, own = (min(self.pp, 2), 1 if 0 < own else 0) if is_outer else (1, 0)
-            place, size = place + own * size, size * length
-        return size, place
+            number, size = number + own * size, size * length
+        return size, number

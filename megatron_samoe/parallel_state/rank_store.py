@@ -1,4 +1,4 @@
-"""The store at which ranks meet, on the fewest of a host's networks that torch allows."""
+"""The store at which ranks find each other, on the fewest of a host's networks that torch allows."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def _is_own_address() -> bool:
     try:
         if launcher.local_world_size() < launcher.world_size():
             ipaddress.ip_address(address)
-        family, kind, _, _, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        family, kind, _, _, socket_address = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.bind(place)
+            probe.bind(socket_address)
     except (ValueError, OSError):  # what is wrong with it torch reports
         return False
     return True

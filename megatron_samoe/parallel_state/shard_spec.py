@@ -1,4 +1,4 @@
-"""The sharding of a parameter: the shard of the whole tensor that each rank holds, and the slice of that shard."""
+"""The sharding of a parameter: the shard of the full tensor that each rank holds, and the slice of that shard."""
 
 from __future__ import annotations
 
@@ -42,32 +42,32 @@ class ShardSpec:
         return tuple(sorted({*axes[self.family], *self.partial}))
 
     def global_shape(self, local_shape: torch.Size | tuple[int, ...], state: ParallelState) -> tuple[int, ...]:
-        """Returns the whole tensor's shape."""
+        """Returns the full tensor's shape."""
         shape = list(local_shape)
         for dim, axis in self.partition:
             shape[dim] *= state.group(axis).size
         return tuple(shape)
 
     def offsets(self, local_shape: torch.Size | tuple[int, ...], state: ParallelState) -> tuple[int, ...]:
-        """Returns where this rank's shard begins in the whole tensor."""
+        """Returns where this rank's shard begins in the full tensor."""
         start = [0] * len(local_shape)
         for dim, axis in self.partition:
             start[dim] = local_shape[dim] * state.group(axis).rank
         return tuple(start)
 
-    def local_slice(self, whole: Tensor, state: ParallelState) -> Tensor:
-        """Returns this rank's shard of a whole tensor, as a view."""
+    def local_slice(self, full: Tensor, state: ParallelState) -> Tensor:
+        """Returns this rank's shard of a full tensor, as a view."""
         for dim, axis in self.partition:
             group = state.group(axis)
-            whole = whole.chunk(group.size, dim)[group.rank]
-        return whole
+            full = full.chunk(group.size, dim)[group.rank]
+        return full
 
     def replica_axes(self, state: ParallelState) -> set[str]:
         """Returns the axes along which ranks hold the same shard."""
         own_grid = "dense" if self.family in ("dense", "embedding") else "expert"
         axes = set(state.grid.axes(own_grid)) - {axis for _, axis in self.partition}
         if self.family not in ("pool", "embedding"):
-            axes.discard("pp")
+            axes.discard("pp")  # stages have different layers
         return axes
 
 
@@ -79,36 +79,36 @@ class FlatSlice:
     Attributes:
         shape: of the rank's shard, before flattening.
         start, stop: range of the elements; empty where start = stop.
-        num_whole_dims: number of leading dims that are not flattened: the same slice is taken of each of their indices.
+        num_leading_dims: number of leading dims that are not flattened: the same slice is taken of each of their indices.
     """
 
     shape: tuple[int, ...]
     start: int
     stop: int
-    num_whole_dims: int = 0
+    num_leading_dims: int = 0
 
     @staticmethod
-    def of_rank(shape: tuple[int, ...], group: Group, num_whole_dims: int = 0) -> FlatSlice:
+    def of_rank(shape: tuple[int, ...], group: Group, num_leading_dims: int = 0) -> FlatSlice:
         """Returns this member's slice where a group holds a shard in even slices. The last slices may be short or
         empty.
         """
-        total = math.prod(shape[num_whole_dims:])
+        total = math.prod(shape[num_leading_dims:])
         size = -(-total // group.size)
         start, stop = min(size * group.rank, total), min(size * (group.rank + 1), total)
-        return FlatSlice(tuple(shape), start, stop, num_whole_dims)
+        return FlatSlice(tuple(shape), start, stop, num_leading_dims)
 
     @property
-    def whole_shape(self) -> tuple[int, ...]:
+    def leading_shape(self) -> tuple[int, ...]:
         """The leading dims that are not flattened."""
-        return self.shape[: self.num_whole_dims]
+        return self.shape[: self.num_leading_dims]
 
     def boxes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Returns (offsets, sizes) of the fewest boxes that make up the slice, in its order."""
-        inner = _boxes(self.shape[self.num_whole_dims :], self.start, self.stop)
-        ones = (1,) * self.num_whole_dims
+        inner = _boxes(self.shape[self.num_leading_dims :], self.start, self.stop)
+        ones = (1,) * self.num_leading_dims
         return [
             ((*index, *offsets), (*ones, *sizes))
-            for index in itertools.product(*(range(n) for n in self.whole_shape))
+            for index in itertools.product(*(range(n) for n in self.leading_shape))
             for offsets, sizes in inner
         ]
 
@@ -127,11 +127,11 @@ def _boxes(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[tuple[in
     if start % row:
         boxes += _boxes(shape, start, (first + 1) * row)
         first += 1
-    whole = stop // row
-    if whole > first:
-        boxes.append(((first, *(0,) * (len(shape) - 1)), (whole - first, *shape[1:])))
+    end = stop // row
+    if end > first:
+        boxes.append(((first, *(0,) * (len(shape) - 1)), (end - first, *shape[1:])))
     if stop % row:
-        boxes += _boxes(shape, whole * row, stop)
+        boxes += _boxes(shape, end * row, stop)
     return boxes
 
 

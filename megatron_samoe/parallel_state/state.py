@@ -310,8 +310,8 @@ def planned_state(
     """
     groups = {}
     for name in GROUPS:
-        size, place = grid.place(name, rank)
-        groups[name] = Group(name, range(size), place)
+        size, number = grid.size_and_rank(name, rank)
+        groups[name] = Group(name, range(size), number)
     return ParallelState(
         grid, rank, torch.device("meta"), sequence_parallel=sequence_parallel, cp_comm_type=cp_comm_type, **groups
     )

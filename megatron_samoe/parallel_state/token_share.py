@@ -45,20 +45,20 @@ class TokenShare:
         size = length // (2 * self.context[1])
         return [(number * size, (number + 1) * size) for number in self.chunks]
 
-    def of_sequences(self, whole: Tensor, dim: int = 1) -> Tensor:
-        """Returns the chunks that the rank's context-parallel group has of whole sequences, [.., S, ..] -> [.., S / n, ..].
+    def of_sequences(self, sequences: Tensor, dim: int = 1) -> Tensor:
+        """Returns the chunks that the rank's context-parallel group has of complete sequences, [.., S, ..] -> [.., S / n, ..].
 
         Raises:
             DataError: the sequences cannot be cut.
         """
         size = self.context[1]
         if size == 1:
-            return whole
-        if whole.shape[dim] % (2 * size):
+            return sequences
+        if sequences.shape[dim] % (2 * size):
             raise DataError(
-                f"A sequence of {whole.shape[dim]} tokens cannot be cut into 2 x --context-parallel-size {size} chunks."
+                f"A sequence of {sequences.shape[dim]} tokens cannot be cut into 2 x --context-parallel-size {size} chunks."
             )
-        chunks = whole.chunk(2 * size, dim)
+        chunks = sequences.chunk(2 * size, dim)
         return torch.cat([chunks[number] for number in self.chunks], dim)
 
 

@@ -71,7 +71,7 @@ class PipelineChannel:
         """Starts sending to the neighbour and returns; `finish` waits for all sends."""
         peer, group = self._route(direction, sending=True)
         tensor = tensor.contiguous()
-        self._drop_finished()
+        self._sends = [p for p in self._sends if not p.work.is_completed()]
         work = dist.isend(tensor, peer, group=group)
         assert work is not None, "both ranks are in the group"
         self._sends.append(_Pending(work, tensor, f"{what} to rank {peer}"))
@@ -101,9 +101,6 @@ class PipelineChannel:
             self._wait(pending)
         self._sends.clear()
 
-    def _drop_finished(self) -> None:
-        self._sends = [p for p in self._sends if not p.work.is_completed()]
-
     def _wait(self, pending: _Pending) -> None:
         pp = self.parallel.pp
         began = time.monotonic()
@@ -124,9 +121,9 @@ class PipelineChannel:
     def _route(self, direction: Direction, sending: bool) -> tuple[int, dist.ProcessGroup]:
         pp = self.parallel.pp
         step = 1 if (direction == "forward") == sending else -1
-        place = pp.rank + step
-        wraps = not 0 <= place < pp.size
-        return pp.ranks[place % pp.size], self.groups[direction + (WRAP_SUFFIX if wraps else "")]
+        position = pp.rank + step
+        wraps = not 0 <= position < pp.size
+        return pp.ranks[position % pp.size], self.groups[direction + (WRAP_SUFFIX if wraps else "")]
 
 
 def open_channel(parallel: ParallelState, timeout: timedelta) -> PipelineChannel | None:

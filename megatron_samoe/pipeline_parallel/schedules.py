@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -114,14 +113,10 @@ def run_plan(plan: Plan, pipeline: Pipeline, forward: StageFunction, spec: Tenso
 def _run_alone(plan: Plan, pipeline: Pipeline, forward: StageFunction) -> None:
     """Runs each micro-batch through all chunks and straight back, on one rank without communication."""
     with_gradients = any(action.kind == "B" for action in plan)
-    for micro_batch in _in_order(action.micro_batch for action in plan):
+    for micro_batch in dict.fromkeys(action.micro_batch for action in plan):
         x: Tensor | None = None
         for chunk in range(pipeline.num_chunks):
             x = forward(chunk, micro_batch, x)
         if with_gradients:
             assert x is not None
             x.backward()
-
-
-def _in_order(numbers: Iterable[int]) -> list[int]:
-    return list(dict.fromkeys(numbers))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_samoe.config.derived import num_micro_batches, virtual_stages
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.pipeline_parallel.schedule_plan import bubble_fraction
-from megatron_samoe.planning.description import whole_model
+from megatron_samoe.planning.description import unsharded_model
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class ParameterCount:
 
 
 def count_parameters(config: PretrainConfig, vocab_size: int) -> ParameterCount:
-    """Returns the parameter counts of the whole model."""
-    whole = whole_model(config, vocab_size)
-    found = whole.parameters(0)
+    """Returns the parameter counts of the full model."""
+    unsharded = unsharded_model(config, vocab_size)
+    found = unsharded.parameters(0)
     total = sum(p.numel for p in found)
     expert = sum(p.numel for p in found if p.tag.is_routed_expert)
-    moe_layers = [whole.description.layer(place).moe for place in whole.layers() if place.num_experts]
+    moe_layers = [unsharded.description.layer(spec).moe for spec in unsharded.layers() if spec.num_experts]
     chosen = sum(layer.router.experts_per_token * layer.shape.expert_parameters for layer in moe_layers)
     return ParameterCount(total, expert, total - expert + int(chosen))
 
@@ -47,9 +47,9 @@ def train_flops_per_token(config: PretrainConfig, vocab_size: int) -> float:
 
 def forward_flops_per_token(config: PretrainConfig, vocab_size: int) -> float:
     """Returns the forward pass's part of `train_flops_per_token`."""
-    whole, model = whole_model(config, vocab_size), config.model
-    traces = [whole.description.trace(place, 1) for place in whole.layers()]
-    traces.append(whole.description.head_trace(1, fuses_loss=False))
+    unsharded, model = unsharded_model(config, vocab_size), config.model
+    traces = [unsharded.description.trace(spec, 1) for spec in unsharded.layers()]
+    traces.append(unsharded.description.head_trace(1, fuses_loss=False))
     products = sum(trace.forward_flops - trace.core_flops for trace in traces) / model.seq_length
     width = model.query_dim + model.v_head_dim if model.multi_latent_attention else 2 * model.head_dim
     return products + 2.0 * model.num_layers * model.num_attention_heads * width * model.mean_keys

@@ -19,13 +19,13 @@ def activation_bytes(planned: PlannedModel, stage: int, micro_batches: int) -> i
     inputs = local_tokens * config.model.hidden_size * compute_dtype(config).itemsize
     workspace = planned.lending_costs(planned.first_rank_of(stage)).workspace
     all_chunks = in_backward = 0
-    for place, again, count in planned.stages.counts(stage, recomputed_layers(config)):
-        trace = planned.description.trace(place, batch, training.recompute_granularity == "selective", worst=True)
+    for spec, again, count in planned.stages.counts(stage, recomputed_layers(config)):
+        trace = planned.description.trace(spec, batch, training.recompute_granularity == "selective", worst=True)
         kept, most = trace.kept_bytes, trace.backward_peak
         if again:
             kept, most = inputs, max(most, trace.forward_peak)
         all_chunks += count * kept
-        in_backward = max(in_backward, most - kept + (workspace if place.num_experts else 0))
+        in_backward = max(in_backward, most - kept + (workspace if spec.num_experts else 0))
     kept = passes * (all_chunks // len(plans) + (inputs if grid.pp > 1 else 0))
     if any(plan.has_head for plan in plans):
         # A teacher's logits are compared with the student's, so both are kept.

@@ -75,7 +75,7 @@ class Links:
 
     def size(self, name: str) -> int:
         """Returns the number of a group's members."""
-        return self.grid.place(name, 0)[0]
+        return self.grid.size_and_rank(name, 0)[0]
 
     def members_in_node(self, name: str) -> int:
         """Returns how many members of a group share the first one's node."""
@@ -126,10 +126,10 @@ class Links:
             return self.all_to_all(name, token_bytes * choices)
         nodes = size // near
 
-        def met(others: int, all_of_them: int) -> float:
+        def visited(others: int, all_of_them: int) -> float:
             return others * (1 - (1 - 1 / all_of_them) ** choices) if others else 0.0
 
-        return self._both(met(near - 1, size) * token_bytes, met(nodes - 1, nodes) * token_bytes)
+        return self._both(visited(near - 1, size) * token_bytes, visited(nodes - 1, nodes) * token_bytes)
 
     def _both(self, inside: float, outside: float) -> tuple[float, float]:
         c = self.cluster

@@ -14,11 +14,11 @@ from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source, Way
+from megatron_samoe.config.sharing_map import ExpertSource, Way
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.models.blueprint import Blueprint
 from megatron_samoe.models.gpt_stage import GPTStage
-from megatron_samoe.models.layer_layout import LayerPlace, StagePlan
+from megatron_samoe.models.layer_layout import LayerSpec, StagePlan
 from megatron_samoe.models.rank_model import compute_dtype
 from megatron_samoe.models.transformer_layer import TransformerLayer
 from megatron_samoe.moe.sharing.way import LenderCosts, SharingContext, SharingWay
@@ -46,8 +46,8 @@ class DescribedParameter:
     is_trained: bool
 
     @property
-    def whole_numel(self) -> int:
-        """Elements of the rank's whole shard, also where it holds only a slice of it."""
+    def shard_numel(self) -> int:
+        """Elements of the rank's full shard, also where it holds only a slice of it."""
         return self.numel if self.tag.slice is None else math.prod(self.tag.slice.shape)
 
 
@@ -69,35 +69,35 @@ class Description:
         self._known: dict[int, tuple[DescribedParameter, ...]] = {}
         self._of_stage: dict[StageContent, tuple[DescribedParameter, ...]] = {}
 
-    def layer(self, place: LayerPlace, selective: bool = False) -> TransformerLayer:
+    def layer(self, spec: LayerSpec, selective: bool = False) -> TransformerLayer:
         """Returns a layer like the one at a position; each number of experts and way of sharing has one.
 
         Args:
             selective: whether the layer recomputes attention's core, which changes nothing but what it keeps.
         """
-        if not place.num_experts and self._dense is not self:
-            return self._dense.layer(place, selective)
-        key = (kind_of(place), selective)
+        if not spec.num_experts and self._dense is not self:
+            return self._dense.layer(spec, selective)
+        key = (kind_of(spec), selective)
         if key not in self._layers:
             training = replace(
                 self._blueprint.config.training, recompute_granularity="selective" if selective else None
             )
             blueprint = replace(self._blueprint, config=replace(self._blueprint.config, training=training))
-            self._layers[key] = TransformerLayer(blueprint, place)
+            self._layers[key] = TransformerLayer(blueprint, spec)
         return self._layers[key]
 
-    def trace(self, place: LayerPlace, batch: int, selective: bool = False, worst: bool = False) -> Trace:
+    def trace(self, spec: LayerSpec, batch: int, selective: bool = False, worst: bool = False) -> Trace:
         """Returns the trace of such a layer for a micro-batch of sequences.
 
         Args:
             worst: let tokens visit the number of experts of a run's worst time, not of the average.
         """
-        if not place.num_experts and self._dense is not self:
-            return self._dense.trace(place, batch, selective)
-        layer = self.layer(place, selective)
+        if not spec.num_experts and self._dense is not self:
+            return self._dense.trace(spec, batch, selective)
+        layer = self.layer(spec, selective)
         router = layer.moe.router if layer.is_moe else None
         visited = 0.0 if router is None else router.kept_choices[0] if worst else router.experts_per_token
-        key = (kind_of(place), batch, selective, visited)
+        key = (kind_of(spec), batch, selective, visited)
         if key not in self._traces:
             self._traces[key] = trace_layer(layer, self._blueprint.config.model, batch, visited)
         return self._traces[key]
@@ -120,7 +120,7 @@ class Description:
     def shared(self, users: Users, state: ParallelState, placement: Literal["sharded", "replicated"]) -> SharedExperts:
         """Returns the experts that MoE layers share on a rank of any world."""
         context = self._blueprint.sharing_context
-        using: dict[Source, list[int]] = {}
+        using: dict[ExpertSource, list[int]] = {}
         for moe_index, source in enumerate(context.sources):
             using.setdefault(source, []).append(moe_index)
         # Only how many layers of a stage use a source matters, not which: each stage takes the next ones.
@@ -138,8 +138,8 @@ class Description:
         """Returns the parameters of a rank whose stage has this content, except experts that MoE layers share."""
         if content not in self._of_stage:
             found = [p for ends in content.ends for p in self._described(self.ends(StagePlan((), *ends)))]
-            for place, count in content.layers:
-                found += [replace(p, numel=count * p.numel) for p in self._described(self.layer(place))]
+            for spec, count in content.layers:
+                found += [replace(p, numel=count * p.numel) for p in self._described(self.layer(spec))]
             self._of_stage[content] = tuple(found)
         return self._of_stage[content]
 
@@ -183,16 +183,16 @@ class SharedExperts:
 
 def _described(module: nn.Module) -> tuple[DescribedParameter, ...]:
     """Returns a module's parameters; those that are sharded and reduced equally count as one."""
-    alike: dict[tuple, DescribedParameter] = {}
+    of_kind: dict[tuple, DescribedParameter] = {}
     for number, p in enumerate(module.parameters()):
         tag, numel = tag_of(p), p.numel()
         key: tuple = (tag.gradient_group, p.element_size(), p.requires_grad, tag.is_routed_expert)
         if tag.shard.family == "pool":
             key = (number,)  # exchanged one by one
-        before = alike.get(key)
+        before = of_kind.get(key)
         total, largest = (before.numel, before.largest) if before is not None else (0, 0)
-        alike[key] = DescribedParameter(tag, total + numel, max(largest, numel), p.element_size(), p.requires_grad)
-    return tuple(alike.values())
+        of_kind[key] = DescribedParameter(tag, total + numel, max(largest, numel), p.element_size(), p.requires_grad)
+    return tuple(of_kind.values())
 
 
 class PlannedModel:
@@ -252,14 +252,14 @@ class PlannedModel:
         """Returns the cost of lending these experts there."""
         return self.shared(rank).costs(self.config.moe.samoe_combine)
 
-    def layers(self) -> Iterator[LayerPlace]:
+    def layers(self) -> Iterator[LayerSpec]:
         """Yields all layers, stage by stage."""
         for chunks in self.stages.chunks_of_stage:
             for plan in chunks:
                 yield from plan.layers
 
 
-def whole_model(config: PretrainConfig, vocab_size: int) -> PlannedModel:
+def unsharded_model(config: PretrainConfig, vocab_size: int) -> PlannedModel:
     """Returns the planned model of one process."""
     return PlannedModel(replace(config, parallel=ParallelConfig()), vocab_size, 1)
 

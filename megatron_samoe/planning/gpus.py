@@ -89,7 +89,7 @@ def gpu_cluster(
 
     Args:
         precision: of the layers' products: bf16, fp8 or mxfp8.
-        graphs: what runs as CUDA graphs: nothing, parts of a layer, or whole steps.
+        graphs: what runs as CUDA graphs: nothing, parts of a layer, or full steps.
         overlaps: exchanges of tensor parallelism overlap with products as in Megatron-Core, weights are gathered during the
             first forward pass, and gradients are summed in 16 bits: NVIDIA's recipes, none of which is so here.
         overlaps_experts: exchanges of expert parallelism overlap with another micro-batch's products.
@@ -104,7 +104,7 @@ def gpu_cluster(
     if precision != "bf16":
         share = c[f"efficiency_8_{gpu.generation}"] * (c["mx"] if precision == "mxfp8" else 1.0)
         products = gpu.flops_8 * share / c["efficiency"]
-    whole = graphs == "full"
+    full = graphs == "full"
     return Cluster(
         world_size,
         gpu.gpus_per_node,
@@ -118,11 +118,11 @@ def gpu_cluster(
         product_flops=products,
         product_traffic=c["product_traffic"],
         activation_traffic=c["activation_traffic"],
-        moe_traffic=c["moe_traffic_fused" if whole else "moe_traffic"],
-        layer_launch_s=0.0 if whole else c["layer_launch_s"],
-        moe_launch_s=0.0 if whole else c["moe_launch_part_s" if graphs else "moe_launch_s"],
+        moe_traffic=c["moe_traffic_fused" if full else "moe_traffic"],
+        layer_launch_s=0.0 if full else c["layer_launch_s"],
+        moe_launch_s=0.0 if full else c["moe_launch_part_s" if graphs else "moe_launch_s"],
         tensor_exposed=c["tensor_exposed"] if overlaps else 1.0,
-        expert_exposed=c["expert_exposed_fused" if whole else "expert_exposed"] if overlaps_experts else 1.0,
+        expert_exposed=c["expert_exposed_fused" if full else "expert_exposed"] if overlaps_experts else 1.0,
         gradient_bytes=2.0 if overlaps else 4.0,
         gathers_ahead=overlaps,
         sends_once=sends_once,

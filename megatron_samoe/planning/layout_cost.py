@@ -46,7 +46,7 @@ class Cost:
 
     @property
     def step_s(self) -> float:
-        """Seconds of the whole step."""
+        """Seconds of the step."""
         return sum(self.seconds.values())
 
     @property
@@ -101,8 +101,8 @@ def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
     config, plans, description = planned.config, planned.stages.chunks_of_stage[stage], planned.description
     cost, batch, cluster = Cost(), config.training.micro_batch_size, links.cluster
     selective = config.training.recompute_granularity == "selective"
-    for place, again, count in planned.stages.counts(stage, recomputed_layers(config)):
-        layer, trace = description.layer(place), description.trace(place, batch, selective)
+    for spec, again, count in planned.stages.counts(stage, recomputed_layers(config)):
+        layer, trace = description.layer(spec), description.trace(spec, batch, selective)
         passes = 3 if again else 2
         _layer_seconds(cost, trace, layer.is_moe, count, passes - 1, (selective or again) + 1, cluster)
         _tensor_exchanges(cost, config, links, _tensor_regions(config, layer.is_moe, links.grid) * count * passes)
@@ -200,7 +200,7 @@ def _context_exchanges(cost: Cost, trace: Trace, links: Links, count: int, again
 
 
 def _expert_exchanges(cost: Cost, config: PretrainConfig, layer: TransformerLayer, links: Links, passes: int) -> None:
-    """Adds dispatch and return in each pass; with whole experts a tensor-parallel rank sends its share of the tokens."""
+    """Adds dispatch and return in each pass; with unsplit experts a tensor-parallel rank sends its share of the tokens."""
     grid = links.grid
     if grid.ep == 1:
         return
@@ -235,13 +235,13 @@ def _muon(planned: PlannedModel, stage: int, links: Links) -> tuple[float, float
     flops = flops_of_rank(found, config.optimizer, grid, rank)
     costs = [(flops / (links.cluster.flops * share * links.cluster.efficiency), 0.0)]
     for m in found:
-        group, whole = m.tag.gradient_group, 4.0 * (m.numel if m.tag.slice is None else math.prod(m.tag.slice.shape))
+        group, full = m.tag.gradient_group, 4.0 * (m.numel if m.tag.slice is None else math.prod(m.tag.slice.shape))
         if m.tag.slice is not None or config.parallel.use_distributed_optimizer:
-            costs += 2 * [links.all_to_all(group, whole / links.size(group))]
+            costs += 2 * [links.all_to_all(group, full / links.size(group))]
         else:
-            costs.append(links.gather(group, whole))
+            costs.append(links.gather(group, full))
         if m.split is not None:
-            costs += 2 * [links.all_to_all(m.split, whole / links.size(group))]
+            costs += 2 * [links.all_to_all(m.split, full / links.size(group))]
     seconds, sent = map(sum, zip(*costs, strict=True))
     return seconds, sent
 
@@ -261,21 +261,21 @@ def _exchanges(planned: PlannedModel, links: Links) -> tuple[Mapping[str, tuple[
             if not p.is_trained:
                 continue
             group, is_sliced = p.tag.gradient_group, p.tag.slice is not None
-            size = links.grid.place(group, rank)[0]
+            size = links.grid.size_and_rank(group, rank)[0]
             is_shared = zero and size > 1
-            elements += p.whole_numel / size if is_sliced or is_shared else p.whole_numel
+            elements += p.shard_numel / size if is_sliced or is_shared else p.shard_numel
             kind = ("pool" if p.tag.shard.family == "pool" else "gradients", group)
             if not is_sliced:
                 # Gradients are summed, or each rank updates a slice and weights are gathered.
                 summed = links.cluster.gradient_bytes
-                more = p.whole_numel * (summed + p.element_bytes if is_shared else 2 * summed)
+                more = p.shard_numel * (summed + p.element_bytes if is_shared else 2 * summed)
                 moved[kind] = moved.get(kind, 0.0) + more
         for group, sent in planned.lending_costs(rank).sent.items():
             moved["pool", group] = moved.get(("pool", group), 0.0) + sent
         times: dict[str, tuple[float, float]] = {}
         for (what, group), sent in moved.items():
             # A buffer holds many tensors, so that none has a latency of its own.
-            size = links.grid.place(group, rank)[0]
+            size = links.grid.size_and_rank(group, rank)[0]
             passed, (seconds, before) = sent * (size - 1) / size, times.get(what, (0.0, 0.0))
             times[what] = (seconds + passed / links.bandwidth(group), before + passed)
         if sum(t for t, _ in times.values()) >= sum(t for t, _ in worst.values()):

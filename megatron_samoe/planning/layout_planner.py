@@ -62,7 +62,7 @@ class PlannedLayout:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens of the whole cluster per second."""
+        """Tokens of the cluster per second."""
         return self.step_tokens / self.cost.step_s
 
     def name(self) -> str:
@@ -133,10 +133,12 @@ def plan_layouts(
         except ConfigError as error:
             problem = problem or error
             continue
-        legal += _placed(sized, cluster)
+        legal += _with_pool_placements(sized, cluster)
     if not legal:
         raise problem or ConfigError("--world-size", cluster.world_size, "has no layout that fills it")
-    fitting = [found for placed in legal if (found := _fastest_that_fits(placed, vocab_size, cluster)) is not None]
+    fitting = [
+        found for candidate in legal if (found := _fastest_that_fits(candidate, vocab_size, cluster)) is not None
+    ]
     if not fitting:
         raise _too_large(_smallest(legal, vocab_size, cluster), cluster)
     return sorted(fitting, key=lambda layout: -layout.tokens_per_s)
@@ -242,7 +244,7 @@ def _stage_cuts(base: PretrainConfig, pp: int) -> list[tuple[int | None, str | N
     return cuts
 
 
-def _placed(sized: PretrainConfig, cluster: Cluster) -> list[PretrainConfig]:
+def _with_pool_placements(sized: PretrainConfig, cluster: Cluster) -> list[PretrainConfig]:
     """Returns a choice of sizes with what is always worth having, once for each placement of shared experts."""
     moe, parallel = sized.moe, sized.parallel
     is_replicated = data_parallel_size(sized, cluster.world_size) * parallel.context_parallel_size > 1
@@ -258,10 +260,10 @@ def _placed(sized: PretrainConfig, cluster: Cluster) -> list[PretrainConfig]:
     return [sized, replace(sized, moe=replace(moe, samoe_pool_placement="replicated"))]
 
 
-def _fastest_that_fits(placed: PretrainConfig, vocab_size: int, cluster: Cluster) -> PlannedLayout | None:
+def _fastest_that_fits(candidate: PretrainConfig, vocab_size: int, cluster: Cluster) -> PlannedLayout | None:
     """Returns the layout with the cheapest options that fit; None where none do."""
     ruled_out = None
-    for config in _memory_savings(placed):
+    for config in _memory_savings(candidate):
         if config.moe.samoe_combine == ruled_out:
             continue
         rank, memory = largest_rank_memory(config, vocab_size, cluster.world_size, cluster.memory_bytes)
@@ -276,7 +278,7 @@ def _fastest_that_fits(placed: PretrainConfig, vocab_size: int, cluster: Cluster
 
 def _smallest(legal: list[PretrainConfig], vocab_size: int, cluster: Cluster) -> PlannedLayout:
     """Returns the layout whose largest rank needs least memory."""
-    configs = (config for placed in legal for config in _memory_savings(placed))
+    configs = (config for candidate in legal for config in _memory_savings(candidate))
     found = ((config, *largest_rank_memory(config, vocab_size, cluster.world_size)) for config in configs)
     config, rank, memory = min(found, key=lambda layout: layout[2].total)
     return _planned(config, rank, memory, vocab_size, cluster)
@@ -286,9 +288,9 @@ def _planned(config: PretrainConfig, rank: int, memory: RankMemory, vocab_size: 
     return PlannedLayout(config, cluster.world_size, rank, memory, step_cost(config, vocab_size, cluster))
 
 
-def _memory_savings(placed: PretrainConfig) -> Iterator[PretrainConfig]:
+def _memory_savings(candidate: PretrainConfig) -> Iterator[PretrainConfig]:
     """Yields a layout with the options that trade memory for time, from the fastest to the smallest."""
-    moe, training = placed.moe, placed.training
+    moe, training = candidate.moe, candidate.training
     combines: list[Literal["step", "layer"]] = [moe.samoe_combine]
     if moe.has_coefficients and moe.samoe_combine == "step":
         combines = ["step", "layer"]
@@ -298,7 +300,7 @@ def _memory_savings(placed: PretrainConfig) -> Iterator[PretrainConfig]:
     for combine in combines:
         for recompute in recomputes:
             yield replace(
-                placed,
+                candidate,
                 moe=replace(moe, samoe_combine=combine),
                 training=replace(training, recompute_granularity=recompute),
             )

@@ -63,11 +63,11 @@ def _draw_rank(axes: Any, grid: RankGrid, rank: int, x: int, y: int) -> None:
 
     axes.text(x + 0.48, y + 0.13, str(rank), ha="center", va="center", fontsize=9, fontweight="bold")
     for which, (colored, palette, top) in DRAWN.items():
-        place, sizes = grid.coordinates(rank, which), grid.axes(which)
+        position, sizes = grid.coordinates(rank, which), grid.axes(which)
         colors = matplotlib.colormaps[palette]
-        color = (*colors(place[colored] % colors.N)[:3], 0.5)
+        color = (*colors(position[colored] % colors.N)[:3], 0.5)
         axes.add_patch(Rectangle((x, y + top), 0.96, 0.32, facecolor=color, edgecolor="black", linewidth=0.4))
-        text = " ".join(f"{LETTERS[axis]}{place[axis]}" for axis in sizes if axis != "pp" and sizes[axis] > 1)
+        text = " ".join(f"{LETTERS[axis]}{position[axis]}" for axis in sizes if axis != "pp" and sizes[axis] > 1)
         axes.text(x + 0.48, y + top + 0.17, text, ha="center", va="center", fontsize=9)
 
 
@@ -88,9 +88,9 @@ def _name_stages(axes: Any, grid: RankGrid, rows: list[list[int]], columns: int,
     shapes = {which: " x ".join(f"{axis} {size}" for axis, size in grid.axes(which).items()) for which in DRAWN}
     axes.set_title(
         f"upper band: dense grid, {shapes['dense']}\n"
-        "t: tensor slice, c: part of sequences, d: data-parallel place (colour)\n"
+        "t: tensor slice, c: part of sequences, d: data-parallel rank (colour)\n"
         f"lower band: expert grid, {shapes['expert']}\n"
-        "t: expert-tensor slice, e: expert slice (colour), D: expert-data place"
+        "t: expert-tensor slice, e: expert slice (colour), D: expert-data rank"
         + (f"\n{hidden} more ranks are not drawn" if hidden else ""),
         fontsize=9,
     )

@@ -41,8 +41,8 @@ class RankMemory:
         weights, gradients: the model's own, gradients in fp32.
         optimizer: fp32 master weights (where the weights are not fp32) and two moments, of Muon's matrices one.
         folded_weights, folded_gradients: experts that lenders keep from step to step: those that --samoe-combine step
-            keeps combined, for all layers of this rank, and the whole tied sets that its layers use.
-        gathered_banks: whole banks and their gradients that --samoe-combine layer holds through a step where the pool is
+            keeps combined, for all layers of this rank, and the unsharded tied sets that its layers use.
+        gathered_banks: unsharded banks and their gradients that --samoe-combine layer holds through a step where the pool is
             sharded.
         activations: kept for backward passes at the schedule's peak, with the largest layer's workspace.
         exchange: the largest temporary of gathering and reducing, at the beginning or end of a step, when no
@@ -167,7 +167,7 @@ def _held_by_rank(
     for m in matrices:
         by_muon[m.tag.gradient_group, m.element_bytes, m.tag if m.tag.slice is not None else None] += m.numel
     parts = [
-        _held(buffer, grid.place(buffer[0].tag.gradient_group, rank), zero, bucket, by_muon)
+        _held(buffer, grid.size_and_rank(buffer[0].tag.gradient_group, rank), zero, bucket, by_muon)
         for buffer in _buffers(found)
     ]
     return _Held(
@@ -192,23 +192,27 @@ def _buffers(parameters: Iterable[DescribedParameter]) -> list[list[DescribedPar
     """Returns the parameters of each gradient buffer; frozen parameters and sharded banks are buffers of their own."""
     buffers: dict[tuple, list[DescribedParameter]] = {}
     for number, p in enumerate(parameters):
-        alone = p.tag.slice is not None or not p.is_trained
-        buffers.setdefault((number,) if alone else (p.tag.gradient_group, p.element_bytes), []).append(p)
+        is_separate = p.tag.slice is not None or not p.is_trained
+        buffers.setdefault((number,) if is_separate else (p.tag.gradient_group, p.element_bytes), []).append(p)
     return list(buffers.values())
 
 
 def _held(
-    buffer: list[DescribedParameter], place: tuple[int, int], zero: bool, bucket: int, matrices: Mapping[tuple, int]
+    buffer: list[DescribedParameter],
+    size_and_rank: tuple[int, int],
+    zero: bool,
+    bucket: int,
+    matrices: Mapping[tuple, int],
 ) -> _Held:
     """Returns the bytes of one gradient buffer's parameters, with the largest temporary of its exchange.
 
     Args:
-        place: size of the group that sums the gradients, and the rank's number in it.
+        size_and_rank: size of the group that sums the gradients, and the rank's number in it.
         zero: whether each of the group's ranks updates a slice of the buffer.
         matrices: elements that Muon updates, by gradient group, element size and, of a slice, its tag. A rank's slice of a
             buffer counts the buffer's share of them on average.
     """
-    first, own, size = buffer[0], sum(p.numel for p in buffer), place[0]
+    first, own, size = buffer[0], sum(p.numel for p in buffer), size_and_rank[0]
     element, exchange = first.element_bytes, 0
     weights, gradients = own * element, own * FP32_BYTES
     if not first.is_trained:
@@ -219,7 +223,7 @@ def _held(
         # Of one buffer the reduced slice, or later the updated slice with all members' slices.
         part = min(1.0, max(bucket, *(p.largest for p in buffer)) / max(own, 1))
         exchange = int(part * max(shard * FP32_BYTES, shard * element + weights))
-        own = max(0, min(shard, own - shard * place[1]))
+        own = max(0, min(shard, own - shard * size_and_rank[1]))
     key = (first.tag.gradient_group, element, first.tag if first.tag.slice is not None else None)
     by_muon = own * min(matrices.get(key, 0) / max(sum(p.numel for p in buffer), 1), 1.0)
     optimizer = own * (MOMENT_BYTES + (FP32_BYTES if element < FP32_BYTES else 0)) - round(by_muon) * FP32_BYTES

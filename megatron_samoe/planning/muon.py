@@ -30,7 +30,7 @@ class Matrices:
     Attributes:
         numel: elements of this rank's shards.
         num_tensors: how many there are, of experts those of this rank's expert-parallel number.
-        step_flops: multiply-adds x 2 of one Newton-Schulz step of all of them, whole.
+        step_flops: multiply-adds x 2 of one Newton-Schulz step of all of them, unsharded.
         split: the axis over which each is split, if it is.
     """
 
@@ -42,10 +42,10 @@ class Matrices:
     split: str | None
 
     def largest_share(self, grid: RankGrid, rank: int) -> float:
-        """Returns the share of the work that the busiest rank has: whole tensors, so owners beyond their number have none."""
+        """Returns the share of the work that the busiest rank has: full tensors, so owners beyond their number have none."""
         most = self.num_tensors
         for axis in (self.tag.gradient_group, *((self.split,) if self.split else ())):
-            most = -(-most // grid.place(axis, rank)[0])
+            most = -(-most // grid.size_and_rank(axis, rank)[0])
         return most / self.num_tensors
 
 
@@ -54,14 +54,14 @@ def matrices_of(planned: PlannedModel, rank: int) -> tuple[Matrices, ...]:
     if planned.config.optimizer.optimizer != "muon":
         return ()
     shared = planned.shared(rank).parameters
-    shapes = (planned.description.layer(place).moe.shape for place in planned.layers() if place.num_experts)
+    shapes = (planned.description.layer(spec).moe.shape for spec in planned.layers() if spec.num_experts)
     of_shared = tuple(_of_shared(shared, next(shapes), planned.grid.etp)) if shared else ()
     return _own(planned.description, planned.grid, rank, planned.stages.contents[planned.stage_of(rank)]) + of_shared
 
 
 @lru_cache(maxsize=1024)
 def _own(description: Description, grid: RankGrid, rank: int, content: StageContent) -> tuple[Matrices, ...]:
-    layers = ((description.layer(place), count) for place, count in content.layers)
+    layers = ((description.layer(spec), count) for spec, count in content.layers)
     return tuple(m for layer, count in layers for m in _of_module(layer, grid, rank, count))
 
 
@@ -72,7 +72,7 @@ def _of_module(module: nn.Module, grid: RankGrid, rank: int, count: int) -> Iter
         shard = Shard(tag_of(p), shard_shape(p), p)
         sizes = list(shard.shape[shard.num_stacked :])
         if shard.split is not None:
-            sizes[shard.split[0]] *= grid.place(shard.split[1], rank)[0]
+            sizes[shard.split[0]] *= grid.size_and_rank(shard.split[1], rank)[0]
         number, axis = count * shard.num_tensors, None if shard.split is None else shard.split[1]
         flops = number * newton_schulz_flops(math.prod(sizes[:-1]), sizes[-1], 1)
         yield Matrices(shard.tag, p.element_size(), count * math.prod(shard.shape), number, flops, axis)
@@ -91,7 +91,7 @@ def _of_shared(shared: Iterable[DescribedParameter], shape: ExpertShape, etp: in
         else:
             share = 0.0
         if share and p.tag.is_routed_expert:
-            elements = share * p.whole_numel
+            elements = share * p.shard_numel
             number = max(round(2 * etp * elements / shape.matrix_elements), 1)
             yield Matrices(p.tag, p.element_bytes, round(share * p.numel), number, etp * elements * per_element, "etp")
 

@@ -330,12 +330,12 @@ class Recorder(TorchDispatchMode):
                 2.0 * rows * inner * right.shape[-1],
             )
         elif packet in _ATTENTION:
-            first, place = _ATTENTION[packet]
+            first, bias_index = _ATTENTION[packet]
             query, key, value = args[first : first + 3]
             kind, shape = "attention", (*query.shape[:3], key.shape[2], query.shape[3])
             # The backward pass makes the scores again, and two gradients of each product.
             widths = (3 if first else 1) * query.shape[3] + (2 if first else 1) * value.shape[3]
-            pairs = self._pairs(query.shape[2], key.shape[2], len(args) > place and args[place])
+            pairs = self._pairs(query.shape[2], key.shape[2], len(args) > bias_index and args[bias_index])
             flops = 2.0 * math.prod(query.shape[:2]) * pairs * widths
         read, written = sum(map(_bytes_of, operands[packet in _OVERWRITES :])), sum(map(_bytes_of, made))
         return Operation(kind, name, shape, dtype, flops, read, written)

@@ -10,15 +10,15 @@ from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source
-from megatron_samoe.models.layer_layout import LayerPlace, StagePlan, stage_plans
+from megatron_samoe.config.sharing_map import ExpertSource
+from megatron_samoe.models.layer_layout import LayerSpec, StagePlan, stage_plans
 
 Chunks = tuple[StagePlan, ...]
 
 
-def kind_of(place: LayerPlace) -> tuple:
+def kind_of(spec: LayerSpec) -> tuple:
     """Returns the key of layers with the same parameters."""
-    return place.num_experts, place.source and place.source.way, place.window
+    return spec.num_experts, spec.source and spec.source.way, spec.window
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class StageContent:
     """
 
     ends: tuple[tuple[bool, bool], ...]
-    layers: tuple[tuple[LayerPlace, int], ...]
+    layers: tuple[tuple[LayerSpec, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,17 +49,17 @@ class Stages:
     users: Users
 
     @lru_cache(maxsize=1 << 14)  # noqa: B019  stages live as long, in a cache of their own
-    def counts(self, stage: int, recomputed: int) -> tuple[tuple[LayerPlace, bool, int], ...]:
+    def counts(self, stage: int, recomputed: int) -> tuple[tuple[LayerSpec, bool, int], ...]:
         """Returns a layer of each kind of a stage, whether it is recomputed, and the number of such layers.
 
         Args:
             recomputed: how many layers of each chunk are recomputed, at most.
         """
-        kinds: dict[tuple[tuple, bool], list[LayerPlace]] = {}
+        kinds: dict[tuple[tuple, bool], list[LayerSpec]] = {}
         for plan in self.chunks_of_stage[stage]:
-            for number, place in enumerate(plan.layers):
-                kinds.setdefault((kind_of(place), number < recomputed), []).append(place)
-        return tuple((places[-1], again, len(places)) for (_, again), places in kinds.items())
+            for number, spec in enumerate(plan.layers):
+                kinds.setdefault((kind_of(spec), number < recomputed), []).append(spec)
+        return tuple((specs[-1], again, len(specs)) for (_, again), specs in kinds.items())
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class Users:
     Stages cut in any way with equal numbers have the same object.
     """
 
-    of_stage: tuple[tuple[tuple[Source, int], ...], ...]
+    of_stage: tuple[tuple[tuple[ExpertSource, int], ...], ...]
 
 
 @lru_cache(maxsize=1024)
@@ -91,17 +91,17 @@ def stages_of(
     model = ModelConfig(num_layers=num_layers, sliding_window=window, window_attn_skip_freq=window_frequency)
     plans = stage_plans(PretrainConfig(model=model, moe=moe, parallel=parallel))
     by_rank = tuple(plans[rank::pp] for rank in range(pp))
-    places = [place for plan in plans for place in plan.layers]
-    first_of_kind = {kind_of(place): place for place in reversed(places)}
+    specs = [spec for plan in plans for spec in plan.layers]
+    first_of_kind = {kind_of(spec): spec for spec in reversed(specs)}
     contents, used_by_rank = [], []
     for chunks in by_rank:
-        kinds = Counter(kind_of(place) for plan in chunks for place in plan.layers)
+        kinds = Counter(kind_of(spec) for plan in chunks for spec in plan.layers)
         ends = tuple((plan.has_embedding, plan.has_head) for plan in chunks)
         contents.append(_content(ends, tuple((first_of_kind[kind], n) for kind, n in kinds.items())))
-        sources = (place.source for plan in chunks for place in plan.layers)
+        sources = (spec.source for plan in chunks for spec in plan.layers)
         used_by_rank.append(Counter(source for source in sources if source is not None and source.way.is_shared))
-    everywhere = sum(used_by_rank, Counter[Source]())
-    size_of = {place.source: place.num_experts for place in places}
+    everywhere = sum(used_by_rank, Counter[ExpertSource]())
+    size_of = {spec.source: spec.num_experts for spec in specs}
     seen: dict[tuple, int] = {}
     for rank, (chunks, used) in enumerate(zip(by_rank, used_by_rank, strict=True)):
         kind = tuple((c.has_embedding, c.has_head, *map(kind_of, c.layers)) for c in chunks)
@@ -117,10 +117,10 @@ def stages_of(
 
 
 @lru_cache(maxsize=1 << 14)
-def _content(ends: tuple[tuple[bool, bool], ...], layers: tuple[tuple[LayerPlace, int], ...]) -> StageContent:
+def _content(ends: tuple[tuple[bool, bool], ...], layers: tuple[tuple[LayerSpec, int], ...]) -> StageContent:
     return StageContent(ends, layers)
 
 
 @lru_cache(maxsize=1 << 14)
-def _users(of_stage: tuple[tuple[tuple[Source, int], ...], ...]) -> Users:
+def _users(of_stage: tuple[tuple[tuple[ExpertSource, int], ...], ...]) -> Users:
     return Users(of_stage)

@@ -28,7 +28,7 @@ class Trace:
 
     Attributes:
         forward, backward: operations. The backward pass has those of what it computes again by itself (attention's core with
-            selective recomputation); a layer that is recomputed as a whole has its forward pass once more.
+            selective recomputation); a layer that is fully recomputed has its forward pass once more.
         kept_bytes: what autograd keeps between them; a layer's input is part of it.
         forward_peak, backward_peak: most bytes during each, what is kept included.
     """

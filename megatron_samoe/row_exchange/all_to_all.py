@@ -155,7 +155,7 @@ def _key(group: Group) -> int:
 
 
 def group_of(key: int) -> Group:
-    """Returns the group that a number of the op stands for."""
+    """Returns the group that a number of the op means."""
     return _groups[key]
 
 

@@ -5,7 +5,7 @@ So each rank has a thread that looks at its communicator and at a key of the sto
 this there, and the others abort. During a long wait all ranks write in which exchange they are. So a time-out names the
 ranks that did not come, and a rank that has left is an error at once.
 
-One store serves the whole job. A look is one request until the first long wait, and at most REQUESTS_PER_LOOK ever after,
+One store serves the job. A look is one request until the first long wait, and at most REQUESTS_PER_LOOK ever after,
 however large the group. In a job of W ranks a rank looks every look_s(W) = max(0.5, W / 1000) seconds. So a communicator
 of every rank makes at most REQUESTS_PER_LOOK * W / look_s(W) requests a second: never more than 4000.
 """
@@ -58,7 +58,7 @@ class Bulletin:
         self._end = weakref.finalize(self, _end, self._board, stop, thread)
 
     def give_up(self, reason: str) -> str:
-        """Tells the other members that this one gave up, unless one of them gave up first.
+        """Notifies the other members that this one gave up, unless one of them gave up first.
 
         Returns what to add to the reason: the ranks that did not come to the exchange, if they are known.
         """
@@ -67,7 +67,7 @@ class Bulletin:
         return self._board.missing
 
     def close(self) -> None:
-        """Tells the other members that this one takes no part in later exchanges."""
+        """Notifies the other members that this one takes no part in later exchanges."""
         self._end()
 
 
@@ -82,9 +82,9 @@ class _Board:
         self._rank, self._size, self._handle = group.rank, group.size, handle
         self._pid, self._gone = os.getpid(), False
         self._many_at_once: bool = self._asking.has_extended_api()  # type: ignore[attr-defined]  # missing from torch's stubs
-        self._places = [str(rank) for rank in range(self._size)]  # the keys at which ranks say where they are
-        self._all_have_places = self._said = False
-        self._told = -1  # the exchange that the others know this rank to be in
+        self._report_keys = [str(rank) for rank in range(self._size)]  # the keys at which ranks say where they are
+        self._all_have_reported = self._said = False
+        self._announced = -1  # the exchange that the others know this rank to be in
         self._waiting, self._looks = -1, 0
         self.missing = ""
         self._telling.set(str(self._rank), "")
@@ -111,26 +111,26 @@ class _Board:
         waits = waiting >= 0 and self._looks > 0
         if waits and not news:
             self._telling.set("news", "where are you")
-        if started != self._told and (waits or news):
+        if started != self._announced and (waits or news):
             self._telling.set(str(self._rank), str(started))
-            self._told = started
+            self._announced = started
         if not waits:
             self.missing = ""
             return True
         return self._look_for_others(started, waiting)
 
     def _look_for_others(self, started: int, waiting: int) -> bool:
-        if not self._all_have_places:  # a question for one that is not there yet would wait for it
-            self._all_have_places = self._asking.check(self._places)
+        if not self._all_have_reported:  # a question for one that is not there yet would wait for it
+            self._all_have_reported = self._asking.check(self._report_keys)
             return True
         absent = []
-        for rank, place in enumerate(self._read(self._places)):
-            exchange, *left = place.split() or ["-1"]
+        for rank, report in enumerate(self._read(self._report_keys)):
+            exchange, *left = report.split() or ["-1"]
             if rank == self._rank or int(exchange) >= waiting:
                 continue
             if left:
                 return self._abort(started, f"rank {rank} closed the communicator after exchange {exchange}")
-            absent.append(f"{rank} (last in {exchange})" if place else f"{rank} (says nothing)")
+            absent.append(f"{rank} (last in {exchange})" if report else f"{rank} (says nothing)")
         known = absent and self._looks >= _LONG
         self.missing = f"; in exchange {waiting} these ranks are missing: {', '.join(absent)}" if known else ""
         return True

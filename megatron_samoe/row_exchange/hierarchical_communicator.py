@@ -2,7 +2,7 @@
 
 In each node, the rank with local index j collects the node's rows for ranks of index j in other nodes. It sends them to
 each node in one message, in the order of their first senders, which is that of the result. So a rank sends one message
-to every other node in place of one to every rank there. The other order (between nodes first) sends the same number of messages,
+to every other node instead of one to every rank there. The other order (between nodes first) sends the same number of messages,
 but its rows would arrive in pieces.
 """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_samoe.parallel_state.state import Group
 from megatron_samoe.row_exchange.communicator import Communicator
 
-_NO_HANDLE = 0  # no compiled communicator has it
+_NO_HANDLE = 0  # the number of no compiled communicator
 
 
 class HostwiseCommunicator(Communicator):

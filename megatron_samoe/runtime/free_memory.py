@@ -32,14 +32,14 @@ def free_in_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path
         lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:
         return
-    for number, controllers, place in lines:
+    for number, controllers, path in lines:
         if number == "0":
             top, names = root, ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
             top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
-        inner = top / place.strip("/")
+        inner = top / path.strip("/")
         for group in (inner, *inner.parents):
             # In a container the path may be the host's, of which only the top is to be seen.
             with suppress(OSError, ValueError):

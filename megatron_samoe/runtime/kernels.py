@@ -62,7 +62,7 @@ def choose(parallel: ParallelState, recorded: Kernels) -> Kernels:
 def choose_kernels(
     parallel: ParallelState, recorded: Sequence[str] | None, timeout_s: float = _TIMEOUT_S
 ) -> Sequence[str] | None:
-    """Chooses the CUDA kernels of this run and returns them, or None where there is no choice; all ranks call it together. One
+    """Chooses the CUDA kernels of this run and returns them, or None where nothing is to be chosen; all ranks call it together. One
     line says what was chosen.
 
     Args:

@@ -53,7 +53,7 @@ def load_model(
         layout: of the ranks in `parallel`; one process if not given.
         combine: combine a pool's experts, as the model's forward pass needs. False saves the memory of folded experts
             for an engine, which folds them itself or serves them on the fly or selected.
-        tokenizer_model: file of the tokenizer, in place of the one that the folder carries or names.
+        tokenizer_model: file of the tokenizer, instead of the one that the folder carries or names.
         dtype: of the weights; as they are stored if not given.
 
     Raises:

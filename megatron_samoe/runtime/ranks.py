@@ -29,7 +29,7 @@ def prepare_device(layout: ParallelConfig, num_threads: int | None, bf16: bool =
     return device
 
 
-def place_in(layout: ParallelConfig, device: torch.device, shares_experts: bool = False) -> ParallelState:
+def state_in_layout(layout: ParallelConfig, device: torch.device, shares_experts: bool = False) -> ParallelState:
     """Returns the parallel state of this rank, which has joined its job, in a layout, with the transport of tokens to other
     ranks' experts.
 
@@ -69,7 +69,7 @@ def join_ranks(layout: ParallelConfig, num_threads: int | None = None) -> Parall
         ) from None
     device = prepare_device(layout, num_threads)
     backend.initialize_distributed(layout, device)
-    return place_in(layout, device)
+    return state_in_layout(layout, device)
 
 
 def check_gpu(device: torch.device, bf16: bool = False) -> None:

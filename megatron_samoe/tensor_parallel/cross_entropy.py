@@ -19,11 +19,11 @@ CHUNK_ELEMENTS = 1 << 24
 
 
 def vocab_parallel_cross_entropy(logits_TV: Tensor, labels_T: Tensor, first_id: int, group: Group) -> Tensor:
-    """Returns loss_T in fp32 (fp64 for fp64 logits): -log softmax(logits)[label] over the whole vocabulary.
+    """Returns loss_T in fp32 (fp64 for fp64 logits): -log softmax(logits)[label] over the full vocabulary.
 
     Args:
         logits_TV: this rank's part of the vocabulary; parts may differ in width, even be empty.
-        labels_T: ids in the whole vocabulary.
+        labels_T: ids in the full vocabulary.
         first_id: id of this rank's first column.
         group: the ranks that hold the parts.
     """
@@ -46,7 +46,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _joined(peak_T: Tensor, sum_T: Tensor, target_T: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Returns loss_T and logsumexp_T of the whole vocabulary from what `cross_entropy_parts` found in this rank's part."""
+    """Returns loss_T and logsumexp_T of the full vocabulary from what `cross_entropy_parts` found in this rank's part."""
     if group.size > 1:
         global_peak_T = group.all_reduce(peak_T.clone(), dist.ReduceOp.MAX)
         both = torch.stack((sum_T * (peak_T - global_peak_T).exp(), target_T))

@@ -13,7 +13,7 @@ from megatron_samoe.parallel_state.state import Group
 
 
 def vocab_parallel_kl_divergence(student_TV: Tensor, teacher_TV: Tensor, temperature: float, group: Group) -> Tensor:
-    """Returns kl_T = KL(softmax(teacher / temperature) || softmax(student / temperature)) over the whole vocabulary, in
+    """Returns kl_T = KL(softmax(teacher / temperature) || softmax(student / temperature)) over the full vocabulary, in
     fp32 (fp64 for fp64 logits); only the student gets a gradient.
 
     Three numbers a token are reduced over ranks, never logits.

@@ -71,7 +71,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class TokenWiseLinear(nn.Module):
-    """A linear layer y = x W^T that every tensor-parallel rank has whole; with sequence parallelism it acts on the rank's
+    """A linear layer y = x W^T whose weight is the same on every tensor-parallel rank; with sequence parallelism it acts on the rank's
     tokens.
     """
 
@@ -87,7 +87,7 @@ class TokenWiseLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer y = x W^T + b with W's inputs split over tensor-parallel ranks; x is split, y is whole."""
+    """A linear layer y = x W^T + b with W's inputs split over tensor-parallel ranks; x is split, y is complete."""
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, init: Init, state: ParallelState, dtype: torch.dtype

@@ -25,7 +25,7 @@ def enter_tensor_parallel_region(x_TH: Tensor, state: ParallelState) -> Tensor:
 
 
 def leave_tensor_parallel_region(y_TH: Tensor, state: ParallelState) -> Tensor:
-    """Returns the sum of all ranks' parts of y: whole, or with sequence parallelism this rank's share of tokens."""
+    """Returns the sum of all ranks' parts of y: complete, or with sequence parallelism this rank's share of tokens."""
     if state.sequence_parallel:
         return _border(y_TH, state.tp, _summed_share, _all_tokens)
     return _border(y_TH, state.tp, _sum, _same)
@@ -52,33 +52,33 @@ def gather_tokens(x: Tensor, group: Group) -> Tensor:
 
 
 def gather_sequences(x_TH: Tensor, state: ParallelState, batch_size: int) -> Tensor:
-    """Returns whole sequences [B * S, ...] of the parts that context-parallel ranks hold; the backward takes this rank's part
+    """Returns complete sequences [B * S, ...] of the parts that context-parallel ranks hold; the backward takes this rank's part
     of a gradient that is equal on all ranks.
     """
 
-    def whole(x_TH: Tensor, group: Group) -> Tensor:
+    def gathered(x_TH: Tensor, group: Group) -> Tensor:
         parts = group.all_gather(x_TH[None]).unflatten(1, (batch_size, -1))
         return whole_sequences(parts, group.size).flatten(0, 1)
 
-    return _border(x_TH, state.cp, whole, lambda dx_TH, _group: own_tokens(dx_TH, state, batch_size))
+    return _border(x_TH, state.cp, gathered, lambda dx_TH, _group: own_tokens(dx_TH, state, batch_size))
 
 
 def own_tokens(x_TH: Tensor, state: ParallelState, batch_size: int) -> Tensor:
-    """Returns the rows of whole sequences [B * S, ...] that this rank's tensor-parallel group holds."""
+    """Returns the rows of complete sequences [B * S, ...] that this rank's tensor-parallel group holds."""
     if state.cp.size == 1:
         return x_TH
     return state.token_share.of_sequences(x_TH.unflatten(0, (batch_size, -1))).flatten(0, 1)
 
 
 def to_heads(x_BSAD: Tensor, cp: Group) -> Tensor:
-    """Returns whole sequences of this context-parallel rank's heads, [B, S, A / n, D], for all heads of its part of them
+    """Returns complete sequences of this context-parallel rank's heads, [B, S, A / n, D], for all heads of its part of them
     (Ulysses, arXiv:2309.14509).
     """
     return _border(x_BSAD, cp, _sequences_of_heads, _heads_of_sequences)
 
 
 def to_sequences(y_BSAD: Tensor, cp: Group) -> Tensor:
-    """Returns all heads of this rank's part of sequences for whole sequences of its heads: the way back from `to_heads`."""
+    """Returns all heads of this rank's part of sequences for complete sequences of its heads: the way back from `to_heads`."""
     return _border(y_BSAD, cp, _heads_of_sequences, _sequences_of_heads)
 
 

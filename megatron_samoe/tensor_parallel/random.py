@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_samoe.parallel_state.token_share import TokenShare
 
 #: All tokens of a micro-batch.
-WHOLE = TokenShare()
+ALL_TOKENS = TokenShare()
 #: Rows of a sample that are drawn from one seed; a rank that has a part of a long sequence draws no more than it needs.
 BLOCK = 2048
 
@@ -44,7 +44,12 @@ class SampleRandom:
     samples: tuple[int, ...]
 
     def uniform(
-        self, shape_per_sample: tuple[int, ...], device: torch.device, layer: int, site: str, share: TokenShare = WHOLE
+        self,
+        shape_per_sample: tuple[int, ...],
+        device: torch.device,
+        layer: int,
+        site: str,
+        share: TokenShare = ALL_TOKENS,
     ) -> Tensor:
         """Returns [B * n, ...] fp32 draws from [0, 1), where shape_per_sample is (n, ...), or of each sample those of the
         share's context-parallel group.
@@ -56,8 +61,8 @@ class SampleRandom:
             for (start, stop), part in zip(spans, of_sample.split([b - a for a, b in spans]), strict=True):
                 for low in range(start - start % BLOCK, stop, BLOCK):
                     high, number = min(low + BLOCK, length), low // BLOCK
-                    place = derived_seed(self.seed, self.iteration, sample, layer, site, *([number] if number else []))
-                    generator.manual_seed(place)
+                    seed = derived_seed(self.seed, self.iteration, sample, layer, site, *([number] if number else []))
+                    generator.manual_seed(seed)
                     begin, end = max(low, start), min(high, stop)
                     own = part[begin - start : end - start]
                     if (begin, end) == (low, high):
@@ -67,7 +72,9 @@ class SampleRandom:
                         own.copy_(block[begin - low : end - low])
         return draws.flatten(0, 1)
 
-    def dropout(self, x_TH: Tensor, probability: float, layer: int, site: str, share: TokenShare = WHOLE) -> Tensor:
+    def dropout(
+        self, x_TH: Tensor, probability: float, layer: int, site: str, share: TokenShare = ALL_TOKENS
+    ) -> Tensor:
         """Returns x with elements dropped and the rest scaled by 1 / (1 - probability).
 
         Args:
@@ -79,7 +86,7 @@ class SampleRandom:
         return x_TH * keep.to(x_TH.dtype).div_(1.0 - probability)
 
     def uniform_like(self, x_TH: Tensor, layer: int, site: str, share: TokenShare) -> Tensor:
-        """Returns fp32 draws from [0, 1) of x's shape: the share of what is drawn for the whole micro-batch."""
+        """Returns fp32 draws from [0, 1) of x's shape: the share of what is drawn for the full micro-batch."""
         per_sample = (x_TH.shape[0] * share.num_shares // len(self.samples), *x_TH.shape[1:])
         part, parts = share.tensor
         return self.uniform(per_sample, x_TH.device, layer, site, share).chunk(parts)[part]

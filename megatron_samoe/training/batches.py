@@ -62,13 +62,13 @@ class RunData:
 
     def train_batches(self, consumed_samples: int) -> Iterator[list[Batch]]:
         """Yields for each step this rank's micro-batches, from where a run is."""
-        training, place = self.config.training, self._place
+        training, position = self.config.training, self._position
         if self.config.data.dataloader_type == "cyclic":
             sampler: Iterable[list[int]] = PretrainingRandomSampler(
-                len(self.train), consumed_samples, *place, training.seed
+                len(self.train), consumed_samples, *position, training.seed
             )
         else:
-            sampler = PretrainingSampler(len(self.train), consumed_samples, *place)
+            sampler = PretrainingSampler(len(self.train), consumed_samples, *position)
         micro_batches = iter(DataLoader(self.train, sampler, self.config.data.num_workers, transform=self._pin))
         per_pass = training.micro_batch_size * self.parallel.dp.size
         while True:
@@ -84,12 +84,12 @@ class RunData:
 
     def evaluation_batches(self, data: EvaluationSet) -> Iterator[Batch]:
         """Yields this rank's micro-batches of one evaluation: always the same samples."""
-        sampler = PretrainingSampler(len(data), 0, *self._place)
+        sampler = PretrainingSampler(len(data), 0, *self._position)
         for batch in DataLoader(data, sampler, self.config.data.num_workers, transform=self._pin):
             yield self._to_device(batch)
 
     @property
-    def _place(self) -> tuple[int, int, int]:
+    def _position(self) -> tuple[int, int, int]:
         return self.config.training.micro_batch_size, self.parallel.dp.rank, self.parallel.dp.size
 
     def _pin(self, batch: Batch) -> Batch:

@@ -1,4 +1,4 @@
-"""A run's tensors under global names, and the saving and loading of a whole run."""
+"""A run's tensors under global names, and the saving and loading of a run."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def save_run(
 
 
 def find_run(setup: TrainSetup) -> Path | None:
-    """Returns the checkpoint to load: the newest whole one, or that of --ckpt-step; all ranks call it together.
+    """Returns the checkpoint to load: the newest complete one, or that of --ckpt-step; all ranks call it together.
 
     Raises:
         CheckpointError: as `store.find_checkpoint`.
@@ -220,7 +220,7 @@ def _refuse_unexpected(
     unexpected = sorted(name for name in stored.difference(*here) if not name.startswith(("optimizer.", "training.")))
     if unexpected:
         raise CheckpointError(
-            f"{directory} holds weights for which the model has no place: {', '.join(unexpected[:3])}"
+            f"{directory} holds weights that the model does not have: {', '.join(unexpected[:3])}"
             f"{f' and {len(unexpected) - 3} more' if unexpected[3:] else ''}. Is it of a model with other layers or options?"
         )
 

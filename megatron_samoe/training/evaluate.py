@@ -76,12 +76,13 @@ def evaluate_run(run: Training, with_test: bool) -> Record:
     return record
 
 
-def _groups(batches: Iterable[Batch], size: int) -> Iterable[list[Batch]]:
-    """Yields lists of a few batches, enough to keep all pipeline stages busy without reading everything ahead."""
+def _groups(batches: Iterable[Batch], num_stages: int) -> Iterable[list[Batch]]:
+    """Yields lists of batches, the last one shorter: each keeps a pipeline of a number of stages busy, and no more are read
+    ahead."""
     group: list[Batch] = []
     for batch in batches:
         group.append(batch)
-        if len(group) == 4 * size:
+        if len(group) == 4 * num_stages:
             yield group
             group = []
     if group:

@@ -174,7 +174,7 @@ def _config(config: PretrainConfig, checkpoint: CheckpointConfig, data: DataConf
 def _comparable_mixtures(setup: TrainSetup) -> list[Mixture] | None:
     """Returns what layers' experts are made of, if each layer has gradients of its own, and equal numbers of experts; None if not."""
     moe, layers = setup.config.moe, [layer.moe for layer in setup.model.moe_layers()]
-    if (moe.shares_experts and not moe.has_pool) or len({layer.router.place.shape.num_experts for layer in layers}) > 1:
+    if (moe.shares_experts and not moe.has_pool) or len({layer.router.spec.shape.num_experts for layer in layers}) > 1:
         return None
     try:
         return [setup.model.mixture(layer) for layer in layers]
@@ -310,7 +310,7 @@ class _Routes:
             hook.remove()
 
     def _take(self, place: int, routing: Routing) -> None:
-        most = max(router.place.shape.num_experts for router in self._routers)
+        most = max(router.spec.shape.num_experts for router in self._routers)
         ids_TK = routing.ids_TK
         chosen_TE = torch.zeros(len(ids_TK), most + 1).scatter_(1, ids_TK.masked_fill(ids_TK < 0, most), 1.0)[:, :most]
         self._chosen[place] = chosen_TE

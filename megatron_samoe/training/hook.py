@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from megatron_samoe.moved import names_moved
 from megatron_samoe.training.batches import RunData
 from megatron_samoe.training.hang_watch import HangWatch
 from megatron_samoe.training.micro_batches import Batch
@@ -101,7 +101,7 @@ class Hook:
         """The run has ended before its last step, and is saved."""
 
     def checkpoint_saved(self, run: Training, path: Path) -> None:
-        """A checkpoint is whole; called on rank 0, from another thread with --async-save."""
+        """A checkpoint is complete; called on rank 0, from another thread with --async-save."""
 
     def close(self, run: Training) -> None:
         """Training ends, for whatever reason."""
@@ -114,8 +114,4 @@ def refuse_strange(hooks: Sequence[Hook]) -> None:
             raise TypeError(f"{hook!r} is not a Hook: give an instance of a class derived from training.hook.Hook")
 
 
-def __getattr__(name: str) -> Any:
-    if name != "Run":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"{__name__}.Run is now Training; version 0.3 knows only the new name.", FutureWarning, stacklevel=2)
-    return Training
+__getattr__ = names_moved(__name__, {"Run": Training})

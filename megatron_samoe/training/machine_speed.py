@@ -74,10 +74,10 @@ def measure(parallel: ParallelState, rounds: int = 7, scale: float = 1.0) -> dic
 def measure_here(rounds: int = 7, scale: float = 1.0) -> dict[str, Any] | None:
     """Joins torchrun's job, if this process is in one, and returns what rank 0 says that `measure` found; None on other ranks."""
     layout = ParallelConfig(tensor_model_parallel_size=launcher.local_world_size())
-    alone = launcher.world_size() == 1
-    parallel = single_process_state(prepare_device(layout, None)) if alone else join_ranks(layout)
+    is_single = launcher.world_size() == 1
+    parallel = single_process_state(prepare_device(layout, None)) if is_single else join_ranks(layout)
     found = measure(parallel, rounds, scale)
-    if not alone:
+    if not is_single:
         backend.leave_distributed()
     return found if parallel.rank == 0 else None
 
@@ -139,8 +139,8 @@ def _line(rows: Sequence[tuple[float, float]]) -> tuple[float, float]:
     x, y = np.linalg.lstsq(table, np.ones(len(table)), rcond=None)[0]
     if y <= 0 or x <= 0:
         column = 0 if y <= 0 else 1
-        alone = table[:, column].sum() / (table[:, column] ** 2).sum()
-        x, y = (alone, 0.0) if column == 0 else (1 / table[:, 0].max(), max(0.0, y))
+        slope = table[:, column].sum() / (table[:, column] ** 2).sum()
+        x, y = (slope, 0.0) if column == 0 else (1 / table[:, 0].max(), max(0.0, y))
     return float(x), float(y)
 
 
@@ -160,16 +160,16 @@ def _links(clock: _Clock, parallel: ParallelState) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field, group in (("inter_bandwidth", parallel.dp), ("intra_bandwidth", parallel.tp)):
         if group.size > 1:
-            found[field], found["latency_s"] = _link(clock, group, parallel.device)
+            found[field], found["latency_s"] = _all_reduce_speed(clock, group, parallel.device)
     for field, other in (("inter_bandwidth", "intra_bandwidth"), ("intra_bandwidth", "inter_bandwidth")):
         if other in found:
             found.setdefault(field, found[other])
     return found
 
 
-def _link(clock: _Clock, group: Group, device: torch.device) -> tuple[float, float]:
-    """Returns (bytes per second, seconds of a hop) of a group's all-reduces by size."""
-    rows, hops = [], (group.size - 1).bit_length()
+def _all_reduce_speed(clock: _Clock, group: Group, device: torch.device) -> tuple[float, float]:
+    """Returns (bytes per second, seconds of a hop): the line that fits a group's all-reduces of several sizes best."""
+    rows, hops = [], (group.size - 1).bit_length()  # a row: bytes sent and hops, both over the seconds taken
     for size in _MESSAGES:
         x = torch.zeros(size // 4, device=device)
         seconds = clock.seconds(partial(group.all_reduce, x))

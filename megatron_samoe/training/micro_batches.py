@@ -21,8 +21,8 @@ LossSink = Callable[[int, Batch, Tensor], Tensor]
 
 
 def own_part(batch: Batch, share: TokenShare) -> Batch:
-    """Returns the part of a micro-batch's sequences that a rank's context-parallel group gives it. Documents stay whole: which
-    tokens attend to which is a question of the whole sequence.
+    """Returns the part of a micro-batch's sequences that a rank's context-parallel group gives it. Documents stay complete: which
+    tokens attend to which is a question of the complete sequence.
     """
     return {name: share.of_sequences(t) if name in BY_TOKEN else t for name, t in batch.items()}
 
@@ -38,7 +38,7 @@ def run_micro_batches(
     """Runs a plan over micro-batches and returns their routing, summed.
 
     Args:
-        batches: whole sequences, of which all ranks of a context-parallel group have the same.
+        batches: complete sequences, of which all ranks of a context-parallel group have the same.
         take_divergences: where given, the set-up's teacher reads them too, and this takes the masked divergence kl_T of the
             model's predictions from the teacher's; its scalar is added to the other.
 

@@ -28,12 +28,12 @@ def raise_non_finite(setup: TrainSetup, state: TrainState, batches: Sequence[Bat
     if not any(reports):
         reports = world.all_gather_object(_first_gradient(setup))
     ranked = sorted((*report, rank) for rank, report in enumerate(reports) if report is not None)
-    place = "no rank finds it again in a second pass"
+    found = "no rank finds it again in a second pass"
     if ranked:
         micro_batch, _, _, where, rank = ranked[0]
-        place = f"first seen in {where} on rank {rank}" + (f", micro-batch {micro_batch}" if micro_batch >= 0 else "")
+        found = f"first seen in {where} on rank {rank}" + (f", micro-batch {micro_batch}" if micro_batch >= 0 else "")
     raise NonFiniteLossError(
-        f"Iteration {state.iteration + 1}: loss {result.lm_loss}, gradient norm {result.grad_norm}; {place}. "
+        f"Iteration {state.iteration + 1}: loss {result.lm_loss}, gradient norm {result.grad_norm}; {found}. "
         f"No weight was changed. {newest_in_words(setup.config.checkpoint.save)} A lower --lr, more warm-up or --clip-grad may help; "
         "so may looking at the data of this step.",
         collective=True,

@@ -118,5 +118,5 @@ def _remark_on_saving(checkpoint: CheckpointConfig) -> None:
         logger.info(
             f"--finetune starts at iteration 0 though --save {checkpoint.save} has iteration {done[-1]}, and will "
             f"replace its checkpoints. To continue from there, give --load {checkpoint.save} --pretrained-checkpoint "
-            f"{checkpoint.load} in place of --load and --finetune."
+            f"{checkpoint.load} instead of --load and --finetune."
         )

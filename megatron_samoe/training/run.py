@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_samoe.config.cli import Asked, Source
+from megatron_samoe.config.cli import Asked, OptionSource
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.training import DistillationConfig
 from megatron_samoe.config.words import in_python_words
@@ -22,7 +22,7 @@ from megatron_samoe.parallel_state import backend, launcher
 from megatron_samoe.parallel_state.meeting import Meeting
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.runtime import kernels
-from megatron_samoe.runtime.ranks import place_in, prepare_device
+from megatron_samoe.runtime.ranks import prepare_device, state_in_layout
 from megatron_samoe.training.batches import RunData, build_run_data
 from megatron_samoe.training.hook import Hook, Record, Training, refuse_strange
 from megatron_samoe.training.hooks import default_hooks
@@ -48,7 +48,7 @@ class Run:
     """
 
     config: PretrainConfig
-    said: Mapping[str, Source]
+    said: Mapping[str, OptionSource]
     parallel: ParallelState
     start: Start
     vocabulary: Vocabulary
@@ -64,7 +64,7 @@ class Run:
 
 
 def resolve(asked: Asked, extensions: Extensions | None = None) -> Run | None:
-    """Returns the run that is asked for, on the ranks of this torchrun job or in this process alone; all ranks call it
+    """Returns the run that is asked for, on the ranks of this torchrun job or in this process only; all ranks call it
     together. On a rank that the layout does not use it returns None, once the others have trained.
     """
     with backend.telling_other_hosts():
@@ -81,7 +81,7 @@ def resolve(asked: Asked, extensions: Extensions | None = None) -> Run | None:
         if meeting is not None and not dist.is_initialized():
             meeting.stand_by()
             return None
-        parallel = place_in(config.parallel, device, config.moe.shares_experts)
+        parallel = state_in_layout(config.parallel, device, config.moe.shares_experts)
         config, start = find_start(config, parallel)
         chosen = kernels.choose(parallel, start.kernels)
         vocabulary = vocabulary_of(config)

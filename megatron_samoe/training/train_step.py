@@ -176,7 +176,7 @@ def accumulate_gradients(
     with named_range("reduce gradients", device):
         finalize_model_grads(model, setup.buffers, scale)
     if rows is not None and setup.parallel.cp.rank:
-        rows.zero_()  # routing is of whole sequences, the same on all their ranks
+        rows.zero_()  # routing is of complete sequences, the same on all their ranks
     sums = loss_sums if rows is None else torch.cat((loss_sums, rows.flatten()))
     sums = setup.parallel.pp.all_reduce(setup.parallel.dp_cp.all_reduce(sums))
     rows = None if rows is None else sums[len(weights) :].view_as(rows)

@@ -66,14 +66,14 @@ class Trainer:
                 stack.enter_context(hook.around(self))
             self._load()
             try:
-                self._tell(lambda hook: hook.start(self))
+                self._notify(lambda hook: hook.start(self))
                 self._evaluate_only() if config.training.skip_train else self._train()
             finally:
                 self._leave()
         return self.state
 
     def _load(self) -> None:
-        """Goes on from the checkpoint that there is, if any."""
+        """Resumes from the checkpoint that there is, if any."""
         self.watch.begin("loading")
         self.setup, self.state = resume(self.setup, self.state)
         if self.config.checkpoint.load == self.config.checkpoint.save:
@@ -81,7 +81,7 @@ class Trainer:
 
     def _evaluate_only(self) -> None:
         record = {"iteration": self.state.iteration, **evaluate_run(self, with_test=True)}
-        self._tell(lambda hook: hook.evaluated(self, record))
+        self._notify(lambda hook: hook.evaluated(self, record))
 
     def _train(self) -> None:
         last, reason = self.config.training.train_iters, None
@@ -101,7 +101,7 @@ class Trainer:
         if reason is not None:
             logger.info(f"exiting after iteration {self.state.iteration}: {reason}")
             if self.state.iteration < last:
-                self._tell(lambda hook: hook.exited(self))
+                self._notify(lambda hook: hook.exited(self))
 
     def _room(self, last: int) -> DiskRoom | None:
         """Returns what looks for the room of checkpoints to come, after a first look; None where none come."""
@@ -115,7 +115,7 @@ class Trainer:
     def _step(self, batches: list[Batch]) -> None:
         setup, number = self.setup, self.state.iteration + 1
         self.watch.begin(f"computing iteration {number}")
-        self._tell(lambda hook: hook.pre_step(self, batches))
+        self._notify(lambda hook: hook.pre_step(self, batches))
         wants_gradients = any([hook.wants_gradients(self) for hook in self._asked])
         self.stopwatch.begin()
         with named_range(f"iteration {number}", setup.parallel.device):
@@ -127,7 +127,7 @@ class Trainer:
         self.stopwatch.end(state.consumed_tokens - self.state.consumed_tokens)
         self.state = state
         self._let_teacher_go()
-        self._tell(lambda hook: hook.post_step(self, result))
+        self._notify(lambda hook: hook.post_step(self, result))
         self._record(result)
 
     def _let_teacher_go(self) -> None:
@@ -137,10 +137,10 @@ class Trainer:
             logger.info(f"--teacher-until {self.state.iteration}: the student continues without its teacher")
 
     def _backward_done(self) -> None:
-        self._tell(lambda hook: hook.backward_done(self))
+        self._notify(lambda hook: hook.backward_done(self))
 
     def _pre_optim_step(self, grad_norm: float) -> None:
-        self._tell(lambda hook: hook.pre_optim_step(self, grad_norm))
+        self._notify(lambda hook: hook.pre_optim_step(self, grad_norm))
 
     def _record(self, result: StepResult) -> None:
         is_last = self.state.iteration == self.config.training.train_iters
@@ -148,8 +148,8 @@ class Trainer:
         if not (wanted or is_last or self._is_due(self.config.logging.log_interval)):
             return
         record = make_record(self.setup, self.state, result, self.stopwatch.take(), self.data.epoch_samples)
-        self._tell(lambda hook: hook.contribute(self, result, record))
-        self._tell(lambda hook: hook.record(self, record))
+        self._notify(lambda hook: hook.contribute(self, result, record))
+        self._notify(lambda hook: hook.record(self, record))
 
     def _exit_reason(self) -> str | None:
         """Returns why to end now, the same on all ranks; None to continue.
@@ -186,7 +186,7 @@ class Trainer:
         self._saved_at = self.state.iteration
 
     def _saved(self, room: DiskRoom | None, iteration: int, path: Path) -> None:
-        self._tell(lambda hook: hook.checkpoint_saved(self, path))
+        self._notify(lambda hook: hook.checkpoint_saved(self, path))
         if room is not None:
             room.look(iteration)
 
@@ -204,7 +204,7 @@ class Trainer:
     def _is_due(self, interval: int | None) -> bool:
         return interval is not None and self.state.iteration % interval == 0
 
-    def _tell(self, message: Callable[[Hook], None]) -> None:
+    def _notify(self, message: Callable[[Hook], None]) -> None:
         for hook in self.hooks:
             try:
                 message(hook)

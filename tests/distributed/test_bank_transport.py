@@ -34,7 +34,7 @@ def _both_transports() -> list[tuple[bool, torch.Tensor, torch.Tensor]]:
         columns = store.columns(store.group.rank)
         part.data.copy_(torch.arange(30.0).view(2, 15)[:, columns])
         part.main_grad = torch.ones_like(part)  # type: ignore[attr-defined]
-        whole = store.whole()
+        whole = store.unsharded()
         store.add_gradient(whole * (1 + there.rank))
         results.append((store.group.exchange is not None, whole, part.main_grad))  # type: ignore[attr-defined]
     return results

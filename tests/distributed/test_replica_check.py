@@ -37,6 +37,6 @@ def test_equal_copies_pass() -> None:
 
 def test_a_copy_that_differs_is_named_by_its_holders() -> None:
     reports = run_ranks(drift, 4, 3)
-    # Ranks 1 and 3 hold the copies of one data-parallel place, 0 and 2 those of the other, all of the same pool.
+    # Ranks 1 and 3 hold the copies of one data-parallel rank, 0 and 2 those of the other, all of the same pool.
     assert any(reports)
     assert all("w2 differ" in report and "[3]" in report for report in reports if report)

@@ -105,7 +105,7 @@ def test_a_fault_that_does_not_pass_is_not_tried_again(
     status = run.wait(60)
     output = run.output()
     assert status != (0,)
-    assert "torchrun is told not to try again" in output
+    assert "torchrun is asked not to try again" in output
     assert "gradient norm" in output if "lr" in options else problem in output
     assert len(re.findall(r"Starting worker group|attempts left", output)) == 0
     assert len(re.findall(r"^error: ", output, re.MULTILINE)) == 1, output

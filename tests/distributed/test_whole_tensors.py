@@ -59,7 +59,7 @@ def slices(way: str, rank: int, size: int) -> dict[str, FlatSlice | None]:
 def elements(tensor: Tensor, held: FlatSlice | None) -> Tensor:
     if held is None:
         return tensor
-    return tensor.reshape(*held.whole_shape, -1)[..., held.start : held.stop]
+    return tensor.reshape(*held.leading_shape, -1)[..., held.start : held.stop]
 
 
 def come_back(way: str, size: int) -> tuple[int, list[int]]:

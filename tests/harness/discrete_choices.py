@@ -181,7 +181,7 @@ def _note_experts(choices: Choices, router: Router, context: ForwardContext, log
     score = config.moe_router_score_function
     threshold = 0.0 if score in ("norm", "relu") else None
     for sample, taken, compared in zip(context.random.samples, *rows, strict=True):
-        place = (context.random.iteration, router.place.layer, sample, "expert choices")
+        place = (context.random.iteration, router.spec.layer, sample, "expert choices")
         choices.whole[place] = Decision(taken, compared, threshold, among_others=score != "relu")
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.config import PretrainConfig
-from megatron_samoe.runtime.ranks import place_in
+from megatron_samoe.runtime.ranks import state_in_layout
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
 from tests.harness.ranks import run_ranks
@@ -46,7 +46,7 @@ class Rank:
 
 
 def step(config: PretrainConfig) -> Rank:
-    parallel = place_in(config.parallel, torch.device("cpu"))
+    parallel = state_in_layout(config.parallel, torch.device("cpu"))
     setup = build_setup(config, VOCAB_SIZE, parallel)
     weights = {name: tuple(p.shape) for name, p in setup.model.global_parameters().items()}
     seen = Rank(weights, sum(piece.weight.numel() for piece in setup.buffers.pieces))

@@ -43,6 +43,20 @@ def test_every_former_name_is_of_a_module_that_is_there(monkeypatch: pytest.Monk
         importlib.import_module(f"megatron_samoe.{name}")
 
 
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("config.sharing_map", "Source", "ExpertSource"),
+        ("models.layer_layout", "LayerPlace", "LayerSpec"),
+        ("moe.types", "MoEPlace", "MoELayerSpec"),
+    ],
+)
+def test_a_former_name_in_a_module_warns_of_the_new_one(module: str, old: str, new: str) -> None:
+    module_now = importlib.import_module(f"megatron_samoe.{module}")
+    with pytest.warns(FutureWarning, match=rf"megatron_samoe\.{module}\.{old} is now {new};"):
+        assert getattr(module_now, old) is getattr(module_now, new)
+
+
 def test_a_module_that_never_was_is_not_found() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"megatron_samoe\.interop\.nothing"):
         importlib.import_module("megatron_samoe.interop.nothing")

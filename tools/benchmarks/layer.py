@@ -21,7 +21,7 @@ from megatron_samoe.moe.balance import AuxiliaryLosses
 from megatron_samoe.moe.moe_layer import MoELayer
 from megatron_samoe.moe.router import Router
 from megatron_samoe.moe.sharing.own import OwnExperts, OwnLender
-from megatron_samoe.moe.types import ForwardContext, MoEPlace
+from megatron_samoe.moe.types import ForwardContext, MoELayerSpec
 from megatron_samoe.parallel_state import ParallelState, single_process_state
 from tools.benchmarks.harness import DTYPES, Dtype, Row, Rows, Variants, speed
 from tools.benchmarks.peers import LineWorker, PeerBenchmark
@@ -83,9 +83,9 @@ def make_halves(
 ) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
     """Returns a layer's forward on random tokens, and the backward from its result, on the device of the state."""
     config = shape.config()
-    place = MoEPlace(0, 0, expert_shape(config, all_layers(config)[0]), router_init_std=0.02)
-    router = Router(config.moe, place, AuxiliaryLosses(config.moe, state.dp), state, shape.dtype)
-    layer = MoELayer(place, router, OwnExperts(place.shape, state, shape.dtype), None, state, dispatch_chunks)
+    spec = MoELayerSpec(0, 0, expert_shape(config, all_layers(config)[0]), router_init_std=0.02)
+    router = Router(config.moe, spec, AuxiliaryLosses(config.moe, state.dp), state, shape.dtype)
+    layer = MoELayer(spec, router, OwnExperts(spec.shape, state, shape.dtype), None, state, dispatch_chunks)
     lender = OwnLender({0: layer.experts})
     parameters = dict(layer.named_parameters())
     initialize_parameters(parameters, state, seed=1)

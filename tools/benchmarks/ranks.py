@@ -14,7 +14,7 @@ import torch.multiprocessing
 
 from megatron_samoe.config import ParallelConfig, PretrainConfig
 from megatron_samoe.parallel_state import ParallelState, backend
-from megatron_samoe.runtime.ranks import place_in
+from megatron_samoe.runtime.ranks import state_in_layout
 from megatron_samoe.training.setup import TrainSetup, build_setup
 from tools.benchmarks.harness import Times, Variants, in_turn
 
@@ -54,7 +54,7 @@ def batches_of(setup: TrainSetup) -> list[dict[str, torch.Tensor]]:
 
 def make_parallel(config: ParallelConfig, shares_experts: bool = False) -> ParallelState:
     """Returns this rank's groups, whose rows go through what training would take."""
-    return place_in(config, torch.device("cpu"), shares_experts)
+    return state_in_layout(config, torch.device("cpu"), shares_experts)
 
 
 def make_setup(config: PretrainConfig) -> TrainSetup:

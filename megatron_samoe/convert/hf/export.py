@@ -181,6 +181,7 @@ def _token_ids(plan: ExportPlan) -> dict[str, Any]:
 
 
 def _config(plan: ExportPlan) -> dict[str, object]:
+    """Returns the content of config.json."""
     family = plan.target.family
     dtype = name_of(plan.dtype)
     return {

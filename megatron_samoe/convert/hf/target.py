@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_samoe.config.sharing_map import OWN, Source
+from megatron_samoe.config.sharing_map import OWN, ExpertSource
 from megatron_samoe.config.validate import refuse_unknown
 from megatron_samoe.convert.edited_model import with_sharing
 from megatron_samoe.convert.hf.families import SAMOE, Family, families
@@ -83,7 +83,7 @@ def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False)
 
 def folded_model(native: NativeModel) -> NativeModel:
     """Returns what a model is when every layer has its own experts."""
-    return replace(native, config=with_sharing(native.config, [Source(OWN)] * len(native.sources)))
+    return replace(native, config=with_sharing(native.config, [ExpertSource(OWN)] * len(native.sources)))
 
 
 def _folding(fold: bool) -> tuple[str, ...]:

@@ -230,10 +230,11 @@ def cut(files: list[InputFile], options: PreprocessOptions) -> Iterator[Chunk]:
 
 
 def _cut_file(file: InputFile, options: PreprocessOptions) -> Iterator[dict[str, Any]]:
-    plain = not file.compression and file.path != STDIN and not is_remote(file.path)
+    """Yields the chunks of a file, each as keyword arguments of Chunk; "raw_bytes" are those of the file up to its end."""
+    is_local = not file.compression and file.path != STDIN and not is_remote(file.path)  # workers read ranges of it
     if file.format == "parquet":
-        yield from _cut_parquet(file, options, plain)
-    elif file.format == "jsonl" and plain:
+        yield from _cut_parquet(file, options, is_local)
+    elif file.format == "jsonl" and is_local:
         start = 0
         while start < file.num_bytes:
             # Small pieces first: all workers are busy, and the first tokens written, at once.
@@ -280,17 +281,17 @@ def _cut_lines(stream: BinaryIO, options: PreprocessOptions) -> Iterator[dict[st
 
 
 def _cut_text(stream: BinaryIO, options: PreprocessOptions) -> Iterator[dict[str, Any]]:
-    """Yields lists of documents of a text file, about chunk_bytes together."""
-    batch: list[bytes] = []
-    held = 0
+    """Yields chunks of a text file, each of documents that hold about chunk_bytes together."""
+    documents: list[bytes] = []
+    num_bytes = 0
     for document in _text_documents(stream, options):
-        batch.append(document)
-        held += len(document)
-        if held >= options.chunk_bytes:
-            yield {"kind": "texts", "rows": tuple(batch), "raw_bytes": _position(stream)}
-            batch, held = [], 0
-    if batch:
-        yield {"kind": "texts", "rows": tuple(batch), "raw_bytes": _position(stream)}
+        documents.append(document)
+        num_bytes += len(document)
+        if num_bytes >= options.chunk_bytes:
+            yield {"kind": "texts", "rows": tuple(documents), "raw_bytes": _position(stream)}
+            documents, num_bytes = [], 0
+    if documents:
+        yield {"kind": "texts", "rows": tuple(documents), "raw_bytes": _position(stream)}
 
 
 def _text_documents(stream: BinaryIO, options: PreprocessOptions) -> Iterator[bytes]:

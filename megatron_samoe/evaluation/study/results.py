@@ -24,7 +24,7 @@ from megatron_samoe.evaluation.study.definition import Run, Study, Variant
 from megatron_samoe.evaluation.study.statistics import Difference, differences
 from megatron_samoe.evaluation.study.sweeps import Optimum
 from megatron_samoe.evaluation.study.text_size import bits_per_byte
-from megatron_samoe.parsing import JsonObject, write_whole
+from megatron_samoe.parsing import JsonObject, write_atomically
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def write_results(
         ],
         "commands": list(commands),
     }
-    write_whole(path, json.dumps(content, indent=1) + "\n")
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def _plain(comparison: Comparison) -> JsonObject:

@@ -21,7 +21,7 @@ from megatron_samoe.errors import CheckpointError, MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import RUN_FILE, RunSummary, read_run, read_run_file
 from megatron_samoe.evaluation.study.definition import Edit
 from megatron_samoe.log import say_once
-from megatron_samoe.parsing import JsonObject, write_whole
+from megatron_samoe.parsing import JsonObject, write_atomically
 
 #: Part of every key; to be raised when the program trains otherwise under the same options.
 KEY_VERSION = 1
@@ -85,7 +85,7 @@ def write_run_file(run_dir: Path, key: str, config: PretrainConfig) -> None:
         "vocab_size": run.vocab_size,
         "checkpoint_bytes": run.checkpoint_bytes,
     }
-    write_whole(run_dir / RUN_FILE, json.dumps(content, indent=1) + "\n")
+    write_atomically(run_dir / RUN_FILE, json.dumps(content, indent=1) + "\n")
 
 
 def _without_places(config: PretrainConfig) -> PretrainConfig:
@@ -165,13 +165,13 @@ def _copy(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     if (source / "metrics.jsonl").is_file():
         rows = [json.loads(row) for row in (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        write_whole(
+        write_atomically(
             target / "metrics.jsonl",
             "".join(json.dumps(_short(row), separators=(",", ":")) + "\n" for row in _thinned(rows)),
         )
     if (source / "machine.json").is_file():
         shutil.copyfile(source / "machine.json", target / "machine.json")
-    write_whole(
+    write_atomically(
         target / RUN_FILE, (source / RUN_FILE).read_text(encoding="utf-8")
     )  # last: it says that the others are whole
 

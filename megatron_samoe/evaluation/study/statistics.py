@@ -188,7 +188,7 @@ class ScalingFit:
     error: float
 
     def predict(self, point: ScalingPoint) -> float:
-        """Returns the loss that the fit expects."""
+        """Returns the loss that the fit predicts for a model of a point's size, trained on its tokens."""
         values = [self.parameters[name] for name in _NAMES]
         return float(
             _loss(

@@ -13,7 +13,7 @@ from megatron_samoe.evaluation.plots import colour, finished, plt
 from megatron_samoe.evaluation.run_summary import read_records, table
 from megatron_samoe.evaluation.study.definition import Run
 from megatron_samoe.evaluation.study.runner import StudyRunner
-from megatron_samoe.parsing import JsonObject, write_whole
+from megatron_samoe.parsing import JsonObject, write_atomically
 
 #: Seconds between two writes, and after which a browser reads the page again.
 _EVERY_S = 15
@@ -56,7 +56,7 @@ class StatusPage:
             Section("curves", "Validation loss", png=_curves(runs, records), without="No run was evaluated yet."),
             Section("runs", "Runs", [said], table(columns, runs)),
         ]
-        write_whole(plan.root / "status.html", page_text(plan.study.title, sections, refresh_s=_EVERY_S))
+        write_atomically(plan.root / "status.html", page_text(plan.study.title, sections, refresh_s=_EVERY_S))
 
     def _records(self, run: Run) -> list[JsonObject]:
         """Returns the records of a run, read again only where its file has grown."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_samoe.config.derived import num_moe_layers
-from megatron_samoe.config.sharing_map import Source, parse_sharing, word_of
+from megatron_samoe.config.sharing_map import ExpertSource, parse_sharing, word_of
 from megatron_samoe.convert.edited_model import EditedModel, with_sharing
 from megatron_samoe.convert.formats import NATIVE
 from megatron_samoe.convert.layer_experts import LayerExperts
@@ -77,7 +77,7 @@ class Compression:
         """Bytes of one layer's experts."""
         return expert_bytes(self.source) // self.num_layers
 
-    def sources(self, plan: SharingPlan) -> tuple[Source, ...]:
+    def sources(self, plan: SharingPlan) -> tuple[ExpertSource, ...]:
         """Returns where each MoE layer's experts come from."""
         return parse_sharing(plan.sharing, self.num_layers)
 

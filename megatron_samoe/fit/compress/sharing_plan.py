@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_samoe.config.sharing_map import OWN, Source, Way, renumbered, written_map
+from megatron_samoe.config.sharing_map import OWN, ExpertSource, Way, renumbered, written_map
 from megatron_samoe.errors import ConfigError
 
 
@@ -47,7 +47,9 @@ def chosen_map(error_LL: Tensor, max_sets: int, way: Way) -> str:
     """
     runs = best_runs(error_LL, max_sets)
     sources = [
-        Source(OWN) if size == 1 else Source(way, number) for number, size in enumerate(runs) for _ in range(size)
+        ExpertSource(OWN) if size == 1 else ExpertSource(way, number)
+        for number, size in enumerate(runs)
+        for _ in range(size)
     ]
     return written_map(renumbered(sources))
 

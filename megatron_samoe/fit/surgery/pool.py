@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import COMBINED, Source, Way, parse_sharing
+from megatron_samoe.config.sharing_map import COMBINED, ExpertSource, Way, parse_sharing
 from megatron_samoe.convert.edited_model import EditedModel, require, source_config, validate_model, with_sharing
 from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.layer_experts import LayerExperts
@@ -145,7 +145,7 @@ def _refuse_banks(moe: MoEConfig, group: SharedGroup) -> None:
         )
 
 
-def _anchors(groups: Sequence[SharedGroup], experts: LayerExperts, options: SetOptions) -> dict[Source, int]:
+def _anchors(groups: Sequence[SharedGroup], experts: LayerExperts, options: SetOptions) -> dict[ExpertSource, int]:
     """Returns for each set that takes a layer's experts the index of that layer among its own."""
     sets = [group for group in groups if group.source.way.in_sets]
     if options.layers is None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import TIED, Source, renumbered, written_map
+from megatron_samoe.config.sharing_map import TIED, ExpertSource, renumbered, written_map
 from megatron_samoe.convert.edited_model import (
     FRACTIONS,
     EditedModel,
@@ -29,7 +29,7 @@ from megatron_samoe.convert.layer_experts import LayerExperts, layer_of, source_
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.fit.gram import bank_inner_products
-from megatron_samoe.models.layer_layout import LayerPlace
+from megatron_samoe.models.layer_layout import LayerSpec
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
 
 Scale = Literal["keep", "one"]
@@ -106,7 +106,7 @@ def select_samoe(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
     return edited
 
 
-def _grams(experts: LayerExperts, place: LayerPlace) -> list[Tensor]:
+def _grams(experts: LayerExperts, place: LayerSpec) -> list[Tensor]:
     """Returns the inner products [G, P, P] of the banks that a layer uses, for w1 and b1 and for w2 and b2."""
     groups = experts.coefficients(place).shape[1]
     grams: dict[int, Tensor] = {}
@@ -164,9 +164,9 @@ def tie_selected(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
     config, scaled = _with_factors(config, factors)
     taken = [(source_of(p), banks.get(p.index, 0)) for p in experts.layers]
     keys = list(dict.fromkeys(taken))
-    sources = renumbered([s if not s.way.is_shared else Source(TIED, keys.index((s, bank))) for s, bank in taken])
+    sources = renumbered([s if not s.way.is_shared else ExpertSource(TIED, keys.index((s, bank))) for s, bank in taken])
 
-    def whole(place: LayerPlace, kind: str) -> Tensor:
+    def whole(place: LayerSpec, kind: str) -> Tensor:
         bank = banks.get(place.index, 0)
         return experts.whole(place, kind)[bank : bank + 1]
 

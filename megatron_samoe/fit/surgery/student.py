@@ -11,7 +11,7 @@ from megatron_samoe.config.derived import written_layer_freq
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source, renumbered
+from megatron_samoe.config.sharing_map import ExpertSource, renumbered
 from megatron_samoe.config.validate import without_idle_options
 from megatron_samoe.convert.edited_model import (
     FRACTIONS,
@@ -24,7 +24,7 @@ from megatron_samoe.convert.edited_model import (
 from megatron_samoe.convert.layer_experts import LayerExperts, is_experts, layer_of, source_of
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.models.layer_layout import LayerPlace, all_layers
+from megatron_samoe.models.layer_layout import LayerSpec, all_layers
 
 
 def keep_layers(source: GlobalTensors, layers: Sequence[int]) -> EditedModel:
@@ -60,7 +60,9 @@ def keep_layers(source: GlobalTensors, layers: Sequence[int]) -> EditedModel:
     return edited
 
 
-def _student_config(config: PretrainConfig, kept: Sequence[LayerPlace], sources: Sequence[Source]) -> PretrainConfig:
+def _student_config(
+    config: PretrainConfig, kept: Sequence[LayerSpec], sources: Sequence[ExpertSource]
+) -> PretrainConfig:
     is_moe = [place.moe_index is not None for place in kept]
     # The teacher's stages are no longer those of the model.
     config = replace(config, model=replace(config.model, num_layers=len(kept)), parallel=ParallelConfig())

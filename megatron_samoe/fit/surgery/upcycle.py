@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import COMBINED, OWN, Source
+from megatron_samoe.config.sharing_map import COMBINED, OWN, ExpertSource
 from megatron_samoe.convert.edited_model import (
     SHARED,
     EditedModel,
@@ -85,7 +85,7 @@ def upcycle_dense(source: GlobalTensors, options: UpcycleOptions) -> EditedModel
     new = replace(config, moe=_new_moe(config, options))
     validate_model(new)
     if options.dense_mlp == "experts" and new.moe.has_pool:
-        own = replace(new, moe=with_sharing(new, [Source(OWN)] * len(moe_layers(new))).moe)
+        own = replace(new, moe=with_sharing(new, [ExpertSource(OWN)] * len(moe_layers(new))).moe)
         edited = _pooled(_Upcycling(source, own, options), new)
     else:
         edited = _Upcycling(source, new, options).model()
@@ -130,6 +130,7 @@ class _Upcycling:
         return _normal(shape, std, seed) if name.endswith(".w1") else torch.zeros(shape)
 
     def _copies(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Returns a layer's experts [E, ...]: copies of its dense MLP, with the noise that was asked for."""
         kind = name[-2:]
         mlp = self.source.read(name.replace(f".moe.experts.{kind}", f".mlp.{MLP_TENSOR[kind]}"))
         copies = (mlp / start_weight_sum(self.config.moe) if kind in ("w2", "b2") else mlp).expand(shape).clone()
@@ -148,7 +149,7 @@ def _pooled(copied: _Upcycling, config: PretrainConfig) -> EditedModel:
         raise ConfigError("--samoe-normalization", moe.samoe_normalization, "must be none for copies of MLPs")
     if moe.num_expert_banks > len(layers):
         raise ConfigError("--num-expert-banks", moe.num_expert_banks, f"must be at most the {len(layers)} MoE layers")
-    plain, sources = copied.model(), [Source(COMBINED)] * len(layers)
+    plain, sources = copied.model(), [ExpertSource(COMBINED)] * len(layers)
     kinds = LayerExperts(plain).kinds
 
     def read_mlp(kind: str, number: int) -> Tensor:

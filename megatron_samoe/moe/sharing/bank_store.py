@@ -1,7 +1,7 @@
-"""How a rank keeps the pool's banks between steps, whole or as a slice, and who sums their gradients.
+"""How a rank keeps the pool's banks between steps, unsharded or as a slice, and who sums their gradients.
 
 A gradient is summed over layers and micro-batches by the way's lender (`finish_step`), and over ranks here, by
-`bank_exchange.py` where banks outnumber a stage's layers, or by `distributed/grad_buffer.py` where ranks hold whole banks.
+`bank_exchange.py` where banks outnumber a stage's layers, or by `distributed/grad_buffer.py` where ranks hold all of every bank.
 
 Every pipeline stage and every expert-data-parallel rank uses the same banks. Copies on all of them would lose what
 sharing saves (16 bytes per bank weight on each). So by default each rank holds a slice with its optimizer state. Banks
@@ -24,9 +24,9 @@ from megatron_samoe.parallel_state.state import Group, ParallelState
 
 
 def shard_bank(parameter: nn.Parameter, state: ParallelState) -> nn.Parameter:
-    """Returns [P, n], this rank's slice of every bank, as a parameter; the whole tensor may be on "meta"."""
+    """Returns [P, n], this rank's slice of every bank, as a parameter; the unsharded tensor may be on "meta"."""
     tag = tag_of(parameter)
-    held = FlatSlice.of_rank(tuple(parameter.shape), state.group(tag.gradient_group), num_whole_dims=1)
+    held = FlatSlice.of_rank(tuple(parameter.shape), state.group(tag.gradient_group), num_leading_dims=1)
     shape = (parameter.shape[0], held.stop - held.start)
     slices = nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=state.device))
     return set_tag(slices, replace(tag, slice=held))
@@ -38,7 +38,7 @@ def meta_state(state: ParallelState) -> ParallelState:
 
 
 class BankStore:
-    """Lends whole banks and takes in their gradients, however they are kept."""
+    """Lends unsharded banks and takes in their gradients, however they are kept."""
 
     def __init__(self, parameter: nn.Parameter, state: ParallelState):
         self.parameter = parameter
@@ -52,7 +52,7 @@ class BankStore:
         return self.slice.shape if self.slice is not None else tuple(self.parameter.shape)
 
     @torch.no_grad()
-    def whole(self) -> Tensor:
+    def unsharded(self) -> Tensor:
         """Returns the bank; ranks of the group call it together."""
         if self.slice is None:
             return self.parameter.detach()
@@ -63,7 +63,7 @@ class BankStore:
 
     @contextmanager
     def gradient(self) -> Iterator[Tensor]:
-        """Gives a tensor to add this rank's whole gradient to; on leaving it is in the main gradient.
+        """Gives a tensor to add this rank's gradient of all elements to; on leaving it is in the main gradient.
 
         A sharded bank's gradient is then already summed over the group, whose ranks call it together.
         """
@@ -71,16 +71,16 @@ class BankStore:
         if self.slice is None:
             yield main_grad
             return
-        whole = main_grad.new_zeros(self.shape)
-        yield whole
-        self.add_gradient(whole)
+        gradient = main_grad.new_zeros(self.shape)
+        yield gradient
+        self.add_gradient(gradient)
 
-    def add_gradient(self, whole: Tensor) -> None:
-        """Adds the ranks' whole gradients [P, e, ...] to the slices' main gradients; ranks of the group call it together."""
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Adds the ranks' gradients [P, e, ...] to the slices' main gradients; ranks of the group call it together."""
         main_grad: Tensor = self.parameter.main_grad  # type: ignore[attr-defined]
         num_banks, n = self.shape[0], self._slice_size
         columns = main_grad.new_zeros(num_banks, self.group.size * n)
-        columns[:, : self.num_elements] = whole.view(num_banks, -1)
+        columns[:, : self.num_elements] = gradient.view(num_banks, -1)
         by_member = columns.view(num_banks, self.group.size, n).transpose(0, 1).reshape(-1, n)
         main_grad += _reduce_scatter(self.group, by_member)[:, : main_grad.shape[1]]
 

@@ -116,7 +116,7 @@ class StepLender:
             if self._exchange is not None:
                 self._exchange.combine(store, a_LGP, weight)
                 continue
-            bank = store.whole()
+            bank = store.unsharded()
             if self._coefficients:
                 combine(a_LGP, bank, weight)
 
@@ -165,7 +165,7 @@ class StepLender:
                     da_2lGP[row] += da_LGP[list(exchange.own_layers)]
                 continue
             with store.gradient() as bank_grad:
-                bank = store.whole()
+                bank = store.unsharded()
                 if self._coefficients:
                     da_2lGP[row] += contract(a_2LGP[row], bank, grad, bank_grad)
         return da_2lGP
@@ -226,7 +226,7 @@ class StepLender:
 class LayerLender:
     """Effective weights of one layer at a time, made when it runs and again in its backward.
 
-    Sharded banks are gathered once per step and kept whole until its end, with their gradients.
+    Sharded banks are gathered once per step and kept unsharded until its end, with their gradients.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class LayerLender:
 
     def begin_step(self) -> None:
         """Takes in the banks."""
-        self._banks = self._pool.whole()
+        self._banks = self._pool.unsharded()
 
     def experts(self, moe_index: int) -> Experts:
         """Returns a layer's experts, combined when called."""
@@ -286,7 +286,7 @@ class LayerLender:
 
 @dataclass(frozen=True)
 class _LayerWork:
-    """Whole banks, their gradients (None without gradients), and how a layer computes with them."""
+    """Unsharded banks, their gradients (None without gradients), and how a layer computes with them."""
 
     banks: ExpertWeights
     bank_grads: ExpertWeights | None

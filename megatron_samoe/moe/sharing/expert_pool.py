@@ -41,16 +41,16 @@ class ExpertPool(nn.Module):
         self.coefficient_shape = (groups, num_banks)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of whole banks, by name."""
+        """Returns the shapes of unsharded banks, by name."""
         return {name: store.shape for name, store in self.stores.items()}
 
-    def whole(self) -> ExpertWeights:
+    def unsharded(self) -> ExpertWeights:
         """Returns the banks [P, e, ...]; holders of slices call it together."""
-        return ExpertWeights(**{name: store.whole() for name, store in self.stores.items()})
+        return ExpertWeights(**{name: store.unsharded() for name, store in self.stores.items()})
 
     @property
     def bank_numel(self) -> int:
-        """Elements of one whole bank, all tensors together."""
+        """Elements of one unsharded bank, all tensors together."""
         return sum(store.num_elements for store in self.stores.values())
 
     def sent(self, times: float) -> dict[str, float]:

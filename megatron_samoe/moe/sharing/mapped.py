@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from megatron_samoe.config.sharing_map import COMBINED, OWN, SCALED, TIED, Source, Way
+from megatron_samoe.config.sharing_map import COMBINED, OWN, SCALED, TIED, ExpertSource, Way
 from megatron_samoe.moe.sharing.combined import CombinedSharing
 from megatron_samoe.moe.sharing.own import OwnSharing
 from megatron_samoe.moe.sharing.tied import TiedSharing
@@ -37,17 +37,19 @@ class MappedSharing:
     """Hands each layer to the way of its source, which sees only the layers of this source; see `way.SharingWay`."""
 
     def __init__(self, context: SharingContext):
-        layers: dict[Source, list[int]] = {}
+        layers: dict[ExpertSource, list[int]] = {}
         for moe_index, source in enumerate(context.sources):
             layers.setdefault(source, []).append(moe_index)
         self._ways = {s: (s.way.make or _MAKE[s.way])(context.of_layers(users)) for s, users in layers.items()}
-        #: Source of each layer, and the layer's index among the source's.
-        self._places = {i: (source, place) for source, users in layers.items() for place, i in enumerate(users)}
+        #: ExpertSource of each layer, and the layer's index among the source's.
+        self._positions = {
+            i: (source, position) for source, users in layers.items() for position, i in enumerate(users)
+        }
 
     def layer_part(self, moe_index: int) -> nn.Module:
         """Returns what the layer's way says."""
-        source, place = self._places[moe_index]
-        return self._ways[source].layer_part(place)
+        source, position = self._positions[moe_index]
+        return self._ways[source].layer_part(position)
 
     def shared_part(self) -> nn.ModuleDict | None:
         """Returns what ways share by their names, and sets by number as `set`; None where there is nothing on this rank."""
@@ -62,21 +64,21 @@ class MappedSharing:
 
     def lender(self, layer_parts: Mapping[int, nn.Module], shared_part: nn.Module | None) -> MappedLender:
         """Returns the lenders of all ways as one, except of sets that only other stages use."""
-        lenders: dict[Source, ExpertLender] = {}
+        lenders: dict[ExpertSource, ExpertLender] = {}
         for source, way in self._ways.items():
-            own = {self._places[i][1]: part for i, part in layer_parts.items() if self._places[i][0] == source}
+            own = {self._positions[i][1]: part for i, part in layer_parts.items() if self._positions[i][0] == source}
             shared = _shared_of(source, shared_part)
             if shared is not None or not source.way.in_sets:
                 lenders[source] = way.lender(own, shared)
-        return MappedLender(lenders, self._places)
+        return MappedLender(lenders, self._positions)
 
     def mixture(self, moe_index: int, layer_part: nn.Module, shared_part: nn.Module | None) -> Mixture:
         """Returns what the layer's way says."""
-        source, place = self._places[moe_index]
-        return self._ways[source].mixture(place, layer_part, _shared_of(source, shared_part))
+        source, position = self._positions[moe_index]
+        return self._ways[source].mixture(position, layer_part, _shared_of(source, shared_part))
 
 
-def _shared_of(source: Source, parts: nn.Module | None) -> nn.Module | None:
+def _shared_of(source: ExpertSource, parts: nn.Module | None) -> nn.Module | None:
     """Returns the part of one source; None where it has none on this rank."""
     path = ("set", str(source.number)) if source.way.in_sets else (source.way.name,)
     for name in path:
@@ -89,11 +91,11 @@ class MappedLender:
 
     Attributes:
         lenders: of each source that this rank has or uses.
-        places: source of each layer of the model, and the layer's index among the source's.
+        positions: source of each layer of the model, and the layer's index among the source's.
     """
 
-    def __init__(self, lenders: Mapping[Source, ExpertLender], places: Mapping[int, tuple[Source, int]]):
-        self.lenders, self.places = lenders, places
+    def __init__(self, lenders: Mapping[ExpertSource, ExpertLender], positions: Mapping[int, tuple[ExpertSource, int]]):
+        self.lenders, self.positions = lenders, positions
 
     def begin_step(self) -> None:
         """All ways take in their weights."""
@@ -102,8 +104,8 @@ class MappedLender:
 
     def experts(self, moe_index: int) -> Experts:
         """Returns a layer's experts from its own way."""
-        source, place = self.places[moe_index]
-        return self.lenders[source].experts(place)
+        source, position = self.positions[moe_index]
+        return self.lenders[source].experts(position)
 
     def finish_step(self) -> None:
         """All ways complete their gradients."""
@@ -118,7 +120,7 @@ class MappedLender:
         """Returns those of all ways; None where a way keeps none, on this rank or another: all ranks give the same answer."""
         found = {source: lender.layer_gradients() for source, lender in self.lenders.items()}
         kept = {source: grads for source, grads in found.items() if grads is not None}
-        if len(kept) < len({source for source, _ in self.places.values()}):
+        if len(kept) < len({source for source, _ in self.positions.values()}):
             return None
-        layers = {place: moe_index for moe_index, place in self.places.items()}
-        return {layers[source, i]: grads for source, by_place in kept.items() for i, grads in by_place.items()}
+        layers = {position: moe_index for moe_index, position in self.positions.items()}
+        return {layers[source, i]: grads for source, by_position in kept.items() for i, grads in by_position.items()}

@@ -39,7 +39,7 @@ class OwnExperts(nn.Module):
             grads = without_repeated_bias(grads, self.state)
         return grouped_mlp(x_RH, rows_per_expert, weights, self.activation, grads)
 
-    def whole(self) -> ExpertWeights:
+    def unsharded(self) -> ExpertWeights:
         """Returns the experts as one bank, [1, e, ...]."""
         return weights_of(dict(self.named_parameters())).map(lambda t: t.detach()[None])
 

@@ -47,17 +47,17 @@ class SelectedLender:
     ):
         self._pool, self._state, self._dtype = pool, state, dtype
         self._weights: dict[str, Tensor] = {}
-        self._places: dict[int, tuple[list[int], list[float]]] = {}
+        self._choices: dict[int, tuple[list[int], list[float]]] = {}
         for moe_index, part in coefficients.items():
             one = one_bank(part.normalized().detach())
             assert one is not None
             if (one.bank_2G != one.bank_2G[:, :1]).any() or (one.factor_2G != one.factor_2G[:, :1]).any():
                 raise ConfigError("serving", "selected", "needs one process where experts of a layer take unlike banks")
-            self._places[moe_index] = one.bank_2G[:, 0].tolist(), one.factor_2G[:, 0].tolist()
+            self._choices[moe_index] = one.bank_2G[:, 0].tolist(), one.factor_2G[:, 0].tolist()
 
     def begin_step(self) -> None:
         """Takes in the banks."""
-        self._weights = {name: bank.to(self._dtype) for name, bank in self._pool.whole().items()}
+        self._weights = {name: bank.to(self._dtype) for name, bank in self._pool.unsharded().items()}
 
     def finish_step(self) -> None:
         """Selected experts have no gradients."""
@@ -66,14 +66,14 @@ class SelectedLender:
         """Selected experts have no gradients of layers, either."""
 
     def costs(self) -> LenderCosts:
-        """Banks in the compute dtype, unless whole ones are used as they are."""
+        """Banks in the compute dtype, unless unsharded ones are used as they are."""
         copies = self._pool.is_sharded or self._dtype.itemsize != FP32_BYTES
         banks = sum(store.numel for store in self._pool.stores.values())
         return LenderCosts(weights=banks * self._dtype.itemsize if copies else 0)
 
     def experts(self, moe_index: int) -> Experts:
         """Returns a layer's experts."""
-        (bank1, bank2), (factor1, factor2) = self._places[moe_index]
+        (bank1, bank2), (factor1, factor2) = self._choices[moe_index]
         parts = {n: t[bank1 if ROW_OF_WEIGHT[n] == 0 else bank2] for n, t in self._weights.items()}
         if "b1" in parts:
             parts["b1"] = parts["b1"] * factor1

@@ -62,9 +62,9 @@ class TiedLender:
     @torch.no_grad()
     def begin_step(self) -> None:
         """Takes in the set; holders of a sharded one gather it together."""
-        whole = self._pool.whole()
+        weights = self._pool.unsharded()
         if self._is_used:
-            self._weights = whole.map(lambda t: t[0].to(self._dtype))
+            self._weights = weights.map(lambda t: t[0].to(self._dtype))
 
     def experts(self, moe_index: int) -> Experts:
         """Returns the set's experts, which add to its gradient."""
@@ -82,7 +82,7 @@ class TiedLender:
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """Sums the gradients of a sharded set over its holders; a whole one was added to directly."""
+        """Sums the gradients of a sharded set over its holders; an unsharded one was added to directly."""
         if not self._pool.is_sharded:
             return
         grads = self._grads or self._new_gradients()
@@ -91,7 +91,7 @@ class TiedLender:
             getattr(grads, name).zero_()
 
     def costs(self) -> LenderCosts:
-        """Weights in the compute dtype, unless a whole set is used as it is; gradients of a sharded one. At the step's end a
+        """Weights in the compute dtype, unless an unsharded set is used as it is; gradients of a sharded one. At the step's end a
         gradient is in the order of its holders, twice while it is ordered, next to the slice that is reduced."""
         pool, width, is_used = self._pool, self._dtype.itemsize, self._is_used
         one, copies = pool.bank_numel, pool.is_sharded or width != FP32_BYTES

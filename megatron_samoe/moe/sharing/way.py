@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import ExpertSource
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.grouped_mlp import Activation, ExpertWeights
@@ -27,14 +27,14 @@ class SharingContext:
 
     Attributes:
         sources: where each MoE layer's experts come from, as --expert-sharing says.
-        shapes: of the experts of each MoE layer of the whole model.
+        shapes: of the experts of each MoE layer of the full model.
         layers_of_stage: indices, among MoE layers, of those that each pipeline stage holds.
         dtype: of weights and activations.
         serving: how a pool is lent where a model decodes and does not train; see `inference/serving.py`.
     """
 
     config: MoEConfig
-    sources: tuple[Source, ...]
+    sources: tuple[ExpertSource, ...]
     shapes: tuple[ExpertShape, ...]
     layers_of_stage: tuple[tuple[int, ...], ...]
     state: ParallelState
@@ -43,12 +43,12 @@ class SharingContext:
 
     def of_layers(self, layers: Sequence[int]) -> SharingContext:
         """Returns the context of some MoE layers only, numbered from 0."""
-        place = {moe_index: i for i, moe_index in enumerate(layers)}
+        position = {moe_index: i for i, moe_index in enumerate(layers)}
         return replace(
             self,
             sources=tuple(self.sources[i] for i in layers),
             shapes=tuple(self.shapes[i] for i in layers),
-            layers_of_stage=tuple(tuple(place[i] for i in stage if i in place) for stage in self.layers_of_stage),
+            layers_of_stage=tuple(tuple(position[i] for i in stage if i in position) for stage in self.layers_of_stage),
         )
 
     def stages_of(self, layers: Sequence[int]) -> list[int]:
@@ -62,7 +62,7 @@ class LenderCosts:
 
     Attributes:
         weights, gradients: bytes held from step to step.
-        gathered: bytes of whole banks that are held through a step.
+        gathered: bytes of unsharded banks that are held through a step.
         exchange: bytes of the largest temporary at the beginning or end of a step, when no activations exist.
         workspace: bytes that one layer's backward pass needs.
         sent: bytes that sharded banks make a rank send in a step, by the group that exchanges them, before the factor
@@ -116,7 +116,7 @@ class Banks(Protocol):
 
     Attributes:
         is_sharded: whether this rank holds a slice of them.
-        bank_numel: elements of one whole bank.
+        bank_numel: elements of one unsharded bank.
     """
 
     activation: Activation
@@ -125,7 +125,7 @@ class Banks(Protocol):
     @property
     def bank_numel(self) -> int: ...
 
-    def whole(self) -> ExpertWeights:
+    def unsharded(self) -> ExpertWeights:
         """Returns the banks [P, E, ...]; ranks that hold slices call it together."""
         ...
 

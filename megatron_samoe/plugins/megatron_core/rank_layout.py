@@ -40,7 +40,7 @@ def rank_state(config: Any) -> ParallelState:
         "etp": parallel_state.get_expert_tensor_parallel_rank(),
         "edp": parallel_state.get_expert_data_parallel_rank(),
     }
-    ours = {axis: grid.place(axis, rank)[1] for axis in theirs}
+    ours = {axis: grid.size_and_rank(axis, rank)[1] for axis in theirs}
     if ours != theirs:
         raise ConfigError("order of parallel axes", theirs, f"must be Megatron-Core's default, which gives {ours}")
     device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())

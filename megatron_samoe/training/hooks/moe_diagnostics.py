@@ -47,7 +47,7 @@ class MoEDiagnostics:
     Attributes:
         expert_load: [L][E] share of a layer's routed tokens.
         expert_grad_norm: [L][E] norm of the gradient of each layer's (effective) expert, before clipping; None with
-            --samoe-combine layer, which never holds a layer's gradient of the whole batch.
+            --samoe-combine layer, which never holds a layer's gradient of the full batch.
         combination: [L][2][G][P] weights of banks for input and output projections, zeros for layers without; None without any.
     """
 

@@ -17,7 +17,7 @@ from megatron_samoe.config import PretrainConfig, derived
 from megatron_samoe.config import validate as validation
 from megatron_samoe.config.cli import from_mapping, read_yaml
 from megatron_samoe.config.option import all_options
-from megatron_samoe.config.rules import Row, Table, layout, model, moe, run
+from megatron_samoe.config.rules import Rule, Table, layout, model, moe, run
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError, ConfigErrors
 from tests.harness.tiny import with_options
@@ -64,17 +64,17 @@ def test_broken_rule_names_flag_value_and_what_is_allowed(
 def test_every_row_of_every_table_holds_in_a_case_above(monkeypatch: pytest.MonkeyPatch) -> None:
     held: set[tuple[str, int]] = set()
 
-    def noted(table: Table, config: PretrainConfig, world_size: int) -> Iterator[Row]:
-        rows: Any = table.rows(config, world_size)
+    def noted(table: Table, config: PretrainConfig, world_size: int) -> Iterator[Rule]:
+        rows: Any = table.rules(config, world_size)
         for row in rows:
             inner = rows
             while inner.gi_yieldfrom is not None:
                 inner = inner.gi_yieldfrom
-            if row[1]:
+            if row.is_broken:
                 held.add((inner.gi_frame.f_code.co_filename, inner.gi_frame.f_lineno))
             yield row
 
-    tables = [table._replace(rows=partial(noted, table)) for table in validation.TABLES]
+    tables = [table._replace(rules=partial(noted, table)) for table in validation.TABLES]
     monkeypatch.setattr(validation, "TABLES", tables)
     for options, world_size, _, _ in BROKEN:
         errors_of(options, world_size)

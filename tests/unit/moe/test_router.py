@@ -18,7 +18,7 @@ from megatron_samoe.moe.balance import AuxiliaryLosses, attach_loss, balance_sum
 from megatron_samoe.moe.capacity import drop_over_capacity, expert_capacity
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.router import Router, Routing
-from megatron_samoe.moe.types import ForwardContext, MoEPlace
+from megatron_samoe.moe.types import ForwardContext, MoELayerSpec
 from megatron_samoe.ops.topk_gate import GateResult
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.tensor_parallel.random import SampleRandom
@@ -35,8 +35,8 @@ def training_context(**options: Any) -> ForwardContext:
 
 def make_router(config: MoEConfig, dtype: torch.dtype = torch.float64) -> Router:
     state = single_process_state()
-    place = MoEPlace(3, 1, ExpertShape(E, H, 4, "gelu", bias=False), 1.0)
-    router = Router(config, place, AuxiliaryLosses(config, state.dp), state, dtype)
+    spec = MoELayerSpec(3, 1, ExpertShape(E, H, 4, "gelu", bias=False), 1.0)
+    router = Router(config, spec, AuxiliaryLosses(config, state.dp), state, dtype)
     nn.init.normal_(router.weight, std=1.0, generator=torch.Generator().manual_seed(0))
     return router
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.config import MoEConfig
-from megatron_samoe.config.sharing_map import COMBINED, Source
+from megatron_samoe.config.sharing_map import COMBINED, ExpertSource
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.sharing.coefficients import Coefficients
@@ -75,7 +75,9 @@ def test_gradients_equal_autograds_over_four_micro_batches(
     )  # fmt: skip
     torch.manual_seed(3)
     shape = ExpertShape(E, H, FFN, activation, bias)
-    context = SharingContext(config, (Source(COMBINED),) * L, (shape,) * L, (tuple(range(L)),), STATE, torch.float64)
+    context = SharingContext(
+        config, (ExpertSource(COMBINED),) * L, (shape,) * L, (tuple(range(L)),), STATE, torch.float64
+    )
     pool = ExpertPool(context, shape, P)
     parts = [Coefficients(config, i, L, E, STATE, torch.float64) for i in range(L)]
     raw = [part.coefficients for part in parts]

@@ -71,11 +71,11 @@ def test_blocks_have_a_place_for_every_row(num_experts: int) -> None:
         ids[: total // 2] = num_experts // 2
         counts = torch.bincount(ids, minlength=num_experts)
         blocks = ExpertRows(counts, total).blocks
-        places = blocks.place_of_row_R
-        assert torch.equal(blocks.row_of_place.flatten()[places], torch.arange(total, dtype=torch.int32))
-        assert blocks.is_filled.flatten()[places].all() and blocks.is_filled.sum() == total
-        expert_of_place = blocks.expert_of_block_b[:, None].expand_as(blocks.is_filled).flatten()
-        assert torch.equal(expert_of_place[places], torch.arange(num_experts).repeat_interleave(counts))
+        positions = blocks.position_of_row_R
+        assert torch.equal(blocks.row_of_position.flatten()[positions], torch.arange(total, dtype=torch.int32))
+        assert blocks.is_filled.flatten()[positions].all() and blocks.is_filled.sum() == total
+        expert_of_position = blocks.expert_of_block_b[:, None].expand_as(blocks.is_filled).flatten()
+        assert torch.equal(expert_of_position[positions], torch.arange(num_experts).repeat_interleave(counts))
 
 
 @pytest.mark.parametrize("drop", [False, True])
@@ -143,7 +143,7 @@ def test_the_choice_is_made_within_one_graph(monkeypatch: pytest.MonkeyPatch) ->
             return SimpleNamespace(major=9, minor=0)
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    monkeypatch.setattr(asynchronous, "DEVICES", {"cpu": torch.cuda.get_device_capability})
+    monkeypatch.setattr(asynchronous.DEVICES, "value", {"cpu": torch.cuda.get_device_capability})
     graphs: list[str] = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:

@@ -66,7 +66,7 @@ def test_a_rank_that_is_lost_before_gloo_connects_is_named_and_not_waited_for(
 
     def other() -> None:
         meeting = Meeting(dist.TCPStore("127.0.0.1", port, 2, timeout=timedelta(seconds=10)), 1, 2)
-        meeting.meet(10.0)
+        meeting.join(10.0)
         meeting.compare({})
         if lives:
             meeting.compare_problems("no route", 2, 5.0)

@@ -40,7 +40,7 @@ def meet(
 
     def one(rank: int) -> None:
         try:
-            store = Meeting(open_store(), rank, size).meet(timeout_s)
+            store = Meeting(open_store(), rank, size).join(timeout_s)
             if rank == 0:
                 store.set("address", uuid.uuid4().hex)
             found[rank] = store.get("address").decode()
@@ -87,7 +87,7 @@ def test_a_late_rank_of_an_earlier_attempt_cannot_take_the_place_of_a_new_one(tm
 
     def new(rank: int, delay: float) -> None:
         threading.Event().wait(delay)
-        store = Meeting(open_store(), rank, 2).meet(10.0)
+        store = Meeting(open_store(), rank, 2).join(10.0)
         store.set(str(rank), "")
         store.wait(["0", "1"])
         results[rank] = "met"
@@ -105,7 +105,7 @@ def test_who_stands_by_leaves_with_the_others() -> None:
     store = HashStore()
     for _ in range(2):
         meetings = [Meeting(store, rank, 3) for rank in range(3)]
-        threads = [threading.Thread(target=meeting.meet, args=(10.0,)) for meeting in meetings]
+        threads = [threading.Thread(target=meeting.join, args=(10.0,)) for meeting in meetings]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -131,7 +131,7 @@ def test_a_fault_that_does_not_pass_ends_all_attempts() -> None:
     with pytest.raises(JobEndedError, match=r"ended by rank 1 on .*: this file is damaged"), shared_fate(meetings[0]):
         raise CommunicationError("rank 1 is gone")
     with pytest.raises(JobEndedError, match="ended by rank 1"):
-        Meeting(store, 0, 2).meet(1.0)
+        Meeting(store, 0, 2).join(1.0)
 
 
 def test_a_host_that_cannot_come_ends_no_elastic_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_a_host_that_cannot_come_ends_no_elastic_job(monkeypatch: pytest.MonkeyP
 
     def come(rank: int) -> None:
         with pytest.raises(HostRefusedError) as caught:
-            Meeting(store, rank, 4, is_member=rank < 2).meet(5.0)
+            Meeting(store, rank, 4, is_member=rank < 2).join(5.0)
         raised.append(caught.value)
 
     threads = [threading.Thread(target=come, args=(rank,)) for rank in range(3)]
@@ -161,7 +161,7 @@ def test_a_host_that_cannot_come_ends_a_job_that_begins(monkeypatch: pytest.Monk
     store = HashStore()
     Meeting(store, 1, 2).stay_away("this file is missing")
     with pytest.raises(JobEndedError, match=r"ended by rank 1 on .*: this file is missing"):
-        Meeting(store, 0, 2).meet(5.0)
+        Meeting(store, 0, 2).join(5.0)
 
 
 def test_a_fault_of_a_host_that_differs_is_none_of_the_job() -> None:

@@ -35,7 +35,7 @@ def test_every_group_partitions_the_world(grid: RankGrid) -> None:
         groups = grid.groups(name)
         assert sorted(rank for ranks in groups for rank in ranks) == list(range(grid.world_size)), name
         if name != "embed_dp":
-            assert {len(ranks) for ranks in groups} == {grid.place(name, groups[0][0])[0]}, name
+            assert {len(ranks) for ranks in groups} == {grid.size_and_rank(name, groups[0][0])[0]}, name
         assert all(list(ranks) == sorted(ranks) for ranks in groups), "members are in the order of their ranks"
         assert [ranks[0] for ranks in groups] == sorted(ranks[0] for ranks in groups)
 
@@ -113,8 +113,8 @@ def test_sizes_that_do_not_fill_the_world_are_refused(sizes: dict[str, int]) -> 
 
 def test_sizes() -> None:
     grid = RankGrid(4096, tp=8, pp=16, ep=64, etp=1)
-    assert grid.place("world", 5)[0] == 4096 and grid.place("ep", 5)[0] == 64
-    assert grid.place("stage", 5)[0] == 4096 // 16 == math.prod((grid.etp, grid.ep, grid.edp))
+    assert grid.size_and_rank("world", 5)[0] == 4096 and grid.size_and_rank("ep", 5)[0] == 64
+    assert grid.size_and_rank("stage", 5)[0] == 4096 // 16 == math.prod((grid.etp, grid.ep, grid.edp))
 
 
 @settings(deadline=None, max_examples=60)

@@ -19,7 +19,7 @@ from megatron_samoe.parallel_state import Group, ParallelState, RankGrid, single
 from megatron_samoe.parallel_state.rank_grid import GROUPS
 from megatron_samoe.pipeline_parallel.schedule_plan import make_plan, max_in_flight
 from megatron_samoe.planning.activation_memory import activation_bytes, passes_in_flight
-from megatron_samoe.planning.description import PlannedModel, whole_model
+from megatron_samoe.planning.description import PlannedModel, unsharded_model
 from megatron_samoe.planning.memory import largest_rank_memory, rank_memory
 from tests.harness.kept_bytes import kept_by_autograd
 from tests.harness.tables import table
@@ -112,7 +112,7 @@ def test_places_in_groups_equal_the_listed_ones(placed: tuple[RankGrid, int]) ->
     grid, rank = placed
     for name in GROUPS:
         (ranks,) = (ranks for ranks in grid.groups(name) if rank in ranks)
-        assert grid.place(name, rank) == (len(ranks), ranks.index(rank)), name
+        assert grid.size_and_rank(name, rank) == (len(ranks), ranks.index(rank)), name
 
 
 @settings(deadline=None, max_examples=200)
@@ -151,7 +151,7 @@ def layer_bytes(config: PretrainConfig) -> int:
     training = config.training
     selective = training.recompute_granularity == "selective"
     place = all_layers(config)[0]
-    return whole_model(config, 103).description.trace(place, training.micro_batch_size, selective).kept_bytes
+    return unsharded_model(config, 103).description.trace(place, training.micro_batch_size, selective).kept_bytes
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -98,7 +98,7 @@ def compared(
     def one(rank: int) -> None:
         host.name = f"host{rank}"
         meeting = Meeting(store, rank, len(ranks), rank in members)
-        meeting.meet(10)
+        meeting.join(10)
         try:
             meeting.compare(ranks[rank])
         except MegatronSamoeError as error:

@@ -16,40 +16,43 @@ constexpr int kWide = 4;
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// c[r, v] = scale * sum over k of a[r, k] b[k, v] + beta * d[r, v]; strides in floats.
+// Rows of padded floats, one `stride` after another.
+struct Matrix {
+  float* data;
+  int64_t stride;
+};
+
+// c[r, v] = scale * sum over k < inner of a[r, k] b[k, v] + beta * d[r, v].
 struct Product {
-  const float* a;
-  int64_t a_stride;
-  const float* b;
-  int64_t b_stride, inner;
+  Matrix a, b;
+  int64_t inner;
   float scale, beta;
-  const float* d;  // read where beta is not 0
-  float* c;
-  int64_t c_stride;
+  Matrix d;  // of c's stride; read where beta is not 0
+  Matrix c;
 };
 
 template <int R, int V>
 void tile(const Product& p, int64_t row, int64_t column) {
   vf sums[R][V] = {};
-  const float* a = p.a + row * p.a_stride;
-  const float* b = p.b + column;
-  for (int64_t k = 0; k < p.inner; ++k, b += p.b_stride) {
+  const float* a = p.a.data + row * p.a.stride;
+  const float* b = p.b.data + column;
+  for (int64_t k = 0; k < p.inner; ++k, b += p.b.stride) {
     vf right[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) right[v] = load(b + v * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      const vf left = splat(a[r * p.a_stride + k]);
+      const vf left = splat(a[r * p.a.stride + k]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sums[r][v] = fused(left, right[v], sums[r][v]);
     }
   }
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) {
-      const int64_t at = (row + r) * p.c_stride + column + v * kLanes;
+      const int64_t at = (row + r) * p.c.stride + column + v * kLanes;
       vf sum = sums[r][v] * p.scale;
-      if (p.beta != 0.0f) sum = fused(splat(p.beta), load(p.d + at), sum);
-      store(p.c + at, sum);
+      if (p.beta != 0.0f) sum = fused(splat(p.beta), load(p.d.data + at), sum);
+      store(p.c.data + at, sum);
     }
   }
 }
@@ -117,86 +120,104 @@ SAMOE_INLINE void transpose_block(const float* from, int64_t from_stride, float*
 #endif
 }
 
-// [rows, columns] to [columns, rows], both whole blocks.
-void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+// [rows, columns] to [columns, rows], both complete blocks: a stride is the other's number of rows.
+void transpose(const Matrix& from, const Matrix& to) {
+  const int64_t rows = to.stride, columns = from.stride;
   for (int64_t i = 0; i < rows; i += kLanes)
-    for (int64_t j = 0; j < columns; j += kLanes) transpose_block(from + i * columns + j, columns, to + j * rows + i, rows);
+    for (int64_t j = 0; j < columns; j += kLanes) transpose_block(from.data + i * columns + j, columns, to.data + j * rows + i, rows);
 }
 
 // Fills the blocks below the diagonal of a symmetric [size, size].
-void mirror(float* x, int64_t size) {
+void mirror(const Matrix& x) {
+  const int64_t size = x.stride;
   for (int64_t i = 0; i < size; i += kLanes)
-    for (int64_t j = i + kLanes; j < size; j += kLanes) transpose_block(x + i * size + j, size, x + j * size + i, size);
+    for (int64_t j = i + kLanes; j < size; j += kLanes)
+      transpose_block(x.data + i * size + j, size, x.data + j * size + i, size);
 }
 
-void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r) memcpy(to + r * to_stride, from + r * from_stride, static_cast<size_t>(columns) * sizeof(float));
-}
+// The matrices that one thread works on. m is the smaller padded dim of x, n the larger.
+struct Work {
+  int64_t m, n;
+  Matrix x, next;                            // [m, n]
+  Matrix turned;                             // x's transpose [n, m]
+  Matrix gram, poly, product, half, spare;   // [m, m]
 
-constexpr int kSquares = 5;  // matrices [m, m] of the work
+  static int64_t num_floats(int64_t m, int64_t n) { return 3 * m * n + 5 * m * m; }
 
-// One matrix. The smaller dim m comes first in the work: x and next [m, n], turned [n, m], and squares [m, m], padded.
-void one(const NewtonSchulz& a, const float* in, float* out, float* work) {
+  Work(float* memory, int64_t m, int64_t n) : m(m), n(n) {
+    const auto take = [&](int64_t rows, int64_t stride) {
+      const Matrix taken{memory, stride};
+      memory += rows * stride;
+      return taken;
+    };
+    x = take(m, n), next = take(m, n), turned = take(n, m);
+    for (Matrix* square : {&gram, &poly, &product, &half, &spare}) *square = take(m, m);
+  }
+};
+
+// One matrix.
+void one(const NewtonSchulz& a, const float* in, float* out, float* memory) {
   const bool tall = a.rows > a.columns;
   const int64_t small = tall ? a.columns : a.rows, m = padded(small), n = padded(tall ? a.rows : a.columns);
-  float *x = work, *next = x + m * n, *turned = next + m * n;
-  float *gram = turned + m * n, *poly = gram + m * m, *product = poly + m * m, *half = product + m * m, *spare = half + m * m;
-  if (m * n != a.rows * a.columns) memset(work, 0, static_cast<size_t>(3 * m * n + kSquares * m * m) * sizeof(float));
-  copy_rows(in, a.columns, tall ? turned : x, tall ? m : n, a.rows, a.columns);
-  if (tall) transpose(turned, n, m, x);
+  Work w(memory, m, n);
+  if (m * n != a.rows * a.columns) memset(memory, 0, static_cast<size_t>(Work::num_floats(m, n)) * sizeof(float));
+  const Matrix& copied = tall ? w.turned : w.x;
+  for (int64_t r = 0; r < a.rows; ++r)
+    memcpy(copied.data + r * copied.stride, in + r * a.columns, static_cast<size_t>(a.columns) * sizeof(float));
+  if (tall) transpose(w.turned, w.x);
   double square = 0.0;
   for (int64_t i = 0; i < m * n; i += kLanes) {
-    const vf v = load(x + i);
+    const vf v = load(w.x.data + i);
     square += sum_lanes(v * v);
   }
   const float norm = static_cast<float>(std::sqrt(square)), inverse = 1.0f / (norm > a.epsilon ? norm : a.epsilon);
-  for (int64_t i = 0; i < m * n; i += kLanes) store(x + i, load(x + i) * inverse);
+  for (int64_t i = 0; i < m * n; i += kLanes) store(w.x.data + i, load(w.x.data + i) * inverse);
   // to = scale * left right + beta * added, all symmetric.
-  const auto symmetric = [&](const float* left, const float* right, float scale, float beta, const float* added, float* to) {
-    multiply({left, m, right, m, small, scale, beta, added, to, m}, small, m, true);
-    mirror(to, m);
+  const auto symmetric = [&](const Matrix& left, const Matrix& right, float scale, float beta, const Matrix& added, const Matrix& to) {
+    multiply({left, right, small, scale, beta, added, to}, small, m, true);
+    mirror(to);
   };
   for (int step = 0; step < a.num_steps; ++step) {
     const int of_run = step % a.steps_at_once;
     if (of_run == 0) {
-      transpose(x, m, n, turned);
-      multiply({x, n, turned, m, n, 1.0f, 0.0f, nullptr, gram, m}, small, m, true);
-      mirror(gram, m);
+      transpose(w.x, w.turned);
+      multiply({w.x, w.turned, n, 1.0f, 0.0f, {}, w.gram}, small, m, true);
+      mirror(w.gram);
     }
-    symmetric(gram, gram, a.c, a.b, gram, poly);
+    symmetric(w.gram, w.gram, a.c, a.b, w.gram, w.poly);
     const bool is_last = of_run + 1 == a.steps_at_once || step + 1 == a.num_steps;
     if (of_run > 0) {
-      symmetric(poly, product, 1.0f, a.a, product, spare);
-      std::swap(product, spare);
+      symmetric(w.poly, w.product, 1.0f, a.a, w.product, w.spare);
+      std::swap(w.product, w.spare);
     } else if (!is_last) {
-      memcpy(product, poly, static_cast<size_t>(m * m) * sizeof(float));
-      for (int64_t i = 0; i < small; ++i) product[i * m + i] += a.a;
+      memcpy(w.product.data, w.poly.data, static_cast<size_t>(m * m) * sizeof(float));
+      for (int64_t i = 0; i < small; ++i) w.product.data[i * m + i] += a.a;
     }
     if (is_last) {
-      multiply({of_run > 0 ? product : poly, m, x, n, small, 1.0f, of_run > 0 ? 0.0f : a.a, x, next, n}, small, n, false);
-      std::swap(x, next);
+      const Matrix& left = of_run > 0 ? w.product : w.poly;
+      multiply({left, w.x, small, 1.0f, of_run > 0 ? 0.0f : a.a, w.x, w.next}, small, n, false);
+      std::swap(w.x, w.next);
     } else {
-      symmetric(poly, gram, 1.0f, a.a, gram, half);
-      symmetric(poly, half, 1.0f, a.a, half, gram);
+      symmetric(w.poly, w.gram, 1.0f, a.a, w.gram, w.half);
+      symmetric(w.poly, w.half, 1.0f, a.a, w.half, w.gram);
     }
   }
-  if (tall) transpose(x, m, n, turned);
-  const float* result = tall ? turned : x;
-  const int64_t stride = tall ? m : n;
+  if (tall) transpose(w.x, w.turned);
+  const Matrix& result = tall ? w.turned : w.x;
   for (int64_t r = 0; r < a.rows; ++r)
-    for (int64_t k = 0; k < a.columns; ++k) out[r * a.columns + k] = result[r * stride + k] * a.factor;
+    for (int64_t k = 0; k < a.columns; ++k) out[r * a.columns + k] = result.data[r * result.stride + k] * a.factor;
 }
 
 }  // namespace
 
 void newton_schulz(const NewtonSchulz& a) {
   const int64_t m = padded(a.rows < a.columns ? a.rows : a.columns), n = padded(a.rows < a.columns ? a.columns : a.rows);
-  const ThreadFloats memory(a.num_threads, 3 * m * n + kSquares * m * m);
+  const ThreadFloats memory(a.num_threads, Work::num_floats(m, n));
 #pragma omp parallel num_threads(a.num_threads)
   {
-    float* const work = memory.own();
+    float* const own = memory.own();
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < a.num; ++i) one(a, a.x + i * a.rows * a.columns, a.out + i * a.rows * a.columns, work);
+    for (int64_t i = 0; i < a.num; ++i) one(a, a.x + i * a.rows * a.columns, a.out + i * a.rows * a.columns, own);
   }
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_samoe.config.derived import written_layer_freq
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.config.sharing_map import Source, ways_of, written_options
+from megatron_samoe.config.sharing_map import ExpertSource, ways_of, written_options
 from megatron_samoe.convert.edited_model import moe_layers, one_number
 from megatron_samoe.convert.hf.families.base import HEADS, RARE, SIZES, Family, Option, read_heads, written_entries
 from megatron_samoe.convert.hf.families.deepseek import latent_attention
@@ -182,7 +182,7 @@ def _write(native: NativeModel) -> dict[str, Any]:
     return config
 
 
-def _lent(source: Source, moe: MoEConfig) -> list[Any]:
+def _lent(source: ExpertSource, moe: MoEConfig) -> list[Any]:
     """Returns a layer's `ExpertSource` of our class, without the number of experts."""
     if not source.way.is_shared:
         return [None, 1, None]
