@@ -14,12 +14,12 @@ from typing import Annotated, Any, TextIO
 
 import tyro
 
-from megatron_samoe.cli.model_arguments import ModelOptions, rank_program
-from megatron_samoe.cli.program import Count, Number
+from megatron_samoe.cli.model_arguments import EngineOptions, ModelOptions, rank_program
+from megatron_samoe.cli.program import Count
 from megatron_samoe.datasets.chat_prompt import chat_prompt
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.errors import ConfigError, DataError, MegatronSamoeError
-from megatron_samoe.inference.engine import Engine, Precision, Serving
+from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import FinishReason, Request
 from megatron_samoe.inference.sampling import SamplingOptions, check_sampling
 from megatron_samoe.parallel_state import ParallelState
@@ -144,25 +144,6 @@ class Printer:
 
 
 _ONE = tyro.conf.create_mutex_group(required=False, title="prompts")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """How text is made."""
-
-    serving: Serving = "auto"
-    """how the experts of a shared pool are kept"""
-    dtype: Precision | None = None
-    """of weights; the checkpoint's if not given"""
-    cache_experts: Count = None
-    """experts combined on the fly that are kept"""
-    weights_folder: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """keep weights in a file there, which Linux may drop from memory and read again; so they may be larger than memory while
-    text is made"""
-    max_batch: Number = 8
-    """prompts generated at the same time"""
-    max_tokens: Count = None
-    """tokens that the key-value cache holds"""
 
 
 @dataclass(frozen=True, kw_only=True)
