@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+from starlette.responses import JSONResponse
 
 from megatron_samoe.inference.server.metrics import ServerMetrics
 from megatron_samoe.inference.server.protocol import ApiError
@@ -96,7 +97,7 @@ class Gate:
             if scope["method"] != "POST":
                 take_place()
         except ApiError as error:
-            await send_error(error, counted)
+            await error_response(error)(scope, receive, counted)
         else:
             await self._app(scope, received, counted)
         finally:
@@ -196,20 +197,9 @@ async def gone(receive: Receive) -> None:
         pass
 
 
-def error_content(error: ApiError) -> tuple[dict[str, str], bytes]:
-    """Returns the header fields and the body of an error in OpenAI's shape."""
-    body = json.dumps(error.body).encode()
-    return {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}, body
-
-
-async def send_error(error: ApiError, send: Send) -> None:
-    """Answers with an error in OpenAI's shape."""
-    headers, body = error_content(error)
-    if error.status in (408, 413):
-        headers["Connection"] = "close"  # part of the body may still be on its way
-    pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
+def error_response(error: ApiError) -> JSONResponse:
+    """Returns an answer in OpenAI's shape of errors."""
+    return JSONResponse(error.body, error.status, error.headers)
 
 
 def now_s() -> int:

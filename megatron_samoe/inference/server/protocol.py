@@ -76,7 +76,8 @@ class ApiError(Exception):
         """Header fields."""
         retry = None if self.retry_after_s is None else str(self.retry_after_s)
         known = "Bearer" if self.status == 401 else None
-        headers = {"Retry-After": retry, "Allow": self.allow, "WWW-Authenticate": known}
+        ends = "close" if self.status in (408, 413) else None  # part of the body may still be on its way
+        headers = {"Retry-After": retry, "Allow": self.allow, "WWW-Authenticate": known, "Connection": ends}
         return {name: value for name, value in headers.items() if value is not None}
 
 
