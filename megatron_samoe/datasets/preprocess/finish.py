@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +28,14 @@ class Report:
     """The result of a run."""
 
     prefixes: list[str]
-    num_documents: int
     num_tokens: int
-    num_lines: int
-    num_text_bytes: int
-    num_bad: int
-    first_bad: list[tuple[str, int, str]] = field(default_factory=list)
-    left_out: dict[str, int] = field(default_factory=dict)
-    engine: str = ""
+    totals: journal.Totals
+    engine: str
+
+    @property
+    def num_documents(self) -> int:
+        """Documents, the same number for every key."""
+        return self.totals.places[0].num_documents
 
     def describe(self) -> str:
         """Returns a few lines for the user."""
@@ -45,10 +45,10 @@ class Report:
                 "--split of pretraining divides whole documents, so with so few validation may get none: cut text files "
                 "into more with --document-kb or --document-separator, or give a dataset of its own to --valid-data-path"
             )
-        lines += [f"{count:,} documents left out: {reason}" for reason, count in sorted(self.left_out.items())]
-        if self.num_bad:
-            lines.append(f"{self.num_bad:,} bad lines or documents left out; the first of them:")
-            lines += [f"  {file}:{line}: {reason}" for file, line, reason in self.first_bad]
+        lines += [f"{count:,} documents left out: {reason}" for reason, count in sorted(self.totals.left_out.items())]
+        if self.totals.num_bad:
+            lines.append(f"{self.totals.num_bad:,} bad lines or documents left out; the first of them:")
+            lines += [f"  {file}:{line}: {reason}" for file, line, reason in self.totals.first_bad]
         return "\n".join(lines)
 
 
@@ -108,17 +108,7 @@ def finish(
     _write_bad_report(options, totals)
     Path(keys_path(options)).unlink(missing_ok=True)
     tokens = sum(place.num_bytes for place in totals.places) // facts.itemsize
-    return Report(
-        prefixes,
-        totals.places[0].num_documents,
-        tokens,
-        totals.num_lines,
-        totals.num_bytes,
-        totals.num_bad,
-        totals.first_bad,
-        totals.left_out,
-        facts.engine,
-    )
+    return Report(prefixes, tokens, totals, facts.engine)
 
 
 def _make_index(prefix: str, place: Place, facts: TokenizerFacts) -> None:
