@@ -31,18 +31,20 @@ class Prompt:
     """A prompt as it was given: text, ids or the messages of a conversation.
 
     Attributes:
-        place: where it is, for messages; empty for the only one.
+        source: the file and line, for messages; empty for the only one.
     """
 
     text: str
     ids: tuple[Any, ...] | None = None
-    place: str = ""
+    source: str = ""
     messages: tuple[dict[str, Any], ...] | None = None
 
     def after(self, history: Sequence[dict[str, Any]]) -> Prompt:
         """Returns the prompt as a user's message after others; ConfigError where it is ids."""
         if self.ids is not None:
-            raise ConfigError(f"{self.place}: prompt_ids", self.ids, "are not for --chat, whose template makes the ids")
+            raise ConfigError(
+                f"{self.source}: prompt_ids", self.ids, "are not for --chat, whose template makes the ids"
+            )
         own = ({"role": "user", "content": self.text},) if self.messages is None else self.messages
         return replace(self, messages=(*history, *own))
 
@@ -73,8 +75,8 @@ def read_prompts(file: TextIO, name: str, as_json: bool) -> list[Prompt]:
     try:
         for number, line in enumerate(file, 1):
             if line.strip():
-                place = f"{name}, line {number}"
-                prompts.append(_from_json(line, place) if as_json else Prompt(line.rstrip("\r\n"), place=place))
+                source = f"{name}, line {number}"
+                prompts.append(_from_json(line, source) if as_json else Prompt(line.rstrip("\r\n"), source=source))
     except UnicodeDecodeError as error:
         raise DataError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}.") from None
     if not prompts:
@@ -82,18 +84,18 @@ def read_prompts(file: TextIO, name: str, as_json: bool) -> list[Prompt]:
     return prompts
 
 
-def _from_json(line: str, place: str) -> Prompt:
-    wanted = f'{place}: must be a JSON object with a text "prompt", a list of numbers "prompt_ids", or with --chat "messages"'
+def _from_json(line: str, source: str) -> Prompt:
+    wanted = f'{source}: must be a JSON object with a text "prompt", a list of numbers "prompt_ids", or with --chat "messages"'
     try:
         value = parse_json(line)
     except ValueError as error:
         raise DataError(f"{wanted}, but is not JSON: {error}.") from None
     if isinstance(value, dict) and isinstance(value.get("prompt"), str):
-        return Prompt(value["prompt"], place=place)
+        return Prompt(value["prompt"], source=source)
     if isinstance(value, dict) and isinstance(value.get("prompt_ids"), list):
-        return Prompt("", tuple(value["prompt_ids"]), place)
+        return Prompt("", tuple(value["prompt_ids"]), source)
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
-        return Prompt("", None, place, tuple(value["messages"]))
+        return Prompt("", None, source, tuple(value["messages"]))
     raise DataError(f"{wanted}.")
 
 
@@ -128,9 +130,9 @@ class Printer:
             if done and self._json:
                 self._print_json(first)
             elif done or self._stream:
-                whole = (first.prompt.text if first.prompt.messages is None else "") + first.text
-                print(whole[first.shown :], end="\n" if done else "", flush=True)
-                first.shown = len(whole)
+                complete = (first.prompt.text if first.prompt.messages is None else "") + first.text
+                print(complete[first.shown :], end="\n" if done else "", flush=True)
+                first.shown = len(complete)
             if not done:
                 return
             self._left.popleft()
@@ -220,16 +222,16 @@ class Generate:
             return
         if parallel.rank == 0:
             print(f"{directory}: {engine.summary}; a prompt a line", file=sys.stderr)
-        told = list(history)
+        turns = list(history)
         for number, given in enumerate(_ask(parallel)):
-            prompt = given.after(told) if self.chat else given
+            prompt = given.after(turns) if self.chat else given
             try:
                 (answer,) = generate(engine, [prompt], self, parallel.rank == 0, number)
-                told = [*(prompt.messages or ()), {"role": "assistant", "content": answer}]
+                turns = [*(prompt.messages or ()), {"role": "assistant", "content": answer}]
             except ConfigError as error:
                 if parallel.rank == 0:
                     print(f"error: {error}{'; the conversation begins anew' * self.chat}", file=sys.stderr)
-                told = list(history)
+                turns = list(history)
 
     def _given_prompts(self) -> list[Prompt] | None:
         """Returns the prompts that are known at the start; None where they are asked for."""
@@ -268,7 +270,7 @@ def generate(
             try:
                 numbers[engine.submit(prompt.request(engine.tokenizer, own))] = number
             except ConfigError as error:
-                field = f"{prompt.place}: {error.field}" if prompt.place else error.field
+                field = f"{prompt.source}: {error.field}" if prompt.source else error.field
                 raise ConfigError(field, error.value, error.allowed) from None
         printer = Printer(prompts, options)
         while engine.has_work:

@@ -94,7 +94,7 @@ def _commands(text: Sequence[str] | None, folder: Path) -> tuple[str, int | None
             "at the very least, and some millions to learn words from."
         )
     words = [path if is_remote(path) or os.path.isabs(path) else os.path.relpath(path, folder) for path in text]
-    # 200 documents or more, of which a twentieth is held out; pages rather than chapters, and of many places.
+    # 200 documents or more, of which a twentieth is held out; pages rather than chapters, and of many parts.
     cut = CUT.format(min(max(size // 200 >> 10, 1), 16)) if any(file.format == "text" for file in files) else ""
     return _template("commands.sh").format(
         text=shlex.join(words), cut=cut, vocab_size=4096 if _is_small(size) else 8192
@@ -116,7 +116,7 @@ class Init:
     """kind of model that the configuration is for; moe if not given"""
     example: Annotated[
         str | None,
-        tyro.conf.arg(metavar="EXAMPLE", help=f"copy an example in place of it: {', '.join(examples())}"),
+        tyro.conf.arg(metavar="EXAMPLE", help=f"copy an example instead: {', '.join(examples())}"),
     ] = None
 
     def run(self) -> None:
@@ -166,7 +166,7 @@ def _example(name: str) -> dict[str, str]:
         return {"config.yaml": HEAD + text}
     (line,) = re.findall(r"^config: .*$", text, re.MULTILINE)
     varied = (known[name].parent / line.removeprefix("config: ")).resolve()
-    if not varied.exists():  # the package's own, which a study names by its place in the repository
+    if not varied.exists():  # the package's own, which a study names by its path in the repository
         varied = Path(__file__).resolve().parents[1] / line.rpartition("megatron_samoe/")[2]
     return {
         f"studies/{name}.yaml": text.replace(line, f"config: ../configs/{varied.name}"),

@@ -47,7 +47,7 @@ class ServedModel(ModelOptions):
     """CPU threads of a rank; its share of the cores if not given"""
     beside: Annotated[Names, tyro.conf.arg(metavar="DIR [DIR ...]")] = ()
     """folders of more models to serve: clients name the one they ask, and the page asks all and shows them side by side; one
-    process alone. --serving and --cache-experts are for those with a pool, other flags for each"""
+    process only. --serving and --cache-experts are for those with a pool, other flags for each"""
 
     @property
     def folders(self) -> list[str]:

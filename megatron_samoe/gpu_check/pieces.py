@@ -90,7 +90,7 @@ def tests(task: Task) -> Iterator[Row]:
     """The tests for GPUs: ops, decoding, training steps and NCCL against the CPU's reference implementations."""
     status, lines = _of_the_source(task, "tests/gpu", "pytest", "-q", "-rfE", "-p", "no:cacheprovider")
     counts = next((line for line in lines[::-1] if " in " in line), "nothing")
-    yield {"what": "tests", "predicted": "none fails", "measured": counts, "holds": not status and "passed" in counts}
+    yield {"what": "tests", "predicted": "no failure", "measured": counts, "holds": not status and "passed" in counts}
     for line in lines:
         if line.startswith(("FAILED", "ERROR")):
             name, _, why = line.partition(" - ")
@@ -105,8 +105,8 @@ def several_gpus(task: Task) -> Iterator[Row]:
         raise NotHere("there is one GPU")
     words = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
     status, lines = _of_the_source(task, "tests/gpu/run_multi_gpu.py", *words)
-    told = "\n".join(lines)[-1500:]
-    yield {"what": f"{count} GPUs", "predicted": "equal to one process", "measured": told, "holds": status == 0}
+    said = "\n".join(lines)[-1500:]
+    yield {"what": f"{count} GPUs", "predicted": "equal to one process", "measured": said, "holds": status == 0}
 
 
 def waits(task: Task) -> Iterator[Row]:

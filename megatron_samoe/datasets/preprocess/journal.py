@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 from megatron_samoe.datasets.preprocess import checksums
-from megatron_samoe.datasets.preprocess.writer import Place, Written, partial_paths
+from megatron_samoe.datasets.preprocess.writer import Position, Written, partial_paths
 from megatron_samoe.errors import DataError
 from megatron_samoe.parsing import JsonObject, parse_json
 
@@ -28,7 +28,7 @@ REPORTED_BAD_LINES = 20
 class Totals:
     """Sums over the chunks in the output."""
 
-    places: list[Place]
+    positions: list[Position]
     crcs: list[int]
     max_token_ids: list[int]
     num_bytes: int = 0
@@ -42,13 +42,15 @@ class Totals:
 
     @classmethod
     def start(cls, num_keys: int) -> Totals:
-        return cls([Place()] * num_keys, [0] * num_keys, [-1] * num_keys)
+        return cls([Position()] * num_keys, [0] * num_keys, [-1] * num_keys)
 
     def add(self, entry: JsonObject) -> None:
         """Adds the journal entry of the next chunk."""
         for key, values in enumerate(entry["keys"]):
             written = Written(*values)
-            self.places[key] = self.places[key].after(written.num_bytes, written.num_sequences, written.num_documents)
+            self.positions[key] = self.positions[key].after(
+                written.num_bytes, written.num_sequences, written.num_documents
+            )
             self.crcs[key] = checksums.combine(self.crcs[key], written.bin_crc32, written.num_bytes)
             self.max_token_ids[key] = max(self.max_token_ids[key], written.max_token_id)
         if entry["new_file"]:
@@ -138,9 +140,9 @@ def verified(entries: list[JsonObject], prefixes: list[str]) -> list[JsonObject]
     for number, entry in enumerate(entries):
         if entry.get("chunk") != number or len(entry["keys"]) != len(prefixes):
             return entries[:number]
-        for prefix, values, place in zip(prefixes, entry["keys"], totals.places, strict=True):
+        for prefix, values, position in zip(prefixes, entry["keys"], totals.positions, strict=True):
             parts = Written(*values).parts
-            for path, start, (size, crc) in zip(partial_paths(prefix), place.offsets, parts, strict=True):
+            for path, start, (size, crc) in zip(partial_paths(prefix), position.offsets, parts, strict=True):
                 if os.path.getsize(path) < start + size or checksums.file_crc32(path, start, size) != crc:
                     return entries[:number]
         totals.add(entry)

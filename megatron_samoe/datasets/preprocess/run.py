@@ -106,14 +106,14 @@ class _Run:
         self._totals = journal.Totals.start(len(self._prefixes))
         self._flight: dict[int, _InFlight] = {}
         self._held = [0] * executor.num_workers
-        self._to_place = self._to_log = 0
+        self._to_assign = self._to_log = 0
         self._seen = dedup.KeySet()
         self._progress = Progress(
             sum(file.num_bytes for file in files), facts.itemsize, options.log_interval, options.quiet
         )
         sizes_before = accumulate((file.num_bytes for file in files), initial=0)
         self._sizes_before = {file.path: before for file, before in zip(files, sizes_before, strict=False)}
-        self._places = list(self._totals.places)
+        self._positions = list(self._totals.positions)
 
     def execute(self) -> finish.Report:
         """Does what is left of the run."""
@@ -165,8 +165,8 @@ class _Run:
         if self._options.deduplicate != "none":
             self._seen.add(finish.load_keys(self._options, good))
         self._log.keep(old, good)
-        self._to_place = self._to_log = len(good)
-        self._places = list(self._totals.places)
+        self._to_assign = self._to_log = len(good)
+        self._positions = list(self._totals.positions)
         return False
 
     def _encode_all(self) -> None:
@@ -197,7 +197,7 @@ class _Run:
             flight.summary = summary
             if flight.order is not None:  # its first worker died after it had offsets
                 self._executor.send(worker, flight.order)
-            self._place_ready()
+            self._assign_offsets()
         elif kind == "written":
             self._flight[answer[1]].written = answer[2]
             self._held[worker] -= 1
@@ -211,19 +211,19 @@ class _Run:
         else:
             raise RuntimeError(f"a worker failed:\n{answer[1]}")
 
-    def _place_ready(self) -> None:
+    def _assign_offsets(self) -> None:
         """Gives offsets to encoded chunks, in order."""
-        while (flight := self._flight.get(self._to_place)) is not None and flight.summary is not None:
+        while (flight := self._flight.get(self._to_assign)) is not None and flight.summary is not None:
             summary = flight.summary
             flight.left_out = summary.counts.left_out
             if summary.counts.bad and self._options.on_bad_input == "fail":
                 self._log_ready()
                 self._refuse(flight, *summary.counts.bad[0])
             keep, sizes = self._deduplicate(flight, summary)
-            flight.order = ("write", summary.number, list(self._places), keep)
-            self._places = [place.after(*size) for place, size in zip(self._places, sizes, strict=True)]
+            flight.order = ("write", summary.number, list(self._positions), keep)
+            self._positions = [position.after(*size) for position, size in zip(self._positions, sizes, strict=True)]
             self._executor.send(flight.worker, flight.order)
-            self._to_place += 1
+            self._to_assign += 1
 
     def _refuse(self, flight: _InFlight, line: int, reason: str) -> None:
         # Lines of this file in chunks that have offsets but are not in the journal yet.
@@ -292,7 +292,7 @@ class _Run:
             self._executor.send(worker, ("chunk", flight.chunk))
 
     def _check_not_empty(self) -> None:
-        if self._totals.places[0].num_documents and any(place.num_bytes for place in self._totals.places):
+        if self._totals.positions[0].num_documents and any(position.num_bytes for position in self._totals.positions):
             return
         details = finish.describe_losses(self._totals)
         raise DataError(

@@ -3,7 +3,7 @@
 Messages in, one answer each:
 
     ("chunk", Chunk)                      -> ("done", Summary)
-    ("write", number, places, keep mask)  -> ("written", number, [Written per key])
+    ("write", number, positions, keep mask)  -> ("written", number, [Written per key])
 
 A worker ends when its connection closes, so none outlives a coordinator that was killed.
 """
@@ -96,11 +96,11 @@ class Worker:
         per_document = None if encoded.keys is None else [c.document_sizes(itemsize) for c in encoded.columns]
         return Summary(encoded.number, sizes, encoded.counts, encoded.keys, per_document)
 
-    def _write(self, number: int, places: list[Any], keep: np.ndarray | None) -> list[Any]:
+    def _write(self, number: int, positions: list[Any], keep: np.ndarray | None) -> list[Any]:
         columns = self._held.pop(number).columns
         if keep is not None:
             columns = [column.keep(keep) for column in columns]
-        return [writer.write(*pair) for writer, *pair in zip(self._writers, columns, places, strict=True)]
+        return [writer.write(*pair) for writer, *pair in zip(self._writers, columns, positions, strict=True)]
 
     def close(self) -> None:
         for writer in self._writers:

@@ -127,9 +127,9 @@ class _Routes:
         answers = form(call, model.facts.name, model.facts.tokenizer, now_s())
         if call.stream:
             return _EventStream(self._stream(call, job, answers), job)
-        return await self._whole(call, job, answers, request.receive)
+        return await self._complete(call, job, answers, request.receive)
 
-    async def _whole(self, call: CompletionCall, job: Job, answers: CompletionAnswers, receive: Any) -> Any:
+    async def _complete(self, call: CompletionCall, job: Job, answers: CompletionAnswers, receive: Any) -> Any:
         texts, num_tokens = list(call.heads), 0
         reasons: list[str | None] = [None] * len(texts)
         logprobs: list[list[dict]] = [[] for _ in texts]
@@ -137,7 +137,7 @@ class _Routes:
         async def collect() -> None:
             nonlocal num_tokens
             async for index, made in job.tokens():
-                event = call.told(made)
+                event = call.shown(made)
                 texts[index] += event.text
                 reasons[index] = event.finish_reason
                 num_tokens += call.adds_tokens
@@ -159,7 +159,7 @@ class _Routes:
                 yield _event(answers.body([opening], None, streamed=True))
         try:
             async for index, made in job.tokens():
-                event = call.told(made)
+                event = call.shown(made)
                 num_tokens += call.adds_tokens
                 text, logprobs = event.text, None
                 if call.tells_logprobs:

@@ -57,22 +57,22 @@ class Gate:
             return
         route = scope["path"] if scope["path"] in ROUTES else "other"
 
-        status, is_whole = 0, False
+        status, is_complete = 0, False
 
         async def counted(message: MutableMapping[str, Any]) -> None:
-            nonlocal status, is_whole
+            nonlocal status, is_complete
             if message["type"] == "http.response.start":
                 status = message["status"]
-            elif not message.get("more_body", False) and not is_whole:
-                is_whole = True
+            elif not message.get("more_body", False) and not is_complete:
+                is_complete = True
                 self._metrics.count_http(route, status)
             await send(message)
 
-        has_place = False
+        has_slot = False
 
-        def take_place() -> None:
-            nonlocal has_place
-            if has_place:
+        def take_slot() -> None:
+            nonlocal has_slot
+            if has_slot:
                 return
             if self._num_open >= self._limits.max_connections:
                 raise ApiError(
@@ -82,27 +82,27 @@ class Gate:
                     code="too_many_connections",
                     retry_after_s=1,
                 )
-            has_place = True
+            has_slot = True
             self._num_open += 1
 
         async def received() -> MutableMapping[str, Any]:
             message = await receive()
             if message["type"] == "http.request" and not message.get("more_body", False):
-                take_place()
+                take_slot()
             return message
 
         try:
             self._check(scope)
             # A body that is still on its way takes no slot of complete requests.
             if scope["method"] != "POST":
-                take_place()
+                take_slot()
         except ApiError as error:
             await error_response(error)(scope, receive, counted)
         else:
             await self._app(scope, received, counted)
         finally:
-            self._num_open -= has_place
-            if status and not is_whole:  # a stream whose client has gone
+            self._num_open -= has_slot
+            if status and not is_complete:  # a stream whose client has gone
                 self._metrics.count_http(route, CLIENT_GONE)
 
     def _check(self, scope: Scope) -> None:
@@ -139,9 +139,9 @@ class Gate:
 
 def is_own(origin: str, host: str) -> bool:
     """Returns whether an Origin header names the server that a Host header names; a proxy may have changed the scheme."""
-    scheme, _, place = origin.lower().partition("://")
+    scheme, _, address = origin.lower().partition("://")
     usual = {"http": ":80", "https": ":443"}.get(scheme)
-    return usual is not None and place.removesuffix(usual) == host.strip().lower().removesuffix(usual)
+    return usual is not None and address.removesuffix(usual) == host.strip().lower().removesuffix(usual)
 
 
 def host_name(header: str) -> str:
