@@ -108,7 +108,7 @@ wheels: $(VENV)/.installed
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" >/dev/null
 	@ls -l dist
 
-# For whoever has a machine with a GPU for half an hour; GPU_CHECK="--minutes 50" gives options.
+# For whoever has a machine with a GPU for half an hour; GPU_CHECK="--again" gives options.
 gpu-check: $(VENV)/.installed-tests
 	MEGATRON_SAMOE_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/megatron-samoe benchmark gpu-check $(GPU_CHECK)

@@ -14,12 +14,12 @@ from typing import Annotated, Any, TextIO
 
 import tyro
 
-from megatron_samoe.cli.model_arguments import ModelOptions, rank_program
-from megatron_samoe.cli.program import Count, Number
+from megatron_samoe.cli.model_arguments import EngineOptions, ModelOptions, rank_program
+from megatron_samoe.cli.program import Count
 from megatron_samoe.datasets.chat_prompt import chat_prompt
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.errors import ConfigError, DataError, MegatronSamoeError
-from megatron_samoe.inference.engine import Engine, Precision, Serving
+from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import FinishReason, Request
 from megatron_samoe.inference.sampling import SamplingOptions, check_sampling
 from megatron_samoe.parallel_state import ParallelState
@@ -31,18 +31,20 @@ class Prompt:
     """A prompt as it was given: text, ids or the messages of a conversation.
 
     Attributes:
-        place: where it is, for messages; empty for the only one.
+        source: the file and line, for messages; empty for the only one.
     """
 
     text: str
     ids: tuple[Any, ...] | None = None
-    place: str = ""
+    source: str = ""
     messages: tuple[dict[str, Any], ...] | None = None
 
     def after(self, history: Sequence[dict[str, Any]]) -> Prompt:
         """Returns the prompt as a user's message after others; ConfigError where it is ids."""
         if self.ids is not None:
-            raise ConfigError(f"{self.place}: prompt_ids", self.ids, "are not for --chat, whose template makes the ids")
+            raise ConfigError(
+                f"{self.source}: prompt_ids", self.ids, "are not for --chat, whose template makes the ids"
+            )
         own = ({"role": "user", "content": self.text},) if self.messages is None else self.messages
         return replace(self, messages=(*history, *own))
 
@@ -73,8 +75,8 @@ def read_prompts(file: TextIO, name: str, as_json: bool) -> list[Prompt]:
     try:
         for number, line in enumerate(file, 1):
             if line.strip():
-                place = f"{name}, line {number}"
-                prompts.append(_from_json(line, place) if as_json else Prompt(line.rstrip("\r\n"), place=place))
+                source = f"{name}, line {number}"
+                prompts.append(_from_json(line, source) if as_json else Prompt(line.rstrip("\r\n"), source=source))
     except UnicodeDecodeError as error:
         raise DataError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}.") from None
     if not prompts:
@@ -82,18 +84,18 @@ def read_prompts(file: TextIO, name: str, as_json: bool) -> list[Prompt]:
     return prompts
 
 
-def _from_json(line: str, place: str) -> Prompt:
-    wanted = f'{place}: must be a JSON object with a text "prompt", a list of numbers "prompt_ids", or with --chat "messages"'
+def _from_json(line: str, source: str) -> Prompt:
+    wanted = f'{source}: must be a JSON object with a text "prompt", a list of numbers "prompt_ids", or with --chat "messages"'
     try:
         value = parse_json(line)
     except ValueError as error:
         raise DataError(f"{wanted}, but is not JSON: {error}.") from None
     if isinstance(value, dict) and isinstance(value.get("prompt"), str):
-        return Prompt(value["prompt"], place=place)
+        return Prompt(value["prompt"], source=source)
     if isinstance(value, dict) and isinstance(value.get("prompt_ids"), list):
-        return Prompt("", tuple(value["prompt_ids"]), place)
+        return Prompt("", tuple(value["prompt_ids"]), source)
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
-        return Prompt("", None, place, tuple(value["messages"]))
+        return Prompt("", None, source, tuple(value["messages"]))
     raise DataError(f"{wanted}.")
 
 
@@ -128,9 +130,9 @@ class Printer:
             if done and self._json:
                 self._print_json(first)
             elif done or self._stream:
-                whole = (first.prompt.text if first.prompt.messages is None else "") + first.text
-                print(whole[first.shown :], end="\n" if done else "", flush=True)
-                first.shown = len(whole)
+                complete = (first.prompt.text if first.prompt.messages is None else "") + first.text
+                print(complete[first.shown :], end="\n" if done else "", flush=True)
+                first.shown = len(complete)
             if not done:
                 return
             self._left.popleft()
@@ -144,25 +146,6 @@ class Printer:
 
 
 _ONE = tyro.conf.create_mutex_group(required=False, title="prompts")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """How text is made."""
-
-    serving: Serving = "auto"
-    """how the experts of a shared pool are kept"""
-    dtype: Precision | None = None
-    """of weights; the checkpoint's if not given"""
-    cache_experts: Count = None
-    """experts combined on the fly that are kept"""
-    weights_folder: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """keep weights in a file there, which Linux may drop from memory and read again; so they may be larger than memory while
-    text is made"""
-    max_batch: Number = 8
-    """prompts generated at the same time"""
-    max_tokens: Count = None
-    """tokens that the key-value cache holds"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,16 +222,16 @@ class Generate:
             return
         if parallel.rank == 0:
             print(f"{directory}: {engine.summary}; a prompt a line", file=sys.stderr)
-        told = list(history)
+        turns = list(history)
         for number, given in enumerate(_ask(parallel)):
-            prompt = given.after(told) if self.chat else given
+            prompt = given.after(turns) if self.chat else given
             try:
                 (answer,) = generate(engine, [prompt], self, parallel.rank == 0, number)
-                told = [*(prompt.messages or ()), {"role": "assistant", "content": answer}]
+                turns = [*(prompt.messages or ()), {"role": "assistant", "content": answer}]
             except ConfigError as error:
                 if parallel.rank == 0:
                     print(f"error: {error}{'; the conversation begins anew' * self.chat}", file=sys.stderr)
-                told = list(history)
+                turns = list(history)
 
     def _given_prompts(self) -> list[Prompt] | None:
         """Returns the prompts that are known at the start; None where they are asked for."""
@@ -287,7 +270,7 @@ def generate(
             try:
                 numbers[engine.submit(prompt.request(engine.tokenizer, own))] = number
             except ConfigError as error:
-                field = f"{prompt.place}: {error.field}" if prompt.place else error.field
+                field = f"{prompt.source}: {error.field}" if prompt.source else error.field
                 raise ConfigError(field, error.value, error.allowed) from None
         printer = Printer(prompts, options)
         while engine.has_work:

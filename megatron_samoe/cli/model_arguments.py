@@ -14,6 +14,7 @@ from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.convert.opener import open_verified
 from megatron_samoe.dist_checkpointing.store import LoadWords
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
+from megatron_samoe.inference.serving import Precision, Serving
 from megatron_samoe.log import configure_logging
 from megatron_samoe.parallel_state import ParallelState, backend, launcher
 from megatron_samoe.runtime.load import LoadedModel, load_model
@@ -63,6 +64,27 @@ class ModelOptions(LayoutOptions, _CheckpointOptions):
         return load_model(
             opened, parallel, self.layout(), combine, self.tokenizer_model if folder == self.load else None
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How text is made."""
+
+    serving: Serving = "auto"
+    """how the experts of a shared pool are kept"""
+    dtype: Precision | None = None
+    """of weights; the checkpoint's if not given"""
+    cache_experts: Count = None
+    """experts combined on the fly that are kept; those of two tokens if not given"""
+    weights_folder: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """keep weights in a file there, which Linux may drop from memory and read again; so they may be larger than memory while
+    text is made"""
+    max_batch: Number = 8
+    """texts made at the same time"""
+    max_tokens: Count = None
+    """tokens that the key-value cache holds; enough for --max-batch full contexts if not given"""
+    max_step_tokens: Number = 512
+    """most tokens of one step"""
 
 
 def rank_program(command: Commands) -> Program:

@@ -50,12 +50,12 @@ class Plan(HandsOn):
     world_size: Count = None
     """ranks, one per GPU (required, but to calibrate)"""
     gpu: str = "H100"
-    """H100, B200, B300, GB200 or GB300: its data sheet, and constants of published runs; what follows takes the place of single
+    """H100, B200, B300, GB200 or GB300: its data sheet, and constants of published runs; what follows replaces single
     figures"""
     calibrate: Path | None = None
     """measure this machine in about a minute, write its figures to a file, and plan nothing; by torchrun its links as well"""
     calibration: Path | None = None
-    """a file that --calibrate wrote, in place of --gpu"""
+    """a file that --calibrate wrote, instead of --gpu"""
     gpus_per_node: Count = None
     memory_gb: Figure = None
     """memory of a GPU that tensors may fill, 1e9 bytes"""

@@ -106,6 +106,9 @@ def read(command: Commands, words: Words = None, prog: str | None = None) -> Any
 
 
 def _read_one(command: type[Any], words: Sequence[str], prog: str) -> Any:
+    if {"-h", "--help"} & set(words):
+        print(_help(command, prog))
+        raise SystemExit(0)
     hands_on = issubclass(command, HandsOn)
     box = io.StringIO()
     try:
@@ -158,10 +161,17 @@ def flags_of(command: Commands) -> set[str]:
     if not isinstance(command, type):
         group = command if isinstance(command, Group) else command()
         return {flag for one in group.commands.values() for flag in flags_of(one)}
-    shown = io.StringIO()
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", _help(command)))
+
+
+def _help(command: type[Any], prog: str | None = None) -> str:
+    """Returns what --help shows: text without boxes, and without "(default: )" where there is no default."""
+    shown = io.StringIO()  # without an encoding, so tyro draws no boxes
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        tyro.cli(command, args=["--help"], config=FORMS)
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", shown.getvalue()))
+        tyro.cli(command, args=["--help"], prog=prog, config=FORMS, registry=_value_rules())
+    text = re.sub(r"\s*\(default:\s*(None|False)?\s*\)", "", shown.getvalue())
+    text = text.replace("At most one argument can be overridden.", "At most one of these.")
+    return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 def summary(command: Commands) -> str:

@@ -9,10 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from megatron_samoe import children
 from megatron_samoe.cli.program import program
@@ -38,8 +38,8 @@ MODELS = {
 #: The model whose last steps two ranks train.
 FINISHED_BY_TWO, PARALLEL_STEPS = "samoe", 20
 PROMPT = "Emma was very much surprised to find that Mr. Knightley"
-#: Seconds between two looks at the trainings, and between two lines about them where no terminal shows them.
-LOOK_S, SAY_S = 0.5, 60.0
+#: Seconds between two looks at the trainings, and between two lines about them.
+LOOK_S, SAY_S = 0.5, 20.0
 NOTES = (
     "All models see the same samples in the same order. One seed only: two runs of one model that differ in nothing but "
     "rounding can end 0.02 nats apart, so a smaller difference between the rows says nothing.",
@@ -116,67 +116,19 @@ class Training:
         record = json.loads(steps[-1])
         return min(record["iteration"], self.steps), f"loss {record['lm_loss']:.3f}"
 
-    def is_running(self) -> bool:
-        """Returns whether it still trains."""
-        return self.process.poll() is None
-
-    def refuse_failure(self) -> None:
-        """Leaves with what the run said last if it failed."""
-        if self.process.poll():
+    def has_ended(self) -> bool:
+        """Returns whether it is trained; MegatronSamoeError with what it said last if it failed."""
+        status = self.process.poll()
+        if status:
             tail = "\n".join(self._log.read_text().splitlines()[-5:])
-            raise MegatronSamoeError(f"pretraining {self.name} ended with status {self.process.returncode}:\n{tail}")
-
-
-class Table:
-    """Shows how far trainings are and how long they still take: on a terminal a bar for each, elsewhere a line a minute.
-
-    Args:
-        steps: of all trainings together.
-    """
-
-    def __init__(self, steps: int):
-        self._steps, self._bars = steps, dict[str, tqdm]()
-        self._started = self._said = time.monotonic()
-
-    def show(self, trainings: Sequence[Training]) -> None:
-        """Shows those that have started."""
-        running = {training for training in trainings if training.is_running()}  # before what they last logged is read
-        found = {training: training.progress() for training in trainings}
-        done, began = sum(step for step, _ in found.values()), sum(training.began_at for training in trainings)
-        if sys.stdout.isatty():
-            for training, (step, words) in found.items():
-                self._draw(training.name, step, training.began_at, training.steps, words, training in running)
-            self._draw("all", done, began, self._steps, "", is_running=True)
-        elif time.monotonic() - self._said > SAY_S:
-            self._said = time.monotonic()
-            left = (self._said - self._started) * (self._steps - done) / (done - began) if done > began else None
-            after = f", about {tqdm.format_interval(left)} left" if left is not None else ""
-            each = "; ".join(f"{t.name} at step {step}, {words}" for t, (step, words) in found.items() if t in running)
-            print(f"   {done:,} of {self._steps:,} steps{after}: {each}", flush=True)
-
-    def _draw(self, name: str, step: int, began_at: int, steps: int, words: str, is_running: bool) -> None:
-        if name not in self._bars:
-            layout = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]{postfix}"
-            self._bars[name] = tqdm(
-                total=steps, initial=began_at, desc=f"   {name:14}", bar_format=layout, file=sys.stdout, ncols=100
-            )
-        bar = self._bars[name]
-        if not bar.disable:  # by close
-            bar.n, bar.postfix = step, words
-            bar.refresh()
-        if not is_running:
-            bar.close()
-
-    def close(self) -> None:
-        """Leaves the table as it is."""
-        for bar in self._bars.values():
-            bar.close()
+            raise MegatronSamoeError(f"pretraining {self.name} ended with status {status}:\n{tail}")
+        return status is not None
 
 
 def train_side_by_side(
     commands: Mapping[str, tuple[list[str], int]], out: Path, ended: Callable[[str], None], at_once: int = 2
 ) -> None:
-    """Trains models, two at a time, and shows how far they are.
+    """Trains models, two at a time, and says from time to time how far they are.
 
     Args:
         commands: by the model's name, and the step at which each ends.
@@ -185,7 +137,7 @@ def train_side_by_side(
     for command, _ in commands.values():
         show(command)
     waiting, started, running = dict(commands), list[Training](), list[Training]()
-    table = Table(sum(steps for _, steps in commands.values()))
+    began = said = time.monotonic()
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -193,16 +145,26 @@ def train_side_by_side(
                 running.append(Training(name, *waiting.pop(name), out))
                 started.append(running[-1])
             time.sleep(LOOK_S)
-            done = [training for training in running if not training.is_running()]
-            running = [training for training in running if training not in done]
-            table.show(started)
-            for training in done:
-                training.refuse_failure()
+            if time.monotonic() - said > SAY_S:
+                said = time.monotonic()
+                print(
+                    _how_far(started, running, sum(steps for _, steps in commands.values()), said - began), flush=True
+                )
+            for training in [training for training in running if training.has_ended()]:
+                running.remove(training)
                 ended(training.name)
     finally:
-        table.close()
         for training in started:
             training.process.terminate()
+
+
+def _how_far(started: Sequence[Training], running: Sequence[Training], steps: int, seconds: float) -> str:
+    found = {training: training.progress() for training in started}
+    done = sum(step for step, _ in found.values())
+    made = done - sum(training.began_at for training in started)
+    after = f", about {timedelta(seconds=round(seconds * (steps - done) / made))} left" if made else ""
+    each = "; ".join(f"{one.name} at step {found[one][0]}, {found[one][1]}" for one in running)
+    return f"   {done:,} of {steps:,} steps{after}: {each}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +218,7 @@ def sample(folder: Path) -> str:
     """Returns what a trained model makes of the prompt, and shows it with its loss."""
     loss = read_run(folder).validation["validation_loss"]
     text = PROMPT + load(folder).generate(PROMPT, 60, temperature=0.8, top_k=40, seed=1)
-    tqdm.write(f"\n{folder.name}, validation loss {loss:.4f}: {text}\n", file=sys.stdout)
+    print(f"\n{folder.name}, validation loss {loss:.4f}: {text}\n", flush=True)
     return text
 
 

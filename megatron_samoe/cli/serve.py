@@ -13,13 +13,13 @@ from typing import Annotated
 
 import tyro
 
-from megatron_samoe.cli.model_arguments import ModelOptions, rank_program
-from megatron_samoe.cli.program import Count, Number
+from megatron_samoe.cli.model_arguments import EngineOptions, ModelOptions, rank_program
+from megatron_samoe.cli.program import Count
 from megatron_samoe.config.option import flag
 from megatron_samoe.convert.opener import format_of
 from megatron_samoe.dist_checkpointing.store import LoadWords
 from megatron_samoe.errors import CommunicationError, ConfigError
-from megatron_samoe.inference.engine import Engine, Precision, Serving
+from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.server.models import NamedModel, check_names
 from megatron_samoe.inference.server.run import (
     KEY_VARIABLE,
@@ -41,73 +41,18 @@ Names = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel(ModelOptions):
-    """A checkpoint, the ranks over which its model is spread, and how its text is made."""
+    """A checkpoint, those served with it, and the ranks over which a model is spread."""
 
-    serving: Serving | None = None
-    """how the experts of a shared pool are kept"""
-    dtype: Precision | None = None
-    """of weights"""
-    cache_experts: Count = None
-    """experts combined on the fly that are kept; those of two tokens if not given"""
-    weights_folder: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """keep weights in a file there, which Linux may drop from memory and read again; so they may be larger than memory while
-    text is made"""
     num_threads: Count = None
     """CPU threads of a rank; its share of the cores if not given"""
     beside: Annotated[Names, tyro.conf.arg(metavar="DIR [DIR ...]")] = ()
     """folders of more models to serve: clients name the one they ask, and the page asks all and shows them side by side; one
-    process alone. --serving and --cache-experts are for those with a pool, other flags for each"""
-    max_batch: Number = 8
-    """answers made at the same time"""
-    max_tokens: Count = None
-    """tokens that the key-value cache holds; enough for --max-batch full contexts if not given"""
-    max_step_tokens: Count = None
-    """most tokens of one step"""
+    process only. --serving and --cache-experts are for those with a pool, other flags for each"""
 
     @property
     def folders(self) -> list[str]:
         """All folders of models."""
         return [self.load, *chain.from_iterable(self.beside)]
-
-    def engine(
-        self, parallel: ParallelState, folder: str, beside: Collection[Engine] = ()
-    ) -> tuple[Engine, LoadedModel]:
-        """Returns the engine of a folder's model, and the model."""
-        loaded = self.loaded(parallel, folder, self.ckpt_step)
-        names = ["dtype", "max_step_tokens", "weights_folder"]
-        if loaded.config.moe.has_pool or not self.beside:
-            names += ["serving", "cache_experts"]
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        engine = Engine(loaded, max_batch=self.max_batch, max_tokens=self.max_tokens, beside=beside, **given)
-        logger.info("loaded %s: %s", loaded.directory, engine.summary)
-        return engine, loaded
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ServerFlags(ServerOptions):
-    """How the server answers."""
-
-    host: str = ServerOptions.host
-    """address to listen at; 0.0.0.0 for all of the machine's"""
-    port: int = ServerOptions.port
-    """0 takes a free one"""
-    api_key: tyro.conf.Suppress[str | None] = None
-    allowed_hosts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ()
-    """host names to answer under; on a loopback address only its own names, else any, if not given"""
-    allowed_origins: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ORIGIN [ORIGIN ...]")] = ()
-    """origins of pages that may ask from a browser, as https://NAME; * for all; the server's own page alone if not given"""
-    max_queue: Number = ServerOptions.max_queue
-    """answers that may wait in addition to those being made; more are refused with 429"""
-    max_choices: Number = ServerOptions.max_choices
-    """prompts times n of one request"""
-    max_connections: Number = ServerOptions.max_connections
-    """HTTP requests answered at a time; more are refused with 503"""
-    max_body_bytes: Number = ServerOptions.max_body_bytes
-    """size of a request; more are refused with 413"""
-    body_timeout_s: Annotated[float, tyro.conf.arg(name="body-timeout", metavar="N")] = ServerOptions.body_timeout_s
-    """seconds in which a request's head must have come, and then its body; idle connections are closed after the same time"""
-    drain_timeout_s: Annotated[float, tyro.conf.arg(name="drain-timeout", metavar="N")] = ServerOptions.drain_timeout_s
-    """seconds that open requests have after SIGTERM"""
 
 
 def _run_name(load: str) -> str:
@@ -126,7 +71,8 @@ class Serve:
     """
 
     model: ServedModel
-    server: _ServerFlags
+    engine: EngineOptions
+    server: ServerOptions
     served_model_name: Annotated[Names, tyro.conf.arg(metavar="NAME [NAME ...]")] = ()
     """as clients call the model, and each of --beside; the runs' names if not given"""
     api_key_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -150,7 +96,7 @@ class Serve:
             return self._follow(parallel)
         models: list[NamedModel] = []
         for name, folder in folders.items():
-            engine, loaded = self.model.engine(parallel, folder, [model.engine for model in models])
+            engine, loaded = self._loaded_engine(parallel, folder, [model.engine for model in models])
             models.append(NamedModel(name, engine, loaded.model if self.show_experts else None))
             del engine, loaded
         server = Server(models, parallel.world, server_options, listener)
@@ -191,8 +137,20 @@ class Serve:
             format_of(folder, LoadWords())
         return dict(zip(names, folders, strict=True))
 
+    def _loaded_engine(
+        self, parallel: ParallelState, folder: str, beside: Collection[Engine] = ()
+    ) -> tuple[Engine, LoadedModel]:
+        """Returns the engine of a folder's model, and the model."""
+        loaded = self.model.loaded(parallel, folder, self.model.ckpt_step)
+        options = vars(self.engine)
+        if self.model.beside and not loaded.config.moe.has_pool:
+            options = {**options, "serving": "auto", "cache_experts": None}
+        engine = Engine(loaded, beside=beside, **options)
+        logger.info("loaded %s: %s", loaded.directory, engine.summary)
+        return engine, loaded
+
     def _follow(self, parallel: ParallelState) -> int:
-        engine, _ = self.model.engine(parallel, self.model.load)
+        engine, _ = self._loaded_engine(parallel, self.model.load)
         # torchrun passes signals to all ranks; the first ends the others when its requests are answered.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)

@@ -33,8 +33,8 @@ def corpus_texts(options: PreprocessOptions, sample_bytes: int, seed: int) -> It
         if choose.random() >= chance and chance < 1.0:
             continue
         read = records.read(chunk, options)
-        if read.bad and options.on_bad_input == "fail":
-            line, reason = read.bad[0]
+        if read.counts.bad and options.on_bad_input == "fail":
+            line, reason = read.counts.bad[0]
             raise DataError(
                 f"{chunk.file}, line {line + 1} of chunk {chunk.number}: {reason}. --on-bad-input skip leaves it out."
             )

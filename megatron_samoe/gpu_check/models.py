@@ -1,55 +1,58 @@
-"""The models of the check: a dense GPT, a MoE and a SaMoE of equal active size, and batches of random tokens."""
+"""The models of the check: a dense GPT, a MoE and a SaMoE of equal active size, and their steps on random tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.training.micro_batches import Batch
+from megatron_samoe.parallel_state.state import single_process_state
+from megatron_samoe.training.setup import build_setup, initial_state
+from megatron_samoe.training.train_step import train_step
 
 #: `full` has about 100 M active parameters; `tiny` is for a dry run on a CPU.
 SIZES = {
     "full": "--num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 1024 --micro-batch-size 16 "
-    "--global-batch-size 64 --bf16 --lr 6e-4 --lr-warmup-iters 200",
+    "--global-batch-size 64 --bf16",
     "tiny": "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --micro-batch-size 2 "
-    "--global-batch-size 4 --lr 3e-3 --lr-warmup-iters 2",
+    "--global-batch-size 4",
 }
-NUM_EXPERTS = {"full": 32, "tiny": 4}
-#: A run ends by the clock, not by its steps.
-COMMON = "--train-iters 100000 --lr-decay-style constant --log-interval 10 --eval-iters 4 --eval-interval 250"
+EXPERTS = {"full": "--num-experts 32", "tiny": "--num-experts 4"}
+BANKS = {"full": "--num-expert-banks 3", "tiny": "--num-expert-banks 2"}
 #: Tokens of a vocabulary that is not a multiple of 64, as GPT-2's.
 VOCAB_SIZE = {"full": 50257, "tiny": 251}
 
 
-def arms(size: str) -> dict[str, list[str]]:
-    """Returns the flags of each model."""
-    common = f"{SIZES[size]} {COMMON}".split()
-    experts = ["--num-experts", str(NUM_EXPERTS[size])]
-    banks = "3" if size == "full" else "2"
+def configs(size: str) -> dict[str, PretrainConfig]:
+    """Returns the configuration of each model."""
+    arms = {"dense": "", "moe": EXPERTS[size], "samoe": f"{EXPERTS[size]} {BANKS[size]}"}
+    common = f"{SIZES[size]} --train-iters 100000 --lr-decay-style constant --lr 6e-4 --lr-warmup-iters 200"
     return {
-        "dense": [*common, "--expert-layout", "dense"],
-        "moe": [*common, "--expert-layout", "moe", *experts],
-        "samoe": [*common, "--expert-layout", "samoe", *experts, "--num-expert-banks", banks],
+        name: parse_pretrain_args(f"{common} --expert-layout {name} {flags}".split()) for name, flags in arms.items()
     }
 
 
-def configs(size: str) -> dict[str, PretrainConfig]:
-    """Returns the configuration of each model."""
-    return {name: parse_pretrain_args(flags) for name, flags in arms(size).items()}
-
-
-def random_batches(config: PretrainConfig, vocab_size: int, device: torch.device) -> Iterator[list[Batch]]:
-    """Yields the micro-batches of one step after the other: random tokens, all of which count."""
-    training, generator = config.training, torch.Generator().manual_seed(1)
+def training_step(config: PretrainConfig, size: str, device: torch.device) -> Callable[[], None]:
+    """Returns a function that makes the next training step, on random tokens, all of which count."""
+    training, vocab_size = config.training, VOCAB_SIZE[size]
     assert training.global_batch_size is not None
-    shape = (training.micro_batch_size, config.model.seq_length)
-    mask = torch.ones(shape, device=device)
-    while True:
-        step = []
-        for _ in range(training.global_batch_size // training.micro_batch_size):
+    num_batches, shape = (
+        training.global_batch_size // training.micro_batch_size,
+        (training.micro_batch_size, config.model.seq_length),
+    )
+    generator, mask = torch.Generator().manual_seed(1), torch.ones(shape, device=device)
+    setup = build_setup(config, vocab_size, single_process_state(device))
+    state = initial_state(setup)
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        for _ in range(num_batches):
             ids = torch.randint(0, vocab_size, (shape[0], shape[1] + 1), generator=generator).to(device)
-            step.append({"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous(), "loss_mask": mask})
-        yield step
+            yield {"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous(), "loss_mask": mask}
+
+    def step() -> None:
+        nonlocal state
+        _, state = train_step(setup, state, list(batches()))
+
+    return step

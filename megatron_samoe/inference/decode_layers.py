@@ -124,8 +124,8 @@ def make_decode_model(model: RankModel, serving: Serving, dtype: Precision, num_
     position = stage.embedding.position
     cos_PR, sin_PR = None, None
     if config.position_embedding_type == "rope":
-        places = torch.arange(config.max_positions, device=model.state.device)[None]
-        cos_PR, sin_PR = (t[0, :, 0].contiguous() for t in rotary_tables(config, places, torch.float32))
+        positions = torch.arange(config.max_positions, device=model.state.device)[None]
+        cos_PR, sin_PR = (t[0, :, 0].contiguous() for t in rotary_tables(config, positions, torch.float32))
     return DecodeModel(
         tuple(layers),
         words,

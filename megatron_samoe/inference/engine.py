@@ -266,11 +266,11 @@ class Engine:
                 f"{len(ids)} tokens",
                 f"may have {self.context_length} tokens, the model's context",
             )
-        for place, token in enumerate(ids):
+        for position, token in enumerate(ids):
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
                 raise ConfigError(
                     "prompt",
-                    f"token {token!r} at place {place}",
+                    f"token {token!r} at position {position}",
                     f"must be whole numbers from 0 to {self.vocab_size - 1}",
                 )
 

@@ -144,5 +144,5 @@ class Sampler:
             kept = np.sort(order[before < options.top_p * weights.sum()])
             ids, weights = ids[kept], weights[kept]
         ends = np.cumsum(weights)
-        place = int(np.searchsorted(ends, self._random.random() * ends[-1], side="right"))
-        return int(ids[min(place, ids.size - 1)])
+        index = int(np.searchsorted(ends, self._random.random() * ends[-1], side="right"))
+        return int(ids[min(index, ids.size - 1)])

@@ -131,7 +131,7 @@ class Scheduler:
             new = sequence.ids[sequence.num_cached : sequence.num_cached + room]
             if not new:
                 continue
-            scored += [(sequence, len(tokens) + place) for place in range(min(len(new), unscored))]
+            scored += [(sequence, len(tokens) + offset) for offset in range(min(len(new), unscored))]
             assert sequence.slot is not None
             spans.append(Span(sequence.slot, sequence.num_cached, len(new)))
             sequences.append(sequence)

@@ -56,7 +56,7 @@ class TextStream:
 
     def _release(self, text: str) -> str:
         """Cuts a text before the stop text that completes first; holds back an end that may begin one."""
-        found = [(place + len(stop), place) for stop in self._stop if (place := text.find(stop)) >= 0]
+        found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)[1]]

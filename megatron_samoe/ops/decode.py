@@ -28,15 +28,10 @@ from megatron_samoe.ops.decode_parts import (
 )
 
 
-def quantize(weight: Tensor) -> Weight:
-    """Returns a [.., outputs, inputs] weight as int8, with a scale per row that makes the row's largest magnitude 127."""
-    return Weight(*decode_reference.quantize(weight))
-
-
 def stored(weight: Tensor, kind: WeightType) -> Weight:
     """Returns a weight of the given kind for inference; the tensor itself where nothing changes."""
     if kind == "int8":
-        return quantize(weight)
+        return decode_reference.quantize(weight)
     return Weight(weight.detach().to(WEIGHT_DTYPES[kind]).contiguous())
 
 
@@ -49,7 +44,7 @@ def linear(x_TK: Tensor, weight: Weight, bias: Tensor | None, out_TN: Tensor, ac
     if extension.serves(x_TK, cuda="decoding"):
         torch.ops.megatron_samoe.decode_linear(x_TK, *weight.arguments(), bias, out_TN, accumulate)
         return out_TN
-    y_TN = decode_reference.linear(x_TK, *weight.arguments(), bias)
+    y_TN = decode_reference.linear(x_TK, weight, bias)
     return out_TN.add_(y_TN) if accumulate else out_TN.copy_(y_TN)
 
 
@@ -58,7 +53,7 @@ def norm(x_TH: Tensor, parameters: Norm, out_TH: Tensor) -> Tensor:
     if extension.serves(x_TH, cuda="decoding"):
         torch.ops.megatron_samoe.decode_norm(x_TH, *parameters.arguments(), out_TH)
         return out_TH
-    return out_TH.copy_(decode_reference.norm(x_TH, *parameters.arguments()))
+    return out_TH.copy_(decode_reference.norm(x_TH, parameters))
 
 
 def attention_block(x_TH: Tensor, layer: AttentionLayer, places: Places, scratch: Tensor) -> None:
@@ -67,19 +62,16 @@ def attention_block(x_TH: Tensor, layer: AttentionLayer, places: Places, scratch
     Args:
         scratch: fp32, `attention_scratch` elements or more.
     """
+    if not (extension.serves(x_TH, cuda="decoding") and layer.is_plain):
+        y_TF = decode_reference.attention(x_TH, layer, places)
+        x_TH += decode_reference.linear(y_TF, layer.output, layer.output_bias)
+        return
     cache = (*places.arguments(), layer.keys, layer.values)
     qkv, output = (*layer.qkv.arguments(), layer.qkv_bias), (*layer.output.arguments(), layer.output_bias)
     norms = layer.head_norm_tensors()
-    if extension.serves(x_TH, cuda="decoding") and layer.is_plain:
-        torch.ops.megatron_samoe.decode_attention_block(
-            x_TH, *layer.norm.arguments(), *qkv, norms, *cache, *output, scratch
-        )
-        return
-    qkv_TX = decode_reference.linear(decode_reference.norm(x_TH, *layer.norm.arguments()), *qkv)
-    qkv_TGAD = qkv_TX.view(-1, *layer.qkv.data.shape[:3])
-    epsilon, rms = layer.norm.epsilon, layer.norm.rms
-    y_TF = decode_reference.attention(qkv_TGAD, norms, epsilon, rms, *cache, layer.rule, layer.clip)
-    x_TH += decode_reference.linear(y_TF, *output)
+    torch.ops.megatron_samoe.decode_attention_block(
+        x_TH, *layer.norm.arguments(), *qkv, norms, *cache, *output, scratch
+    )
 
 
 def attention_scratch(num_tokens: int, layer: AttentionLayer) -> int:
@@ -150,7 +142,7 @@ def route(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, out: Routed, s
         torch.ops.megatron_samoe.decode_route(x_TH, *norm_of_x.arguments(), *r.arguments(), *results, scratch)
     else:
         norm(x_TH, norm_of_x, out.normed_TH)
-        ids_TK, probs_TK, shared_T = decode_reference.choose(out.normed_TH, r.weight_EH, r.rule, r.norm_scale, r.mixing)
+        ids_TK, probs_TK, shared_T = decode_reference.choose(out.normed_TH, r)
         out.ids_TK.copy_(ids_TK)
         out.probs_TK.copy_(probs_TK)
         if shared_T is not None:
@@ -175,7 +167,7 @@ def experts_block(
         given = (r.normed_TH, r.ids_TK, r.probs_TK, *experts.arguments())
         torch.ops.megatron_samoe.decode_experts(*given, y_TKH, combine, out_TH, scratch)
         return
-    decode_reference.experts(r.normed_TH, r.ids_TK, *experts.arguments(), y_TKH)
+    decode_reference.experts(r.normed_TH, r.ids_TK, experts, y_TKH)
     if combine:
         y_TKH.masked_fill_((r.ids_TK < 0)[..., None], 0.0)
         out_TH += (y_TKH * r.probs_TK[..., None]).sum(1)
@@ -188,5 +180,4 @@ def combine_rows(banks: list[Weight], coefficients_P: Tensor, out: Weight) -> No
             [bank.data for bank in banks], [bank.scale for bank in banks], coefficients_P, out.data, out.scale
         )
         return
-    used = [(bank.dequantized(), c) for bank, c in zip(banks, coefficients_P.tolist(), strict=True) if c != 0.0]
-    decode_reference.combine_rows([bank for bank, _ in used], [c for _, c in used], out.data, out.scale)
+    decode_reference.combine_rows(banks, coefficients_P.tolist(), out)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_samoe.ops import decode_reference
 from megatron_samoe.ops.attention import PLAIN, ScoreRule
 from megatron_samoe.ops.topk_gate import ChoiceRule
 
@@ -44,7 +43,7 @@ class Weight:
 
     def dequantized(self) -> Tensor:
         """Returns the matrices in fp32."""
-        return decode_reference.dequantized(self.data, self.scale)
+        return self.data.float() if self.scale is None else self.data.float() * self.scale[..., None]
 
 
 @dataclass(frozen=True)

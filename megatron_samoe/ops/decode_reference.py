@@ -7,38 +7,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_samoe.ops import reference
-from megatron_samoe.ops.attention import PLAIN, ScoreRule
 from megatron_samoe.ops.attention import attention as windowed_attention
-from megatron_samoe.ops.topk_gate import ChoiceRule, limited, relu_gate
+from megatron_samoe.ops.decode_parts import AttentionLayer, ExpertStack, Norm, Places, Routing, Weight
+from megatron_samoe.ops.topk_gate import limited, relu_gate
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor) -> Weight:
     """Returns int8 data [.., outputs, inputs] and fp32 scales [.., outputs]; a row's largest magnitude becomes 127."""
     weight = weight.detach().float()
     peak = weight.abs().amax(-1)
     inverse = torch.where(peak > 0, 127.0 / peak, torch.zeros_like(peak))
-    return (weight * inverse[..., None]).round_().to(torch.int8), peak / 127.0
+    return Weight((weight * inverse[..., None]).round_().to(torch.int8), peak / 127.0)
 
 
-def dequantized(data: Tensor, scale: Tensor | None) -> Tensor:
-    """Returns fp32 weights [.., outputs, inputs]."""
-    return data.float() if scale is None else data.float() * scale[..., None]
-
-
-def linear(x_TK: Tensor, data: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def linear(x_TK: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """Returns x w^T + bias, [T, N]; row scales are applied to the sums."""
-    y_TN = x_TK @ data.reshape(-1, data.shape[-1]).float().t()
-    if scale is not None:
-        y_TN = y_TN * scale.flatten()
+    y_TN = x_TK @ weight.data.reshape(-1, weight.data.shape[-1]).float().t()
+    if weight.scale is not None:
+        y_TN = y_TN * weight.scale.flatten()
     return y_TN if bias is None else y_TN + bias.flatten()
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, rms: bool) -> Tensor:
+def norm(x: Tensor, n: Norm) -> Tensor:
     """Returns x normalised over its last dim."""
-    if rms:
-        y = F.rms_norm(x, weight.shape, weight, epsilon)
-        return y if bias is None else y + bias
-    return F.layer_norm(x, weight.shape, weight, bias, epsilon)
+    if n.rms:
+        y = F.rms_norm(x, n.weight.shape, n.weight, n.epsilon)
+        return y if n.bias is None else y + n.bias
+    return F.layer_norm(x, n.weight.shape, n.weight, n.bias, n.epsilon)
 
 
 def rotate(x_TAD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
@@ -50,44 +45,30 @@ def rotate(x_TAD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     return torch.cat((turned, rest), -1)
 
 
-def attention(
-    qkv: Tensor,
-    head_norms: list[Tensor],
-    epsilon: float,
-    rms: bool,
-    cos_PR: Tensor | None,
-    sin_PR: Tensor | None,
-    positions_T: Tensor,
-    slots_T: Tensor,
-    pages: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    rule: ScoreRule = PLAIN,
-    clip: float | None = None,
-) -> Tensor:
-    """Stores keys and values of [T, G, Q + 2, D] and returns attention's result, [T, G * Q * D].
+def attention(x_TH: Tensor, layer: AttentionLayer, places: Places) -> Tensor:
+    """Stores keys and values of the tokens, and returns attention's result before its output product, [T, G * Q * D].
 
-    Args:
-        head_norms: weights [D] of each head's queries and keys, and maybe their biases; or [A * D] and [G * D] over all heads.
-        rule: further parts of scores; a sequence's tokens then follow each other.
+    With scores that are not plain, a sequence's tokens follow each other.
     """
-    num_groups = qkv.shape[1]
+    qkv = linear(norm(x_TH, layer.norm), layer.qkv, layer.qkv_bias).view(-1, *layer.qkv.data.shape[:3])
+    num_groups, rule, pages = qkv.shape[1], layer.rule, places.pages
     q, k, v = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]
-    if head_norms:
-        biases: list[Tensor | None] = [*head_norms[2:]] or [None, None]
+    if layer.head_norms is not None:  # of each head ([D]), or over all heads together
         q, k = (
-            norm(t.reshape(*t.shape[:-2], -1, len(weight)), weight, bias, epsilon, rms).view_as(t)
-            for t, weight, bias in zip((q, k), head_norms, biases, strict=False)
+            norm(t.reshape(*t.shape[:-2], -1, len(n.weight)), n).view_as(t)
+            for t, n in zip((q, k), layer.head_norms, strict=True)
         )
-    if clip is not None:
-        q, k, v = (t.clamp(-clip, clip) for t in (q, k, v))
-    positions, slots = positions_T.long(), slots_T.long()
-    if cos_PR is not None and sin_PR is not None:
-        q, k = rotate(q, cos_PR[positions], sin_PR[positions]), rotate(k, cos_PR[positions], sin_PR[positions])
+    if layer.clip is not None:
+        q, k, v = (t.clamp(-layer.clip, layer.clip) for t in (q, k, v))
+    positions, slots = places.positions_T.long(), places.slots_T.long()
+    if places.cos_PR is not None and places.sin_PR is not None:
+        cos_TR, sin_TR = places.cos_PR[positions], places.sin_PR[positions]
+        q, k = rotate(q, cos_TR, sin_TR), rotate(k, cos_TR, sin_TR)
+    keys, values = layer.keys, layer.values
     size = keys.shape[-1]
-    page_T, place_T = pages[slots, positions // size].long(), positions % size
-    keys[page_T, :, :, place_T] = k.to(keys.dtype)
-    values[page_T, :, place_T] = v.to(values.dtype)
+    page_T, offset_T = pages[slots, positions // size].long(), positions % size
+    keys[page_T, :, :, offset_T] = k.to(keys.dtype)
+    values[page_T, :, offset_T] = v.to(values.dtype)
     y = torch.empty_like(q)
     for slot in slots.unique().tolist():
         rows = (slots == slot).nonzero()[:, 0]
@@ -108,17 +89,12 @@ def attention(
     return y.flatten(1)
 
 
-def choose(
-    x_TH: Tensor,
-    weight_EH: Tensor,
-    rule: ChoiceRule,
-    norm_scale: Tensor | None = None,
-    mixing: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns ids_TK and probs_TK of a router, and the weight of the shared MLP; see `ops.decode_parts.Routing`."""
-    logits_TE = x_TH @ weight_EH.t()
-    if norm_scale is not None:
-        logits_TE = norm_scale * F.normalize(logits_TE, dim=1)
+def choose(x_TH: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns ids_TK and probs_TK of a router, and the weight of the shared MLP where it is mixed."""
+    rule = routing.rule
+    logits_TE = x_TH @ routing.weight_EH.t()
+    if routing.norm_scale is not None:
+        logits_TE = routing.norm_scale * F.normalize(logits_TE, dim=1)
     if rule.candidates_E is not None:
         logits_TE = limited(logits_TE, rule.candidates_E, multiplies=rule.score_function == "norm")
     key_TE = rule.key(logits_TE)
@@ -129,58 +105,45 @@ def choose(
         sigmoid = rule.score_function == "sigmoid"
         probs_TK, ids_TK, *_ = reference.topk_gate(logits_TE, rule.topk, sigmoid, rule.pre_softmax, 1, key_TE)
     probs_TK = probs_TK * rule.factor
-    if mixing is None:
+    if routing.mixing is None:
         return ids_TK, probs_TK, None
-    c_T2 = F.linear(x_TH, *mixing).softmax(-1)
+    c_T2 = F.linear(x_TH, *routing.mixing).softmax(-1)
     return ids_TK, probs_TK * c_T2[:, :1], c_T2[:, 1]
 
 
-def experts(
-    x_TH: Tensor,
-    ids_TK: Tensor,
-    index1_E: Tensor,
-    index2_E: Tensor,
-    w1: Tensor,
-    scale1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor,
-    scale2: Tensor | None,
-    b2: Tensor | None,
-    factor1_E: Tensor | None,
-    factor2_E: Tensor | None,
-    gated: bool,
-    y_TKH: Tensor,
-) -> None:
+def experts(x_TH: Tensor, ids_TK: Tensor, stack: ExpertStack, y_TKH: Tensor) -> None:
     """Writes the MLP of expert ids[t, k], applied to token t, to y[t, k] where the expert has an index."""
 
-    def part(stack: Tensor | None, index: int) -> Tensor | None:
-        return None if stack is None else stack[index]
+    def product(x: Tensor, weight: Weight, bias: Tensor | None, index: int, factor: Tensor | float) -> Tensor:
+        return linear(x, weight.map(lambda t: t[index]), None if bias is None else bias[index]) * factor
 
+    ones_E = torch.ones(len(stack.index1_E), device=x_TH.device)
+    factor1_E = ones_E if stack.factor1_E is None else stack.factor1_E
+    factor2_E = ones_E if stack.factor2_E is None else stack.factor2_E
     for e in ids_TK[ids_TK >= 0].unique().tolist():
-        i, j = int(index1_E[e]), int(index2_E[e])
+        i, j = int(stack.index1_E[e]), int(stack.index2_E[e])
         if i < 0:
             continue
         token, k = (ids_TK == e).nonzero(as_tuple=True)
-        h = linear(x_TH[token], w1[i], part(scale1, i), part(b1, i))
-        if factor1_E is not None:
-            h = h * factor1_E[e]
-        if gated:
+        h = product(x_TH[token], stack.w1, stack.b1, i, factor1_E[e])
+        if stack.gated:
             gate, up = h.chunk(2, -1)
             h = F.silu(gate) * up
         else:
             h = F.gelu(h, approximate="tanh")
-        y = linear(h, w2[j], part(scale2, j), part(b2, j))
-        y_TKH[token, k] = y if factor2_E is None else y * factor2_E[e]
+        y_TKH[token, k] = product(h, stack.w2, stack.b2, j, factor2_E[e])
 
 
-def combine_rows(banks: list[Tensor], coefficients: list[float], out: Tensor, out_scale: Tensor | None) -> None:
-    """Writes the weighted sum of fp32 matrices, bank after bank, to out; int8 with fresh scales."""
-    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+def combine_rows(banks: list[Weight], coefficients: list[float], out: Weight) -> None:
+    """Writes the weighted sum of matrices, bank after bank, to out; int8 with fresh scales. A bank with 0 is not read."""
+    total = torch.zeros(out.data.shape, dtype=torch.float32, device=out.data.device)
     for bank, coefficient in zip(banks, coefficients, strict=True):
-        total += bank * coefficient
-    if out_scale is None:
-        out.copy_(total)
+        if coefficient != 0.0:
+            total += bank.dequantized() * coefficient
+    if out.scale is None:
+        out.data.copy_(total)
         return
-    data, scale = quantize(total)
-    out.copy_(data)
-    out_scale.copy_(scale)
+    made = quantize(total)
+    assert made.scale is not None
+    out.data.copy_(made.data)
+    out.scale.copy_(made.scale)

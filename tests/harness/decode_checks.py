@@ -49,20 +49,13 @@ def check_linear(tokens: int, inputs: int, outputs: int, kind: str, device: Devi
 def check_norm(tokens: int, hidden: int, rms: bool, device: Device = "cpu") -> None:
     """Compares a norm."""
     x_TH, parameters = normal(1, tokens, hidden) + 3, make_norm(hidden, rms, not rms)
-    expected = decode_reference.norm(x_TH, parameters.weight, parameters.bias, 1e-5, rms)
+    expected = decode_reference.norm(x_TH, parameters)
     x, p = moved((x_TH, parameters), device)
     torch.testing.assert_close(decode.norm(x, p, torch.empty_like(x)).cpu(), expected, **TOLERANCE)
 
 
 def _attention_twin(x_TH: Tensor, layer: AttentionLayer, p: Places) -> Tensor:
-    n = layer.norm
-    normed_TH = decode_reference.norm(x_TH, n.weight, n.bias, n.epsilon, n.rms)
-    qkv = decode_reference.linear(normed_TH, layer.qkv.data, layer.qkv.scale, layer.qkv_bias)
-    y_TF = decode_reference.attention(
-        qkv.view(-1, *layer.qkv.data.shape[:3]), layer.head_norm_tensors(), n.epsilon, n.rms, p.cos_PR, p.sin_PR,
-        p.positions_T, p.slots_T, p.pages, layer.keys, layer.values,
-    )  # fmt: skip
-    return x_TH + decode_reference.linear(y_TF, layer.output.data, layer.output.scale, layer.output_bias)
+    return x_TH + decode_reference.linear(decode_reference.attention(x_TH, layer, p), layer.output, layer.output_bias)
 
 
 def check_attention(
@@ -100,10 +93,7 @@ def check_attention(
 
 
 def _experts_twin(x_TH: Tensor, ids_TK: Tensor, probs_TK: Tensor, e: ExpertStack, y_TKH: Tensor) -> Tensor:
-    decode_reference.experts(
-        x_TH, ids_TK, e.index1_E, e.index2_E, e.w1.data, e.w1.scale, e.b1, e.w2.data, e.w2.scale, e.b2, e.factor1_E,
-        e.factor2_E, e.gated, y_TKH,
-    )  # fmt: skip
+    decode_reference.experts(x_TH, ids_TK, e, y_TKH)
     return (y_TKH * probs_TK[..., None]).sum(1)
 
 
@@ -127,10 +117,10 @@ def check_mlp(
     whole = x_TH.to(device, copy=True)
     decode.mlp_block(whole, on_device[1], on_device[2], on_device[0], scratch)
 
-    normed_TH = decode_reference.norm(x_TH, parameters.weight, parameters.bias, 1e-5, parameters.rms)
+    normed_TH = decode_reference.norm(x_TH, parameters)
     ids_TK, probs_TK = torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)
     if routing is not None:
-        ids_TK, probs_TK, _ = decode_reference.choose(normed_TH, routing.weight_EH, rule)
+        ids_TK, probs_TK, _ = decode_reference.choose(normed_TH, routing)
     expected = x_TH + _experts_twin(normed_TH, ids_TK, probs_TK, stack, torch.empty(*ids_TK.shape, hidden))
     torch.testing.assert_close(whole.cpu(), expected, **TOLERANCE)
 

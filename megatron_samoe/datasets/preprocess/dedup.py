@@ -84,8 +84,8 @@ class KeySet:
         """Returns for each key whether it is in the set."""
         found = np.zeros(keys.shape, dtype=bool)
         for run in self._runs:
-            places = np.minimum(np.searchsorted(run, keys), len(run) - 1)
-            found |= run[places] == keys
+            nearest = np.minimum(np.searchsorted(run, keys), len(run) - 1)
+            found |= run[nearest] == keys
         return found
 
     def add(self, keys: np.ndarray) -> None:

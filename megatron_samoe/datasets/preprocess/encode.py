@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
 from megatron_samoe.datasets.index_format import optimal_dtype
 from megatron_samoe.datasets.preprocess import cleaning, dedup, records
-from megatron_samoe.datasets.preprocess.inputs import BadLines, Chunk
+from megatron_samoe.datasets.preprocess.inputs import Chunk
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.datasets.tokenizer import tokenizer_of
 from megatron_samoe.errors import DataError
@@ -38,14 +38,11 @@ class Column:
 
 @dataclass
 class Encoded:
-    """A chunk as ids, and what is to be said about it."""
+    """A chunk as ids."""
 
     number: int
     columns: list[Column]
-    num_lines: int
-    num_bytes: int
-    bad: BadLines = field(default_factory=list)
-    left_out: dict[str, int] = field(default_factory=dict)
+    counts: records.Counts
     keys: np.ndarray | None = None
     """De-duplication keys, uint64 [documents, bands]."""
 
@@ -60,31 +57,28 @@ class Encoder:
         self._cleaner = cleaning.Cleaner(options)
 
     def encode(self, chunk: Chunk) -> Encoded:
-        """Returns the chunk as ids. Documents that cannot be used are listed in `bad`, none raises."""
+        """Returns the chunk as ids. Documents that cannot be used are counted, none raises."""
         read = records.read(chunk, self.options)
-        documents, lines, left_out = self._clean(read)
+        documents, lines = self._clean(read)
         columns, failed = self._encode_columns(documents)
         if failed:
-            read.bad.extend((lines[place], reason) for place, reason in failed.items())
-            documents = [document for place, document in enumerate(documents) if place not in failed]
-        read.bad.sort()
-        return Encoded(
-            chunk.number, columns, read.num_lines, read.num_bytes, read.bad, left_out, self._dedup_keys(documents)
-        )
+            read.counts.bad.extend((lines[number], reason) for number, reason in failed.items())
+            documents = [document for number, document in enumerate(documents) if number not in failed]
+        read.counts.bad.sort()
+        return Encoded(chunk.number, columns, read.counts, self._dedup_keys(documents))
 
-    def _clean(self, read: records.Records) -> tuple[list[tuple[str, ...]], list[int], dict[str, int]]:
+    def _clean(self, read: records.Records) -> tuple[list[tuple[str, ...]], list[int]]:
         if self._cleaner.is_idle:
-            return read.documents, read.lines, {}
+            return read.documents, read.lines
         kept, lines = [], []
-        left_out: dict[str, int] = {}
         for document, line in zip(read.documents, read.lines, strict=True):
             document, reason = self._cleaner.clean(document)
             if reason is None:
                 kept.append(document)
                 lines.append(line)
             else:
-                left_out[reason] = left_out.get(reason, 0) + 1
-        return kept, lines, left_out
+                read.counts.left_out[reason] += 1
+        return kept, lines
 
     def _encode_columns(self, documents: list[tuple[str, ...]]) -> tuple[list[Column], dict[int, str]]:
         """Returns a column per key, and the documents (by number) that the tokenizer refused."""
@@ -96,19 +90,19 @@ class Encoder:
             raise
         except BaseException:  # engines in Rust raise their panics outside Exception
             failed = self._find_refused(documents)
-        keep = [place for place in range(len(documents)) if place not in failed]
-        return [self._encode_texts([column[place] for place in keep]) for column in texts], failed
+        keep = [number for number in range(len(documents)) if number not in failed]
+        return [self._encode_texts([column[number] for number in keep]) for column in texts], failed
 
     def _find_refused(self, documents: list[tuple[str, ...]]) -> dict[int, str]:
         failed = {}
-        for place, document in enumerate(documents):
+        for number, document in enumerate(documents):
             try:
                 for text in document:
                     self._encode_texts([text])
             except (KeyboardInterrupt, SystemExit, MemoryError):
                 raise
             except BaseException as error:
-                failed[place] = f"the tokenizer failed: {type(error).__name__}: {str(error)[:80]}"
+                failed[number] = f"the tokenizer failed: {type(error).__name__}: {str(error)[:80]}"
         return failed
 
     def _encode_texts(self, texts: list[str]) -> Column:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,13 @@ from megatron_samoe.datasets.preprocess import checksums, journal
 from megatron_samoe.datasets.preprocess.inputs import InputFile
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.datasets.preprocess.worker import TokenizerFacts
-from megatron_samoe.datasets.preprocess.writer import Place, partial_paths
+from megatron_samoe.datasets.preprocess.writer import Position, partial_paths
 from megatron_samoe.parsing import JsonObject
 
 #: With fewer, a twentieth of them is less than one.
 FEW_DOCUMENTS = 20
 # Options that say where things are, not what the data are.
-_PLACES = ("input", "output_prefix", "tokenizer_model", "vocab_file", "merge_file", "chunk_bytes")
+_LOCATIONS = ("input", "output_prefix", "tokenizer_model", "vocab_file", "merge_file", "chunk_bytes")
 
 
 @dataclass(frozen=True)
@@ -28,27 +28,27 @@ class Report:
     """The result of a run."""
 
     prefixes: list[str]
-    num_documents: int
     num_tokens: int
-    num_lines: int
-    num_text_bytes: int
-    num_bad: int
-    first_bad: list[tuple[str, int, str]] = field(default_factory=list)
-    left_out: dict[str, int] = field(default_factory=dict)
-    engine: str = ""
+    totals: journal.Totals
+    engine: str
+
+    @property
+    def num_documents(self) -> int:
+        """Documents, the same number for every key."""
+        return self.totals.positions[0].num_documents
 
     def describe(self) -> str:
         """Returns a few lines for the user."""
         lines = [f"{self.num_documents:,} documents, {self.num_tokens:,} tokens -> {', '.join(self.prefixes)}"]
         if self.num_documents < FEW_DOCUMENTS:
             lines.append(
-                "--split of pretraining divides whole documents, so with so few validation may get none: cut text files "
+                "--split of pretraining divides by documents, so with so few validation may get none: cut text files "
                 "into more with --document-kb or --document-separator, or give a dataset of its own to --valid-data-path"
             )
-        lines += [f"{count:,} documents left out: {reason}" for reason, count in sorted(self.left_out.items())]
-        if self.num_bad:
-            lines.append(f"{self.num_bad:,} bad lines or documents left out; the first of them:")
-            lines += [f"  {file}:{line}: {reason}" for file, line, reason in self.first_bad]
+        lines += [f"{count:,} documents left out: {reason}" for reason, count in sorted(self.totals.left_out.items())]
+        if self.totals.num_bad:
+            lines.append(f"{self.totals.num_bad:,} bad lines or documents left out; the first of them:")
+            lines += [f"  {file}:{line}: {reason}" for file, line, reason in self.totals.first_bad]
         return "\n".join(lines)
 
 
@@ -91,8 +91,8 @@ def finish(
     """Writes the indices (unless a run before did), marks the journal complete, and gives all files their names."""
     prefixes = [options.dataset_prefix(key) for key in options.json_keys]
     if not has_indices:
-        for prefix, place in zip(prefixes, totals.places, strict=True):
-            _make_index(prefix, place, facts)
+        for prefix, position in zip(prefixes, totals.positions, strict=True):
+            _make_index(prefix, position, facts)
         log.append({"complete": True})
         log.sync()
     for key, prefix in enumerate(prefixes):
@@ -107,28 +107,18 @@ def finish(
             Path(path).unlink(missing_ok=True)
     _write_bad_report(options, totals)
     Path(keys_path(options)).unlink(missing_ok=True)
-    tokens = sum(place.num_bytes for place in totals.places) // facts.itemsize
-    return Report(
-        prefixes,
-        totals.places[0].num_documents,
-        tokens,
-        totals.num_lines,
-        totals.num_bytes,
-        totals.num_bad,
-        totals.first_bad,
-        totals.left_out,
-        facts.engine,
-    )
+    tokens = sum(position.num_bytes for position in totals.positions) // facts.itemsize
+    return Report(prefixes, tokens, totals, facts.engine)
 
 
-def _make_index(prefix: str, place: Place, facts: TokenizerFacts) -> None:
+def _make_index(prefix: str, position: Position, facts: TokenizerFacts) -> None:
     _, lengths, boundaries = partial_paths(prefix)
-    for path, size in zip(partial_paths(prefix), place.offsets, strict=True):
+    for path, size in zip(partial_paths(prefix), position.offsets, strict=True):
         # A killed run may have written beyond what its successor needs.
         with open(path, "r+b") as file:
             file.truncate(size)
             os.fsync(file.fileno())
-    length_rows = np.memmap(lengths, dtype="<i4", mode="r") if place.num_sequences else np.empty(0, dtype="<i4")
+    length_rows = np.memmap(lengths, dtype="<i4", mode="r") if position.num_sequences else np.empty(0, dtype="<i4")
     index_format.write_index(
         f"{prefix}.idx.partial", facts.dtype, length_rows, np.memmap(boundaries, dtype="<i8", mode="r")
     )
@@ -142,18 +132,18 @@ def _manifest(
     key: int,
     index_path: str,
 ) -> manifest.Manifest:
-    place = totals.places[key]
-    kept = {name: value for name, value in options.output_options().items() if name not in _PLACES}
+    position = totals.positions[key]
+    kept = {name: value for name, value in options.output_options().items() if name not in _LOCATIONS}
     return manifest.Manifest(
         tokenizer_type=options.tokenizer_type,
         tokenizer_fingerprint=facts.fingerprint,
         vocab_size=facts.vocab_size,
         eod=facts.eod,
-        num_documents=place.num_documents,
-        num_sequences=place.num_sequences,
-        num_tokens=place.num_bytes // facts.itemsize,
+        num_documents=position.num_documents,
+        num_sequences=position.num_sequences,
+        num_tokens=position.num_bytes // facts.itemsize,
         max_token_id=totals.max_token_ids[key],
-        bin_bytes=place.num_bytes,
+        bin_bytes=position.num_bytes,
         bin_crc32=totals.crcs[key],
         idx_crc32=checksums.file_crc32(index_path),
         options=kept | {"key": options.json_keys[key]},

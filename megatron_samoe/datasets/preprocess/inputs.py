@@ -2,7 +2,7 @@
 
 Plain JSONL on a local disk is cut into byte ranges that workers read themselves. Everything else (compressed,
 standard input, remote, text, Parquet) is read here, as a stream, and sent to the workers in pieces of about
-`chunk_bytes`; nothing ever holds a whole file.
+`chunk_bytes`; nothing ever holds a complete file.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Chunk:
     """A piece of input. `kind` says which of the fields hold it.
 
     range: lines of `file` that start in bytes [start, end), to be read by the worker.
-    lines: `data` is whole JSONL lines.
+    lines: `data` is complete JSONL lines.
     texts: `rows` is a list of documents as bytes.
     rows: `rows` is a list of tuples, one text (or None) per key.
     error: reading `file` failed for `reason` after what earlier chunks hold.

@@ -1,23 +1,23 @@
 """The journal of a run: which chunks are in the output, so that a killed run resumes.
 
-One JSON line per event, appended: a header that says what the run is, a line per chunk in order (sizes and
-checksums per key, counts, bad lines), and one that says that everything is written. A last line cut short by a kill is
-ignored. On resuming, the chunks' bytes are compared with their checksums, so what a crash of the machine took from
-the disk is simply done again.
+One JSON line per event after its checksum, appended: a header that says what the run is, a line per chunk in order
+(sizes and checksums per key, counts, bad lines), and one that says that everything is written. Lines from the first
+damaged one on, such as one cut short by a kill, are ignored. On resuming, the chunks' bytes are compared with their
+checksums, so what a crash of the machine took from the disk is simply done again.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import os
+import zlib
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import TextIO
 
 from megatron_samoe.datasets.preprocess import checksums
-from megatron_samoe.datasets.preprocess.inputs import BadLines
-from megatron_samoe.datasets.preprocess.writer import Place, Written, partial_paths
+from megatron_samoe.datasets.preprocess.writer import Position, Written, partial_paths
 from megatron_samoe.errors import DataError
 from megatron_samoe.parsing import JsonObject, parse_json
 
@@ -28,14 +28,13 @@ REPORTED_BAD_LINES = 20
 class Totals:
     """Sums over the chunks in the output."""
 
-    places: list[Place]
+    positions: list[Position]
     crcs: list[int]
     max_token_ids: list[int]
-    num_chunks: int = 0
     num_bytes: int = 0
     num_lines: int = 0
     num_bad: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
     first_bad: list[tuple[str, int, str]] = field(default_factory=list)
     """(file, line from 1, reason) of the first bad lines."""
     line_in_file: int = 0
@@ -43,13 +42,15 @@ class Totals:
 
     @classmethod
     def start(cls, num_keys: int) -> Totals:
-        return cls([Place()] * num_keys, [0] * num_keys, [-1] * num_keys)
+        return cls([Position()] * num_keys, [0] * num_keys, [-1] * num_keys)
 
     def add(self, entry: JsonObject) -> None:
         """Adds the journal entry of the next chunk."""
         for key, values in enumerate(entry["keys"]):
             written = Written(*values)
-            self.places[key] = self.places[key].after(written.num_bytes, written.num_sequences, written.num_documents)
+            self.positions[key] = self.positions[key].after(
+                written.num_bytes, written.num_sequences, written.num_documents
+            )
             self.crcs[key] = checksums.combine(self.crcs[key], written.bin_crc32, written.num_bytes)
             self.max_token_ids[key] = max(self.max_token_ids[key], written.max_token_id)
         if entry["new_file"]:
@@ -58,12 +59,10 @@ class Totals:
             if len(self.first_bad) < REPORTED_BAD_LINES:
                 self.first_bad.append((entry["file"], self.line_in_file + line + 1, reason))
         self.line_in_file += entry["lines"]
-        self.num_chunks += 1
         self.num_bytes += entry["bytes"]
         self.num_lines += entry["lines"]
         self.num_bad += entry["num_bad"]
-        for reason, count in entry["left_out"].items():
-            self.left_out[reason] = self.left_out.get(reason, 0) + count
+        self.left_out.update(entry["left_out"])
 
 
 class Journal:
@@ -102,20 +101,17 @@ class Journal:
         entries: list[JsonObject] = []
         good = 0
         for line in self._file.read().split("\n")[:-1]:
-            try:
-                entry = parse_json(line)
-            except ValueError:
+            checksum, _, text = line.partition(" ")
+            if checksum != _checksum(text):
                 break
-            if not _is_sound(entry, first=not entries):
-                break
-            entries.append(entry)
+            entries.append(parse_json(text))
             good += len(line.encode(errors="surrogateescape")) + 1
         self._file.seek(0, os.SEEK_END)
         os.ftruncate(self._file.fileno(), good)
         return (entries[0], entries[1:]) if entries else (None, [])
 
     def keep(self, header: JsonObject, entries: list[JsonObject]) -> None:
-        """Goes on after `entries`: what followed them is forgotten."""
+        """Continues after `entries`: what followed them is forgotten."""
         text = "".join(map(_line, [header, *entries]))
         if os.fstat(self._file.fileno()).st_size != len(text.encode()):
             self._rewrite(text)
@@ -128,30 +124,12 @@ class Journal:
 
 
 def _line(entry: JsonObject) -> str:
-    return json.dumps(entry) + "\n"
+    text = json.dumps(entry)
+    return f"{_checksum(text)} {text}\n"
 
 
-def _is_sound(entry: Any, first: bool) -> bool:
-    """Whether a line has what `append` wrote: a header first, then entries of chunks."""
-    if not isinstance(entry, dict) or first or "chunk" not in entry:
-        return isinstance(entry, dict)
-
-    def counts(values: Any) -> bool:
-        return isinstance(values, list) and all(type(value) is int and -1 <= value < 2**62 for value in values)
-
-    numbers = [entry.get(name) for name in ("chunk", "lines", "bytes", "num_bad")]
-    keys, bad, left_out = entry.get("keys"), entry.get("bad"), entry.get("left_out")
-    return (
-        counts(numbers)
-        and isinstance(entry.get("file"), str)
-        and isinstance(entry.get("new_file"), bool)
-        and isinstance(keys, list)
-        and all(counts(key) and len(key) == len(dataclasses.fields(Written)) for key in keys)
-        and isinstance(bad, list)
-        and all(isinstance(one, list) and len(one) == 2 and counts(one[:1]) and isinstance(one[1], str) for one in bad)
-        and isinstance(left_out, dict)
-        and counts(list(left_out.values()))
-    )
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode(errors='surrogateescape')):08x}"
 
 
 def verified(entries: list[JsonObject], prefixes: list[str]) -> list[JsonObject]:
@@ -162,34 +140,10 @@ def verified(entries: list[JsonObject], prefixes: list[str]) -> list[JsonObject]
     for number, entry in enumerate(entries):
         if entry.get("chunk") != number or len(entry["keys"]) != len(prefixes):
             return entries[:number]
-        for prefix, values, place in zip(prefixes, entry["keys"], totals.places, strict=True):
+        for prefix, values, position in zip(prefixes, entry["keys"], totals.positions, strict=True):
             parts = Written(*values).parts
-            for path, start, (size, crc) in zip(partial_paths(prefix), place.offsets, parts, strict=True):
+            for path, start, (size, crc) in zip(partial_paths(prefix), position.offsets, parts, strict=True):
                 if os.path.getsize(path) < start + size or checksums.file_crc32(path, start, size) != crc:
                     return entries[:number]
         totals.add(entry)
     return entries
-
-
-def chunk_entry(
-    number: int,
-    file: str,
-    new_file: bool,
-    written: list[Written],
-    lines: int,
-    num_bytes: int,
-    bad: BadLines,
-    left_out: dict[str, int],
-) -> JsonObject:
-    """Returns the journal line of a chunk."""
-    return {
-        "chunk": number,
-        "file": file,
-        "new_file": new_file,
-        "keys": [list(dataclasses.astuple(w)) for w in written],
-        "lines": lines,
-        "bytes": num_bytes,
-        "num_bad": len(bad),
-        "bad": bad[:REPORTED_BAD_LINES],
-        "left_out": left_out,
-    }

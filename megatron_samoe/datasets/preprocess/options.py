@@ -51,7 +51,7 @@ class PreprocessOptions:
     """keys (Parquet: columns); a dataset for each"""
     document_separator: str | None = None
     """text files: a line that matches this regular expression at its start begins a new document (and stays in it);
-    blank-line stands for empty lines. Without it and --document-kb a file is one document"""
+    blank-line means empty lines. Without it and --document-kb a file is one document"""
     document_bytes: int = 0
     """text files: a document ends at the first blank line after so many, at twice as many anywhere"""
     split_sentences: bool = False
@@ -59,7 +59,7 @@ class PreprocessOptions:
     keep_newlines: bool = False
     """keep white space between sentences"""
     on_bad_input: OnBadInput = "fail"
-    """what to do with a line that is no document; skip reports the count and the first 20"""
+    """what to do with a line that is not a document; skip reports the count and the first 20"""
     max_document_bytes: int = 256 << 20
     """a longer line or document is bad input"""
     input_shard: str = "0/1"

@@ -15,7 +15,7 @@ class Progress:
     Args:
         total_bytes: of the inputs on disk; 0 if unknown (standard input).
         itemsize: bytes per token.
-        log_interval: documents between lines where the output is no terminal.
+        log_interval: documents between lines where the output is not a terminal.
         quiet: print nothing.
     """
 
@@ -27,7 +27,7 @@ class Progress:
 
     def show(self, totals: Totals, raw_bytes: int, last: bool = False) -> None:
         """Shows the state after a chunk; `raw_bytes` counts input on disk."""
-        documents = totals.places[0].num_documents
+        documents = totals.positions[0].num_documents
         if self._first_bytes < 0:
             self._first_bytes, self._first_documents = totals.num_bytes, documents
         now = time.monotonic()
@@ -38,7 +38,7 @@ class Progress:
             return
         elapsed = max(now - self._start, 1e-6)
         share = min(raw_bytes / self._total, 1.0) if self._total else 0.0
-        tokens = sum(place.num_bytes for place in totals.places) // self._itemsize
+        tokens = sum(position.num_bytes for position in totals.positions) // self._itemsize
         left = f", {elapsed * (1 - share) / share:.0f} s left" if 0 < share < 1 else ""
         text = (
             f"{documents:,} documents, {tokens:,} tokens, {(documents - self._first_documents) / elapsed:,.0f} "

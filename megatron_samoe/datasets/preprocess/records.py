@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,20 +25,28 @@ Found = tuple[str, ...] | str
 
 
 @dataclass
+class Counts:
+    """Lines and bytes of text of a chunk, its bad lines, and the number of documents left out, by reason."""
+
+    lines: int = 0
+    bytes: int = 0
+    bad: BadLines = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
 class Records:
     """The documents of a chunk: one text per key each, and what was wrong with the rest."""
 
     documents: list[tuple[str, ...]] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     """For each document its line in the chunk, from 0."""
-    bad: BadLines = field(default_factory=list)
-    num_lines: int = 0
-    num_bytes: int = 0
+    counts: Counts = field(default_factory=Counts)
 
     def add(self, number: int, found: Found) -> None:
         """Adds what a line holds."""
         if isinstance(found, str):
-            self.bad.append((number, found))
+            self.counts.bad.append((number, found))
         else:
             self.documents.append(found)
             self.lines.append(number)
@@ -46,19 +55,20 @@ class Records:
 def read(chunk: Chunk, options: PreprocessOptions) -> Records:
     """Returns the documents of a chunk."""
     records = Records()
+    counts = records.counts
     if chunk.kind == "error":
-        records.bad.append((0, chunk.reason))
+        counts.bad.append((0, chunk.reason))
     elif chunk.kind in ("texts", "rows"):
         for number, row in enumerate(chunk.rows):
             texts = (row,) if chunk.kind == "texts" else row
             records.add(number, _decode(texts, options, is_first=number == 0))
-            records.num_bytes += sum(len(text) for text in texts if isinstance(text, (str, bytes)))
-        records.num_lines = len(chunk.rows)
+            counts.bytes += sum(len(text) for text in texts if isinstance(text, (str, bytes)))
+        counts.lines = len(chunk.rows)
     else:
         lines = _range_lines(chunk, options) if chunk.kind == "range" else _split(chunk.data)
         for number, line in enumerate(lines):
-            records.num_lines += 1
-            records.num_bytes += len(line) + 1
+            counts.lines += 1
+            counts.bytes += len(line) + 1
             if number == 0 and chunk.new_file:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line and not line.isspace():

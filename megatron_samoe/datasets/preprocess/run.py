@@ -12,8 +12,9 @@ import json
 import os
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -86,7 +87,7 @@ class _InFlight:
     summary: Summary | None = None
     order: tuple[Any, ...] | None = None
     """The write message, once the chunk has offsets."""
-    left_out: dict[str, int] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
     written: list[Written] | None = None
     deaths: int = 0
 
@@ -105,14 +106,14 @@ class _Run:
         self._totals = journal.Totals.start(len(self._prefixes))
         self._flight: dict[int, _InFlight] = {}
         self._held = [0] * executor.num_workers
-        self._to_place = self._to_log = 0
+        self._to_assign = self._to_log = 0
         self._seen = dedup.KeySet()
         self._progress = Progress(
             sum(file.num_bytes for file in files), facts.itemsize, options.log_interval, options.quiet
         )
         sizes_before = accumulate((file.num_bytes for file in files), initial=0)
         self._sizes_before = {file.path: before for file, before in zip(files, sizes_before, strict=False)}
-        self._places = list(self._totals.places)
+        self._positions = list(self._totals.positions)
 
     def execute(self) -> finish.Report:
         """Does what is left of the run."""
@@ -164,8 +165,8 @@ class _Run:
         if self._options.deduplicate != "none":
             self._seen.add(finish.load_keys(self._options, good))
         self._log.keep(old, good)
-        self._to_place = self._to_log = len(good)
-        self._places = list(self._totals.places)
+        self._to_assign = self._to_log = len(good)
+        self._positions = list(self._totals.positions)
         return False
 
     def _encode_all(self) -> None:
@@ -196,7 +197,7 @@ class _Run:
             flight.summary = summary
             if flight.order is not None:  # its first worker died after it had offsets
                 self._executor.send(worker, flight.order)
-            self._place_ready()
+            self._assign_offsets()
         elif kind == "written":
             self._flight[answer[1]].written = answer[2]
             self._held[worker] -= 1
@@ -210,19 +211,19 @@ class _Run:
         else:
             raise RuntimeError(f"a worker failed:\n{answer[1]}")
 
-    def _place_ready(self) -> None:
+    def _assign_offsets(self) -> None:
         """Gives offsets to encoded chunks, in order."""
-        while (flight := self._flight.get(self._to_place)) is not None and flight.summary is not None:
+        while (flight := self._flight.get(self._to_assign)) is not None and flight.summary is not None:
             summary = flight.summary
-            flight.left_out = dict(summary.left_out)
-            if summary.bad and self._options.on_bad_input == "fail":
+            flight.left_out = summary.counts.left_out
+            if summary.counts.bad and self._options.on_bad_input == "fail":
                 self._log_ready()
-                self._refuse(flight, *summary.bad[0])
+                self._refuse(flight, *summary.counts.bad[0])
             keep, sizes = self._deduplicate(flight, summary)
-            flight.order = ("write", summary.number, list(self._places), keep)
-            self._places = [place.after(*size) for place, size in zip(self._places, sizes, strict=True)]
+            flight.order = ("write", summary.number, list(self._positions), keep)
+            self._positions = [position.after(*size) for position, size in zip(self._positions, sizes, strict=True)]
             self._executor.send(flight.worker, flight.order)
-            self._to_place += 1
+            self._to_assign += 1
 
     def _refuse(self, flight: _InFlight, line: int, reason: str) -> None:
         # Lines of this file in chunks that have offsets but are not in the journal yet.
@@ -232,7 +233,7 @@ class _Run:
             if other.chunk.new_file:
                 base = 0
             if other is not flight and other.summary is not None:
-                base += other.summary.num_lines
+                base += other.summary.counts.lines
         raise DataError(
             f"{flight.chunk.file}:{base + line + 1}: {reason}. "
             "Repair it, or leave such input out with --on-bad-input skip (--resume then continues from here)."
@@ -243,9 +244,8 @@ class _Run:
             return None, list(summary.sizes)
         keep = dedup.first_of_each(summary.keys, self._seen)
         finish.append_keys(self._options, summary.keys[keep])
-        dropped = int((~keep).sum())
-        if dropped:
-            flight.left_out["duplicate"] = flight.left_out.get("duplicate", 0) + dropped
+        if not keep.all():
+            flight.left_out["duplicate"] += int((~keep).sum())
         sizes = [(*rows[keep].sum(axis=0).tolist(), int(keep.sum())) for rows in summary.document_sizes]
         return keep, [(int(b), int(s), d) for b, s, d in sizes]
 
@@ -254,16 +254,17 @@ class _Run:
         while (flight := self._flight.get(self._to_log)) is not None and flight.written is not None:
             summary, chunk = flight.summary, flight.chunk
             assert summary is not None
-            entry = journal.chunk_entry(
-                chunk.number,
-                chunk.file,
-                chunk.new_file,
-                flight.written,
-                summary.num_lines,
-                summary.num_bytes,
-                summary.bad,
-                flight.left_out,
-            )
+            entry: JsonObject = {
+                "chunk": chunk.number,
+                "file": chunk.file,
+                "new_file": chunk.new_file,
+                "keys": [list(astuple(written)) for written in flight.written],
+                "lines": summary.counts.lines,
+                "bytes": summary.counts.bytes,
+                "num_bad": len(summary.counts.bad),
+                "bad": summary.counts.bad[: journal.REPORTED_BAD_LINES],
+                "left_out": flight.left_out,
+            }
             if summary.keys is not None:
                 entry["kept_keys"] = int(summary.keys.shape[1]) * flight.written[0].num_documents
             self._log.append(entry)
@@ -291,7 +292,7 @@ class _Run:
             self._executor.send(worker, ("chunk", flight.chunk))
 
     def _check_not_empty(self) -> None:
-        if self._totals.places[0].num_documents and any(place.num_bytes for place in self._totals.places):
+        if self._totals.positions[0].num_documents and any(position.num_bytes for position in self._totals.positions):
             return
         details = finish.describe_losses(self._totals)
         raise DataError(

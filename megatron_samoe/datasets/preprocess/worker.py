@@ -3,7 +3,7 @@
 Messages in, one answer each:
 
     ("chunk", Chunk)                      -> ("done", Summary)
-    ("write", number, places, keep mask)  -> ("written", number, [Written per key])
+    ("write", number, positions, keep mask)  -> ("written", number, [Written per key])
 
 A worker ends when its connection closes, so none outlives a coordinator that was killed.
 """
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from megatron_samoe.datasets.preprocess.encode import Encoded, Encoder
-from megatron_samoe.datasets.preprocess.inputs import BadLines
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
+from megatron_samoe.datasets.preprocess.records import Counts
 from megatron_samoe.datasets.preprocess.writer import NO_ROOM, ShardWriter
 from megatron_samoe.errors import DataError
 
@@ -47,10 +47,7 @@ class Summary:
     number: int
     sizes: list[tuple[int, int, int]]
     """Per key: bytes of tokens, sequences, documents."""
-    num_lines: int
-    num_bytes: int
-    bad: BadLines
-    left_out: dict[str, int]
+    counts: Counts
     keys: np.ndarray | None
     document_sizes: list[np.ndarray] | None
     """With de-duplication, per key: [documents, 2] of bytes and sequences, to know the sizes after it."""
@@ -97,22 +94,13 @@ class Worker:
         sizes = [(c.tokens.nbytes, len(c.lengths), len(c.sequences)) for c in encoded.columns]
         itemsize = self.encoder.dtype.itemsize
         per_document = None if encoded.keys is None else [c.document_sizes(itemsize) for c in encoded.columns]
-        return Summary(
-            encoded.number,
-            sizes,
-            encoded.num_lines,
-            encoded.num_bytes,
-            encoded.bad,
-            encoded.left_out,
-            encoded.keys,
-            per_document,
-        )
+        return Summary(encoded.number, sizes, encoded.counts, encoded.keys, per_document)
 
-    def _write(self, number: int, places: list[Any], keep: np.ndarray | None) -> list[Any]:
+    def _write(self, number: int, positions: list[Any], keep: np.ndarray | None) -> list[Any]:
         columns = self._held.pop(number).columns
         if keep is not None:
             columns = [column.keep(keep) for column in columns]
-        return [writer.write(*pair) for writer, *pair in zip(self._writers, columns, places, strict=True)]
+        return [writer.write(*pair) for writer, *pair in zip(self._writers, columns, positions, strict=True)]
 
     def close(self) -> None:
         for writer in self._writers:

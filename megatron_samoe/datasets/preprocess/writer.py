@@ -16,7 +16,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """Where the next chunk of one key goes: counts of what is in front of it."""
 
     num_bytes: int = 0
@@ -28,9 +28,11 @@ class Place:
         """Bytes in front of it in the files of `partial_paths`; boundaries begin with a 0."""
         return self.num_bytes, 4 * self.num_sequences, 8 * (1 + self.num_documents)
 
-    def after(self, num_bytes: int, num_sequences: int, num_documents: int) -> Place:
+    def after(self, num_bytes: int, num_sequences: int, num_documents: int) -> Position:
         """Returns the offsets after a chunk of these sizes."""
-        return Place(self.num_bytes + num_bytes, self.num_sequences + num_sequences, self.num_documents + num_documents)
+        return Position(
+            self.num_bytes + num_bytes, self.num_sequences + num_sequences, self.num_documents + num_documents
+        )
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,13 @@ class ShardWriter:
         self._paths = partial_paths(prefix)
         self._files: list[int] = []
 
-    def write(self, column: Column, place: Place) -> Written:
+    def write(self, column: Column, position: Position) -> Written:
         """Writes one chunk and returns its sizes and checksums."""
         if not self._files:
             self._files = [os.open(path, os.O_WRONLY) for path in self._paths]
-        boundaries = np.cumsum(column.sequences, dtype=np.int64) + place.num_sequences
+        boundaries = np.cumsum(column.sequences, dtype=np.int64) + position.num_sequences
         arrays, crcs = (column.tokens, column.lengths, boundaries), []
-        for file, array, offset in zip(self._files, arrays, place.offsets, strict=True):
+        for file, array, offset in zip(self._files, arrays, position.offsets, strict=True):
             view = np.ascontiguousarray(array).view(np.uint8).data
             crcs.append(zlib.crc32(view))
             done = 0

@@ -1,4 +1,4 @@
-"""The bodies of answers, whole and streamed, in the shapes of OpenAI's API."""
+"""The bodies of answers, complete and streamed, in the shapes of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CompletionAnswers:
     token's text is then a replacement sign, and two of "top_logprobs" may be equal, of which the more probable is kept.
     """
 
-    prefix, whole, piece = "cmpl", "text_completion", "text_completion"
+    prefix, complete, piece = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, call: CompletionCall, model: str, tokenizer: Tokenizer, created: int):
         self._call, self._decode = call, tokenizer.decode
@@ -30,7 +30,7 @@ class CompletionAnswers:
 
     def body(self, choices: Sequence[dict], num_tokens: int | None, streamed: bool = False) -> dict[str, Any]:
         """Returns an answer, or one piece of a streamed one, with the numbers of tokens if that of new ones is given."""
-        body = {**self._head, "object": self.piece if streamed else self.whole, "choices": list(choices)}
+        body = {**self._head, "object": self.piece if streamed else self.complete, "choices": list(choices)}
         if num_tokens is not None:
             total = self._call.prompt_tokens + num_tokens
             counts = {"prompt_tokens": self._call.prompt_tokens, "completion_tokens": num_tokens, "total_tokens": total}
@@ -80,7 +80,7 @@ class CompletionAnswers:
 class ChatAnswers(CompletionAnswers):
     """The bodies of one answer of `/v1/chat/completions`."""
 
-    prefix, whole, piece = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, complete, piece = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def opening(self, index: int) -> dict | None:
         return self._piece(index, {"role": "assistant", "content": ""}, None, None)

@@ -12,6 +12,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
 from megatron_samoe.inference.expert_use import expert_use
 from megatron_samoe.inference.server.answers import ChatAnswers, CompletionAnswers, joined_logprobs
 from megatron_samoe.inference.server.chat_protocol import parse_chat
@@ -19,13 +26,12 @@ from megatron_samoe.inference.server.expert_protocol import experts_body, parse_
 from megatron_samoe.inference.server.gate import (
     CLIENT_GONE,
     ROUTES,
-    App,
     Gate,
     GateLimits,
+    error_response,
     gone,
     now_s,
     read_body,
-    send_error,
 )
 from megatron_samoe.inference.server.jobs import Job
 from megatron_samoe.inference.server.metrics import ServerMetrics
@@ -47,12 +53,9 @@ _Parse: TypeAlias = Callable[[Mapping[str, Any], ModelFacts], CompletionCall]
 
 
 class _Routes:
-    """The handlers; Starlette's names are loaded with the first server, as it is an optional dependency."""
+    """The handlers."""
 
     def __init__(self, models: ServedModels, metrics: ServerMetrics, max_body_bytes: int, body_timeout_s: float):
-        from starlette import responses
-
-        self._responses = responses
         self._models, self._metrics = models, metrics
         self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
         self._started = now_s()
@@ -65,20 +68,20 @@ class _Routes:
         }
 
     async def page(self, _: Any) -> Any:
-        return self._responses.Response(self._page, media_type="text/html", headers=self._page_headers)
+        return Response(self._page, media_type="text/html", headers=self._page_headers)
 
     async def health(self, _: Any) -> Any:
         status = self._models.status
-        return self._responses.JSONResponse({"status": status}, 200 if status == "ready" else 503)
+        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     async def metrics(self, _: Any) -> Any:
-        return self._responses.Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, _: Any) -> Any:
-        return self._responses.JSONResponse({"object": "list", "data": [self._described(m) for m in self._models]})
+        return JSONResponse({"object": "list", "data": [self._described(m) for m in self._models]})
 
-    async def model(self, request: Any) -> Any:
-        return self._responses.JSONResponse(self._described(self._models.asked({"model": request.path_params["name"]})))
+    async def model(self, request: Request) -> Any:
+        return JSONResponse(self._described(self._models.asked({"model": request.path_params["name"]})))
 
     def _described(self, model: ServedModel) -> dict[str, Any]:
         return {
@@ -91,15 +94,9 @@ class _Routes:
             "chats": model.facts.tokenizer.chat.template is not None,
         }
 
-    async def experts(self, request: Any) -> Any:
+    async def experts(self, request: Request) -> Any:
         """Which experts each token of a text uses, by the model as it was trained: one text at a time."""
-        self._models.check_open()
-        try:
-            raw = await read_body(request.headers, request.receive, self._max_body_bytes, self._body_timeout_s)
-        except ConnectionError:
-            return self._responses.Response(status_code=CLIENT_GONE)
-        body = await asyncio.to_thread(parse_body, raw)
-        model = self._models.asked(body)
+        body, model = await self._asked(request)
         if model.shown is None:
             raise ApiError(
                 404, "This server shows no experts: it was started without --show-experts.", code="not_found"
@@ -107,31 +104,32 @@ class _Routes:
         ids = await asyncio.to_thread(parse_text, body, model.facts)
         async with model.showing:
             layers = await asyncio.to_thread(expert_use, model.shown, ids)
-        return self._responses.JSONResponse(experts_body(ids, layers, model.facts.tokenizer))
+        return JSONResponse(experts_body(ids, layers, model.facts.tokenizer))
 
-    async def completions(self, request: Any) -> Any:
+    async def completions(self, request: Request) -> Any:
         return await self._answered(request, parse_completion, CompletionAnswers)
 
-    async def chat(self, request: Any) -> Any:
+    async def chat(self, request: Request) -> Any:
         return await self._answered(request, parse_chat, ChatAnswers)
 
-    async def _answered(self, request: Any, parse: _Parse, form: type[CompletionAnswers]) -> Any:
+    async def _asked(self, request: Request) -> tuple[dict[str, Any], ServedModel]:
+        """Returns the body of a request, and the model that it asks for."""
         self._models.check_open()
-        try:
-            raw = await read_body(request.headers, request.receive, self._max_body_bytes, self._body_timeout_s)
-        except ConnectionError:
-            return self._responses.Response(status_code=CLIENT_GONE)
+        raw = await read_body(request.headers, request.receive, self._max_body_bytes, self._body_timeout_s)
         # JSON and tokenizers take their time over a long prompt, and other requests' tokens wait for this thread.
         body = await asyncio.to_thread(parse_body, raw)
-        model = self._models.asked(body)
+        return body, self._models.asked(body)
+
+    async def _answered(self, request: Request, parse: _Parse, form: type[CompletionAnswers]) -> Any:
+        body, model = await self._asked(request)
         call = await asyncio.to_thread(parse, body, model.facts)
         job = model.service.open(call.requests, call.prompt_tokens)
         answers = form(call, model.facts.name, model.facts.tokenizer, now_s())
         if call.stream:
             return _EventStream(self._stream(call, job, answers), job)
-        return await self._whole(call, job, answers, request.receive)
+        return await self._complete(call, job, answers, request.receive)
 
-    async def _whole(self, call: CompletionCall, job: Job, answers: CompletionAnswers, receive: Any) -> Any:
+    async def _complete(self, call: CompletionCall, job: Job, answers: CompletionAnswers, receive: Any) -> Any:
         texts, num_tokens = list(call.heads), 0
         reasons: list[str | None] = [None] * len(texts)
         logprobs: list[list[dict]] = [[] for _ in texts]
@@ -139,7 +137,7 @@ class _Routes:
         async def collect() -> None:
             nonlocal num_tokens
             async for index, made in job.tokens():
-                event = call.told(made)
+                event = call.shown(made)
                 texts[index] += event.text
                 reasons[index] = event.finish_reason
                 num_tokens += call.adds_tokens
@@ -147,12 +145,12 @@ class _Routes:
                     logprobs[index].append(answers.logprobs(index, event))
 
         if not await _done_for_client(collect(), job, receive):
-            return self._responses.Response(status_code=CLIENT_GONE)
+            return Response(status_code=CLIENT_GONE)
         choices = [
             answers.choice(i, text, reason, joined_logprobs(parts))
             for i, (text, reason, parts) in enumerate(zip(texts, reasons, logprobs, strict=True))
         ]
-        return self._responses.JSONResponse(answers.body(choices, num_tokens))
+        return JSONResponse(answers.body(choices, num_tokens))
 
     async def _stream(self, call: CompletionCall, job: Job, answers: CompletionAnswers) -> AsyncIterator[bytes]:
         num_tokens, heads = 0, list(call.heads)
@@ -161,7 +159,7 @@ class _Routes:
                 yield _event(answers.body([opening], None, streamed=True))
         try:
             async for index, made in job.tokens():
-                event = call.told(made)
+                event = call.shown(made)
                 num_tokens += call.adds_tokens
                 text, logprobs = event.text, None
                 if call.tells_logprobs:
@@ -213,15 +211,6 @@ async def _done_for_client(work: Coroutine[Any, Any, None], job: Job, receive: A
             task.cancel()
 
 
-def _refusal(error: ApiError) -> App:
-    """Returns a response in OpenAI's shape of errors."""
-
-    async def respond(scope: Any, receive: Any, send: Any) -> None:
-        await send_error(error, send)
-
-    return respond
-
-
 def _event(body: dict) -> bytes:
     return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
@@ -240,7 +229,11 @@ def _content_policy(page: str) -> str:
 
 
 async def _answer_error(_: Any, error: Any) -> Any:
-    return _refusal(error)
+    return error_response(error)
+
+
+async def _answer_nobody(_: Any, error: Any) -> Any:
+    return Response(status_code=CLIENT_GONE)
 
 
 async def _answer_http_error(request: Any, error: Any) -> Any:
@@ -252,12 +245,12 @@ async def _answer_http_error(request: Any, error: Any) -> Any:
     }.get(error.status_code, str(error.detail))
     allow = (error.headers or {}).get("Allow")
     code = "not_found" if error.status_code == 404 else None
-    return _refusal(ApiError(error.status_code, message, code=code, allow=allow))
+    return error_response(ApiError(error.status_code, message, code=code, allow=allow))
 
 
 async def _answer_fault(_: Any, error: Any) -> Any:
     logger.error("a request failed: %r", error)
-    return _refusal(
+    return error_response(
         ApiError(500, "The server has failed at this request; its log has the reason.", kind="server_error")
     )
 
@@ -266,11 +259,6 @@ def build_app(
     models: ServedModels, metrics: ServerMetrics, gate: GateLimits, max_body_bytes: int, body_timeout_s: float
 ) -> Any:
     """Returns the ASGI application of a server."""
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.middleware.cors import CORSMiddleware
-    from starlette.routing import Route
-
     routes = _Routes(models, metrics, max_body_bytes, body_timeout_s)
     paths = [
         Route("/", routes.page),
@@ -283,7 +271,12 @@ def build_app(
         Route("/v1/chat/completions", routes.chat, methods=["POST"]),
         Route("/v1/experts", routes.experts, methods=["POST"]),
     ]
-    handlers: Any = {ApiError: _answer_error, HTTPException: _answer_http_error, Exception: _answer_fault}
+    handlers: Any = {
+        ApiError: _answer_error,
+        HTTPException: _answer_http_error,
+        ConnectionError: _answer_nobody,
+        Exception: _answer_fault,
+    }
     app = Gate(Starlette(routes=paths, exception_handlers=handlers), gate, metrics)
     if not gate.allowed_origins:
         return app

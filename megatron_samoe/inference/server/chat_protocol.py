@@ -56,8 +56,8 @@ def parse_chat(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCall:
             template refuses the messages; or they do not fit.
     """
     if facts.tokenizer.chat.template is None:
-        told = f"The model {facts.name!r} has no chat template: it is a base model. Ask /v1/completions to continue a text."
-        raise ApiError(400, told, param="model", code="no_chat_template")
+        said = f"The model {facts.name!r} has no chat template: it is a base model. Ask /v1/completions to continue a text."
+        raise ApiError(400, said, param="model", code="no_chat_template")
     _refuse_tools(body)
     check_fields(body, FIELDS, UNSUPPORTED)
     stream, include_usage, options = flag(body, "stream"), wants_usage(body), sampling_options(body)
@@ -89,8 +89,8 @@ def parse_chat(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCall:
 def _refuse_tools(holder: Mapping[str, Any]) -> None:
     for name in _TOOLS:
         if holder.get(name) not in (None, [], "none", "auto"):
-            told = f"{name} is not supported: models here call no tools. Leave it out."
-            raise ApiError(400, told, param=name, code="unsupported_field")
+            said = f"{name} is not supported: models here call no tools. Leave it out."
+            raise ApiError(400, said, param=name, code="unsupported_field")
 
 
 def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -101,11 +101,11 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     messages = []
     for message in given:
         _refuse_tools(message)
-        told = {name: value for name, value in message.items() if value is not None and name not in _TOOLS}
-        told["content"] = _text(told.get("content"))
+        said = {name: value for name, value in message.items() if value is not None and name not in _TOOLS}
+        said["content"] = _text(said.get("content"))
         # The newer name of the same role, which templates do not know.
-        told["role"] = "system" if told.get("role") == "developer" else told.get("role")
-        messages.append(told)
+        said["role"] = "system" if said.get("role") == "developer" else said.get("role")
+        messages.append(said)
     return messages
 
 

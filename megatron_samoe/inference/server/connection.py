@@ -6,7 +6,10 @@ import asyncio
 from http import HTTPStatus
 from typing import Any
 
-from megatron_samoe.inference.server.gate import error_content
+import h11
+from starlette.responses import JSONResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
 from megatron_samoe.inference.server.protocol import ApiError
 
 
@@ -19,8 +22,6 @@ def waiting_protocol(most: int) -> Any:
     Args:
         most: connections; where one more comes, that which has waited longest for a head or a body is closed.
     """
-    import h11
-    from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class WaitingProtocol(H11Protocol):
         _since = 0.0
@@ -68,10 +69,10 @@ def waiting_protocol(most: int) -> Any:
             """Closes the connection; says why, unless an answer has begun or nothing has come since the last one."""
             is_idle = self.cycle is not None and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not is_idle and not self.transport.is_closing():
-                headers, body = error_content(error)
-                lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}", "Connection: close"]
-                lines += [f"{name}: {value}" for name, value in headers.items()]
-                self.transport.write("\r\n".join([*lines, "\r\n"]).encode() + body)
+                response = JSONResponse(error.body, headers={**error.headers, "Connection": "close"})
+                lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
+                lines += [f"{name.title()}: {value}" for name, value in response.headers.items()]
+                self.transport.write("\r\n".join([*lines, "\r\n"]).encode() + response.body)
             self.transport.close()
 
     return WaitingProtocol

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+from starlette.responses import JSONResponse
 
 from megatron_samoe.inference.server.metrics import ServerMetrics
 from megatron_samoe.inference.server.protocol import ApiError
@@ -56,22 +57,22 @@ class Gate:
             return
         route = scope["path"] if scope["path"] in ROUTES else "other"
 
-        status, is_whole = 0, False
+        status, is_complete = 0, False
 
         async def counted(message: MutableMapping[str, Any]) -> None:
-            nonlocal status, is_whole
+            nonlocal status, is_complete
             if message["type"] == "http.response.start":
                 status = message["status"]
-            elif not message.get("more_body", False) and not is_whole:
-                is_whole = True
+            elif not message.get("more_body", False) and not is_complete:
+                is_complete = True
                 self._metrics.count_http(route, status)
             await send(message)
 
-        has_place = False
+        has_slot = False
 
-        def take_place() -> None:
-            nonlocal has_place
-            if has_place:
+        def take_slot() -> None:
+            nonlocal has_slot
+            if has_slot:
                 return
             if self._num_open >= self._limits.max_connections:
                 raise ApiError(
@@ -81,27 +82,27 @@ class Gate:
                     code="too_many_connections",
                     retry_after_s=1,
                 )
-            has_place = True
+            has_slot = True
             self._num_open += 1
 
         async def received() -> MutableMapping[str, Any]:
             message = await receive()
             if message["type"] == "http.request" and not message.get("more_body", False):
-                take_place()
+                take_slot()
             return message
 
         try:
             self._check(scope)
             # A body that is still on its way takes no slot of complete requests.
             if scope["method"] != "POST":
-                take_place()
+                take_slot()
         except ApiError as error:
-            await send_error(error, counted)
+            await error_response(error)(scope, receive, counted)
         else:
             await self._app(scope, received, counted)
         finally:
-            self._num_open -= has_place
-            if status and not is_whole:  # a stream whose client has gone
+            self._num_open -= has_slot
+            if status and not is_complete:  # a stream whose client has gone
                 self._metrics.count_http(route, CLIENT_GONE)
 
     def _check(self, scope: Scope) -> None:
@@ -138,9 +139,9 @@ class Gate:
 
 def is_own(origin: str, host: str) -> bool:
     """Returns whether an Origin header names the server that a Host header names; a proxy may have changed the scheme."""
-    scheme, _, place = origin.lower().partition("://")
+    scheme, _, address = origin.lower().partition("://")
     usual = {"http": ":80", "https": ":443"}.get(scheme)
-    return usual is not None and place.removesuffix(usual) == host.strip().lower().removesuffix(usual)
+    return usual is not None and address.removesuffix(usual) == host.strip().lower().removesuffix(usual)
 
 
 def host_name(header: str) -> str:
@@ -196,20 +197,9 @@ async def gone(receive: Receive) -> None:
         pass
 
 
-def error_content(error: ApiError) -> tuple[dict[str, str], bytes]:
-    """Returns the header fields and the body of an error in OpenAI's shape."""
-    body = json.dumps(error.body).encode()
-    return {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}, body
-
-
-async def send_error(error: ApiError, send: Send) -> None:
-    """Answers with an error in OpenAI's shape."""
-    headers, body = error_content(error)
-    if error.status in (408, 413):
-        headers["Connection"] = "close"  # part of the body may still be on its way
-    pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
+def error_response(error: ApiError) -> JSONResponse:
+    """Returns an answer in OpenAI's shape of errors."""
+    return JSONResponse(error.body, error.status, error.headers)
 
 
 def now_s() -> int:

@@ -17,7 +17,7 @@ _OF_MODELS: tuple[tuple[str, str, str, Sequence[float] | None], ...] = (
     ("prompt_tokens", "Counter", "Tokens of accepted prompts", None),
     ("generated_tokens", "Counter", "Tokens that the engine made", None),
     ("running_choices", "Gauge", "Answers that are being generated", None),
-    ("waiting_choices", "Gauge", "Answers that wait for a place in the batch", None),
+    ("waiting_choices", "Gauge", "Answers that wait for a slot of the batch", None),
     ("free_cache_tokens", "Gauge", "Tokens of the key-value cache that nothing has reserved", None),
     ("time_to_first_token_seconds", "Histogram", "From acceptance to the first token", _LATENCIES_S),
     ("choice_duration_seconds", "Histogram", "From acceptance to the last token", _LATENCIES_S),

@@ -76,7 +76,8 @@ class ApiError(Exception):
         """Header fields."""
         retry = None if self.retry_after_s is None else str(self.retry_after_s)
         known = "Bearer" if self.status == 401 else None
-        headers = {"Retry-After": retry, "Allow": self.allow, "WWW-Authenticate": known}
+        ends = "close" if self.status in (408, 413) else None  # part of the body may still be on its way
+        headers = {"Retry-After": retry, "Allow": self.allow, "WWW-Authenticate": known, "Connection": ends}
         return {name: value for name, value in headers.items() if value is not None}
 
 
@@ -119,7 +120,7 @@ class CompletionCall:
     tells_logprobs: bool
     adds_tokens: bool
 
-    def told(self, event: TokenEvent) -> TokenEvent:
+    def shown(self, event: TokenEvent) -> TokenEvent:
         """Returns a token's part of an answer."""
         return event if self.adds_tokens else event._replace(text="", finish_reason="length")
 
@@ -165,11 +166,11 @@ def parse_completion(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCa
     if type(asked) is int and asked == 0 and not echo:
         raise bad_value("max_tokens", asked, 'asks for nothing without "echo": true, which gives the prompt back')
     requests, heads = [], []
-    for place, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
+    for number, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
         # The engine makes one token in any case.
         allowed = max_new_tokens("max_tokens", asked, len(ids), facts, least=0, default=DEFAULT_MAX_TOKENS) or 1
         for choice in range(n):
-            seed = (options["seed"] + place * n + choice) % 2**64
+            seed = (options["seed"] + number * n + choice) % 2**64
             sampling = SamplingOptions(**{**options, "seed": seed, "max_new_tokens": allowed})
             requests.append(Request(ids, sampling, logprobs, scores_prompt=echo and logprobs is not None))
             heads.append((facts.tokenizer.decode(ids) if text is None else text) if echo else "")
@@ -213,11 +214,11 @@ def check_fields(body: Mapping[str, Any], fields: Sequence[str], unsupported: Ma
             raise bad_value(name[:60], value, "is too large a number")
         if name in unsupported:
             if not any(type(value) is type(idle) and value == idle for idle in unsupported[name]):
-                told = f"{name} is not supported by this server: leave it out."
-                raise ApiError(400, told, param=name, code="unsupported_field")
+                said = f"{name} is not supported by this server: leave it out."
+                raise ApiError(400, said, param=name, code="unsupported_field")
         elif name not in fields:
-            told = f"{_shown(name)} is not a field of such a request.{nearest(name, fields)}"
-            raise ApiError(400, f"{told} Known are {', '.join(fields)}.", param=name[:60], code="unknown_field")
+            said = f"{_shown(name)} is not a field of such a request.{nearest(name, fields)}"
+            raise ApiError(400, f"{said} Known are {', '.join(fields)}.", param=name[:60], code="unknown_field")
         elif name in LABELS and not isinstance(value, str | None):
             raise bad_value(name, value, "must be text")
         elif name in LABELS and value is not None:
@@ -271,8 +272,8 @@ def encodable(name: str, text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        told = f"{name} has half a surrogate pair at character {error.start}, which is not text."
-        raise ApiError(400, told, param=name) from error
+        said = f"{name} has half a surrogate pair at character {error.start}, which is not text."
+        raise ApiError(400, said, param=name) from error
     return text
 
 
@@ -318,16 +319,16 @@ def max_new_tokens(
         raise bad_value(name, given, f"must be a whole number, {least} or more")
     wanted = 1 if given is None else given
     if wanted > room:
-        told = f"The model's context has {facts.context_length} tokens, and the request needs {prompt_tokens + wanted}"
-        told += f": {prompt_tokens} of the prompt and {wanted} to generate."
-        raise ApiError(400, told, param=prompt if room < 1 else name, code=_TOO_LONG)
+        said = f"The model's context has {facts.context_length} tokens, and the request needs {prompt_tokens + wanted}"
+        said += f": {prompt_tokens} of the prompt and {wanted} to generate."
+        raise ApiError(400, said, param=prompt if room < 1 else name, code=_TOO_LONG)
     allowed = min(default, room) if given is None else given
     # The engine refuses it as well, but hears of it only when a stream has begun. The last token takes no position.
     needed = prompt_tokens + max(allowed, 1) - 1
     if needed > facts.cache_tokens:
-        told = f"The server's key-value cache has {facts.cache_tokens} tokens, and the request needs {needed}"
-        told += f": {prompt_tokens} of the prompt and {allowed} to generate, but for the last."
-        raise ApiError(400, told, param=name, code=_TOO_LONG)
+        said = f"The server's key-value cache has {facts.cache_tokens} tokens, and the request needs {needed}"
+        said += f": {prompt_tokens} of the prompt and {allowed} to generate, but for the last."
+        raise ApiError(400, said, param=name, code=_TOO_LONG)
     return allowed
 
 

@@ -13,12 +13,11 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from tyro.conf import Suppress, arg
 
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
-from megatron_samoe.inference.server.app import build_app
-from megatron_samoe.inference.server.connection import waiting_protocol
-from megatron_samoe.inference.server.gate import GateLimits
 from megatron_samoe.inference.server.metrics import ServerMetrics
 from megatron_samoe.inference.server.models import NamedModel, ServedModels
 from megatron_samoe.installation import install_extra
@@ -37,35 +36,32 @@ BACKLOG = 2048
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How a server answers.
-
-    Attributes:
-        host, port: where it listens; port 0 takes a free one.
-        api_key: token that clients must send; None for no token.
-        allowed_hosts: names under which it answers; where empty, the loopback names on a loopback address, and any name
-            on another.
-        allowed_origins: of pages that browsers may let ask, in addition to the server's own: https://NAME, or "*" for all.
-        max_queue: choices that may wait in addition to those that run; more are refused with 429.
-        max_choices: most prompts times choices of one request.
-        max_connections: HTTP requests that are answered at a time; more are refused with 503. Four times as many
-            connections and 64 may be open, and no more than half of the files that the process may open.
-        max_body_bytes: of a request; more are refused with 413.
-        body_timeout_s: in which a request's head must have come, and then its body. Idle connections are closed after as
-            many, and on Linux those that do not take their answer.
-        drain_timeout_s: how long open requests may run after SIGTERM or SIGINT.
-    """
+    """How the server answers."""
 
     host: str = "127.0.0.1"
+    """address to listen at; 0.0.0.0 for all of the machine's"""
     port: int = 8000
-    api_key: str | None = None
-    allowed_hosts: tuple[str, ...] = ()
-    allowed_origins: tuple[str, ...] = ()
+    """0 takes a free one"""
+    api_key: Suppress[str | None] = None
+    """token that clients must send; never on the command line, which all users of the machine can read"""
+    allowed_hosts: Annotated[tuple[str, ...], arg(metavar="NAME [NAME ...]")] = ()
+    """host names to answer under; on a loopback address only its own names, else any, if not given"""
+    allowed_origins: Annotated[tuple[str, ...], arg(metavar="ORIGIN [ORIGIN ...]")] = ()
+    """origins of pages that may ask from a browser, as https://NAME; * for all; only the server's own page if not given"""
     max_queue: int = 64
+    """answers that may wait in addition to those being made; more are refused with 429"""
     max_choices: int = 16
+    """prompts times n of one request"""
     max_connections: int = 256
+    """HTTP requests answered at a time; more are refused with 503. Four times this number of connections and 64 may be open,
+    and no more than half of the files that the process may open"""
     max_body_bytes: int = 1 << 20
-    body_timeout_s: float = 30.0
-    drain_timeout_s: float = 20.0
+    """size of a request; more are refused with 413"""
+    body_timeout_s: Annotated[float, arg(name="body-timeout")] = 30.0
+    """seconds in which a request's head must have come, and then its body; idle connections are closed after the same time,
+    and on Linux those that do not take their answer"""
+    drain_timeout_s: Annotated[float, arg(name="drain-timeout")] = 20.0
+    """seconds that open requests have after SIGTERM or SIGINT"""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -198,8 +194,12 @@ class Server:
     """
 
     def __init__(self, models: Sequence[NamedModel], group: Group, options: ServerOptions, listener: socket.socket):
-        check_installed()
+        check_installed()  # what is imported here needs the extra
         import uvicorn
+
+        from megatron_samoe.inference.server.app import build_app
+        from megatron_samoe.inference.server.connection import waiting_protocol
+        from megatron_samoe.inference.server.gate import GateLimits
 
         check_processes(group, [model.name for model in models], any(model.shown for model in models))
 

@@ -59,13 +59,8 @@ class Desk:
     """Carries commands out on one rank's engine, which knows a request by its ticket."""
 
     def __init__(self, engine: Engine):
-        self._engine = engine
+        self.engine = engine
         self.stopped = False
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a step would do anything."""
-        return self._engine.has_work
 
     def apply(self, commands: Sequence[Command]) -> list[Notice]:
         """Carries out commands in order; returns an end for each request that is refused or cancelled."""
@@ -76,21 +71,12 @@ class Desk:
             elif command.kind == "submit":
                 assert command.request is not None
                 try:
-                    self._engine.submit(command.request, command.ticket)
+                    self.engine.submit(command.request, command.ticket)
                 except ConfigError as error:
                     notices.append(Ended(command.ticket, error))
-            elif self._engine.cancel(command.ticket):  # else it was complete before the news came
+            elif self.engine.cancel(command.ticket):  # else it was complete before the news came
                 notices.append(Ended(command.ticket, None))
         return notices
-
-    def step(self) -> Sequence[Notice]:
-        """Runs one step, if there is work, and returns its tokens."""
-        return self._engine.step()
-
-    def load(self, step_time_s: float) -> Load:
-        """Returns how busy the engine is."""
-        engine = self._engine
-        return Load(engine.num_running, engine.num_waiting, engine.num_free_tokens, step_time_s)
 
 
 class EngineWorker:
@@ -133,20 +119,22 @@ class EngineWorker:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        engine = self._desk.engine
         try:
             while not self._desk.stopped:
                 commands = self._collect()
                 share_commands(commands, self._group)
                 notices = self._desk.apply(commands)
                 started = time.perf_counter()
-                had_work = self._desk.has_work and not self._desk.stopped
+                had_work = engine.has_work and not self._desk.stopped
                 if had_work:
                     self._shares.take(self)
-                    notices += self._desk.step()
-                if not self._desk.has_work:
+                    notices += engine.step()
+                if not engine.has_work:
                     self._shares.leave(self)
                 if notices or had_work:
-                    self._publish(notices, self._desk.load(time.perf_counter() - started))
+                    took_s = time.perf_counter() - started
+                    self._publish(notices, Load(engine.num_running, engine.num_waiting, engine.num_free_tokens, took_s))
         except BaseException as error:  # whatever it is, requests wait for an answer
             logger.exception("the engine cannot continue")
             self._fail(error)
@@ -155,7 +143,7 @@ class EngineWorker:
         """Returns what is in the inbox; where the engine is idle, waits for something a while."""
         commands = []
         try:
-            if not self._desk.has_work:
+            if not self._desk.engine.has_work:
                 commands.append(self._inbox.get(timeout=IDLE_S))
             while True:
                 commands.append(self._inbox.get_nowait())
@@ -168,8 +156,8 @@ def follow(engine: Engine, group: Group) -> None:
     desk = Desk(engine)
     while not desk.stopped:
         desk.apply(receive_commands(group))
-        if desk.has_work and not desk.stopped:
-            desk.step()
+        if engine.has_work and not desk.stopped:
+            engine.step()
 
 
 def share_commands(commands: Sequence[Command], group: Group) -> None:

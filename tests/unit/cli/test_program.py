@@ -36,6 +36,8 @@ class Cook:
     """of the stove"""
     pan: Path | None = None
     hurry: bool = False
+    spices: tuple[str, ...] = ()
+    """those that are at hand, of which there may be none at all"""
     size: Size = Size()
 
     def run(self) -> int:
@@ -115,6 +117,7 @@ def test_help_shows_commands_and_flags(capsys: pytest.CaptureFixture) -> None:
             read(COMMANDS, words, "food")
         said = capsys.readouterr().out
         assert not ended.value.code and all(part in said for part in shown), said
+        assert "(default: )" not in said and "None" not in said
 
 
 def test_a_program_gives_the_status_and_says_errors(capsys: pytest.CaptureFixture) -> None:

@@ -62,7 +62,12 @@ def test_a_wheel_works_without_sources_and_compiler(tmp_path: Path) -> None:
     assert re.search(r"ok +compiled extension +_C.so", said), said
     program = "import megatron_samoe, megatron_samoe.cli.quickstart as q; print(megatron_samoe.__file__)"
     assert str(installed) in run(sys.executable, "-c", program, cwd=tmp_path / "empty", PYTHONPATH=str(installed))
-    for part in ("cli/quickstart_data/config.yaml", "py.typed", "inference/server/page.html"):
+    for part in (
+        "cli/quickstart_data/config.yaml",
+        "cli/init_data/shown.yaml",
+        "py.typed",
+        "inference/server/page.html",
+    ):
         assert (installed / "megatron_samoe" / part).exists()
     benchmark = subprocess.run([sys.executable, "-m", "megatron_samoe", "benchmark", "moe-layer"], cwd=tmp_path / "empty",
                                env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True)  # fmt: skip

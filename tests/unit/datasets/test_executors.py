@@ -103,7 +103,7 @@ def test_a_document_that_the_tokenizer_refuses_is_bad_input(tmp_path: Path, monk
     with pytest.raises(DataError, match=r"in\.jsonl:8: the tokenizer failed: Panic: index out of range"):
         run.preprocess(options(tmp_path))
     report = run.preprocess(options(tmp_path, on_bad_input="skip"))
-    assert report.num_bad == 1 and report.num_documents == 19
+    assert report.totals.num_bad == 1 and report.num_documents == 19
 
 
 def test_ids_outside_the_vocabulary_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def test_mutated_inputs(tmp_path: Path, suffix: str) -> None:
             outcomes["error"] += 1
             continue
         outcomes["answer"] += 1
-        assert report.num_lines >= report.num_documents
+        assert report.totals.num_lines >= report.num_documents
         if number % 10 == 0:
             verify(str(tmp_path / "out_text_document"))
         data = IndexedDataset(str(tmp_path / "out_text_document"))

@@ -57,7 +57,7 @@ def test_jsonl_plain_and_compressed(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"in.jsonl{suffix}").write_bytes(compressed(jsonl(texts), suffix))
     report = run.preprocess(options(tmp_path, f"in.jsonl{suffix}"))
     assert decoded(tmp_path / "out_text_document") == texts
-    assert report.num_documents == len(texts) == report.num_lines and report.num_bad == 0
+    assert report.num_documents == len(texts) == report.totals.num_lines and report.totals.num_bad == 0
     assert len(verify(str(tmp_path / "out_text_document"))) == 3
     assert sorted(path.suffix for path in tmp_path.glob("out*")) == [".bin", ".idx", ".json"], "nothing is left over"
 
@@ -74,7 +74,7 @@ def test_parquet(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(DataError, match="null in the column 'text'"):
         run.preprocess(options(tmp_path, f"in.parquet{suffix}"))
     report = run.preprocess(options(tmp_path, f"in.parquet{suffix}", on_bad_input="skip", json_keys=("text", "other")))
-    assert decoded(tmp_path / "out_text_document") == TEXTS and report.num_bad == 1
+    assert decoded(tmp_path / "out_text_document") == TEXTS and report.totals.num_bad == 1
     assert decoded(tmp_path / "out_other_document") == ["o"] * 7
     with pytest.raises(DataError, match="no column 'txet'; its columns are text, other"):
         run.preprocess(options(tmp_path, f"in.parquet{suffix}", json_keys=("txet",)))
@@ -142,7 +142,7 @@ def test_a_line_of_many_chunks_is_read_once(tmp_path: Path, suffix: str) -> None
         options(tmp_path, f"in.jsonl{suffix}", on_bad_input="skip", chunk_bytes=1 << 16, max_document_bytes=1 << 20)
     )
     assert _bytes_read() - before < 2 * size
-    assert decoded(tmp_path / "out_text_document") == ["first", "last"] and report.num_bad >= 1
+    assert decoded(tmp_path / "out_text_document") == ["first", "last"] and report.totals.num_bad >= 1
 
 
 def _bytes_read() -> int:
@@ -237,7 +237,7 @@ def test_bad_lines_are_named_by_file_and_line(tmp_path: Path, line: bytes, reaso
     assert not list(tmp_path.glob("out*.bin")), "no output after a failure"
     report = run.preprocess(options(tmp_path, "a.jsonl", "b.jsonl", chunk_bytes=chunk_bytes, on_bad_input="skip"))
     assert decoded(tmp_path / "out_text_document") == TEXTS * 9
-    assert [line for _, line, _ in report.first_bad] == [len(TEXTS) * 3 + 2, len(TEXTS) * 6 + 3]
+    assert [line for _, line, _ in report.totals.first_bad] == [len(TEXTS) * 3 + 2, len(TEXTS) * 6 + 3]
     saved = json.loads((tmp_path / "out.bad_input.json").read_text())
     assert saved["count"] == 2 and reason in saved["first"][0]["reason"]
 
@@ -247,7 +247,7 @@ def test_lines_that_are_too_long(tmp_path: Path) -> None:
     for name, data in (("in.jsonl", long), ("in.jsonl.gz", gzip.compress(jsonl(["a"]) + long + jsonl(["b"])))):
         (tmp_path / name).write_bytes(data if name.endswith("gz") else jsonl(["a"]) + long + jsonl(["b"]))
         report = run.preprocess(options(tmp_path, name, max_document_bytes=1000, on_bad_input="skip"))
-        assert decoded(tmp_path / "out_text_document") == ["a", "b"] and report.num_bad >= 1
+        assert decoded(tmp_path / "out_text_document") == ["a", "b"] and report.totals.num_bad >= 1
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
@@ -261,7 +261,7 @@ def test_a_truncated_archive(tmp_path: Path, suffix: str) -> None:
     (tmp_path / "more.jsonl").write_bytes(jsonl(["last"]))
     report = run.preprocess(options(tmp_path, f"in.jsonl{suffix}", "more.jsonl", on_bad_input="skip", chunk_bytes=4096))
     kept = decoded(tmp_path / "out_text_document")
-    assert kept[:-1] == texts[: len(kept) - 1] and kept[-1] == "last" and report.num_bad >= 1
+    assert kept[:-1] == texts[: len(kept) - 1] and kept[-1] == "last" and report.totals.num_bad >= 1
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n'])
@@ -336,7 +336,7 @@ def test_cleaning(tmp_path: Path) -> None:
         options(tmp_path, "in.jsonl", fix_unicode=True, min_chars=10, max_chars=400, languages=("en",))
     )
     assert decoded(tmp_path / "out_text_document") == [english, "café olé, the woman in the house."]
-    assert report.left_out == {"another language": 1, "too short": 1, "too long": 1}
+    assert report.totals.left_out == {"another language": 1, "too short": 1, "too long": 1}
     assert manifest.read(str(tmp_path / "out_text_document")).counts["too short"] == 1
     with pytest.raises(DataError, match="'xx' is not known"):
         run.preprocess(options(tmp_path, "in.jsonl", languages=("xx",)))
@@ -351,7 +351,7 @@ def test_near_duplicates(tmp_path: Path) -> None:
     assert len(decoded(tmp_path / "out_text_document")) == 3
     report = run.preprocess(options(tmp_path, "in.jsonl", deduplicate="minhash"))
     assert decoded(tmp_path / "out_text_document") == [" ".join(words), " ".join(other)]
-    assert report.left_out == {"duplicate": 2}
+    assert report.totals.left_out == {"duplicate": 2}
 
 
 def test_minhash_estimates_the_overlap() -> None:

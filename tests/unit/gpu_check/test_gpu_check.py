@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from megatron_samoe import children
 from megatron_samoe.gpu_check import command
+from megatron_samoe.gpu_check.check import measure, write_report
 from megatron_samoe.gpu_check.command import main
+from megatron_samoe.gpu_check.pieces import PIECES, Row, Task
 
-DRY = ["gpu-check", "--device", "cpu", "--size", "tiny", "--minutes", "2"]
+DRY = ["gpu-check", "--device", "cpu", "--size", "tiny"]
 
 
 def results(folder: Path) -> dict[str, dict]:
@@ -22,7 +24,7 @@ def results(folder: Path) -> dict[str, dict]:
 
 @pytest.mark.night
 def test_a_dry_run_leaves_a_report_and_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    flags = [*DRY, "--output-dir", str(tmp_path), "--pieces", "machine", "waits", "ops-torch", "steps-torch"]
+    flags = [*DRY, "--output-dir", str(tmp_path), "--pieces", "machine", "waits", "ops-torch", "steps-torch", "profile"]
     assert main(flags) == 0
     found = results(tmp_path)
     assert {name: content["state"] for name, content in found.items()} == {
@@ -30,25 +32,37 @@ def test_a_dry_run_leaves_a_report_and_goes_on_where_it_stopped(tmp_path: Path, 
         "waits": "not here",
         "ops-torch": "ok",
         "steps-torch": "ok",
+        "profile": "ok",
     }
     assert [row["what"] for row in found["steps-torch"]["rows"]] == ["step, dense", "step, moe", "step, samoe"]
     assert all(row["tokens/s"] > 0 for row in found["steps-torch"]["rows"])
     shares = [row["share of a copy's speed"] for row in found["ops-torch"]["rows"] if "predicted" in row]
     assert len(shares) == 6 and all(0 < share < 2 for share in shares)
+    shares = [row["share"] for row in found["profile"]["rows"]]
+    assert 0.5 < sum(shares) <= 1.01 and shares == sorted(shares, reverse=True)
     report = (tmp_path / "report.md").read_text()
     assert "## waits: not here" in report and "step, samoe" in report
     capsys.readouterr()
     assert main(flags) == 0
-    assert capsys.readouterr().out.count("finished before") == 4
+    assert capsys.readouterr().out.count("finished before") == 5
 
 
-@pytest.mark.night
-def test_a_piece_that_fails_says_why_and_fails_the_check(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    data = ["--data-path", str(tmp_path / "nothing"), "--tokenizer-model", str(tmp_path / "nothing.model")]
-    assert main([*DRY, "--output-dir", str(tmp_path), "--pieces", "profile", *data]) == 1
-    content = results(tmp_path)["profile"]
-    assert content["state"] == "failed" and "nothing" in content["why"]
-    assert "## profile: failed" in capsys.readouterr().out
+def test_a_piece_that_fails_says_why_and_fails_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def piece(task: Task) -> Iterator[Row]:
+        yield {"what": "half", "measured": 1}
+        raise ValueError("the other half is missing")
+
+    monkeypatch.setitem(PIECES, "waits", (piece, 10))
+    measure("waits", tmp_path / "waits.json", "cpu", "tiny")
+    rows = [{"what": "half", "measured": 1}]
+    assert results(tmp_path)["waits"] == {
+        "state": "failed",
+        "why": "ValueError: the other half is missing",
+        "rows": rows,
+    }
+    assert write_report(tmp_path) == 1 and "## waits: failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -59,11 +73,10 @@ def test_a_piece_has_a_result_however_its_process_ends(
     deed: str, state: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(words: Sequence[str], timeout: float, **_: object) -> subprocess.CompletedProcess[str]:
-        task = json.loads(words[-1])
         if deed == "hangs":
             raise subprocess.TimeoutExpired(words, timeout)
         if deed == "writes":
-            (Path(task["folder"]) / f"{task['name']}.json").write_text('{"state": "ok", "why": "", "rows": [{"a": 1}]}')
+            Path(words[-3]).write_text('{"state": "ok", "why": "", "rows": [{"a": 1}]}')
         return subprocess.CompletedProcess(words, 0, "said,", " and complained")
 
     monkeypatch.setattr(children, "run", run)

@@ -143,8 +143,8 @@ def test_bad_input_is_one_paragraph(run: Run, arguments: tuple[object, ...], std
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt_ids": [3, 257]}', "line 1: prompt = 'token 257 at place 1': must be whole numbers from 0 to 256"),
-        ('{"prompt_ids": [3, "a"]}', "line 1: prompt = \"token 'a' at place 1\""),
+        ('{"prompt_ids": [3, 257]}', "line 1: prompt = 'token 257 at position 1': must be whole numbers from 0 to 256"),
+        ('{"prompt_ids": [3, "a"]}', "line 1: prompt = \"token 'a' at position 1\""),
         ('{"prompt_ids": []}', "line 1: prompt = '': must hold at least one token"),
         ('{"text": "x"}', 'line 1: must be a JSON object with a text "prompt"'),
         ("not JSON", "but is not JSON"),
