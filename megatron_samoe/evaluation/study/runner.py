@@ -52,7 +52,6 @@ class StudyRunner:
         jobs: runs at once.
         launcher: words before `-m megatron_samoe pretrain`; this Python if empty.
         idle: runs wait for whatever else the machine has to do.
-        look: called every few seconds during runs.
         active: current runs, by folder.
         stopped: what was said of runs that were stopped before their end.
     """
@@ -63,7 +62,6 @@ class StudyRunner:
     jobs: int = 1
     launcher: tuple[str, ...] = ()
     idle: bool = True
-    look: Callable[[], None] = lambda: None
     active: dict[Path, Making] = field(default_factory=dict)
     stopped: list[str] = field(default_factory=list)
     _told: set[Path] = field(default_factory=set)
@@ -83,14 +81,12 @@ class StudyRunner:
                     self._advance(making)
                 if ended or time.monotonic() - looked > _LOOK_AT_OTHERS_S:
                     looked = time.monotonic()
-                    self.look()
                     self._check_gates()
                     while not self.stopped and len(self.active) < self.jobs and self._start_next():
                         pass
                     if not self.active and (self.stopped or not self._left()):
                         break
                 time.sleep(_LOOK_S)
-        self.look()
         if self.stopped:
             raise MegatronSamoeError(self.stopped[0])
         return list(self.plan.failures.values())

@@ -218,7 +218,7 @@ def test_tables_have_the_figures_of_the_records(runs_dir: Path) -> None:
     groups = group_runs([read_run(path) for path in folders(runs_dir)])
     head, *rows = results_table(groups)
     results = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
-    shown = ("validation loss", "load entropy", "peak memory/rank")
+    shown = ("valid. loss", "load entropy", "peak memory/rank")
     assert [results["moe"][name] for name in shown] == ["2.5500 ± 0.1414", "0.77", "4 MB"]
     assert [results["samoe one bank"][name] for name in shown] == ["2.7500", "-", "-"]
     assert results["dense"]["load entropy"] == "-"

@@ -106,13 +106,13 @@ def test_results_name_what_layers_share(tmp_path: Path) -> None:
         record = {"iteration": 1, "validation_loss": 2.0, "validation_perplexity": math.exp(2.0)}
         (run.directory / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     [comparison] = collect(study, plan)
-    results = comparison.variants
     assert (comparison.size, comparison.steps, comparison.seeds) == ("", None, [1])
-    head, own, tied = results_table(study, results)
+    head, own, tied = results_table(study, comparison)
     assert (own[head.index("sharing")], tied[head.index("sharing")]) == ("own", "tied 0*2")
-    assert [r.sharing for r in results] == ["own", "tied 0*2"]
-    assert results[0].expert_parameters == 2 * results[1].expert_parameters, "one set in place of two layers' own"
-    assert results[0].active_parameters == results[1].active_parameters and not unequal_arms(study, results)
+    first, second = comparison.to_json()["variants"]
+    assert [first["sharing"], second["sharing"]] == ["own", "tied 0*2"]
+    assert first["expert_parameters"] == 2 * second["expert_parameters"], "one set in place of two layers' own"
+    assert first["active_parameters"] == second["active_parameters"] and not unequal_arms(study, comparison.groups)
 
 
 @pytest.mark.parametrize(("edit", "sharing"), [("select", "tied"), ("select", "pool"), ("fold", "own")])
