@@ -18,17 +18,15 @@ from megatron_samoe.parsing import JsonObject, without_infinities, write_whole
 
 @dataclass(frozen=True)
 class Comparison:
-    """All variants at one size and one number of steps.
+    """All variants at one size.
 
     Attributes:
-        steps: None for the full length.
         seeds: that every variant has finished, except those that were given up after the first.
         groups: runs of each variant.
         differences: from the baseline, by name of every other variant.
     """
 
     size: str
-    steps: int | None
     seeds: list[int]
     groups: Groups
     differences: Mapping[str, Difference]
@@ -36,29 +34,25 @@ class Comparison:
     def to_json(self) -> JsonObject:
         """Returns plain values; nan becomes null."""
         variants = [_plain(group, self.differences.get(group.name)) for group in self.groups]
-        return without_infinities(
-            {"size": self.size, "steps": self.steps, "seeds": self.seeds, "variants": variants}
-        )
+        return without_infinities({"size": self.size, "seeds": self.seeds, "variants": variants})
 
 
 def collect(study: Study, finished: Sequence[Run], given_up: Collection[tuple[str, str]] = ()) -> list[Comparison]:
-    """Returns a comparison for each size and length, over the seeds that every variant has finished there; none where no seed
+    """Returns a comparison for each size, over the seeds that every variant has finished there; none where no seed
     is. The first is the study's own, if it is there.
 
     Args:
         given_up: names and sizes of variants that have only the first seed.
     """
-    lengths = [(size, steps) for size in study.sizes for steps in (None, *study.branches)]
-    found = [_comparison(study, finished, given_up, size, steps) for size, steps in lengths]
+    found = [_comparison(study, finished, given_up, size) for size in study.sizes]
     return [comparison for comparison in found if comparison is not None]
 
 
 def _comparison(
-    study: Study, finished: Sequence[Run], given_up: Collection[tuple[str, str]], size: str, steps: int | None
+    study: Study, finished: Sequence[Run], given_up: Collection[tuple[str, str]], size: str
 ) -> Comparison | None:
-    variants = [v for v in study.variants if v.is_trained or steps is None]
-    chosen = [run for run in finished if (run.size, run.length, run.swept) == (size, steps, None)]
-    done = {(run.variant.name, run.seed): run for run in chosen}
+    variants = study.variants
+    done = {(run.variant.name, run.seed): run for run in finished if (run.size, run.swept) == (size, None)}
 
     def seeds_of(variant: Variant) -> Sequence[int]:
         return study.seeds[:1] if (variant.edited_from or variant.name, size) in given_up else study.seeds
@@ -73,7 +67,7 @@ def _comparison(
     most = max(len(group.losses) for group in groups)
     losses = {group.name: [*group.losses, *[math.nan] * (most - len(group.losses))] for group in groups}
     derived = [v.name for v in study.variants if not v.is_trained]
-    return Comparison(size, steps, seeds, groups, differences(losses, study.baseline, study.margin, derived))
+    return Comparison(size, seeds, groups, differences(losses, study.baseline, study.margin, derived))
 
 
 def unequal_arms(study: Study, groups: Groups, tolerance: float = 0.02) -> list[str]:

@@ -106,7 +106,7 @@ def test_results_name_what_layers_share(tmp_path: Path) -> None:
         record = {"iteration": 1, "validation_loss": 2.0, "validation_perplexity": math.exp(2.0)}
         (run.directory / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     [comparison] = collect(study, plan)
-    assert (comparison.size, comparison.steps, comparison.seeds) == ("", None, [1])
+    assert (comparison.size, comparison.seeds) == ("", [1])
     head, own, tied = results_table(study, comparison)
     assert (own[head.index("sharing")], tied[head.index("sharing")]) == ("own", "tied 0*2")
     first, second = comparison.to_json()["variants"]
@@ -183,7 +183,6 @@ WHOLE = {
     "runs": {"own": {"expert-layout": "moe", "lr": 0.01}, "pool": {"expert-layout": "samoe", "num-expert-banks": 2}},
     "derived": {"one bank": {"from": "pool", "edit": "select"}},
     "sweep": {"option": "lr", "values": ["1e-3", 4e-3, 1.6e-2], "train-iters": 3, "extensions": 0},
-    "branches": [5],
     "gates": [{"arm": "pool", "baseline": "own", "at-most": 9}],
 }
 SLOW_DECAY = {**OPTIONS, "train_iters": 10, "eval_interval": 100, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 4,
@@ -191,7 +190,7 @@ SLOW_DECAY = {**OPTIONS, "train_iters": 10, "eval_interval": 100, "lr_decay_styl
 
 
 def write_whole(folder: Path, **changes: object) -> Path:
-    """Writes a study of sweeps, branches, edits and gates."""
+    """Writes a study of sweeps, edits and gates."""
     path = write_study(folder, **{**WHOLE, **changes})
     (folder / "base.yaml").write_text(yaml.safe_dump(SLOW_DECAY))
     return path
@@ -199,7 +198,7 @@ def write_whole(folder: Path, **changes: object) -> Path:
 
 def test_a_gate_without_a_baseline_looks_at_its_arm_alone(tmp_path: Path) -> None:
     gate = {"arm": "pool", "load-entropy": 0.9, "by-step": 4}
-    study = read_study(write_whole(tmp_path, derived=None, sweep=None, branches=None, gates=[gate]))
+    study = read_study(write_whole(tmp_path, derived=None, sweep=None, gates=[gate]))
     plan = StudyPlan(study, tmp_path, ())
     run = next(run for run in plan.plan() if run.variant.name == "pool")
     assert problems_of(plan, study.gates[0]) == []
@@ -213,12 +212,12 @@ def test_a_gate_without_a_baseline_looks_at_its_arm_alone(tmp_path: Path) -> Non
 
 def test_a_dense_arm_leaves_out_what_experts_share(tmp_path: Path) -> None:
     runs = {"dense": {"expert-layout": "dense"}, "own": {"expert-layout": "moe"}}
-    study = read_study(write_whole(tmp_path, runs=runs, derived=None, sweep=None, branches=None, gates=None))
+    study = read_study(write_whole(tmp_path, runs=runs, derived=None, sweep=None, gates=None))
     dense, own = (StudyPlan(study, tmp_path, ()).config_of(run) for run in plan_runs(study, tmp_path))
     assert (dense.optimizer.moe_router_lr_mult, own.optimizer.moe_router_lr_mult) == (0.5, 1.0)
     typo = read_study(
         write_whole(tmp_path, runs={"dense": {"expert-layout": "dense", "moe-router-lr-mult": 1.0}, "own": {}}, derived=None,
-                    sweep=None, branches=None, gates=None)
+                    sweep=None, gates=None)
     )  # fmt: skip
     with pytest.raises(ConfigError, match="--moe-router-lr-mult"):  # what an arm itself asks for is refused, not hidden
         StudyPlan(typo, tmp_path, ()).config_of(plan_runs(typo, tmp_path)[0])
@@ -232,7 +231,7 @@ def test_a_dense_arm_leaves_out_what_experts_share(tmp_path: Path) -> None:
 def test_an_option_of_experts_is_not_swept_for_a_dense_model(tmp_path: Path) -> None:
     runs = {"dense": {"expert-layout": "dense"}, "own": {"expert-layout": "moe"}}
     sweep = {"option": "moe-expert-lr-mult", "values": [0.25, 0.5, 1.0]}
-    study = read_study(write_whole(tmp_path, runs=runs, derived=None, sweep=sweep, branches=None, gates=None))
+    study = read_study(write_whole(tmp_path, runs=runs, derived=None, sweep=sweep, gates=None))
     plan = StudyPlan(study, tmp_path, ())
     swept = [run for run in plan.all_runs() if run.swept is not None]
     assert [(run.variant.name, run.swept) for run in swept] == [("own", 0.25), ("own", 0.5), ("own", 1.0)]
