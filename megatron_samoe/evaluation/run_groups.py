@@ -14,14 +14,13 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.run_summary import (
     RunSummary,
     Table,
-    entropy_text,
     is_noise,
+    known_text,
     megabytes_text,
     millions_text,
     perplexity_text,
     read_run,
     sharing_text,
-    speed_text,
     table,
 )
 from megatron_samoe.evaluation.study.text_size import bits_per_byte
@@ -130,9 +129,9 @@ COLUMNS: dict[str, Column] = {
     "checkpoint": lambda group: megabytes_text(group.first.checkpoint_bytes, 1),
     "valid. loss": lambda group: group.loss.text(4),
     "perplexity": lambda group: perplexity_text(group.loss.mean),
-    "bits/byte": lambda group: "-" if group.bits_per_byte is None else f"{group.bits_per_byte:.4f}",
-    "load entropy": lambda group: entropy_text(group.least_load_entropy),
-    "tokens/s": lambda group: speed_text(None if is_noise(group.speeds) else group.tokens_per_s),
+    "bits/byte": lambda group: known_text("{:.4f}", group.bits_per_byte),
+    "load entropy": lambda group: known_text("{:.2f}", group.least_load_entropy),
+    "tokens/s": lambda group: known_text("{:,.0f}", None if is_noise(group.speeds) else group.tokens_per_s),
     "peak memory/rank": lambda group: megabytes_text(group.peak_memory_bytes),
 }
 

@@ -238,14 +238,9 @@ def is_noise(speeds: Sequence[float]) -> bool:
     return bool(high - low > NOISE * middle)
 
 
-def speed_text(tokens_per_s: float | None) -> str:
-    """Returns a speed; a dash where it is not known."""
-    return "-" if tokens_per_s is None else f"{tokens_per_s:,.0f}"
-
-
-def entropy_text(entropy: float | None) -> str:
-    """Returns a load entropy; a dash without any."""
-    return "-" if entropy is None else f"{entropy:.2f}"
+def known_text(form: str, value: float | None, otherwise: str = "-") -> str:
+    """Returns a number as a format says; a dash, or another text, where it is None or nan."""
+    return otherwise if value is None or math.isnan(value) else form.format(value)
 
 
 def perplexity_text(loss: float) -> str:

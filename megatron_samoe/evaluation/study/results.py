@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_samoe.evaluation.run_groups import Column, Groups, RunGroup, columns
-from megatron_samoe.evaluation.run_summary import Table, read_run, sharing_text, table
+from megatron_samoe.evaluation.run_summary import Table, known_text, read_run, sharing_text, table
 from megatron_samoe.evaluation.study.definition import Run, Study, Variant
 from megatron_samoe.evaluation.study.statistics import Difference, differences
 from megatron_samoe.evaluation.study.sweeps import Optimum
@@ -89,17 +89,13 @@ def results_table(study: Study, comparison: Comparison) -> Table:
         return lambda group: show(found[group.name]) if group.name in found else ""
 
     compared = {
-        f"from {study.baseline}": of_difference(lambda d: f"{d.mean:+.4f}{_known(' +- {:.4f}', d.half_width, '')}"),
-        "pooled": of_difference(lambda d: _known("+- {:.4f}", d.pooled_half_width)),
-        "p equal": of_difference(lambda d: _known("{:.3f}", d.p_equivalent)),
-        "p Holm": of_difference(lambda d: _known("{:.3f}", d.p_holm)),
+        f"from {study.baseline}": of_difference(lambda d: f"{d.mean:+.4f}{known_text(' +- {:.4f}', d.half_width, '')}"),
+        "pooled": of_difference(lambda d: known_text("+- {:.4f}", d.pooled_half_width)),
+        "p equal": of_difference(lambda d: known_text("{:.3f}", d.p_equivalent)),
+        "p Holm": of_difference(lambda d: known_text("{:.3f}", d.p_holm)),
     }
     models = columns("model", "sharing", "parameters", "expert", "active", "valid. loss", "bits/byte")
     return table({**models, **compared, **columns("load entropy", "tokens/s")}, comparison.groups)
-
-
-def _known(form: str, value: float, otherwise: str = "-") -> str:
-    return otherwise if math.isnan(value) else form.format(value)
 
 
 def write_results(

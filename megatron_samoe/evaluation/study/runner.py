@@ -65,7 +65,7 @@ class StudyRunner:
     idle: bool = True
     active: dict[Path, Making] = field(default_factory=dict)
     stopped: list[str] = field(default_factory=list)
-    _told: set[Path] = field(default_factory=set)
+    _reported: set[Path] = field(default_factory=set)
 
     def run_all(self) -> list[str]:
         """Makes every run that is not finished; returns what was said of those that failed, which stop no other.
@@ -113,7 +113,7 @@ class StudyRunner:
             if run.directory in self.active or run.directory in self.plan.failures:
                 continue
             if self.plan.is_finished(run):
-                self._tell(run, "finished before")
+                self._report(run, "finished before")
                 continue
             needs = self.plan.needs(run)
             failed = [r for r in needs if r.directory in self.plan.failures]
@@ -121,7 +121,7 @@ class StudyRunner:
                 self._fail(run, f"{failed[0].label} is not finished, so there is nothing to edit.")
             elif all(map(self._is_over, needs)):
                 if not self.plan.needs_checkpoints(run) and self.plan.take(run):
-                    self._tell(run, "found in the store")
+                    self._report(run, "found in the store")
                 elif self._advance(Making(run, self._commands(run))):
                     return True
         return False
@@ -202,11 +202,11 @@ class StudyRunner:
         results_store.write_run_file(run.directory, self.plan.key_of(run), config)
         if self.plan.store is not None:
             results_store.put(self.plan.store, run.directory)
-        self._tell(run, f"validation loss {last_validation(run):.4f} ({time.monotonic() - started:.0f} s)")
+        self._report(run, f"validation loss {last_validation(run):.4f} ({time.monotonic() - started:.0f} s)")
 
-    def _tell(self, run: Run, what: str) -> None:
-        if run.directory not in self._told:
-            self._told.add(run.directory)
+    def _report(self, run: Run, what: str) -> None:
+        if run.directory not in self._reported:
+            self._reported.add(run.directory)
             self.say(f"{run.label}: {what}")
 
     def _fail(self, run: Run, why: str) -> None:
