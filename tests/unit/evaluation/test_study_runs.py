@@ -125,10 +125,13 @@ def test_sweeps_lengths_and_a_store_make_one_study(tmp_path: Path, capfd: pytest
 @pytest.mark.night
 def test_a_gate_stops_a_study_whose_regime_is_wrong(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     study = write_whole(
-        tmp_path, sweep=None, derived=None, seeds=[1],
+        tmp_path,
+        sweep=None,
+        derived=None,
+        seeds=[1],
         runs={"own": {"expert-layout": "moe"}, "pool": {"expert-layout": "samoe"}, "never": {"expert-layout": "moe"}},
         gates=[{"arm": "pool", "baseline": "own", "at-most": -9}],
-    )  # fmt: skip
+    )
     assert main([str(study), "--output-dir", str(tmp_path / "runs"), "--full-priority"]) == 1
     said = capfd.readouterr()
     assert "stops at a gate: pool - own is" in said.err and "at most -9" in said.err
