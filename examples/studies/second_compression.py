@@ -11,11 +11,12 @@ same command goes on where it was stopped.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+
+import tyro
+from tyro.conf import Positional
 
 from megatron_samoe import children
 
@@ -59,8 +60,16 @@ def compress(original: Path, out: Path, data: Path, budget: float, all_weights: 
     return models
 
 
-def main(runs: Path, out: Path, seeds: Sequence[int], all_weights: bool) -> None:
-    """Compresses all models of some seeds."""
+def main(
+    runs: Positional[Path], out: Positional[Path], seeds: tuple[int, ...] = (1, 2, 3), all_weights: bool = False
+) -> None:
+    """Compresses all models of some seeds.
+
+    Args:
+        runs: folder of second_regime's runs.
+        out: folder of the compressions.
+        all_weights: heal all weights at once, for E5.
+    """
     kind = "whole_" if all_weights else ""
     for seed in seeds:
         # Seed 1 is the sweep's run at the rate that was chosen.
@@ -77,10 +86,4 @@ def main(runs: Path, out: Path, seeds: Sequence[int], all_weights: bool) -> None
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="folder of second_regime's runs")
-    parser.add_argument("out", type=Path, help="folder of the compressions")
-    parser.add_argument("--seeds", type=int, nargs="+", default=(1, 2, 3))
-    parser.add_argument("--all-weights", action="store_true", help="heal all weights at once, for E5")
-    args = parser.parse_args()
-    main(args.runs, args.out, args.seeds, args.all_weights)
+    tyro.cli(main, description=__doc__)

@@ -10,12 +10,12 @@ unchanged. Losses are kept in docs/results/compression. The same command goes on
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
+import tyro
 from second_compression import KEPT, samoe
+from tyro.conf import Positional
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/study.yaml"
 #: Where 4,800 steps have 960 left, in which the rate falls.
@@ -53,17 +53,17 @@ def late(data: Path, out: Path, seed: int) -> dict[str, dict[str, float]]:
     return {name: train(out / name, data, seed, "--load", *words) for name, words in begins.items()}
 
 
-def main(data: Path, out: Path, seeds: Sequence[int]) -> None:
-    """Trains all models of some seeds."""
+def main(data: Positional[Path], out: Positional[Path], seeds: tuple[int, ...] = (1, 2, 3)) -> None:
+    """Trains all models of some seeds.
+
+    Args:
+        data: folder of the study's data.
+        out: folder of the runs.
+    """
     for seed in seeds:
         losses = late(data, out / f"seed-{seed}", seed)
         (KEPT / f"seed-{seed}-late.json").write_text(json.dumps(losses, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder of the study's data")
-    parser.add_argument("out", type=Path, help="folder of the runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=(1, 2, 3))
-    args = parser.parse_args()
-    main(args.data, args.out, args.seeds)
+    tyro.cli(main, description=__doc__)

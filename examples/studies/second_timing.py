@@ -9,23 +9,31 @@ compression makes have the shapes of SaMoEs. Nothing else should run meanwhile.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+import tyro
 from second_compression import samoe
+from tyro.conf import Positional
 
+from megatron_samoe.config.cli import as_flags
 from megatron_samoe.evaluation.study.definition import folder_name, read_study
 
 HERE = Path(__file__).resolve().parent
 KEPT = HERE.parents[1] / "docs/results/decode/study.json"
 STUDIES = ("second_regime", "second_sharing", "second_combination", "second_scratch")
 #: What the late cure begins from has no study.
-OF_LATE = {"moe of 16": ("--num-experts", "16")}
+OF_LATE = {"moe of 16": ["--num-experts", "16"]}
 
 
-def main(data: Path, out: Path) -> None:
-    """Makes the models and times them."""
-    variants = {v.name: v.flags for name in STUDIES for v in read_study(HERE / f"{name}.yaml").variants} | OF_LATE
+def main(data: Positional[Path], out: Positional[Path]) -> None:
+    """Makes the models and times them.
+
+    Args:
+        data: folder of a study's datasets and tokenizer.
+        out: folder of the models.
+    """
+    studies = [read_study(HERE / f"{name}.yaml") for name in STUDIES]
+    variants = {v.name: as_flags(v.options) for study in studies for v in study.variants} | OF_LATE
     made = []
     for name, flags in variants.items():
         made.append(out / folder_name(name) / "checkpoint")
@@ -44,8 +52,4 @@ def main(data: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder of a study's datasets and tokenizer")
-    parser.add_argument("out", type=Path, help="folder of the models")
-    args = parser.parse_args()
-    main(args.data, args.out)
+    tyro.cli(main, description=__doc__)

@@ -24,7 +24,7 @@ class Diagnose(HandsOn):
     """Shows what a checkpoint's experts are taught.
 
     Over batches that the run would have seen next: what the loss would be without a layer's experts, size and alignment of
-    gradients of each layer's experts and of each bank, how alike layers' gradients are, of which rank, and how often layers send
+    gradients of each layer's experts and of each bank, how similar layers' gradients are, of which rank, and how often layers send
     a token to experts of the same number; nothing of gradients where layers share experts otherwise than by banks. Words that
     it does not know are flags of pretraining that name other data.
     """
@@ -79,7 +79,7 @@ def _words(diagnosis: Diagnosis) -> str:
         return float(known.mean()) if len(known) else float("nan")
 
     choices = (
-        f"choices that two layers have in common {apart(diagnosis.overlap_LL):.3f}, by their loads alone "
+        f"choices that two layers have in common {apart(diagnosis.overlap_LL):.3f}, by their loads only "
         f"{apart(diagnosis.chance_LL):.3f}; a token visits {diagnosis.choices_L.min():.2f} to {diagnosis.choices_L.max():.2f} experts"
     )
     if diagnosis.similarity_LL is None or diagnosis.rank_shares_LR is None:

@@ -31,7 +31,7 @@ from megatron_samoe.log import logger
 from megatron_samoe.parallel_state import ParallelState, launcher
 from megatron_samoe.parsing import JsonObject, without_infinities
 
-#: Environment variable that stands in for --data-dir.
+#: Environment variable for --data-dir.
 DATA_VARIABLE = "MEGATRON_SAMOE_EVAL_DATA"
 
 
@@ -252,7 +252,7 @@ def _write_text(path: Path, text: str) -> None:
         raise ConfigError("--json/--samples", str(path), f"cannot be written: {error.strerror or error}") from None
 
 
-#: Flags of earlier versions, and what has taken their place.
+#: Flags of earlier versions, and what replaces them.
 _EARLIER = {
     "--harness": "leave it out: every task is lm-evaluation-harness's",
     "--predictor": "has gone: the column `best constant` has what a constant answer gets",

@@ -18,7 +18,8 @@ from megatron_samoe import children
 from megatron_samoe.cli.program import program
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.report import write_report
-from megatron_samoe.evaluation.run_summary import format_table, read_run, summary_table
+from megatron_samoe.evaluation.run_groups import summary_table
+from megatron_samoe.evaluation.run_summary import format_table, read_run
 from megatron_samoe.language_model import load
 
 DATA = Path(__file__).with_name("quickstart_data")

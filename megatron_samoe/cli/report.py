@@ -11,7 +11,7 @@ import tyro
 
 from megatron_samoe.cli.program import program
 from megatron_samoe.errors import ConfigError, DataError
-from megatron_samoe.evaluation.measurements import read_decode, read_study, read_zero_shot
+from megatron_samoe.evaluation.measurements import directories_of, read_decode, read_study, read_zero_shot
 from megatron_samoe.evaluation.report import ReportData, write_group_report
 from megatron_samoe.evaluation.report_tables import results_table
 from megatron_samoe.evaluation.run_groups import Groups, group_runs, read_groups
@@ -61,11 +61,8 @@ class Report:
         if self.output.is_dir():
             raise ConfigError("--output", str(self.output), "is a folder; name a file, such as report.html")
         study = read_study(self.study) if self.study else None
-        title, groups = "Pretraining runs", []
-        if study is not None:
-            title, groups = study.title, read_groups(study.directories)
-        else:
-            groups = group_runs([read_run(path) for path in self.runs])
+        title = study["title"] if study else "Pretraining runs"
+        groups = read_groups(directories_of(study)) if study else group_runs([read_run(path) for path in self.runs])
         decode = [row for path in self.decode for row in read_decode(path)]
         zero_shot = [row for path in self.zero_shot for row in read_zero_shot(path)]
         for flag, checkpoints in (
@@ -76,9 +73,7 @@ class Report:
             if strangers:
                 raise ConfigError(flag, sorted(strangers), "is of checkpoints that are in none of the runs' folders")
         print(format_table(results_table(groups)))
-        data = ReportData(
-            decode, zero_shot, bytes_per_token(groups), self.note, study=study.content if study is not None else None
-        )
+        data = ReportData(decode, zero_shot, bytes_per_token(groups), self.note, study=study)
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             write_group_report(self.output, self.title or title, groups, data)

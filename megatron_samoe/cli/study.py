@@ -20,7 +20,6 @@ from megatron_samoe.evaluation.study.definition import plan_runs, read_study
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.results import collect, results_table, unequal_arms, write_results
 from megatron_samoe.evaluation.study.runner import StudyRunner
-from megatron_samoe.evaluation.study.status_page import StatusPage
 from megatron_samoe.evaluation.study.text_folder import prepare
 
 
@@ -40,7 +39,7 @@ class Study(HandsOn):
     seeds: tuple[int, ...] = ()
     """these replace the file's"""
     text: Path | None = None
-    """folder of text files to train on, in place of a corpus and a tokenizer in the other flags; a report is made at the end"""
+    """folder of text files to train on, instead of a corpus and a tokenizer in the other flags; a report is made at the end"""
     vocab_size: int = 4096
     """of the byte-level BPE that is made of --text"""
     jobs: int = 1
@@ -72,7 +71,6 @@ class Study(HandsOn):
             data = self.output_dir / "data"
             flags += tuple(prepare(self.text, data, self.vocab_size, lambda line: print(line, flush=True)))
         plan = StudyPlan(study, self.output_dir, flags, self.store)
-        status = StatusPage()
         try:
             plan.check()
             names = self._names(plan)
@@ -83,7 +81,6 @@ class Study(HandsOn):
                 jobs=self.jobs,
                 launcher=tuple(shlex.split(self.launcher)),
                 idle=not self.full_priority,
-                look=lambda: status.write(runner),
             )
             if self.dry_run:
                 _show_plan(plan, names)
@@ -154,20 +151,20 @@ def _compare(plan: StudyPlan) -> None:
         if run.variant.is_trained
     ]
     for comparison in comparisons:
-        where = [comparison.size, f"{comparison.steps} steps" if comparison.steps else ""]
-        title = ", ".join(word for word in (study.title, *where) if word)
+        title = ", ".join(filter(None, (study.title, comparison.size)))
         print(f"\n{title}: {len(comparison.seeds)} of {len(study.seeds)} seeds\n")
-        print(format_table(results_table(study, comparison.variants)))
-        for warning in unequal_arms(study, comparison.variants):
+        print(format_table(results_table(study, comparison)))
+        for warning in unequal_arms(study, comparison.groups):
             print(f"note: {warning}")
     print(
-        f"\nsd: over seeds. Differences are within seeds, with the 95 % interval by Student's t; pooled: with the spread of all "
-        f"trained models.\np equal: of such differences if the models were {study.margin:g} nats apart; p Holm: if none differed."
+        "\nvalid. loss: mean ± standard deviation over seeds. Differences are within seeds, with the 95 % interval by Student's t;\n"
+        "pooled: with the spread of all trained models. p equal: of such differences if the models were "
+        f"{study.margin:g} nats apart; p Holm: if none differed."
     )
     optima = plan.optima()
     for (name, size), found in optima.items():
         assert study.sweep is not None
-        beyond = f"; the best tried lies at the {found.edge} edge of the range" if found.edge else ""
+        beyond = f"; the best tried is at the {found.edge} edge of the range" if found.edge else ""
         print(
             f"{', '.join(filter(None, (name, size)))}: {study.sweep.option} {found.value:.3g}, loss {found.loss:.4f}{beyond}"
         )

@@ -124,26 +124,22 @@ def _zero_shot(
     )
 
 
-@dataclass(frozen=True)
-class StudyResults:
-    """A study's results.json: its title, run folders by model, and all of its content."""
-
-    title: str
-    directories: dict[str, list[Path]]
-    content: JsonObject
-
-
-def read_study(path: Path) -> StudyResults:
-    """Returns what a study's results.json has.
+def read_study(path: Path) -> JsonObject:
+    """Returns a study's results.json.
 
     Raises:
         DataError: the file is malformed.
     """
     with reading(path, "a study's results.json") as content:
-        title, folders = content["title"], {v["name"]: [Path(d) for d in v["directories"]] for v in content["variants"]}
-        if not isinstance(title, str) or not folders or not all(isinstance(name, str) for name in folders):
-            raise ValueError("title and names of variants must be texts")
-    return StudyResults(title, folders, content)
+        if not isinstance(content["title"], str) or not directories_of(content):
+            raise ValueError("it must have a title and variants")
+    study: JsonObject = content
+    return study
+
+
+def directories_of(study: JsonObject) -> dict[str, list[Path]]:
+    """Returns the run folders of a study by model."""
+    return {str(v["name"]): [Path(d) for d in v["directories"]] for v in study["variants"]}
 
 
 def of_group(group: RunGroup, rows: Sequence[Any]) -> list[Any]:

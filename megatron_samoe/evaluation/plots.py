@@ -23,20 +23,26 @@ from megatron_samoe.evaluation.run_summary import RunSummary
 #: people distinguish whatever colours they see, their yellow left out.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00", "#56b4e9", "#7f7f7f")
 MARKERS = "osD^vP*Xh<"
+#: A legend on the right of its plot.
+OUTSIDE = {"fontsize": 8, "loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
 
 
-def colour(place: int) -> str:
+def colour(number: int) -> str:
     """Returns the colour of a report's n-th model."""
-    return COLOURS[place % len(COLOURS)]
+    return COLOURS[number % len(COLOURS)]
 
 
-def marker(place: int) -> str:
+def marker(number: int) -> str:
     """Returns the shape of a report's n-th model."""
-    return MARKERS[place % len(MARKERS)]
+    return MARKERS[number % len(MARKERS)]
 
 
-def png_of(figure: Any) -> bytes:
-    """Returns a figure as PNG and closes it."""
+def png_of(figure: Any, *panels: Axes, **legend: Any) -> bytes:
+    """Returns a figure as PNG and closes it. Panels that are given get a grid, and a legend of what has a label."""
+    for axes in panels:
+        axes.grid(alpha=0.3, which="both" if axes.get_xscale() == "log" else "major")
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(**legend)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
@@ -45,13 +51,10 @@ def png_of(figure: Any) -> bytes:
 
 def finished(figure: Any, axes: Axes, is_drawn: bool = True) -> bytes | None:
     """Returns a plot of one panel as PNG, with grid and legend; None where nothing is drawn in it."""
-    if not is_drawn:
-        plt.close(figure)
-        return None
-    axes.grid(alpha=0.3, which="both" if axes.get_xscale() == "log" else "major")
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend()
-    return png_of(figure)
+    if is_drawn:
+        return png_of(figure, axes)
+    plt.close(figure)
+    return None
 
 
 def side_by_side(count: int, width: float, **options: Any) -> tuple[Any, list[Axes]]:
@@ -83,7 +86,7 @@ def label_tokens(axes: Axes, most: int | None = None) -> None:
 
 
 def loss_curves(groups: Groups) -> bytes | None:
-    """Training loss (thin, every seed) and validation loss (marks: mean over seeds, bars: range) over consumed tokens; beside it
+    """Training loss (thin, every seed) and validation loss (marks: mean over seeds, bars: range) over consumed tokens; next to it
     what parts the models: their differences from the dense one, or from the first.
     """
     if not any(run.trained for group in groups for run in group.runs):
@@ -91,10 +94,10 @@ def loss_curves(groups: Groups) -> bytes | None:
     trained = [group for group in groups if any(run.trained for run in group.runs)]
     base = next((group for group in trained if group.layout == "dense"), trained[0])
     figure, panels = side_by_side(min(2, len(trained)), width=6.5)
-    for place, group in enumerate(groups):
+    for number, group in enumerate(groups):
         for run in group.runs:
             tokens, losses = [r["consumed_tokens"] for r in run.trained], [r["lm_loss"] for r in run.trained]
-            panels[0].plot(tokens, losses, alpha=0.7, linewidth=1.0, color=colour(place))
+            panels[0].plot(tokens, losses, alpha=0.7, linewidth=1.0, color=colour(number))
         at = _validation(group)
         if at:
             means = [np.mean(values) for values in at.values()]
@@ -103,24 +106,21 @@ def loss_curves(groups: Groups) -> bytes | None:
                 [*at],
                 means,
                 yerr=np.maximum(spans, 0.0),
-                fmt=f"{marker(place)}-",
+                fmt=f"{marker(number)}-",
                 markersize=5,
                 linewidth=2,
                 capsize=2,
-                color=colour(place),
+                color=colour(number),
                 label=f"{group.name}: validation",
             )
         if len(panels) > 1 and group in trained:
-            _difference(panels[1], group, base, colour(place), marker(place))
+            _difference(panels[1], group, base, colour(number), marker(number))
     panels[0].set(xscale="log", xlabel="training tokens", ylabel="loss (nats per token)")
     if len(panels) > 1:
         panels[1].set(xlabel="training tokens", ylabel=f"loss minus that of {base.name}")
     for axes in panels:
         label_tokens(axes)
-        axes.grid(alpha=0.3, which="both" if axes is panels[0] else "major")
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=8)
-    return png_of(figure)
+    return png_of(figure, *panels, fontsize=8)
 
 
 def _validation(group: RunGroup) -> dict[int, list[float]]:
@@ -198,8 +198,8 @@ def combinations(groups: Groups) -> bytes | None:
     shown = [(g, value) for g in groups if (value := last_value(g.first, "combination")) is not None]
     if not shown:
         return None
-    figure, all_axes = plt.subplots(len(shown), 2, figsize=(10, 3.8 * len(shown)), squeeze=False, layout="constrained")
-    for row, (group, nested) in zip(all_axes, shown, strict=True):
+    figure, panels = side_by_side(2 * len(shown), width=5.0)
+    for row, (group, nested) in zip(zip(panels[::2], panels[1::2], strict=True), shown, strict=True):
         a_2LP = np.stack([np.asarray(layer).mean(1) for layer in nested], axis=1)
         limit = np.abs(a_2LP).max()
         for axes, a_LP, what in zip(row, a_2LP, ("input (w1)", "output (w2)"), strict=True):

@@ -19,8 +19,7 @@ def diagnosis_plot(diagnosis: JsonObject) -> bytes:
     worth_L = np.array(diagnosis["worth_L"])
     worth.bar(np.arange(len(worth_L)), worth_L, color=colour(0))
     worth.set_yscale("symlog", linthresh=0.01)
-    worth.set(title="loss without a layer's experts, beyond the whole model's (nats)", xlabel="MoE layer")
-    worth.grid(alpha=0.3)
+    worth.set(title="loss without a layer's experts, beyond the model's (nats)", xlabel="MoE layer")
     beyond_LL = np.array(diagnosis["overlap_LL"]) - np.array(diagnosis["chance_LL"])
     np.fill_diagonal(beyond_LL, np.nan)
     limit = max(float(np.nanmax(np.abs(beyond_LL), initial=0)), 1e-3)
@@ -31,19 +30,18 @@ def diagnosis_plot(diagnosis: JsonObject) -> bytes:
         weights_2LP = np.array(diagnosis["coefficients_2LP"])
         limit = float(np.abs(weights_2LP).max())
         _matrix(figure, axes, weights_2LP[row], f"coefficients of w{row + 1}", limit, "bank")
-    return png_of(figure)
+    return png_of(figure, worth, *others[: 2 * has_gradients])
 
 
 def _gradients(figure: Any, panels: Sequence[Axes], diagnosis: JsonObject) -> None:
-    size, alignment, alike = panels
+    size, alignment, cosines = panels
     views = {kind: diagnosis[kind + "s"] for kind in ("layer", "bank") if diagnosis[kind + "s"] is not None}
     _spread(size, views, "rms_NE", "gradient RMS of an expert's element")
     size.set_yscale("log")
     _spread(alignment, views, "alignment_NE", f"alignment over {diagnosis['batches']} batches")
     alignment.axhline(1 / diagnosis["batches"], color="0.5", linestyle="--", label="unrelated batches")
-    alignment.legend()
     similarity_LL = np.array(diagnosis["similarity_LL"], dtype=float)
-    _matrix(figure, alike, similarity_LL, "cosine of what two layers want,\nexperts of one number", 1.0)
+    _matrix(figure, cosines, similarity_LL, "cosine of what two layers want,\nexperts of one number", 1.0)
 
 
 def _spread(axes: Axes, views: Mapping[str, JsonObject], what: str, title: str) -> None:
@@ -58,8 +56,6 @@ def _spread(axes: Axes, views: Mapping[str, JsonObject], what: str, title: str) 
         names += [f"{kind[0]}{n}" for n in range(len(values_NE))]
     axes.set_xticks(range(len(names)), names)
     axes.set(title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
 
 
 def _matrix(figure: Any, axes: Axes, values: np.ndarray, title: str, limit: float, across: str = "MoE layer") -> None:

@@ -42,13 +42,13 @@ def mean_entropy(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.nd
 def load_entropies(groups: Groups) -> bytes | None:
     """Entropy of the load over training: mean over layers and seeds, and the range of layers of the first seed."""
     figure, axes = plt.subplots(figsize=(8, 4))
-    for place, group in enumerate(groups):
+    for number, group in enumerate(groups):
         curves = [entropy_curve(run) for run in group.runs]
         curves = [(tokens_N, h_NL) for tokens_N, h_NL in curves if len(tokens_N)]
         if curves:
             tokens_N, h_NL = curves[0]
-            axes.fill_between(tokens_N, h_NL.min(1), h_NL.max(1), color=colour(place), alpha=0.12, linewidth=0)
-            axes.plot(*mean_entropy(curves), color=colour(place), label=group.name)
+            axes.fill_between(tokens_N, h_NL.min(1), h_NL.max(1), color=colour(number), alpha=0.12, linewidth=0)
+            axes.plot(*mean_entropy(curves), color=colour(number), label=group.name)
     axes.set(xlabel="training tokens", ylabel="entropy of load / entropy of an even load")
     label_tokens(axes)
     return finished(figure, axes, bool(axes.lines))
@@ -67,7 +67,7 @@ def gradients_against_experts(groups: Groups) -> bytes | None:
     """
     figure, axes = plt.subplots(figsize=(8, 4.2))
     counts = []
-    for place, group in enumerate(groups):
+    for number, group in enumerate(groups):
         found = [norms_L for run in group.runs if (norms_L := expert_gradient(run)) is not None]
         if not found:
             continue
@@ -75,10 +75,16 @@ def gradients_against_experts(groups: Groups) -> bytes | None:
         num_experts = float(np.mean(group.first.config.moe.expert_counts))
         counts.append(num_experts)
         # Beside each other, first layer left: models of one number of experts would hide each other.
-        x = num_experts * 2.0 ** (0.06 * (place - (len(groups) - 1) / 2) + 0.02 * np.linspace(-1, 1, len(norms_L)))
-        axes.plot(x, norms_L, "o", markersize=4, alpha=0.7, color=colour(place))
+        x = num_experts * 2.0 ** (0.06 * (number - (len(groups) - 1) / 2) + 0.02 * np.linspace(-1, 1, len(norms_L)))
+        axes.plot(x, norms_L, "o", markersize=4, alpha=0.7, color=colour(number))
         axes.plot(
-            [x.mean()], [norms_L.mean()], "_", markersize=22, markeredgewidth=2.5, color=colour(place), label=group.name
+            [x.mean()],
+            [norms_L.mean()],
+            "_",
+            markersize=22,
+            markeredgewidth=2.5,
+            color=colour(number),
+            label=group.name,
         )
     if counts:
         axes.set(xscale="log", yscale="log", xlabel="experts per layer", ylabel="gradient norm per expert")

@@ -47,9 +47,9 @@ def cost_axes(
 def spread_apart(wanted: Sequence[float], least: float) -> list[float]:
     """Returns positions near the wanted ones, in their order, of which no two are closer than `least`."""
     order, steps = np.argsort(wanted, kind="stable"), least * np.arange(len(wanted))
-    places = np.empty(len(wanted))
-    places[order] = isotonic_regression(np.take(wanted, order) - steps).x + steps
-    return [float(place) for place in places]
+    heights = np.empty(len(wanted))
+    heights[order] = isotonic_regression(np.take(wanted, order) - steps).x + steps
+    return [float(height) for height in heights]
 
 
 def _scale_costs(axes: Axes, costs: Sequence[float]) -> None:
@@ -64,19 +64,19 @@ def _scale_costs(axes: Axes, costs: Sequence[float]) -> None:
         axes.set_xlim(min(costs) - margin, max(costs) + margin)
 
 
-def _draw(axes: Axes, place: int, group: RunGroup, cost: float) -> Any:
+def _draw(axes: Axes, number: int, group: RunGroup, cost: float) -> Any:
     """Draws a model where it belongs, in a shape and size of its own, empty: so it shows where another is, too."""
     error = None if math.isnan(group.loss.sd) else [group.loss.sd]
     return axes.errorbar(
         [cost],
         [group.loss.mean],
         yerr=error,
-        fmt=marker(place),
-        markersize=max(22 * 0.78**place, 4),
+        fmt=marker(number),
+        markersize=max(22 * 0.78**number, 4),
         markerfacecolor="none",
         markeredgewidth=2,
         capsize=3,
-        color=colour(place),
+        color=colour(number),
     )
 
 
@@ -87,28 +87,26 @@ def at_a_glance(groups: Groups) -> bytes | None:
         return None
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     costs = [group.first.parameters.total / 1e6 for group in groups]
-    for place, (group, cost) in enumerate(zip(groups, costs, strict=True)):
-        _draw(axes, place, group, cost)
+    for number, (group, cost) in enumerate(zip(groups, costs, strict=True)):
+        _draw(axes, number, group, cost)
     _scale_costs(axes, costs)
     axes.margins(y=0.12)
     axes.autoscale_view(scalex=False)
     low, high = axes.get_ylim()
     names = spread_apart([(group.loss.mean - low) / (high - low) for group in groups], 0.07)
-    for place, (group, cost, height) in enumerate(zip(groups, costs, names, strict=True)):
+    for number, (group, cost, height) in enumerate(zip(groups, costs, names, strict=True)):
         axes.annotate(
             group.name,
             (cost, group.loss.mean),
             (1.04, height),
             textcoords="axes fraction",
             va="center",
-            color=colour(place),
+            color=colour(number),
             arrowprops={"arrowstyle": "-", "color": "#b8bec8", "linewidth": 0.8, "shrinkB": 8},
             annotation_clip=False,
         )
-    axes.set_xlabel("parameters in all (M)")
-    axes.set_ylabel("validation loss (nats per token)")
-    axes.grid(alpha=0.3, which="both")
-    return png_of(figure)
+    axes.set(xlabel="parameters in all (M)", ylabel="validation loss (nats per token)")
+    return png_of(figure, axes)
 
 
 def quality_against_cost(groups: Groups, axes_by_cost: Mapping[str, Mapping[str, float]]) -> bytes | None:
@@ -119,15 +117,14 @@ def quality_against_cost(groups: Groups, axes_by_cost: Mapping[str, Mapping[str,
     handles: dict[str, Any] = {}
     for axes, (cost, values) in zip(panels, axes_by_cost.items(), strict=True):
         axes.set_xlabel(cost)
-        axes.grid(alpha=0.3, which="both")
         _scale_costs(axes, [v for v in values.values() if v > 0])
-        for place, group in enumerate(groups):
+        for number, group in enumerate(groups):
             if group.name in values:
-                handles[group.name] = _draw(axes, place, group, values[group.name])
-        axes.margins(y=0.12)  # room for whole markers
+                handles[group.name] = _draw(axes, number, group, values[group.name])
+        axes.margins(y=0.12)  # room for full markers
     for axes in panels[::2]:
         axes.set_ylabel("validation loss (nats per token)")
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, labelspacing=1.2
     )
-    return png_of(figure)
+    return png_of(figure, *panels)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from megatron_samoe.evaluation.plots import colour, finished, plt, png_of
+from megatron_samoe.evaluation.plots import OUTSIDE, colour, finished, plt, png_of
 from megatron_samoe.parsing import JsonObject
 
 
@@ -23,32 +23,23 @@ def differences(study: JsonObject) -> bytes | None:
     if margin := study["margin"]:
         axes.axvspan(-margin, margin, color="0.9", label=f"equally good: within {margin:g} nats")
     axes.axvline(0, color="0.4", linewidth=1)
+    rows, means = np.arange(len(others)), [v["difference"]["mean"] for v in others]
+    for key, width, shade, what in (
+        ("pooled_half_width", 5.0, 0.35, "95 %, spread of all models"),
+        ("half_width", 1.6, 1.0, "95 %, own spread"),
+    ):
+        halves = np.array([v["difference"][key] for v in others], dtype=float)
+        axes.errorbar(means, rows, xerr=halves, fmt="none", ecolor=colour(0), elinewidth=width, alpha=shade, label=what)
     for row, variant in enumerate(others):
-        found = variant["difference"]
-        mean, pooled = found["mean"], found["pooled_half_width"]
-        own = found["half_width"]
-        for half, width, what in ((pooled, 5.0, "95 %, spread of all models"), (own, 1.6, "95 %, own spread")):
-            if half is not None:
-                axes.plot(
-                    [mean - half, mean + half],
-                    [row, row],
-                    color="#0072b2",
-                    linewidth=width,
-                    solid_capstyle="butt",
-                    alpha=0.35 if width > 2 else 1,
-                    label=what if row == 0 else None,
-                )
-        each = np.array(variant["losses"]) - np.array(base["losses"])
-        axes.plot(each, np.full(len(each), row + 0.22), ".", color="0.45", label="a seed" if row == 0 else None)
-        axes.plot(mean, row, "o", color="#0072b2", label="mean" if row == 0 else None)
+        each = np.array(variant["losses"], dtype=float) - np.array(base["losses"], dtype=float)
+        axes.plot(each, np.full(len(each), row + 0.22), ".", color="0.45", label="" if row else "a seed")
+    axes.plot(means, rows, "o", color=colour(0), label="mean")
     axes.set_yticks(range(len(others)), [v["name"] for v in others])
     axes.invert_yaxis()
     axes.set(
         xlabel=f"{study.get('loss', 'validation loss')} minus that of {study['baseline']}, nats per token (left is better)"
     )
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    axes.grid(axis="x", alpha=0.3)
-    return png_of(figure)
+    return png_of(figure, axes, **OUTSIDE)
 
 
 def lengths(study: JsonObject) -> bytes | None:
@@ -57,9 +48,9 @@ def lengths(study: JsonObject) -> bytes | None:
     if len({steps for line in points.values() for steps, _, _ in line}) < 2:
         return None
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for place, (name, line) in enumerate(points.items()):
+    for number, (name, line) in enumerate(points.items()):
         steps, means, sds = (np.array(values) for values in zip(*sorted(line), strict=True))
-        axes.errorbar(steps, means, yerr=np.nan_to_num(sds), fmt="o-", capsize=2, color=colour(place), label=name)
+        axes.errorbar(steps, means, yerr=np.nan_to_num(sds), fmt="o-", capsize=2, color=colour(number), label=name)
     axes.set(
         xlabel="steps, each length with a decay of its own", ylabel="validation loss, nats per token", xscale="log"
     )
@@ -68,10 +59,10 @@ def lengths(study: JsonObject) -> bytes | None:
 
 
 def _points(study: JsonObject) -> Mapping[str, list[tuple[int, float, float]]]:
-    """Returns (steps, mean, standard deviation) of the trained models of the study's own size."""
+    """Returns (steps, mean, standard deviation) of the trained models at each size, which may be a length."""
     found: dict[str, list[tuple[int, float, float]]] = {}
     for comparison in (study, *study["others"]):
-        for variant in comparison["variants"] if comparison["size"] == study["size"] else []:
+        for variant in comparison["variants"]:
             if variant["steps"] is not None:
                 sd = math.nan if variant["sd"] is None else variant["sd"]
                 found.setdefault(variant["name"], []).append((variant["steps"], variant["mean"], sd))

@@ -78,11 +78,9 @@ def _results(groups: Groups, data: ReportData) -> Section:
             "Experts that layers share are stored, and counted, once; a map names the set of each MoE layer in order. "
         )
     text += "Bits per byte of the validation set's text compare models of different tokenizers. "
-    text += "Checkpoints hold the optimizer's state too, but for models that were made by editing others."
+    text += "Checkpoints hold the optimizer's state too, except of models that were made by editing others."
     if len({group.tokens for group in groups} - {"-"}) > 1:
-        text += (
-            " The models were trained on different numbers of tokens, so their losses do not compare the models alone."
-        )
+        text += " The models were trained on different numbers of tokens, so their losses compare more than the models."
     return Section("results", "All figures", [*data.notes, text], report_tables.results_table(groups))
 
 
@@ -91,7 +89,7 @@ def _quality(groups: Groups, data: ReportData) -> Section:
     paragraphs = []
     if len(groups) > 1:
         paragraphs.append(
-            "Lower and further left is better. Two models at one place of a horizontal axis cost the same there; the vertical "
+            "Lower and further left is better. Two models at one position of a horizontal axis cost the same there; the vertical "
             "distance is what the cost buys. Models at one point lie within each other. Bars: standard deviation over seeds."
         )
     if data.bytes_per_token:
@@ -102,7 +100,7 @@ def _quality(groups: Groups, data: ReportData) -> Section:
         )
     if any("measured" in cost for cost in axes):
         paragraphs.append(
-            "Milliseconds are medians of whole decoding steps (benchmark.py decode), divided by the batch; where several "
+            "Milliseconds are medians of complete decoding steps (benchmark.py decode), divided by the batch; where several "
             "ways of serving were measured, the fastest's."
         )
     table, png = report_tables.cost_table(groups, axes), quality_against_cost(groups, axes)
@@ -114,8 +112,8 @@ def _study(study: JsonObject | None) -> list[Section]:
     if study is None or "size" not in study:
         return []
     how = (
-        f"Differences from {study['baseline']} within seeds. A model whose whole interval lies in the grey band is as good for "
-        "all that matters here; one whose interval holds 0 but leaves the band is merely not told apart."
+        f"Differences from {study['baseline']} within seeds. A model whose complete interval is in the grey band is as good for "
+        "all that matters here; one whose interval holds 0 but leaves the band is merely not distinguished."
     )
     return [
         Section("differences", f"Differences from {study['baseline']}", [how], png=plots_study.differences(study)),
@@ -126,13 +124,13 @@ def _study(study: JsonObject | None) -> list[Section]:
 _SPEED = (
     "Median and quartiles of tokens per second over the logged intervals of all seeds, without each run's first, "
     "which warms up. A token counts once, forward and backward together. The time is the wall clock of "
-    "whole steps, data loading and optimizer included; evaluation and saving are excluded. Models that ran at "
-    "different times, or beside other programs, are not to be compared by it."
+    "complete steps, data loading and optimizer included; evaluation and saving are excluded. Models that ran at "
+    "different times, or next to other programs, are not to be compared by it."
 )
 _ZERO_SHOT = (
     "± is the standard error from the number of items; with several seeds, the standard deviation over them. Where a "
-    "model was evaluated at several nearby checkpoints, their mean, standard deviation and range stand beside the last "
-    "one's value: a difference between models that is not larger than these is none. The constant answer is the best "
+    "model was evaluated at several nearby checkpoints, their mean, standard deviation and range are next to the last "
+    "one's value: a difference between models that is not larger than these says nothing. The constant answer is the best "
     "single choice for all items."
 )
 _NO_ZERO_SHOT = (

@@ -8,73 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_samoe.evaluation.measurements import ZeroShot, of_group
-from megatron_samoe.evaluation.run_groups import Groups, RunGroup, mean_sd
-from megatron_samoe.evaluation.run_summary import (
-    RunSummary,
-    Table,
-    entropy_text,
-    is_noise,
-    megabytes_text,
-    millions_text,
-    parameter_columns,
-    perplexity_text,
-    sharing_text,
-    table,
-)
-from megatron_samoe.evaluation.study.text_size import bits_per_byte
-
-#: What a column shows of a model.
-Column = Callable[[RunGroup], str]
+from megatron_samoe.evaluation.run_groups import COLUMNS, Column, Groups, RunGroup, columns, mean_sd
+from megatron_samoe.evaluation.run_summary import RunSummary, Table, is_noise, millions_text, table
 
 
 def results_table(groups: Groups) -> Table:
     """Returns parameters, checkpoint sizes and validation losses."""
-    return table(_RESULTS, groups)
-
-
-def _bits_text(group: RunGroup) -> str:
-    bits = bits_per_byte(group.loss.mean, group.first.config.data, group.first.directory)
-    return "-" if bits is None else f"{bits:.4f}"
-
-
-def _optimizer_text(group: RunGroup) -> str:
-    """Returns what trained a model, and its highest learning rate; a dash where nothing was trained."""
-    options = group.first.config.optimizer
-    return f"{options.optimizer}, {options.lr:g}" if group.first.trained else "-"
-
-
-def _memory_text(group: RunGroup) -> str:
-    known = [run.peak_memory_bytes for run in group.runs if run.peak_memory_bytes is not None]
-    return megabytes_text(max(known, default=None))
-
-
-_RESULTS: dict[str, Column] = {
-    "model": lambda group: group.name,
-    "seeds": lambda group: str(len(group.runs)),
-    "training tokens": lambda group: group.tokens,
-    "optimizer, rate": _optimizer_text,
-    "sharing": lambda group: sharing_text(group.first.config),
-    **parameter_columns(lambda group: group.first.parameters),
-    "checkpoint": lambda group: megabytes_text(group.first.checkpoint_bytes, 1),
-    "validation loss": lambda group: group.loss.text(4),
-    "perplexity": lambda group: perplexity_text(group.loss.mean),
-    "bits/byte": _bits_text,
-    "load entropy": lambda group: entropy_text(run.least_load_entropy for run in group.runs),
-    "peak memory/rank": _memory_text,
-}
+    return table({name: show for name, show in COLUMNS.items() if name != "tokens/s"}, groups)
 
 
 def glance_table(groups: Groups) -> Table:
     """Returns the report's first table: loss and size of every model, the best first."""
     ranked = sorted(groups, key=lambda group: group.loss.mean)
-    columns: dict[str, Column] = {
-        "model": lambda group: group.name,
-        "validation loss": lambda group: group.loss.text(4),
-        "from the best": lambda group: f"+{group.loss.mean - ranked[0].loss.mean:.4f}",
-        "parameters": lambda group: millions_text(group.first.parameters.total),
-        "active": lambda group: millions_text(group.first.parameters.active),
-    }
-    return table(columns, ranked)
+    behind: dict[str, Column] = {"from the best": lambda group: f"+{group.loss.mean - ranked[0].loss.mean:.4f}"}
+    return table(columns("model", "valid. loss") | behind | columns("parameters", "active"), ranked)
 
 
 def glance_text(groups: Groups, margin: float) -> str:
@@ -96,9 +43,8 @@ def glance_text(groups: Groups, margin: float) -> str:
 
 def cost_table(groups: Groups, axes: Mapping[str, Mapping[str, float]]) -> Table:
     """Returns every cost of every model, and its loss."""
-    columns: dict[str, Column] = {"model": lambda group: group.name}
-    columns |= {cost: _cost(values) for cost, values in axes.items()}
-    return table(columns | {"validation loss": lambda group: group.loss.text(4)}, groups)
+    costs = {cost: _cost(values) for cost, values in axes.items()}
+    return table({**columns("model"), **costs, **columns("valid. loss")}, groups)
 
 
 def _cost(values: Mapping[str, float]) -> Column:
@@ -114,12 +60,8 @@ def _figure(value: float | None) -> str:
 
 def speed_table(groups: Groups) -> Table:
     """Returns tokens per second, and where and how they were trained; nothing where a run did not have its machine to itself."""
-    trained = [group for group in groups if _speeds(group)]
-    return [] if any(is_noise(_speeds(group)) for group in trained) else table(_SPEED, trained)
-
-
-def _speeds(group: RunGroup) -> list[float]:
-    return [r["tokens_per_s"] for run in group.runs for r in run.trained[1:]]
+    trained = [group for group in groups if group.speeds]
+    return [] if any(is_noise(group.speeds) for group in trained) else table(_SPEED, trained)
 
 
 def _described(group: RunGroup) -> RunSummary:
@@ -128,7 +70,7 @@ def _described(group: RunGroup) -> RunSummary:
 
 
 def _quartiles(group: RunGroup) -> str:
-    low, high = np.quantile(_speeds(group), (0.25, 0.75))
+    low, high = np.quantile(group.speeds, (0.25, 0.75))
     return f"{low:,.0f} to {high:,.0f}"
 
 
@@ -159,9 +101,9 @@ def _batch(group: RunGroup) -> str:
 
 _SPEED: dict[str, Column] = {
     "model": lambda group: group.name,
-    "tokens/s": lambda group: f"{np.median(_speeds(group)):,.0f}",
+    "tokens/s": lambda group: f"{np.median(group.speeds):,.0f}",
     "quartiles": _quartiles,
-    "intervals": lambda group: str(len(_speeds(group))),
+    "intervals": lambda group: str(len(group.speeds)),
     "device": _device,
     "ranks x threads": _ranks,
     "layout": _layout,

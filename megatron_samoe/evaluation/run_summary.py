@@ -208,11 +208,6 @@ T = TypeVar("T")
 Table = list[list[str]]
 
 
-def summary_table(runs: list[RunSummary]) -> Table:
-    """Returns a row of text for each run, below the headings."""
-    return table(_SUMMARY, runs)
-
-
 def sharing_text(config: PretrainConfig) -> str:
     """Returns how MoE layers share experts: own, pool, the number of a pool's banks, or the map of sets; a dash without
     any."""
@@ -243,19 +238,9 @@ def is_noise(speeds: Sequence[float]) -> bool:
     return bool(high - low > NOISE * middle)
 
 
-def _speed(run: RunSummary) -> str:
-    return speed_text(None if is_noise([r["tokens_per_s"] for r in run.trained[1:]]) else run.tokens_per_s)
-
-
-def speed_text(tokens_per_s: float | None) -> str:
-    """Returns a speed; a dash where it is not known."""
-    return "-" if tokens_per_s is None else f"{tokens_per_s:,.0f}"
-
-
-def entropy_text(entropies: Iterable[float | None]) -> str:
-    """Returns the least load entropy of some runs; a dash where none has any."""
-    known = [entropy for entropy in entropies if entropy is not None]
-    return f"{min(known):.2f}" if known else "-"
+def known_text(form: str, value: float | None, otherwise: str = "-") -> str:
+    """Returns a number as a format says; a dash, or another text, where it is None or nan."""
+    return otherwise if value is None or math.isnan(value) else form.format(value)
 
 
 def perplexity_text(loss: float) -> str:
@@ -278,24 +263,3 @@ def format_table(rows: Table) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def parameter_columns(count: Callable[[T], ParameterCount]) -> dict[str, Callable[[T], str]]:
-    """Returns columns of parameters, those of experts and those that a token uses, in millions."""
-    return {
-        "parameters": lambda item: millions_text(count(item).total),
-        "expert": lambda item: millions_text(count(item).expert),
-        "active": lambda item: millions_text(count(item).active),
-    }
-
-
-_SUMMARY: dict[str, Callable[[RunSummary], str]] = {
-    "model": lambda run: run.name,
-    **parameter_columns(lambda run: run.parameters),
-    "checkpoint": lambda run: megabytes_text(run.checkpoint_bytes, 1),
-    "valid. loss": lambda run: f"{run.validation['validation_loss']:.4f}",
-    "perplexity": lambda run: perplexity_text(run.validation["validation_loss"]),
-    "load entropy": lambda run: entropy_text([run.least_load_entropy]),
-    "tokens/s": _speed,
-    "peak memory/rank": lambda run: megabytes_text(run.peak_memory_bytes),
-}

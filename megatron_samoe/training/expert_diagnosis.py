@@ -30,7 +30,7 @@ from megatron_samoe.moe.router import Routing
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
 from megatron_samoe.moe.sharing.way import Mixture
 from megatron_samoe.parallel_state import single_process_state
-from megatron_samoe.parsing import JsonObject
+from megatron_samoe.parsing import JsonObject, without_infinities
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.checkpointing import load_run
 from megatron_samoe.training.evaluate import evaluate
@@ -88,24 +88,21 @@ class Diagnosis:
     coefficients_2LP: np.ndarray | None = None
 
     def to_json(self) -> JsonObject:
-        """Returns plain values, arrays as nested lists."""
-        return asdict(
-            self, dict_factory=lambda pairs: {k: _listed(v) if isinstance(v, np.ndarray) else v for k, v in pairs}
+        """Returns plain values, arrays as nested lists, None for nan, which JSON does not know."""
+        plain: JsonObject = without_infinities(
+            asdict(
+                self, dict_factory=lambda pairs: {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in pairs}
+            )
         )
-
-
-def _listed(values: np.ndarray) -> list[Any]:
-    """Returns nested lists, None for nan, which JSON does not know."""
-    found: list[Any] = np.where(np.isnan(values), None, values).tolist()  # type: ignore[call-overload]
-    return found
+        return plain
 
 
 def diagnose(load: str, batches: int, data: DataConfig | None = None, ckpt_step: int | None = None) -> Diagnosis:
-    """Returns what a checkpoint's experts are taught by the batches that its run would have seen next.
+    """Returns the gradients of a checkpoint's experts on the next batches of its run's data, and what layers are worth.
 
     Args:
         load: folder of a run or of checkpoints.
-        data: in place of the data of training.
+        data: instead of the data of training.
 
     Raises:
         CheckpointError: no checkpoint is complete.
@@ -139,7 +136,7 @@ def diagnose(load: str, batches: int, data: DataConfig | None = None, ckpt_step:
 def worth_of_layers(setup: TrainSetup, batches: Sequence[Batch]) -> np.ndarray:
     """Returns by how much the loss rises, in nats, without what each MoE layer adds, routed and shared experts; no token is
     dropped. A layer that has turned itself off is worth nothing."""
-    whole = evaluate(setup, batches).mean
+    full = evaluate(setup, batches).mean
 
     def nothing(_layer: nn.Module, _inputs: object, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (torch.zeros_like(outputs[0]), *outputs[1:])
@@ -148,7 +145,7 @@ def worth_of_layers(setup: TrainSetup, batches: Sequence[Batch]) -> np.ndarray:
     for layer in setup.model.moe_layers():
         hook = layer.moe.register_forward_hook(nothing)
         try:
-            worth.append(evaluate(setup, batches).mean - whole)
+            worth.append(evaluate(setup, batches).mean - full)
         finally:
             hook.remove()
     return np.array(worth)
@@ -203,7 +200,7 @@ class _Sums:
         self.count += 1
         kinds = [name for name, _ in next(iter(found.values())).items()]
         by_kind = [torch.stack([dict(found[i].items())[name].float() for i in sorted(found)]) for name in kinds]
-        self._inputs = {place: by_kind[place].shape[-1] for place, name in enumerate(kinds) if name.startswith("w")}
+        self._inputs = {number: by_kind[number].shape[-1] for number, name in enumerate(kinds) if name.startswith("w")}
         self._add("layers", [g_LE.flatten(2) for g_LE in by_kind])
         if self.has_banks:
             weights = [torch.stack([c_2GP[ROW_OF_WEIGHT[name]] for c_2GP in self._coefficients]) for name in kinds]
@@ -269,7 +266,7 @@ def cosines_without_noise(halves: Sequence[Tensor]) -> Tensor:
 def rank_shares(halves: Sequence[Tensor]) -> Tensor:
     """Returns the share of what layers want of matrices that matrices of each of `RANKS` hold, [L, R]; nan where that has no length.
 
-    One half of the batches chooses the directions, and the other says how much lies in them, so that noise is not taken for
+    One half of the batches chooses the directions, and the other says how much is in them, so that noise is not taken for
     something of low rank. Noise makes the choice worse: with more batches shares grow.
 
     Args:
@@ -300,8 +297,8 @@ class _Routes:
 
     def __enter__(self) -> _Routes:
         self._hooks = [
-            router.register_forward_hook(lambda _, inputs, routing, place=place: self._take(place, routing))
-            for place, router in enumerate(self._routers)
+            router.register_forward_hook(lambda _, inputs, routing, number=number: self._take(number, routing))
+            for number, router in enumerate(self._routers)
         ]
         return self
 
@@ -309,11 +306,11 @@ class _Routes:
         for hook in self._hooks:
             hook.remove()
 
-    def _take(self, place: int, routing: Routing) -> None:
+    def _take(self, number: int, routing: Routing) -> None:
         most = max(router.spec.shape.num_experts for router in self._routers)
         ids_TK = routing.ids_TK
         chosen_TE = torch.zeros(len(ids_TK), most + 1).scatter_(1, ids_TK.masked_fill(ids_TK < 0, most), 1.0)[:, :most]
-        self._chosen[place] = chosen_TE
+        self._chosen[number] = chosen_TE
         if len(self._chosen) == len(self._routers):
             chosen_LTE = torch.stack([self._chosen[i] for i in range(len(self._routers))])
             self._common_LL += torch.einsum("lte,mte->lm", chosen_LTE, chosen_LTE).double()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_samoe.evaluation.run_summary import summary_table
+from megatron_samoe.evaluation.run_groups import summary_table
 from tests.distributed.test_layout_parity import RTOL
 from tests.harness.layout_training import LAYOUTS, MODELS
 from tests.harness.pairs import first_by_day

@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from megatron_samoe.evaluation import plots_study
-from megatron_samoe.evaluation.plots import colour, marker, plt, png_of
+from megatron_samoe.evaluation.plots import OUTSIDE, colour, marker, plt, png_of
 from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.statistics import own_half_width
@@ -115,6 +115,4 @@ def _drawn_course(shown: JsonObject) -> bytes | None:
         xlabel="steps, all at a rate of 3e-3 until 3,840, which then falls to 0",
         ylabel=f"validation loss minus that of {short(FEW)}, nats",
     )
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    axes.grid(alpha=0.3)
-    return png_of(figure)
+    return png_of(figure, axes, **OUTSIDE)

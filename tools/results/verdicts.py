@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import yaml
 
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.statistics import Spread, common_spread, holm, own_half_width
@@ -24,21 +25,8 @@ HEAD = "| claim | model | from | seeds | difference | own interval | p | support
 #: The models that others are compared with.
 FEW, MANY = "second_regime/moe of 8", "second_regime/moe of 32"
 
-_WAYS = (
-    *(f"second_sharing/{way}" for way in ("8 banks of 8", "4 banks of 16")),
-    "second_combination/2 banks of 32",
-    *(f"second_sharing/pool, {router}" for router in ("norm", "softmax", "locked")),
-    *(f"second_sharing/{way}" for way in ("neighbours", "tied middle", "scaled")),
-)
-
-#: E1 of the third edition, and FEW's further seeds, which count as FEW's from when all of E1 is there.
-_LOCK, _UNIPOOL, _NORM = (
-    "third_lock/pool, locked, softmax",
-    "third_unipool/pool, locked as UniPool",
-    "third_norm/moe of 8, norm",
-)
+#: FEW's further seeds, which count as FEW's from when all that E1 waits for is there.
 MORE = "third_own/moe of 8"
-_E1 = (_LOCK, _UNIPOOL, _NORM, MORE)
 
 #: Losses by model and seed.
 Losses = Mapping[str, Mapping[int, float]]
@@ -50,9 +38,8 @@ class Claim:
 
     Attributes:
         pairs: models, each with its baseline.
-        waits_for: models whose runs must be there too, since losses of an experiment are looked at together.
-        test: `mean`, the mean is at most the bound; `below`, the true mean is below it; `within`, it is no farther from zero;
-            `none`, it is shown.
+        waits_for: models whose runs must be there too.
+        test: of the mean difference; docs/results/claims.yaml says which there are.
     """
 
     name: str
@@ -73,69 +60,22 @@ class Claim:
         return spread.p_within(found, self.bound) if self.test == "within" else math.nan
 
 
-CLAIMS = (
-    Claim("G0", ((MANY, FEW),), "mean", -0.03),
-    Claim("G0", ((FEW, "second_regime/dense"),), "mean", -0.08),
-    Claim("G1", tuple((way, FEW) for way in _WAYS), "below"),
-    Claim(
-        "G1, cured",
-        (
-            ("second_cures/3 banks of 16, rank 5", FEW),
-            ("second_cures/4 banks of 16, slower", FEW),
-            ("late/4-banks-of-16", FEW),
-        ),
-        "below",
-    ),
-    Claim(
-        "G1, cured",
-        tuple(("late/4-banks-of-16", f"late/{model}") for model in ("moe-of-16", "pruned-to-8")),
-        "none",
-    ),
-    Claim("G2", tuple((way, MANY) for way in (*_WAYS, FEW)), "within", 0.03),
-    Claim("G3", (("second_combination/2 banks of 32", "second_combination/frozen"),), "below"),
-    Claim(
-        "G4",
-        (
-            ("second_experts_8/2 banks of 8", FEW),
-            ("second_combination/2 banks of 32", MANY),
-            ("second_experts_128/2 banks of 128", "second_experts_128/moe of 128"),
-        ),
-        "none",
-    ),
-    Claim(
-        "equal bytes",
-        (
-            ("second_experts_8/2 banks of 8", "second_regime/dense"),
-            ("second_combination/2 banks of 32", FEW),
-            ("second_experts_128/2 banks of 128", MANY),
-        ),
-        "none",
-    ),
-    Claim(
-        "G5",
-        (
-            ("half/healed-routers", "second_scratch/4 banks of 32, longer"),
-            ("quarter/healed-routers", "second_scratch/2 banks of 32, longer"),
-        ),
-        "below",
-    ),
-    Claim("G5", (("half/healed-routers", "half/original-longer"),), "within", 0.02),
-    Claim(
-        "own experts",  # of as many bytes, from scratch, in 4,800 steps; a compressed model has had 5,280
-        (
-            ("late/moe-of-16", MANY),
-            ("half/healed-routers", "late/moe-of-16"),
-            ("quarter/healed-routers", FEW),
-            ("half/pruned-healed", "late/moe-of-16"),
-            ("quarter/pruned-healed", FEW),
-        ),
-        "none",
-    ),
-    Claim("E1", ((_LOCK, FEW), (_UNIPOOL, FEW)), "below", waits_for=_E1),
-    Claim("E1, free", ((_LOCK, FEW),), "within", 0.01, waits_for=_E1),
-    Claim("E1, router", ((_LOCK, "second_sharing/pool, locked"),), "below", waits_for=_E1),
-    Claim("E1, router", ((_NORM, FEW),), "none", waits_for=_E1),
-)
+def read_claims(path: Path) -> list[Claim]:
+    """Returns the registered claims."""
+    rows = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return [
+        Claim(
+            row["claim"],
+            tuple(row["pairs"].items()),
+            row["test"],
+            row.get("bound", 0.0),
+            tuple(row.get("waits_for", ())),
+        )
+        for row in rows
+    ]
+
+
+CLAIMS = tuple(read_claims(Path(__file__).resolve().parents[2] / "docs/results/claims.yaml"))
 
 
 @dataclass(frozen=True)
@@ -195,7 +135,8 @@ def losses_on_test(plans: Mapping[str, StudyPlan], models: Models, derived: Loss
             if all(plan.is_finished(run) for run in runs if run.variant == variant):
                 whole.add(name)
     seeds = {seed for name, row in trained.items() if name.startswith("second_") for seed in row}
-    if whole.issuperset(_E1):
+    first = next(claim for claim in CLAIMS if MORE in claim.waits_for)
+    if whole.issuperset(first.waits_for):
         trained[FEW] |= trained[MORE]
     whole |= {name for name, row in derived.items() if row.keys() >= seeds}
     return HeldOut(trained, derived, frozenset(whole), frozenset(given_up))

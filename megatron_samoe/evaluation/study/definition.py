@@ -103,7 +103,6 @@ class Study:
         baseline: name of the variant that the others are compared with; the first by default.
         margin: nats per token within which two models count as equally good.
         sizes: options of each size by name; one without name or options if the file has none. The first is the study's own.
-        branches: shorter lengths, in steps, whose runs leave the full one where their decay begins.
         give_up: nats; a variant whose first seed ends more than that behind the baseline gets no other seed.
     """
 
@@ -116,7 +115,6 @@ class Study:
     derived: Mapping[str, Derived] = field(default_factory=dict)
     sizes: Mapping[str, Options] = field(default_factory=dict)
     sweep: Sweep | None = None
-    branches: tuple[int, ...] = ()
     gates: tuple[Gate, ...] = ()
     give_up: float | None = None
 
@@ -134,7 +132,6 @@ class Run:
     Attributes:
         size: name of a size of the study.
         swept: value of the sweep's option; None for the runs that the sweep is for.
-        length: steps of a branch; None for a run of full length.
     """
 
     variant: Variant
@@ -142,7 +139,6 @@ class Run:
     directory: Path
     size: str = ""
     swept: float | None = None
-    length: int | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -154,24 +150,17 @@ class Run:
         """The run in a few words."""
         words = [self.variant.name, self.size, f"seed {self.seed}"]
         words += [f"at {self.swept:g}"] if self.swept is not None else []
-        words += [f"{self.length} steps"] if self.length is not None else []
         return ", ".join(word for word in words if word)
 
 
 def plan_runs(study: Study, root: Path) -> list[Run]:
     """Returns all runs but a sweep's in the order in which they are made: seeds outermost, so that a study cut short is a
-    whole one of fewer seeds; edited variants after the one they come from, branches before the run that they leave."""
-
-    def run(variant: Variant, seed: int, size: str, steps: int | None) -> Run:
-        folder = _folder(root, variant, size) if steps is None else _folder(root, variant, size) / f"steps-{steps}"
-        return Run(variant, seed, folder / f"seed-{seed}", size, length=steps)
-
+    complete one of fewer seeds; edited variants after the one they come from."""
     return [
-        run(variant, seed, size, steps)
+        Run(variant, seed, _folder(root, variant, size) / f"seed-{seed}", size)
         for seed in study.seeds
         for size in study.sizes
         for variant in study.variants
-        for steps in (*(study.branches if variant.is_trained else ()), None)
     ]
 
 
@@ -201,7 +190,12 @@ def read_study(path: Path, seeds: Sequence[int] | None = None) -> Study:
     Raises:
         ConfigError: the file is not a study; the message names the key.
     """
-    found = typed(Study, read_yaml(path), str(path))
+    content = read_yaml(path)
+    if "branches" in content:
+        raise ConfigError(
+            "branches", content["branches"], "lengths are sizes now, such as sizes: {375 steps: {train-iters: 375}}"
+        )
+    found = typed(Study, content, str(path))
     sweep = found.sweep and replace(found.sweep, option=found.sweep.option.lstrip("-").replace("_", "-"))
     study = replace(
         found,
@@ -229,7 +223,6 @@ def _rules(study: Study) -> Iterator[tuple[str, object, bool, str]]:
     yield "baseline", study.baseline, study.baseline in names, one_of
     yield "margin", study.margin, _are_finite(study.margin), "must be a number"
     yield "give-up", study.give_up, _are_finite(study.give_up), "must be a number"
-    yield "branches", study.branches, _rise(study.branches), "must be rising numbers of steps"
     for name, made in study.derived.items():
         known = ", ".join(study.runs)
         yield f"derived.{name}.from", made.from_, made.from_ in study.runs, f"must be one of {known}"

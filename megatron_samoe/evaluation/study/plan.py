@@ -56,8 +56,6 @@ class StudyPlan:
             _refuse_illegal(config, run.variant.name)
             if config.training.eval_iters == 0:
                 raise ConfigError("--eval-iters", 0, "a study compares validation losses; it must be positive")
-            if run.length is not None:
-                self._check_branch(run)
             if self.is_settled(run):
                 self._refuse_another(run, config)
 
@@ -86,9 +84,8 @@ class StudyPlan:
         return self._behind[name, run.size] > self.study.give_up
 
     def full(self, variant: str, seed: int, size: str) -> Run:
-        """Returns the run of full length of a variant."""
-        wanted = (variant, seed, size, None)
-        return next(r for r in self._planned if (r.variant.name, r.seed, r.size, r.length) == wanted)
+        """Returns the run of a variant that is compared with others."""
+        return next(r for r in self._planned if (r.variant.name, r.seed, r.size) == (variant, seed, size))
 
     def all_runs(self) -> list[Run]:
         """Returns the runs of sweeps, as far as their ranges are known, and then those that are compared."""
@@ -111,7 +108,7 @@ class StudyPlan:
         return self._uses[key]
 
     def _sweep(self, variant: Variant, size: str) -> tuple[list[Run], Optimum | None]:
-        """Returns the runs of a sweep, and its optimum once all of them are finished. A range whose best value lies at an edge
+        """Returns the runs of a sweep, and its optimum once all of them are finished. A range whose best value is at an edge
         grows beyond it."""
         sweep = self.study.sweep
         assert sweep is not None
@@ -151,9 +148,7 @@ class StudyPlan:
             # A variant's own come last: an option for every run must not make two variants one.
             asked = shared.with_options(swept, "the study's sweep").as_file()
             asked = asked.with_options(run.variant.options, f"run {run.variant.name!r} of the study")
-            own: dict[str, Any] = {"seed": run.seed, "run_dir": str(run.directory)}
-            if run.length is not None:
-                own |= {"train_iters": run.length, "lr_wsd_decay_iters": run.length - self.leaving_point(run)}
+            own = {"seed": run.seed, "run_dir": str(run.directory)}
             self._configs[key] = _with_experts_of(self._file, asked.with_options(own, "the study").settled())
         return self._configs[key]
 
@@ -190,25 +185,6 @@ class StudyPlan:
         }
         return ["--config", str(self.study.config), *as_flags({**others, **folder})]
 
-    def leaving_point(self, run: Run) -> int:
-        """Returns the step at which a branch leaves the full run: where its decay begins, as long in proportion."""
-        assert run.length is not None
-        full = self.config_of(self.trunk_of(run))
-        decay = full.optimizer.lr_wsd_decay_iters or max(full.training.train_iters // 10, 1)
-        return run.length - max(round(run.length * decay / full.training.train_iters), 1)
-
-    def trunk_of(self, run: Run) -> Run:
-        """Returns the full run that a branch leaves."""
-        return self.full(run.variant.name, run.seed, run.size)
-
-    def _check_branch(self, run: Run) -> None:
-        full = self.config_of(self.trunk_of(run))
-        assert run.length is not None
-        if full.optimizer.lr_decay_style != "WSD":
-            raise ConfigError("branches", run.length, "need --lr-decay-style WSD: others decay from the start")
-        if run.length >= full.training.train_iters:
-            raise ConfigError("branches", run.length, f"must be shorter than --train-iters {full.training.train_iters}")
-
     def key_of(self, run: Run) -> str:
         """Returns the key of a run's result in the store."""
         if run.variant.is_trained:
@@ -219,17 +195,10 @@ class StudyPlan:
         """Returns whether a run's result is in its folder."""
         return results_store.key_of(run.directory) is not None
 
-    def is_needed_whole(self, run: Run) -> bool:
+    def needs_checkpoints(self, run: Run) -> bool:
         """Whether others are made from a run's checkpoints, so that a result from the store does not do."""
         edited = [r for r in self.plan() if not r.variant.is_trained and self.source_of(r) == run]
-        return any(not self.is_finished(r) and not self.take(r) for r in edited) or any(
-            not self.is_finished(r) and not self.take(r) for r in self.branches_of(run)
-        )
-
-    def branches_of(self, run: Run) -> list[Run]:
-        """Returns the shorter runs that leave the same full run; none for a sweep's."""
-        same = (run.variant, run.seed, run.size, run.swept)
-        return [r for r in self.plan() if (r.variant, r.seed, r.size, r.swept) == same and r.length is not None]
+        return any(not self.is_finished(r) and not self.take(r) for r in edited)
 
     def take(self, run: Run) -> bool:
         return results_store.take(self.store, self.key_of(run), run.directory)
@@ -242,13 +211,11 @@ class StudyPlan:
         return not run.variant.is_trained or iterations[-1] >= self.config_of(run).training.train_iters
 
     def needs(self, run: Run) -> list[Run]:
-        """Returns the runs that must have ended before one can be made: what it is edited from, its sweep's, and shorter branches
-        of the same trunk, which is trained as far as the next of them needs it."""
+        """Returns the runs that must have ended before one can be made: what it is edited from, or its sweep's."""
         if not run.variant.is_trained:
             return [self.source_of(run)]
         is_swept = run.swept is None and self._is_swept(run.variant, run.size)
-        swept = self._sweep(run.variant, run.size)[0] if is_swept else []
-        return swept + [r for r in self.branches_of(run) if run.length is None or (r.length or 0) < run.length]
+        return self._sweep(run.variant, run.size)[0] if is_swept else []
 
     def name_of(self, run: Run) -> str:
         """Returns what a run is called among all: its folder below the study's."""
@@ -333,12 +300,6 @@ def _differing(found: PretrainConfig, wanted: PretrainConfig) -> list[str]:
         for name in now[group]
         if group != "data" and name not in results_store.INDECISIVE_FIELDS and before[group][name] != now[group][name]
     ]
-
-
-def last_step(run: Run) -> int:
-    """Returns the step of a run's last whole checkpoint, 0 without any."""
-    iterations = store.whole_iterations(run.checkpoints)
-    return iterations[-1] if iterations else 0
 
 
 def last_validation(run: Run) -> float | None:

@@ -46,8 +46,8 @@ _DATA_PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_pat
 
 
 def decisive_options(config: PretrainConfig) -> dict[str, dict[str, Any]]:
-    """Returns the options that decide what a run computes and that differ from their defaults, by group. Data stand for
-    themselves, not for their paths."""
+    """Returns the options that decide what a run computes and that differ from their defaults, by group. Data are named by
+    their content, not by their paths."""
     default, found = PretrainConfig(), {}
     for group in DECISIVE_GROUPS:
         options, usual = getattr(config, group), getattr(default, group)
@@ -77,7 +77,7 @@ def _content(word: str) -> str:
 
 
 def write_run_file(run_dir: Path, key: str, config: PretrainConfig) -> None:
-    """Marks a run's folder as finished: writes run.json, whole or not at all."""
+    """Marks a run's folder as finished: writes run.json, completely or not at all."""
     run = read_run(run_dir)
     content = {
         "key": key,
@@ -173,7 +173,7 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source / "machine.json", target / "machine.json")
     write_atomically(
         target / RUN_FILE, (source / RUN_FILE).read_text(encoding="utf-8")
-    )  # last: it says that the others are whole
+    )  # last: it says that the others are complete
 
 
 def _thinned(rows: list[JsonObject]) -> list[JsonObject]:
@@ -182,9 +182,9 @@ def _thinned(rows: list[JsonObject]) -> list[JsonObject]:
     step = math.ceil(len(rows) / LISTED_ROWS)
     return [
         row
-        if place % step == step - 1 or place == len(rows) - 1
+        if number % step == step - 1 or number == len(rows) - 1
         else {name: value for name, value in row.items() if not isinstance(value, list)}
-        for place, row in enumerate(rows)
+        for number, row in enumerate(rows)
     ]
 
 

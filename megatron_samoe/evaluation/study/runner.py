@@ -1,7 +1,7 @@
 """Makes the runs of a study, some at a time; started again, it resumes.
 
 A run is a few command lines, one after another, under the lock of its folder, and what is ready follows from the folders
-alone. So several programs may work on one study (tasks of a Slurm array, say): each takes the next free run.
+only. So several programs may work on one study (tasks of a Slurm array, say): each takes the next free run.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.evaluation.study import results_store
 from megatron_samoe.evaluation.study.definition import Run
 from megatron_samoe.evaluation.study.gates import problems_of
-from megatron_samoe.evaluation.study.plan import StudyPlan, last_step, last_validation
+from megatron_samoe.evaluation.study.plan import StudyPlan, last_validation
 
 #: Seconds between two looks at this program's runs, and at those of others.
 _LOOK_S, _LOOK_AT_OTHERS_S = 0.2, 2.0
+_PRETRAIN = "megatron_samoe.cli.pretrain"
 #: Statuses of a run that has ended, or that was stopped and has saved.
 _IN_ORDER = (0, 130, -signal.SIGTERM, -signal.SIGKILL)
 
@@ -52,7 +53,6 @@ class StudyRunner:
         jobs: runs at once.
         launcher: words before `-m megatron_samoe pretrain`; this Python if empty.
         idle: runs wait for whatever else the machine has to do.
-        look: called every few seconds during runs.
         active: current runs, by folder.
         stopped: what was said of runs that were stopped before their end.
     """
@@ -63,10 +63,9 @@ class StudyRunner:
     jobs: int = 1
     launcher: tuple[str, ...] = ()
     idle: bool = True
-    look: Callable[[], None] = lambda: None
     active: dict[Path, Making] = field(default_factory=dict)
     stopped: list[str] = field(default_factory=list)
-    _told: set[Path] = field(default_factory=set)
+    _reported: set[Path] = field(default_factory=set)
 
     def run_all(self) -> list[str]:
         """Makes every run that is not finished; returns what was said of those that failed, which stop no other.
@@ -83,14 +82,12 @@ class StudyRunner:
                     self._advance(making)
                 if ended or time.monotonic() - looked > _LOOK_AT_OTHERS_S:
                     looked = time.monotonic()
-                    self.look()
                     self._check_gates()
                     while not self.stopped and len(self.active) < self.jobs and self._start_next():
                         pass
                     if not self.active and (self.stopped or not self._left()):
                         break
                 time.sleep(_LOOK_S)
-        self.look()
         if self.stopped:
             raise MegatronSamoeError(self.stopped[0])
         return list(self.plan.failures.values())
@@ -116,15 +113,15 @@ class StudyRunner:
             if run.directory in self.active or run.directory in self.plan.failures:
                 continue
             if self.plan.is_finished(run):
-                self._tell(run, "finished before")
+                self._report(run, "finished before")
                 continue
             needs = self.plan.needs(run)
             failed = [r for r in needs if r.directory in self.plan.failures]
             if failed and not run.variant.is_trained:
                 self._fail(run, f"{failed[0].label} is not finished, so there is nothing to edit.")
             elif all(map(self._is_over, needs)):
-                if not self.plan.is_needed_whole(run) and self.plan.take(run):
-                    self._tell(run, "found in the store")
+                if not self.plan.needs_checkpoints(run) and self.plan.take(run):
+                    self._report(run, "found in the store")
                 elif self._advance(Making(run, self._commands(run))):
                     return True
         return False
@@ -172,41 +169,26 @@ class StudyRunner:
         """Yields the command lines that make a run, under its lock; each is asked for when the one before has ended.
 
         Raises:
-            FolderInUseError: another program makes it, or the trunk that must be trained for it.
+            FolderInUseError: another program makes it.
         """
         run.directory.mkdir(parents=True, exist_ok=True)
         with folder_lock(run.directory):
             if not self.plan.is_finished(run):
                 started = time.monotonic()
-                yield from self._training(run) if run.variant.is_trained else self._editing(run)
+                if run.variant.is_trained:
+                    yield [*(self.launcher or (sys.executable,)), "-m", _PRETRAIN, *self.plan.flags_of(run)]
+                else:
+                    yield from self._editing(run)
                 self._finish(run, started)
-
-    def _training(self, run: Run) -> Iterator[Sequence[str]]:
-        flags = self.plan.flags_of(run)
-        if run.length is not None and not store.whole_iterations(run.checkpoints):
-            trunk, leaves = self.plan.trunk_of(run), self.plan.leaving_point(run)
-            trunk.directory.mkdir(parents=True, exist_ok=True)
-            with folder_lock(trunk.directory):
-                if last_step(trunk) < leaves:
-                    yield self._pretraining([*self.plan.flags_of(trunk), "--exit-interval", str(leaves)])
-                reached = last_step(trunk)
-            if reached < leaves:
-                return  # it was stopped
-            # A trunk that is further has left this checkpoint behind: the branch is trained from the start, to the same result.
-            flags += ["--load", str(trunk.checkpoints)] if reached == leaves else []
-        yield self._pretraining(flags)
 
     def _editing(self, run: Run) -> Iterator[Sequence[str]]:
         source, edit = self.plan.source_of(run), run.variant.edit
         assert edit is not None
         if not store.whole_iterations(run.checkpoints):
-            places = ["--load-dir", str(source.checkpoints), "--save-dir", str(run.checkpoints)]
-            yield [sys.executable, "-m", "megatron_samoe.cli.edit", edit, *places]
+            folders = ["--load-dir", str(source.checkpoints), "--save-dir", str(run.checkpoints)]
+            yield [sys.executable, "-m", "megatron_samoe.cli.edit", edit, *folders]
         own = ["--run-dir", str(run.directory), "--use-checkpoint-args", "--no-load-optim", "--skip-train"]
-        yield [sys.executable, "-m", "megatron_samoe.cli.pretrain", *self.plan.flags_of(source), *own]
-
-    def _pretraining(self, flags: Sequence[str]) -> list[str]:
-        return [*(self.launcher or (sys.executable,)), "-m", "megatron_samoe.cli.pretrain", *flags]
+        yield [sys.executable, "-m", _PRETRAIN, *self.plan.flags_of(source), *own]
 
     def _finish(self, run: Run, started: float) -> None:
         if not self.plan.has_ended(run):
@@ -220,11 +202,11 @@ class StudyRunner:
         results_store.write_run_file(run.directory, self.plan.key_of(run), config)
         if self.plan.store is not None:
             results_store.put(self.plan.store, run.directory)
-        self._tell(run, f"validation loss {last_validation(run):.4f} ({time.monotonic() - started:.0f} s)")
+        self._report(run, f"validation loss {last_validation(run):.4f} ({time.monotonic() - started:.0f} s)")
 
-    def _tell(self, run: Run, what: str) -> None:
-        if run.directory not in self._told:
-            self._told.add(run.directory)
+    def _report(self, run: Run, what: str) -> None:
+        if run.directory not in self._reported:
+            self._reported.add(run.directory)
             self.say(f"{run.label}: {what}")
 
     def _fail(self, run: Run, why: str) -> None:

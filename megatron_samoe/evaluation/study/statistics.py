@@ -6,8 +6,9 @@ badly known; the spread that all trained models have in common is known better, 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -133,7 +134,7 @@ def own_half_width(differences: np.ndarray) -> float:
 def holm(p_values: Mapping[K, float]) -> dict[K, float]:
     """Returns p values corrected for their number by Holm's step-down method; those that are nan are not counted."""
     known = sorted((key for key, p in p_values.items() if not math.isnan(p)), key=p_values.__getitem__)
-    times = [min(p_values[key] * (len(known) - place), 1.0) for place, key in enumerate(known)]
+    times = [min(p_values[key] * (len(known) - number), 1.0) for number, key in enumerate(known)]
     corrected = map(float, np.maximum.accumulate(times or [0.0]))
     return {key: math.nan for key in p_values} | dict(zip(known, corrected, strict=False))
 
@@ -169,37 +170,6 @@ def seeds_needed(spread: float, margin: float, power: float = 0.8) -> int:
 
 
 @dataclass(frozen=True)
-class ScalingFit:
-    """loss = floor + a * active^-alpha * (total / active)^-gamma + b * tokens^-beta, with 95 % intervals by bootstrap.
-
-    Attributes:
-        parameters, low, high: floor, a, alpha, gamma, b, beta by name.
-        factors: by model, how many of its own parameters one shared parameter is worth; 1 by definition where none is shared.
-        factors_low, factors_high: its interval.
-        error: mean absolute error of the fit, nats.
-    """
-
-    parameters: Mapping[str, float]
-    low: Mapping[str, float]
-    high: Mapping[str, float]
-    factors: Mapping[str, float]
-    factors_low: Mapping[str, float]
-    factors_high: Mapping[str, float]
-    error: float
-
-    def predict(self, point: ScalingPoint) -> float:
-        """Returns the loss that the fit predicts for a model of a point's size, trained on its tokens."""
-        values = [self.parameters[name] for name in _NAMES]
-        return float(
-            _loss(
-                np.array(values),
-                np.array([[point.active, point.expert, point.tokens]]),
-                np.array([self.factors.get(point.model, 1.0)]),
-            )[0]
-        )
-
-
-@dataclass(frozen=True)
 class ScalingPoint:
     """One run: parameters that a token uses, parameters of all routed experts, tokens, loss in nats.
 
@@ -214,73 +184,77 @@ class ScalingPoint:
     loss: float
 
 
+@dataclass(frozen=True)
+class ScalingFit:
+    """loss = floor + a * active^-alpha * (total / active)^-gamma + b * tokens^-beta, sizes in millions.
+
+    Attributes:
+        values: floor, a, alpha, gamma, b and beta by name; by model, how many of its own parameters one shared parameter is worth.
+        low, high: their 95 % intervals by bootstrap; nan without any draw.
+        error: mean absolute error of the fit, nats.
+    """
+
+    values: Mapping[str, float]
+    low: Mapping[str, float]
+    high: Mapping[str, float]
+    error: float
+
+    def predict(self, point: ScalingPoint) -> float:
+        """Returns the loss that the fit expects."""
+        values = np.array([self.values[name] for name in _NAMES])
+        return float(_losses(values, _sizes([point]), self.values.get(point.model, 1.0))[0])
+
+
 _NAMES = ("floor", "a", "alpha", "gamma", "b", "beta")
 
 
-def _loss(values: np.ndarray, sizes: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    floor, a, alpha, gamma, b, beta = values
-    active, expert, tokens = sizes.T
-    total = active + np.maximum(factors * expert, 0.0)
-    return floor + a * (active / 1e6) ** -alpha * (total / active) ** -gamma + b * (tokens / 1e6) ** -beta
+def _sizes(points: Sequence[ScalingPoint]) -> np.ndarray:
+    """Returns active parameters, those of experts, and tokens [3, N], in millions."""
+    return np.array([(p.active, p.expert, p.tokens) for p in points]).T / 1e6
+
+
+def _losses(values: np.ndarray, sizes: np.ndarray, worth: np.ndarray | float) -> np.ndarray:
+    (floor, a, alpha, gamma, b, beta), (active, expert, tokens) = values, sizes
+    total = active + np.maximum(worth * expert, 0.0)
+    return np.asarray(floor + a * active**-alpha * (total / active) ** -gamma + b * tokens**-beta)
 
 
 def fit_scaling(points: Sequence[ScalingPoint], draws: int = 200) -> ScalingFit:
-    """Fits the scaling law to runs; intervals from fits to runs drawn anew, nan without any.
+    """Fits the scaling law to runs, by least squares that forgive outliers; intervals from fits to runs drawn anew.
 
     Raises:
         ValueError: there are fewer runs than numbers to fit.
     """
-    models = sorted({p.model for p in points} - {""})
-    if len(points) <= len(_NAMES) + len(models):
-        raise ValueError(f"{len(points)} runs cannot tell {len(_NAMES) + len(models)} numbers")
-    best = _fit(points, models, None)
-    rng, drawn = np.random.default_rng(0), []
-    for _ in range(draws):
-        chosen = [points[i] for i in rng.integers(0, len(points), len(points))]
-        drawn.append(_fit(chosen, models, best))
-    low, high = np.percentile(drawn, [2.5, 97.5], axis=0) if drawn else np.full((2, len(best)), np.nan)
-    count = len(_NAMES)
-    errors = _residuals(best, points, models)
+    names = [*_NAMES, *sorted({p.model for p in points} - {""})]
+    if len(points) <= len(names):
+        raise ValueError(f"{len(points)} runs cannot determine {len(names)} numbers")
 
-    def named(values: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
-        return (
-            {name: float(v) for name, v in zip(_NAMES, values[:count], strict=True)},
-            {name: float(v) for name, v in zip(models, values[count:], strict=True)},
-        )
+    def errors_of(chosen: Sequence[ScalingPoint]) -> Callable[[np.ndarray], np.ndarray]:
+        sizes, measured = _sizes(chosen), np.array([p.loss for p in chosen])
+        row = [names.index(p.model) if p.model else -1 for p in chosen]  # the last is the 1 of models that share none
+        return lambda values: _losses(values[: len(_NAMES)], sizes, np.append(values, 1.0)[row]) - measured
 
-    (found, factors), (lowest, factors_low), (highest, factors_high) = named(best), named(low), named(high)
-    return ScalingFit(found, lowest, highest, factors, factors_low, factors_high, float(np.abs(errors).mean()))
-
-
-def _fit(points: Sequence[ScalingPoint], models: Sequence[str], start: np.ndarray | None) -> np.ndarray:
-    least = min(p.loss for p in points)
-    starts = (
-        [start]
-        if start is not None
-        else [
-            np.array([least * share, least * (1 - share), alpha, 0.1, 1.0, beta, *[1.0] * len(models)])
-            for share in (0.3, 0.7)
-            for alpha in (0.1, 0.4)
-            for beta in (0.3, 0.7)
+    def fitted(chosen: Sequence[ScalingPoint], starts: Iterable[Sequence[float] | np.ndarray]) -> np.ndarray:
+        most = np.array([min(p.loss for p in chosen), *[np.inf] * (len(names) - 1)])
+        fits = [
+            optimize.least_squares(
+                errors_of(chosen),
+                np.clip(start, 1e-9, most - 1e-9),
+                bounds=(0.0, most),
+                loss="huber",
+                f_scale=0.01,
+            )
+            for start in starts
         ]
-    )
-    bounds = (np.zeros(len(starts[0])), np.array([least, *[np.inf] * (len(starts[0]) - 1)]))
-    fits = [
-        optimize.least_squares(
-            _residuals,
-            np.clip(s, bounds[0] + 1e-9, bounds[1] - 1e-9),
-            bounds=bounds,
-            args=(points, models),
-            loss="huber",
-            f_scale=0.01,
-        )
-        for s in starts
+        return np.asarray(min(fits, key=lambda fit: fit.cost).x)
+
+    least, worth = min(p.loss for p in points), [1.0] * (len(names) - len(_NAMES))
+    starts = [
+        [least * share, least * (1 - share), alpha, 0.1, 1.0, beta, *worth]
+        for share, alpha, beta in itertools.product((0.3, 0.7), (0.1, 0.4), (0.3, 0.7))
     ]
-    return min(fits, key=lambda f: f.cost).x
-
-
-def _residuals(values: np.ndarray, points: Sequence[ScalingPoint], models: Sequence[str]) -> np.ndarray:
-    sizes = np.array([[p.active, p.expert, p.tokens] for p in points])
-    by_model = dict(zip(models, values[len(_NAMES) :], strict=True))
-    factors = np.array([by_model.get(p.model, 1.0) for p in points])
-    return _loss(values[: len(_NAMES)], sizes, factors) - np.array([p.loss for p in points])
+    best, rng = fitted(points, starts), np.random.default_rng(0)
+    drawn = [fitted([points[i] for i in rng.integers(0, len(points), len(points))], [best]) for _ in range(draws)]
+    ends = np.percentile(drawn, [2.5, 97.5], axis=0) if drawn else np.full((2, len(names)), np.nan)
+    found, low, high = (dict(zip(names, map(float, row), strict=True)) for row in (best, *ends))
+    return ScalingFit(found, low, high, float(np.abs(errors_of(points)(best)).mean()))

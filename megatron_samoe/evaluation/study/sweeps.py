@@ -17,7 +17,7 @@ class Optimum:
     Attributes:
         value: of the option.
         loss: nats per token there, by the parabola.
-        edge: the side of the range where the best value that was tried lies; the optimum may then be beyond it.
+        edge: the side of the range where the best value that was tried is; the optimum may then be beyond it.
     """
 
     value: float
@@ -38,12 +38,12 @@ def optimum(losses: Mapping[float, float], between: bool = True) -> Optimum:
     if not known:
         return Optimum(values[0], math.inf, "low")
     best = min(known, key=lambda v: losses[v])
-    place = values.index(best)
-    if place == 0:
+    index = values.index(best)
+    if index == 0:
         return Optimum(best, losses[best], "low")
     if best == known[-1]:  # the range does not extend to a value that diverged
         return Optimum(best, losses[best], "high" if best == values[-1] else None)
-    near = values[place - 1 : place + 2]
+    near = values[index - 1 : index + 2]
     if not between or not all(math.isfinite(losses[v]) for v in near):
         return Optimum(best, losses[best])
     curve = np.polyfit(np.log(near), [losses[v] for v in near], 2)

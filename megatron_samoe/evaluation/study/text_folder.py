@@ -80,7 +80,7 @@ def prepare(folder: Path, output: Path, vocab_size: int, say: Callable[[str], No
         with folder_lock(output, patience_s=3600):  # of programs that share a study one makes the data, the others wait
             if not ready.is_file():
                 _make(folder, output, flags[:4], vocab_size, say)
-                ready.touch()  # last: it says that all of it is whole
+                ready.touch()  # last: it says that all of it is there
     return flags
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -21,14 +20,6 @@ from megatron_samoe.errors import DataError
 
 #: Of a larger validation set documents at even distances are decoded, about this number of tokens: a report shall not take minutes.
 MOST_TOKENS = 1 << 22
-
-
-@dataclass(frozen=True)
-class _Text:
-    """The text size of a dataset's tokens."""
-
-    num_bytes: int
-    num_tokens: int
 
 
 def bits_per_byte(loss: float, data: DataConfig, run_dir: Path | None = None) -> float | None:
@@ -59,14 +50,14 @@ def _bytes_per_token(data: DataConfig) -> float:
     files, blend = (data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file), split.blend
     texts = [_text_of(prefix, split.share, files) for prefix in blend.prefixes]
     if blend.weights is None:
-        return sum(text.num_bytes for text in texts) / sum(text.num_tokens for text in texts)
+        return sum(num_bytes for num_bytes, _ in texts) / sum(num_tokens for _, num_tokens in texts)
     weighted = zip(blend.weights, texts, strict=True)
-    return sum(weight * text.num_bytes / text.num_tokens for weight, text in weighted) / sum(blend.weights)
+    return sum(weight * num_bytes / num_tokens for weight, (num_bytes, num_tokens) in weighted) / sum(blend.weights)
 
 
 @lru_cache(maxsize=64)
-def _text_of(prefix: str, share: tuple[float, float], files: Sequence[str | None]) -> _Text:
-    """Returns the text of a share of a dataset; ends of documents are tokens without text."""
+def _text_of(prefix: str, share: tuple[float, float], files: Sequence[str | None]) -> tuple[int, int]:
+    """Returns bytes and tokens of the text of a share of a dataset; ends of documents are tokens without text."""
     tokenizer, dataset = build_tokenizer(files[0] or "", *files[1:]), IndexedDataset(prefix)
     first, last = sequences_of(dataset, share)
     documents = [(a, b) for a, b in pairwise(np.clip(dataset.document_indices, first, last).tolist()) if a < b]
@@ -78,4 +69,4 @@ def _text_of(prefix: str, share: tuple[float, float], files: Sequence[str | None
         num_bytes += len(tokenizer.decode(ids[ids != tokenizer.eod].tolist()).encode())
     if not num_bytes:
         raise DataError(f"{prefix} has no text.")
-    return _Text(num_bytes, num_seen)
+    return num_bytes, num_seen

@@ -1,7 +1,7 @@
-"""The one place where evaluation runs a model: batches of token rows through all pipeline stages, without a cache.
+"""Forward passes of evaluation: batches of token rows through all pipeline stages, without a cache.
 
 Rows are sorted by length and dealt to data-parallel ranks. Right of a row are padding tokens, which causal attention
-never looks at and, as no token is dropped outside training, cannot take another token's place at an expert: what a row
+never looks at and, as no token is dropped outside training, cannot take another token's room at an expert: what a row
 is given does not depend on what else is in its batch.
 """
 
@@ -52,7 +52,7 @@ def answer_queries(
     """Returns the answers in the queries' order, on every rank; all ranks of the layout call it together.
 
     Args:
-        batch_size: sequences of a forward pass on one data-parallel rank; as many as make BATCH_TOKENS if not given.
+        batch_size: sequences of a forward pass on one data-parallel rank; BATCH_TOKENS tokens if not given.
         progress: is called with how many queries were answered since it was last called.
     """
     parallel = loaded.model.state
@@ -68,7 +68,7 @@ def answer_queries(
     for start in range(0, len(batches), depth * parallel.dp.size):
         round_ = batches[start : start + depth * parallel.dp.size]
         mine = round_[parallel.dp.rank :: parallel.dp.size]
-        # Experts may be on other data-parallel ranks: all run as many batches as the one that has most.
+        # Experts may be on other data-parallel ranks: all run the number of batches of the one with most.
         mine += [[(loaded.tokenizer.eod,)]] * (-(-len(round_) // parallel.dp.size) - len(mine))
         numbers = [[groups.get(tokens, []) for tokens in batch] for batch in mine]
         own += _run(loaded, mine, numbers, queries)
@@ -131,21 +131,22 @@ def _answers(
     queries: Sequence[Query],
 ) -> Iterator[tuple[int, Answer]]:
     """Yields the answers of (row, query number) pairs; only the logits that they need leave their dtype."""
-    places: list[int] = []
+    positions: list[int] = []
     labels: list[int] = []
     counts: list[int] = []
     for b, number in wanted:
         query = queries[number]
         end = b * length + len(batch[b])
         count = max(1, len(query.labels))
-        places += range(end - count, end)
+        positions += range(end - count, end)
         labels += query.labels or (0,)
         counts.append(count)
     device = logits_TV.device
-    places_N, labels_N = torch.tensor(places, device=device), torch.tensor(labels, device=device)
+    positions_N, labels_N = torch.tensor(positions, device=device), torch.tensor(labels, device=device)
     losses_of, best_of = [], []
-    for start in range(0, len(places), LOSS_ROWS):  # in parts, as rows of a large vocabulary in fp32 take much memory
-        logits_NV = logits_TV[places_N[start : start + LOSS_ROWS]].float()
+    # In parts, as rows of a large vocabulary in fp32 take much memory.
+    for start in range(0, len(positions), LOSS_ROWS):
+        logits_NV = logits_TV[positions_N[start : start + LOSS_ROWS]].float()
         losses_of.append(model.loss(logits_NV, labels_N[start : start + LOSS_ROWS]))
         best_of.append(_argmax(logits_NV, model.state.tp))
     losses = torch.cat(losses_of).double().cpu().split(counts)

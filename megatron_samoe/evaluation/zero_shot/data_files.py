@@ -78,7 +78,7 @@ def read_rows(path: Path, labels_name: str = "") -> Iterator[tuple[str, Mapping[
         return
     labels, listed = read_file(labels_path).decode().split(), list(rows)
     if len(labels) != len(listed):
-        raise DataError(f"{path} has {len(listed)} rows, {labels_name} beside it {len(labels)} labels.")
+        raise DataError(f"{path} has {len(listed)} rows, {labels_name} next to it {len(labels)} labels.")
     for (where, row), label in zip(listed, labels, strict=True):
         yield where, {**row, "label": label}
 
@@ -123,7 +123,7 @@ def _text_rows(text: str, kind: str, path: Path) -> Iterator[tuple[int, Any]]:
     try:
         if kind == ".jsonl":
             raise ValueError("read as lines")
-        whole = parse_json(text)
+        parsed = parse_json(text)
     except ValueError:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -132,12 +132,12 @@ def _text_rows(text: str, kind: str, path: Path) -> Iterator[tuple[int, Any]]:
                 except ValueError as error:
                     raise DataError(f"{path.name}:{number} is no JSON: {error}.") from None
         return
-    if isinstance(whole, Mapping):
-        listed = [whole[name] for name in ("Data", "data") if isinstance(whole.get(name), list)]
-        whole = listed[0] if listed else [whole]
-    if not isinstance(whole, list):
-        raise DataError(f"{path.name} holds no rows, but {type(whole).__name__}.")
-    yield from enumerate(whole, 1)
+    if isinstance(parsed, Mapping):
+        listed = [parsed[name] for name in ("Data", "data") if isinstance(parsed.get(name), list)]
+        parsed = listed[0] if listed else [parsed]
+    if not isinstance(parsed, list):
+        raise DataError(f"{path.name} holds no rows, but {type(parsed).__name__}.")
+    yield from enumerate(parsed, 1)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -46,12 +46,12 @@ def split_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[l
     if not context:
         ids = tokenizer.encode(continuation)
         return [tokenizer.eod], _some(ids, continuation)
-    whole = _some(tokenizer.encode(context + continuation), context + continuation)
+    ids = _some(tokenizer.encode(context + continuation), context + continuation)
     # A tokenizer may join the two texts' border into the context's last token; something must be left to score.
-    split = min(len(tokenizer.encode(context)), len(whole) - 1)
+    split = min(len(tokenizer.encode(context)), len(ids) - 1)
     if split == 0:
-        return [tokenizer.eod], whole
-    return whole[:split], whole[split:]
+        return [tokenizer.eod], ids
+    return ids[:split], ids[split:]
 
 
 def _some(ids: list[int], text: str) -> list[int]:

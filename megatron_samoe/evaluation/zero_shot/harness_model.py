@@ -56,7 +56,7 @@ def harness_model(loaded: LoadedModel, batch_size: int | None = None, progress: 
             return [(score.loglikelihood, score.is_greedy) for score in scores]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-            """Returns the log-likelihood of each request's whole text."""
+            """Returns the log-likelihood of each request's text."""
             documents = [Document("", request.args[0]) for request in requests]
             return [value for value, _ in self.predictor.loglikelihood_of(documents)]
 

@@ -51,7 +51,7 @@ class ModelPredictor:
         return scores
 
     def loglikelihood_of(self, documents: Sequence[Document]) -> list[tuple[float, int]]:
-        """Returns (log-likelihood, tokens) of whole texts, in rolling windows."""
+        """Returns (log-likelihood, tokens) of texts, in rolling windows."""
         rows = [self.loaded.tokenizer.encode(document.text) for document in documents]
         windows = [rolling_queries(ids, self.loaded.tokenizer.eod, self.seq_length) for ids in rows]
         answers = iter(self._answer([query for part in windows for query in part], "corpus"))
@@ -106,7 +106,7 @@ def _new_text(
 ) -> tuple[str, bool]:
     """Returns (text after the prompt and before the first stop, whether a stop was found)."""
     # Decoded together with the prompt's end: a token's text can depend on the one before it.
-    whole, start = decode(ids[prompt_length - 1 :]), decode(ids[prompt_length - 1 : prompt_length])
-    text = whole[len(start) :] if whole.startswith(start) else decode(ids[prompt_length:])
-    ends = [place for place in (text.find(stop) for stop in until) if place >= 0]
+    decoded, start = decode(ids[prompt_length - 1 :]), decode(ids[prompt_length - 1 : prompt_length])
+    text = decoded[len(start) :] if decoded.startswith(start) else decode(ids[prompt_length:])
+    ends = [position for position in (text.find(stop) for stop in until) if position >= 0]
     return (text[: min(ends)], True) if ends else (text, False)

@@ -133,7 +133,7 @@ def _metric(task: Any, samples: Sequence[JsonObject], key: str, value: float) ->
 
 
 def evaluate_corpus(name: str, documents: Sequence[Document], predictor: ModelPredictor) -> TaskResult:
-    """Returns a model's perplexity on whole texts, per token, byte and word.
+    """Returns a model's perplexity on texts, per token, byte and word.
 
     Bytes (UTF-8) and words are those of the texts before any tokenizer. Words are separated by runs of white space,
     counted as lm-evaluation-harness does: an empty part at an end counts.

@@ -23,22 +23,8 @@ from tests.harness.serving import save_tiny
 from tests.harness.tables import table
 
 TABLE = table(__file__, tuples=False)
-OPTIONS = {
-    "num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 16, "num_experts": 2,
-    "micro_batch_size": 2, "global_batch_size": 2, "train_iters": 2, "eval_interval": 2, "eval_iters": 1,
-    "log_interval": 1, "lr": 0.01, "mock_data": True, "tokenizer_type": "ByteTokenizer", "num_threads": 1,
-}  # fmt: skip
-STUDY = {
-    "title": "Two",
-    "config": "base.yaml",
-    "seeds": [1, 2],
-    "baseline": "own experts",
-    "runs": {
-        "own experts": {"expert-layout": "moe"},
-        "one pool": {"expert-layout": "samoe", "num-expert-banks": 2, "samoe-freeze-coefficients": True},
-    },
-    "derived": {"one pool, one bank": {"from": "one pool", "edit": "select"}},
-}
+OPTIONS = TABLE["options"]
+STUDY = TABLE["study"]
 
 
 def write_study(folder: Path, **changes: object) -> Path:
@@ -75,16 +61,7 @@ def test_a_study_without_runs_says_what_is_missing(tmp_path: Path) -> None:
 
 
 #: Arms by name, their options, and how tables name what their four layers share.
-SHARING = {
-    "own": ({"expert-layout": "moe"}, "own"),
-    "combined": ({"expert-layout": "samoe", "num-expert-banks": 3}, "combined (3 banks)"),
-    "tied": ({"expert-layout": "moe", "expert-sharing": "tied", "num-expert-sets": 2}, "tied 0*2,1*2"),
-    "a map": ({"expert-layout": "moe", "expert-sharing": [0, 1, 1, 0]}, "tied 0,1*2,0"),
-    "scaled": ({"expert-layout": "moe", "expert-sharing": "scaled:0*4"}, "scaled 0*4"),
-    "one for all": ({"expert-layout": "moe", "expert-sharing": "pool"}, "pool"),
-    "ends apart": ({"expert-layout": "moe", "expert-sharing": "own,combined*2,own"}, "own,combined*2,own (2 banks)"),
-    "dense": ({"expert-layout": "dense"}, "-"),
-}
+SHARING = TABLE["sharing"]
 
 
 def test_arms_may_share_experts_in_every_way(tmp_path: Path) -> None:
@@ -106,13 +83,13 @@ def test_results_name_what_layers_share(tmp_path: Path) -> None:
         record = {"iteration": 1, "validation_loss": 2.0, "validation_perplexity": math.exp(2.0)}
         (run.directory / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     [comparison] = collect(study, plan)
-    results = comparison.variants
-    assert (comparison.size, comparison.steps, comparison.seeds) == ("", None, [1])
-    head, own, tied = results_table(study, results)
+    assert (comparison.size, comparison.seeds) == ("", [1])
+    head, own, tied = results_table(study, comparison)
     assert (own[head.index("sharing")], tied[head.index("sharing")]) == ("own", "tied 0*2")
-    assert [r.sharing for r in results] == ["own", "tied 0*2"]
-    assert results[0].expert_parameters == 2 * results[1].expert_parameters, "one set in place of two layers' own"
-    assert results[0].active_parameters == results[1].active_parameters and not unequal_arms(study, results)
+    first, second = comparison.to_json()["variants"]
+    assert [first["sharing"], second["sharing"]] == ["own", "tied 0*2"]
+    assert first["expert_parameters"] == 2 * second["expert_parameters"], "one set in place of two layers' own"
+    assert first["active_parameters"] == second["active_parameters"] and not unequal_arms(study, comparison.groups)
 
 
 @pytest.mark.parametrize(("edit", "sharing"), [("select", "tied"), ("select", "pool"), ("fold", "own")])
@@ -176,22 +153,19 @@ def test_an_option_that_is_not_known_is_refused_by_its_run(tmp_path: Path) -> No
 
 
 #: Everything that a study may ask for, at once.
-WHOLE = {
-    "title": "Whole",
-    "seeds": [1],
-    "baseline": "own",
-    "runs": {"own": {"expert-layout": "moe", "lr": 0.01}, "pool": {"expert-layout": "samoe", "num-expert-banks": 2}},
-    "derived": {"one bank": {"from": "pool", "edit": "select"}},
-    "sweep": {"option": "lr", "values": ["1e-3", 4e-3, 1.6e-2], "train-iters": 3, "extensions": 0},
-    "branches": [5],
-    "gates": [{"arm": "pool", "baseline": "own", "at-most": 9}],
+WHOLE = TABLE["whole"]
+SLOW_DECAY = {
+    **OPTIONS,
+    "train_iters": 10,
+    "eval_interval": 100,
+    "lr_decay_style": "WSD",
+    "lr_wsd_decay_iters": 4,
+    "moe_router_lr_mult": 1.0,
 }
-SLOW_DECAY = {**OPTIONS, "train_iters": 10, "eval_interval": 100, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 4,
-              "moe_router_lr_mult": 1.0}  # fmt: skip
 
 
-def write_whole(folder: Path, **changes: object) -> Path:
-    """Writes a study of sweeps, branches, edits and gates."""
+def write_atomically(folder: Path, **changes: object) -> Path:
+    """Writes a study of sweeps, edits and gates."""
     path = write_study(folder, **{**WHOLE, **changes})
     (folder / "base.yaml").write_text(yaml.safe_dump(SLOW_DECAY))
     return path
@@ -199,7 +173,7 @@ def write_whole(folder: Path, **changes: object) -> Path:
 
 def test_a_gate_without_a_baseline_looks_at_its_arm_alone(tmp_path: Path) -> None:
     gate = {"arm": "pool", "load-entropy": 0.9, "by-step": 4}
-    study = read_study(write_whole(tmp_path, derived=None, sweep=None, branches=None, gates=[gate]))
+    study = read_study(write_atomically(tmp_path, derived=None, sweep=None, gates=[gate]))
     plan = StudyPlan(study, tmp_path, ())
     run = next(run for run in plan.plan() if run.variant.name == "pool")
     assert problems_of(plan, study.gates[0]) == []
@@ -213,13 +187,18 @@ def test_a_gate_without_a_baseline_looks_at_its_arm_alone(tmp_path: Path) -> Non
 
 def test_a_dense_arm_leaves_out_what_experts_share(tmp_path: Path) -> None:
     runs = {"dense": {"expert-layout": "dense"}, "own": {"expert-layout": "moe"}}
-    study = read_study(write_whole(tmp_path, runs=runs, derived=None, sweep=None, branches=None, gates=None))
+    study = read_study(write_atomically(tmp_path, runs=runs, derived=None, sweep=None, gates=None))
     dense, own = (StudyPlan(study, tmp_path, ()).config_of(run) for run in plan_runs(study, tmp_path))
     assert (dense.optimizer.moe_router_lr_mult, own.optimizer.moe_router_lr_mult) == (0.5, 1.0)
     typo = read_study(
-        write_whole(tmp_path, runs={"dense": {"expert-layout": "dense", "moe-router-lr-mult": 1.0}, "own": {}}, derived=None,
-                    sweep=None, branches=None, gates=None)
-    )  # fmt: skip
+        write_atomically(
+            tmp_path,
+            runs={"dense": {"expert-layout": "dense", "moe-router-lr-mult": 1.0}, "own": {}},
+            derived=None,
+            sweep=None,
+            gates=None,
+        )
+    )
     with pytest.raises(ConfigError, match="--moe-router-lr-mult"):  # what an arm itself asks for is refused, not hidden
         StudyPlan(typo, tmp_path, ()).config_of(plan_runs(typo, tmp_path)[0])
     common = ("--moe-router-lr-mult", "1.0", "--expert-layout", "moe")
@@ -232,7 +211,7 @@ def test_a_dense_arm_leaves_out_what_experts_share(tmp_path: Path) -> None:
 def test_an_option_of_experts_is_not_swept_for_a_dense_model(tmp_path: Path) -> None:
     runs = {"dense": {"expert-layout": "dense"}, "own": {"expert-layout": "moe"}}
     sweep = {"option": "moe-expert-lr-mult", "values": [0.25, 0.5, 1.0]}
-    study = read_study(write_whole(tmp_path, runs=runs, derived=None, sweep=sweep, branches=None, gates=None))
+    study = read_study(write_atomically(tmp_path, runs=runs, derived=None, sweep=sweep, gates=None))
     plan = StudyPlan(study, tmp_path, ())
     swept = [run for run in plan.all_runs() if run.swept is not None]
     assert [(run.variant.name, run.swept) for run in swept] == [("own", 0.25), ("own", 0.5), ("own", 1.0)]
@@ -240,7 +219,7 @@ def test_an_option_of_experts_is_not_swept_for_a_dense_model(tmp_path: Path) -> 
 
 
 def test_keys_tell_what_decides_a_result(tmp_path: Path) -> None:
-    runner = StudyPlan(read_study(write_whole(tmp_path)), tmp_path, ())
+    runner = StudyPlan(read_study(write_atomically(tmp_path)), tmp_path, ())
     run = runner.plan()[0]
     key = runner.key_of(run)
     other = [

@@ -16,11 +16,11 @@ import yaml
 
 from megatron_samoe.cli.report import main as report_main
 from megatron_samoe.cli.study import main
-from megatron_samoe.dist_checkpointing.folder_lock import FolderInUseError, folder_lock
+from megatron_samoe.dist_checkpointing.folder_lock import folder_lock
 from megatron_samoe.evaluation.study.definition import read_study
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.runner import StudyRunner
-from tests.unit.evaluation.test_study import OPTIONS, write_study, write_whole
+from tests.unit.evaluation.test_study import OPTIONS, write_study, write_atomically
 
 
 def program(study: Path, *words: str) -> list[str]:
@@ -93,32 +93,24 @@ def test_a_signal_to_the_study_ends_its_run_with_a_checkpoint(tmp_path: Path) ->
 
 
 @pytest.mark.night
-def test_sweeps_branches_and_a_store_make_one_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    study, store = write_whole(tmp_path), tmp_path / "store"
+def test_sweeps_lengths_and_a_store_make_one_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lengths = {"10": {}, "5": {"train-iters": 5, "lr-wsd-decay-iters": 2}}
+    study, store = write_atomically(tmp_path, sizes=lengths), tmp_path / "store"
     command = [str(study), "--store", str(store), "--full-priority", "--jobs", "2"]
     assert main([*command, "--output-dir", str(tmp_path / "a")]) == 0, capfd.readouterr()
     results = json.loads((tmp_path / "a/results.json").read_text())
     assert [v["name"] for v in results["variants"]] == ["own", "pool", "one bank"]
-    assert [(other["steps"], len(other["variants"])) for other in results["others"]] == [(5, 2)]
-    assert [o["variant"] for o in results["optima"]] == ["pool"], "the other's rate is fixed"
-    found = next(o["value"] for o in results["optima"] if o["variant"] == "pool")
-    flags = next(c for c in results["commands"] if "a/pool/seed-1" in c)
+    assert [[(v["name"], v["steps"]) for v in other["variants"]] for other in results["others"]] == [
+        [("own", 5), ("pool", 5), ("one bank", None)]
+    ]
+    assert [o["variant"] for o in results["optima"]] == ["pool", "pool"], "the other's rate is fixed"
+    found = results["optima"][0]["value"]
+    flags = next(c for c in results["commands"] if "a/10/pool/seed-1" in c)
     assert f"--lr {found:.6g}" in flags
-    page = (tmp_path / "a/status.html").read_text()
-    assert "8 of 8 runs finished" in page and "data:image/png;base64" in page
 
     assert report_main(["--study", str(tmp_path / "a/results.json"), "--output", str(tmp_path / "report.html")]) == 0
     for plot in ("differences", "lengths"):
         assert (tmp_path / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
-
-    # A branch is what a run of its own length would be.
-    branch = json.loads((tmp_path / "a/own/steps-5/seed-1/metrics.jsonl").read_text().splitlines()[-1])
-    alone = ["--train-iters", "5", "--lr-wsd-decay-iters", "2", "--lr"]
-    pretrain = [sys.executable, "-m", "megatron_samoe", "pretrain", "--config", str(tmp_path / "base.yaml"), "--expert-layout", "moe",
-                "--seed", "1", "--run-dir", str(tmp_path / "alone"), *alone, "0.01"]  # fmt: skip
-    subprocess.run(pretrain, check=True, capture_output=True)
-    expected = json.loads((tmp_path / "alone/metrics.jsonl").read_text().splitlines()[-1])
-    assert branch["iteration"] == 5 and branch["validation_loss"] == expected["validation_loss"]
 
     # The store holds all of it: elsewhere nothing is trained again, and the results are the same.
     capfd.readouterr()
@@ -132,11 +124,14 @@ def test_sweeps_branches_and_a_store_make_one_study(tmp_path: Path, capfd: pytes
 
 @pytest.mark.night
 def test_a_gate_stops_a_study_whose_regime_is_wrong(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    study = write_whole(
-        tmp_path, sweep=None, branches=None, derived=None, seeds=[1],
+    study = write_atomically(
+        tmp_path,
+        sweep=None,
+        derived=None,
+        seeds=[1],
         runs={"own": {"expert-layout": "moe"}, "pool": {"expert-layout": "samoe"}, "never": {"expert-layout": "moe"}},
         gates=[{"arm": "pool", "baseline": "own", "at-most": -9}],
-    )  # fmt: skip
+    )
     assert main([str(study), "--output-dir", str(tmp_path / "runs"), "--full-priority"]) == 1
     said = capfd.readouterr()
     assert "stops at a gate: pool - own is" in said.err and "at most -9" in said.err
@@ -147,7 +142,7 @@ def test_a_gate_stops_a_study_whose_regime_is_wrong(tmp_path: Path, capfd: pytes
 @pytest.mark.parametrize("kills", [2, 20])
 def test_a_study_killed_at_random_points_comes_to_the_same_results(tmp_path: Path, kills: int) -> None:
     runs = {"pool": {"expert-layout": "samoe", "num-expert-banks": 2}}
-    study = write_whole(tmp_path, sweep=None, gates=None, runs=runs, baseline="pool")
+    study = write_atomically(tmp_path, sweep=None, gates=None, runs=runs, baseline="pool")
     command = program(study, "--jobs", "2", "--save-interval", "1")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run([*command, "--output-dir", str(whole)], check=True, capture_output=True)
@@ -191,42 +186,29 @@ def test_a_study_that_is_held_holds_its_run_until_it_may_go_on(tmp_path: Path) -
 
 
 def test_what_another_program_makes_is_left_to_it(tmp_path: Path) -> None:
-    """A run's folder is its claim; a branch claims its trunk as well, as long as that has to be trained for it."""
-    study = read_study(write_whole(tmp_path, sweep=None, derived=None, gates=None))
-    runner = StudyRunner(StudyPlan(study, tmp_path / "runs", ()))
-    branch, *others = [run for run in runner.plan.all_runs() if run.length is not None]
-    trunk = runner.plan.trunk_of(branch)
-
-    def claimed() -> list[Path]:
-        """Folders in the order in which a program takes runs if none of them ends."""
-        taken: list[Path] = []
-        runner._started = lambda run, command: taken.append(run.directory)  # type: ignore
+    """A run's folder is its claim."""
+    runner = StudyRunner(StudyPlan(read_study(write_study(tmp_path, derived=None)), tmp_path / "runs", ()))
+    started: list[Path] = []
+    runner._started = lambda run, command: started.append(run.directory)  # type: ignore
+    first, *others = [run.directory for run in runner.plan.all_runs()]
+    first.mkdir(parents=True)
+    with folder_lock(first):
         while runner._start_next():
             pass
-        for making in list(runner.active.values()):
-            runner._close(making)
-        return taken
-
-    every = claimed()
-    assert every == [branch.directory, *(run.directory for run in others)], "trunks go on when their branches are done"
-    for folder in (branch.directory, trunk.directory):  # the branch would have to train its trunk
-        with folder_lock(folder):
-            assert claimed() == every[1:]
-    commands = runner._commands(branch)
-    assert str(trunk.directory) in next(commands), "its trunk comes first"
-    with pytest.raises(FolderInUseError), folder_lock(trunk.directory):
-        pass
+    assert started == others
+    for making in list(runner.active.values()):
+        runner._close(making)
 
 
 def test_a_part_is_some_runs_and_all_that_they_need(tmp_path: Path) -> None:
-    study = read_study(write_whole(tmp_path, seeds=[1, 2], gates=None))
+    study = read_study(write_atomically(tmp_path, seeds=[1, 2], gates=None))
     plan = StudyPlan(study, tmp_path / "runs", ())
     runs = {plan.name_of(run): run for run in plan.all_runs()}
     swept = [name for name, run in runs.items() if run.swept is not None]
     assert swept == ["pool/lr-0.001/seed-1", "pool/lr-0.004/seed-1", "pool/lr-0.016/seed-1"]
     needed = [plan.name_of(run) for run in plan.chosen(["one-bank/seed-2"])]
-    assert needed == [*swept, "pool/steps-5/seed-2", "pool/seed-2", "one-bank/seed-2"]
-    assert [plan.name_of(run) for run in plan.chosen(["own/steps-5/seed-1"])] == ["own/steps-5/seed-1"]
+    assert needed == [*swept, "pool/seed-2", "one-bank/seed-2"]
+    assert [plan.name_of(run) for run in plan.chosen(["own/seed-1"])] == ["own/seed-1"]
     assert plan.chosen(None) == plan.all_runs()
 
 

@@ -111,21 +111,14 @@ def test_a_scaling_fit_finds_what_made_the_losses() -> None:
     for active in (0.5e6, 1e6, 2e6, 4e6):
         for tokens in (1e6, 3e6, 6e6):
             for model, expert, worth in (("", 0.0, 1.0), ("", 16 * active, 1.0), ("samoe", 4 * active, 2.0)):
-                points.append(
-                    ScalingPoint(
-                        model,
-                        active,
-                        expert,
-                        tokens,
-                        loss(active, active + worth * expert, tokens) + rng.normal(0, 0.001),
-                    )
-                )
+                measured = loss(active, active + worth * expert, tokens) + rng.normal(0, 0.001)
+                points.append(ScalingPoint(model, active, expert, tokens, measured))
     fit = fit_scaling(points, draws=8)
     assert fit.error < 0.002
-    assert fit.factors_low["samoe"] < 2.0 < fit.factors_high["samoe"] and abs(fit.factors["samoe"] - 2) < 0.5
+    assert fit.low["samoe"] < 2.0 < fit.high["samoe"] and abs(fit.values["samoe"] - 2) < 0.5
     larger = ScalingPoint("samoe", 8e6, 32e6, 6e6, math.nan)
     assert fit.predict(larger) == pytest.approx(loss(8e6, 8e6 + 2 * 32e6, 6e6), abs=0.02)
-    with pytest.raises(ValueError, match="cannot tell"):
+    with pytest.raises(ValueError, match="cannot determine"):
         fit_scaling(points[:5])
 
 

@@ -121,7 +121,7 @@ def test_labels_beside_the_data_must_be_as_many(tmp_path: Path) -> None:
     (tmp_path / "valid.jsonl").write_text(lines({"goal": "a", "sol1": "b", "sol2": "c"}) * 2)
     for labels in ("1\n", "1\n0\n1\n"):
         (tmp_path / "valid-labels.lst").write_text(labels)
-        with pytest.raises(DataError, match=r"has 2 rows, valid-labels\.lst beside it [13] labels"):
+        with pytest.raises(DataError, match=r"has 2 rows, valid-labels\.lst next to it [13] labels"):
             TaskLoader(tmp_path).load("piqa")
 
 
