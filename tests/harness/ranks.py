@@ -1,11 +1,12 @@
 """Runs a function on several rank processes inside one pytest function.
 
-Processes come from a fork server that has torch and the package loaded, talk over gloo through a file store, use one
-thread each, and bring back their results or the first failure's traceback.
+Processes come from a fork server that has torch and the package loaded, or one that has more, talk over gloo through a file
+store, use one thread each, and bring back their results or the first failure's traceback.
 """
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import pickle
@@ -15,34 +16,47 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
 _context = multiprocessing.get_context("forkserver")
 # What ranks and programs would import each for itself, which would be most of a short one's time: the first optimizer of a
 # process imports torch._dynamo, and a test's module the tools of tests.
-_context.set_forkserver_preload(
-    (
-        "torch torch._dynamo torch.distributed.checkpoint torch.utils.tensorboard torch.distributed.run "
-        "megatron_samoe.cli.pretrain pytest hypothesis tests.harness.layout_training tests.harness.frozen"
-    ).split()
-)
+_LOADED = (
+    "torch torch._dynamo torch.distributed.checkpoint torch.utils.tensorboard torch.distributed.run "
+    "megatron_samoe.cli.pretrain pytest hypothesis tests.harness.layout_training"
+).split()
+_context.set_forkserver_preload([*_LOADED, "tests.harness.frozen"])
+
+
+@functools.cache
+def _server(more: tuple[str, ...]) -> Any:
+    """Returns a fork server that has more modules loaded."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload([*_LOADED, *more, "tests.harness.frozen"])
+    return server
 
 
 class RankFailure(AssertionError):
     """A rank raised, died or hung; the message has its traceback."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, more: tuple[str, ...] = ()
+) -> list[Any]:
     """Returns [function(*args) on rank r for r in range(world_size)], with torch.distributed initialized for more than
     one rank.
 
     Args:
         function: importable from its module; its result must be picklable.
+        more: modules that a fork server of their own has loaded, where each rank would import them for seconds.
 
     Raises:
         RankFailure: with the traceback of the rank that failed first.
     """
+    connect = _server(more).connect_to_new_process if more else forkserver.connect_to_new_process
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []
         for rank in range(world_size):
@@ -51,7 +65,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 target=_rank_main,
                 args=(function, rank, world_size, os.path.join(folder, "store"), there, timeout_s, args),
             )
-            process.start()
+            with mock.patch.object(forkserver, "connect_to_new_process", connect):
+                process.start()
             there.close()
             processes.append(process)
             pipes.append(here)
