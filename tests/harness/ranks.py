@@ -7,9 +7,12 @@ store, use one thread each, and bring back their results or the first failure's 
 from __future__ import annotations
 
 import functools
+import linecache
 import multiprocessing
 import os
 import pickle
+import re
+import reprlib
 import signal
 import tempfile
 import time
@@ -98,6 +101,17 @@ def _collect(processes: list[Any], pipes: list[Connection], deadline: float) -> 
     return [results[rank] for rank in range(len(pipes))]
 
 
+def told(error: BaseException) -> str:
+    """Returns the traceback of an error, and the values of what a failed assertion names, which pytest shows of its own."""
+    text = "".join(traceback.format_exception(error))
+    if not isinstance(error, AssertionError) or error.__traceback__ is None:
+        return text
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    named = re.findall(r"\w+", linecache.getline(frame.f_code.co_filename, line))
+    values = {name: frame.f_locals[name] for name in dict.fromkeys(named) if name in frame.f_locals}
+    return text + "".join(f"    {name} = {reprlib.repr(value)}\n" for name, value in values.items())
+
+
 def _rank_main(
     function: Callable[..., Any], rank: int, world_size: int, store: str, pipe: Connection, timeout_s: float, args: Any
 ) -> None:
@@ -118,8 +132,8 @@ def _rank_main(
             )
         # Plain pickle copies tensors; multiprocessing's own would share memory that dies with this process.
         pipe.send_bytes(pickle.dumps((True, function(*args))))
-    except BaseException:
-        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+    except BaseException as error:
+        pipe.send_bytes(pickle.dumps((False, told(error))))
     finally:
         pipe.close()
         if dist.is_initialized():
