@@ -154,7 +154,7 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any], rtol: float) -
     """
     for key in ("losses", "norms", "balance", "divergences", "expert_norms"):
         found, wanted = torch.as_tensor(actual[key]), torch.as_tensor(expected[key])
-        said = f"{key} by step are {found.tolist()}, in one process {wanted.tolist()}: "
+        said = f"{key} are {found.tolist()}, in one process {wanted.tolist()}: "
         most = 10 * rtol if key == "expert_norms" else rtol
         torch.testing.assert_close(found, wanted, rtol=most, atol=0.0, msg=lambda m, said=said: said + m)
     assert actual["gradients"].keys() == expected["gradients"].keys()
