@@ -18,6 +18,7 @@ from megatron_samoe.row_exchange.all_to_all import all_to_all_rows, exchange_cou
 from megatron_samoe.row_exchange.nccl_communicator import nccl_problem
 from tests.distributed.test_overlapped_dispatch import round_trip
 from tests.harness import nccl_library
+from tests.harness.compiled import ROOT, compile_one
 from tests.harness.mortal_ranks import run_mortal_ranks
 from tests.harness.ranks import run_ranks
 
@@ -156,13 +157,10 @@ def test_a_dispatch_in_parts_equals_one_in_one(library):
 
 
 def test_the_device_is_asked_in_the_right_order(library, tmp_path):
-    folder, program = nccl_library.ROOT / "cpp_ext", str(tmp_path / "check")
+    folder, program = ROOT / "cpp_ext", str(tmp_path / "check")
     names = ("all_to_all", "cuda_queue", "cuda_runtime", "nccl_all_to_all", "nccl_end", "nccl_api")
     sources = ["testing/row_exchange/check_nccl.cpp", *(f"comm/{name}.cpp" for name in names)]
-    subprocess.run(
-        ["g++", "-std=c++17", "-pthread", *(str(folder / source) for source in sources), "-ldl", "-o", program],
-        check=True,
-    )
+    compile_one(["g++", "-std=c++17", "-pthread", *(str(folder / source) for source in sources), "-ldl", "-o", program])
     environment = {**os.environ, "MEGATRON_SAMOE_NCCL_LIB": library}
     result = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert result.stdout == "all well\n" and result.returncode == 0, result.stdout + result.stderr
@@ -274,15 +272,15 @@ def test_without_nccl_all_fall_back_and_the_search_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("version, shown", [(21706, "2.17.6"), (30001, "3.0.1")])
-def test_a_library_of_another_time_is_refused(tmp_path, version, shown):
-    library = nccl_library.build(tmp_path, f"-DFAKE_NCCL_VERSION={version}")
-    problem = run_ranks(_wrong_library, 2, library)[0]
+def test_a_library_of_another_time_is_refused(library, version, shown):
+    problem = run_ranks(_wrong_library, 2, library, str(version))[0]
     assert (
         f"it is NCCL {shown}, and 2.18 or a later NCCL 2 is needed" in problem and "MEGATRON_SAMOE_NCCL_LIB" in problem
     )
 
 
-def _wrong_library(path: str) -> str:
+def _wrong_library(path: str, version: str = "") -> str:
+    os.environ.update({"FAKE_NCCL_VERSION": version} if version else {})
     assert nccl_library.communicator(path) is None
     return nccl_problem()
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import load_model
 from tests.extending.starcoder2 import ENTRIES, FAMILY
 from tests.harness.pairs import first_by_day
-from tests.harness.program import REPOSITORY
+from tests.harness.program import call
 from tests.unit.evaluation.zero_shot_models import loaded_model
 
 transformers = pytest.importorskip("transformers", minversion="4.56")
@@ -35,18 +34,26 @@ def package(folder: Path, value: str = "tests.extending.starcoder2:FAMILY") -> P
     return folder
 
 
-def convert(installed: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(installed), str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_samoe", "convert", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Yields what lets Python find a folder's packages until the test ends."""
+
+    def found(folder: Path) -> None:
+        monkeypatch.syspath_prepend(folder)
+        families.families.cache_clear()
+
+    yield found
+    families.families.cache_clear()
+
+
+def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return call("megatron_samoe.cli.convert", *map(str, arguments))
 
 
 @pytest.mark.parametrize("tied", first_by_day([True, False]))
-def test_a_family_of_another_package_goes_in_and_out(tmp_path: Path, tied: bool) -> None:
+def test_a_family_of_another_package_goes_in_and_out(
+    tmp_path: Path, tied: bool, install: Callable[[Path], None]
+) -> None:
     torch.manual_seed(1)
     config = transformers.Starcoder2Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
@@ -57,11 +64,11 @@ def test_a_family_of_another_package_goes_in_and_out(tmp_path: Path, tied: bool)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path / "theirs")
-    installed = package(tmp_path / "installed")
-    unknown = convert(tmp_path, "--load-dir", tmp_path / "theirs", "--save-dir", tmp_path / "no")
+    unknown = convert("--load-dir", tmp_path / "theirs", "--save-dir", tmp_path / "no")
     assert unknown.returncode == 2 and "starcoder2" in unknown.stderr and "is not a family" in unknown.stderr
+    install(package(tmp_path / "installed"))
     for source, target, way in (("theirs", "ours", "native"), ("ours", "back", "hf")):
-        done = convert(installed, "--load-dir", tmp_path / source, "--save-dir", tmp_path / target, "--to", way)
+        done = convert("--load-dir", tmp_path / source, "--save-dir", tmp_path / target, "--to", way)
         assert done.returncode == 0, done.stderr
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     assert type(back) is type(model)
@@ -99,17 +106,13 @@ def test_a_task_of_another_folder_is_scored() -> None:
     ),
 )
 def test_a_wrong_entry_point_is_named(
-    tmp_path: Path, value: str, problem: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, value: str, problem: str, install: Callable[[Path], None]
 ) -> None:
-    monkeypatch.syspath_prepend(package(tmp_path, value))
-    families.families.cache_clear()
-    try:
-        with pytest.raises(ConfigError, match=problem) as caught:
-            families.families()
-        assert caught.value.field == "megatron_samoe.hf_families: starcoder2 of outside"
-    finally:
-        families.families.cache_clear()
-    done = convert(tmp_path, "--load-dir", tmp_path, "--save-dir", tmp_path / "new")
+    install(package(tmp_path, value))
+    with pytest.raises(ConfigError, match=problem) as caught:
+        families.families()
+    assert caught.value.field == "megatron_samoe.hf_families: starcoder2 of outside"
+    done = convert("--load-dir", tmp_path, "--save-dir", tmp_path / "new")
     assert done.returncode == 2 and problem in done.stderr and "Traceback" not in done.stderr
 
 

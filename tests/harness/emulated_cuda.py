@@ -6,18 +6,14 @@ the ops under a namespace of its own.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from megatron_samoe.ops import schemas
+from tests.harness.compiled import ROOT, compile_all, compile_one
 
-ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted((ROOT / "cpp_ext" / "kernels" / "cuda").glob("*.cu"))
 BINDINGS = sorted((ROOT / "cpp_ext" / "bindings").rglob("*_cuda.cpp"))
 NAMESPACE = "megatron_samoe_emulated"
@@ -37,23 +33,6 @@ _WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-math-errno", "-U_FORTIFY_SOURCE", *_WARNINGS]
 
 
-def compiler() -> list[str]:
-    """Returns g++, through ccache where that is at hand."""
-    return ["ccache", "g++"] if shutil.which("ccache") else ["g++"]
-
-
-def run_all(commands: list[list[str]]) -> list[str]:
-    """Runs commands side by side in the source tree and returns what each said as errors; a failure raises with all of it."""
-
-    def run(command: list[str]) -> str:
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
-        return result.stderr
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return list(pool.map(run, commands))
-
-
 def build_library(folder: Path) -> Path:
     """Compiles the library into a folder and returns its path."""
     torch_folder = Path(torch.__file__).parent
@@ -70,10 +49,10 @@ def build_library(folder: Path) -> Path:
     torch_flags += ["-DSAMOE_CUDA_KEY=CPU", f"-DSAMOE_CUDA_NAMESPACE={NAMESPACE}"]
     jobs = [(path, torch_flags) for path in BINDINGS] + [(path, [*FLAGS, "-x", "c++"]) for path in KERNELS]
     objects = [str(folder / f"{path.name}.o") for path, _ in jobs]
-    run_all([[*compiler(), *flags, "-c", str(path), "-o", o] for (path, flags), o in zip(jobs, objects, strict=True)])
+    compile_all([["g++", *flags, "-c", str(path), "-o", o] for (path, flags), o in zip(jobs, objects, strict=True)])
     library = folder / "emulated.so"
     link = ["-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ldl", "-Wl,--no-undefined"]
-    run_all([["g++", *objects, *link, "-o", str(library)]])
+    compile_one(["g++", *objects, *link, "-o", str(library)])
     return library
 
 

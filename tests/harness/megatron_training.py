@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -17,8 +18,19 @@ from torch import Tensor, nn
 
 from tests.harness.megatron_faults import FAULTS
 from tests.harness.near_package import SITE
+from tests.harness.ranks import run_ranks
 
 VOCABULARY, LENGTH, BATCHES = 64, 16, 4
+#: `run_ranks` on ranks that need not import Megatron-Core, which takes five seconds.
+run_megatron = functools.partial(
+    run_ranks,
+    timeout_s=300,
+    more=(
+        "tests.harness.megatron_on_cpu",  # first
+        *(f"megatron.core.{name}" for name in ("models.gpt", "distributed", "optimizer", "dist_checkpointing")),
+        "megatron_samoe.plugins.megatron_core",
+    ),
+)
 
 
 @dataclass(frozen=True)

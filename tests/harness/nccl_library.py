@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,20 +18,19 @@ from megatron_samoe.parallel_state.state import Group
 from megatron_samoe.row_exchange import nccl_communicator
 from megatron_samoe.row_exchange.communicator import SLICE_S
 from megatron_samoe.row_exchange.nccl_communicator import NcclCommunicator, create_nccl_communicator
+from tests.harness.compiled import ROOT, compile_one
 
-ROOT = Path(__file__).resolve().parents[2]
 _finish_on_the_device = NcclCommunicator._finish
 
 
 def build(folder: Path, *options: str) -> str:
-    """Compiles the library and returns its path. The option -DFAKE_NCCL_OLD leaves out what only newer releases have;
-    -DFAKE_NCCL_VERSION=... sets what it says of itself.
+    """Compiles the library and returns its path. The option -DFAKE_NCCL_OLD leaves out what only newer releases have.
 
     It takes the place of CUDA's runtime as well, under that one's name.
     """
     source, path = ROOT / "cpp_ext" / "testing" / "stand_ins" / "fake_nccl.cpp", folder / "libfakenccl.so"
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", str(source)]
-    subprocess.run([*command, "-Wl,-soname,libcudart.so", "-o", str(path), *options], check=True)
+    compile_one([*command, "-Wl,-soname,libcudart.so", "-o", str(path), *options])
     return str(path)
 
 

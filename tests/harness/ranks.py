@@ -1,48 +1,65 @@
 """Runs a function on several rank processes inside one pytest function.
 
-Processes come from a fork server that has torch and the package loaded, talk over gloo through a file store, use one
-thread each, and bring back their results or the first failure's traceback.
+Processes come from a fork server that has torch and the package loaded, or one that has more, talk over gloo through a file
+store, use one thread each, and bring back their results or the first failure's traceback.
 """
 
 from __future__ import annotations
 
+import functools
+import linecache
 import multiprocessing
 import os
 import pickle
+import re
+import reprlib
 import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
 _context = multiprocessing.get_context("forkserver")
 # What ranks and programs would import each for itself, which would be most of a short one's time: the first optimizer of a
 # process imports torch._dynamo, and a test's module the tools of tests.
-_context.set_forkserver_preload(
-    (
-        "torch torch._dynamo torch.distributed.checkpoint torch.utils.tensorboard torch.distributed.run "
-        "megatron_samoe.cli.pretrain pytest hypothesis tests.harness.layout_training tests.harness.frozen"
-    ).split()
-)
+_LOADED = (
+    "torch torch._dynamo torch.distributed.checkpoint torch.utils.tensorboard torch.distributed.run "
+    "megatron_samoe.cli.pretrain pytest hypothesis tests.harness.layout_training"
+).split()
+_context.set_forkserver_preload([*_LOADED, "tests.harness.frozen"])
+
+
+@functools.cache
+def _server(more: tuple[str, ...]) -> Any:
+    """Returns a fork server that has more modules loaded."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload([*_LOADED, *more, "tests.harness.frozen"])
+    return server
 
 
 class RankFailure(AssertionError):
     """A rank raised, died or hung; the message has its traceback."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, more: tuple[str, ...] = ()
+) -> list[Any]:
     """Returns [function(*args) on rank r for r in range(world_size)], with torch.distributed initialized for more than
     one rank.
 
     Args:
         function: importable from its module; its result must be picklable.
+        more: modules that a fork server of their own has loaded, where each rank would import them for seconds.
 
     Raises:
         RankFailure: with the traceback of the rank that failed first.
     """
+    connect = _server(more).connect_to_new_process if more else forkserver.connect_to_new_process
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []
         for rank in range(world_size):
@@ -51,7 +68,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 target=_rank_main,
                 args=(function, rank, world_size, os.path.join(folder, "store"), there, timeout_s, args),
             )
-            process.start()
+            with mock.patch.object(forkserver, "connect_to_new_process", connect):
+                process.start()
             there.close()
             processes.append(process)
             pipes.append(here)
@@ -83,6 +101,17 @@ def _collect(processes: list[Any], pipes: list[Connection], deadline: float) -> 
     return [results[rank] for rank in range(len(pipes))]
 
 
+def told(error: BaseException) -> str:
+    """Returns the traceback of an error, and the values of what a failed assertion names, which pytest shows of its own."""
+    text = "".join(traceback.format_exception(error))
+    if not isinstance(error, AssertionError) or error.__traceback__ is None:
+        return text
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    named = re.findall(r"\w+", linecache.getline(frame.f_code.co_filename, line))
+    values = {name: frame.f_locals[name] for name in dict.fromkeys(named) if name in frame.f_locals}
+    return text + "".join(f"    {name} = {reprlib.repr(value)}\n" for name, value in values.items())
+
+
 def _rank_main(
     function: Callable[..., Any], rank: int, world_size: int, store: str, pipe: Connection, timeout_s: float, args: Any
 ) -> None:
@@ -103,8 +132,8 @@ def _rank_main(
             )
         # Plain pickle copies tensors; multiprocessing's own would share memory that dies with this process.
         pipe.send_bytes(pickle.dumps((True, function(*args))))
-    except BaseException:
-        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+    except BaseException as error:
+        pipe.send_bytes(pickle.dumps((False, told(error))))
     finally:
         pipe.close()
         if dist.is_initialized():

@@ -14,7 +14,7 @@ import pickle
 import random
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def mutate(content: bytes, random: np.random.Generator) -> bytes:
     return bytes(data)
 
 
-def _bytes(change: Callable[[bytes, random.Random], bytes]) -> Change:
+def of_bytes(change: Callable[[bytes, random.Random], bytes]) -> Change:
     return lambda path, rng: path.write_bytes(change(path.read_bytes(), rng))
 
 
@@ -93,7 +93,7 @@ def _in_its_place(make: Callable[[Path], object]) -> Change:
 
 
 def _inserted(text: bytes) -> Change:
-    return _bytes(lambda content, rng: content[: (at := rng.randrange(len(content) + 1))] + text + content[at:])
+    return of_bytes(lambda content, rng: content[: (at := rng.randrange(len(content) + 1))] + text + content[at:])
 
 
 #: No more than what a corpus or a checkpoint may be, which are read to their ends.
@@ -108,11 +108,11 @@ HEADS = (
     b"GGUF\3\0\0\0",
 )
 ANY: dict[str, Change] = {
-    "a few bytes": _bytes(lambda content, rng: mutate(content, np.random.default_rng(rng.getrandbits(32)))),
-    "a cut": _bytes(lambda content, rng: content[: rng.randrange(len(content) + 1)]),
-    "nothing in it": _bytes(lambda content, rng: b""),
-    "twice itself": _bytes(lambda content, rng: content * 2),
-    "another kind of file": _bytes(lambda content, rng: rng.choice(HEADS) + content),
+    "a few bytes": of_bytes(lambda content, rng: mutate(content, np.random.default_rng(rng.getrandbits(32)))),
+    "a cut": of_bytes(lambda content, rng: content[: rng.randrange(len(content) + 1)]),
+    "nothing in it": of_bytes(lambda content, rng: b""),
+    "twice itself": of_bytes(lambda content, rng: content * 2),
+    "another kind of file": of_bytes(lambda content, rng: rng.choice(HEADS) + content),
     "not there": _in_its_place(lambda path: None),
     "a folder": _in_its_place(Path.mkdir),
     "a pipe": _in_its_place(os.mkfifo),
@@ -121,15 +121,15 @@ ANY: dict[str, Change] = {
     HOLES: lambda path, rng: os.truncate(path, 1 << 40),
 }
 TEXT: dict[str, Change] = {
-    "a byte order mark": _bytes(lambda content, rng: b"\xef\xbb\xbf" + content),
-    "UTF-16": _bytes(lambda content, rng: content.decode().encode("utf-16")),
+    "a byte order mark": of_bytes(lambda content, rng: b"\xef\xbb\xbf" + content),
+    "UTF-16": of_bytes(lambda content, rng: content.decode().encode("utf-16")),
     "no UTF-8": _inserted(b"\xff\xfe\x80"),
     "NUL": _inserted(b"\0"),
     "half of a character": _inserted(b"\\ud800"),
     "an escape": _inserted(b"\x1b[2J"),
-    "a line of 100 MB": _bytes(lambda content, rng: content + b'"' + b"a " * (50 << 20)),
-    "100 MB of space": _bytes(lambda content, rng: b" " * (100 << 20) + content),
-    "20 million lines": _bytes(lambda content, rng: content + b"\n" * (20 << 20)),
+    "a line of 100 MB": of_bytes(lambda content, rng: content + b'"' + b"a " * (50 << 20)),
+    "100 MB of space": of_bytes(lambda content, rng: b" " * (100 << 20) + content),
+    "20 million lines": of_bytes(lambda content, rng: content + b"\n" * (20 << 20)),
 }
 
 
@@ -166,13 +166,13 @@ def _values(read: Callable[[bytes], Any]) -> dict[str, Change]:
     def apply(change: Callable[[Any, random.Random], Any], content: bytes, rng: random.Random) -> bytes:
         return dumped(change(read(content), rng))
 
-    return {name: _bytes(functools.partial(apply, change)) for name, change in VALUES.items()}
+    return {name: of_bytes(functools.partial(apply, change)) for name, change in VALUES.items()}
 
 
 JSON = _values(json.loads)
 #: Of a checkpoint's state.
 DIGESTS: dict[str, Change] = {
-    "no digests": _bytes(
+    "no digests": of_bytes(
         lambda content, rng: dumped({k: v for k, v in json.loads(content).items() if "digest" not in k})
     )
 }
@@ -197,17 +197,17 @@ def _header(change: Callable[[Any, random.Random], Any]) -> Change:
         text = dumped(change(json.loads(content[8:end]), rng))
         return struct.pack("<Q", len(text)) + text + content[end:]
 
-    return _bytes(new)
+    return of_bytes(new)
 
 
 SAFETENSORS: dict[str, Change] = {
     **{f"header: {name}": _header(change) for name, change in VALUES.items()},
     "header: overlapping tensors": _header(_overlap),
     "header: a tensor moved by some bytes": _header(_moved),
-    "header: a length that lies": _bytes(
+    "header: a length that lies": of_bytes(
         lambda content, rng: struct.pack("<Q", rng.choice((0, 1, 7, 10**6, 2**31, 2**62, 2**64 - 1))) + content[8:]
     ),
-    "bytes after the last tensor": _bytes(lambda content, rng: content + bytes(8)),
+    "bytes after the last tensor": of_bytes(lambda content, rng: content + bytes(8)),
 }
 
 _NINE = "[" + ", ".join(["*a{0}"] * 9) + "]"
@@ -231,7 +231,7 @@ YAML_TEXTS = {
 
 
 def _appended(text: str) -> Change:
-    return _bytes(lambda content, rng: content + text.encode())
+    return of_bytes(lambda content, rng: content + text.encode())
 
 
 YAML = _values(yaml.safe_load) | {name: _appended(text) for name, text in YAML_TEXTS.items()}
@@ -271,11 +271,11 @@ def _odd_object(value: Any, rng: random.Random) -> Any:
 
 
 PICKLE: dict[str, Change] = {
-    "an odd value": _bytes(lambda content, rng: pickle.dumps(_odd_object(pickle.loads(content), rng))),
-    "a call": _bytes(lambda content, rng: pickle.dumps(bomb(rng))),
-    "a demand of memory": _bytes(lambda content, rng: bytes.fromhex("80025d72000000042e")),
-    "an announced terabyte": _bytes(lambda content, rng: b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"."),
-    "many levels": _bytes(lambda content, rng: b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."),
+    "an odd value": of_bytes(lambda content, rng: pickle.dumps(_odd_object(pickle.loads(content), rng))),
+    "a call": of_bytes(lambda content, rng: pickle.dumps(bomb(rng))),
+    "a demand of memory": of_bytes(lambda content, rng: bytes.fromhex("80025d72000000042e")),
+    "an announced terabyte": of_bytes(lambda content, rng: b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"."),
+    "many levels": of_bytes(lambda content, rng: b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."),
 }
 
 
@@ -320,126 +320,4 @@ TORCH: dict[str, Change] = {
     "a call in place of a value": _saved(lambda value, rng: {**value, "x": bomb(rng)}),
     "the old format": _saved(lambda value, rng: value, _use_new_zipfile_serialization=False),
     "a zip bomb": _packed,
-}
-
-
-def _spec(**parts: Any) -> Change:
-    """Returns the change to parts of a tokenizer.json; those of its model are under `model`."""
-
-    def new(content: bytes, rng: random.Random) -> bytes:
-        spec = json.loads(content)
-        return dumped({**spec, **parts, "model": {**spec["model"], **parts.get("model", {})}})
-
-    return _bytes(new)
-
-
-def _growing(kind: str, pattern: Mapping[str, str]) -> dict[str, Any]:
-    return {"type": "Sequence", kind: [{"type": "Replace", "pattern": pattern, "content": "a" * 30}] * 12}
-
-
-def _split(expression: str) -> dict[str, Any]:
-    return {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": expression}}
-
-
-_ADDED = {
-    "id": 0,
-    "content": "",
-    "single_word": False,
-    "lstrip": False,
-    "rstrip": False,
-    "normalized": False,
-    "special": True,
-}
-TOKENIZER: dict[str, Change] = {
-    "a normalizer that multiplies": _spec(normalizer=_growing("normalizers", {"String": "a"})),
-    "a normalizer that makes text of nothing": _spec(normalizer=_growing("normalizers", {"Regex": ""})),
-    "a decoder that multiplies": _spec(decoder=_growing("decoders", {"String": "a"})),
-    "a prefix of 50 MB": _spec(normalizer={"type": "Prepend", "prepend": "a" * (50 << 20)}),
-    "an expression without end": _spec(pre_tokenizer=_split("(a+)+$|(a|aa)+b")),
-    "a large expression": _spec(pre_tokenizer=_split("((a{1,999}){1,999}){1,999}")),
-    "a character map that lies": _spec(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w" + "A" * 400}),
-    "an id far away": _spec(added_tokens=[{**_ADDED, "content": "<|endoftext|>", "id": 2**32 - 1}]),
-    "a token without letters": _spec(added_tokens=[_ADDED]),
-    "no vocabulary": _spec(model={"vocab": {}, "merges": []}),
-    "ids of one value": _spec(model={"vocab": {"a": 0, "b": 0, "<|endoftext|>": 0}, "merges": []}),
-    "merges of no tokens": _spec(model={"merges": [["q", "zzz"], ["", ""]]}),
-    "a million merges": _spec(model={"merges": [["a", "a"]] * 1_000_000}),
-    "dropout": _spec(model={"dropout": 1.0}),
-    "another kind of model": _spec(model={"type": "WordLevel"}),
-    "an unknown token that is none": _spec(model={"unk_token": "<none>", "byte_fallback": True}),
-    "a padding of a billion": _spec(padding={"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None,
-                                             "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}),
-}  # fmt: skip
-
-
-def _row(line: Callable[[random.Random], bytes]) -> Change:
-    """Returns the change that puts a line among those of a JSONL file."""
-
-    def new(content: bytes, rng: random.Random) -> bytes:
-        lines = content.splitlines(keepends=True)
-        lines.insert(rng.randrange(len(lines) + 1), line(rng) + b"\n")
-        return b"".join(lines)
-
-    return _bytes(new)
-
-
-JSONL: dict[str, Change] = {
-    "an odd row": _row(lambda rng: dumped(changed({"text": "words", "prompt": "w", "meta": {"n": [1, 2]}}, rng))),
-    "an odd text": _row(lambda rng: dumped(dict.fromkeys(("text", "prompt", "prompt_ids"), rng.choice((*ODD, *RAW))))),
-    "no row": _row(lambda rng: rng.choice((b"[]", b"7", b'"text"', b"null", b"{", b"NaN", b"\x1e", b"{'text': 'x'}"))),
-    "a key twice": _row(lambda rng: b'{"text": "a", "text": 7}'),
-    "many levels": _row(lambda rng: b'{"text": "a", "x": ' + b"[" * 100_000 + b"}"),
-    "a text of 100 MB": _row(lambda rng: b'{"text": "' + b"a b " * (25 << 20) + b'"}'),
-    "100 MB of escapes without an end": _row(lambda rng: b'{"text": "' + b"\\u0041" * (16 << 20)),
-    "a million empty texts": _row(lambda rng: b'{"text": ""}\n' * 1_000_000),
-    "a million wrong rows": _row(lambda rng: b"{}\n" * 1_000_000),
-    "returns in place of line ends": _bytes(lambda content, rng: content.replace(b"\n", b"\r")),
-}
-
-
-def packed(pack: Callable[[bytes], bytes]) -> dict[str, Change]:
-    """Returns changes of a packed JSONL file."""
-    return {
-        "a line of 300 MB": _bytes(lambda content, rng: pack(b'{"text": "' + b"a" * (300 << 20) + b'"}\n')),
-        "300 MB of space": _bytes(lambda content, rng: pack(b" " * (300 << 20))),
-        "packed twice": _bytes(lambda content, rng: pack(content)),
-    }
-
-
-def _table(make: Callable[[Any, list[str]], Any], **options: Any) -> Change:
-    """Returns the change to a table, or one of a column `text`, that pyarrow makes of texts."""
-
-    def new(path: Path, _: random.Random) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
-        made = make(pyarrow, [f"document {n} of some words" for n in range(16)])
-        table = made if isinstance(made, pyarrow.Table) else pyarrow.table({"text": made})
-        pyarrow.parquet.write_table(table, path, **options)
-
-    return new
-
-
-def _column(kind: str, value: Any) -> Change:
-    return _table(lambda pa, texts: pa.array([value] * 16, eval(kind, vars(pa))))
-
-
-COLUMNS = {
-    **dict.fromkeys(("int8()", "uint64()", "float16()", "float64()", "date32()", "timestamp('us')", "time64('us')",
-                     "duration('us')", "decimal128(9)"), 7),
-    "bool_()": True, "null()": None, "string()": None, "binary()": b"\xff\xfe", "binary(4)": b"\xff\xfe\0a", "list_(string())": ["a"],
-    "struct([('a', string())])": {"a": "x"}, "map_(string(), int8())": [("a", 1)], "large_string()": "a\0b", "string_view()": "a",
-}  # fmt: skip
-PARQUET: dict[str, Change] = {
-    **{f"a column of {kind}": _column(kind, value) for kind, value in COLUMNS.items()},
-    "a column of a dictionary": _table(lambda pa, texts: pa.array(texts).dictionary_encode()),
-    "a string that is no UTF-8": _table(lambda pa, texts: pa.array([b"\xff\xfe"] * 16).view(pa.string())),
-    "another column": _table(lambda pa, texts: pa.table({"other": texts})),
-    "the column twice": _table(lambda pa, texts: pa.table([texts, list(range(16))], names=["text", "text"])),
-    "no column": _table(lambda pa, texts: pa.table({})),
-    "no row": _table(lambda pa, texts: pa.array([], pa.string())),
-    "ten thousand columns": _table(
-        lambda pa, texts: pa.table({"text": texts} | {f"c{n}": texts for n in range(10_000)})
-    ),
-    "texts that unpack to 256 MB": _table(lambda pa, texts: pa.array(["a " * (8 << 20)] * 16), compression="zstd"),
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.hostile import changes
+from tests.hostile import changes, corpus_changes
 from tests.hostile.changes import ANY, JSON, TEXT, YAML, Change
 
 TEXTS = [f"document {n} {'a' * 40} " + "words and words! " * (n % 3) for n in range(16)]
@@ -202,20 +202,20 @@ VICTIMS = (
     Victim("hf", "hf/*.index.json", ANY | TEXT | JSON, _HF),
     Victim("hf", "hf/generation_config.json", ANY | JSON, _HF),
     Victim("hf", "hf/tokenizer_config.json", ANY | TEXT | JSON, _HF),
-    Victim("hf", "hf/tokenizer.json", ANY | JSON | changes.TOKENIZER, _HF),
+    Victim("hf", "hf/tokenizer.json", ANY | JSON | corpus_changes.TOKENIZER, _HF),
     Victim("hf", "hf/megatron_samoe.json", ANY | JSON, _HF),
     Victim("hf", "hf/model-*1-of*.safetensors", ANY, _HF, _safetensors),
     Victim("pickled", "hf/pytorch_model.bin", ANY | changes.PICKLE | changes.TORCH, _HF),
-    Victim("tokenizers", "tokenizer.json", ANY | TEXT | JSON | changes.TOKENIZER,
+    Victim("tokenizers", "tokenizer.json", ANY | TEXT | JSON | corpus_changes.TOKENIZER,
            _tokenized("HuggingFaceTokenizer", "--tokenizer-model {file}"), _tokenizer),
     Victim("tokenizers", "tokenizer-vocab.json", ANY | TEXT | JSON, _GPT2),
     Victim("tokenizers", "tokenizer-merges.txt", ANY | TEXT, _GPT2),
     Victim("tokenizers", "pieces.model", ANY, _tokenized("SentencePieceTokenizer", "--tokenizer-model {file}")),
-    Victim("parquet", "texts.parquet", ANY | changes.PARQUET, _TABLES, _read_table),
-    Victim("jsonl", "texts.jsonl", _NO_HOLES | TEXT | changes.JSONL, _ROWS),
-    Victim("jsonl", "packed.jsonl.gz", _NO_HOLES | changes.packed(gzip.compress), _ROWS),
-    Victim("jsonl", "packed.jsonl.bz2", _NO_HOLES | changes.packed(bz2.compress), _ROWS),
-    Victim("jsonl", "prompts.jsonl", _NO_HOLES | TEXT | changes.JSONL, (GENERATE + "--prompts-file {file}",)),
+    Victim("parquet", "texts.parquet", ANY | corpus_changes.PARQUET, _TABLES, _read_table),
+    Victim("jsonl", "texts.jsonl", _NO_HOLES | TEXT | corpus_changes.JSONL, _ROWS),
+    Victim("jsonl", "packed.jsonl.gz", _NO_HOLES | corpus_changes.packed(gzip.compress), _ROWS),
+    Victim("jsonl", "packed.jsonl.bz2", _NO_HOLES | corpus_changes.packed(bz2.compress), _ROWS),
+    Victim("jsonl", "prompts.jsonl", _NO_HOLES | TEXT | corpus_changes.JSONL, (GENERATE + "--prompts-file {file}",)),
     Victim("yaml", "run.yaml", ANY | TEXT | YAML, (f"pretrain {_CONFIG}", f"plan --world-size 2 {_CONFIG}")),
     Victim("dataset", "corpus.idx", ANY, _CORPUS),
     Victim("dataset", "corpus.bin", _NO_HOLES, _CORPUS),

@@ -22,6 +22,7 @@ from tests.harness.megatron_faults import FAULTS
 from tests.harness.megatron_training import (
     Layout,
     loaded,
+    run_megatron,
     saved,
     saved_midway,
     train,
@@ -29,7 +30,6 @@ from tests.harness.megatron_training import (
 )
 from tests.harness.near_package import near_installed  # noqa: F401
 from tests.harness.pairs import first_by_day
-from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
 from tests.parity.test_megatron_checkpoints import LOCAL, cpu_in_place_of_cuda, megatron_model, megatron_rank  # noqa: F401
 from tests.unit.convert.memory_source import MemorySource, logits, new_source
@@ -212,7 +212,7 @@ def test_its_loss_and_gradients_are_those_of_megatrons_own_experts(case: str, tm
 
 
 RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-#: Layouts with the number of their ranks; the first ones have each axis and run by day.
+#: Layouts with the number of their ranks.
 LAYOUTS: dict[str, tuple[Layout, int]] = {
     "EP 2 x PP 2, ZeRO-1, overlap": (Layout(ep=2, pp=2, zero=True, overlap=True), 4),
     "TP 2 + SP, ETP 2": (Layout(tp=2, etp=2), 2),
@@ -252,14 +252,16 @@ TRAINED = (
 @functools.cache
 def one_process() -> dict[str, Any]:
     """Returns the results of each way in one process."""
-    return dict(zip(TRAINED, run_ranks(train, 1, Layout(), [(*WAYS[case], None) for case in TRAINED])[0], strict=True))
+    return dict(
+        zip(TRAINED, run_megatron(train, 1, Layout(), [(*WAYS[case], None) for case in TRAINED])[0], strict=True)
+    )
 
 
 def differences(layout: str, cases: dict[str, str | None]) -> dict[str, list[str]]:
     """Returns for each way, and a fault that is planted in it, what differs on some rank from one process."""
     sizes, ranks = LAYOUTS[layout]
     wrong: dict[str, list[str]] = {}
-    results = run_ranks(train, ranks, sizes, [(*WAYS[case], fault) for case, fault in cases.items()], timeout_s=300)
+    results = run_megatron(train, ranks, sizes, [(*WAYS[case], fault) for case, fault in cases.items()])
     for found in results:
         for case, result in zip(cases, found, strict=True):
             expected = one_process()[case]
@@ -273,11 +275,21 @@ def differences(layout: str, cases: dict[str, str | None]) -> dict[str, list[str
     return wrong
 
 
-@pytest.mark.parametrize("layout", first_by_day(LAYOUTS, 3))
-def test_a_layout_trains_as_one_process(layout: str) -> None:
+#: By day each axis, and each way of sharing in two layouts.
+BY_DAY = (
+    ("EP 2 x PP 2, ZeRO-1, overlap", TRAINED),
+    ("TP 2 + SP, ETP 2", TRAINED[::2]),
+    ("interleaved PP 2, recomputed", TRAINED[1::2]),
+)
+
+
+@pytest.mark.parametrize(
+    ("layout", "ways"), first_by_day([*BY_DAY, *((layout, TRAINED) for layout in list(LAYOUTS)[1:])], len(BY_DAY))
+)
+def test_a_layout_trains_as_one_process(layout: str, ways: tuple[str, ...]) -> None:
     """Four steps with clipping, each way: by Megatron-Core's data parallelism, optimizer and schedule, which the harness calls by
     name. Losses, norms and copies of what is shared are those of one process."""
-    assert differences(layout, dict.fromkeys(TRAINED)) == {case: [] for case in TRAINED}
+    assert differences(layout, dict.fromkeys(ways)) == {way: [] for way in ways}
 
 
 @pytest.mark.night
@@ -296,7 +308,7 @@ def test_bf16_trains_as_fp32_does_nearly() -> None:
     """Adam's masters are Megatron-Core's; a step of bf16 is 2^-8 of a weight."""
     cases = [(*WAYS[case], None) for case in TRAINED]
     layout = Layout(ep=2, pp=2, zero=True, overlap=True, options=BF16)
-    for found in run_ranks(train, 4, layout, cases, timeout_s=300):
+    for found in run_megatron(train, 4, layout, cases):
         for case, result in zip(TRAINED, found, strict=True):
             assert result["losses"] == pytest.approx(one_process()[case]["losses"], rel=2e-3), case
             assert result["norms"] == pytest.approx(one_process()[case]["norms"], rel=2e-2), case
@@ -307,10 +319,10 @@ def test_bf16_trains_as_fp32_does_nearly() -> None:
 @pytest.mark.parametrize("case", ["2 banks", "tied", "map", "locked pool", "of another package"])
 def test_a_checkpoint_of_torch_dist_loads_in_another_layout(case: str, tmp_path: Path) -> None:
     """Each bank is in it once, and what was combined before loading is combined anew."""
-    expected = run_ranks(saved, 4, Layout(ep=2, pp=2), *WAYS[case], str(tmp_path))[-1]
+    expected = run_megatron(saved, 4, Layout(ep=2, pp=2), *WAYS[case], str(tmp_path))[-1]
     assert len(expected) == 4
     for layout, ranks in ((Layout(tp=2), 2), (Layout(), 1)):
-        assert run_ranks(loaded, ranks, layout, *WAYS[case], str(tmp_path))[0] == pytest.approx(expected, rel=1e-6)
+        assert run_megatron(loaded, ranks, layout, *WAYS[case], str(tmp_path))[0] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.night
@@ -320,7 +332,7 @@ def test_training_goes_on_in_another_layout(case: str, tmp_path: Path) -> None:
 
     Without the distributed optimizer: Megatron-Core's reader of its state takes Transformer Engine's Adam, not torch's.
     """
-    run_ranks(saved_midway, 4, Layout(ep=2, pp=2), *WAYS[case], str(tmp_path), timeout_s=300)
-    for found in run_ranks(trained_on, 2, Layout(tp=2), *WAYS[case], str(tmp_path), timeout_s=300):
+    run_megatron(saved_midway, 4, Layout(ep=2, pp=2), *WAYS[case], str(tmp_path))
+    for found in run_megatron(trained_on, 2, Layout(tp=2), *WAYS[case], str(tmp_path)):
         for name, values in found.items():
             assert values == pytest.approx(one_process()[case][name][2:], rel=2e-6), name

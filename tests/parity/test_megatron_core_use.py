@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +25,10 @@ from megatron_samoe.errors import ConfigError, DataError
 from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
-from tests.harness.megatron_training import Layout, built, start
-from tests.harness.ranks import run_ranks
+from tests.harness.megatron_training import Layout, built, run_megatron, start
 
+ROOT = Path(__file__).parents[2]
+EXAMPLE = "examples/megatron_core/pretrain_pool.py"
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 
@@ -112,13 +116,13 @@ def _refused_later() -> list[str]:
 
 
 def test_wrong_use_is_one_sentence() -> None:
-    found = run_ranks(_all_refusals, 1)[0]
+    found = run_megatron(_all_refusals, 1)[0]
     for (*_, expected), message in zip(REFUSED, found, strict=True):
         assert expected in message and "\n" not in message, message
 
 
 def test_wrong_use_of_a_model_is_one_sentence() -> None:
-    spec, model, gradients = run_ranks(_refused_later, 1)[0]
+    spec, model, gradients = run_megatron(_refused_later, 1)[0]
     assert "has no MoE layer: give num_experts" in spec and "build it by ExpertSharing.spec" in model
     assert "model = 'GPTModel': must be wrapped in Megatron-Core's DistributedDataParallel" in gradients
 
@@ -129,6 +133,24 @@ def test_without_megatron_core_it_says_what_to_install(monkeypatch: pytest.Monke
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(DataError, match=r"needs the package megatron: .*megatron-core"):
         importlib.import_module("megatron_samoe.plugins.megatron_core")
+
+
+def _example(words: tuple[str, ...]) -> str:
+    """Runs a program as torchrun's only rank; returns what it prints."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    sys.argv, said = [*words], io.StringIO()
+    with contextlib.redirect_stdout(said):
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    return said.getvalue()
+
+
+def _under_torchrun(ranks: int, words: tuple[str, ...]) -> str:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [*torchrun, "tests/harness/run_on_cpu.py", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -150,14 +172,9 @@ def test_the_example_learns_a_text(ranks: int, words: tuple[str, ...], tmp_path:
     for _ in range(40):
         builder.add_document(np.array([*b"one two three four " * 40, 256], np.uint16), [761])
     builder.finalize(f"{tmp_path}/corpus.idx")
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "tests/harness/run_on_cpu.py",
-               "examples/megatron_core/pretrain_pool.py", "--data-path", f"{tmp_path}/corpus", "--seq-length", "32",
-               "--save", f"{tmp_path}/saved", *words]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+),", done.stdout, re.MULTILINE)]
+    words = (EXAMPLE, "--data-path", f"{tmp_path}/corpus", "--seq-length", "32", "--save", f"{tmp_path}/saved", *words)
+    said = run_megatron(_example, 1, words)[0] if ranks == 1 else _under_torchrun(ranks, words)
+    losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+),", said, re.MULTILINE)]
     assert losses[0] == pytest.approx(np.log(257), abs=0.2) and losses[-1] < losses[0] - 1
     assert loss_here(tmp_path / "saved") == pytest.approx(losses[-1], abs=0.5)
 

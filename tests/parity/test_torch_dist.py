@@ -25,9 +25,8 @@ from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from tests.harness.megatron_saving import LATENTS, Model, continued, saved
-from tests.harness.megatron_training import VOCABULARY, Layout, batches
+from tests.harness.megatron_training import VOCABULARY, Layout, batches, run_megatron
 from tests.harness.program import call, write_corpus
-from tests.harness.ranks import run_ranks
 from tests.unit.convert.memory_source import MemorySource, new_source
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -90,7 +89,7 @@ def asked(step: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("case", by_day(*CASES))
 def test_what_megatron_core_trained_computes_the_same_here(case: str, tmp_path: Path) -> None:
     ranks, layout, kind = CASES[case]
-    theirs = run_ranks(saved, ranks, layout, kind, str(tmp_path), timeout_s=600)[-1]
+    theirs = run_megatron(saved, ranks, layout, kind, str(tmp_path))[-1]
     reader = MegatronReader(tmp_path)
     torch.testing.assert_close(logits(reader, asked(9)[0]), theirs[:, :VOCABULARY], rtol=1e-5, atol=1e-5)
     config = from_mapping(reader.config, "test")
@@ -116,10 +115,10 @@ def ours_like(folder: Path) -> MemorySource:
 def test_megatron_core_trains_on_from_one_of_ours(case: str, tmp_path: Path) -> None:
     """All of its weights are loaded, and its loss of the first step is ours."""
     ranks, layout, kind = CASES[case]
-    run_ranks(saved, ranks, layout, kind, str(tmp_path / "theirs"), timeout_s=600)
+    run_megatron(saved, ranks, layout, kind, str(tmp_path / "theirs"))
     ours = ours_like(tmp_path / "theirs")
     folder = write_dist_export(plan_dist_export(ours), tmp_path / "ours", 3)
-    weights, losses = run_ranks(continued, ranks, layout, kind, str(folder), timeout_s=600)[-1]
+    weights, losses = run_megatron(continued, ranks, layout, kind, str(folder))[-1]
     tokens, labels = asked(0)
     expected = torch.nn.functional.cross_entropy(logits(ours, tokens), labels.flatten())
     assert losses[0] == pytest.approx(float(expected), rel=1e-5) and len(losses) == 2
@@ -131,7 +130,7 @@ def test_megatron_core_trains_on_from_one_of_ours(case: str, tmp_path: Path) -> 
 def test_one_that_megatron_core_trained_is_exported_compressed_evaluated_and_served(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     kind = Model(vocabulary=264)
-    theirs = run_ranks(saved, 4, Layout(ep=2, pp=2), kind, str(tmp_path / "theirs"), timeout_s=600)[-1]
+    theirs = run_megatron(saved, 4, Layout(ep=2, pp=2), kind, str(tmp_path / "theirs"))[-1]
 
     def done(program: str, *words: object) -> str:
         found = call(f"megatron_samoe.cli.{program}", *map(str, words))

@@ -67,6 +67,15 @@ def test_a_table_of_contents_that_tells_another_type_is_damaged(tmp_path: Path) 
         CheckpointReader(path).read("b.weight")
 
 
+def test_a_table_of_files_whose_place_has_no_path_is_malformed(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 3, Source(TENSORS))
+    table = pickle.loads((path / METADATA).read_bytes())
+    next(iter(table.storage_data.values())).relative_path = 7
+    (path / METADATA).write_bytes(pickle.dumps(table))
+    with pytest.raises(CheckpointError, match="its table of files is malformed"):
+        CheckpointReader(path)
+
+
 def test_an_iteration_that_exists_is_not_replaced(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 3, Source(TENSORS))
     with pytest.raises(CheckpointError, match=r"iter_0000003 exists; give another folder"):

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.harness.emulated_cuda import FLAGS, ROOT, compiler, run_all
+from tests.harness.compiled import ROOT, compile_all
+from tests.harness.emulated_cuda import FLAGS
 from tests.harness.emulated_cuda import KERNELS as SOURCES
 
 CHECKS = ("check_cuda_kernels", "check_cuda_decode")
@@ -31,12 +32,10 @@ def test_emulated_kernels_agree_with_the_cpu_kernels(tmp_path: Path) -> None:
     jobs = [(path, ["-DSAMOE_ISA=portable"]) for path in cpu] + [(path, ["-x", "c++"]) for path in SOURCES]
     jobs += [(path, []) for path in plain]
     objects = [str(tmp_path / f"{i}.o") for i in range(len(jobs))]
-    run_all(
-        [[*compiler(), *FLAGS, *own, "-c", str(path), "-o", o] for (path, own), o in zip(jobs, objects, strict=True)]
-    )
+    compile_all([["g++", *FLAGS, *own, "-c", str(path), "-o", o] for (path, own), o in zip(jobs, objects, strict=True)])
     shared, mains = objects[: -len(CHECKS)], objects[-len(CHECKS) :]
     programs = [str(tmp_path / name) for name in CHECKS]
-    run_all([["g++", *shared, main, "-o", program] for main, program in zip(mains, programs, strict=True)])
+    compile_all([["g++", *shared, main, "-o", program] for main, program in zip(mains, programs, strict=True)])
     for program, order in itertools.product(programs, ("ascending", "descending", "shuffled")):
         environment = {**os.environ, "SAMOE_EMULATED_ORDER": order}
         result = subprocess.run([program], capture_output=True, text=True, timeout=300, env=environment)
@@ -69,7 +68,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Path]]
         own = folder / path.stem
         own.mkdir()
         commands.append(["nvcc", *flags, "-keep-dir", str(own), "-c", str(path), "-o", str(own / f"{path.stem}.o")])
-    return "".join(run_all(commands)), sorted(folder.glob("*/*.sm_90.cubin"))
+    return "".join(compile_all(commands)), sorted(folder.glob("*/*.sm_90.cubin"))
 
 
 def kernel_name(symbol: str) -> str:

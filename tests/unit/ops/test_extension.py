@@ -15,6 +15,12 @@ from megatron_samoe.ops import extension, schemas
 from tests.harness.pairs import first_by_day
 
 PACKAGE = Path(megatron_samoe.__file__).parent
+NOTHING_IS_LOADED = """
+import torch, megatron_samoe.ops.topk_gate, megatron_samoe.ops.permute, megatron_samoe.ops.combine
+from megatron_samoe.ops import extension
+assert extension.load.cache_info().currsize == 0
+assert not any("megatron_samoe" in path for path in torch.ops.loaded_libraries)
+"""
 ROUTE = """
 import torch
 from megatron_samoe.log import configure_logging
@@ -61,17 +67,6 @@ def test_off_uses_the_twins_silently():
     assert result.stdout.strip() == "available False False"
 
 
-def test_nothing_is_loaded_at_import():
-    code = (
-        "import sys, torch, megatron_samoe.ops.topk_gate, megatron_samoe.ops.permute, megatron_samoe.ops.combine\n"
-        "from megatron_samoe.ops import extension\n"
-        "assert extension.load.cache_info().currsize == 0\n"
-        "assert not any('megatron_samoe' in path for path in torch.ops.loaded_libraries)"
-    )
-    result = _run(code)
-    assert result.returncode == 0, result.stderr
-
-
 def test_a_missing_library_is_said_once_and_replaced(tmp_path):
     folder = _copy_package(tmp_path, with_library=False)
     result = _run(ROUTE, folder)
@@ -91,6 +86,7 @@ def test_a_file_that_is_no_library_is_named(tmp_path):
     assert "_C.so holds no build record" in result.stdout
 
 
+@pytest.mark.night
 def test_a_wrong_mode_is_refused():
     result = _run(ROUTE, MEGATRON_SAMOE_EXTENSION="requre")
     assert result.returncode != 0
@@ -163,10 +159,10 @@ def test_build_info_tells_the_build_and_the_cpu():
 
 @needs_library
 @pytest.mark.parametrize("instruction_set", first_by_day(["portable", "avx2", "avx512"]))
-def test_every_instruction_set_routes(instruction_set):
+def test_every_instruction_set_routes_and_none_is_loaded_at_import(instruction_set):
     if instruction_set not in extension.build_info()["instruction_sets"]:
         pytest.skip(f"{instruction_set} is not in this build")
-    code = ROUTE + "print(extension.build_info()['instruction_set'])"
+    code = NOTHING_IS_LOADED + ROUTE + "print(extension.build_info()['instruction_set'])"
     result = _run(code, MEGATRON_SAMOE_ISA=instruction_set)
     assert result.returncode == 0, result.stderr
     order = ["portable", "avx2", "avx512"]

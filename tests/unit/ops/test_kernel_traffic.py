@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.harness.emulated_cuda import FLAGS, KERNELS, ROOT, compiler, run_all
+from tests.harness.compiled import ROOT, compile_all, compile_one
+from tests.harness.emulated_cuda import FLAGS, KERNELS
 from tools.benchmarks.gpu_budget import LAUNCHES
 
 pytestmark = [
@@ -46,9 +47,9 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     counted = [(path, ["-fsanitize=thread", "-fno-threadsafe-statics", "-x", "c++"]) for path in KERNELS]
     plain = [(testing / name, []) for name in ("stand_ins/access_counts.cpp", "kernels/count_cuda_traffic.cpp")]
     jobs = [(path, own, str(folder / f"{path.name}.o")) for path, own in (*counted, *plain)]
-    run_all([[*compiler(), *FLAGS, *own, "-c", str(path), "-o", o] for path, own, o in jobs])
+    compile_all([["g++", *FLAGS, *own, "-c", str(path), "-o", o] for path, own, o in jobs])
     program = folder / "count"
-    run_all([["g++", *(o for *_, o in jobs), "-o", str(program)]])
+    compile_one(["g++", *(o for *_, o in jobs), "-o", str(program)])
     said = subprocess.run([str(program)], capture_output=True, text=True, timeout=120, check=True).stdout
     return {row["what"]: row for row in map(json.loads, said.splitlines())}
 
