@@ -16,8 +16,7 @@ from megatron_samoe.config.option import flag
 from megatron_samoe.convert.hf.export import refuse_other_tensors
 from megatron_samoe.convert.hf.target import targets
 from megatron_samoe.convert.opener import open_folder
-from megatron_samoe.convert.precision import DTYPES
-from megatron_samoe.convert.target import Conversion, plan_gguf, plan_hf, plan_native, plan_torch_dist
+from megatron_samoe.convert.target import DTYPES, Conversion, plan_gguf, plan_hf, plan_native, plan_torch_dist
 from megatron_samoe.dist_checkpointing.opened import Opened
 from megatron_samoe.errors import ConfigError, nearest
 

@@ -16,11 +16,10 @@ import torch
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.convert.edited_model import EditedModel, source_config
 from megatron_samoe.convert.gguf import export as gguf_export
-from megatron_samoe.convert.hf.export import plan_export, write_export
+from megatron_samoe.convert.hf.export import native_model, plan_export, write_export
 from megatron_samoe.convert.hf.tokenizer_files import TOKENIZER, imported_tokenizer, tokenizer_files
 from megatron_samoe.convert.megatron.dist_export import iteration_name, plan_dist_export, write_dist_export
 from megatron_samoe.convert.output_folder import require_new, require_space
-from megatron_samoe.convert.precision import recast
 from megatron_samoe.convert.read_ahead import Progress, ReadAhead
 from megatron_samoe.datasets.carried_tokenizer import chat_of, read_files
 from megatron_samoe.dist_checkpointing import store
@@ -28,6 +27,8 @@ from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, Stor
 from megatron_samoe.dist_checkpointing.opened import Opened
 from megatron_samoe.errors import CheckpointError, in_units
 
+#: Precisions by their names for users.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: A number of a layer or expert in a tensor's name; w1 and w2 are names.
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=weight)\d+$")
 
@@ -167,4 +168,14 @@ def plan_native(source: Opened, save_dir: Path, dtype: torch.dtype | None, with_
 
 
 def _recast(source: GlobalTensors, dtype: torch.dtype | None) -> GlobalTensors:
-    return source if dtype is None else recast(source, dtype)
+    """Returns a model in another precision, if one is given; what a run keeps in fp32 whatever its precision stays so."""
+    if dtype is None:
+        return source
+    native = native_model(source)
+    training = replace(native.config.training, bf16=dtype == torch.bfloat16, fp16=False)
+    changed = replace(native, config=replace(native.config, training=training))
+    edited = EditedModel(to_mapping(changed.config), source.train_state, attachments=source.attachments)
+    for name, stored in source.tensors.items():
+        if not name.startswith("optimizer."):
+            edited.keep(source, name, dtype=changed.tensors.get(name, stored).dtype)
+    return edited

@@ -61,7 +61,7 @@ def write_rank_files(
                 for rank, made in models.items():
                     if rank.pp == stage and part.is_on(rank.tp, rank.ep):
                         made[chunk][key] = part.take(tensor).clone()
-                        if ".router." in key and not config.model.disable_bias_linear:
+                        if key.endswith("router.weight") and not config.model.disable_bias_linear:
                             made[chunk][key.replace("weight", "bias")] = torch.zeros(
                                 config.moe.most_experts, dtype=tensor.dtype
                             )

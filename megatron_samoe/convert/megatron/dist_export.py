@@ -77,7 +77,7 @@ def plan_dist_export(source: GlobalTensors) -> DistPlan:
     source, config, notes = _folded_for_megatron(source)
     vocab_size = int(source.train_state["vocab_size"])
     padded = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
-    is_moe = [place.moe_index is not None for place in all_layers(config)]
+    is_moe = [layer.moe_index is not None for layer in all_layers(config)]
     is_stacked = len(set(is_moe)) == 1
     arguments = vars(to_arguments(config, vocab_size, padded)) | _run_arguments(source, config)
     arguments |= {"moe_layer_freq": 1} if is_stacked else {}

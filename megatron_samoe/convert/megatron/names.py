@@ -169,7 +169,7 @@ def _over_ranks(
     """Returns one of Megatron's tensors on the tensor-parallel ranks that share it.
 
     Args:
-        dim: that they share, None if all hold it whole, and `size` how many they are.
+        dim: that they share, None if each holds all of it, and `size` how many they are.
         index: of its expert in ours, or of experts that it holds each transposed; None for one more dim before ours.
     """
     is_stacked = isinstance(index, slice)

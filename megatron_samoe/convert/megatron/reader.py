@@ -88,10 +88,10 @@ class MegatronReader:
     def read(self, name: str) -> Tensor:
         """Returns a tensor, put together from its parts."""
         tensor = self.tensors[name]
-        whole = torch.empty(self._file_shape(name, tensor.shape), dtype=tensor.dtype)
+        full = torch.empty(self._file_shape(name, tensor.shape), dtype=tensor.dtype)
         for part, entry in sorted(self._parts[name], key=lambda pair: pair[1].folder):
-            part.put(whole, self._stored.read(entry))
-        return whole[: tensor.shape[0]].clone() if name in VOCABULARY else whole
+            part.put(full, self._stored.read(entry))
+        return full[: tensor.shape[0]].clone() if name in VOCABULARY else full
 
     def _experts(self, config: PretrainConfig, names: set[str]) -> ExpertNames:
         """Returns how experts are named.
@@ -117,7 +117,7 @@ class MegatronReader:
         return "stacked" if any(".mlp.experts.experts.linear_fc1." in name for name in names) else "sequential"
 
     def _file_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The whole tensor's shape in the files: Megatron's vocabulary may be padded further."""
+        """Returns the full tensor's shape in the files: Megatron's vocabulary may be padded further."""
         return (self._padded, *shape[1:]) if name in VOCABULARY else shape
 
     def _find(self, name: str, stored: StoredTensor) -> list[tuple[Slice, Entry]]:

@@ -45,9 +45,7 @@ def assert_same_model(actual: Any, expected: Any) -> None:
         ("samoe", {"style": "llama"}),
     ],
 )
-def test_every_layout_is_read_bit_for_bit(
-    layout: str, options: dict, sizes: tuple[int, int, int], tmp_path: Path
-) -> None:
+def test_round_trips_are_bitwise(layout: str, options: dict, sizes: tuple[int, int, int], tmp_path: Path) -> None:
     source = new_source(tiny_config(layout, **options))
     write_rank_files(source, tmp_path, *sizes[: 2 if layout == "dense" else 3])
     reader = MegatronReader(tmp_path)
