@@ -3,60 +3,42 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 from tqdm import tqdm
 
-from megatron_samoe.cli.program import Count, program
+from megatron_samoe.cli.program import program
 from megatron_samoe.config.option import flag
 from megatron_samoe.convert.hf.export import refuse_other_tensors
 from megatron_samoe.convert.hf.target import targets
-from megatron_samoe.convert.megatron import MegatronLayout, MegatronStyle
-from megatron_samoe.convert.megatron.names import ExpertStyle
 from megatron_samoe.convert.opener import open_folder
-from megatron_samoe.convert.precision import DTYPES
-from megatron_samoe.convert.target import Conversion, plan_gguf, plan_hf, plan_megatron, plan_native, plan_torch_dist
+from megatron_samoe.convert.target import DTYPES, Conversion, plan_gguf, plan_hf, plan_native, plan_torch_dist
 from megatron_samoe.dist_checkpointing.opened import Opened
 from megatron_samoe.errors import ConfigError, nearest
 
 #: What a model can become: GGUF is written only.
-TargetKind = Literal["native", "megatron", "torch_dist", "hf", "gguf"]
+TargetKind = Literal["native", "torch_dist", "hf", "gguf"]
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ToMegatron:
-    """Each means nothing for another target."""
-
-    target_tensor_parallel_size: Count = None
-    """1 if not given, as for the next two"""
-    target_pipeline_parallel_size: Count = None
-    target_expert_parallel_size: Count = None
-    target_expert_tensor_parallel_size: Count = None
-    """1 or the tensor-parallel size"""
-    target_virtual_pipeline_parallel_size: Count = None
-    """chunks of each pipeline rank; 1 if not given"""
-    transformer_impl: Literal["transformer_engine", "local"] | None = None
-    """whose module names; Megatron's default"""
-    expert_format: ExpertStyle | None = None
-    """TEGroupedMLP (default), SequentialMLP or GroupedMLP"""
-    release: bool = False
-    """write it as Megatron's release rather than an iteration"""
-
-    def layout(self) -> MegatronLayout:
-        """Returns how the files are split, and the names in them."""
-        asked = (
-            self.target_tensor_parallel_size,
-            self.target_pipeline_parallel_size,
-            self.target_expert_parallel_size,
-            self.target_virtual_pipeline_parallel_size,
-        )
-        tp, pp, ep, chunks = (1 if size is None else size for size in asked)
-        style = MegatronStyle(self.transformer_impl or "transformer_engine", self.expert_format or "grouped")
-        return MegatronLayout(tp, pp, ep, self.target_expert_tensor_parallel_size, style, chunks)
+#: What wrote Megatron-LM's per-rank files in earlier versions, and their users' way on.
+_PER_RANK = {
+    name: "per-rank files are written by Megatron-LM itself: convert --to torch_dist, and run its pretrain_gpt.py in the layout "
+    "you want, with --load, --ckpt-convert-format torch and --ckpt-convert-save"
+    for name in (
+        "--to megatron",
+        *(
+            f"--target-{axis}-parallel-size"
+            for axis in ("tensor", "pipeline", "expert", "expert-tensor", "virtual-pipeline")
+        ),
+        "--transformer-impl",
+        "--expert-format",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +69,12 @@ class ToHuggingFace:
 class Convert:
     """Converts a model between this program's checkpoints, Megatron-LM's (torch_dist, or per-rank files) and Hugging Face folders.
 
-    Both formats are found out: the source's from its files; the target is Megatron's if a --target-* size is given, Hugging
-    Face's if one of its options is, and else a checkpoint of this program, unless that is what the source is. --to gguf writes
-    llama.cpp's file. Weights only: optimizer state stays behind.
+    Both formats are found out: the source's from its files; the target is Hugging Face's if one of its options is given, and else
+    a checkpoint of this program, unless that is what the source is. --to gguf writes llama.cpp's file. Weights only: optimizer
+    state stays behind.
     """
+
+    FORMER: ClassVar[Mapping[str, str]] = _PER_RANK
 
     load_dir: str
     """folder of a run, of checkpoints, of one iteration, or of Hugging Face"""
@@ -110,7 +94,8 @@ class Convert:
     """convert without the tokenizer"""
     dry_run: bool = False
     """print the plan and write nothing"""
-    to_megatron: ToMegatron
+    release: bool = False
+    """write torch_dist as Megatron's release rather than an iteration"""
     to_hugging_face: ToHuggingFace
 
     def run(self) -> None:
@@ -139,10 +124,8 @@ class Convert:
             return plan_native(source, save_dir, dtype, carries_tokenizer)
         if target == "gguf":
             return plan_gguf(source, save_dir, dtype, carries_tokenizer)
-        if target == "megatron":
-            return plan_megatron(source, save_dir, dtype, self.to_megatron.layout(), self.to_megatron.release)
         if target == "torch_dist":
-            return plan_torch_dist(source, save_dir, dtype, self.to_megatron.release)
+            return plan_torch_dist(source, save_dir, dtype, self.release)
         return plan_hf(source, save_dir, dtype, carries_tokenizer, **self.to_hugging_face.options())
 
     def _target(self, source: Opened) -> TargetKind:
@@ -151,26 +134,21 @@ class Convert:
         Raises:
             ConfigError: it is not known, is the source's, or an option is for another.
         """
-        given = {"megatron": asdict(self.to_megatron), "hf": asdict(self.to_hugging_face)}
-        given = {
-            family: {name: value for name, value in options.items() if value is not None and value is not False}
-            for family, options in given.items()
-        }
+        given = {name: value for name, value in asdict(self.to_hugging_face).items() if value not in (None, False)}
         target: Any = self.target
         if target == "auto":
-            target = next((family for family, options in given.items() if options), "native")
+            target = "hf" if given else "torch_dist" if self.release else "native"
             if target == source.kind == "native":
-                allowed = "this program's checkpoints load in any layout as they are; say megatron or hf"
+                allowed = "this program's checkpoints load in any layout as they are; say torch_dist or hf"
                 raise ConfigError("--to", "auto", allowed)
         if target == source.kind == "native":
             raise ConfigError("--to", target, "the source is one already, and loads in any layout as it is")
-        for family, options in given.items():
-            if target == "torch_dist":  # which loads in any layout
-                options = {name: value for name, value in options.items() if name != "release"}
-            if options and target != family:
-                name, value = next(iter(options.items()))
-                raise ConfigError(flag(name), value, f"is for --to {family}, not {target}")
-        if self.no_tokenizer and target in ("megatron", "torch_dist"):
+        if given and target != "hf":
+            name, value = next(iter(given.items()))
+            raise ConfigError(flag(name), value, f"is for --to hf, not {target}")
+        if self.release and target != "torch_dist":
+            raise ConfigError("--release", True, f"is for --to torch_dist, not {target}")
+        if self.no_tokenizer and target == "torch_dist":
             raise ConfigError("--no-tokenizer", True, "is for --to hf, gguf and native: Megatron's files hold none")
         found: TargetKind = target
         return found

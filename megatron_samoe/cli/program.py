@@ -110,6 +110,10 @@ def _read_one(command: type[Any], words: Sequence[str], prog: str) -> Any:
         print(_help(command, prog))
         raise SystemExit(0)
     hands_on = issubclass(command, HandsOn)
+    asked = f" {' '.join(words).replace('=', ' ')} "
+    for former, way_on in getattr(command, "FORMER", {}).items():  # words of earlier versions
+        if f" {former} " in asked:
+            _refuse(prog, f"{former}: {way_on}.")
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):

@@ -14,14 +14,12 @@ from typing import Any
 import torch
 
 from megatron_samoe.config.cli import to_mapping
-from megatron_samoe.convert import megatron
 from megatron_samoe.convert.edited_model import EditedModel, source_config
 from megatron_samoe.convert.gguf import export as gguf_export
-from megatron_samoe.convert.hf.export import plan_export, write_export
+from megatron_samoe.convert.hf.export import native_model, plan_export, write_export
 from megatron_samoe.convert.hf.tokenizer_files import TOKENIZER, imported_tokenizer, tokenizer_files
-from megatron_samoe.convert.megatron.rank_files import folder_name
+from megatron_samoe.convert.megatron.dist_export import iteration_name, plan_dist_export, write_dist_export
 from megatron_samoe.convert.output_folder import require_new, require_space
-from megatron_samoe.convert.precision import recast
 from megatron_samoe.convert.read_ahead import Progress, ReadAhead
 from megatron_samoe.datasets.carried_tokenizer import chat_of, read_files
 from megatron_samoe.dist_checkpointing import store
@@ -29,6 +27,8 @@ from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, Stor
 from megatron_samoe.dist_checkpointing.opened import Opened
 from megatron_samoe.errors import CheckpointError, in_units
 
+#: Precisions by their names for users.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: A number of a layer or expert in a tensor's name; w1 and w2 are names.
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=weight)\d+$")
 
@@ -111,29 +111,6 @@ def plan_gguf(source: Opened, save_dir: Path, dtype: torch.dtype | None, with_to
     return Conversion(described, plan.lines, {gguf_export.FILE: plan.stored}, write)
 
 
-def plan_megatron(
-    source: Opened, save_dir: Path, dtype: torch.dtype | None, layout: megatron.MegatronLayout, release: bool
-) -> Conversion:
-    """Returns the plan of writing Megatron-LM's per-rank files.
-
-    Raises:
-        ConfigError: Megatron has no such model, or the layout does not divide it.
-        CheckpointError: the iteration is there already.
-    """
-    plan = megatron.plan_export(_recast(source.tensors, dtype), layout)
-    iteration, name = _iteration(source, release)
-    require_new(save_dir / name)
-    pp, ep = plan.layout.pipeline_parallel, plan.layout.expert_parallel
-    files = {
-        folder_name(place, pp, ep): {t.part.name: t.stored for t in tensors} for place, tensors in plan.files.items()
-    }
-    described = (
-        f"Megatron-LM's format torch in {save_dir}: tensor {plan.layout.tensor_parallel}, pipeline {pp}, expert {ep}, "
-        f"expert tensor {plan.layout.etp}, virtual pipeline {plan.layout.virtual_pipeline}"
-    )
-    return Conversion(described, plan.notes, files, partial(megatron.write_export, plan, save_dir, iteration))
-
-
 def plan_torch_dist(source: Opened, save_dir: Path, dtype: torch.dtype | None, release: bool) -> Conversion:
     """Returns the plan of writing Megatron-LM's format torch_dist.
 
@@ -141,18 +118,13 @@ def plan_torch_dist(source: Opened, save_dir: Path, dtype: torch.dtype | None, r
         ConfigError: Megatron has no such model.
         CheckpointError: the iteration is there already.
     """
-    plan = megatron.plan_dist_export(_recast(source.tensors, dtype))
-    iteration, name = _iteration(source, release)
+    plan = plan_dist_export(_recast(source.tensors, dtype))
+    iteration = None if release else int(source.tensors.train_state.get("iteration", 0))
+    name = iteration_name(iteration)
     require_new(save_dir / name)
     described = f"Megatron-LM's format torch_dist in {save_dir}"
-    write = partial(megatron.write_dist_export, plan, save_dir, iteration)
+    write = partial(write_dist_export, plan, save_dir, iteration)
     return Conversion(described, plan.notes, {name: plan.stored}, write)
-
-
-def _iteration(source: Opened, release: bool) -> tuple[int | None, str]:
-    """Returns the iteration that Megatron's files are of, and the name of its folder."""
-    iteration = None if release else int(source.tensors.train_state.get("iteration", 0))
-    return iteration, "release" if iteration is None else f"iter_{iteration:07d}"
 
 
 def plan_native(source: Opened, save_dir: Path, dtype: torch.dtype | None, with_tokenizer: bool) -> Conversion:
@@ -196,4 +168,14 @@ def plan_native(source: Opened, save_dir: Path, dtype: torch.dtype | None, with_
 
 
 def _recast(source: GlobalTensors, dtype: torch.dtype | None) -> GlobalTensors:
-    return source if dtype is None else recast(source, dtype)
+    """Returns a model in another precision, if one is given; what a run keeps in fp32 whatever its precision stays so."""
+    if dtype is None:
+        return source
+    native = native_model(source)
+    training = replace(native.config.training, bf16=dtype == torch.bfloat16, fp16=False)
+    changed = replace(native, config=replace(native.config, training=training))
+    edited = EditedModel(to_mapping(changed.config), source.train_state, attachments=source.attachments)
+    for name, stored in source.tensors.items():
+        if not name.startswith("optimizer."):
+            edited.keep(source, name, dtype=changed.tensors.get(name, stored).dtype)
+    return edited

@@ -1,4 +1,4 @@
-"""A whole model, tensor by tensor, in one process, as conversion, surgery and inspection read and write it."""
+"""A full model, tensor by tensor, in one process, as conversion, surgery and inspection read and write it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class GlobalTensors(Protocol):
     def attachments(self) -> Mapping[str, bytes]: ...
 
     def read(self, name: str) -> Tensor:
-        """Returns a whole tensor on the CPU, and keeps no copy."""
+        """Returns a full tensor on the CPU, and keeps no copy."""
 
 
 class DistributedTensors:
@@ -92,7 +92,7 @@ class DistributedTensors:
         }
 
     def read(self, name: str, at: tuple[int, ...] = ()) -> Tensor:
-        """Returns a whole tensor, or the part of it at leading indices; only files that have some of it are read.
+        """Returns a full tensor, or the part of it at leading indices; only files that have some of it are read.
 
         Raises:
             CheckpointError: a file is damaged, or no tensor has that name.
@@ -108,21 +108,21 @@ class DistributedTensors:
                     return taken
                 if part is None:
                     part = torch.empty(stored.shape[depth:], dtype=stored.dtype)
-                place = zip(chunk.offsets[depth:], chunk.sizes[depth:], strict=True)
-                part[tuple(slice(offset, offset + size) for offset, size in place)] = taken
+                box = zip(chunk.offsets[depth:], chunk.sizes[depth:], strict=True)
+                part[tuple(slice(offset, offset + size) for offset, size in box)] = taken
         return torch.empty(stored.shape[depth:], dtype=stored.dtype) if part is None else part
 
     def read_object(self, name: str) -> bytes | None:
         """Returns an object as it was saved, which runs no code; None where the folder has none of that name."""
-        place = self._table.objects.get(name)
-        if place is None:
+        stored = self._table.objects.get(name)
+        if stored is None:
             return None
         try:
-            with open(self.directory / place.file, "rb") as file:
-                file.seek(place.start)
-                return file.read(place.length)
+            with open(self.directory / stored.file, "rb") as file:
+                file.seek(stored.start)
+                return file.read(stored.length)
         except OSError as error:
-            raise CheckpointError(f"{self.directory / place.file} cannot be read: {error.strerror}.") from None
+            raise CheckpointError(f"{self.directory / stored.file} cannot be read: {error.strerror}.") from None
 
 
 class CheckpointReader(DistributedTensors):

@@ -50,8 +50,8 @@ class Opened:
         for name, parts in state.items():
             tensor = self.tensors.read(name)
             for part in parts:
-                place = zip(part.offsets, part.local.shape, strict=True)
-                part.local.copy_(tensor[tuple(slice(offset, offset + size) for offset, size in place)])
+                box = zip(part.offsets, part.local.shape, strict=True)
+                part.local.copy_(tensor[tuple(slice(offset, offset + size) for offset, size in box)])
 
 
 @dataclass(frozen=True)
@@ -73,5 +73,5 @@ class WithTokenizer:
         return self.source.train_state
 
     def read(self, name: str) -> Tensor:
-        """Returns a whole tensor."""
+        """Returns a full tensor."""
         return self.source.read(name)

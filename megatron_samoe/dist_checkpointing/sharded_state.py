@@ -99,21 +99,21 @@ def sharded(
         is_owner: whether this rank saves it; if not given, the first of its replicas does.
     """
     shape = part.shape if part is not None else tuple(local.shape)
-    whole, base = spec.global_shape(shape, state), spec.offsets(shape, state)
+    full_shape, base = spec.global_shape(shape, state), spec.offsets(shape, state)
     owner = is_counted_here(spec, state, is_sliced=part is not None) if is_owner is None else is_owner
     if part is None:
-        return [ShardedTensor(local.detach(), whole, base, owner)]
+        return [ShardedTensor(local.detach(), full_shape, base, owner)]
     parts, start, flat = [], 0, local.detach().view(-1)
     for offsets, sizes in part.boxes():
         count = math.prod(sizes)
-        place = tuple(b + o for b, o in zip(base, offsets, strict=True))
-        parts.append(ShardedTensor(flat[start : start + count].view(sizes), whole, place, owner))
+        begin = tuple(b + o for b, o in zip(base, offsets, strict=True))
+        parts.append(ShardedTensor(flat[start : start + count].view(sizes), full_shape, begin, owner))
         start += count
     return parts
 
 
 def replicated(tensor: Tensor, state: ParallelState) -> list[ShardedTensor]:
-    """Returns the single part of a tensor that every rank holds whole."""
+    """Returns the single part of a tensor of which every rank holds all."""
     return [ShardedTensor(tensor, tuple(tensor.shape), (0,) * tensor.dim(), state.rank == 0)]
 
 

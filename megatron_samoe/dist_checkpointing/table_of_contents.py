@@ -96,7 +96,7 @@ class _Chunk(_Record):
     sizes: Any
 
 
-class _Place(_Record):
+class _StorageInfo(_Record):
     relative_path: Any
     offset: Any
     length: Any
@@ -129,7 +129,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
     (_TORCH + "metadata", "TensorProperties"): _Properties,
     (_TORCH + "metadata", "ChunkStorageMetadata"): _Chunk,
     (_TORCH + "metadata", "MetadataIndex"): _Index,
-    (_TORCH + "filesystem", "_StorageInfo"): _Place,
+    (_TORCH + "filesystem", "_StorageInfo"): _StorageInfo,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): Inert,
     ("pathlib", "PosixPath"): Inert,
@@ -187,9 +187,9 @@ def _parsed(content: bytes) -> TableOfContents:
     if not isinstance(table, _Table):
         raise _DamagedError(f"it holds {type(table).__name__}")
     try:
-        entries, places = table.state_dict_metadata, table.storage_data
-        _require(isinstance(entries, dict) and isinstance(places, dict), "it is not a table of tensors")
-        files = {index: _file_of(index, place) for index, place in places.items()}
+        entries, files_by_index = table.state_dict_metadata, table.storage_data
+        _require(isinstance(entries, dict) and isinstance(files_by_index, dict), "it is not a table of tensors")
+        files = {index: _file_of(index, info) for index, info in files_by_index.items()}
         for name in entries:
             _require(not is_odd_name(name), f"a tensor is called {shown(name)}")
         tensors = {name: _tensor(name, e, files) for name, e in entries.items() if not isinstance(e, _Bytes)}
@@ -219,13 +219,13 @@ def _index(name: str, offset: torch.Size | None) -> _Index:
     return index
 
 
-def _file_of(index: Any, place: Any) -> StoredPart:
-    is_place = isinstance(index, _Index) and isinstance(place, _Place) and isinstance(place.relative_path, str)
-    _require(is_place, "its table of files is malformed")
-    path, start, length = place.relative_path, place.offset, place.length
+def _file_of(index: Any, info: Any) -> StoredPart:
+    is_info = isinstance(index, _Index) and isinstance(info, _StorageInfo) and isinstance(info.relative_path, str)
+    _require(is_info, "its table of files is malformed")
+    path, start, length = info.relative_path, info.offset, info.length
     in_folder = os.path.basename(path) == path and _are_sizes((start, length))
     _require(in_folder, f"{shown(path)} from {shown(start)} is not inside a file of its folder")
-    _require(not place.transform_descriptors, f"{shown(path)} was written through a transform, which is not read")
+    _require(not info.transform_descriptors, f"{shown(path)} was written through a transform, which is not read")
     return StoredPart(path, start, length)
 
 

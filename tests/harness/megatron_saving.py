@@ -183,6 +183,26 @@ def saved(layout: Layout, kind: Model, folder: str, steps: int = 2) -> Tensor | 
     return torch.cat(logits).flatten(0, 1) if logits else None
 
 
+def converted(layout: Layout, kind: Model, folder: str, made: str) -> None:
+    """Loads a checkpoint of ours by Megatron-Core and saves this rank's file of the format `torch`, as Megatron-LM's
+    --ckpt-convert-format does: what the model's `state_dict_for_save_checkpoint` returns, with its arguments."""
+    start(layout)
+    from megatron.core import dist_checkpointing, parallel_state
+
+    config, model, _ = _built(layout, kind)
+    model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, folder)["model"])
+    ranks = [getattr(parallel_state, f"get_{axis}_model_parallel_rank")() for axis in ("tensor", "pipeline", "expert")]
+    name = f"mp_rank_{ranks[0]:02d}" + "".join(
+        f"_{rank:03d}" for rank, size in zip(ranks[1:], (layout.pp, layout.ep), strict=True) if size > 1
+    )
+    state = {"args": _arguments(config, kind), "iteration": 3, "checkpoint_version": 3.0}
+    state["args"].padded_vocab_size = kind.vocabulary
+    os.makedirs(os.path.join(made, name), exist_ok=True)
+    torch.save(
+        {**state, "model": model.state_dict_for_save_checkpoint()}, os.path.join(made, name, "model_optim_rng.pt")
+    )
+
+
 def continued(layout: Layout, kind: Model, folder: str, steps: int = 2) -> tuple[dict[str, Tensor], list[float]]:
     """Loads a checkpoint by Megatron-Core, and trains on; returns this rank's weights as loaded, and losses of the last stage."""
     start(layout)

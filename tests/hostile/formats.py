@@ -57,12 +57,12 @@ def _pickled(folder: Path) -> None:
 
 
 def _megatron(folder: Path) -> None:
-    from megatron_samoe.convert.megatron import MegatronLayout, plan_export, write_export
+    from tests.harness.megatron_files import write_rank_files
     from tests.harness.tiny import tiny_config
     from tests.unit.convert.memory_source import new_source
 
     source = new_source(tiny_config("moe", num_layers=2, style="llama"))
-    write_export(plan_export(source, MegatronLayout(1, 1, 1)), folder / "megatron", 7, lambda _: None)
+    write_rank_files(source, folder / "megatron")
 
 
 def _torch_dist(folder: Path) -> None:
@@ -172,9 +172,9 @@ def _tokenizer(path: Path) -> None:
     tokenizers.Tokenizer.from_file(str(path))
 
 
-_OURS = (*_of_model("run", "hf", "megatron"), GENERATE + "--prompt Emma", "load {in}/run", f"pretrain {MODEL}")
+_OURS = (*_of_model("run", "hf", "torch_dist"), GENERATE + "--prompt Emma", "load {in}/run", f"pretrain {MODEL}")
 _DIST = _of_model("torch_dist", "hf", "native")
-_MEGATRON, _HF = _of_model("megatron", "hf", "native"), _of_model("hf", "native", "megatron", "gguf", "hf")
+_MEGATRON, _HF = _of_model("megatron", "hf", "native"), _of_model("hf", "native", "torch_dist", "gguf", "hf")
 _TABLES = (BYTES, BYTES + " --on-bad-input skip", BYTES + " --executor process --workers 1",
            "train-tokenizer --type byte-bpe --vocab-size 300 --output-prefix {out}/made --input {file}")  # fmt: skip
 _ROWS = (*_TABLES, BYTES + " --max-document-mb 1 --on-bad-input skip", BYTES + " --split-sentences --deduplicate exact",

@@ -1,4 +1,4 @@
-"""Exported checkpoints in megatron-core's own GPTModel: every rank's file loads strictly, and logits are ours.
+"""Per-rank files in megatron-core's own GPTModel: every rank's loads strictly, and logits are ours.
 
 megatron-core's modules of the `local` kind can be built and run on a CPU once the few calls that ask for a CUDA device
 are answered; ranks of a layout are played one after another in a process group that does not communicate.
@@ -27,10 +27,12 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_samoe.config.cli import from_mapping
-from megatron_samoe.convert.megatron import MegatronLayout, MegatronReader, MegatronStyle, plan_export, write_export
+from megatron_samoe.convert.megatron import MegatronReader
 from megatron_samoe.convert.megatron.arguments import UNSUPPORTED, from_arguments, to_arguments
 from megatron_samoe.convert.megatron.rank_files import FILE_NAME
+from megatron_samoe.convert.megatron.stored import canonical
 from megatron_samoe.errors import CheckpointError
+from tests.harness.megatron_files import write_rank_files
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
 from tests.unit.convert.memory_source import MemorySource, logits, new_source, router_gradients
 
@@ -46,8 +48,6 @@ with warnings.catch_warnings():
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-LOCAL = MegatronStyle("local", "sequential")
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +132,7 @@ CASES = [
 
 
 def export(source: MemorySource, root: Path, *sizes: int) -> Path:
-    return write_export(plan_export(source, MegatronLayout(*sizes, style=LOCAL)), root, 1)
+    return write_rank_files(source, root, *sizes, fused=False, iteration=1)
 
 
 @pytest.mark.parametrize(("layout", "options"), CASES)
@@ -204,16 +204,9 @@ def test_every_rank_loads_its_file_strictly(layout: str, options: dict, sizes: t
         assert weights[0] == weights[1]
 
 
-def test_names_of_transformer_engine_are_megatrons_own_translation(tmp_path: Path) -> None:
-    source = new_source(tiny_config("dense"))
-    local = {
-        t.part.name for tensors in plan_export(source, MegatronLayout(style=LOCAL)).files.values() for t in tensors
-    }
-    fused = {t.part.name for tensors in plan_export(source, MegatronLayout()).files.values() for t in tensors}
-    translation = get_gpt_layer_local_spec().submodules.sharded_state_dict_keys_map
-    for ours, theirs in translation.items():
-        local = {key.replace(ours, theirs) for key in local}
-    assert local == fused
+def test_names_of_transformer_engine_are_megatrons_own_translation() -> None:
+    for alone, fused in get_gpt_layer_local_spec().submodules.sharded_state_dict_keys_map.items():
+        assert canonical(f"decoder.layers.0.{fused}weight") == f"decoder.layers.0.{alone}weight"
 
 
 #: What is known of the options of megatron-core's configuration.

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from megatron_samoe.config.cli import from_mapping, to_mapping
 from megatron_samoe.convert.fold import fold_shared
-from megatron_samoe.convert.megatron import MegatronLayout, plan_export, write_export
 from megatron_samoe.convert.megatron.rank_files import FILE_NAME
 from megatron_samoe.models.rank_model import stored_name
 from tests.harness.megatron_faults import FAULTS
+from tests.harness.megatron_files import write_rank_files
 from tests.harness.megatron_training import (
     Layout,
     loaded,
@@ -31,7 +31,7 @@ from tests.harness.megatron_training import (
 from tests.harness.near_package import near_installed  # noqa: F401
 from tests.harness.pairs import first_by_day
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
-from tests.parity.test_megatron_checkpoints import LOCAL, cpu_in_place_of_cuda, megatron_model, megatron_rank  # noqa: F401
+from tests.parity.test_megatron_checkpoints import cpu_in_place_of_cuda, megatron_model, megatron_rank  # noqa: F401
 from tests.unit.convert.memory_source import MemorySource, logits, new_source
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -166,7 +166,7 @@ def test_its_loss_and_gradients_are_those_of_megatrons_own_experts(case: str, tm
     way, options = WAYS[case]
     source, plain, factors = shared_source(way, options)
     folded = plain if way == "own" else fold_shared(plain)
-    exported = write_export(plan_export(folded, MegatronLayout(1, 1, 1, style=LOCAL)), tmp_path, 1)
+    exported = write_rank_files(folded, tmp_path, fused=False)
     content = torch.load(exported / "mp_rank_00" / FILE_NAME, weights_only=False)
     batch = global_batch(from_mapping(source.config, "test"), 0)
     with megatron_rank(content["args"], 0):

@@ -24,7 +24,7 @@ from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
-from tests.harness.megatron_saving import LATENTS, Model, continued, saved
+from tests.harness.megatron_saving import LATENTS, Model, continued, converted, saved
 from tests.harness.megatron_training import VOCABULARY, Layout, batches, run_megatron
 from tests.harness.program import call, write_corpus
 from tests.unit.convert.memory_source import MemorySource, new_source
@@ -124,6 +124,20 @@ def test_megatron_core_trains_on_from_one_of_ours(case: str, tmp_path: Path) -> 
     assert losses[0] == pytest.approx(float(expected), rel=1e-5) and len(losses) == 2
     final = next(weight for name, weight in weights.items() if name.endswith("final_layernorm.weight"))
     assert torch.equal(final, ours.weights["final_norm.weight"])
+
+
+@pytest.mark.parametrize(
+    "case", ["MoE, EP 2 x PP 2", pytest.param("latent attention, dense layers", marks=pytest.mark.night)]
+)
+def test_megatrons_own_rank_files_of_one_of_ours_come_back(case: str, tmp_path: Path) -> None:
+    ranks, layout, kind = CASES[case]
+    run_ranks(saved, ranks, layout, kind, str(tmp_path / "theirs"), timeout_s=600)
+    ours = ours_like(tmp_path / "theirs")
+    folder = write_dist_export(plan_dist_export(ours), tmp_path / "ours", 3)
+    run_ranks(converted, ranks, layout, kind, str(folder), str(tmp_path / "files"), timeout_s=600)
+    again = MegatronReader(tmp_path / "files")
+    assert again.tensors.keys() == ours.tensors.keys()
+    assert all(torch.equal(again.read(name), tensor) for name, tensor in ours.weights.items())
 
 
 @pytest.mark.night

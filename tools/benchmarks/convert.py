@@ -81,10 +81,7 @@ class ConvertBenchmark(Benchmark):
             "safetensors, read and write": (hf, lambda: by_safetensors(hf / "model.safetensors", out)),
             "native to Hugging Face": (native, lambda: by_tool(native, out, "--to", "hf")),
             "Hugging Face to native": (hf, lambda: by_tool(hf, out)),
-            "native to Megatron, tensor 2": (
-                native,
-                lambda: by_tool(native, out, "--target-tensor-parallel-size", "2"),
-            ),
+            "native to torch_dist": (native, lambda: by_tool(native, out, "--to", "torch_dist")),
         }
         found: dict[str, list[tuple[float, int]]] = {name: [] for name in ways}
         for _ in range(self.rounds):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,18 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.config.model import ModelConfig
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.validate import refuse_unknown
 from megatron_samoe.convert.edited_model import model_names
+from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.hf.parts import VOCABULARY
 from megatron_samoe.convert.layer_experts import layer_of
 from megatron_samoe.convert.megatron.arguments import to_arguments
 from megatron_samoe.convert.megatron.dist_files import COMMON, FORMAT
-from megatron_samoe.convert.megatron.export import folded_for_megatron, layout_arguments, notes_of, track, with_rows
-from megatron_samoe.convert.megatron.names import FUSED_NORMS, LOCAL, MegatronLayout, slices_of
+from megatron_samoe.convert.megatron.names import FUSED_NORMS, MegatronLayout, slices_of
 from megatron_samoe.convert.megatron.rank_files import CHECKPOINT_VERSION, DISTRIBUTED
 from megatron_samoe.convert.output_folder import new_folder, require_space
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
 from megatron_samoe.dist_checkpointing.saving import write_sharded
 from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor
+from megatron_samoe.dist_checkpointing.store import LATEST, refuse_parts
 from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.tensor_parallel.layers import padded_vocab_size
@@ -68,14 +74,14 @@ def plan_dist_export(source: GlobalTensors) -> DistPlan:
     Raises:
         ConfigError: Megatron has no such model.
     """
-    source, config, notes = folded_for_megatron(source)
+    source, config, notes = _folded_for_megatron(source)
     vocab_size = int(source.train_state["vocab_size"])
     padded = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
-    is_moe = [place.moe_index is not None for place in all_layers(config)]
+    is_moe = [layer.moe_index is not None for layer in all_layers(config)]
     is_stacked = len(set(is_moe)) == 1
-    arguments = vars(to_arguments(config, vocab_size, padded)) | layout_arguments(source, config, MegatronLayout())
-    arguments |= {"ckpt_format": FORMAT, **({"moe_layer_freq": 1} if is_stacked else {})}
-    layout = MegatronLayout(1, 1, 1, 1, replace(LOCAL, experts="stacked"))
+    arguments = vars(to_arguments(config, vocab_size, padded)) | _run_arguments(source, config)
+    arguments |= {"moe_layer_freq": 1} if is_stacked else {}
+    layout = MegatronLayout(experts="stacked")
     tensors: dict[str, list[UnreadTensor]] = {}
 
     def add(key: str, layer: int | None, part: UnreadTensor) -> None:
@@ -87,8 +93,8 @@ def plan_dist_export(source: GlobalTensors) -> DistPlan:
     for name in model_names(source):
         stored, layer = source.tensors[name], layer_of(name)
         shape = (padded, *stored.shape[1:]) if name in VOCABULARY else stored.shape
-        part = slices_of(name, shape, layer, is_moe[layer or 0], layout, config.model)[0]
-        for key in _names_of(part.name, config.model.multi_latent_attention):
+        part = slices_of(name, shape, layer, layout, config.model)[0]
+        for key in _names_of(part.name, config.model):
             add(key, layer, UnreadTensor(_taking(source, name, padded, part.take), part.shape, stored.dtype))
         if name.endswith(".moe.router.weight") and not config.model.disable_bias_linear:
             zeros = torch.zeros(config.moe.most_experts, dtype=stored.dtype)
@@ -98,20 +104,75 @@ def plan_dist_export(source: GlobalTensors) -> DistPlan:
                 UnreadTensor(zeros.clone, tuple(zeros.shape), zeros.dtype),
             )
     objects = _extra_states(is_moe, config.moe.most_experts, is_stacked)
-    return DistPlan(source, arguments, tensors, objects, notes + notes_of(config, vocab_size, padded))
+    return DistPlan(source, arguments, tensors, objects, notes + _notes_of(config, vocab_size, padded))
 
 
-def _names_of(key: str, has_latents: bool) -> list[str]:
+def _folded_for_megatron(source: GlobalTensors) -> tuple[GlobalTensors, PretrainConfig, tuple[str, ...]]:
+    """Returns a model as Megatron can have it, its configuration, and lines on what changes.
+
+    Raises:
+        ConfigError: Megatron has no such model.
+    """
+    notes: tuple[str, ...] = ()
+    config = from_mapping(source.config, "the checkpoint's config.yaml")
+    if config.moe.shares_experts:
+        source = fold_shared(source)
+        config = from_mapping(source.config, "the folded model")
+        notes = ("Megatron's layers share no experts: the model is folded into a plain MoE.",)
+    refuse_unknown(config, "megatron", "Megatron's checkpoints")
+    refuse_parts(source.train_state, "The checkpoint")
+    return source, config, notes
+
+
+def _notes_of(config: PretrainConfig, vocab_size: int, padded: int) -> tuple[str, ...]:
+    """Returns lines on what Megatron computes otherwise."""
+    notes: tuple[str, ...] = ()
+    if not config.model.swiglu:
+        notes += ("GELU here is its tanh form, which Megatron computes with --bias-gelu-fusion only.",)
+    if padded > vocab_size:
+        notes += (f"Megatron's softmax counts the {padded - vocab_size} rows of padding; here they take no part.",)
+    return notes
+
+
+def _run_arguments(source: GlobalTensors, config: PretrainConfig) -> dict[str, Any]:
+    """Returns the arguments of a layout, which that of a load replaces, and of a run's progress."""
+    axes = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor", "context")
+    return {
+        **{f"{axis}_parallel_size": 1 for axis in axes},
+        "virtual_pipeline_model_parallel_size": None,
+        "num_layers_per_virtual_pipeline_stage": None,
+        "sequence_parallel": False,
+        "transformer_impl": "transformer_engine",
+        "use_mcore_models": True,
+        "ckpt_format": FORMAT,
+        "moe_grouped_gemm": config.moe.expert_layout != "dense",
+        "moe_use_legacy_grouped_gemm": False,
+        "iteration": int(source.train_state.get("iteration", 0)),
+        "consumed_train_samples": int(source.train_state.get("consumed_samples", 0)),
+        "consumed_valid_samples": 0,
+    }
+
+
+def _names_of(key: str, model: ModelConfig) -> list[str]:
     """Returns the names of a tensor: of a norm that a module may keep, one for each kind of modules of Megatron's."""
+    if model.q_lora_rank is None:
+        key = key.replace("linear_q_up_proj", "linear_q_proj")
     names = [key]
     for fused, alone in FUSED_NORMS.items():
-        if alone in key and (has_latents or "_up_proj" not in fused):
+        if alone in key and (model.multi_latent_attention or "_up_proj" not in fused):
             names.append(key.replace(alone, fused))
     return names
 
 
 def _taking(source: GlobalTensors, name: str, padded: int, take: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-    return lambda: take(with_rows(source.read(name), name, padded))
+    return lambda: take(_with_rows(source.read(name), name, padded))
+
+
+def _with_rows(tensor: Tensor, name: str, num_rows: int) -> Tensor:
+    """Returns a vocabulary's tensor with zero rows appended up to Megatron's rounding."""
+    if name not in VOCABULARY or tensor.shape[0] >= num_rows:
+        return tensor
+    return torch.cat((tensor, tensor.new_zeros(num_rows - tensor.shape[0], *tensor.shape[1:])))
 
 
 def _extra_states(is_moe: list[bool], num_experts: int, is_stacked: bool) -> dict[str, bytes]:
@@ -130,6 +191,11 @@ def _extra_states(is_moe: list[bool], num_experts: int, is_stacked: bool) -> dic
             for expert in range(num_experts if has_experts else 0)
         ]
     return dict.fromkeys(names, buffer.getvalue())
+
+
+def iteration_name(iteration: int | None) -> str:
+    """Returns the name of an iteration's folder, None for Megatron's `release`."""
+    return "release" if iteration is None else f"iter_{iteration:07d}"
 
 
 def write_dist_export(
@@ -153,7 +219,7 @@ def write_dist_export(
 
         return replace(part, read=read)
 
-    name = "release" if iteration is None else f"iter_{iteration:07d}"
+    name = iteration_name(iteration)
     require_space(root, sum(stored.num_bytes for stored in plan.stored.values()))
     with new_folder(root / name) as folder:
         state = {key: [counted(part) for part in parts] for key, parts in plan.tensors.items()}
@@ -164,5 +230,7 @@ def write_dist_export(
         (folder / DISTRIBUTED).write_text(
             json.dumps({**backends, "common_backend": "torch", "common_backend_version": 1})
         )
-    track(root, iteration)
+    tracker = root / f".{LATEST}.tmp"
+    tracker.write_text("release" if iteration is None else str(iteration))
+    os.replace(tracker, root / LATEST)
     return root / name

@@ -7,7 +7,7 @@ along the same dim as we do; gate and up projections of SwiGLU are each cut, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -15,31 +15,12 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config.model import ModelConfig
-from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.convert.hf.parts import Part, in_pairs, matrix, vector, whole
 from megatron_samoe.convert.megatron.rank_files import RankPlace
 
-ExpertStyle = Literal["grouped", "sequential", "legacy_grouped"]
-#: How torch_dist names them as well: all of a layer's in one tensor; or lent by the plug-in, under our names.
-StoredStyle = Literal[ExpertStyle, "stacked", "lent"]
-
-
-@dataclass(frozen=True)
-class MegatronStyle:
-    """Which of Megatron's modules the names are for.
-
-    Attributes:
-        transformer_impl: transformer_engine keeps the norm before a matrix in the matrix's module; local does not.
-        experts: grouped: TEGroupedMLP's linear_fc1.weight0; sequential: SequentialMLP's local_experts.0; legacy_grouped:
-            GroupedMLP's weight1, the transposed matrices of all of a rank's experts in one.
-    """
-
-    transformer_impl: Literal["transformer_engine", "local"] = "transformer_engine"
-    experts: StoredStyle = "grouped"
-
-
-#: The names that a checkpoint is read by, whichever module kept a norm or an expert.
-LOCAL = MegatronStyle("local", "sequential")
+#: How the experts of a layer are named: SequentialMLP's local_experts.0; GroupedMLP's weight1, the transposed matrices of all of
+#: a rank's experts in one; all of a layer's in one tensor, as torch_dist has them; or lent by the plug-in, under our names.
+ExpertNames = Literal["sequential", "legacy_grouped", "stacked", "lent"]
 
 
 @dataclass(frozen=True)
@@ -47,34 +28,19 @@ class MegatronLayout:
     """The ranks that have files, and the names in them.
 
     Attributes:
-        expert_tensor_parallel: ranks that split each expert, 1 or the tensor-parallel size; if None, the latter, but 1
-            for experts with biases, which Megatron does not split.
-        virtual_pipeline: chunks of layers of each pipeline rank.
+        expert_tensor_parallel: ranks that split each expert, 1 or the tensor-parallel size.
     """
 
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     expert_parallel: int = 1
-    expert_tensor_parallel: int | None = None
-    style: MegatronStyle = field(default_factory=MegatronStyle)
-    virtual_pipeline: int = 1
-
-    def for_model(self, config: PretrainConfig) -> MegatronLayout:
-        """Returns the layout with nothing left to derive."""
-        has_bias = config.moe.expert_layout != "dense" and not config.model.disable_bias_linear
-        derived = 1 if has_bias else self.tensor_parallel
-        given = self.expert_tensor_parallel
-        return replace(self, expert_tensor_parallel=derived if given is None else given)
-
-    @property
-    def etp(self) -> int:
-        """Ranks that split each expert."""
-        return self.expert_tensor_parallel or self.tensor_parallel
+    expert_tensor_parallel: int = 1
+    experts: ExpertNames = "sequential"
 
     def ranks(self) -> list[RankPlace]:
-        """Returns all ranks that have a file: Megatron counts tensor ranks fastest, and expert ranks past `etp`."""
+        """Returns all ranks that have a file: Megatron counts tensor ranks fastest, and expert ranks past those of an expert."""
         tp, ep = self.tensor_parallel, self.expert_parallel
-        pairs = sorted({(rank % tp, rank // self.etp % ep) for rank in range(tp * ep)})
+        pairs = sorted({(rank % tp, rank // self.expert_tensor_parallel % ep) for rank in range(tp * ep)})
         return [RankPlace(t, p, e) for p in range(self.pipeline_parallel) for t, e in pairs]
 
 
@@ -125,50 +91,50 @@ _MODULES: dict[str, tuple[str, int | None, int | None]] = {
 
 
 def slices_of(
-    name: str, shape: tuple[int, ...], layer: int | None, is_moe: bool, layout: MegatronLayout, model: ModelConfig
+    name: str, shape: tuple[int, ...], layer: int | None, layout: MegatronLayout, model: ModelConfig
 ) -> list[Slice]:
-    """Returns what one of our tensors is on the ranks of a layout.
+    """Returns what one of our tensors is on the ranks of a layout, under names of Megatron-Core's local modules.
 
     Args:
         shape: of the tensor that the slices are views of.
         layer: the number that its layer has in the files.
-        is_moe: whether its layer has experts.
         model: whose tensor it is.
     """
-    style, tp, etp = layout.style, layout.tensor_parallel, layout.etp
+    tp = layout.tensor_parallel
     if name in _OUTER:
         return _over_ranks(name, shape, *_OUTER[name], tp)
-    if style.experts == "lent" and _is_lent(name):
+    if layout.experts == "lent" and _is_lent(name):
         return [Slice(name, name, whole, shape)]
     module, _, leaf = name.split(".", 2)[2].rpartition(".")
     prefix = f"decoder.layers.{layer}."
     if module != "moe.experts":
         theirs, of_weight, of_bias = _MODULES[module]
-        key = _in_modules_of(style, theirs.format(leaf), is_moe, model)
+        key = prefix + theirs.format(leaf)
         if model.multi_latent_attention and module in ("attention.q_up", "attention.kv_down"):
             order = in_pairs(model.qk_head_dim if of_weight == 0 else model.kv_lora_rank, model.qk_pos_emb_head_dim)
             index = () if of_weight == 0 else None
-            parts = _over_ranks(name, shape, prefix + key, of_weight, tp, index=index)
-            return [replace(part, order=order) for part in parts]
-        return _over_ranks(name, shape, prefix + key, of_bias if leaf == "bias" else of_weight, tp)
+            return [replace(part, order=order) for part in _over_ranks(name, shape, key, of_weight, tp, index=index)]
+        return _over_ranks(name, shape, key, of_bias if leaf == "bias" else of_weight, tp)
     kind, number = "weight" if leaf[0] == "w" else "bias", leaf[1]
     _, of_weight, of_bias = _MODULES[f"mlp.fc{number}"]
     dim, per_rank = of_bias if kind == "bias" else of_weight, shape[0] // layout.expert_parallel
     # For each of their tensors its key, and the rank and index of its expert or experts.
     found: list[tuple[str, int, int | slice]]
-    if style.experts == "legacy_grouped":
+    if layout.experts == "legacy_grouped":
         assert kind == "weight", "legacy grouped experts have no bias"
         runs = [slice(begin, begin + per_rank) for begin in range(0, shape[0], per_rank)]
         found = [(f"weight{number}", rank, run) for rank, run in enumerate(runs)]
-    elif style.experts == "stacked":
+    elif layout.experts == "stacked":
         return [Slice(f"{prefix}mlp.experts.experts.linear_fc{number}.{kind}", name, whole, stacked(shape, kind))]
     else:
-        form = "linear_fc{}.{}{}" if style.experts == "grouped" else "local_experts.{2}.linear_fc{0}.{1}"
-        found = [(form.format(number, kind, e % per_rank), e // per_rank, e) for e in range(shape[0])]
+        form = f"local_experts.{{}}.linear_fc{number}.{kind}"
+        found = [(form.format(e % per_rank), e // per_rank, e) for e in range(shape[0])]
     return [
         part
         for key, ep, index in found
-        for part in _over_ranks(name, shape, f"{prefix}mlp.experts.{key}", dim, etp, ep, index)
+        for part in _over_ranks(
+            name, shape, f"{prefix}mlp.experts.{key}", dim, layout.expert_tensor_parallel, ep, index
+        )
     ]
 
 
@@ -179,19 +145,6 @@ FUSED_NORMS = {
     "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
     "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
 }
-
-
-def _in_modules_of(style: MegatronStyle, key: str, is_moe: bool, model: ModelConfig) -> str:
-    """Returns a key of a layer as the modules of a style have it."""
-    latent = model.multi_latent_attention
-    if key == "self_attention.linear_q_up_proj.weight" and model.q_lora_rank is None:
-        return "self_attention.linear_q_proj.weight"
-    for fused, alone in FUSED_NORMS.items() if style.transformer_impl == "transformer_engine" else ():
-        # The norm before experts, and before projections to latents, is a module of its own: several modules share its result.
-        shared = is_moe if "mlp" in fused else latent == ("qkv" in fused)
-        if key.startswith(alone) and not shared:
-            return fused + key.removeprefix(alone)
-    return key
 
 
 def _is_lent(name: str) -> bool:
@@ -216,7 +169,7 @@ def _over_ranks(
     """Returns one of Megatron's tensors on the tensor-parallel ranks that share it.
 
     Args:
-        dim: that they share, None if all hold it whole, and `size` how many they are.
+        dim: that they share, None if each holds all of it, and `size` how many they are.
         index: of its expert in ours, or of experts that it holds each transposed; None for one more dim before ours.
     """
     is_stacked = isinstance(index, slice)

@@ -52,12 +52,12 @@ class RankPlace:
     ep: int
 
 
-def folder_name(place: RankPlace, pp_size: int, ep_size: int) -> str:
+def folder_name(rank: RankPlace, pp_size: int, ep_size: int) -> str:
     """Returns the folder of a rank's file: pipeline and expert ranks appear only where there are several."""
-    name = f"mp_rank_{place.tp:02d}"
+    name = f"mp_rank_{rank.tp:02d}"
     if pp_size > 1:
-        name += f"_{place.pp:03d}"
-    return name + (f"_{place.ep:03d}" if ep_size > 1 else "")
+        name += f"_{rank.pp:03d}"
+    return name + (f"_{rank.ep:03d}" if ep_size > 1 else "")
 
 
 def find_iteration(root: Path, ckpt_step: int | None = None) -> Path:

@@ -61,10 +61,6 @@ class _OpenFiles:
         return tensor
 
 
-def _equal(a: object, b: object) -> bool:
-    return type(a) is type(b) and not isinstance(a, Tensor) and a == b
-
-
 def _layout_of(args: Any, where: Path) -> MegatronLayout:
     """Returns the sizes that a file's arguments say."""
     pp, told = count(args, "pipeline_model_parallel_size", 1, where), "The checkpoint's arguments"
@@ -91,21 +87,21 @@ def _read_index(folders: list[Path], first: Mapping[str, Any], layout: MegatronL
     where, sizes = folders[0].parent, f"its arguments say tensor {tp}, pipeline {pp} and expert parallel {ep}"
     if max(pp, tp, ep) > 64 * len(folders):  # before there is a set of that size
         raise CheckpointError(f"{where} is incomplete: it has {len(folders)} ranks' files; {sizes}.")
-    by_place = {place_of(folder, pp > 1): folder for folder in folders}
-    # With whole experts on each tensor-parallel rank not every pair of ranks exists.
-    missing = sorted(folder_name(place, pp, ep) for place in set(layout.ranks()) - set(by_place))
+    by_rank = {place_of(folder, pp > 1): folder for folder in folders}
+    # Where tensor-parallel ranks do not split experts, not every pair of ranks exists.
+    missing = sorted(folder_name(rank, pp, ep) for rank in set(layout.ranks()) - set(by_rank))
     if missing:
         raise CheckpointError(f"{where} is incomplete: {some(missing)} missing ({sizes}).")
     known = {RankPlace(t, p, e) for t in range(tp) for p in range(pp) for e in range(ep)}
-    known_names = {folder_name(place, pp, ep) for place in known}
+    known_names = {folder_name(rank, pp, ep) for rank in known}
     strange = sorted(folder.name for folder in folders if folder.name not in known_names)
     if strange:
         raise CheckpointError(f"{where} has files of other ranks than it should: {some(strange)} ({sizes}).")
     index: Index = {}
-    contents = {place: list(_tensors(folder, first)) for place, folder in by_place.items()}
-    for t, e in sorted({(place.tp, place.ep) for place in by_place}):
+    contents = {rank: list(_tensors(folder, first)) for rank, folder in by_rank.items()}
+    for t, e in sorted({(rank.tp, rank.ep) for rank in by_rank}):
         index[t, e] = {}
-        stages = {place.pp: entries for place, entries in contents.items() if (place.tp, place.ep) == (t, e)}
+        stages = {rank.pp: entries for rank, entries in contents.items() if (rank.tp, rank.ep) == (t, e)}
         for key, entry in _renumbered(stages):
             index[t, e].setdefault(canonical(key), entry)
     return index
@@ -115,10 +111,10 @@ def _tensors(folder: Path, first: Mapping[str, Any]) -> Iterator[Entry]:
     content = load_rank_file(folder)
     own, firsts = ({**vars(c["args"]), "iteration": c.get("iteration")} for c in (content, first))
     for name in ("iteration", *_SAME):
-        if not _equal(own.get(name), firsts.get(name)):
+        here, there = own.get(name), firsts.get(name)
+        if type(here) is not type(there) or isinstance(here, Tensor) or here != there:
             raise CheckpointError(
-                f"{folder.parent} is mixed: {name} is {shown(own.get(name))} in {folder.name} and "
-                f"{shown(firsts.get(name))} in another."
+                f"{folder.parent} is mixed: {name} is {shown(here)} in {folder.name} and {shown(there)} in another."
             )
     models = [name for name in content if re.fullmatch(r"model\d*", name) and isinstance(content[name], dict)]
     if not models:
@@ -134,7 +130,7 @@ def _tensors(folder: Path, first: Mapping[str, Any]) -> Iterator[Entry]:
 
 
 def _renumbered(stages: dict[int, list[Entry]]) -> Iterator[tuple[str, Entry]]:
-    """Yields entries under names with the layer's number in the whole model: chunk by chunk, stage by stage."""
+    """Yields entries under names with the layer's number in the full model: chunk by chunk, stage by stage."""
     offset = 0
     for model in sorted({e.model for entries in stages.values() for e in entries}, key=lambda name: int(name[5:] or 0)):
         for stage in sorted(stages):

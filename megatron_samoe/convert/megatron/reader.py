@@ -18,7 +18,7 @@ from megatron_samoe.convert.hf.parts import VOCABULARY
 from megatron_samoe.convert.layer_experts import layer_of
 from megatron_samoe.convert.megatron.arguments import from_arguments
 from megatron_samoe.convert.megatron.dist_files import is_torch_dist, open_torch_dist
-from megatron_samoe.convert.megatron.names import LOCAL, Slice, slices_of
+from megatron_samoe.convert.megatron.names import ExpertNames, Slice, slices_of
 from megatron_samoe.convert.megatron.rank_files import find_iteration
 from megatron_samoe.convert.megatron.rank_index import open_rank_files
 from megatron_samoe.convert.megatron.stored import Entry, count
@@ -65,7 +65,7 @@ class MegatronReader:
             raise ConfigError("--vocab-size", vocab, f"must be from 1 to the {padded} rows of {self.directory}")
         with naming_file(where):
             validate_model(config)
-        self._layout = replace(stored.layout, style=replace(LOCAL, experts=self._experts(config, set(names))))
+        self._layout = replace(stored.layout, experts=self._experts(config, set(names)))
         self._native = NativeModel(config, vocab)
         self._padded = padded
         samples = count(args, "consumed_train_samples", 0, stored.where, least=0)
@@ -88,12 +88,12 @@ class MegatronReader:
     def read(self, name: str) -> Tensor:
         """Returns a tensor, put together from its parts."""
         tensor = self.tensors[name]
-        whole = torch.empty(self._file_shape(name, tensor.shape), dtype=tensor.dtype)
+        full = torch.empty(self._file_shape(name, tensor.shape), dtype=tensor.dtype)
         for part, entry in sorted(self._parts[name], key=lambda pair: pair[1].folder):
-            part.put(whole, self._stored.read(entry))
-        return whole[: tensor.shape[0]].clone() if name in VOCABULARY else whole
+            part.put(full, self._stored.read(entry))
+        return full[: tensor.shape[0]].clone() if name in VOCABULARY else full
 
-    def _experts(self, config: PretrainConfig, names: set[str]) -> Any:
+    def _experts(self, config: PretrainConfig, names: set[str]) -> ExpertNames:
         """Returns how experts are named.
 
         Raises:
@@ -117,7 +117,7 @@ class MegatronReader:
         return "stacked" if any(".mlp.experts.experts.linear_fc1." in name for name in names) else "sequential"
 
     def _file_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The whole tensor's shape in the files: Megatron's vocabulary may be padded further."""
+        """Returns the full tensor's shape in the files: Megatron's vocabulary may be padded further."""
         return (self._padded, *shape[1:]) if name in VOCABULARY else shape
 
     def _find(self, name: str, stored: StoredTensor) -> list[tuple[Slice, Entry]]:
@@ -126,14 +126,11 @@ class MegatronReader:
         Raises:
             CheckpointError: one is missing or of another shape.
         """
-        layer = layer_of(name)
-        is_moe = layer is not None and self._native.is_moe[layer]
         found = []
         shape = self._file_shape(name, stored.shape)
-        for part in slices_of(name, shape, layer, is_moe, self._layout, self._native.model):
-            key = part.name.replace("linear_q_proj", "linear_q_up_proj")
+        for part in slices_of(name, shape, layer_of(name), self._layout, self._native.model):
             ranks = (entries for rank, entries in self._stored.index.items() if part.is_on(*rank))
-            entry = next((entries[key] for entries in ranks if key in entries), None)
+            entry = next((entries[part.name] for entries in ranks if part.name in entries), None)
             if entry is None:
                 of_rank = "" if part.tp is None else f" of tensor rank {part.tp}"
                 raise CheckpointError(f"{self.directory} has no tensor {part.name}{of_rank}, for {name}.")

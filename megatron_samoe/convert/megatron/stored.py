@@ -39,7 +39,7 @@ class Entry:
     second: str = ""
 
 
-#: (tensor-parallel rank, expert-parallel rank), and canonical names with the number of the layer in the whole model.
+#: (tensor-parallel rank, expert-parallel rank), and canonical names with the number of the layer in the full model.
 Index = dict[tuple[int, int], dict[str, Entry]]
 
 

@@ -71,7 +71,7 @@ def main(root: Path) -> None:
     runs = {
         "native to hf": ["moe", "hf", "--to", "hf", "--max-shard-size", "50MB"],
         "hf to native": ["hf", "back"],
-        "native to megatron": ["moe", "megatron", "--target-tensor-parallel-size", "2"],
+        "native to torch_dist": ["moe", "megatron", "--to", "torch_dist"],
         "samoe to hf": ["samoe", "samoe-hf", "--to", "hf"],
         "samoe folded to hf": ["samoe", "folded", "--fold"],
     }

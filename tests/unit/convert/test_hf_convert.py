@@ -22,6 +22,7 @@ from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.convert.read_ahead import ReadAhead
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
 from megatron_samoe.errors import CheckpointError
+from tests.harness.megatron_files import write_rank_files
 from tests.harness.program import REPOSITORY
 from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
@@ -37,9 +38,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     root = tmp_path_factory.mktemp("made")
     source = new_source(SAMOE)
     write_checkpoint(root / "native", 7, source)
-    for name, options in (("hf", ["--to", "hf"]), ("megatron", ["--to", "megatron"])):
-        arguments = ["--load-dir", str(root / "native"), "--save-dir", str(root / name), *options]
-        assert convert.main(arguments) == 0
+    assert convert.main(["--load-dir", str(root / "native"), "--save-dir", str(root / "hf"), "--to", "hf"]) == 0
+    write_rank_files(source, root / "megatron")
     return SimpleNamespace(root=root, source=source, native=root / "native", hf=root / "hf", megatron=root / "megatron")
 
 
@@ -79,10 +79,8 @@ def test_families_are_found_out(made: SimpleNamespace, run: Run, tmp_path: Path)
     assert_same(open_folder(tmp_path / "a").tensors, made.source)
     result = run("--load-dir", made.megatron, "--save-dir", tmp_path / "b")
     assert "From a checkpoint of Megatron-LM (format torch)" in result.out
-    result = run(
-        "--load-dir", tmp_path / "b" / "iter_0000007", "--save-dir", tmp_path / "c", "--target-tensor-parallel-size", 2
-    )
-    assert "Megatron-LM's format torch" in result.out and "tensor 2, pipeline 1, expert 1" in result.out
+    result = run("--load-dir", tmp_path / "b" / "iter_0000007", "--save-dir", tmp_path / "c", "--to", "torch_dist")
+    assert "Megatron-LM's format torch_dist" in result.out
     assert_same(MegatronReader(tmp_path / "c"), open_folder(tmp_path / "b").tensors)
     result = run("--load-dir", made.native, "--save-dir", tmp_path / "d", "--hf-model-type", "mixtral")
     assert "MixtralForCausalLM" in result.out and "mixtral was asked for" in result.out
@@ -95,7 +93,7 @@ def test_families_are_found_out(made: SimpleNamespace, run: Run, tmp_path: Path)
         (["--to", "hf"], "model.expert_pool.bank.gate_up_proj  [8, 96, 32] float32"),
         (["--fold"], "model.layers.*.block_sparse_moe.experts.*.w1.weight  [48, 32] float32  x 8"),
         (["--to", "hf", "--dtype", "bf16"], "model.layers.*.mlp.router.weight  [4, 32] bfloat16  x 2"),
-        (["--target-expert-parallel-size", "2"], "mp_rank_00_001: "),
+        (["--to", "torch_dist"], "iter_0000007: "),
     ],
 )
 def test_a_dry_run_shows_the_plan_and_writes_nothing(
@@ -107,7 +105,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
 
 
 def test_progress_ends_at_all_bytes(made: SimpleNamespace, run: Run, tmp_path: Path) -> None:
-    for options in (["--to", "hf"], ["--to", "megatron"], ["--fold", "--max-shard-size", "20KB"]):
+    for options in (["--to", "hf"], ["--to", "torch_dist"], ["--fold", "--max-shard-size", "20KB"]):
         result = run("--load-dir", made.native, "--save-dir", tmp_path / options[-1], *options)
         assert "100%" in result.err
     assert "100%" in run("--load-dir", made.hf, "--save-dir", tmp_path / "native").err
@@ -133,11 +131,18 @@ def test_bad_requests_are_explained(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("former", [["--to=megatron"], ["--to", "megatron"], ["--target-tensor-parallel-size", "2"]])
+def test_per_rank_files_have_another_way(former: list[str], made: SimpleNamespace, capsys: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        convert.main(["--load-dir", str(made.native), "--save-dir", str(tmp_path / "new"), *former])
+    assert "convert --to torch_dist, and run its pretrain_gpt.py" in capsys.readouterr().err
+
+
 def test_what_is_there_is_never_overwritten(made: SimpleNamespace, run: Run) -> None:
     before = {path: path.read_bytes() for path in made.root.rglob("*") if path.is_file()}
     for save, options in (
         ("hf", ["--to", "hf"]),
-        ("megatron", ["--to", "megatron"]),
+        ("megatron", ["--to", "torch_dist"]),
         ("hf/config.json", ["--to", "hf"]),
     ):
         assert_refused(run("--load-dir", made.native, "--save-dir", made.root / save, *options), "exists")
@@ -145,7 +150,7 @@ def test_what_is_there_is_never_overwritten(made: SimpleNamespace, run: Run) -> 
     assert before == {path: path.read_bytes() for path in made.root.rglob("*") if path.is_file()}
 
 
-TARGETS = [("native", ["--to", "hf"]), ("native", ["--to", "megatron"]), ("hf", ["--to", "native"])]
+TARGETS = [("native", ["--to", "hf"]), ("native", ["--to", "torch_dist"]), ("hf", ["--to", "native"])]
 
 
 @pytest.mark.parametrize(("source", "options"), TARGETS)
@@ -201,7 +206,7 @@ def flipped(path: Path, at: float = 0.5) -> None:
 def test_damaged_sources_leave_nothing_behind(made: SimpleNamespace, run: Run, tmp_path: Path) -> None:
     folder = copied(made, "native", tmp_path / "native")
     flipped(next(folder.rglob("*.distcp")))
-    for options in (["--to", "hf"], ["--to", "megatron"]):
+    for options in (["--to", "hf"], ["--to", "torch_dist"]):
         result = run("--load-dir", folder, "--save-dir", tmp_path / "new", *options)
         assert result.status == 1 and "is damaged" in result.err, result.err
         assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.pt"))
@@ -288,7 +293,7 @@ def test_other_precisions_keep_what_training_keeps(made: SimpleNamespace, run: R
         assert torch.equal(reader.read(name), made.source.weights[name])
     assert (
         run(
-            "--load-dir", made.native, "--save-dir", tmp_path / "megatron", "--to", "megatron", "--dtype", "bf16"
+            "--load-dir", made.native, "--save-dir", tmp_path / "megatron", "--to", "torch_dist", "--dtype", "bf16"
         ).status
         == 0
     )

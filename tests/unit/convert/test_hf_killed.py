@@ -48,7 +48,7 @@ convert.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("target", first_by_day(["hf", "megatron", "native"]))
+@pytest.mark.parametrize("target", first_by_day(["hf", "torch_dist", "native"]))
 def test_killed_before_the_name_is_given(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(tmp_path / "start", 7, new_source(tiny_config("moe", style="llama", moe_router_topk=2)))
     source = tmp_path / "start"

@@ -32,13 +32,13 @@ from megatron_samoe.convert.hf.export import plan_export as plan_hf
 from megatron_samoe.convert.hf.export import write_export as write_hf
 from megatron_samoe.convert.hf.folder import HFFolder
 from megatron_samoe.convert.hf.source import HFSource
-from megatron_samoe.convert.megatron import MegatronLayout, plan_export, write_export
 from megatron_samoe.convert.megatron.arguments import from_arguments
 from megatron_samoe.convert.megatron.reader import MegatronReader
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
 from megatron_samoe.dist_checkpointing.table_of_contents import METADATA, read_table
 from megatron_samoe.errors import MegatronSamoeError
+from tests.harness.megatron_files import write_rank_files
 from tests.harness.tiny import tiny_config
 from tests.hostile.changes import ODD, changed
 from tests.unit.convert.memory_source import new_source
@@ -69,7 +69,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     moe = new_source(tiny_config("moe", num_layers=2, style="llama"))
     native = write_checkpoint(root / "native", 7, samoe)
     write_hf(plan_hf(samoe), root / "hf", lambda _: None)
-    write_export(plan_export(moe, MegatronLayout(1, 1, 1)), root / "megatron", 7, lambda _: None)
+    write_rank_files(moe, root / "megatron")
     return {"native": native, "hf": root / "hf", "megatron": root / "megatron"}
 
 

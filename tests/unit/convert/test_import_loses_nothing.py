@@ -18,6 +18,7 @@ from megatron_samoe.convert.megatron.rank_files import FILE_NAME
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.errors import CheckpointError, MegatronSamoeError
+from tests.harness.megatron_files import write_rank_files
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 from tests.unit.convert.memory_source import new_source
 
@@ -103,9 +104,7 @@ def megatron_folder(
     path: Path, change: Callable[[dict[str, Any]], None], layout: str = "dense", **options: Any
 ) -> Path:
     write_checkpoint(path / "native", 1, new_source(tiny_config(layout, num_layers=2, **options)))
-    arguments = ["--load-dir", str(path / "native"), "--save-dir", str(path / "megatron"), "--to", "megatron"]
-    assert convert.main(arguments) == 0
-    (file,) = (path / "megatron").glob(f"iter_*/mp_rank_00/{FILE_NAME}")
+    file = write_rank_files(open_folder(path / "native").tensors, path / "megatron") / "mp_rank_00" / FILE_NAME
     content = torch.load(file, weights_only=False)
     change(content)
     torch.save(content, file)

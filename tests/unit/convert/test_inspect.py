@@ -18,13 +18,13 @@ from megatron_samoe.convert.hf.export import plan_export as plan_hf
 from megatron_samoe.convert.hf.export import write_export as write_hf
 from megatron_samoe.convert.inspect.health import InitialValues, check_health
 from megatron_samoe.convert.inspect.numbers import difference, statistics
-from megatron_samoe.convert.megatron import MegatronLayout, plan_export, write_export
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
+from tests.harness.megatron_files import write_rank_files
 from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_options
 from tests.unit.convert.memory_source import MemorySource, new_source
 
@@ -132,7 +132,7 @@ def test_a_tolerance_that_is_none_is_refused(flag: str, value: str, capsys: Capt
 def test_families_are_compared_under_our_names(tmp_path: Path, capsys: Captured) -> None:
     source = new_source(tiny_config("moe", style="llama", moe_router_topk=2))
     write(source, tmp_path / "native")
-    write_export(plan_export(source, MegatronLayout(2, 2, 2)), tmp_path / "megatron", 7)
+    write_rank_files(source, tmp_path / "megatron", 2, 2, 2)
     write_hf(plan_hf(source), tmp_path / "hf")
     for other in ("megatron", "hf"):
         status, text = look(capsys, "diff", tmp_path / "native", tmp_path / other)
@@ -176,7 +176,7 @@ def test_verify_finds_every_damage(tmp_path: Path, capsys: Captured) -> None:
     status, text = look(capsys, "verify", tmp_path / "native")
     assert status == 1 and "config.yaml differs from what was written" in text
 
-    path = write_export(plan_export(source, MegatronLayout(2)), tmp_path / "megatron", 7) / "mp_rank_01"
+    path = write_rank_files(source, tmp_path / "megatron", 2) / "mp_rank_01"
     (file,) = path.iterdir()
     flip_a_bit(file, file.stat().st_size // 2)
     status, text = look(capsys, "verify", tmp_path / "megatron")

@@ -18,11 +18,12 @@ from megatron_samoe.convert.hf.folder import HFFolder
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.parallel_state.state import single_process_state
+from tests.harness.megatron_files import write_rank_files
 from tests.harness.program import call, write_corpus
 from tests.harness.serving import save_tiny
 
-TARGETS = {"Hugging Face": "hf", "per-rank files": "megatron", "torch_dist": "torch_dist"}
-KINDS = ("run", "checkpoint", *TARGETS)
+TARGETS = {"Hugging Face": "hf", "torch_dist": "torch_dist"}
+KINDS = ("run", "checkpoint", *TARGETS, "per-rank files")
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         found[kind] = root / target
         done = call(f"{CLI}.convert", "--load-dir", str(saved), "--save-dir", str(found[kind]), "--to", target)
         assert done.returncode == 0, done.stderr
+    found["per-rank files"] = write_rank_files(open_folder(saved).tensors, root / "megatron").parent
     write_corpus(root / "text", vocab_size=256)
     (root / "text.txt").write_text("one two three four five six seven eight\n" * 20)
     return found

@@ -10,7 +10,7 @@ from megatron_samoe.config.derived import written_layer_freq
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.sharing_map import ExpertSource, ways_of, written_options
-from megatron_samoe.convert.edited_model import moe_layers, one_number
+from megatron_samoe.convert.edited_model import EXPERT_WEIGHTS, moe_layers, one_number
 from megatron_samoe.convert.hf.families.base import HEADS, RARE, SIZES, Family, Option, read_heads, written_entries
 from megatron_samoe.convert.hf.families.deepseek import latent_attention
 from megatron_samoe.convert.hf.families.entries import Entries, one_of, rare
@@ -186,10 +186,16 @@ def _lent(source: ExpertSource, moe: MoEConfig) -> list[Any]:
     """Returns a layer's `ExpertSource` of our class, without the number of experts."""
     if not source.way.is_shared:
         return [None, 1, None]
+    if source.way.combines:
+        return [_pool_name(source), moe.num_expert_banks, moe.samoe_normalization]
+    return [_pool_name(source), 1, "none" if source.way.mixes else None]
+
+
+def _pool_name(source: Source) -> str:
+    """Returns what our class calls the experts that layers share, within its pool."""
     if source.way.in_sets:
-        return [f"sets.{source.number}", 1, "none" if source.way.mixes else None]
-    banks, normalization = (moe.num_expert_banks, moe.samoe_normalization) if source.way.combines else (1, None)
-    return [source.stored(0).split(".")[1], banks, normalization]
+        return f"sets.{source.number}"
+    return "bank" if source.way.make is None else source.way.name
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -281,14 +287,13 @@ def _tensors(native: NativeModel) -> tuple[Any, ...]:
 
 
 def _pool(native: NativeModel) -> Iterator[Part]:
-    for name in native.tensors:
-        if name.startswith("expert_pool."):
-            *place, kind = name.split(".")
-            if place[1] == "set":
-                theirs = f"model.expert_pool.sets.{place[2]}.{_experts_name(native)}"
-                yield _packed(native, theirs, ".".join(place), kind, at(0))
+    for source in dict.fromkeys(source for source in native.sources if source.way.is_shared):
+        theirs, ours = f"model.expert_pool.{_pool_name(source)}", source.stored(0).removesuffix(".")
+        for kind in (kind for kind in EXPERT_WEIGHTS if f"{ours}.{kind}" in native.tensors):
+            if source.way.in_sets:
+                yield _packed(native, f"{theirs}.{_experts_name(native)}", ours, kind, at(0))
             else:
-                part = _packed(native, f"model.expert_pool.{place[1]}", ".".join(place), kind, whole)
+                part = _packed(native, theirs, ours, kind, whole)
                 # Banks one after the other: adapters know three dims, and not four.
                 yield replace(part, shape=(part.shape[0] * part.shape[1], *part.shape[2:]), older_shape=part.shape)
 
