@@ -131,10 +131,10 @@ def test_megatron_core_trains_on_from_one_of_ours(case: str, tmp_path: Path) -> 
 )
 def test_megatrons_own_rank_files_of_one_of_ours_come_back(case: str, tmp_path: Path) -> None:
     ranks, layout, kind = CASES[case]
-    run_ranks(saved, ranks, layout, kind, str(tmp_path / "theirs"), timeout_s=600)
+    run_megatron(saved, ranks, layout, kind, str(tmp_path / "theirs"))
     ours = ours_like(tmp_path / "theirs")
     folder = write_dist_export(plan_dist_export(ours), tmp_path / "ours", 3)
-    run_ranks(converted, ranks, layout, kind, str(folder), str(tmp_path / "files"), timeout_s=600)
+    run_megatron(converted, ranks, layout, kind, str(folder), str(tmp_path / "files"))
     again = MegatronReader(tmp_path / "files")
     assert again.tensors.keys() == ours.tensors.keys()
     assert all(torch.equal(again.read(name), tensor) for name, tensor in ours.weights.items())

@@ -20,7 +20,7 @@ from megatron_samoe.dist_checkpointing.folder_lock import folder_lock
 from megatron_samoe.evaluation.study.definition import read_study
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.runner import StudyRunner
-from tests.unit.evaluation.test_study import OPTIONS, write_study, write_atomically
+from tests.unit.evaluation.test_study import OPTIONS, write_atomically, write_study
 
 
 def program(study: Path, *words: str) -> list[str]:

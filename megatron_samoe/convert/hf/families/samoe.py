@@ -191,7 +191,7 @@ def _lent(source: ExpertSource, moe: MoEConfig) -> list[Any]:
     return [_pool_name(source), 1, "none" if source.way.mixes else None]
 
 
-def _pool_name(source: Source) -> str:
+def _pool_name(source: ExpertSource) -> str:
     """Returns what our class calls the experts that layers share, within its pool."""
     if source.way.in_sets:
         return f"sets.{source.number}"
