@@ -18,6 +18,7 @@ import tyro
 
 from megatron_samoe.cli.command import usage
 from megatron_samoe.errors import DataError, MegatronSamoeError, nearest
+from megatron_samoe.plain_help import plain_help
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,13 +170,8 @@ def flags_of(command: Commands) -> set[str]:
 
 
 def _help(command: type[Any], prog: str | None = None) -> str:
-    """Returns what --help shows: text without boxes, and without "(default: )" where there is no default."""
-    shown = io.StringIO()  # without an encoding, so tyro draws no boxes
-    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        tyro.cli(command, args=["--help"], prog=prog, config=FORMS, registry=_value_rules())
-    text = re.sub(r"\s*\(default:\s*(None|False)?\s*\)", "", shown.getvalue())
-    text = text.replace("At most one argument can be overridden.", "At most one of these.")
-    return "\n".join(line.rstrip() for line in text.splitlines())
+    """Returns what --help shows."""
+    return plain_help(functools.partial(tyro.cli, command, prog=prog, config=FORMS, registry=_value_rules()))
 
 
 def summary(command: Commands) -> str:

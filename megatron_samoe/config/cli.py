@@ -12,7 +12,7 @@ import types
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
@@ -24,6 +24,7 @@ from megatron_samoe.config.typed import convert
 from megatron_samoe.config.validate import refuse_idle, without_idle_options
 from megatron_samoe.errors import ConfigError, ConfigErrors, UnknownFlagError, nearest
 from megatron_samoe.parsing import parse_yaml, read_text
+from megatron_samoe.plain_help import plain_help
 
 #: Groups, and single fields of other groups, that describe the model rather than a run of it.
 CHECKPOINT_GROUPS = ("model", "moe")
@@ -157,19 +158,23 @@ def _refuse_unknown_names(args: Sequence[str]) -> None:
 
 
 def _parse_flags(args: Sequence[str], base: PretrainConfig, prog: str, quiet: bool) -> PretrainConfig:
+    read = partial(
+        tyro.cli,
+        PretrainConfig,
+        default=base,
+        prog=prog,
+        description="Pretrain a GPT whose MoE layers own their experts, or share one pool (SaMoE). "
+        "--config FILE.yaml sets any of these options; flags override it.",
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=flag_forms(),
+    )
+    if {"-h", "--help"} & set(args):
+        if not quiet:
+            print(plain_help(read))
+        raise SystemExit(0)
     # tyro shows some mistakes even without console outputs.
     with redirect_stderr(io.StringIO()) if quiet else nullcontext():
-        return tyro.cli(
-            PretrainConfig,
-            args=args,
-            default=base,
-            console_outputs=not quiet,
-            prog=prog,
-            description="Pretrain a GPT whose MoE layers own their experts, or share one pool (SaMoE). "
-            "--config FILE.yaml sets any of these options; flags override it.",
-            config=(tyro.conf.OmitArgPrefixes,),
-            registry=flag_forms(),
-        )
+        return read(args=args, console_outputs=not quiet)
 
 
 def flag_forms() -> tyro.constructors.ConstructorRegistry:

@@ -20,7 +20,7 @@ REPOSITORY = ROOT.parent
 #: Bottom first; packages of one floor do not know each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("children", "installation"),
-    ("errors", "log", "parsing", "start", "moved"),
+    ("errors", "log", "parsing", "plain_help", "start", "moved"),
     ("__init__",),
     ("config",),
     ("parallel_state",),
