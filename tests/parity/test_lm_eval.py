@@ -253,7 +253,9 @@ def test_all_items_of_real_files(model: tuple[PretrainConfig, Any], task: str, t
     expected = theirs(their_model, task, rows, tmp_path)
     for num_ranks, layout in LAYOUTS[:2]:
         assert_agree(
-            task, run_ranks(ours, num_ranks, with_layout(config, **layout), task, Path(DATA))[-1][task], expected
+            task,
+            run_ranks(ours, num_ranks, with_layout(config, **layout), task, Path(DATA), timeout_s=3600)[-1][task],
+            expected,
         )
 
 
