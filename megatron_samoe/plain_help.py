@@ -1,4 +1,4 @@
-"""What --help of every command shows."""
+"""The text that --help of every command shows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 def plain_help(parse: Callable[..., Any]) -> str:
-    """Returns what tyro shows for --help: text without boxes, and without "(default: )" where there is no default.
+    """Returns the text of --help without boxes, and without "(default: )" where there is no default.
 
     Args:
-        parse: `tyro.cli` but for its `args`.
+        parse: `tyro.cli` with all but its `args`.
     """
     shown = io.StringIO()  # without an encoding, so tyro draws no boxes
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):

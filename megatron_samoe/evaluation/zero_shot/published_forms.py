@@ -90,7 +90,8 @@ def _multirc(row: Row) -> Row | Rows:
 
 
 def _lambada(row: Row) -> Row:
-    text = row["text"].rstrip("\r\n") if "text" in row else f"{row['context']} {row['continuation'].strip()}"
+    text = row["text"] if "text" in row else f"{row['context']} {row['continuation'].strip(' ')}"
+    text = text.rstrip("\r\n")  # line feeds before the word are the task's
     if " " not in text.strip():
         raise ValueError("the text has one word")
     return {"text": text}

@@ -57,7 +57,7 @@ def _called(name: str, *words: object) -> str:
 def _serve(folder: Path, out: Path, text: Path) -> str:
     command = read(Serve, ["--load", str(folder)])
     assert len(command._names()) == 1
-    return command.model.engine(single_process_state(), str(folder))[0].summary
+    return command._loaded_engine(single_process_state(), str(folder))[0].summary
 
 
 def _load(folder: Path, out: Path, text: Path) -> str:

@@ -153,6 +153,17 @@ def test_tasks_are_chosen_by_name(tmp_path: Path) -> None:
         TaskLoader().load("all")
 
 
+def test_line_feeds_before_lambadas_word_are_the_tasks() -> None:
+    """The harness's template splits the Hub's text at its last space: one item of the 5,153 has a word on a line of its own."""
+    rows = [
+        {"context": "she saw the", "continuation": "\n\nrecorder\n"},
+        {"context": "she saw the", "continuation": " recorder"},
+        {"text": "she saw the \n\nrecorder\n"},
+    ]
+    texts = [row["text"] for row in hub_rows("lambada_openai", [("a:1", row) for row in rows], ["text"])]
+    assert texts == ["she saw the \n\nrecorder", "she saw the recorder", "she saw the \n\nrecorder"]
+
+
 @pytest.mark.night
 def test_names_tags_and_groups_of_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads all of the harness's thousands of files."""
