@@ -40,14 +40,13 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
     "pp": ({"pipeline_model_parallel_size": 2}, {}),
     "cp": ({"context_parallel_size": 2, "cp_comm_type": "a2a"}, {}),
 }
-#: Two ranks of each host: tensor parallelism stays inside, what else a layout has goes over the link.
+#: Two ranks of each host: tensor parallelism stays inside, the others' exchanges go over the link. With both, steps of four ranks
+#: on two cores differ by half from run to run.
 ACROSS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
     "dp 4, zero": LAYOUTS["dp, zero"],
     "ep 4": ({"expert_model_parallel_size": 4}, {}),
     "tp 2, dp 2": ({"tensor_model_parallel_size": 2}, {}),
     "pp 2, dp 2": ({"pipeline_model_parallel_size": 2}, {}),
-    "tp 2, pp 2": ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, {}),
-    "tp 2, ep 2": ({"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}, {}),
 }
 
 
@@ -121,7 +120,7 @@ def test_six_layouts(cluster: Cluster) -> None:
     )
 
 
-def test_six_layouts_of_four_ranks(cluster: Cluster) -> None:
+def test_four_layouts_of_four_ranks(cluster: Cluster) -> None:
     compare(cluster, 2, WIDER, ACROSS)
 
 
