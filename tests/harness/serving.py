@@ -202,3 +202,12 @@ def texts(answer: Answer) -> Sequence[str]:
         for choice in event["choices"]:
             pieces[choice["index"]] = pieces.get(choice["index"], "") + choice["text"]
     return [pieces[i] for i in sorted(pieces)]
+
+
+def check_error(answer: Answer, status: int, part: str, **fields: Any) -> dict[str, Any]:
+    """Asserts that an answer is an error in OpenAI's form with these words and fields, and returns it."""
+    assert answer.status == status, answer.content
+    error = answer.json["error"]
+    assert set(error) == {"message", "type", "param", "code"} and part in error["message"]
+    assert fields.items() <= error.items()
+    return error
