@@ -27,12 +27,12 @@ class Cluster:
         moe_traffic: how many times as often in MoE layers, whose tokens are permuted.
         layer_launch_s, moe_launch_s: seconds that a host needs to launch a pass of a dense and of an MoE layer.
         launches_ahead: hosts launch while their GPUs compute, so that only who is slower counts; a processor does both in turn.
-        ranks_per_processor: ranks that take turns on a processor while none of them waits, so that one that waits speeds up others.
+        ranks_per_processor: ranks that share a processor: while one waits, the others run faster.
         step_s: further seconds of a step, whatever its size.
         link_efficiency: share of the links' bandwidth that exchanges reach.
         tensor_exposed, expert_exposed: share of the exchanges between tensor- and expert-parallel ranks that no product
             hides.
-        gradient_bytes: of an element of a gradient that data-parallel ranks sum.
+        gradient_bytes: bytes of a gradient's element as data-parallel ranks sum it.
         gathers_ahead: weights of sharded optimizers are gathered during the first micro-batch's forward pass.
         sends_once: a token goes once to each rank, and once to each node, that has experts for it (DeepEP).
         spread: an interval holds 90 % of known runs if it ends at (1 + spread) times, and at 1 / (1 + spread) of, the time.

@@ -91,7 +91,7 @@ def gpu_cluster(
         precision: of the layers' products: bf16, fp8 or mxfp8.
         graphs: what runs as CUDA graphs: nothing, parts of a layer, or full steps.
         overlaps: exchanges of tensor parallelism overlap with products as in Megatron-Core, weights are gathered during the
-            first forward pass, and gradients are summed in 16 bits: NVIDIA's recipes, none of which is so here.
+            first forward pass, and gradients are summed in 16 bits. NVIDIA's recipes do all of it; this program does none.
         overlaps_experts: exchanges of expert parallelism overlap with another micro-batch's products.
         sends_once: see `Cluster`.
     """
