@@ -124,14 +124,9 @@ def test_sweeps_lengths_and_a_store_make_one_study(tmp_path: Path, capfd: pytest
 
 @pytest.mark.night
 def test_a_gate_stops_a_study_whose_regime_is_wrong(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    study = write_atomically(
-        tmp_path,
-        sweep=None,
-        derived=None,
-        seeds=[1],
-        runs={"own": {"expert-layout": "moe"}, "pool": {"expert-layout": "samoe"}, "never": {"expert-layout": "moe"}},
-        gates=[{"arm": "pool", "baseline": "own", "at-most": -9}],
-    )
+    runs = {"own": {"expert-layout": "moe"}, "pool": {"expert-layout": "samoe"}, "never": {"expert-layout": "moe"}}
+    gates = [{"arm": "pool", "baseline": "own", "at-most": -9}]
+    study = write_atomically(tmp_path, sweep=None, derived=None, seeds=[1], runs=runs, gates=gates)
     assert main([str(study), "--output-dir", str(tmp_path / "runs"), "--full-priority"]) == 1
     said = capfd.readouterr()
     assert "stops at a gate: pool - own is" in said.err and "at most -9" in said.err
@@ -147,10 +142,9 @@ def test_a_study_killed_at_random_points_comes_to_the_same_results(tmp_path: Pat
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run([*command, "--output-dir", str(whole)], check=True, capture_output=True)
     draw = random.Random(0)
+    silent = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     for number in range(kills):
-        with subprocess.Popen(
-            [*command, "--output-dir", str(broken)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        ) as process:
+        with subprocess.Popen([*command, "--output-dir", str(broken)], **silent) as process:
             time.sleep(draw.uniform(2, 12))
             process.send_signal((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3])
             process.wait(timeout=60)
@@ -215,19 +209,17 @@ def test_a_part_is_some_runs_and_all_that_they_need(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--shard", "3/2"], "--shard = '3/2': must be a part and the number of parts"),
-        (["--shard", "all"], "--shard = 'all': must be a part and the number of parts"),
-        (["--shard", "1/2", "--run", "own-experts/seed-1"], "--shard = '1/2': excludes --run"),
+        ("--shard 3/2", "--shard = '3/2': must be a part and the number of parts"),
+        ("--shard all", "--shard = 'all': must be a part and the number of parts"),
+        ("--shard 1/2 --run own-experts/seed-1", "--shard = '1/2': excludes --run"),
         (
-            ["--run", "own-expert/seed-1"],
+            "--run own-expert/seed-1",
             "names no run of the study; --dry-run shows them. Did you mean 'own-experts/seed-1'?",
         ),
     ],
 )
-def test_a_wrong_part_is_refused(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], said: str
-) -> None:
-    assert main([str(write_study(tmp_path)), "--output-dir", str(tmp_path / "runs"), *words]) == 2
+def test_a_wrong_part_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str], words: str, said: str) -> None:
+    assert main([str(write_study(tmp_path)), "--output-dir", str(tmp_path / "runs"), *words.split()]) == 2
     assert said in capfd.readouterr().err
 
 

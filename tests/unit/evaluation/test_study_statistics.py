@@ -77,6 +77,7 @@ def test_a_sweep_finds_the_vertex_between_what_was_tried() -> None:
     losses = {rate: 4 + (math.log(rate / 4e-3)) ** 2 / 10 for rate in (1.5e-3, 3e-3, 6e-3, 12e-3)}
     found = optimum(losses)
     assert found.edge is None and found.value == pytest.approx(4e-3) and found.loss == pytest.approx(4)
+    assert optimum(losses, between=False).value == 3e-3
 
 
 @pytest.mark.parametrize(
