@@ -7,13 +7,7 @@ from typing import Any
 
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.inference.expert_use import LayerUse
-from megatron_samoe.inference.server.protocol import (
-    ApiError,
-    ModelFacts,
-    check_tokens,
-    encoded,
-    given_prompts,
-)
+from megatron_samoe.inference.server.protocol import ApiError, ModelFacts, check_tokens, encoded, given_prompts
 
 
 def parse_text(body: Mapping[str, Any], facts: ModelFacts) -> list[int]:

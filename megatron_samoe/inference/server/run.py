@@ -64,18 +64,13 @@ class ServerOptions:
     """seconds that open requests have after SIGTERM or SIGINT"""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("port", 0),
-            ("max_queue", 0),
-            ("max_choices", 1),
-            ("max_connections", 1),
-            ("max_body_bytes", 1),
-            ("body_timeout_s", 0),
-            ("drain_timeout_s", 0),
-        ):
-            value = getattr(self, name)
-            if not least <= value < float("inf"):
-                raise ConfigError(_flag(name), value, f"must be {least} or more")
+        numbers = {0: ("port", "max_queue", "body_timeout_s", "drain_timeout_s")}
+        numbers[1] = ("max_choices", "max_connections", "max_body_bytes")
+        for least, names in numbers.items():
+            for name in names:
+                if not least <= getattr(self, name) < math.inf:
+                    flag = "--" + name.removesuffix("_s").replace("_", "-")
+                    raise ConfigError(flag, getattr(self, name), f"must be {least} or more")
         if self.body_timeout_s == 0:
             raise ConfigError("--body-timeout", 0.0, "must be above 0: no request could come in that time")
         for origin in self.allowed_origins:
@@ -95,10 +90,6 @@ class ServerOptions:
         if self.allowed_hosts or self.host not in LOOPBACK_NAMES:
             return tuple(name.lower() for name in self.allowed_hosts)
         return LOOPBACK_NAMES
-
-
-def _flag(field: str) -> str:
-    return "--" + field.removesuffix("_s").replace("_", "-")
 
 
 def read_api_key(path: Path | None) -> str | None:

@@ -36,7 +36,7 @@ def test_a_sequence_in_parts_has_the_forwards_logits(model: str, kind: str) -> N
     if kind == "single" and options_of_training_alone(loaded.config.model):
         pytest.skip("the training model decodes it")
     num_pages = 2 * pages_for(48)
-    runner: Any = RankRunner(loaded, num_pages)
+    runner: Any = RankRunner(loaded, num_pages, "folded")
     if kind == "single":
         runner = SingleRunner(make_decode_model(loaded.model, "folded", "fp32", num_pages), 64, 64, 0)
     pages = PageTable(2, num_pages, pages_for(48))
