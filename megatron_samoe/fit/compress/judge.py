@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.errors import DataError
+from megatron_samoe.evaluation.run_summary import Table, table
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops.kl_divergence import kl_divergence_terms, scaled_logsumexp
@@ -80,23 +81,19 @@ def read_verdicts(folder: Path) -> list[Verdict]:
     return found
 
 
-def verdict_table(verdicts: Sequence[Verdict]) -> list[list[str]]:
+def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     """Returns rows for users; the first model is the original."""
 
     def rounded(value: float) -> float:
         return round(value, 4) + 0.0  # no -0.0000
 
     whole = verdicts[0]
-    rows = [["model", "expert bytes", "share", "CE", "over the original", "KL from it"]]
-    for v in verdicts:
-        rows.append(
-            [
-                v.model,
-                f"{v.expert_bytes:,}",
-                f"{v.expert_bytes / whole.expert_bytes:.3f}",
-                f"{v.loss:.4f}",
-                f"{rounded(v.loss - whole.loss):+.4f}",
-                f"{rounded(v.divergence):.4f}",
-            ]
-        )
-    return rows
+    columns: dict[str, Callable[[Verdict], str]] = {
+        "model": lambda v: v.model,
+        "expert bytes": lambda v: f"{v.expert_bytes:,}",
+        "share": lambda v: f"{v.expert_bytes / whole.expert_bytes:.3f}",
+        "CE": lambda v: f"{v.loss:.4f}",
+        "over the original": lambda v: f"{rounded(v.loss - whole.loss):+.4f}",
+        "KL from it": lambda v: f"{rounded(v.divergence):.4f}",
+    }
+    return table(columns, verdicts)
