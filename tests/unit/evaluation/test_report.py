@@ -159,7 +159,9 @@ def test_different_numbers_of_training_tokens_are_noted(runs_dir: Path, tmp_path
     assert [row[2] for row in results_table(group_runs(runs))] == ["training tokens", "2.00 M", "0.00 M", "-"]
     for chosen, noted in ((runs, True), (runs[1:], False)):
         write_report(tmp_path / "r.html", "Runs", chosen)
-        assert ("trained on different numbers of tokens" in (tmp_path / "r.html").read_text()) == noted
+        page = (tmp_path / "r.html").read_text()
+        assert ("trained on different numbers of tokens" in page) == noted
+        assert "<th>sharing</th>" in page and "stored, and counted, once" in page
 
 
 #: Ways of sharing, how a report names them for four layers, and the sets of experts that are stored.
@@ -192,9 +194,6 @@ def test_every_way_of_sharing_is_named_and_its_parameters_counted_once(tmp_path:
         assert count.total == sum(t.num_elements for t in of_model), group.name
         # Beside all that is no routed expert, a token passes K experts in each of the four layers.
         assert count.active == count.total - count.expert + 4 * one_set // 4, group.name
-    page = tmp_path / "r.html"
-    write_report(page, "Ways", [group.first for group in groups])
-    assert "<th>sharing</th>" in page.read_text() and "stored, and counted, once" in page.read_text()
 
 
 def test_large_costs_are_whole_numbers(groups: list[RunGroup]) -> None:

@@ -31,7 +31,6 @@ from tests.harness.program import write_corpus
 from tests.harness.tables import table
 from tests.harness.tiny import tiny_config
 from tests.unit.convert.memory_source import MemorySource, logits, new_source
-from tests.unit.fit.test_calibration import passes_of
 from tests.unit.fit.test_matching import layers_of
 
 TABLE = table(__file__, tuples=False)
@@ -285,16 +284,3 @@ def test_a_teacher_of_another_tokenizer_is_refused(folder: Path) -> None:
     write_checkpoint(folder / "other-teacher", 0, MemorySource(tensors, other.config, state))
     with pytest.raises(ConfigError, match="another tokenizer"):
         compression.require_teacher(str(folder / "other-teacher"))
-
-
-def test_calibration_is_the_same_in_other_passes() -> None:
-    """Sums do not hang on how text is cut into passes."""
-    from megatron_samoe.fit.calibration import calibrate
-    from tests.unit.convert.memory_source import load
-
-    model = load(new_source(tiny_config("moe", moe_router_topk=2)))
-    passes = passes_of(4)
-    whole = calibrate(model, [torch.cat(passes)], 4, 0)
-    for one, other in zip(calibrate(model, passes, 4, 0), whole, strict=True):
-        torch.testing.assert_close(one.input_EDD, other.input_EDD, rtol=1e-4, atol=1e-3)
-        assert torch.equal(one.tokens_E, other.tokens_E)
