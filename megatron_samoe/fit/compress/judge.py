@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_samoe.errors import DataError
+from megatron_samoe.evaluation.measurements import reading
 from megatron_samoe.evaluation.run_summary import Table, table
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops.kl_divergence import kl_divergence_terms, scaled_logsumexp
-from megatron_samoe.parsing import JsonObject, parse_json
+from megatron_samoe.parsing import JsonObject
 
 #: Of a compression, in its folder.
 VERDICTS_FILE = "verdicts.json"
@@ -70,14 +70,12 @@ def read_verdicts(folder: Path) -> list[Verdict]:
     Raises:
         DataError: it has none, or they are damaged.
     """
-    path = folder / VERDICTS_FILE
-    try:
-        found = [Verdict(**verdict) for verdict in parse_json(path.read_text())["verdicts"]]
-        assert found
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise DataError(
-            f"{path} is not a file of verdicts; megatron-samoe compress writes one when it has judged."
-        ) from None
+    with reading(
+        folder / VERDICTS_FILE, "a file of verdicts, which megatron-samoe compress writes when it has judged"
+    ) as content:
+        found = [Verdict(**verdict) for verdict in content["verdicts"]]
+        if not found:
+            raise ValueError("it has none")
     return found
 
 

@@ -269,7 +269,7 @@ def test_the_command_heals_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
         (["--teacher", "nowhere"], "nowhere"),
         (["--heal-lr", "0.5"], "differs from"),
         (["--heal-iters", "0"], "--heal-lr = 0.01: needs --heal-iters"),
-        (["--beside", str(tmp_path / "text")], "no file of verdicts"),
+        (["--beside", str(tmp_path / "text")], "file of verdicts"),
     ):
         assert compress_main([*words, *more]) != 0
         assert re.search(what, capsys.readouterr().err)
