@@ -129,13 +129,22 @@ def check_installed() -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def _refusing(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = f"cannot be listened at: {error.strerror or error}"
+        raise ConfigError("--host and --port", f"{host}:{port}", reason) from error
+
+
 def listen(host: str, port: int) -> socket.socket:
     """Returns a bound socket, so that a port in use is known before a model is loaded.
 
     Raises:
         ConfigError: the address is not of this machine, or the port is taken or not allowed.
     """
-    try:
+    with _refusing(host, port):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         try:
@@ -144,10 +153,6 @@ def listen(host: str, port: int) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except OSError as error:
-        raise ConfigError(
-            "--host and --port", f"{host}:{port}", f"cannot be listened at: {error.strerror or error}"
-        ) from error
     return listener
 
 
@@ -156,19 +161,6 @@ def check_processes(group: Group, names: Sequence[str], show_experts: bool) -> N
     for flag, given in (("--show-experts", show_experts), ("--beside", " ".join(names[1:]))):
         if given and group.size > 1:
             raise ConfigError(flag, given, f"needs a server of one process; this has {group.size}")
-
-
-def _open(listener: socket.socket) -> None:
-    """Lets clients connect; two servers that start at the same time may both have bound the address.
-
-    Raises:
-        ConfigError: another server was faster.
-    """
-    host, port = listener.getsockname()[:2]
-    try:
-        listener.listen(BACKLOG)
-    except OSError as error:
-        raise ConfigError("--host and --port", f"{host}:{port}", f"cannot be listened at: {error.strerror}") from error
 
 
 class Server:
@@ -196,7 +188,8 @@ class Server:
 
         metrics = ServerMetrics()
         self._models = ServedModels(models, group, metrics, options.max_queue, options.max_choices)
-        _open(listener)
+        with _refusing(*listener.getsockname()[:2]):  # two servers that start at once may both have bound the address
+            listener.listen(BACKLOG)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: for clients that do not read; connections have it from here
             most_ms = min(math.ceil(1000 * options.body_timeout_s), 2**31 - 1)
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, most_ms)
