@@ -13,7 +13,7 @@ import yaml
 from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.evaluation.run_summary import RUN_FILE
+from megatron_samoe.evaluation.run_summary import RUN_FILE, sharing_text
 from megatron_samoe.evaluation.study import results_store
 from megatron_samoe.evaluation.study.definition import folder_name, plan_runs, read_study
 from megatron_samoe.evaluation.study.gates import problems_of
@@ -153,10 +153,11 @@ def test_a_gate_without_a_baseline_looks_at_its_arm_alone(tmp_path: Path) -> Non
 
 
 def test_a_dense_arm_leaves_out_what_experts_share(tmp_path: Path) -> None:
-    runs = {"dense": {"expert-layout": "dense"}, "own": {"expert-layout": "moe"}}
+    runs = {"dense": {"expert-layout": "dense"}, "own": {"expert-layout": "moe", "expert-sharing": [0, 0]}}
     study = read_study(write_atomically(tmp_path, runs=runs, derived=None, sweep=None, gates=None))
     dense, own = (StudyPlan(study, tmp_path, ()).config_of(run) for run in plan_runs(study, tmp_path))
     assert (dense.optimizer.moe_router_lr_mult, own.optimizer.moe_router_lr_mult) == (0.5, 1.0)
+    assert (sharing_text(dense), sharing_text(own)) == ("-", "tied 0*2")
     runs = {"dense": {"expert-layout": "dense", "moe-router-lr-mult": 1.0}, "own": {}}
     typo = read_study(write_atomically(tmp_path, runs=runs, derived=None, sweep=None, gates=None))
     with pytest.raises(ConfigError, match="--moe-router-lr-mult"):  # what an arm itself asks for is refused, not hidden
