@@ -20,7 +20,7 @@ from megatron_samoe.dist_checkpointing.folder_lock import folder_lock
 from megatron_samoe.evaluation.study.definition import read_study
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.runner import StudyRunner
-from tests.unit.evaluation.test_study import OPTIONS, write_atomically, write_study
+from tests.unit.evaluation.test_study import OPTIONS, STUDY, write_atomically, write_study
 
 
 def program(study: Path, *words: str) -> list[str]:
@@ -39,25 +39,27 @@ def wait_for_records(process: subprocess.Popen, folder: Path) -> None:
 
 
 def test_a_study_runs_goes_on_and_refuses_other_options(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "runs"
-    command = [str(write_study(tmp_path)), "--output-dir", str(out), "--seeds", "3", "--full-priority"]
+    out, runs = tmp_path / "runs", {"one pool": STUDY["runs"]["one pool"]}
+    study = write_study(tmp_path, runs=runs, baseline="one pool")
+    command = [str(study), "--output-dir", str(out), "--seeds", "3", "--full-priority"]
     assert main(command) == 0, capfd.readouterr()
     results = json.loads((out / "results.json").read_text())
     by_name = {v["name"]: v for v in results["variants"]}
-    assert list(by_name) == ["own experts", "one pool", "one pool, one bank"]
-    assert by_name["own experts"]["difference"] is None
+    assert list(by_name) == ["one pool", "one pool, one bank"]
+    assert by_name["one pool"]["difference"] is None
     # Two banks for two layers, each begun on its own bank: the coefficients are frozen at one bank, so nothing changes.
     assert by_name["one pool, one bank"]["losses"] == by_name["one pool"]["losses"]
     assert by_name["one pool, one bank"]["tokens_per_s"] is None
     metrics = [json.loads(line) for line in (out / "one-pool/seed-3/metrics.jsonl").read_text().splitlines()]
     assert by_name["one pool"]["losses"] == [metrics[-1]["validation_loss"]]
-    assert by_name["one pool"]["difference"]["half_width"] is None
+    difference = by_name["one pool, one bank"]["difference"]
+    assert (difference["mean"], difference["half_width"]) == (0, None)
 
     capfd.readouterr()
     with (out / "one-pool/seed-3/metrics.jsonl").open("a") as file:
         file.write('{"iteration": 3, "lm_l')  # as a kill leaves it
     assert main(command) == 0
-    assert capfd.readouterr().out.count("finished before") == 3
+    assert capfd.readouterr().out.count("finished before") == 2
     assert main([*command, "--lr", "0.02"]) != 0
     assert "--lr 0.01 (now 0.02)" in capfd.readouterr().err
     assert main([*command, "--learn-rate", "1"]) == 2
