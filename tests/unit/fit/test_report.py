@@ -13,7 +13,7 @@ from scipy.special import softmax
 from scipy.stats import entropy
 from torch import Tensor
 
-from megatron_samoe.fit.compress.judge import Verdict, losses
+from megatron_samoe.fit.compress.judge import Verdict, losses, verdict_table
 from megatron_samoe.fit.compress.report import Compressed, _hold_small_and_large, write_compression_report
 
 ORIGINAL = Verdict("original", 1000, 5.0, 0.0)
@@ -79,6 +79,7 @@ def test_without_healing_there_is_one_comparison(tmp_path: Path) -> None:
     page = sections(tmp_path / "page.html", MADE)
     assert rows(page["verdicts"]) == ["original", *(v.model for v in MADE)] and "made" not in page
     assert "not healed" in page["verdicts"]
+    assert verdict_table([ORIGINAL, *MADE])[3] == ["fitted", "500", "0.500", "5.0200", "+0.0200", "0.0200"]
 
 
 @pytest.mark.parametrize("largest", [4.0, 100.0])
