@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from scipy.cluster.hierarchy import fcluster, linkage
 
 from megatron_samoe.cli.compress import main as compress_main
 from megatron_samoe.config.cli import from_mapping
@@ -206,6 +208,16 @@ def test_equal_experts_merge_without_loss() -> None:
     weights = experts.weights(experts.layers[0])
     two = baselines.merge(weights, calibrations[0], 2, experts.activation)
     assert len({tuple(row) for row in two.w1.flatten(1).tolist()}) == 2
+
+
+def test_clusters_are_scipys_of_mean_outputs() -> None:
+    layer = layers_of(new_source(tiny_config("moe", num_experts=8, moe_router_topk=2)))[0]
+    w, x_NH = layer.weights, torch.cat([layer.calibration.samples(e)[0] for e in range(8)])
+    hidden_ENF = F.gelu(torch.einsum("nh,efh->enf", x_NH, w.w1) + w.b1[:, None], approximate="tanh")
+    means_EH = (torch.einsum("enf,ehf->enh", hidden_ENF, w.w2) + w.b2[:, None]).mean(1)
+    labels_E = fcluster(linkage(means_EH.double(), "average"), 4, "maxclust")
+    merged_E = baselines.merge(w, layer.calibration, 4, "gelu").w1.flatten(1)
+    assert ((torch.cdist(merged_E, merged_E) == 0).numpy() == (labels_E[:, None] == labels_E)).all()
 
 
 def test_merging_weighs_by_loads() -> None:
