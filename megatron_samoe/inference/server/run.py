@@ -64,7 +64,7 @@ class ServerOptions:
     """seconds that open requests have after SIGTERM or SIGINT"""
 
     def __post_init__(self) -> None:
-        numbers = {0: ("port", "max_queue", "body_timeout_s", "drain_timeout_s")}
+        numbers: dict[int, tuple[str, ...]] = {0: ("port", "max_queue", "body_timeout_s", "drain_timeout_s")}
         numbers[1] = ("max_choices", "max_connections", "max_body_bytes")
         for least, names in numbers.items():
             for name in names:

@@ -55,7 +55,7 @@ def test_a_grouped_moe_is_compressed_and_what_is_alike_is_found(sharing: str, tm
     write_corpus(tmp_path / "text", vocab_size=103)
     folders = [str(tmp_path / name) for name in ("moe", "out", "text")]
     sizes = {"calibration_tokens": 2048, "judge_tokens": 512, "num_samples": 16, "budget": 0.25}
-    compression = Compression(CompressOptions(*folders, sharing=sharing, **sizes))  # type: ignore[arg-type]
+    compression = Compression(CompressOptions(*folders, sharing=sharing, **sizes))
     verdicts = {v.model: v for v in compression.judge({})}
     assert verdicts["matched"].divergence < 1e-6
     assert verdicts["fitted"].divergence < 1e-4  # one set holds all four layers
