@@ -18,7 +18,7 @@ from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from megatron_samoe.errors import CheckpointError, ConfigError, DataError
 from megatron_samoe.evaluation.measurements import read_decode, read_study, read_zero_shot
 from megatron_samoe.evaluation.plots_quality import cost_axes
-from megatron_samoe.evaluation.report import write_report
+from megatron_samoe.evaluation.report import ReportData, write_group_report
 from megatron_samoe.evaluation.report_tables import (
     cost_table,
     glance_table,
@@ -28,7 +28,7 @@ from megatron_samoe.evaluation.report_tables import (
     zero_shot_table,
 )
 from megatron_samoe.evaluation.run_groups import RunGroup, group_runs, mean_sd
-from megatron_samoe.evaluation.run_summary import perplexity_text, read_run
+from megatron_samoe.evaluation.run_summary import RunSummary, perplexity_text, read_run
 from tests.harness.browser import browser, needs_browser
 from tests.harness.serving import save_tiny
 
@@ -99,6 +99,11 @@ def zero_shot_file(checkpoints: Path, values: tuple[float, ...]) -> dict[str, An
     return content
 
 
+def page_of(folder: Path, runs: list[RunSummary], title: str = "Runs", data: ReportData | None = None) -> str:
+    write_group_report(folder / "r.html", title, group_runs(runs), data or ReportData())
+    return (folder / "r.html").read_text()
+
+
 def test_folders_of_seeds_are_one_model(runs_dir: Path, groups: list[RunGroup]) -> None:
     assert [(g.name, len(g.runs)) for g in groups] == [("dense", 2), ("moe", 2), ("samoe", 2), ("samoe one bank", 1)]
     loss = groups[1].loss
@@ -158,8 +163,7 @@ def test_different_numbers_of_training_tokens_are_noted(runs_dir: Path, tmp_path
     runs[0] = replace(runs[0], records=[*runs[0].records[:1], {**runs[0].records[1], "consumed_tokens": 2_000_000}])
     assert [row[2] for row in results_table(group_runs(runs))] == ["training tokens", "2.00 M", "0.00 M", "-"]
     for chosen, noted in ((runs, True), (runs[1:], False)):
-        write_report(tmp_path / "r.html", "Runs", chosen)
-        page = (tmp_path / "r.html").read_text()
+        page = page_of(tmp_path, chosen)
         assert ("trained on different numbers of tokens" in page) == noted
         assert "<th>sharing</th>" in page and "stored, and counted, once" in page
 
@@ -220,8 +224,7 @@ def test_speed_of_a_machine_that_something_else_used_is_left_out(runs_dir: Path,
     speeds = zip(moe.records, (900, 1000, 1000, 1900), strict=True)
     runs = [replace(moe, records=[{**record, "tokens_per_s": speed} for record, speed in speeds]), dense]
     assert speed_table(group_runs(runs)) == []
-    write_report(tmp_path / "r.html", "Report", runs)
-    assert "Not in this report: Training speed. Quartiles" in (tmp_path / "r.html").read_text()
+    assert "Not in this report: Training speed. Quartiles" in page_of(tmp_path, runs)
 
 
 def test_the_first_screen_names_the_best_and_the_smallest_as_good(groups: list[RunGroup]) -> None:
@@ -236,8 +239,7 @@ def test_the_first_screen_names_the_best_and_the_smallest_as_good(groups: list[R
 
 
 def test_no_plot_compares_one_model_with_itself(runs_dir: Path, tmp_path: Path) -> None:
-    write_report(tmp_path / "r.html", "One", [read_run(runs_dir / "moe/seed-1")])
-    page = (tmp_path / "r.html").read_text()
+    page = page_of(tmp_path, [read_run(runs_dir / "moe/seed-1")])
     assert not (tmp_path / "quality.png").exists() and not (tmp_path / "glance.png").exists()
     assert "Best:" not in page and "Right, from" not in page and "further left" not in page
 
@@ -326,8 +328,8 @@ def test_a_study_is_reported_under_its_names(runs_dir: Path, tmp_path: Path, cap
 
 def test_texts_are_escaped_and_the_page_is_alone(runs_dir: Path, tmp_path: Path) -> None:
     runs = [read_run(runs_dir / "moe/seed-1"), read_run(runs_dir / "samoe one bank")]
-    write_report(tmp_path / "r.html", "A < B & C", runs, ["<script>alert(1)</script>"], {"moe": "<b>bold</b>"})
-    page = (tmp_path / "r.html").read_text()
+    data = ReportData(notes=["<script>alert(1)</script>"], samples={"moe": "<b>bold</b>"})
+    page = page_of(tmp_path, runs, "A < B & C", data)
     assert "A &lt; B &amp; C" in page and "<script" not in page and "&lt;b&gt;bold" in page
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
     assert (tmp_path / "loss_curves.png").read_bytes()[:4] == b"\x89PNG"
