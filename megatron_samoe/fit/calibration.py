@@ -87,11 +87,9 @@ class LayerCalibration:
 
 def calibration_bytes(shapes: Sequence[ExpertShape], num_samples: int) -> int:
     """Returns the bytes that the sums of all layers take."""
-    total = 0
-    for shape in shapes:
-        D, C = shape.hidden_size + shape.bias, shape.ffn_size + shape.bias
-        total += shape.num_experts * (4 * (D * D + C * C) + 4 * num_samples * (2 * shape.hidden_size + 1) + 16)
-    return total
+    with torch.device("meta"):
+        layers = [LayerCalibration.empty(shape, num_samples) for shape in shapes]
+    return sum(sums.nbytes for layer in layers for sums in vars(layer).values())
 
 
 def calibrate(model: RankModel, passes: Sequence[Tensor], num_samples: int, seed: int) -> list[LayerCalibration]:

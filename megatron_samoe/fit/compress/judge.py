@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +14,6 @@ from megatron_samoe.evaluation.run_summary import Table, table
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops.kl_divergence import kl_divergence_terms, scaled_logsumexp
-from megatron_samoe.parsing import JsonObject
 
 #: Of a compression, in its folder.
 VERDICTS_FILE = "verdicts.json"
@@ -34,10 +33,6 @@ class Verdict:
     expert_bytes: int
     loss: float
     divergence: float
-
-    def to_json(self) -> JsonObject:
-        """Returns plain values."""
-        return asdict(self)
 
 
 @torch.no_grad()

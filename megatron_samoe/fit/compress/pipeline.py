@@ -321,7 +321,7 @@ class Compression:
                 original = original or self._model(self.directory)
                 model = original if name == "original" else self._model(folder)
                 loss, divergence = losses(original, model, self.texts.judged)
-                return Verdict(name, self._bytes(name, folder), loss, divergence).to_json()
+                return asdict(Verdict(name, self._bytes(name, folder), loss, divergence))
 
             which = settings | ({"healed": str(open_folder(folder).directory)} if name in healed else {})
             verdicts.append(Verdict(**self.folder.stage(f"judged-{name}", which, work)))
