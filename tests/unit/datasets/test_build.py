@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,27 +22,16 @@ from megatron_samoe.config.data import DataConfig
 from megatron_samoe.datasets import blends, index_cache, manifest, sample_index
 from megatron_samoe.datasets.build import build_train_valid_test_datasets
 from megatron_samoe.datasets.gpt_dataset import SampleFormat, make_sample
-from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_samoe.datasets.loader import DataLoader
-from megatron_samoe.datasets.preprocess.options import PreprocessOptions
-from megatron_samoe.datasets.preprocess.run import preprocess
 from megatron_samoe.datasets.samplers import PretrainingSampler
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.errors import DataError
+from tests.harness.datasets import preprocessed, random_dataset, write_dataset
 from tests.harness.extension_off import without_extension
 
 BYTES = ByteTokenizer()
 #: Kills while an index is built.
 NUM_KILLS = 3
-
-
-def make(prefix: Path, lengths: list[int], top: int = 257, seed: int = 0) -> str:
-    random = np.random.default_rng(seed)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
-    for length in lengths:
-        builder.add_document(random.integers(0, top, length), [length])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
 
 
 def build(data: DataConfig, num_samples: tuple = (10, 0, 0), seq_length: int = 16, **more):  # type: ignore
@@ -50,7 +40,7 @@ def build(data: DataConfig, num_samples: tuple = (10, 0, 0), seq_length: int = 1
 
 @pytest.fixture
 def prefix(tmp_path: Path) -> str:
-    return make(tmp_path / "a_text_document", [50] * 40)
+    return random_dataset(tmp_path / "a_text_document", [50] * 40)
 
 
 def test_splits_are_disjoint_and_only_what_is_needed_is_built(prefix: str) -> None:
@@ -61,7 +51,7 @@ def test_splits_are_disjoint_and_only_what_is_needed_is_built(prefix: str) -> No
 
 
 def test_samples_are_stacked_alike(prefix: str, tmp_path: Path) -> None:
-    other = make(tmp_path / "b", [33] * 30)
+    other = random_dataset(tmp_path / "b", [33] * 30)
     data = DataConfig(data_path=("1", prefix, "2", other), split="1", eod_mask_loss=True, reset_attention_mask=True)
     train, _, _ = build(data, (30, 0, 0))
     batch = train.get_batch([3, 0, 29])
@@ -118,8 +108,9 @@ def test_data_that_cannot_be_used_are_refused_at_the_start(prefix: str, tmp_path
     refused("must be a finite number", DataConfig(data_path=("nan", prefix, "1", prefix)))
     refused("mixes weights and prefixes", DataConfig(data_path=("0.5", prefix, prefix)))
     refused("vocabulary of 200", DataConfig(data_path=(prefix,), split="1", vocab_size=200))
-    large = make(tmp_path / "large", [50] * 40, top=300)
-    refused("outside the vocabulary", DataConfig(data_path=(large,), split="1"))
+    large = write_dataset(tmp_path / "large", [np.arange(900)])
+    refused("token id 899, outside the vocabulary of 257", DataConfig(data_path=(large,), split="1"))
+    refused("--vocab-size of 900 or more", DataConfig(data_path=(large,), split="1"))
 
 
 def test_an_id_out_of_range_found_only_when_read(prefix: str) -> None:
@@ -132,19 +123,16 @@ def test_an_id_out_of_range_found_only_when_read(prefix: str) -> None:
 
 
 def test_tokenizers_are_told_apart_by_the_manifest(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.txt").write_text(f"{name} " * 200)
-        preprocess(
-            PreprocessOptions((str(tmp_path / f"{name}.txt"),), str(tmp_path / name), executor="inline", quiet=True)
-        )
-    first, second = str(tmp_path / "a_text_document"), str(tmp_path / "b_text_document")
+    first, second = (preprocessed(tmp_path, name, ["a fine day " * 200]) for name in "ab")
     build(DataConfig(data_path=(first, second), split="1"), (None, 0, 0))
     record = manifest.read(second)
     assert record is not None
-    object.__setattr__(record, "tokenizer_fingerprint", "f" * 64)
-    manifest.write(second, record)
-    refused("was made with another tokenizer", DataConfig(data_path=(second,), split="1"))
-    refused("different tokenizers", DataConfig(data_path=("1", first, "1", second), split="1"))
+    other = replace(record, tokenizer_fingerprint="f" * 64, tokenizer_type="HuggingFaceTokenizer", vocab_size=8192)
+    manifest.write(second, other)
+    for part in ("HuggingFaceTokenizer, 8192 entries", "this run (257 entries", "or make a dataset of the text with"):
+        refused(part, DataConfig(data_path=(second,), split="1"))
+    for part in ("different tokenizers", f"{first} (", f"{second} (", "Make them anew with one"):
+        refused(part, DataConfig(data_path=("1", first, "1", second), split="1"))
     Path(manifest.get_manifest_path(second)).write_text("{")
     refused("is not a manifest", DataConfig(data_path=(second,), split="1"))
 
@@ -172,7 +160,9 @@ def test_blend_files(prefix: str, tmp_path: Path) -> None:
 
 
 def test_the_cache_is_keyed_by_content(tmp_path: Path) -> None:
-    data = DataConfig(data_path=(make(tmp_path / "d", [50] * 40),), split="1", data_cache_path=str(tmp_path / "cache"))
+    data = DataConfig(
+        data_path=(random_dataset(tmp_path / "d", [50] * 40),), split="1", data_cache_path=str(tmp_path / "cache")
+    )
     first = build(data)[0]
     files = list((tmp_path / "cache").iterdir())
     assert len(files) == 1 and isinstance(first.document_index.base, np.ndarray)
@@ -180,11 +170,13 @@ def test_the_cache_is_keyed_by_content(tmp_path: Path) -> None:
     np.testing.assert_array_equal(first.sample_index, again.sample_index)
     assert list((tmp_path / "cache").iterdir()) == files
     moved = DataConfig(
-        data_path=(make(tmp_path / "moved", [50] * 40, seed=5),), split="1", data_cache_path=data.data_cache_path
+        data_path=(random_dataset(tmp_path / "moved", [50] * 40, seed=5),),
+        split="1",
+        data_cache_path=data.data_cache_path,
     )
     build(moved)
     assert list((tmp_path / "cache").iterdir()) == files, "the same lengths have the same index wherever they lie"
-    make(tmp_path / "d", [40] * 50)
+    random_dataset(tmp_path / "d", [40] * 50)
     changed = build(data)[0]
     assert changed.document_index.max() == 49, "a dataset that changed under its path is not met by an old index"
 
@@ -281,7 +273,7 @@ def test_damaged_lengths_are_refused_by_both_bodies(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.night
 def test_kill_9_while_an_index_is_built_leaves_a_whole_one_or_none(tmp_path: Path) -> None:
-    prefix = make(tmp_path / "d", [20] * 20_000)
+    prefix = random_dataset(tmp_path / "d", [20] * 20_000)
     program = f"""
 import itertools, os, shutil
 from megatron_samoe.config.data import DataConfig
