@@ -244,9 +244,9 @@ class IndexedDatasetBuilder:
 
     def finalize(self, idx_path: str | os.PathLike) -> None:
         """Writes the index and gives both files their names."""
+        self._tokens.flush()
+        os.fsync(self._tokens.fileno())
         for file in (self._tokens, self._lengths, self._boundaries):
-            file.flush()
-            os.fsync(file.fileno())
             file.close()
         index = index_format.write_partial_index(self._prefix, self.dtype)
         os.replace(self._tokens.name, self._bin_path)

@@ -34,10 +34,8 @@ class PretrainingSampler:
                 f"Data-parallel rank {self.data_parallel_rank} is not in 0 to {self.data_parallel_size - 1}."
             )
         if self.micro_batch_size < 1 or self.consumed_samples < 0:
-            raise DataError(
-                f"micro_batch_size = {self.micro_batch_size} must be at least 1, consumed_samples = {self.consumed_samples} "
-                "at least 0."
-            )
+            sizes = f"micro_batch_size = {self.micro_batch_size} must be at least 1, consumed_samples = {self.consumed_samples}"
+            raise DataError(f"{sizes} at least 0.")
         self._check_samples()
 
     def _check_samples(self) -> None:
