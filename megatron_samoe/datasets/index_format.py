@@ -62,10 +62,6 @@ class IndexHeader:
     num_boundaries: int
 
     @property
-    def lengths_offset(self) -> int:
-        return HEADER_BYTES
-
-    @property
     def pointers_offset(self) -> int:
         return HEADER_BYTES + 4 * self.num_sequences
 

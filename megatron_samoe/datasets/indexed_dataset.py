@@ -53,7 +53,7 @@ class IndexedDataset:
         local = fetch_index(self.idx_path, index_cache_path) if is_remote(path_prefix) else self.idx_path
         buffer, header = _map_index(local, self.idx_path)
         self.dtype, self.num_sequences = header.dtype, header.num_sequences
-        self.sequence_lengths = np.frombuffer(buffer, "<i4", header.num_sequences, header.lengths_offset)
+        self.sequence_lengths = np.frombuffer(buffer, "<i4", header.num_sequences, index_format.HEADER_BYTES)
         self.sequence_pointers = np.frombuffer(buffer, "<i8", header.num_sequences, header.pointers_offset)
         self.document_indices = np.frombuffer(buffer, "<i8", header.num_boundaries, header.boundaries_offset)
         self.bin_reader = open_bin(self.bin_path, mmap)

@@ -60,8 +60,6 @@ class Encoder:
         return columns, read.counts, self._dedup_keys(documents)
 
     def _clean(self, read: records.Records) -> tuple[list[tuple[str, ...]], list[int]]:
-        if self._cleaner.is_idle:
-            return read.documents, read.lines
         kept, lines = [], []
         for document, line in zip(read.documents, read.lines, strict=True):
             document, reason = self._cleaner.clean(document)

@@ -98,7 +98,7 @@ def test_data_that_cannot_be_used_are_refused_at_the_start(prefix: str, tmp_path
     refused("is not understood", DataConfig(data_path=(prefix,), split="80,-10"))
     refused("is not understood", DataConfig(data_path=(prefix,), split="1,2,3,4"))
     refused("gives every split nothing", DataConfig(data_path=(prefix,), split="0,0"))
-    refused("must be a finite number", DataConfig(data_path=("-1", prefix, "1", prefix)))
+    refused("must be a finite number", DataConfig(data_path=("-1", prefix, "3", prefix)))
     refused("must be a finite number", DataConfig(data_path=("0", prefix, "0", prefix)))
     refused("must be a finite number", DataConfig(data_path=("nan", prefix, "1", prefix)))
     refused("mixes weights and prefixes", DataConfig(data_path=("0.5", prefix, prefix)))
@@ -128,8 +128,15 @@ def test_tokenizers_are_told_apart_by_the_manifest(tmp_path: Path) -> None:
         refused(part, DataConfig(data_path=(second,), split="1"))
     for part in ("different tokenizers", f"{first} (", f"{second} (", "Make them anew with one"):
         refused(part, DataConfig(data_path=("1", first, "1", second), split="1"))
-    Path(manifest.get_manifest_path(second)).write_text("{")
-    refused("is not a manifest", DataConfig(data_path=(second,), split="1"))
+    path = Path(manifest.get_manifest_path(second))
+    for content, said in (
+        ("{", "is not a manifest"),
+        (replace(record, format_version=2).to_json(), "has format version 2; this program reads 1"),
+        (replace(record, num_tokens=True).to_json(), "its num_tokens is True"),
+        (replace(record, inputs=[7]).to_json(), "its inputs or counts hold something else"),  # type: ignore[list-item]
+    ):
+        path.write_text(content)
+        refused(said, DataConfig(data_path=(second,), split="1"))
 
 
 def test_blend_files(prefix: str, tmp_path: Path) -> None:
