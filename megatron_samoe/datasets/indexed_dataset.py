@@ -89,7 +89,7 @@ class IndexedDataset:
             expected = int(ends[-1])
         return None if expected == self.bin_reader.num_bytes else (len(self), expected)
 
-    def blocks(self) -> Iterator[np.ndarray | bytes]:
+    def blocks(self) -> Iterator[memoryview | bytes]:
         """Yields the tokens.
 
         A file whose sequences follow each other is read as it is; others (Megatron's format allows gaps and any order)
@@ -97,7 +97,7 @@ class IndexedDataset:
         """
         gap = self.first_gap()
         if gap is not None and gap[0] != len(self):
-            yield from (self.get(number) for number in range(len(self)))
+            yield from (self.get(number).data for number in range(len(self)))
             return
         left = self.num_tokens * self.dtype.itemsize
         with open(self.bin_path, "rb") as source:

@@ -69,7 +69,7 @@ def read(path_prefix: str) -> Manifest | None:
         raise DataError(f"{path} is not a manifest ({error}). Remove it if the dataset is known to be good.") from error
     for field_ in dataclasses.fields(Manifest):
         value, kind = getattr(record, field_.name), _TYPES[str(field_.type)]
-        if type(value) is not kind or (kind is int and not -1 <= value < 2**62):
+        if type(value) is not kind or (isinstance(value, int) and not -1 <= value < 2**62):
             raise DataError(f"{path} is damaged: its {field_.name} is {shown(value)}.")
     if not 1 <= record.format_version <= FORMAT_VERSION:
         raise DataError(f"{path} has format version {record.format_version}; this program reads {FORMAT_VERSION}.")

@@ -102,7 +102,8 @@ class Worker:
         columns = self._held.pop(number)
         if keep is not None:
             columns = [column.keep(keep) for column in columns]
-        return [writer.write(*pair) for writer, *pair in zip(self._writers, columns, positions, strict=True)]
+        targets = zip(self._writers, columns, positions, strict=True)
+        return [writer.write(column, position) for writer, column, position in targets]
 
     def close(self) -> None:
         for writer in self._writers:
