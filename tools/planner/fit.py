@@ -55,6 +55,7 @@ def planned(row: Row, constants: Mapping[str, float] = FITTED) -> float:
         overlaps=True,
         overlaps_experts=row.overlaps_experts,
         sends_once=row.dispatcher == "flex",
+        expert_row_bytes=row.expert_row_bytes,
         constants=constants,
     )
     assert config.data.vocab_size is not None
