@@ -84,18 +84,6 @@ def test_lora_of_what_layers_share(case: str, folders: dict[str, Path]) -> None:
     torch.testing.assert_close(their_logits(adapted.merge_and_unload(), ids_BS), changed, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["banks", "set_with_biases"])
-def test_a_model_whose_experts_are_on_disk(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    model, ids_BS = theirs(folders[case]), some_ids()
-    held = ("model.embed_tokens", "model.embed_positions", "lm_head")
-    places = {name: "cpu" for name, _ in model.named_modules() if name in held}
-    places |= {"model.expert_pool": "disk", "model.norm": "disk", **{f"model.layers.{i}": "disk" for i in range(4)}}
-    split = theirs(folders[case], device_map=places, offload_folder=str(tmp_path))
-    assert all(split.get_parameter(name).is_meta for name in expert_parameters(split))
-    assert torch.equal(their_logits(split, ids_BS), their_logits(model, ids_BS))
-
-
 def test_banks_of_earlier_exports_are_read(folders: dict[str, Path], tmp_path: Path) -> None:
     """They have a dim for banks and one for experts."""
     tensors = load_file(folders["banks_with_biases"] / "model.safetensors")

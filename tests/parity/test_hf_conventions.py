@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from megatron_samoe.convert.hf.families.samoe import _older_parts
+from megatron_samoe.config.model import ModelConfig
+from megatron_samoe.convert.hf.families.samoe import _RARE_MODEL_ENTRIES, _older_parts
+from megatron_samoe.convert.hf.remote_code.configuration_samoe import DEFAULTS, SamoeConfig
 from megatron_samoe.convert.hf.source import HFSource
 from megatron_samoe.convert.opener import open_folder
 from tests.parity.hf_models import converted, native, random_source, some_ids, their_logits, theirs, transformers
@@ -80,15 +82,6 @@ def test_attention_goes_through_the_interface_with_its_keywords(case: str, folde
     assert seen == [(layer, heads, kv_heads, 7) for layer in range(4)]
 
 
-def test_eager_attention_agrees_also_with_padding(folders: dict[str, Path]) -> None:
-    fused, eager = theirs(folders["own"]), theirs(folders["own"], attn_implementation="eager")
-    ids_BS, mask_BS = some_ids(), torch.ones(2, 40, dtype=torch.long)
-    mask_BS[1, :9] = 0
-    a, b = (m(input_ids=ids_BS, attention_mask=mask_BS).logits for m in (fused, eager))
-    torch.testing.assert_close(a[0], b[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(a[1, 9:], b[1, 9:], rtol=1e-4, atol=1e-4)
-
-
 class StandIn(nn.Module):
     """Packed experts as vLLM computes them: gated SiLU of three-dimensional matrices, and nothing else."""
 
@@ -151,15 +144,58 @@ def test_every_linear_layer_has_its_place_in_the_tensor_parallel_plan(folders: d
     assert linear and set(linear) <= plan
 
 
-def test_gradients_do_not_change_with_checkpointing(folders: dict[str, Path]) -> None:
+def test_training_reaches_banks_and_coefficients(folders: dict[str, Path]) -> None:
     model, ids_BS = theirs(folders["combined"]).train(), some_ids()
     model(ids_BS, labels=ids_BS).loss.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    model.gradient_checkpointing_enable()
-    model(ids_BS, labels=ids_BS).loss.backward()
+    shared = [p for name, p in model.named_parameters() if "expert_pool" in name or name.endswith("combination")]
+    assert len(shared) == 6 and all(p.grad is not None and p.grad.any() for p in shared)
+
+
+def test_half_precision_keeps_routers_and_the_pool_in_fp32(folders: dict[str, Path]) -> None:
+    model = theirs(folders["combined"], dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+        full = any(word in name for word in ("router", "combination", "expert_pool"))
+        assert parameter.dtype == (torch.float32 if full else torch.bfloat16), name
+    assert their_logits(model, some_ids()).isfinite().all()
+
+
+def test_a_new_model_of_a_configuration_has_first_values(folders: dict[str, Path]) -> None:
+    config = transformers.AutoConfig.from_pretrained(folders["combined"], trust_remote_code=True)
+    fresh = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()
+    assert their_logits(fresh, some_ids()).isfinite().all()
+    assert fresh.num_parameters() == theirs(folders["combined"]).num_parameters()
+
+
+def test_what_the_class_does_not_do_is_said(folders: dict[str, Path]) -> None:
+    model, ids_BS = theirs(folders["combined"]), some_ids()
+    with pytest.raises(ValueError, match="output_attentions is not supported"):
+        model(ids_BS, output_attentions=True)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+    states = model(ids_BS, output_hidden_states=True).hidden_states
+    assert len(states) == 5 and states[0].shape == (2, 40, 32)
+    model.resize_token_embeddings(300)
+    assert model(ids_BS).logits.shape[-1] == 300
+
+
+def test_its_defaults_are_ours() -> None:
+    """An entry that is not written is at our default."""
+    ours = {name: getattr(ModelConfig, name) for name in _RARE_MODEL_ENTRIES}
+    assert {name: DEFAULTS[name] for name in _RARE_MODEL_ENTRIES} == ours
+
+
+@pytest.mark.parametrize(
+    ("options", "is_whole"),
+    [
+        ({"sliding_window": 3}, False),
+        ({"qk_layernorm": True, "qk_layernorm_scope": "all"}, True),
+        ({"multi_latent_attention": True, "head_dim": 192}, True),
+    ],
+)
+def test_plans_leave_out_attention_that_no_rank_can_have_a_part_of(options: dict[str, Any], is_whole: bool) -> None:
+    config = SamoeConfig(**options)
+    names = {name.split(".")[2] for name in config.base_model_tp_plan}
+    assert names == ({"mlp"} if is_whole else {"mlp", "self_attn"}) and config.has_whole_attention == is_whole
 
 
 def test_forwards_have_the_names_that_others_pass(folders: dict[str, Path]) -> None:
