@@ -33,15 +33,15 @@ from tests.unit.convert.memory_source import router_gradients
 pytestmark = pytest.mark.parity
 
 TABLE = table(__file__)
-#: Layout, options, the class that auto takes, and where another one is asked for, that.
-CASES: dict[str, tuple[Any, ...]] = {**TABLE["by day"], **TABLE["at night"]}
-LLAMA, MOE = {"style": "llama"}, {"style": "llama", "moe_router_topk": 2}
 OWN = "SamoeForCausalLM"
-#: Those whose experts are all gated, without biases, and as many in each layer.
-PACKED = {name for name, (_, options, *_) in CASES.items() if "style" in options} - {
-    "neighbours_unmasked",
-    "pyramid_residual",
+#: Layout, options, the class that auto takes, and where another one is asked for, that.
+CASES: dict[str, tuple[Any, ...]] = {
+    name: case if len(case) > 2 else (*case, OWN) for name, case in (TABLE["by day"] | TABLE["at night"]).items()
 }
+LLAMA, MOE = {"style": "llama"}, {"style": "llama", "moe_router_topk": 2}
+UNLIKE = {"neighbours_unmasked", "pyramid_residual"}
+#: Those whose experts are all gated, without biases, and as many in each layer.
+PACKED = {name for name, (_, options, *_) in CASES.items() if "style" in options} - UNLIKE
 CHANGING = {"neighbours_unmasked", "pool_locked"}
 SHARED = [
     n for n, (layout, o, *_) in CASES.items() if (layout == "samoe" or "expert_sharing" in o) and n not in CHANGING

@@ -169,11 +169,9 @@ def test_files_of_torch_save_are_read(tmp_path: Path) -> None:
     model = made("llama")
     model.config.save_pretrained(tmp_path / "hf")
     state = model.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    half = len(state) // 2
-    parts = {
-        "pytorch_model-00001-of-00002.bin": dict(list(state.items())[:half]),
-        "pytorch_model-00002-of-00002.bin": dict(list(state.items())[half:]),
-    }
+    named = list(state.items())
+    halves = dict(named[: len(named) // 2]), dict(named[len(named) // 2 :])
+    parts = {f"pytorch_model-{number:05d}-of-00002.bin": part for number, part in enumerate(halves, 1)}
     for file, part in parts.items():
         torch.save(part, tmp_path / "hf" / file)
     weight_map = {name: file for file, part in parts.items() for name in part}
@@ -198,30 +196,24 @@ def test_what_ours_cannot_compute_is_refused(case: str, changes: dict[str, Any],
     config = getattr(transformers, f"{name}Config")(**own)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
     status, _, err = run("--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "native")
-    assert (
-        status == 2
-        and message in err
-        and err.startswith(f"error: {tmp_path}/hf/config.json: ")
-        and err.count("\n") == 1
-    )
+    assert status == 2 and message in err and err.count("\n") == 1
+    assert err.startswith(f"error: {tmp_path}/hf/config.json: ")
     assert not (tmp_path / "native").exists()
 
 
-@pytest.mark.parametrize(
-    ("case", "written"),
-    [
-        ("qwen2_window", {"use_mrope": False, "qkv_bias": False, "of_a_fork": None}),
-        ("llama", {"max_sequence_length": 2048, "use_qk_norm": False}),
-        ("deepseek_v3", {"use_mtp": False}),
-    ],
-)
-def test_what_published_files_switch_off_or_repeat_changes_nothing(
-    case: str, written: dict[str, Any], tmp_path: Path
-) -> None:
+OFF = {
+    "qwen2_window": {"use_mrope": False, "qkv_bias": False, "of_a_fork": None},
+    "llama": {"max_sequence_length": 2048, "use_qk_norm": False},
+    "deepseek_v3": {"use_mtp": False},
+}
+
+
+@pytest.mark.parametrize("case", OFF)
+def test_what_published_files_switch_off_or_repeat_changes_nothing(case: str, tmp_path: Path) -> None:
     """The oracle is what transformers makes of the same folder."""
     made(case).save_pretrained(tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **written}))
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **OFF[case]}))
     ours = our_logits(converted(tmp_path / "hf", tmp_path / "native"), random_ids())
     torch.testing.assert_close(ours, their_logits(theirs(tmp_path / "hf"), random_ids()), rtol=1e-4, atol=1e-4)
 

@@ -71,13 +71,8 @@ def megatron_rank(args: argparse.Namespace, rank: int) -> Iterator[None]:
     """Sets Megatron's global parallel state as it is on a rank."""
     tp, pp, ep = (getattr(args, f"{axis}_model_parallel_size") for axis in ("tensor", "pipeline", "expert"))
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=tp * pp * ep)
-    mpu.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-        create_gloo_process_groups=False,
-    )
+    sizes = {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": args.expert_tensor_parallel_size}
+    mpu.initialize_model_parallel(tp, pp, **sizes, create_gloo_process_groups=False)
     try:
         yield
     finally:

@@ -60,13 +60,8 @@ def shared_source(way: str, options: dict[str, Any]) -> tuple[MemorySource, Memo
     """Returns a random model of ours, the same without factors on its experts, and the factors of each layer, if it has any."""
     sharing = {} if way == "own" else {"expert_sharing": way}
     experts = {"pool": {"num_experts": 8}, "neighbours": {"num_experts": 2}}.get(way, {})
-    config = {
-        "style": "llama",
-        "moe_router_topk": 2,
-        "moe_ffn_hidden_size": 24,
-        "moe_router_pre_softmax": True,
-        **experts,
-    }
+    llama = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24, "moe_router_pre_softmax": True}
+    config = {**llama, **experts}
     source = new_source(tiny_config("moe", **config, **sharing, **options))
     factors = {}
     for layer in range(4):
