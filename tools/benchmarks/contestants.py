@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -123,20 +123,18 @@ def label(checkpoint: Path) -> str:
 class ServingBenchmark(TableBenchmark):
     """One of programs that decode a model of random weights, or checkpoints."""
 
-    not_told: ClassVar[tuple[str, ...]] = ("load",)
-
     load: tuple[Path, ...] = ()
     """checkpoints to compare; else models of random weights"""
     models: tuple[str, ...] = ("",)
     """models of random weights: for each, flags of pretraining that say what its experts are, such as '--expert-layout samoe
     --num-expert-banks 3' or '--expert-sharing pool --num-experts 96'; a standard MoE if empty"""
-    batch_sizes: tuple[int, ...] = (1, 8)
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
     prompt_lengths: tuple[int, ...] = (32,)
     """prompts are of random tokens"""
     new_tokens: int = 64
     threads: int | None = None
     """default: all cores"""
-    work_dir: Path = Path("runs/benchmark")
+    work_dir: Path = Path("runs/benchmark_decode")
     """for models and exports"""
     num_layers: int = 12
     """of a model of random weights, as the sizes below"""
@@ -242,29 +240,21 @@ class ServingBenchmark(TableBenchmark):
         return self.work_dir / "exports" / checkpoint.resolve().as_posix().strip("/").replace("/", "-")
 
 
-def export_hf(checkpoint: Path, folder: Path, shared: bool) -> Path:
-    """Returns transformers' folder of a checkpoint, made unless it is there.
-
-    Args:
-        shared: what layers share is kept, by our own class; else folded into each layer's own.
-    """
-    target = folder / ("hf" if shared else "hf-folded")
+def export_hf(checkpoint: Path, folder: Path) -> Path:
+    """Returns transformers' folder of a checkpoint, made unless it is there; what layers share is folded into each one's own."""
+    target = folder / "hf-folded"
     if not target.exists():
         source = CheckpointReader(checkpoint_directory(checkpoint))
-        has_pool = from_mapping(source.config, str(checkpoint)).moe.shares_experts
         folder.mkdir(parents=True, exist_ok=True)
-        write_export(plan_export(source, "samoe") if shared else plan_export(source, fold=has_pool), target)
+        write_export(plan_export(source, fold=checkpoint_model(checkpoint)[0].moe.shares_experts), target)
     return target
 
 
-def export_gguf(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None) -> Path:
-    """Returns llama.cpp's file of a checkpoint, made unless it is there: as the model is, with its tokenizer, or in a dtype
-    without one. ConfigError where llama.cpp has no such model.
-    """
-    target = folder / f"gguf-{dtype or 'as-it-is'}"
+def export_gguf(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Path:
+    """Returns llama.cpp's file of a checkpoint in a dtype, made unless it is there; ConfigError where llama.cpp has no such model."""
+    target = folder / f"gguf-{dtype}"
     if not target.exists():
         source = CheckpointReader(checkpoint_directory(checkpoint))
         folder.mkdir(parents=True, exist_ok=True)
-        data = checkpoint_model(checkpoint)[0].data if dtype is None else None
-        gguf.write_export(gguf.plan_export(source, data, dtype), target)
+        gguf.write_export(gguf.plan_export(source, None, dtype), target)
     return target / gguf.FILE
