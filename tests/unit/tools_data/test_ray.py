@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,8 @@ def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(500)))
 
     def run(executor: str, **more: object) -> bytes:
-        options = PreprocessOptions(
-            (str(tmp_path / "in.jsonl"),), str(tmp_path / executor), executor=executor, workers=2,
-            quiet=True, chunk_bytes=2000, **more,  # type: ignore[arg-type]
-        )  # fmt: skip
-        preprocess(options)
+        options = PreprocessOptions((str(tmp_path / "in.jsonl"),), str(tmp_path / executor), quiet=True, workers=2)
+        preprocess(replace(options, executor=executor, chunk_bytes=2000, **more))  # type: ignore[arg-type]
         return b"".join((tmp_path / f"{executor}_text_document{s}").read_bytes() for s in (".bin", ".idx"))
 
     assert run("ray") == run("inline")
