@@ -10,7 +10,6 @@ from __future__ import annotations
 from megatron_samoe.cli.program import Commands, Group
 from tools.benchmarks.all_to_all import AllToAll
 from tools.benchmarks.checkpoint import CheckpointBenchmark
-from tools.benchmarks.data import DataBenchmark
 from tools.benchmarks.decode import Decode
 from tools.benchmarks.dispatch import Dispatch
 from tools.benchmarks.expert_parallel import ExpertParallel
@@ -26,13 +25,9 @@ from tools.benchmarks.roofline import Roofline
 from tools.benchmarks.serve import Serve
 from tools.benchmarks.train import TrainStep
 
-_ALL = (MoELayerBenchmark, TrainStep, Roofline, ExpertParallel, AllToAll, Dispatch, Pool, Linear, CrossEntropy, DocumentAttention,
-        AdamW, MuonBenchmark, Decode, Prompt, CheckpointBenchmark, DataBenchmark, Serve, RingAttention,
-        GpuBudget, MegatronCore)  # fmt: skip
-BENCHMARKS: dict[str, Commands] = {
-    **{one.name: one for one in _ALL},
-    "parallel": Group(
-        {one.name: one for one in (Bubble, StepTime)},
-        "parallel layouts against theory and the planner",
-    ),
-}
+_TRAINING = (MoELayerBenchmark, TrainStep, Roofline, ExpertParallel, AllToAll, Dispatch, RingAttention, MegatronCore)
+_OPS = (Pool, Linear, CrossEntropy, DocumentAttention, AdamW, MuonBenchmark, GpuBudget)
+_OTHERS = (Decode, Prompt, Serve, CheckpointBenchmark)
+_PARALLEL = Group({one.name: one for one in (Bubble, StepTime)}, "parallel layouts against theory and the planner")
+_ALL: dict[str, Commands] = {one.name: one for one in (*_TRAINING, *_OPS, *_OTHERS)}
+BENCHMARKS = _ALL | {"parallel": _PARALLEL}

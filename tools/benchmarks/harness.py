@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ import torch
 from megatron_samoe.gpu_check.tables import as_table
 from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state import backend
+from megatron_samoe.training.machine import cpu_name
 
 Row = dict[str, Any]
 Rows = list[Row]
@@ -88,7 +88,7 @@ class TableBenchmark(Benchmark):
         """Returns what a reader must know to compare the figures."""
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.not_told}
         return {
-            "cpu": _cpu(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -182,10 +182,3 @@ def process_status_kb(name: str, process: int | str = "self") -> int:
     """Returns an entry of Linux's record of a process: VmRSS, what it holds; VmHWM, the most that it held."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()

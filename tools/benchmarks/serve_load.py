@@ -22,20 +22,18 @@ import psutil
 
 from megatron_samoe import children
 
-WORDS = ("Emma was very much surprised to find that the carriage had come a little before its time and that nobody "
-         "would have any thing to say about it till the next morning at breakfast").split()  # fmt: skip
+WORDS = (
+    "Emma was very much surprised to find that the carriage had come a little before its time and that nobody "
+    "would have any thing to say about it till the next morning at breakfast"
+).split()
 #: A prompt, and how many tokens are to follow it.
 Wanted = tuple[str, int]
 JSON = {"Content-Type": "application/json"}
 #: Kinds of requests, and how many of a thousand are of each.
-KINDS = {
-    "whole": 330, "streamed": 330, "vanishes": 80, "vanishes in a stream": 80, "invalid JSON": 50, "prompt too long": 50,
-    "body too large": 20, "unknown field": 30, "unknown model": 15, "unknown path": 15,
-}  # fmt: skip
-
-
 #: Those that the server is to answer.
-GOOD_KINDS = ("whole", "streamed", "vanishes", "vanishes in a stream")
+GOOD_KINDS = {"whole": 330, "streamed": 330, "vanishes": 80, "vanishes in a stream": 80}
+KINDS = GOOD_KINDS | {"invalid JSON": 50, "prompt too long": 50, "body too large": 20}
+KINDS |= {"unknown field": 30, "unknown model": 15, "unknown path": 15}
 
 
 @dataclass(frozen=True)
@@ -300,13 +298,15 @@ def summary(run: LoadRun, server: ServerProcess) -> dict[str, Any]:
     )
     if late > early * 1.03 + 2**20:
         faults.append(f"the server's memory grew from {early / 2**20:.1f} to {late / 2**20:.1f} MiB")
-    return {
-        "kinds": kinds, "faults": faults, "open_at_end": still_open, "time_s": run.time_s,
-        "memory_mib": [(share, size / 2**20) for share, size in run.memory],
-        "tokens": metrics["generated_tokens_total"], "median_s": statistics.median(times),
-        "p95_s": times[int(0.95 * (len(times) - 1))], "first_median_s": statistics.median(first),
-        "cancelled": metrics.get('choices_total{end="cancelled"}', 0.0),
-    }  # fmt: skip
+    seconds = {
+        "time_s": run.time_s,
+        "median_s": statistics.median(times),
+        "p95_s": times[int(0.95 * (len(times) - 1))],
+        "first_median_s": statistics.median(first),
+    }
+    memory_mib = [(share, size / 2**20) for share, size in run.memory]
+    found = {"kinds": kinds, "faults": faults, "open_at_end": still_open, "memory_mib": memory_mib, **seconds}
+    return found | {"tokens": metrics["generated_tokens_total"]}
 
 
 def _num_open(server: ServerProcess) -> float:
@@ -344,11 +344,7 @@ def sigterm_under_load(
         time_s = time.monotonic() - started
         for future in asking:
             future.result()
-    counts = Counter({200: "right answer", 503: "refused with 503", 0: "no connection any more"}.get(o.status, str(o.status))
-                     for o in outcomes)  # fmt: skip
-    return {
-        "counts": dict(counts),
-        "time_s": time_s,
-        "status": status,
-        "faults": [o.fault for o in outcomes if o.fault],
-    }
+    words = {200: "right answer", 503: "refused with 503", 0: "no connection any more"}
+    counts = Counter(words.get(o.status, str(o.status)) for o in outcomes)
+    faults = [o.fault for o in outcomes if o.fault]
+    return {"counts": dict(counts), "time_s": time_s, "status": status, "faults": faults}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -24,15 +25,9 @@ ROOT = str(Path(__file__).parents[2])
 
 
 def prompts(batch: int, length: int, vocab: int) -> list[list[int]]:
-    """Returns prompts that are the same for all contestants, by a small generator of our own."""
-    state, rows = 12345, []
-    for _ in range(batch):
-        row = []
-        for _ in range(length):
-            state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
-            row.append((state >> 33) % (vocab - 2))
-        rows.append(row)
-    return rows
+    """Returns prompts that are the same for all contestants, whatever their Python."""
+    chance = random.Random(12345)
+    return [[int(chance.random() * (vocab - 2)) for _ in range(length)] for _ in range(batch)]
 
 
 def join_control_group(limit: int) -> None:
@@ -71,9 +66,9 @@ def ours(spec: Spec) -> tuple[Spec, Measure]:
     loaded = load_model(open_folder(spec["checkpoint"]), single_process_state(), combine=False)
     context = min(loaded.config.model.max_positions, spec["context"])
     try:
-        engine = Engine(loaded, max_batch=spec["max_batch"], max_tokens=spec["max_batch"] * context,
-                        serving=spec["serving"], dtype=spec["dtype"], max_step_tokens=spec["step_tokens"],
-                        weights_folder=spec.get("weights_folder"))  # fmt: skip
+        sizes: Spec = {"max_tokens": spec["max_batch"] * context, "max_step_tokens": spec["step_tokens"]}
+        options: Spec = {name: spec.get(name) for name in ("max_batch", "serving", "dtype", "weights_folder")}
+        engine = Engine(loaded, **options, **sizes)
     except ConfigError as error:
         return {"refused": str(error)}, never
     vocab = loaded.model.vocab_size
@@ -82,8 +77,8 @@ def ours(spec: Spec) -> tuple[Spec, Measure]:
     assert isinstance(runner, SingleRunner)
     weights, layers = runner._model.weights(), runner._model.layers
     caches = [t for layer in layers for t in (layer.attention.keys, layer.attention.values)]
-    info = {"serving": engine.serving, "dtype": engine.dtype, "version": kernels,
-            "weights_mb": (sum(t.nbytes for t in weights) - sum(t.nbytes for t in caches)) / 1e6}  # fmt: skip
+    weights_mb = (sum(t.nbytes for t in weights) - sum(t.nbytes for t in caches)) / 1e6
+    info = {"serving": engine.serving, "dtype": engine.dtype, "version": kernels, "weights_mb": weights_mb}
     del loaded, weights, caches
     if spec.get("memory_limit"):
         join_control_group(spec["memory_limit"])
@@ -136,9 +131,9 @@ def transformers(spec: Spec) -> tuple[Spec, Measure]:
 
     def generate(ids: Any, new: int) -> tuple[float, Any]:
         started = time.perf_counter()
+        lengths = {"max_new_tokens": new, "min_new_tokens": new}
         with torch.inference_mode():
-            y = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
-                               do_sample=False)  # fmt: skip
+            y = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **lengths)
         return time.perf_counter() - started, y
 
     def measure(batch: int, length: int, new: int) -> Spec:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.ops import extension
 from tests.harness import program
@@ -199,7 +198,7 @@ def test_another_contestant_begins_each_round() -> None:
 def test_a_dense_model_is_dense_although_that_is_the_default(tmp_path: Path) -> None:
     for flags, experts in (("", True), ("--expert-layout dense", False), ("--expert-layout=dense", False)):
         made = Decode(**TINY, work_dir=tmp_path).make_checkpoint(flags)  # type: ignore[arg-type]
-        names = CheckpointReader(contestants.checkpoint_directory(made)).tensors
+        names = contestants.opened(made).tensors
         assert any("moe" in name for name in names) == experts, flags
 
 
