@@ -23,6 +23,7 @@ from megatron_samoe.language_model import load
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
+from tests.harness import program
 from tests.harness.ranks import run_ranks
 from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_layout
@@ -73,18 +74,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run() -> Run:
     def call(*words: object, status: int = 0) -> str:
-        import logging
-
-        logging.getLogger("megatron_samoe").handlers.clear()  # else it would write to an earlier test's output
-        found = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        assert found == status, captured
-        if status:
-            assert captured.err.startswith("error: ") and "Traceback" not in captured.err
-            return captured.err
-        return captured.out
+        done = program.call("megatron_samoe.cli.evaluate", *map(str, words))
+        assert done.returncode == status and "Traceback" not in done.stderr, done
+        return done.stderr if status else done.stdout
 
     return call
 
