@@ -171,7 +171,7 @@ def _parse_flags(args: Sequence[str], base: PretrainConfig, prog: str, quiet: bo
     # tyro takes a fifth of a second for the types of all options, so it is given those that the words name.
     named = stated_in_args(args)
     options = [(group, name, value) for group, name, value, *_ in all_options(base) if name in named]
-    hints = {group: hints_of(type(getattr(base, group))) for group, *_ in options}
+    hints = {group: hints_of(getattr(base, group).__class__) for group, *_ in options}
     kind = make_dataclass("Flags", [(name, hints[group][name], value) for group, name, value in options])
     # tyro shows some mistakes even without console outputs.
     with redirect_stderr(io.StringIO()) if quiet else nullcontext():
@@ -289,7 +289,7 @@ def apply_mapping(base: PretrainConfig, mapping: Mapping[str, Any], source: str)
             raise ConfigError(str(key), value, f"unknown option in {source}.{nearest(name, [*home, *groups])}")
     updated = {}
     for group, fields in ((group, fields) for group, fields in changes.items() if fields):
-        hints = hints_of(type(groups[group]))
+        hints = hints_of(groups[group].__class__)
         checked = {name: convert(_form(name, value), hints[name], name, source) for name, value in fields.items()}
         updated[group] = replace(groups[group], **checked)
     return replace(base, **updated)

@@ -109,7 +109,7 @@ def _one_pipeline(setup: TrainSetup) -> tuple[float, float]:
     setup.buffers.zero(len(batches))
     setup.model.begin_step()
     started = synchronized()
-    run_micro_batches(setup, plan, batches, contexts, lambda _n, _b, losses: losses.sum() / 1e4)
+    run_micro_batches(setup, plan, batches, contexts, lambda _, losses: losses.sum() / 1e4)
     timed(synchronized)()  # a stage that is done waits for the other, too
     return time.perf_counter() - started, waited[0]
 
@@ -147,17 +147,8 @@ class StepTime(ModelSizes, TableBenchmark):
             configs = {model: self._config(model, ranks, parallel) for model in models}
             for model, seconds in run_ranks(self._seconds, ranks, configs).items():
                 planned = step_cost(configs[model], VOCAB_SIZE, cluster).step_s
-                rows.append(
-                    {
-                        "model": model,
-                        "layout": layout,
-                        "ranks": ranks,
-                        "planned_s": planned,
-                        "measured_s": seconds,
-                        "planned / measured": planned / seconds,
-                        "load": os.getloadavg()[0],
-                    }
-                )
+                both = {"planned_s": planned, "measured_s": seconds, "planned / measured": planned / seconds}
+                rows.append({"model": model, "layout": layout, "ranks": ranks, **both, "load": os.getloadavg()[0]})
             print(f"{layout}: measured", file=sys.stderr, flush=True)
         print(step_time_verdict(rows))
         return rows

@@ -12,6 +12,7 @@ import pytest
 from megatron_samoe.cli.command import COMMANDS, HEADS, module_of
 from megatron_samoe.cli.completion import command_of
 from megatron_samoe.cli.program import flags_of
+from tests.harness.program import call
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -69,7 +70,7 @@ def test_a_command_names_itself_in_its_messages() -> None:
 
 
 def test_completion_knows_commands_and_their_flags() -> None:
-    script = run("completion", "bash").stdout
+    script = call("megatron_samoe.cli.completion", "bash").stdout
     assert "train-tokenizer" in script and "--num-expert-banks" in script and "--output-prefix" in script
 
 

@@ -140,9 +140,8 @@ def resume(folder: Path, **options: Any) -> tuple[TrainSetup, TrainState]:
     return setup, load_run(setup, state, store.iteration_dir(folder, 2))
 
 
-@pytest.mark.parametrize("options", [{"layout": "samoe"}, {"layout": "dense", "bf16": True}], ids=["samoe", "bf16"])
-def test_a_resumed_run_goes_on_bit_for_bit(options: dict[str, Any], tmp_path: Path) -> None:
-    options = {"hidden_dropout": 0.1, "attention_dropout": 0.1, **options}
+def test_a_resumed_run_in_bf16_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    options = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "layout": "dense", "bf16": True}
     pairs = [saved(tmp_path, **options), resume(tmp_path, **options)]
     ends = []
     for setup, state in pairs:
