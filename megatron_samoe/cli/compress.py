@@ -71,7 +71,6 @@ class Compress(CompressOptions):
     """folders of other compressions of the same model, for the picture of loss against bytes"""
 
     def run(self) -> None:
-        """Compresses it."""
         configure_logging()
         iters = self._heal_iters()
         compression = Compression(self)

@@ -126,9 +126,7 @@ class Training:
         return status is not None
 
 
-def train_side_by_side(
-    commands: Mapping[str, tuple[list[str], int]], out: Path, ended: Callable[[str], None], at_once: int = 2
-) -> None:
+def train_side_by_side(commands: Mapping[str, tuple[list[str], int]], out: Path, ended: Callable[[str], None]) -> None:
     """Trains models, two at a time, and says from time to time how far they are.
 
     Args:
@@ -141,7 +139,7 @@ def train_side_by_side(
     began = said = time.monotonic()
     try:
         while waiting or running:
-            while waiting and len(running) < at_once:
+            while waiting and len(running) < 2:
                 name = next(iter(waiting))
                 running.append(Training(name, *waiting.pop(name), out))
                 started.append(running[-1])
@@ -184,7 +182,6 @@ class Quickstart:
     """steps of each model"""
 
     def run(self) -> None:
-        """Runs all steps."""
         out, steps = self.output_dir, self.train_iters
         if steps <= PARALLEL_STEPS:
             raise ConfigError("--train-iters", steps, f"must be above {PARALLEL_STEPS}, the steps that two ranks train")
