@@ -127,7 +127,7 @@ class TaskLoader:
             path = Path(name).resolve()
             content = read_task_file(path)
             if "group" in content:  # which the harness finds by name only
-                try:  # most groups are of tasks beside them
+                try:  # most groups are of tasks in the same folder
                     return self._built(name, content["group"], self._all_tasks(path.parent, include_defaults=False))
                 except DataError:
                     return self._built(name, content["group"], self._all_tasks(path.parent))
