@@ -69,7 +69,12 @@ def read_latents(model: ModelConfig, get: Callable[..., Any], where: str) -> Mod
     if wrong:
         raise CheckpointError(f"{where} is of a model that this program cannot compute: {'; '.join(wrong)}.")
     sizes = {name: get(name) for name in _SIZES}
-    unused = {"qk_layernorm": False, "kv_channels": None, "group_query_attention": False, "num_query_groups": 1}
+    unused: dict[str, Any] = {
+        "qk_layernorm": False,
+        "kv_channels": None,
+        "group_query_attention": False,
+        "num_query_groups": 1,
+    }
     model = replace(model, **sizes, **unused, multi_latent_attention=True)
     factor, all_dim = float(get("rotary_scaling_factor", 1.0)), float(get("mscale_all_dim", 0.0))
     log = 0.1 * math.log(factor) if factor > 1 else 0.0
