@@ -126,15 +126,26 @@ def a_mask_of_queries_and_keys(model: Any) -> tuple[Any, Any]:
     return model(input_ids=torch.tensor([LONG]), attention_mask=mask).logits[0], plain_logits(model, LONG)
 
 
+def _in_two_parts(model: Any, given: dict[str, Tensor], cut: int = 9) -> Tensor:
+    """Returns logits [B, S, V] by two forwards, the second of which has the first one's cache."""
+    first = model(**{name: value[:, :cut] for name, value in given.items()}, use_cache=True)
+    cache = getattr(first, "past_key_values", None)
+    rest = {name: value if name == "attention_mask" else value[:, cut:] for name, value in given.items()}
+    second = model(**rest, past_key_values=first.cache if cache is None else cache)
+    return torch.cat((first.logits, second.logits), 1)
+
+
+@use
+@torch.no_grad()
+def text_in_two_parts(model: Any) -> tuple[Any, Any]:
+    """Without positions, which follow from the cache."""
+    return _in_two_parts(model, {"input_ids": torch.tensor([LONG])})[0], plain_logits(model, LONG)
+
+
 @use
 @torch.no_grad()
 def padded_text_in_two_parts(model: Any) -> tuple[Any, Any]:
-    given, cut = batch(), 9
-    first = model(**{name: value[:, :cut] for name, value in given.items()}, use_cache=True)
-    cache = getattr(first, "past_key_values", None)
-    rest = {name: value[:, cut:] for name, value in given.items()} | {"attention_mask": given["attention_mask"]}
-    second = model(**rest, past_key_values=first.cache if cache is None else cache)
-    return of_texts(torch.cat((first.logits, second.logits), 1), given["attention_mask"]), both_logits(model)
+    return of_texts(_in_two_parts(model, batch()), batch()["attention_mask"]), both_logits(model)
 
 
 def _generation(name: str, **options: Any) -> None:
