@@ -116,10 +116,10 @@ class TaskLoader:
     def _everything(self) -> Any:
         return self._all_tasks()
 
-    def _all_tasks(self, *folders: Path) -> Any:
-        """Returns a manager of all the harness's tasks, whose thousands of files take some seconds to read."""
+    def _all_tasks(self, *folders: Path, **options: bool) -> Any:
+        """Returns a manager of the harness's tasks, whose thousands of files take some seconds to read, and of those in folders."""
         given = [Path(self.include_path)] if self.include_path else []
-        return harness("lm_eval.tasks").TaskManager(include_path=[*given, *folders])
+        return harness("lm_eval.tasks").TaskManager(include_path=[*given, *folders], **options)
 
     def _load(self, name: str) -> list[Any]:
         """Returns a task, or a group."""
@@ -127,7 +127,10 @@ class TaskLoader:
             path = Path(name).resolve()
             content = read_task_file(path)
             if "group" in content:  # which the harness finds by name only
-                return self._built(name, content["group"], self._all_tasks(path.parent))
+                try:  # most groups are of tasks beside them
+                    return self._built(name, content["group"], self._all_tasks(path.parent, include_defaults=False))
+                except DataError:
+                    return self._built(name, content["group"], self._all_tasks(path.parent))
             return self._built(name, str(path))
         local = local_data().get(name)
         if local is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from megatron_samoe.datasets.indexed_dataset import IndexedDataset
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.fit.compress.sharing_plan import SharingPlan, sets_in_budget
-from megatron_samoe.fit.compress.text import Text, are_one_dataset, last_documents
+from megatron_samoe.fit.compress.text import are_one_dataset, last_documents, passes_of
 from megatron_samoe.fit.matching import Matching
 
 
@@ -93,26 +94,25 @@ def texts(options: CompressOptions, config: PretrainConfig, vocab_size: int, tok
     own, other = options.data_path, options.valid_data_path
     for prefix in (own,) if other is None else (own, other):
         check_vocabulary(IndexedDataset(prefix), tokenizer, vocab_size)
+    read = partial(passes_of, seq_length=seq_length, vocab_size=vocab_size)
     training: dict[str, Any]
     if other is None:
-        flag = "--data-path"
-        start, split = last_documents(own, options.judge_tokens, flag)
-        text = Text(own, 0, options.calibration_tokens, start)
-        judged = Text(own, start, options.judge_tokens)
+        start, split = last_documents(own, options.judge_tokens, "--data-path")
+        judged = read(own, "--data-path", start, options.judge_tokens)
+        calibration = read(own, "--data-path", 0, options.calibration_tokens, end=start)
         training = {"data_path": [own], "split": split}
     else:
-        flag = "--valid-data-path"
         if are_one_dataset(own, other):
             raise ConfigError(
-                flag,
+                "--valid-data-path",
                 other,
                 "is the text of --data-path, on which experts are fitted and healed; give other text, or "
                 "leave it out, and the last documents of --data-path are held out",
             )
-        text, judged = Text(own, 0, options.calibration_tokens), Text(other, 0, options.judge_tokens)
+        start, judged = 0, read(other, "--valid-data-path", 0, options.judge_tokens)
+        calibration = read(own, "--data-path", 0, options.calibration_tokens)
         training = {"train_data_path": [own], "valid_data_path": [other]}
-    passes = judged.passes(seq_length, vocab_size, flag)
-    return Texts(text.passes(seq_length, vocab_size, "--data-path"), passes, judged.start, training)
+    return Texts(calibration, judged, start, training)
 
 
 def plan_of(options: CompressOptions, layer_bytes: int, num_layers: int) -> SharingPlan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,45 +16,36 @@ from megatron_samoe.errors import DataError
 TOKENS_PER_PASS = 4096
 
 
-@dataclass(frozen=True)
-class Text:
-    """A part of an indexed dataset, its documents one after the other.
+def passes_of(
+    prefix: str, flag: str, start: int, num_tokens: int, seq_length: int, vocab_size: int, end: int | None = None
+) -> list[Tensor]:
+    """Returns ids [B, S + 1] of each forward pass over consecutive tokens of a dataset; what is left below a sequence is not read.
 
-    Attributes:
+    Args:
         start, num_tokens: which tokens; one more is read as the last label.
         end: token that others begin with, before which these must end; the dataset's end if not given.
+
+    Raises:
+        DataError: the dataset is shorter, or was made with another tokenizer.
     """
-
-    prefix: str
-    start: int
-    num_tokens: int
-    end: int | None = None
-
-    def passes(self, seq_length: int, vocab_size: int, flag: str) -> list[Tensor]:
-        """Returns ids [B, S + 1] of each forward pass; what is left below a sequence is not read.
-
-        Raises:
-            DataError: the dataset is shorter, or was made with another tokenizer.
-        """
-        dataset = IndexedDataset(self.prefix)
-        needed = self.start + self.num_tokens + 1
-        there, what = dataset.num_tokens, "tokens"
-        if self.end is not None:
-            there, what = self.end, "tokens before the documents that are held out"
-        if there < needed:
-            raise DataError(
-                f"{flag} {self.prefix} has {there:,} {what}; {needed:,} are needed: {self.num_tokens:,} from token "
-                f"{self.start:,} on, and one to predict. Give longer text, or ask for fewer tokens."
-            )
-        ids = torch.from_numpy(_read(dataset, self.start, self.num_tokens + 1).astype(np.int64))
-        if int(ids.max()) >= vocab_size:
-            raise DataError(
-                f"{flag} {self.prefix} has token {int(ids.max())}, and the model's vocabulary {vocab_size} entries: it was "
-                "made with another tokenizer."
-            )
-        count = self.num_tokens // seq_length
-        windows = ids.unfold(0, seq_length + 1, seq_length)[:count]
-        return list(windows.split(max(1, TOKENS_PER_PASS // seq_length)))
+    dataset = IndexedDataset(prefix)
+    needed = start + num_tokens + 1
+    there, what = dataset.num_tokens, "tokens"
+    if end is not None:
+        there, what = end, "tokens before the documents that are held out"
+    if there < needed:
+        raise DataError(
+            f"{flag} {prefix} has {there:,} {what}; {needed:,} are needed: {num_tokens:,} from token {start:,} on, and one to "
+            "predict. Give longer text, or ask for fewer tokens."
+        )
+    ids = torch.from_numpy(_read(dataset, start, num_tokens + 1).astype(np.int64))
+    if int(ids.max()) >= vocab_size:
+        raise DataError(
+            f"{flag} {prefix} has token {int(ids.max())}, and the model's vocabulary {vocab_size} entries: it was made with "
+            "another tokenizer."
+        )
+    windows = ids.unfold(0, seq_length + 1, seq_length)[: num_tokens // seq_length]
+    return list(windows.split(max(1, TOKENS_PER_PASS // seq_length)))
 
 
 def last_documents(prefix: str, num_tokens: int, flag: str) -> tuple[int, str]:

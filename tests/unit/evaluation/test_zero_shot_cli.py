@@ -204,10 +204,18 @@ def test_without_the_harness(
     )
 
 
-def test_misspelt_flags_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--taks boolq", "--taks is not known. Did you mean '--tasks'?"),
+        ("--predictor oracle", "--predictor: has gone: the column `best constant`"),
+        ("--load x --harness", "--harness: leave it out"),
+    ],
+)
+def test_misspelt_and_former_flags_are_told(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["--taks", "boolq"])
-    assert "--taks is not known. Did you mean '--tasks'?" in capsys.readouterr().err
+        main(words.split())
+    assert message in capsys.readouterr().err
 
 
 def test_list_tasks(run: Run) -> None:
