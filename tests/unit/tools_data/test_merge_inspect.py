@@ -109,9 +109,8 @@ def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = text_dataset(tmp_path, "d", ["one", "née"])
     assert inspect_dataset.main(["decode", prefix, "--document", "1"]) == 0
     assert capsys.readouterr().out.split() == [*map(str, "née".encode()), "256"]
-    assert (
-        inspect_dataset.main(["decode", prefix + ".idx", "--document", "1", "--tokenizer-type", "ByteTokenizer"]) == 0
-    )
+    by_bytes = ["--tokenizer-type", "ByteTokenizer"]
+    assert inspect_dataset.main(["decode", prefix + ".idx", "--document", "1", *by_bytes]) == 0
     assert capsys.readouterr().out == "née\n"
     assert inspect_dataset.main(["decode", prefix, "--document", "2"]) == 1
     assert "not in 0 to 1" in capsys.readouterr().err
@@ -179,10 +178,8 @@ def test_the_slurm_array_and_a_merge_give_the_bytes_of_one_run(tmp_path: Path) -
         (tmp_path / f"corpus/{number}.jsonl").write_bytes(jsonl(f"file {number} document {n}" for n in range(9)))
     trainer = [sys.executable, str(ROOT / "tools/train_tokenizer.py"), "--type", "byte-bpe", "--vocab-size", "280"]
     subprocess.run([*trainer, "--input", str(tmp_path / "corpus"), "--output-prefix", str(tokenizer)], check=True)
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "SLURM_CPUS_PER_TASK": "1",
-    }
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "SLURM_CPUS_PER_TASK": "1"}
     arguments = [str(tmp_path / "corpus"), "*.jsonl", str(tmp_path / "web"), f"{tokenizer}.json"]
     for task in range(2):
         slurm = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2"}
