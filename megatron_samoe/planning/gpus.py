@@ -73,7 +73,7 @@ FITTED: Mapping[str, float] = {
     "spread": 0.36,
 }
 
-#: Narrower heads have the same exponentials and fewer products. cuDNN's own benchmark on H200 (github.com/NVIDIA/cudnn-frontend,
+#: Narrower heads leave a GPU the same exponentials for fewer products. cuDNN's own benchmark on H200 (github.com/NVIDIA/cudnn-frontend,
 #: benchmark/sdpa_benchmark_training/results at 3929da2): heads of 64 reach 0.51 to 0.61 of the FLOPs per second of heads of 128.
 ATTENTION_WIDTH = 128
 
