@@ -54,9 +54,6 @@ def new_folder(directory: Path) -> Iterator[Path]:
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
         unfinished.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"--save-dir {directory} cannot be written: {error.strerror}.") from None
-    try:
         yield unfinished
         fsync_dir(unfinished)
         os.rename(unfinished, directory)

@@ -41,6 +41,8 @@ _MESSAGES = (1 << 16, 1 << 20, 1 << 23, 1 << 26)
 #: Bytes of the weights that products run through in turn: no cache holds them, as none holds a model's.
 _WEIGHTS = {"cpu": 1 << 28, "cuda": 1 << 30}
 _MOST_PRODUCTS = 256
+#: Exchanges that are timed for each round of other work.
+_EXCHANGES = 6
 
 
 def measure(parallel: ParallelState, rounds: int = 7, scale: float = 1.0) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def measure(parallel: ParallelState, rounds: int = 7, scale: float = 1.0) -> dic
     found["memory_bandwidth"] = 8 * x.numel() / clock.seconds(lambda: y.copy_(x))
     found |= _products(clock, device, found["memory_bandwidth"], scale) | {"efficiency": 1.0}
     found["attention_efficiency"] = _attention(clock, device, scale) / found["flops"]
-    found |= _links(clock, parallel)
+    found |= _links(clock, parallel, scale)
     found["launches_ahead"] = device.type == "cuda"
     found["ranks_per_processor"] = _ranks_per_processor(parallel)
     rows = parallel.world.all_gather_object(found)
@@ -105,6 +107,21 @@ class _Clock:
             work()
             times.append(max(self.parallel.world.all_gather_object(self._now() - began)))
         return statistics.median(times)
+
+    def exchange_seconds(self, exchange: Callable[[], object], before: Callable[[], object]) -> float:
+        """Returns the mean seconds of an exchange after other work, as in a step, from when the last rank begins it.
+
+        Where threads of messages and of products take turns on processors, an exchange after products takes several times as
+        long as one after a pause, and few take most of the time: a step has the sum of them.
+        """
+        exchange()
+        times: list[float] = []
+        while len(times) < _EXCHANGES * self.rounds and sum(times) < MOST_S:
+            before()
+            began = self._now()
+            exchange()
+            times.append(min(self.parallel.world.all_gather_object(self._now() - began)))
+        return statistics.mean(times)
 
     def _now(self) -> float:
         if self.parallel.device.type == "cuda":
@@ -155,24 +172,26 @@ def _attention(clock: _Clock, device: torch.device, scale: float) -> float:
     return 3 * 2 * 2 * 2 * heads * 64 * tokens * tokens / 2 / seconds
 
 
-def _links(clock: _Clock, parallel: ParallelState) -> dict[str, Any]:
+def _links(clock: _Clock, parallel: ParallelState, scale: float) -> dict[str, Any]:
     """Returns the bandwidth of each level that the job has, and the latency of a hop; nothing for a job of one rank."""
     found: dict[str, Any] = {}
     for field, group in (("inter_bandwidth", parallel.dp), ("intra_bandwidth", parallel.tp)):
         if group.size > 1:
-            found[field], found["latency_s"] = _all_reduce_speed(clock, group, parallel.device)
+            found[field], found["latency_s"] = _all_reduce_speed(clock, group, parallel.device, scale)
     for field, other in (("inter_bandwidth", "intra_bandwidth"), ("intra_bandwidth", "inter_bandwidth")):
         if other in found:
             found.setdefault(field, found[other])
     return found
 
 
-def _all_reduce_speed(clock: _Clock, group: Group, device: torch.device) -> tuple[float, float]:
+def _all_reduce_speed(clock: _Clock, group: Group, device: torch.device, scale: float) -> tuple[float, float]:
     """Returns (bytes per second, seconds of a hop): the line that fits a group's all-reduces of several sizes best."""
     rows, hops = [], (group.size - 1).bit_length()  # a row: bytes sent and hops, both over the seconds taken
+    side = max(1, int(_SIDE[device.type] * scale / 2))
+    matrix = torch.ones(side, side, device=device, dtype=measured_dtype(device))
     for size in _MESSAGES:
         x = torch.zeros(size // 4, device=device)
-        seconds = clock.seconds(partial(group.all_reduce, x))
+        seconds = clock.exchange_seconds(partial(group.all_reduce, x), partial(torch.mm, matrix, matrix))
         rows.append((2 * size * (group.size - 1) / group.size / seconds, 2 * hops / seconds))
         if seconds > MOST_S / 8:  # a larger one would say no more
             break

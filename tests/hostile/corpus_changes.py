@@ -104,8 +104,15 @@ def _table(make: Callable[[Any, list[str]], Any], **options: Any) -> Change:
     return new
 
 
+def column(kind: str, value: Any) -> Any:
+    """Returns 16 times a value in a column of a type, written as a call of pyarrow."""
+    import pyarrow
+
+    return pyarrow.array([value] * 16, eval(kind, vars(pyarrow)))
+
+
 def _column(kind: str, value: Any) -> Change:
-    return _table(lambda pa, texts: pa.array([value] * 16, eval(kind, vars(pa))))
+    return _table(lambda pa, texts: column(kind, value))
 
 
 _NUMBERS = "int8() uint64() float16() float64() date32() timestamp('us') time64('us') duration('us') decimal128(9)"

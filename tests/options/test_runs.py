@@ -17,10 +17,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_samoe.datasets.gpt_dataset import GPTDataset
-from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_samoe.dist_checkpointing import saving
 from megatron_samoe.training.hooks import replica_check
 from tests.harness import program
+from tests.harness.datasets import write_dataset
 
 
 @dataclass
@@ -132,11 +132,7 @@ def test_files_go_where_an_option_says(option: str, corpus: Path, tmp_path: Path
 def numbered(prefix: Path, count: int = 64) -> Path:
     """Writes documents of 17 tokens, each of its own number."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
-    for number in range(count):
-        builder.add_document(np.full(17, number), [17])
-    builder.finalize(f"{prefix}.idx")
-    return prefix
+    return Path(write_dataset(prefix, [np.full(17, number) for number in range(count)]))
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, note: Callable[..., object]) -> None:

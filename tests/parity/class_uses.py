@@ -66,21 +66,23 @@ def batch(side: str = "left") -> dict[str, Tensor]:
 
 def generated(model: Any, drop: int = len(LONG), **options: Any) -> list[list[int]]:
     """Returns what `generate` puts after the two texts, padded on the left."""
-    given: dict[str, Any] = {
-        **batch(),
-        "do_sample": False,
-        "max_new_tokens": NEW,
-        "pad_token_id": PAD,
-        "eos_token_id": None,
-    }
-    del given["position_ids"]
-    given |= options
+    greedy = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": PAD, "eos_token_id": None}
+    given: dict[str, Any] = {**batch(), "position_ids": ..., **greedy, **options}
     return model.generate(**{name: value for name, value in given.items() if value is not ...})[:, drop:].tolist()
 
 
 @functools.cache
 def both_greedy(model: Any) -> list[list[int]]:
     return [plain_greedy(model, SHORT), plain_greedy(model, LONG)]
+
+
+def single(ids: list[int]) -> dict[str, Any]:
+    """Returns one text as `generate` takes it, and how much of the result it is."""
+    return {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+        "drop": len(ids),
+    }
 
 
 def of_texts(logits_BSV: Tensor, mask_BS: Tensor) -> Tensor:
@@ -91,16 +93,16 @@ def both_logits(model: Any) -> Tensor:
     return torch.cat([plain_logits(model, SHORT), plain_logits(model, LONG)])
 
 
-@use
-@torch.no_grad()
-def padding_on_the_left(model: Any) -> tuple[Any, Any]:
-    return of_texts(model(**batch()).logits, batch()["attention_mask"]), both_logits(model)
+def _padding(side: str) -> None:
+    @torch.no_grad()
+    def padding(model: Any) -> tuple[Any, Any]:
+        return of_texts(model(**batch(side)).logits, batch(side)["attention_mask"]), both_logits(model)
+
+    USES[f"padding_on_the_{side}"] = padding
 
 
-@use
-@torch.no_grad()
-def padding_on_the_right(model: Any) -> tuple[Any, Any]:
-    return of_texts(model(**batch("right")).logits, batch("right")["attention_mask"]), both_logits(model)
+for side in ("left", "right"):
+    _padding(side)
 
 
 @use
@@ -108,9 +110,8 @@ def padding_on_the_right(model: Any) -> tuple[Any, Any]:
 def packed_texts(model: Any) -> tuple[Any, Any]:
     """Two texts in one row, told apart by their positions, do not see each other."""
     positions = torch.cat((torch.arange(len(SHORT)), torch.arange(len(LONG))))[None]
-    return model(input_ids=torch.tensor([SHORT + LONG]), position_ids=positions, use_cache=False).logits[
-        0
-    ], both_logits(model)
+    logits_BSV = model(input_ids=torch.tensor([SHORT + LONG]), position_ids=positions, use_cache=False).logits
+    return logits_BSV[0], both_logits(model)
 
 
 @use
@@ -125,15 +126,26 @@ def a_mask_of_queries_and_keys(model: Any) -> tuple[Any, Any]:
     return model(input_ids=torch.tensor([LONG]), attention_mask=mask).logits[0], plain_logits(model, LONG)
 
 
+def _in_two_parts(model: Any, given: dict[str, Tensor], cut: int = 9) -> Tensor:
+    """Returns logits [B, S, V] by two forwards, the second of which has the first one's cache."""
+    first = model(**{name: value[:, :cut] for name, value in given.items()}, use_cache=True)
+    cache = getattr(first, "past_key_values", None)
+    rest = {name: value if name == "attention_mask" else value[:, cut:] for name, value in given.items()}
+    second = model(**rest, past_key_values=first.cache if cache is None else cache)
+    return torch.cat((first.logits, second.logits), 1)
+
+
+@use
+@torch.no_grad()
+def text_in_two_parts(model: Any) -> tuple[Any, Any]:
+    """Without positions, which follow from the cache."""
+    return _in_two_parts(model, {"input_ids": torch.tensor([LONG])})[0], plain_logits(model, LONG)
+
+
 @use
 @torch.no_grad()
 def padded_text_in_two_parts(model: Any) -> tuple[Any, Any]:
-    given, cut = batch(), 9
-    first = model(**{name: value[:, :cut] for name, value in given.items()}, use_cache=True)
-    cache = getattr(first, "past_key_values", None)
-    rest = {name: value[:, cut:] for name, value in given.items()} | {"attention_mask": given["attention_mask"]}
-    second = model(**rest, past_key_values=first.cache if cache is None else cache)
-    return of_texts(torch.cat((first.logits, second.logits), 1), given["attention_mask"]), both_logits(model)
+    return of_texts(_in_two_parts(model, batch()), batch()["attention_mask"]), both_logits(model)
 
 
 def _generation(name: str, **options: Any) -> None:
@@ -143,6 +155,7 @@ def _generation(name: str, **options: Any) -> None:
 _generation("greedy")
 _generation("greedy_without_a_cache", use_cache=False)
 _generation("greedy_in_parts", prefill_chunk_size=4)
+_generation("sampling_the_best_alone", do_sample=True, top_k=1)
 for kind in ("static", "offloaded", "offloaded_static", "dynamic"):
     _generation(f"greedy_with_a_{kind}_cache", cache_implementation=kind)
 
@@ -163,10 +176,8 @@ def _beams(cache: str | None) -> None:
 
     def beams(model: Any) -> tuple[Any, Any]:
         options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 6}
-        expected = []
-        for ids in (SHORT, LONG):
-            given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-            expected += generated(model, drop=len(ids), **given, use_cache=False, **options)
+        alone = [generated(model, **single(ids), use_cache=False, **options) for ids in (SHORT, LONG)]
+        expected = [row for rows in alone for row in rows]
         return generated(model, **options, **({} if cache is None else {"cache_implementation": cache})), expected
 
     USES[f"beams_with_{cache or 'the usual'}_cache"] = beams
@@ -183,20 +194,16 @@ def assisted(model: Any) -> tuple[Any, Any]:
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in draft.parameters():
-            parameter.add_(
-                torch.randn_like(parameter), alpha=0.1 * float(parameter.std() if parameter.numel() > 1 else 0)
-            )
-    given = {"input_ids": torch.tensor([LONG]), "attention_mask": torch.ones(1, len(LONG), dtype=torch.long)}
-    return generated(model, **given, eos_token_id=UNUSED, assistant_model=draft), [plain_greedy(model, LONG)]
+            scale = float(parameter.std()) if parameter.numel() > 1 else 0.0
+            parameter.add_(torch.randn_like(parameter), alpha=0.1 * scale)
+    return generated(model, **single(LONG), eos_token_id=UNUSED, assistant_model=draft), [plain_greedy(model, LONG)]
 
 
 @use
 def assisted_by_the_prompt(model: Any) -> tuple[Any, Any]:
     text = LONG + LONG[:5]
-    given = {"input_ids": torch.tensor([text]), "attention_mask": torch.ones(1, len(text), dtype=torch.long)}
-    return generated(model, drop=len(text), **given, eos_token_id=UNUSED, prompt_lookup_num_tokens=3), [
-        plain_greedy(model, text)
-    ]
+    found = generated(model, **single(text), eos_token_id=UNUSED, prompt_lookup_num_tokens=3)
+    return found, [plain_greedy(model, text)]
 
 
 @use
@@ -206,11 +213,6 @@ def continued_from_its_cache(model: Any) -> tuple[Any, Any]:
     further = torch.cat((first.sequences, torch.tensor([[5, 6, 7]])), 1)
     out = model.generate(further, past_key_values=first.past_key_values, **options)
     return out[0, further.shape[1] :].tolist(), plain_greedy(model, further[0].tolist())
-
-
-@use
-def sampling_the_best_alone(model: Any) -> tuple[Any, Any]:
-    return generated(model, do_sample=True, top_k=1), both_greedy(model)
 
 
 def _gradients(model: Any, **options: Any) -> list[Tensor]:

@@ -159,11 +159,8 @@ def _balanced(name: str, **options: Any) -> None:
 _balanced("in_padded_batches")
 _balanced("in_packed_texts", packing=True)
 for reentrant in (False, True):
-    _balanced(
-        f"with_checkpointing_{reentrant}",
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
-    )
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    _balanced(f"with_checkpointing_{reentrant}", **options)
 
 
 @use

@@ -15,19 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import megatron_samoe
-from megatron_samoe.cli import convert, generate
+from megatron_samoe.cli import generate
+from megatron_samoe.config.data import DataConfig
+from megatron_samoe.convert.hf.tokenizer_files import tokenizer_files
 from megatron_samoe.datasets.chat_prompt import chat_prompt
 from megatron_samoe.datasets.chat_template import chat_files
 from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
 from megatron_samoe.datasets.train_tokenizer import train_sentencepiece
-from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.errors import CheckpointError
 from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.chat import CHATML, CONTEXT, CORPUS, TEMPLATES, chat_folder, chat_tokenizer
 from tests.harness.serving import load_tiny, save_tiny, serving
-
-transformers = pytest.importorskip("transformers", minversion="4.56")
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
+from tests.parity.hf_models import converted, transformers
 
 #: Whether transformers itself can keep a user's text from becoming control tokens.
 SANITIZES = "sanitize_control_tokens" in transformers.PreTrainedTokenizerBase.apply_chat_template.__annotations__
@@ -37,9 +36,8 @@ QUESTION = [{"role": "system", "content": "Be kind."}, {"role": "user", "content
 def both_of(folder: Path, template: str) -> tuple[Tokenizer, Any]:
     """Returns our tokenizer over the files that transformers' own writes, and that."""
     chat_tokenizer(template).save_pretrained(folder)
-    return build_tokenizer(
-        "HuggingFaceTokenizer", str(folder / "tokenizer.json")
-    ), transformers.AutoTokenizer.from_pretrained(folder)
+    ours = build_tokenizer("HuggingFaceTokenizer", str(folder / "tokenizer.json"))
+    return ours, transformers.AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)
@@ -63,11 +61,8 @@ def answers(ours: Tokenizer, theirs: Any, messages: list[dict[str, str]], **opti
     ):
         try:
             found.append(ask())
-        except (ConfigError, ValueError, LookupError, RuntimeError, TypeError) as error:
+        except Exception as error:  # transformers passes on those of Jinja and of Python
             assert "Roles must alternate" in str(error)
-            found.append(None)
-        except Exception as error:
-            assert type(error).__name__ == "TemplateError" and "Roles must alternate" in str(error)
             found.append(None)
     return found[0], found[1]
 
@@ -105,14 +100,10 @@ def test_a_user_cannot_end_a_turn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_sentencepiece_talks_as_its_exported_files_do(tmp_path: Path, kind: Any) -> None:
-    from megatron_samoe.config.data import DataConfig
-    from megatron_samoe.convert.hf.tokenizer_files import tokenizer_files
-
     model = train_sentencepiece(iter([CORPUS.read_text()[:150_000]]), kind, 700, str(tmp_path / "tok"))
     template = "{% for m in messages %}{{ bos_token + m.role + ': ' + m.content + eos_token }}{% endfor %}"
-    tokenizer_files(DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))).write(
-        tmp_path, 128
-    )
+    data = DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))
+    tokenizer_files(data).write(tmp_path, 128)
     (tmp_path / "chat_template.jinja").write_text(template)
     ours = build_tokenizer("SentencePieceTokenizer", str(model))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -137,8 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def native(folder: Path) -> Path:
-    assert not convert.main(["--load-dir", str(folder), "--save-dir", str(folder.parent / "native")])
-    return folder.parent / "native"
+    return converted(folder, folder.parent / "native")
 
 
 def test_what_came_with_a_model_goes_with_it(folder: Path, native: Path, tmp_path: Path) -> None:
@@ -147,12 +137,9 @@ def test_what_came_with_a_model_goes_with_it(folder: Path, native: Path, tmp_pat
     shutil.copytree(folder, more)
     (more / "additional_chat_templates").mkdir()
     (more / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
-    assert not convert.main(["--load-dir", str(more), "--save-dir", str(tmp_path / "native")])
+    ours = converted(more, tmp_path / "native")
     shutil.rmtree(more)
-    assert not convert.main(
-        ["--load-dir", str(tmp_path / "native"), "--save-dir", str(tmp_path / "back"), "--to", "hf"]
-    )
-    files = chat_files(tmp_path / "back")
+    files = chat_files(converted(ours, tmp_path / "back", "--to", "hf"))
     assert {name: files[name] for name in chat_files(folder)} == chat_files(folder)
     assert files["additional_chat_templates/tool_use.jinja"] == b"{{ tools }}"
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
@@ -164,8 +151,7 @@ def test_what_came_with_a_model_goes_with_it(folder: Path, native: Path, tmp_pat
 
 def test_gguf_has_the_template_and_the_end_of_an_answer(native: Path, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
-    assert not convert.main(["--load-dir", str(native), "--save-dir", str(tmp_path / "gguf"), "--to", "gguf"])
-    fields = gguf.GGUFReader(tmp_path / "gguf/model.gguf").fields
+    fields = gguf.GGUFReader(converted(native, tmp_path / "gguf", "--to", "gguf") / "model.gguf").fields
     assert bytes(fields["tokenizer.chat_template"].parts[-1]).decode() == CHATML
     assert int(fields["tokenizer.ggml.eos_token_id"].parts[-1][0]) == 2
 
@@ -200,32 +186,23 @@ def test_the_openai_client_gets_transformers_answers(folder: Path, loaded: Loade
         assert first.choices[0].message.content == words.decode(expected) and first.usage.completion_tokens == 20
         # The answer as the client has it is the next question's history.
         history = [*QUESTION, first.choices[0].message, {"role": "user", "content": [{"type": "text", "text": "Why?"}]}]
-        plain = [
-            *QUESTION,
-            {"role": "assistant", "content": words.decode(expected)},
-            {"role": "user", "content": "Why?"},
-        ]
-        second = "".join(
-            piece.choices[0].delta.content or ""
-            for piece in ask(model="tiny", messages=history, max_tokens=20, temperature=0, stream=True)
-        )
+        said = {"role": "assistant", "content": words.decode(expected)}
+        plain = [*QUESTION, said, {"role": "user", "content": "Why?"}]
+        pieces = ask(model="tiny", messages=history, max_tokens=20, temperature=0, stream=True)
+        second = "".join(piece.choices[0].delta.content or "" for piece in pieces)
         assert second == words.decode(greedy(folder, plain, 20))
         told = ask(model="tiny", messages=QUESTION, max_tokens=3, temperature=0, logprobs=True, top_logprobs=2)
         entries = told.choices[0].logprobs.content
         assert [e.token for e in entries] == [words.decode([i]) for i in expected[:3]]
-        logits = transformers.AutoModelForCausalLM.from_pretrained(folder)(
-            torch.tensor([words.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)])
-        ).logits[0, -1]
+        ids = words.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
+        logits = transformers.AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids])).logits[0, -1]
         best = logits.log_softmax(-1).topk(2).values.tolist()
         assert [t.logprob for t in entries[0].top_logprobs] == pytest.approx(best, rel=1e-4)
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
         with pytest.raises(
-            openai.BadRequestError, match=r"tools is not supported: models here call no tools\. Leave it out\."
+            openai.BadRequestError, match=r"tools is not supported: models here call no tools\. Leave it out"
         ):
-            ask(
-                model="tiny",
-                messages=QUESTION,
-                tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
-            )
+            ask(model="tiny", messages=QUESTION, tools=tools)
         with pytest.raises(openai.BadRequestError, match=f"context has {CONTEXT} tokens"):
             ask(model="tiny", messages=[{"role": "user", "content": "why " * 600}])
 
@@ -263,10 +240,10 @@ def test_every_token_of_the_list_ends_an_answer(folder: Path, tmp_path: Path) ->
     shutil.copytree(folder, tmp_path / "hf")
     path = tmp_path / "hf/generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [2, end]}))
-    assert not convert.main(["--load-dir", str(tmp_path / "hf"), "--save-dir", str(tmp_path / "native")])
+    ours = converted(tmp_path / "hf", tmp_path / "native")
     expected = greedy(tmp_path / "hf", QUESTION, 40)
     assert len(expected) <= 5
-    loaded = megatron_samoe.load(tmp_path / "native").loaded
+    loaded = megatron_samoe.load(ours).loaded
     with serving(loaded) as running:
         body = {"messages": QUESTION, "temperature": 0, "max_tokens": 40}
         (choice,) = running.client.ask("POST", "/v1/chat/completions", body).json["choices"]

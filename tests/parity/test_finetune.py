@@ -85,18 +85,8 @@ def test_the_oldest_versions(folder_of: Callable[[str], Path], tmp_path: Path) -
     oldest = {name: re.search(rf"{name}>=([0-9.]+)", declared) for name in names}
     wanted = [f"{name}=={found[1]}.*" for name, found in oldest.items() if found]
     assert len(wanted) == len(names)
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--target",
-        str(tmp_path / "site"),
-        *wanted,
-        "datasets",
-    ]
-    done = subprocess.run(install, capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path / "site")]
+    done = subprocess.run([*pip, *wanted, "datasets"], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"pip cannot install {wanted}: {done.stderr.strip().splitlines()[-1]}")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -135,9 +125,8 @@ def test_a_token_that_was_added_comes_back(name: str, same_folder: bool, tmp_pat
     expected = their_logits(model, ids_BS)
 
     ours = native_of(converted(tuned, tmp_path / "back"))
-    assert (
-        ours.loaded.tokenizer.encode("ab<|end|>") == [97, 98, 257] and ours.loaded.tokenizer.decode([257]) == "<|end|>"
-    )
+    words = ours.loaded.tokenizer
+    assert words.encode("ab<|end|>") == [97, 98, 257] and words.decode([257]) == "<|end|>"
     assert (native_logits(ours, ids_BS) - expected).abs().max() < 1e-4
     again = converted(ours.root, tmp_path / "again", "--to", "hf", "--hf-model-type", MODELS[name][2])
     assert (their_logits(theirs(again), ids_BS) - expected).abs().max() < 1e-5
@@ -235,14 +224,11 @@ def test_the_example_and_what_follows(name: str, tmp_path: Path) -> None:
     back = converted(tmp_path / "tuned", tmp_path / "back")
     ids_BS = some_ids()
     ours = native_of(back)
-    assert (
-        native_logits(ours, ids_BS)[..., :257] - their_logits(theirs(tmp_path / "tuned"), ids_BS)
-    ).abs().max() < 1e-4
+    expected = their_logits(theirs(tmp_path / "tuned"), ids_BS)
+    assert (native_logits(ours, ids_BS)[..., :257] - expected).abs().max() < 1e-4
     assert tokenizer_of(ours.loaded.config.data).eod == 256
-    for command, options in {
-        "generate": ["--prompt", "It was", "--max-new-tokens", "4"],
-        "evaluate": ["--corpus", str(text)],
-    }.items():
+    uses = {"generate": flags(prompt="It was", max_new_tokens=4), "evaluate": flags(corpus=text)}
+    for command, options in uses.items():
         ran = call(f"megatron_samoe.cli.{command}", "--load", str(back), *options)
         assert ran.returncode == 0, ran.stderr[-2000:]
     if name == "own_experts":

@@ -172,7 +172,7 @@ def test_a_new_model_of_a_configuration_has_first_values(folders: dict[str, Path
     assert fresh.num_parameters() == theirs(folders["combined"]).num_parameters()
 
 
-def test_what_the_class_does_not_do_is_said(folders: dict[str, Path]) -> None:
+def test_results_that_are_asked_for_and_what_the_class_does_not_do(folders: dict[str, Path]) -> None:
     model, ids_BS = theirs(folders["combined"]), some_ids()
     with pytest.raises(ValueError, match="output_attentions is not supported"):
         model(ids_BS, output_attentions=True)
@@ -180,6 +180,8 @@ def test_what_the_class_does_not_do_is_said(folders: dict[str, Path]) -> None:
         model()
     states = model(ids_BS, output_hidden_states=True).hidden_states
     assert len(states) == 5 and states[0].shape == (2, 40, 32)
+    last_BSV = model(ids_BS, logits_to_keep=1).logits
+    torch.testing.assert_close(last_BSV, their_logits(model, ids_BS)[:, -1:], rtol=1e-4, atol=1e-5)
     model.resize_token_embeddings(300)
     assert model(ids_BS).logits.shape[-1] == 300
 

@@ -120,6 +120,8 @@ def drawn(seed: int) -> tuple[str, dict[str, Any], torch.dtype]:
         "q_lora_rank": draw.choice((None, 7)),
         **(latent if "kv_lora_rank" in table else {}),
     }
+    if sizes["decoder_sparse_step"] > 1:
+        sizes["mlp_only_layers"] = []  # or no layer with experts may be left
     if case == "gpt2":
         sizes = {GPT2_NAMES.get(name, name): value for name, value in sizes.items()}
     dtype = torch.bfloat16 if draw.random() < 0.3 else torch.float32

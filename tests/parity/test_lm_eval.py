@@ -12,7 +12,6 @@ import json
 import lzma
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_samoe.config import CheckpointConfig, DataConfig, PretrainConfig
+from megatron_samoe.config import PretrainConfig
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.zero_shot.harness_model import harness_model
@@ -189,13 +188,9 @@ def model(
     )
     tokenizer.train_from_iterator([" ".join(WORDS), "Question: Answer: yes no True False"] * 50, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = replace(
-        tiny_config("samoe", style="llama", seq_length=seq_length, max_position_embeddings=seq_length),
-        data=DataConfig(
-            mock_data=True, tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder / "tokenizer.json")
-        ),
-        checkpoint=CheckpointConfig(save=str(folder / "run")),
-    )
+    own = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder / "tokenizer.json")}
+    sizes = {"seq_length": seq_length, "max_position_embeddings": seq_length}
+    config = tiny_config("samoe", style="llama", mock_data=True, save=str(folder / "run"), **own, **sizes)
     run_ranks(save, 1, with_layout(config))
     load(folder / "run").save_pretrained(folder / "hf")
     their_model = HFLM(pretrained=str(folder / "hf"), device="cpu", batch_size=1, trust_remote_code=True)
@@ -246,11 +241,8 @@ def test_all_items_of_real_files(model: tuple[PretrainConfig, Any], task: str, t
     assert len(rows) == REAL[task]
     expected = theirs(their_model, task, rows, tmp_path)
     for num_ranks, layout in LAYOUTS[:2]:
-        assert_agree(
-            task,
-            run_ranks(ours, num_ranks, with_layout(config, **layout), task, Path(DATA), timeout_s=3600)[-1][task],
-            expected,
-        )
+        found = run_ranks(ours, num_ranks, with_layout(config, **layout), task, Path(DATA), timeout_s=3600)[-1]
+        assert_agree(task, found[task], expected)
 
 
 class Knowing(lm_eval.api.model.LM):  # type: ignore[misc]
@@ -319,11 +311,8 @@ def test_generation_through_the_adapter(model: tuple[PretrainConfig, Any]) -> No
     ]
     requests = [Instance("generate_until", {}, (f"Prompt {n}\n", option), 0) for n, option in enumerate(options)]
     predictor = ModelPredictor(loaded)
-    expected = [
-        predictor.generate(["Prompt 0\n"], ("e",), 5),
-        predictor.generate(["Prompt 1\n"], ("x",), SEQ_LENGTH // 2),
-        predictor.generate(["Prompt 2\n"], (), 3),
-    ]
+    ends = ((("e",), 5), (("x",), SEQ_LENGTH // 2), ((), 3))
+    expected = [predictor.generate([f"Prompt {n}\n"], *end) for n, end in enumerate(ends)]
     adapter = harness_model(loaded)
     assert adapter.generate_until(requests[:3]) == [made[0][0] for made in expected]
     with pytest.raises(ConfigError, match="only greedy generation is offered"):

@@ -20,11 +20,11 @@ import torch
 import megatron_samoe
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.convert.megatron import MegatronReader
-from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_samoe.errors import ConfigError, DataError
 from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
+from tests.harness.datasets import write_dataset
 from tests.harness.megatron_training import Layout, built, run_megatron, start
 from tests.harness.pairs import first_by_day
 from tests.harness.tables import table
@@ -132,10 +132,7 @@ EXAMPLES = [(1, ("--train-iters", "10")), (4, FOUR), (2, ("--expert-sharing", "n
 @pytest.mark.parametrize(("ranks", "words"), first_by_day(EXAMPLES))
 def test_the_example_learns_a_text(ranks: int, words: tuple[str, ...], tmp_path: Path) -> None:
     """Bytes that repeat, by Megatron-Core's data set: the loss begins at that of a guess and falls."""
-    builder = IndexedDatasetBuilder(f"{tmp_path}/corpus.bin", np.uint16)
-    for _ in range(40):
-        builder.add_document(np.array([*b"one two three four " * 40, 256], np.uint16), [761])
-    builder.finalize(f"{tmp_path}/corpus.idx")
+    write_dataset(tmp_path / "corpus", [[*b"one two three four " * 40, 256]] * 40)
     given = {"--train-iters": 20, "--seq-length": 32, "--data-path": tmp_path / "corpus", "--save": tmp_path / "saved"}
     words = (EXAMPLE, *(str(word) for pair in given.items() for word in pair), *words)
     said = run_megatron(_example, 1, words)[0] if ranks == 1 else _under_torchrun(ranks, words)

@@ -18,6 +18,7 @@ from megatron_samoe.datasets.blends import split_bounds
 from megatron_samoe.datasets.build import build_train_valid_test_datasets
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
+from tests.harness.datasets import write_dataset
 from tests.harness.extension_off import without_extension
 
 pytestmark = pytest.mark.parity
@@ -50,13 +51,10 @@ class TheirTokenizer:
 def make_dataset(prefix: Path, document_lengths: list[int], seed: int = 0) -> str:
     """Writes a dataset of random documents that end with 256 and returns its prefix."""
     random = np.random.default_rng(seed)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
-    for length in document_lengths:
-        tokens = random.integers(0, 256, length)
+    documents = [random.integers(0, 256, length) for length in document_lengths]
+    for tokens in documents:
         tokens[-1:] = 256
-        builder.add_document(tokens, [length] if length else [])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
+    return write_dataset(prefix, documents)
 
 
 DTYPES = st.sampled_from([np.uint8, np.int8, np.int16, np.uint16, np.int32, np.int64])

@@ -123,11 +123,8 @@ def test_the_openai_client_gets_them_from_the_server(walked: Walked) -> None:
 
         assert server.wait_until(is_up, 300), server.output()
         client = openai.OpenAI(base_url=f"{address[0]}/v1", api_key="none", max_retries=0)
-        greedy: dict[str, Any] = {
-            "model": client.models.list().data[0].id,
-            "max_tokens": other_programs.TOKENS,
-            "temperature": 0.0,
-        }
+        name = client.models.list().data[0].id
+        greedy: dict[str, Any] = {"model": name, "max_tokens": other_programs.TOKENS, "temperature": 0.0}
         chats = [client.chat.completions.create(messages=chat, **greedy).choices[0].message.content for chat in CHATS]
         texts = [client.completions.create(prompt=text, **greedy).choices[0].text for text in TEXTS]
     finally:
@@ -145,10 +142,8 @@ def test_llama_cpp_gives_them(walked: Walked) -> None:
         assert "the nearest is mixtral" in said and all(word in said for word in LIKE_MIXTRAL), said
         return
     export.succeed(300)
-    assert (
-        other_programs.from_llama_cpp(walked.folder / "tuned-gguf/model.gguf", chats=CHATS, texts=TEXTS)
-        == walked.expected
-    )
+    found = other_programs.from_llama_cpp(walked.folder / "tuned-gguf/model.gguf", chats=CHATS, texts=TEXTS)
+    assert found == walked.expected
 
 
 @pytest.mark.skipif(other_programs.VLLM_PYTHON is None, reason=other_programs.NO_VLLM)

@@ -88,14 +88,7 @@ def gguf_package() -> Any:
 
 
 def write_export(plan: GGUFPlan, directory: Path, progress: Progress = lambda _: None) -> Path:
-    """Writes a planned export as a new folder, which appears when it is complete, and returns it.
-
-    Args:
-        progress: called with the bytes of each tensor that is written.
-
-    Raises:
-        CheckpointError: the folder exists, the disk is too small, or a tensor cannot be read.
-    """
+    """Writes a planned export as a new folder and returns it, as `convert.hf.export.write_export` does."""
     gguf = gguf_package()
     require_space(directory, sum(t.num_bytes for t in plan.stored.values()))
     kinds = {torch.bfloat16: gguf.GGMLQuantizationType.BF16, torch.float16: gguf.GGMLQuantizationType.F16}

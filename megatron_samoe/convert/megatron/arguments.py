@@ -245,14 +245,6 @@ def _refuse_unsupported(args: argparse.Namespace, where: str) -> None:
         for name, harmless in UNSUPPORTED.items()
         if hasattr(args, name) and not any(_is(getattr(args, name), value) for value in harmless)
     ]
-    for name, known in (
-        ("normalization", ("LayerNorm", "RMSNorm")),
-        ("moe_router_score_function", ("softmax", "sigmoid")),
-        ("position_embedding_type", ("learned_absolute", "rope", "none")),
-    ):
-        value = getattr(args, name, None)
-        if value is not None and not any(_is(value, one) for one in known):
-            wrong.append(f"{name} is {shown(value)}")
     exact_gelu = getattr(args, "bias_gelu_fusion", True) is False and not getattr(args, "openai_gelu", False)
     if exact_gelu and not getattr(args, "swiglu", False):
         wrong.append("bias_gelu_fusion is False (exact GELU, which is not read from these files)")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_samoe.cli import convert
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.convert.hf.families.llama import LLAMA
 from megatron_samoe.convert.hf.source import derived_model
@@ -18,7 +17,7 @@ from megatron_samoe.convert.output_folder import require_new
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.errors import CheckpointError, ConfigError
 from tests.harness.pairs import first_by_day
-from tests.harness.program import REPOSITORY
+from tests.harness.program import REPOSITORY, call, flags
 from tests.harness.tiny import tiny_config
 from tests.unit.convert.memory_source import new_source
 
@@ -39,6 +38,7 @@ def test_a_damaged_tokenizer_is_said_and_left_behind(tmp_path: Path) -> None:
     assert "The folder's tokenizer cannot be used" in line
 
 
+CONVERT = "megatron_samoe.cli.convert"
 # The last moment: all is written, and gets its name now.
 DIES_AT_RENAME = """
 import os, signal, sys
@@ -49,20 +49,19 @@ convert.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("target", first_by_day(["hf", "torch_dist", "native"]))
-def test_killed_before_the_name_is_given(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_before_the_name_is_given(target: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "start", 7, new_source(tiny_config("moe", style="llama", moe_router_topk=2)))
     source = tmp_path / "start"
     if target == "native":
-        assert convert.main(["--load-dir", str(source), "--save-dir", str(tmp_path / "hf"), "--to", "hf"]) == 0
+        assert call(CONVERT, *flags(load_dir=source, save_dir=tmp_path / "hf", to="hf")).returncode == 0
         source = tmp_path / "hf"
     new = tmp_path / "new"
-    words = ["--load-dir", str(source), "--save-dir", str(new), "--to", target]
+    words = flags(load_dir=source, save_dir=new, to=target)
     killed = subprocess.run([sys.executable, "-c", DIES_AT_RENAME, *words], cwd=REPOSITORY, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     left = [p for p in (new.iterdir() if new.exists() else tmp_path.glob(".new*"))]
     assert left and all(p.name.startswith(".") for p in left)
-    capsys.readouterr()
-    assert convert.main(["--load-dir", str(new), "--save-dir", str(tmp_path / "other"), "--dry-run"]) == 1
-    assert "error: " in capsys.readouterr().err
-    assert convert.main(words) == 0
+    unread = call(CONVERT, *flags(load_dir=new, save_dir=tmp_path / "other"), "--dry-run")
+    assert unread.returncode == 1 and "error: " in unread.stderr
+    assert call(CONVERT, *words).returncode == 0
     assert not list(tmp_path.rglob(".*unfinished"))

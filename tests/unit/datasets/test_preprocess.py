@@ -20,6 +20,7 @@ from megatron_samoe.datasets.inspect import verify
 from megatron_samoe.datasets.preprocess import cleaning, dedup, run
 from megatron_samoe.errors import DataError
 from tests.harness.datasets import content, decoded, jsonl, options
+from tests.hostile.corpus_changes import COLUMNS, column
 
 TEXTS = ["Emma Woodhouse, handsome", "", "née – 日本 🙂", "a\nb\r\nc", "x" * 300, " ", 'quote " and \\']
 
@@ -61,28 +62,9 @@ def test_parquet(tmp_path: Path, suffix: str) -> None:
         run.preprocess(options(tmp_path, f"in.parquet{suffix}", json_keys=("txet",)))
 
 
-def _columns() -> dict[str, tuple[bool, object]]:
-    """Columns of Parquet files by name: whether each is text, and its values."""
-    import datetime
-    from decimal import Decimal
-
-    import pyarrow as pa
-
-    texts = ["one", "two"]
-    return {
-        **{f"{kind}": (True, pa.array(texts, kind)) for kind in (pa.string(), pa.large_string(), pa.string_view())},
-        **{f"{kind}": (True, pa.array([t.encode() for t in texts], kind)) for kind in (pa.binary(), pa.large_binary())},
-        "dictionary": (True, pa.array(texts).dictionary_encode()),
-        "numbers in a dictionary": (False, pa.array([1, 2]).dictionary_encode()),
-        **{f"{kind}": (False, pa.array([1, 2], kind)) for kind in (pa.int8(), pa.int64(), pa.uint16(), pa.float64())},
-        **{
-            f"{value!r}": (False, pa.array([value] * 2))
-            for value in (True, datetime.date(2020, 2, 2), datetime.datetime(2020, 2, 2), datetime.timedelta(1))
-        },
-        "decimal": (False, pa.array([Decimal("1.5")] * 2)),
-        "list": (False, pa.array([texts, texts])),
-        "struct": (False, pa.array([{"a": "b"}] * 2)),
-    }
+#: Types of Parquet columns that hold text, by calls of pyarrow.
+TEXTUAL = dict.fromkeys(("string()", "large_string()", "string_view()"), "one")
+TEXTUAL |= dict.fromkeys(("binary()", "large_binary()"), b"one")
 
 
 @pytest.mark.parametrize("on_bad_input", ["fail", "skip"])
@@ -91,14 +73,16 @@ def test_a_parquet_column_of_every_type(tmp_path: Path, on_bad_input: str) -> No
     import pyarrow as pa
 
     given = options(tmp_path, "in.parquet", on_bad_input=on_bad_input)
-    for name, (is_text, values) in _columns().items():
+    texts = {kind: column(kind, value) for kind, value in TEXTUAL.items()}
+    for name, values in {**texts, "dictionary": texts["string()"].dictionary_encode()}.items():
         parquet.write_table(pa.table({"text": values}), tmp_path / "in.parquet")
-        if is_text:
+        run.preprocess(given)
+        assert decoded(tmp_path / "out_text_document") == ["one"] * 16, name
+    others = [column(kind, value) for kind, value in COLUMNS.items() if kind not in (*TEXTUAL, "null()")]
+    for values in (*others, column("int8()", 7).dictionary_encode()):
+        parquet.write_table(pa.table({"text": values}), tmp_path / "in.parquet")
+        with pytest.raises(DataError, match=r"in\.parquet: the column 'text' holds .*, and must hold text"):
             run.preprocess(given)
-            assert decoded(tmp_path / "out_text_document") == ["one", "two"], name
-        else:
-            with pytest.raises(DataError, match=r"in\.parquet: the column 'text' holds .*, and must hold text"):
-                run.preprocess(given)
     parquet.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "in.parquet")
     with pytest.raises(DataError, match=r"in\.parquet has 2 columns 'text'"):
         run.preprocess(given)

@@ -6,26 +6,20 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.datasets.carried_tokenizer import FOLDER
-from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_samoe.datasets.train_tokenizer import train_byte_bpe
 from megatron_samoe.dist_checkpointing.store import iteration_dir
 from megatron_samoe.evaluation.study import text_size
 from megatron_samoe.evaluation.study.text_size import bits_per_byte
+from tests.harness.datasets import write_dataset
 from tests.harness.serving import save_tiny
 
 
 def dataset(prefix: Path, documents: list[str]) -> str:
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
-    for text in documents:
-        ids = [*text.encode(), 256]
-        builder.add_document(np.array(ids), [len(ids)])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
+    return write_dataset(prefix, [[*text.encode(), 256] for text in documents])
 
 
 BYTES = DataConfig(tokenizer_type="ByteTokenizer")

@@ -14,10 +14,10 @@ import torch
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.datasets import manifest
 from megatron_samoe.datasets.build import build_train_valid_test_datasets
-from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_samoe.datasets.tokenizer import build_tokenizer
 from megatron_samoe.errors import ConfigError, DataError
 from megatron_samoe.fit.compress.options import CompressOptions, Texts, texts
+from tests.harness.datasets import write_dataset
 from tests.harness.tiny import tiny_config
 
 BYTES = build_tokenizer("ByteTokenizer", None, None, None)
@@ -26,12 +26,7 @@ MODEL: PretrainConfig = tiny_config("moe")
 
 def corpus(prefix: Path, sizes: list[int], first_id: int = 0) -> Path:
     """Writes a dataset whose document n holds the id n + first_id alone."""
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
-    for number, size in enumerate(sizes):
-        builder.add_item(np.full(size, number + first_id))
-        builder.end_document()
-    builder.finalize(f"{prefix}.idx")
-    return prefix
+    return Path(write_dataset(prefix, [np.full(size, number + first_id) for number, size in enumerate(sizes)]))
 
 
 def read(path: Path, **more: Any) -> Texts:

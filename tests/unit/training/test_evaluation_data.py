@@ -7,20 +7,19 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megatron_samoe.cli.pretrain import main
 from megatron_samoe.config import PretrainConfig
-from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
 from megatron_samoe.training.batches import RunData, build_run_data
 from megatron_samoe.training.evaluate import EvaluatedLoss, evaluate
 from megatron_samoe.training.setup import build_setup
+from tests.harness.datasets import random_dataset
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import tiny_config, with_options
 
@@ -29,12 +28,7 @@ BYTES = ByteTokenizer()
 
 
 def make(path: Path, documents: int, length: int, seed: int) -> str:
-    random = np.random.default_rng(seed)
-    builder = IndexedDatasetBuilder(f"{path}.bin", np.uint16)
-    for _ in range(documents):
-        builder.add_document(random.integers(0, 256, length), [length])
-    builder.finalize(f"{path}.idx")
-    return str(path)
+    return random_dataset(path, [length] * documents, 256, seed)
 
 
 @pytest.fixture
