@@ -33,8 +33,10 @@ from tools.benchmarks.harness import DTYPES, Row, Rows
 from tools.benchmarks.memory import Memory
 
 #: Columns of the table; the JSON file has all.
-SHOWN = ("dtype", "contestant", "serving", "batch", "prompt", "ms_per_token", "tokens_per_s", "prefill_ms", "experts_hit",
-         "experts_expected", "read_mb", "floor_ms", "share_of_floor", "same_tokens")  # fmt: skip
+SHOWN = (
+    "dtype contestant serving batch prompt ms_per_token tokens_per_s prefill_ms experts_hit experts_expected read_mb floor_ms "
+    "share_of_floor same_tokens"
+).split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,6 @@ class Decode(ServingBenchmark):
     name = "decode"
     not_told: ClassVar[tuple[str, ...]] = ("load", "llama_python")
 
-    batch_sizes: tuple[int, ...] = (1, 8, 32)
     dtypes: tuple[Precision, ...] = ("fp32",)
     servings: tuple[Serving, ...] = ("auto",)
     rounds: int = 5
@@ -59,8 +60,6 @@ class Decode(ServingBenchmark):
     """interpreter with llama-cpp-python"""
     transformers_experts: tuple[str, ...] = ("default",)
     """their experts_implementation"""
-    work_dir: Path = Path("runs/benchmark_decode")
-    """for models and exports"""
     prepare: bool = False
     """make models and exports, and measure nothing"""
     weights_folder: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
@@ -84,8 +83,6 @@ class Decode(ServingBenchmark):
 
     def save(self, rows: Rows, found: Row) -> None:
         self.write_json(rows)
-        if self.png:
-            plot(rows, self.png)
         print(f"memory read at {rows[0]['bandwidth_gb_s']:.1f} GB/s")
         rows[:] = [{name: row.get(name) for name in SHOWN} for row in rows]
 
@@ -98,11 +95,7 @@ class Decode(ServingBenchmark):
             yield Contestant(f"{label(checkpoint)} {serving}", sys.executable, {**spec, **limits})
         exports = self.export_folder(checkpoints[0])
         if "transformers" in self.peers and dtype != "int8":
-            spec = {
-                **common,
-                "program": "transformers",
-                "folder": str(export_hf(checkpoints[0], exports, shared=False)),
-            }
+            spec = {**common, "program": "transformers", "folder": str(export_hf(checkpoints[0], exports))}
             for way in self.transformers_experts:
                 yield Contestant(f"transformers {way}", sys.executable, {**spec, "implementation": way})
         if "llama.cpp" in self.peers:
@@ -172,33 +165,3 @@ class Decode(ServingBenchmark):
 
 def _same(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
-
-
-def plot(rows: Rows, path: Path) -> None:
-    """Draws ms per token of every contestant over batch size, with the memory's floor, a panel for each precision."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    color_of = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["contestant"] for row in rows))}
-    batches = sorted({row["batch"] for row in rows})
-    figure, panels = plt.subplots(1, len(dtypes), figsize=(5 * len(dtypes), 4), sharey=True, squeeze=False)
-    for axes, dtype in zip(panels[0], dtypes, strict=True):
-        lines: dict[str, Rows] = {}
-        for row in rows:
-            if row["dtype"] == dtype and row["prompt"] == rows[0]["prompt"]:
-                lines.setdefault(row["contestant"], []).append(row)
-        for name, line in lines.items():
-            steps = [r["ms_per_token"] for r in line]
-            axes.plot([r["batch"] for r in line], steps, "o-", color=color_of[name], label=name)
-        line = next(iter(lines.values()))
-        axes.plot([r["batch"] for r in line], [r["floor_ms"] for r in line], "k--", label="memory's floor")
-        axes.set(xscale="log", yscale="log", xlabel="batch", title=dtype)
-        axes.set_xticks(batches, batches)
-        axes.set_xticks([], minor=True)
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
-    panels[0][0].set_ylabel("ms per step")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
