@@ -111,7 +111,7 @@ struct DecodeExperts {
   int num_threads;
 };
 
-// Rows of sum over banks of coefficient * bank, stored as out's type; i8 makes its scales from each row's peak.
+// Rows of sum over banks (of one type) of coefficient * bank, stored as out's type; i8 makes its scales from each row's peak.
 struct CombineRows {
   const Matrix* banks_P;
   const float* coefficients_P;

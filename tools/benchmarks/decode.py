@@ -116,22 +116,22 @@ class Decode(ServingBenchmark):
             counted = {(w.name, pair): w.measure(*pair, self.new_tokens, 1) for w in ours for pair in self.pairs}
             for i, (pair, worker, result) in enumerate(self.measure(workers)):
                 if i % len(workers) == 0:
-                    memory.read()
-                results.setdefault((worker.name, pair), []).append(result)
+                    bandwidth = memory.read()
+                results.setdefault((worker.name, pair), []).append({**result, "bandwidth": bandwidth})
         rows = []
         for pair, worker in itertools.product(self.pairs, workers):
             of_first = results[ours[0].name, pair]
             hits = counted.get((worker.name, pair), counted[ours[0].name, pair])
-            row = self._row(worker, pair, results[worker.name, pair], hits, memory.bandwidth(), first_checkpoint)
+            row = self._row(worker, pair, results[worker.name, pair], hits, first_checkpoint)
             rows.append({**row, "same_tokens": _same(of_first[0]["tokens"], results[worker.name, pair][0]["tokens"])})
         return rows
 
-    def _row(
-        self, worker: Worker, pair: Pair, results: Rows, counted: Row, bandwidth: float, first_checkpoint: Path
-    ) -> Row:
+    def _row(self, worker: Worker, pair: Pair, results: Rows, counted: Row, first_checkpoint: Path) -> Row:
         batch, length = pair
         samples_s = self.step_seconds(results)
         step_s = statistics.median(samples_s)
+        bandwidths = [result["bandwidth"] for result in results]
+        bandwidth = statistics.median(bandwidths)
         config, vocab = checkpoint_model(Path(worker.spec.get("checkpoint") or first_checkpoint))
         dtype, serving, hit = worker.spec["dtype"], worker.facts.get("serving", "folded"), counted.get("distinct")
         model = (config, vocab, batch, length + self.new_tokens / 2, serving, dtype)
@@ -157,9 +157,13 @@ class Decode(ServingBenchmark):
             "read_mb_expected": step_bytes(*model).total / 1e6,
             "bandwidth_gb_s": bandwidth / 1e9,
             "floor_ms": num_bytes / bandwidth * 1e3,
-            "share_of_floor": num_bytes / bandwidth / step_s,
+            # Round by round: memory that others use too changes its speed within a run.
+            "share_of_floor": statistics.median(
+                num_bytes / speed / seconds for speed, seconds in zip(bandwidths, samples_s, strict=True)
+            ),
             **{name: counted[name] for name in ("hits", "misses") if name in counted},
             "samples_ms": [round(sample * 1e3, 3) for sample in samples_s],
+            "bandwidths_gb_s": [round(speed / 1e9, 2) for speed in bandwidths],
         }
 
 

@@ -13,7 +13,7 @@ import torch
 
 from megatron_samoe import children
 from megatron_samoe.inference.weight_memory import ask_for_huge_pages
-from tools.benchmarks.harness import Times, Variants, medians_of, seconds_of
+from tools.benchmarks.harness import Variants, seconds_of
 
 SOURCE = Path(__file__).with_name("read_memory.cpp")
 FLAGS = ["-O3", "-march=native", "-pthread", "-shared", "-fPIC"]
@@ -50,17 +50,7 @@ class Memory:
             "max": x.max,
             "matrix-vector": partial(torch.mv, x, vector),
         }
-        self._times: Times = {name: [] for name in self._reads}
 
-    def read(self) -> None:
-        """Reads once in each way."""
-        for name, read in self._reads.items():
-            self._times[name].append(seconds_of(read))
-
-    def bandwidths(self) -> dict[str, float]:
-        """Returns bytes/s of each way."""
-        return {name: self._num_bytes / seconds for name, seconds in medians_of(self._times).items()}
-
-    def bandwidth(self) -> float:
-        """Returns bytes/s of the fastest way."""
-        return max(self.bandwidths().values())
+    def read(self) -> float:
+        """Reads once in each way; returns bytes/s of the fastest."""
+        return self._num_bytes / min(seconds_of(read) for read in self._reads.values())

@@ -94,7 +94,9 @@ def _decode() -> Figures:
                 for name in ("moe-12-512-2048-32-2-8192 auto", "llama.cpp")
             )
             share = 100 * ours["share_of_floor"]
-            yield [ours["ms_per_token"], share, theirs["ms_per_token"]]
+            newer = [one for one in rows_of("decode/decode_zen5") if (one["dtype"], one["batch"]) == (dtype, batch)]
+            of_one_thread = [x for one in newer[1:] for x in (one["ms_per_token"], 100 * one["share_of_floor"])]
+            yield [ours["ms_per_token"], share, theirs["ms_per_token"], newer[0]["ms_per_token"], *of_one_thread]
 
 
 def _decode_sharing() -> Figures:

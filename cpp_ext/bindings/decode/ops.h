@@ -207,6 +207,7 @@ void combine_rows(const Tensors& banks, const std::vector<MaybeTensor>& scales, 
   for (size_t p = 0; p < banks.size(); ++p) {
     SAMOE_CHECK(banks[p].sizes().equals(out.sizes()), "a bank is ", banks[p].sizes(), ", out ", out.sizes());
     sources.push_back(matrix_of(banks[p], scales[p], "bank", backend));
+    SAMOE_CHECK(sources[p].type == sources[0].type, "banks are of several types");
   }
   if (out.numel() == 0) return;
   const int64_t cols = out.size(-1), rows = rows_of(out);

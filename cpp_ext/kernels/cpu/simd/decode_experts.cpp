@@ -138,7 +138,8 @@ void experts_tasks(Member& member, const DecodeExperts& a, const PackedRows& tok
   const Work work(a, hits);
   const PackedRows slots(a.h_NF, a.ffn, a.w2.type, memory);
   float* up = thread_floats(kRowBlock * kTaskOuts);
-  member.tasks(work.num1, [&](int64_t task, int64_t after) { work.first_product(task, tokens, work.start(after), up); });
+  const auto first = [&](int64_t task, int64_t after) { work.first_product(task, tokens, work.start(after), up); };
+  member.tasks(work.num1, first, work.num - work.num1);
   member.wait();
   if (slots.packed != nullptr) {
     member.own(hits.starts[hits.num], [&](int64_t i) { slots.pack(hits.slots[i]); });

@@ -62,13 +62,89 @@ void decode_norm(const DecodeNorm& a) {
 
 namespace {
 
-// One row of the weighted sum of banks, in floats.
-void store_i8(const float* row, int64_t num_cols, int8_t* out, float* scale) {
-  float peak = 0.0f;
-  for (int64_t k = 0; k < num_cols; ++k) peak = row[k] > peak ? row[k] : (-row[k] > peak ? -row[k] : peak);
+// Stores a row, which it scales, so that its largest magnitude becomes 127.
+void store_i8(float* row, int64_t num_cols, int8_t* out, float* scale) {
+  vf peaks = vf{};
+  for (int64_t k = 0; k < num_cols; k += kLanes) {
+    const vf x = load_part(row + k, num_cols - k);
+    peaks = larger((vf)((vi)x & 0x7fffffff), peaks);
+  }
+  const float peak = max_lanes(peaks);
   *scale = peak / 127.0f;
   const float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
-  for (int64_t k = 0; k < num_cols; ++k) out[k] = static_cast<int8_t>(__builtin_rintf(row[k] * inverse));
+  for (int64_t k = 0; k < num_cols; ++k) row[k] *= inverse;
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const auto rounded = [&](int64_t k) {
+    return __builtin_convertvector((vi)(load_part(row + k, num_cols - k) + magic) - (vi)magic, vb);
+  };
+  int64_t k = 0;
+  for (; k + kLanes <= num_cols; k += kLanes) {
+    const vb bytes = rounded(k);
+    memcpy(out + k, &bytes, sizeof bytes);
+  }
+  if (k < num_cols) {
+    const vb bytes = rounded(k);
+    memcpy(out + k, &bytes, static_cast<size_t>(num_cols - k));
+  }
+}
+
+// A bank's part of a sum: where its row begins, and its factor.
+template <typename W>
+struct Part {
+  const W* row;
+  float factor;
+};
+
+constexpr int64_t kMostParts = 16;
+
+// V vectors of a row of the sum, in the order of the banks; one may be a part.
+template <int V, typename W>
+SAMOE_INLINE void combine_vectors(const Part<W>* parts, int64_t num_parts, int64_t k, int64_t left, bool first, float* sum) {
+  vf sums[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) sums[v] = first ? vf{} : load_part(sum + k + v * kLanes, left - v * kLanes);
+  for (int64_t p = 0; p < num_parts; ++p) {
+    const W* row = parts[p].row + k;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const vf weight = V == 1 ? load_part(row, left) : load(row + v * kLanes);
+      sums[v] = fused(weight, splat(parts[p].factor), sums[v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) store_part(sum + k + v * kLanes, sums[v], V == 1 ? left : kLanes);
+}
+
+// A row of the weighted sum of banks of one type, in floats. A bank with factor 0 is left unread, as in combine_banks.
+template <typename W>
+void combine_row(const CombineRows& a, int64_t row, float* sum) {
+  Part<W> parts[kMostParts];
+  int64_t p = 0;
+  for (bool first = true; first || p < a.num_banks; first = false) {
+    int64_t num_parts = 0;
+    for (; p < a.num_banks && num_parts < kMostParts; ++p) {
+      const Matrix& bank = a.banks_P[p];
+      if (a.coefficients_P[p] == 0.0f) continue;
+      const float scale = bank.scale == nullptr ? 1.0f : bank.scale[row];
+      parts[num_parts++] = {static_cast<const W*>(bank.data) + row * a.num_cols, a.coefficients_P[p] * scale};
+    }
+    int64_t k = 0;
+    for (; k + 4 * kLanes <= a.num_cols; k += 4 * kLanes) combine_vectors<4>(parts, num_parts, k, 4 * kLanes, first, sum);
+    for (; k < a.num_cols; k += kLanes) combine_vectors<1>(parts, num_parts, k, a.num_cols - k, first, sum);
+  }
+}
+
+void store_row(const CombineRows& a, int64_t row, float* sum) {
+  const int64_t offset = row * a.num_cols;
+  if (a.out_type == WeightType::i8) {
+    store_i8(sum, a.num_cols, static_cast<int8_t*>(a.out) + offset, a.out_scale + row);
+  } else if (a.out_type == WeightType::f32) {
+    memcpy(static_cast<float*>(a.out) + offset, sum, static_cast<size_t>(a.num_cols) * sizeof(float));
+  } else {
+    uint16_t* out = static_cast<uint16_t*>(a.out) + offset;
+    for (int64_t k = 0; k < a.num_cols; k += kLanes)
+      store_part(out + k, load_part(sum + k, a.num_cols - k), a.num_cols - k);
+  }
 }
 
 }  // namespace
@@ -80,23 +156,12 @@ void combine_rows(const CombineRows& a) {
     float* sum = memory.own();
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < a.num_rows; ++row) {
-      bool first = true;
-      for (int64_t p = 0; p < a.num_banks; ++p) {
-        if (a.coefficients_P[p] == 0.0f) continue;  // as combine_banks: its bank is left unread
-        add_row(a.banks_P[p], row, a.coefficients_P[p], a.num_cols, first, sum);
-        first = false;
+      switch (a.banks_P[0].type) {
+        case WeightType::f32: combine_row<float>(a, row, sum); break;
+        case WeightType::bf16: combine_row<uint16_t>(a, row, sum); break;
+        case WeightType::i8: combine_row<int8_t>(a, row, sum); break;
       }
-      if (first) memset(sum, 0, static_cast<size_t>(a.num_cols) * sizeof(float));
-      const int64_t offset = row * a.num_cols;
-      if (a.out_type == WeightType::i8) {
-        store_i8(sum, a.num_cols, static_cast<int8_t*>(a.out) + offset, a.out_scale + row);
-      } else if (a.out_type == WeightType::f32) {
-        memcpy(static_cast<float*>(a.out) + offset, sum, static_cast<size_t>(a.num_cols) * sizeof(float));
-      } else {
-        uint16_t* out = static_cast<uint16_t*>(a.out) + offset;
-        for (int64_t k = 0; k < a.num_cols; k += kLanes)
-          store_part(out + k, load_part(sum + k, a.num_cols - k), a.num_cols - k);
-      }
+      store_row(a, row, sum);
     }
   }
 }

@@ -27,6 +27,26 @@ struct Team {
   alignas(64) int64_t next_ticket = 0;
 };
 
+// Tasks that follow each other and that one member takes: many at first, so that it reads long stretches of memory, then
+// ever fewer, so that all members end together. At the end there is none, and the index is the number of stretches.
+struct Stretch {
+  Stretch(int64_t num_tasks, int num_members) : num(num_tasks), size(num_members) { measure(); }
+
+  void advance(int64_t to) {
+    while (index < to && count > 0) {
+      first += count;
+      ++index;
+      measure();
+    }
+  }
+  void measure() {
+    const int64_t left = num - first, share = size == 1 ? left : left / (2 * size);
+    count = left > 0 && share < 1 ? 1 : share;
+  }
+
+  int64_t num, size, index = 0, first = 0, count = 0;
+};
+
 // One thread of a team. All members make the same calls of wait and tasks, in the same order.
 class Member {
  public:
@@ -66,19 +86,35 @@ class Member {
     for (int64_t i = number_; i < num; i += size_) work(i);
   }
 
-  // The task of the next call of tasks that this member takes first, if there are so many.
-  int64_t next_task() const { return ticket_ - done_; }
+  // The first task that this member takes of the next call, if it takes any.
+  int64_t next_task(int64_t num) const {
+    Stretch mine(num, size_);
+    mine.advance(ticket_ - done_);
+    return mine.first;
+  }
 
   // Calls work(task, after) for those of num tasks that this member takes; `after` is the task that it will take next,
-  // so that it can ask for that one's weights in time. From num on these are tasks of the next call.
+  // so that it can ask for that one's weights in time. From num on these are tasks of the next call, which has `then`.
   template <typename Work>
-  void tasks(int64_t num, Work work) {
-    while (ticket_ - done_ < num) {
-      const int64_t after = take();
-      work(ticket_ - done_, after - done_);
-      ticket_ = after;
+  void tasks(int64_t num, Work work, int64_t then = 0) {
+    Stretch mine(num, size_);
+    mine.advance(ticket_ - done_);
+    while (mine.count > 0) {
+      ticket_ = take();
+      Stretch following = mine;
+      following.advance(ticket_ - done_);
+      int64_t after = following.first;
+      if (following.count == 0) {
+        Stretch later(then, size_);
+        later.advance(ticket_ - done_ - following.index);
+        after += later.first;
+      }
+      const int64_t last = mine.first + mine.count - 1;
+      for (int64_t task = mine.first; task < last; ++task) work(task, task + 1);
+      work(last, after);
+      mine = following;
     }
-    done_ += num;
+    done_ += mine.index;
   }
 
  private:
@@ -94,7 +130,7 @@ class Member {
 
   Team& team_;
   int number_ = 0, size_ = 1;
-  // Every ticket is a task: of the calls so far, `done_` of them, or of those to come.
+  // Every ticket is a stretch of tasks: of the calls so far, `done_` of them, or of those to come.
   int64_t ticket_ = 0, done_ = 0;
 };
 

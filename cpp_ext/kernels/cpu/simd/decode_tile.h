@@ -1,9 +1,9 @@
 // Products of few rows of x with rows of weights, as they lie: lanes along the summed dim.
 //
-// One accumulator per (row of x, row of w), filled in the order of k and folded in a fixed tree. So a result does not
-// depend on how many rows of x share the call, nor on the order in which a tile's sums are made, and weights need no
-// packing: they are used where they were loaded. Rows of x are packed once a call instead, into the form that weights of
-// a type are cheapest to multiply with (decode_rows.h).
+// The sums of a row of x and a row of w are filled in the order of k and folded in a fixed tree, so a result does not depend
+// on how many rows of x share the call. Weights need no packing: they are used where they were loaded, row after row, as
+// one stream, which is what comes from memory fastest. Rows of x are packed once a call instead, into the form that
+// weights of a type are cheapest to multiply with (decode_rows.h).
 #pragma once
 
 #include <cstdlib>
@@ -16,15 +16,8 @@ namespace SAMOE_ISA {
 
 typedef float v4 __attribute__((vector_size(16)));
 
-#if SAMOE_VECTOR_BYTES == 64
-constexpr int kTileRows = 6;  // 24 sums, 6 rows of x and a weight in 32 registers
-#elif SAMOE_VECTOR_BYTES == 32
-constexpr int kTileRows = 3;
-#else
-constexpr int kTileRows = 2;
-#endif
-constexpr int kPairRows = kTileRows < 4 ? kTileRows : 4;  // for bf16: two registers of a weight
-constexpr int kDigitRows = 4;                              // for digits: three sums of a row of w, and four results
+constexpr int kTileRows = 6;   // of x; their sums, twice for bf16, are in registers
+constexpr int kDigitRows = 4;  // for digits: three sums
 constexpr int kTileOuts = 4;
 constexpr int64_t kRowBlock = 96;  // rows of x that stay in the second-level cache
 constexpr int64_t kTaskOuts = 32;  // rows of w that one task takes
@@ -56,9 +49,8 @@ SAMOE_INLINE v4 fold(vf v) {
 #endif
 }
 
-// The sums of four vectors.
-SAMOE_INLINE v4 sum_of_four(vf a, vf b, vf c, vf d) {
-  const v4 p = fold(a), q = fold(b), r = fold(c), s = fold(d);
+// The sums of four folded vectors.
+SAMOE_INLINE v4 sum_of_four(v4 p, v4 q, v4 r, v4 s) {
 #if defined(__x86_64__)
   const __m128 pq = _mm_add_ps(_mm_unpacklo_ps((__m128)p, (__m128)q), _mm_unpackhi_ps((__m128)p, (__m128)q));
   const __m128 rs = _mm_add_ps(_mm_unpacklo_ps((__m128)r, (__m128)s), _mm_unpackhi_ps((__m128)r, (__m128)s));
@@ -76,106 +68,83 @@ struct Ahead {
   const char* then;  // null: nothing follows
   int64_t then_bytes;
 
-  // Asks for as many bytes as a step over k consumes.
-  SAMOE_ALWAYS void step(int64_t bytes) {
+  // Asks for the next line.
+  SAMOE_ALWAYS void step() {
     if (next >= end) {
       if (then == nullptr) return;
       next = then;
       end = then + then_bytes;
       then = nullptr;
     }
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(next + i, 0, 3);
-    next += bytes;
+    __builtin_prefetch(next, 0, 3);
+    next += kLineBytes;
   }
 };
 
-// sums[m] = x[m] . w[n], n = 0 .. 3, for M rows of x and 4 rows of w, of which the last ones may be repeated. S rows of w are
-// read side by side. One after another they are a single stream, which comes from memory fastest; four in the cache share
-// what is loaded of x.
-template <int M, int S, typename W>
+// sums[m] = x[m] . w, folded, for M rows of x and one of w.
+template <int M, typename W>
+SAMOE_INLINE void multiply_row(const char* const* x, const W* w, int64_t inputs, Ahead& ahead, v4* sums) {
+  constexpr int64_t kSize = sizeof(W);
+  vf acc[M] = {};
+  const float* rows[M];
+  for (int m = 0; m < M; ++m) rows[m] = reinterpret_cast<const float*>(x[m]);
+  int64_t k = 0;
+  for (; k + kLanes <= inputs; k += kLanes) {
+    if (kLanes * kSize >= kLineBytes || k * kSize % kLineBytes == 0) ahead.step();
+    const vf weight = load(w + k);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) acc[m] = fused(load(rows[m] + k), weight, acc[m]);
+  }
+  if (k < inputs) {
+    const vf weight = load_part(w + k, inputs - k);
+    for (int m = 0; m < M; ++m) acc[m] = fused(load_part(rows[m] + k, inputs - k), weight, acc[m]);
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) sums[m] = fold(acc[m]);
+}
+
+// The same for bf16: x is packed, the even elements of 2 kLanes before the odd ones. They have a sum each: one would wait for
+// itself twice a line.
+template <int M>
+SAMOE_INLINE void multiply_row(const char* const* x, const uint16_t* w, int64_t inputs, Ahead& ahead,
+                               v4* sums) {
+  vf even[M] = {}, odd[M] = {};
+  const float* rows[M];
+  for (int m = 0; m < M; ++m) rows[m] = reinterpret_cast<const float*>(x[m]);
+  for (int64_t k = 0; k < inputs; k += 2 * kLanes) {
+    if (4 * kLanes >= kLineBytes || 2 * k % kLineBytes == 0) ahead.step();
+    const vu pair = load_pairs(w + k, inputs - k);
+    const vf first = (vf)(pair << 16), second = (vf)(pair & 0xffff0000u);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      even[m] = fused(load(rows[m] + k), first, even[m]);
+      odd[m] = fused(load(rows[m] + k + kLanes), second, odd[m]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) sums[m] = fold(even[m] + odd[m]);
+}
+
+// sums[m] = x[m] . w[n], n = 0 .. 3, for M rows of x and 4 rows of w, of which the last ones may be repeated.
+template <int M, typename W>
 SAMOE_INLINE void tile(const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
-  constexpr int64_t kStepBytes = kLanes * static_cast<int64_t>(sizeof(W));
-  vf acc[M][kTileOuts] = {};
-  const float* rows[M];
-  for (int m = 0; m < M; ++m) rows[m] = reinterpret_cast<const float*>(x[m]);
+  v4 folded[kTileOuts][M];
   Ahead wanted = ahead;
-#pragma GCC unroll 4
-  for (int first = 0; first < kTileOuts; first += S) {
-    int64_t k = 0;
-    for (; k + kLanes <= inputs; k += kLanes) {
-      vf row[M];
-      if (kStepBytes >= kLineBytes || k * static_cast<int64_t>(sizeof(W)) % kLineBytes == 0) wanted.step(S * kLineBytes);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) row[m] = load(rows[m] + k);
-#pragma GCC unroll 4
-      for (int n = first; n < first + S; ++n) {
-        const vf weight = load(w[n] + k);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) acc[m][n] = fused(row[m], weight, acc[m][n]);
-      }
-    }
-    if (k == inputs) continue;
-    for (int n = first; n < first + S; ++n) {
-      const vf weight = load_part(w[n] + k, inputs - k);
-      for (int m = 0; m < M; ++m) acc[m][n] = fused(load_part(rows[m] + k, inputs - k), weight, acc[m][n]);
-    }
-  }
+  for (int n = 0; n < kTileOuts; ++n) multiply_row<M>(x, w[n], inputs, wanted, folded[n]);
   ahead = wanted;
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) sums[m] = sum_of_four(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+  for (int m = 0; m < M; ++m) sums[m] = sum_of_four(folded[0][m], folded[1][m], folded[2][m], folded[3][m]);
 }
 
-// The same for bf16: x is packed, the even elements of 2 kLanes before the odd ones.
-template <int M, int S>
-SAMOE_INLINE void tile(const char* const* x, const uint16_t* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
-  vf acc[M][kTileOuts] = {};
-  const float* rows[M];
-  for (int m = 0; m < M; ++m) rows[m] = reinterpret_cast<const float*>(x[m]);
-  Ahead wanted = ahead;
-#pragma GCC unroll 4
-  for (int first = 0; first < kTileOuts; first += S) {
-    for (int64_t k = 0; k < inputs; k += 2 * kLanes) {
-      if (4 * kLanes >= kLineBytes || 2 * k % kLineBytes == 0) wanted.step(S * kLineBytes);
-      vu pair[S];
-      vf weight[S];
-#pragma GCC unroll 4
-      for (int n = 0; n < S; ++n) pair[n] = load_pairs(w[first + n] + k, inputs - k), weight[n] = (vf)(pair[n] << 16);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const vf row = load(rows[m] + k);
-#pragma GCC unroll 4
-        for (int n = 0; n < S; ++n) acc[m][first + n] = fused(row, weight[n], acc[m][first + n]);
-      }
-#pragma GCC unroll 4
-      for (int n = 0; n < S; ++n) weight[n] = (vf)(pair[n] & 0xffff0000u);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const vf row = load(rows[m] + k + kLanes);
-#pragma GCC unroll 4
-        for (int n = 0; n < S; ++n) acc[m][first + n] = fused(row, weight[n], acc[m][first + n]);
-      }
-    }
-  }
-  ahead = wanted;
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) sums[m] = sum_of_four(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
-}
-
-template <int S, typename W>
+template <typename W>
 static void tile_of(int64_t num_rows, const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
   switch (num_rows) {
-    case 1: return tile<1, S>(x, w, inputs, ahead, sums);
-    case 2: return tile<2, S>(x, w, inputs, ahead, sums);
-#if SAMOE_VECTOR_BYTES >= 32
-    case 3: return tile<3, S>(x, w, inputs, ahead, sums);
-#endif
-#if SAMOE_VECTOR_BYTES == 64
-    case 4: return tile<4, S>(x, w, inputs, ahead, sums);
-    case 5: return tile<5, S>(x, w, inputs, ahead, sums);
-    case 6: return tile<6, S>(x, w, inputs, ahead, sums);
-#endif
-    default: return;
+    case 1: return tile<1>(x, w, inputs, ahead, sums);
+    case 2: return tile<2>(x, w, inputs, ahead, sums);
+    case 3: return tile<3>(x, w, inputs, ahead, sums);
+    case 4: return tile<4>(x, w, inputs, ahead, sums);
+    case 5: return tile<5>(x, w, inputs, ahead, sums);
+    default: return tile<6>(x, w, inputs, ahead, sums);
   }
 }
 
@@ -185,9 +154,8 @@ template <int M>
 SAMOE_VNNI static void digit_tile(const char* const* x, const int8_t* const* w, int64_t inputs, Ahead& ahead,
                                   v4* sums) {
   const __m512i offset = _mm512_set1_epi8(-128);
-  vf whole[M][kTileOuts];
+  v4 folded[kTileOuts][M];
   Ahead wanted = ahead;
-#pragma GCC unroll 4
   for (int n = 0; n < kTileOuts; ++n) {
     __m512i sum[M][3];
 #pragma GCC unroll 4
@@ -195,7 +163,7 @@ SAMOE_VNNI static void digit_tile(const char* const* x, const int8_t* const* w, 
 #pragma GCC unroll 3
       for (int d = 0; d < 3; ++d) sum[m][d] = _mm512_loadu_si512(x[m] + 64 * (d + 1));
     for (int64_t k = 0; k < inputs; k += kLineBytes) {
-      wanted.step(kLineBytes);
+      wanted.step();
       const int64_t left = inputs - k;
       const __m512i bytes = left >= kLineBytes ? _mm512_loadu_si512(w[n] + k)
                                                : _mm512_maskz_loadu_epi8((1ull << left) - 1, w[n] + k);
@@ -208,15 +176,16 @@ SAMOE_VNNI static void digit_tile(const char* const* x, const int8_t* const* w, 
     }
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m)
-      whole[m][n] = fused((vf)_mm512_cvtepi32_ps(sum[m][2]), splat(65536.0f),
-                          fused((vf)_mm512_cvtepi32_ps(sum[m][1]), splat(256.0f), (vf)_mm512_cvtepi32_ps(sum[m][0])));
+      folded[n][m] =
+          fold(fused((vf)_mm512_cvtepi32_ps(sum[m][2]), splat(65536.0f),
+                     fused((vf)_mm512_cvtepi32_ps(sum[m][1]), splat(256.0f), (vf)_mm512_cvtepi32_ps(sum[m][0]))));
   }
   ahead = wanted;
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
     float unit;
     memcpy(&unit, x[m], sizeof unit);
-    sums[m] = sum_of_four(whole[m][0], whole[m][1], whole[m][2], whole[m][3]) * unit;
+    sums[m] = sum_of_four(folded[0][m], folded[1][m], folded[2][m], folded[3][m]) * unit;
   }
 }
 #endif
@@ -279,7 +248,7 @@ template <typename W>
 static void multiply_block(const char* const* x, int64_t num_rows, const W* w, int64_t inputs, int64_t first,
                            int64_t last, const DecodeOut& out, Following following, bool by_digits) {
   v4 sums[kTileRows];
-  const int64_t tile_rows = by_digits ? kDigitRows : (sizeof(W) == 2 ? kPairRows : kTileRows);
+  const int64_t tile_rows = by_digits ? kDigitRows : kTileRows;
   Ahead ahead{reinterpret_cast<const char*>(w + first * inputs) + kAheadBytes, reinterpret_cast<const char*>(w + last * inputs),
               static_cast<const char*>(following.data), following.bytes};
   Ahead nothing{nullptr, nullptr, nullptr, 0};
@@ -291,12 +260,9 @@ static void multiply_block(const char* const* x, int64_t num_rows, const W* w, i
     const int64_t num_tiles = (num_rows + tile_rows - 1) / tile_rows;
     for (int64_t i = 0; i < num_tiles; ++i) {
       const int64_t m = num_rows * i / num_tiles, count = num_rows * (i + 1) / num_tiles - m;
-      if (multiply_digits(count, x + m, rows, inputs, i == 0 ? ahead : nothing, by_digits, sums)) {
-        // That was all.
-      } else if (i == 0) {
-        tile_of<1>(count, x + m, rows, inputs, ahead, sums);
-      } else {
-        tile_of<kTileOuts>(count, x + m, rows, inputs, nothing, sums);
+      Ahead& wanted = i == 0 ? ahead : nothing;
+      if (!multiply_digits(count, x + m, rows, inputs, wanted, by_digits, sums)) {
+        tile_of(count, x + m, rows, inputs, wanted, sums);
       }
       for (int64_t j = 0; j < count; ++j) put(out, m + j, n, num_outs, sums[j]);
     }

@@ -139,6 +139,19 @@ SAMOE_INLINE void write(T* p, vf v, bool streamed) {
 SAMOE_INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 SAMOE_INLINE vi select(vi mask, vi yes, vi no) { return (mask & yes) | (~mask & no); }
 
+// The larger of two numbers; b where a is not one.
+SAMOE_INLINE vf larger(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return select((vi)(a > b), a, b);
+#endif
+}
+
 SAMOE_INLINE float sum_lanes(vf v) {
   float lanes[kLanes];
   store(lanes, v);
