@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -99,7 +99,7 @@ class Compress(CompressOptions):
         report = {
             "sharing": compression.plan.sharing,
             "num_expert_banks": compression.plan.num_banks,
-            "verdicts": [verdict.to_json() for verdict in verdicts],
+            "verdicts": [asdict(verdict) for verdict in verdicts],
         }
         root = compression.folder.root
         (root / VERDICTS_FILE).write_text(json.dumps(report, indent=1) + "\n")

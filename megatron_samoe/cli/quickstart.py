@@ -17,8 +17,8 @@ import torch
 from megatron_samoe import children
 from megatron_samoe.cli.program import program
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
-from megatron_samoe.evaluation.report import write_report
-from megatron_samoe.evaluation.run_groups import summary_table
+from megatron_samoe.evaluation.report import ReportData, write_group_report
+from megatron_samoe.evaluation.run_groups import group_runs, summary_table
 from megatron_samoe.evaluation.run_summary import format_table, read_run
 from megatron_samoe.language_model import load
 
@@ -234,7 +234,8 @@ def report(out: Path, samples: Mapping[str, str]) -> None:
     )
     print(f"{format_table(summary_table(list(runs.values())))}\n\n" + "\n".join(notes))
     page = out / "report.html"
-    write_report(page, "Quickstart: dense, MoE and SaMoE on two novels", list(runs.values()), notes, samples)
+    data, title = ReportData(notes=notes, samples=samples), "Quickstart: dense, MoE and SaMoE on two novels"
+    write_group_report(page, title, group_runs(list(runs.values())), data)
     print(f"\nreport: {page}")
 
 

@@ -52,14 +52,16 @@ def run_micro_batches(
     if model.num_moe_layers:
         rows = model.statistics.zeros(model.num_moe_layers, setup.parallel.device)
 
-    def forward(chunk: int, number: int, x: Tensor | None) -> Tensor:
-        batch, stage = own_part(batches[number], setup.parallel.token_share), model.chunks[chunk]
+    def forward(chunk: int, micro_batch: int, x: Tensor | None) -> Tensor:
+        batch, stage = own_part(batches[micro_batch], setup.parallel.token_share), model.chunks[chunk]
         x = taught_x = batch["tokens"] if x is None else x
         if teacher is not None and not stage.is_first:
-            x, taught_x = teacher.unpack(x, setup.local_tokens(contexts[number].batch_size))
+            x, taught_x = teacher.unpack(x, setup.local_tokens(contexts[micro_batch].batch_size))
         packed = (batch.get("position_ids"), batch.get("document_ids"))
-        y, all_stats = model(x, contexts[number], *packed, chunk=chunk)
-        taught_y = None if teacher is None else teacher.forward(taught_x, contexts[number].batch_size, *packed, chunk)
+        y, all_stats = model(x, contexts[micro_batch], *packed, chunk=chunk)
+        taught_y = (
+            None if teacher is None else teacher.forward(taught_x, contexts[micro_batch].batch_size, *packed, chunk)
+        )
         for stats in all_stats:
             assert rows is not None
             model.statistics.add(rows, stats)

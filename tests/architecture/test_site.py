@@ -80,12 +80,16 @@ def test_nothing_is_cut_at_the_edge_of_a_screen(site: str, width: int) -> None:
         && !e.closest('.columns')).map(e => e.textContent.slice(0, 80))"""
     scrolled = """return [...document.querySelectorAll('article .table-wrapper')].filter(e => e.scrollWidth > e.clientWidth + 2)
         .map(e => e.textContent.slice(0, 80))"""
+    crowded = """const lines = cell => { const text = document.createRange(); text.selectNodeContents(cell);
+        return text.getBoundingClientRect().height / parseFloat(getComputedStyle(cell).lineHeight); };
+        return [...document.querySelectorAll('article td')].map(cell => [cell.innerText.trim(), lines(cell)])
+            .filter(([text, n]) => text.split(/\\s+/).length >= 8 && text.split(/\\s+/).length < 1.5 * Math.round(n))"""
     with browser() as page:
         page.resize(width, 900)
         for name in ["index", *(path.stem for path in (ROOT / "docs").glob("*.md"))]:
             page.open(f"{site}/{name}.html")
             assert page.run("return document.documentElement.scrollWidth") <= width, name
-            assert page.run(cut) == page.run(wrap) == [], name
+            assert page.run(cut) == page.run(wrap) == page.run(crowded) == [], name
             assert width < 1400 or page.run(scrolled) == [], name
 
 

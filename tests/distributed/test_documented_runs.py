@@ -17,26 +17,13 @@ import pytest
 from megatron_samoe.cli.command import module_of
 from megatron_samoe.cli.quickstart import NOVELS
 from tests.harness.program import REPOSITORY, ProgramRun, start
+from tests.harness.tables import table
 from tests.unit.cli.test_documented_commands import PAGES, shown_commands
 
 pytestmark = pytest.mark.distributed
 RUN = ("README.md", "docs/tutorial.md")
-OWN = "they name models, data and folders of the reader's; tests of the command run it with theirs"
 #: Pages whose commands are not run as they stand, and why.
-PARSED = {
-    "CONTRIBUTING.md": "make and pytest themselves",
-    "docs/checkpoints.md": OWN, "docs/compression.md": OWN, "docs/data.md": OWN, "docs/distillation.md": OWN,
-    "docs/evaluation.md": OWN, "docs/inference.md": OWN, "docs/reports.md": OWN, "docs/serving.md": OWN, "docs/surgery.md": OWN,
-    "docs/cluster.md": "needs several hosts",
-    "docs/extension.md": "needs GPUs, or measures for minutes", "docs/extending.md": OWN,
-    "docs/from_megatron.md": "needs 32 GPUs; tests/distributed/test_from_megatron.py runs it scaled down",
-    "docs/finetuning.md": "tests/parity/test_whole_path.py runs it",
-    "docs/hardware.md": "the reader's cluster; tests plan others", "docs/parallelism.md": "tests plan the same models",
-    "docs/index.md": "installation; tests of doctor and quickstart run these",
-    "docs/performance.md": "measures for minutes, beside other programs",
-    **dict.fromkeys((f"docs/results/{page}.md" for page in ("README", "first_edition", "registration")), "trains for days"),
-    "docs/routing.md": "trains for hours", "docs/sharing.md": "trains for hours", "docs/studies.md": "trains for hours",
-}  # fmt: skip
+PARSED: dict[str, str] = {page: why for why, pages in table(__file__)["parsed"].items() for page in pages}
 #: What makes runs short; what a page says of the same options comes first, and the last one counts.
 SHORT = {
     "pretrain": "--train-iters 4 --num-layers 2 --eval-iters 1 --eval-interval 2 --save-interval 2",

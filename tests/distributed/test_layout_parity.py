@@ -25,11 +25,10 @@ RTOL = {torch.float32: 1e-5, torch.float64: 1e-11}
 BY_DAY_STEPS, NIGHT_STEPS = 2, 3
 BY_DAY = kept_cells()
 #: In double precision every third model of the day once, in layouts that differ.
-IN_DOUBLE = [cells[i % len(cells)] for i, cells in enumerate(
-    [[cell for cell in BY_DAY if cell.values == values] for values in dict.fromkeys(cell.values for cell in BY_DAY)]
-) if i % 3 == 0]  # fmt: skip
-AT_NIGHT = [(layout, model) for layout in LAYOUTS if layout != "one process" for model in MODELS
-            if is_legal(layout, MODELS[model])]  # fmt: skip
+CELLS = [[cell for cell in BY_DAY if cell.values == model] for model in dict.fromkeys(cell.values for cell in BY_DAY)]
+IN_DOUBLE = [cells[i % len(cells)] for i, cells in enumerate(CELLS) if i % 3 == 0]
+SPREAD = [layout for layout in LAYOUTS if layout != "one process"]
+AT_NIGHT = [(layout, model) for layout in SPREAD for model in MODELS if is_legal(layout, MODELS[model])]
 #: Eight ranks, by day: what has most to do with each other.
 EIGHT = "tp2 pp2 ep2 sp zero overlap"
 MODELS_OF_EIGHT = ("moe top2 llama", "samoe step", "tied", "muon samoe")
@@ -58,9 +57,13 @@ def result_of(
 
 
 def check(
-    layout: str, dtype: torch.dtype, model: Options, here: tuple[Options, ...], everywhere: tuple[Options, ...],
+    layout: str,
+    dtype: torch.dtype,
+    model: Options,
+    here: tuple[Options, ...],
+    everywhere: tuple[Options, ...],
     steps: int = BY_DAY_STEPS,
-) -> None:  # fmt: skip
+) -> None:
     """Compares a model's training in a layout with that in one process.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from megatron_samoe.moe.alltoall_dispatcher import AllToAllDispatcher
 from megatron_samoe.ops.grouped_mlp import Counts
 from megatron_samoe.parallel_state import Group, initialize_model_parallel
 from megatron_samoe.row_exchange import overlapped_all_to_all
-from megatron_samoe.row_exchange.exchange import with_exchange
+from tests.harness.exchanges import Transport
 from tests.harness.layout_training import assert_same, train
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
@@ -44,25 +45,22 @@ def round_trip(group: Group, dtype: torch.dtype, num_chunks: int | None) -> tupl
     return y.detach(), *gradients
 
 
-def _parts_and_whole() -> int:
-    world = dist.get_world_size()
-    compared = 0
-    state = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=world))
-    for group in (with_exchange(state.ep, state.device), state.ep):  # shared memory where it can be had, torch
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            whole = round_trip(group, dtype, None)
-            for num_chunks in {1, 2, E // world - 1, E // world}:
+def _parts_and_whole(transport: Transport) -> None:
+    world = transport.world_size
+    through_torch = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=world)).ep
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        expected = round_trip(through_torch, dtype, None)
+        for group in (through_torch, replace(through_torch, exchange=transport.open())):
+            for num_chunks in {None, 1, 2, E // world - 1, E // world}:
                 parts = round_trip(group, dtype, num_chunks)
-                for ours, theirs in zip(parts[:3], whole[:3], strict=True):
+                for ours, theirs in zip(parts[:3], expected[:3], strict=True):
                     assert torch.equal(ours, theirs), (dtype, num_chunks)
-                torch.testing.assert_close(parts[3], whole[3])  # one sum for an expert, of rows in one order
-                compared += 1
-    return compared
+                torch.testing.assert_close(parts[3], expected[3])  # one sum for an expert, of rows in one order
 
 
-@pytest.mark.parametrize(("world", "compared"), [(2, 24), (4, 12)])
-def test_parts_equal_the_whole_bit_for_bit(world: int, compared: int) -> None:
-    assert run_ranks(_parts_and_whole, world) == [compared] * world
+@pytest.mark.parametrize("transport", ["shm 00", "shm 0000", "nccl 00", "nodes 0011"], indirect=True)
+def test_parts_equal_the_whole_bit_for_bit(transport: Transport) -> None:
+    run_ranks(_parts_and_whole, transport.world_size, transport)
 
 
 def _order_of_work() -> tuple[list[str], list[str]]:

@@ -19,7 +19,6 @@ from megatron_samoe.errors import CommunicationError
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.setup import build_setup
 from megatron_samoe.training.trainer import Trainer
-from tests.harness.mortal_ranks import run_mortal_ranks
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tables import table
@@ -92,10 +91,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", first_by_day(CASES, 3))
-def test_the_others_end_in_time_and_say_why(case: str, tmp_path: Path) -> None:
+def test_the_others_end_in_time_and_say_why(case: str) -> None:
     layout, world_size, sizes, kind, victim, at_pass = CASES[case]
     config = troubled(layout, sizes)
-    results = run_mortal_ranks(train_with_trouble, world_size, str(tmp_path), config, kind, victim, at_pass)
+    results = run_ranks(train_with_trouble, world_size, config, kind, victim, at_pass, may_die=True)
     if kind != "hang":
         assert results[victim] == (7 if kind == "exit" else -signal.SIGKILL)
     for rank, result in enumerate(results):
@@ -114,9 +113,9 @@ def test_the_others_end_in_time_and_say_why(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.night  # it waits for a time-out
-def test_the_neighbour_names_who_it_waited_for(tmp_path: Path) -> None:
+def test_the_neighbour_names_who_it_waited_for() -> None:
     config = troubled("dense", {"pp": 2})
-    results = run_mortal_ranks(train_with_trouble, 2, str(tmp_path), config, "hang", 0, 2)
+    results = run_ranks(train_with_trouble, 2, config, "hang", 0, 2, may_die=True)
     message = results[1]["message"]
     for part in (
         "Pipeline stage 1 of 2 (rank 1)",
@@ -136,9 +135,8 @@ def finish(config: PretrainConfig) -> int:
 
 def test_the_last_checkpoint_survives_and_is_trained_on_from(tmp_path: Path) -> None:
     config = troubled("samoe", {"pp": 2}, save=tmp_path / "checkpoints")
-    (tmp_path / "store").mkdir()
     # Four micro-batches a step: the sixth pass is in the second step.
-    results = run_mortal_ranks(train_with_trouble, 2, str(tmp_path / "store"), config, "kill", 1, 6)
+    results = run_ranks(train_with_trouble, 2, config, "kill", 1, 6, may_die=True)
     assert results[0]["error"] == CommunicationError.__name__ and results[1] == -signal.SIGKILL
     assert store.whole_iterations(tmp_path / "checkpoints") == [1]
     roomy = with_options(config, distributed_timeout_minutes=1.0)

@@ -19,11 +19,9 @@ from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_co
 
 pytestmark = pytest.mark.distributed
 
-LOCKED: dict[str, Any] = {
-    "layout": "moe", "expert_sharing": "pool", "num_experts": 16, "moe_router_topk": 2,
-    "moe_router_score_function": "norm", "moe_router_init_method_std": 0.3, "moe_router_enable_expert_bias": True,
-    "moe_router_bias_update_rate": 0.01, "pool_lock_step": 2, "pool_lock_anneal_steps": 2,
-}  # fmt: skip
+LOCKED: dict[str, Any] = {"layout": "moe", "expert_sharing": "pool", "num_experts": 16, "moe_router_topk": 2}
+LOCKED |= {"moe_router_score_function": "norm", "moe_router_init_method_std": 0.3, "pool_lock_anneal_steps": 2}
+LOCKED |= {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01, "pool_lock_step": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2 ep2": (4, {"pp": 2, "ep": 2}),
     "ep2 edp2 zero": (4, {"ep": 2, "zero": True}),
@@ -35,9 +33,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def locked(layout: dict[str, Any], **options: Any) -> PretrainConfig:
-    sizes = dict(layout)
-    config = with_options(tiny_config(**LOCKED), samoe_pool_placement=sizes.pop("pool", "sharded"), **options)
-    return with_layout(config, **sizes)
+    return with_layout(with_options(tiny_config(**LOCKED), **options), **layout)
 
 
 def train(config: PretrainConfig, steps: int) -> dict[str, Any]:

@@ -29,16 +29,11 @@ from tests.harness.program import (
     iterations,
     records,
     start,
-    write_corpus,
-)  # fmt: skip
+)
 
 pytestmark = pytest.mark.distributed
 LAST = "checkpoints/iter_0000006"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("python") / "corpus")
+NOWHERE = {"load": "nowhere", "exit_on_missing_checkpoint": True}
 
 
 def options(**more: Any) -> dict[str, Any]:
@@ -127,16 +122,31 @@ def test_a_thread_may_train(corpus: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "kind", "said"),
     [
-        ({"num_layer": 2}, ConfigError, r"num_layer = 2: unknown option in the configuration. Did you mean 'num_layers'"),
+        (
+            {"num_layer": 2},
+            ConfigError,
+            r"num_layer = 2: unknown option in the configuration. Did you mean 'num_layers'",
+        ),
         ({"num_layers": "two"}, ConfigError, r"num_layers = 'two': must be of type int"),
-        ({**TINY_MODEL, "hidden_size": 15}, ConfigError, r"num_attention_heads = 2: must divide hidden_size 15, or give kv_channels"),
-        (options(num_experts=8, expert_layout="dense"), ConfigErrors, r"num_experts = 8: needs expert_layout moe or samoe"),
+        (
+            {**TINY_MODEL, "hidden_size": 15},
+            ConfigError,
+            r"num_attention_heads = 2: must divide hidden_size 15, or give ",
+        ),
+        (
+            options(num_experts=8, expert_layout="dense"),
+            ConfigErrors,
+            r"num_experts = 8: needs expert_layout moe or samoe",
+        ),
         (options(mock_data=True, keep_last=2), ConfigErrors, r"^keep_last = 2: needs save or run_dir$"),
-        (options(mock_data=True, load="nowhere", exit_on_missing_checkpoint=True), CheckpointError,
-         r"^load nowhere has no checkpoint\.$"),
-        (PretrainConfig(checkpoint=CheckpointConfig(keep_last=2)), ConfigErrors, r"keep_last = 2: needs save or run_dir"),
+        (options(mock_data=True, **NOWHERE), CheckpointError, r"^load nowhere has no checkpoint\.$"),
+        (
+            PretrainConfig(checkpoint=CheckpointConfig(keep_last=2)),
+            ConfigErrors,
+            r"keep_last = 2: needs save or run_dir",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said_in_pythons_words(given: Any, kind: type[MegatronSamoeError], said: str) -> None:
     with pytest.raises(kind, match=said) as found:
         megatron_samoe.pretrain(given)

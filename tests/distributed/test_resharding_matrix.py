@@ -23,7 +23,7 @@ from tests.harness.layout_logits import logits_of
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tables import table
-from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout, with_options
+from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout
 
 pytestmark = pytest.mark.distributed
 TABLE = table(__file__)
@@ -43,14 +43,8 @@ LOGIT_TOLERANCE = 1e-6
 
 
 def configuration(model: str, precision: str, layout: str, folder: Path) -> PretrainConfig:
-    sizes = dict(LAYOUTS[layout][1])
-    if model == "dense":
-        sizes = {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
-    pool = sizes.pop("pool", "sharded")
-    config = tiny_config(**{**MODELS, **WAYS}[model], bf16=precision == "bf16")
-    if config.moe.shares_experts:
-        config = with_options(config, samoe_pool_placement=pool)
-    return with_options(with_layout(config, **sizes), save=str(folder), load=str(folder))
+    config = tiny_config(**{**MODELS, **WAYS}[model], bf16=precision == "bf16", save=str(folder), load=str(folder))
+    return with_layout(config, **LAYOUTS[layout][1])
 
 
 def sharded_run(setup: TrainSetup) -> dict[str, list[ShardedTensor]]:

@@ -36,11 +36,6 @@ pytestmark = pytest.mark.distributed
 KILLS = [(2, 2, 10), (2, 4, 20), (1, 6, 30)]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("resume") / "data" / "corpus")
-
-
 def noisy(corpus: Path, run_dir: Path, num_ranks: int = 1, **options: object) -> list[str]:
     """Returns the command line of a SaMoE run with dropout and jitter, its experts spread over the ranks."""
     return arguments(data_path=corpus, run_dir=run_dir, expert_model_parallel_size=num_ranks, **{**NOISE, **options})
@@ -63,12 +58,8 @@ def reached(run: ProgramRun) -> int:
 def test_run_killed_at_random_points_ends_as_the_run_that_was_not(
     num_ranks: int, num_kills: int, num_iterations: int, corpus: Path, tmp_path: Path
 ) -> None:
-    options = {
-        "train_iters": num_iterations,
-        "save_interval": num_ranks,
-        "keep_last": 2,
-        "async_save": num_ranks == 2 or None,
-    }
+    options = {"train_iters": num_iterations, "save_interval": num_ranks, "keep_last": 2}
+    options["async_save"] = num_ranks == 2 or None
     start(noisy(corpus, tmp_path / "whole", num_ranks, **options), tmp_path / "out", num_ranks).succeed()
     draw = random.Random(num_ranks)
     at = 0
@@ -168,10 +159,8 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_checkpoint_args_replace_the_model_options(corpus: Path, trained: Path, tmp_path: Path) -> None:
-    args = arguments(
-        model=False, data_path=corpus, load=trained / "checkpoints", train_iters=7, use_checkpoint_args=True,
-        metrics_file=tmp_path / "metrics.jsonl", exit_on_missing_checkpoint=True,
-    )  # fmt: skip
+    given = {"load": trained / "checkpoints", "use_checkpoint_args": True, "exit_on_missing_checkpoint": True}
+    args = arguments(model=False, data_path=corpus, **given, train_iters=7, metrics_file=tmp_path / "metrics.jsonl")
     output = start(args, tmp_path / "out").succeed()
     assert "15,528 parameters" in output and "loaded" in output
     assert [r["iteration"] for r in records(tmp_path / "metrics.jsonl")] == [7]
@@ -186,20 +175,13 @@ def test_flags_win_over_checkpoint_args(corpus: Path, trained: Path, tmp_path: P
 
 
 def test_finetune_takes_weights_and_starts_at_zero(corpus: Path, trained: Path, tmp_path: Path) -> None:
-    args = arguments(
-        data_path=corpus, load=trained / "checkpoints", finetune=True, save=tmp_path / "tuned", train_iters=2, lr=0.0,
-        metrics_file=tmp_path / "metrics.jsonl",
-    )  # fmt: skip
-    start(args, tmp_path / "out").succeed()
+    places = {"load": trained / "checkpoints", "save": tmp_path / "tuned", "metrics_file": tmp_path / "metrics.jsonl"}
+    start(arguments(data_path=corpus, **places, finetune=True, train_iters=2, lr=0.0), tmp_path / "out").succeed()
     assert [r["iteration"] for r in records(tmp_path / "metrics.jsonl")] == [1, 2]
-    before, after = (
-        checkpoint_tensors(trained / "checkpoints/iter_0000006"),
-        checkpoint_tensors(tmp_path / "tuned/iter_0000002"),
-    )
+    before = checkpoint_tensors(trained / "checkpoints/iter_0000006")
+    after = checkpoint_tensors(tmp_path / "tuned/iter_0000002")
     weights = [name for name in before if not name.startswith(("optimizer.", "training."))]
-    assert weights and all(
-        torch.equal(before[name], after[name]) for name in weights
-    )  # a learning rate of 0 keeps them
+    assert weights and all(torch.equal(before[n], after[n]) for n in weights), "a learning rate of 0 keeps them"
     moments = [name for name in before if name.startswith("optimizer.") and before[name].any()]
     assert any(not torch.equal(before[name], after[name]) for name in moments)
 
@@ -213,12 +195,8 @@ def test_pretrained_checkpoint_is_where_a_run_starts_and_not_where_it_starts_aga
     assert f"loaded {trained / 'checkpoints/iter_0000006'} (weights only)" in first
     second = start(args, tmp_path / "out").succeed()
     assert f"loaded {tmp_path / 'run/checkpoints/iter_0000002'}\n" in second
-    start(
-        arguments(
-            **given, load=trained / "checkpoints", finetune=True, save=tmp_path / "tuned", metrics_file=tmp_path / "m"
-        ),
-        tmp_path / "out",
-    ).succeed()
+    places = {"load": trained / "checkpoints", "save": tmp_path / "tuned", "metrics_file": tmp_path / "m"}
+    start(arguments(**given, **places, finetune=True), tmp_path / "out").succeed()
     assert records(tmp_path / "run/metrics.jsonl") == records(tmp_path / "m")
 
 
@@ -229,28 +207,27 @@ def test_pretrained_checkpoint_that_is_none(corpus: Path, tmp_path: Path) -> Non
 
 
 def test_finetune_that_begins_again_is_warned_of(corpus: Path, trained: Path, tmp_path: Path) -> None:
-    args = arguments(
-        data_path=corpus, load=trained / "checkpoints", finetune=True, run_dir=tmp_path / "run", train_iters=1,
-        eval_iters=0,
-    )  # fmt: skip
+    places = {"load": trained / "checkpoints", "run_dir": tmp_path / "run"}
+    args = arguments(data_path=corpus, **places, finetune=True, train_iters=1, eval_iters=0)
     assert "--finetune starts at" not in start(args, tmp_path / "out").succeed()
     assert "has iteration 1, and will replace its checkpoints" in start(args, tmp_path / "out").succeed()
 
 
-def test_a_learning_rate_that_jumps_is_remarked_upon(corpus: Path, trained: Path, tmp_path: Path) -> None:
+def test_what_changes_in_a_run_is_remarked_upon(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    """And without it nothing is said. Cosine from 1e-3: four of eight steps are half of the way, four of six two thirds."""
+    rate = ("iteration 5 is 5.000e-04; the run in", "gone on at 2.500e-04", "(--train-iters 6 there, 8 here)")
+    batch = ("4 steps took 32 samples in the run so far; from here on a step takes 4",)
+    other = write_corpus(tmp_path / "other" / "corpus")
     common = {"data_path": corpus, "load": trained / "checkpoints", "ckpt_step": 4, "eval_iters": 0, "exit_interval": 5}
-    output = start(arguments(**common, train_iters=8), tmp_path / "out").succeed()
-    # Cosine from 1e-3: four of eight steps are half of the way, four of six two thirds.
-    assert "iteration 5 is 5.000e-04; the run in" in output and "gone on at 2.500e-04" in output
-    assert "(--train-iters 6 there, 8 here)" in output
-    assert "learning rate of iteration" not in start(arguments(**common), tmp_path / "out").succeed()
-
-
-def test_another_batch_size_is_remarked_upon(corpus: Path, trained: Path, tmp_path: Path) -> None:
-    common = {"data_path": corpus, "load": trained / "checkpoints", "train_iters": 7, "eval_iters": 0}
-    output = start(arguments(**common, global_batch_size=4), tmp_path / "out").succeed()
-    assert "6 steps took 48 samples in the run so far; from here on a step takes 4" in output
-    assert "samples in the run so far" not in start(arguments(**common), tmp_path / "out").succeed()
+    for options, remarks in (
+        ({"train_iters": 8}, rate),
+        ({"global_batch_size": 4}, batch),
+        ({"data_path": other}, ("--data-path differ",)),
+    ):
+        output = start(arguments(**{**common, **options}), tmp_path / "out").succeed()
+        assert all(remark in output for remark in remarks), output
+    output = start(arguments(**common), tmp_path / "out").succeed()
+    assert not any(words in output for words in ("learning rate of iteration", "samples in the run so far", "differ"))
 
 
 def test_no_load_optim_goes_on_with_fresh_moments(corpus: Path, trained: Path, tmp_path: Path) -> None:
@@ -268,18 +245,9 @@ def test_no_load_optim_goes_on_with_fresh_moments(corpus: Path, trained: Path, t
 def test_another_seed_is_refused_unless_told(corpus: Path, trained: Path, tmp_path: Path) -> None:
     options = {"data_path": corpus, "load": trained / "checkpoints", "train_iters": 8, "seed": 77}
     paragraph = start(arguments(**options), tmp_path / "out").fail()
-    assert (
-        "--seed 77" not in paragraph.split("this one from")[0]
-        and "--no-load-rng to continue with --seed 77" in paragraph
-    )
+    assert "--seed 77" not in paragraph.split("this one from")[0]
+    assert "--no-load-rng to continue with --seed 77" in paragraph
     assert "loaded" in start(arguments(**options, no_load_rng=True), tmp_path / "out").succeed()
-
-
-def test_another_corpus_is_remarked_upon(corpus: Path, trained: Path, tmp_path: Path) -> None:
-    other = write_corpus(tmp_path / "other" / "corpus")
-    options = {"load": trained / "checkpoints", "train_iters": 7}
-    assert "--data-path differ" in start(arguments(data_path=other, **options), tmp_path / "out").succeed()
-    assert "differ" not in start(arguments(data_path=corpus, **options), tmp_path / "out").succeed()
 
 
 def test_checkpoint_without_optimizer_is_refused_unless_told(corpus: Path, tmp_path: Path) -> None:
@@ -322,13 +290,8 @@ def test_evaluating_an_earlier_checkpoint_keeps_what_was_recorded(corpus: Path, 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_skip_train_evaluates_what_is_loaded(num_ranks: int, corpus: Path, trained: Path, tmp_path: Path) -> None:
     last = records(trained / "metrics.jsonl")[-1]
-    evaluate = arguments(
-        data_path=corpus,
-        load=trained / "checkpoints",
-        skip_train=True,
-        metrics_file=tmp_path / "m.jsonl",
-        expert_model_parallel_size=num_ranks,
-    )
+    given = {"load": trained / "checkpoints", "metrics_file": tmp_path / "m.jsonl", "skip_train": True}
+    evaluate = arguments(data_path=corpus, **given, expert_model_parallel_size=num_ranks)
     output = start(evaluate, tmp_path / "out", num_ranks).succeed()
     evaluated = records(tmp_path / "m.jsonl")
     assert [record["iteration"] for record in evaluated] == [last["iteration"]]

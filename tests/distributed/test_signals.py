@@ -17,18 +17,13 @@ from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training import trainer
 from megatron_samoe.training.hook import Hook, Training
 from megatron_samoe.training.setup import build_setup
-from tests.harness.program import ProgramRun, arguments, iterations, records, start, start_command, write_corpus
+from tests.harness.program import ProgramRun, arguments, iterations, records, start, start_command
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, RandomBatches, tiny_config
 
 pytestmark = pytest.mark.distributed
 
 LONG = {"train_iters": 2000, "eval_iters": 0}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("signals") / "data" / "corpus")
 
 
 def after_third_step(run: ProgramRun) -> ProgramRun:

@@ -6,14 +6,13 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_samoe.parallel_state.backend import is_communication_failure
-from tests.harness.mortal_ranks import run_mortal_ranks
+from tests.harness.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -56,8 +55,8 @@ def without_a_peer(first: str, fate: str) -> list[tuple[str, bool, str]]:
 
 
 @pytest.mark.parametrize(("first", "fate"), [("all_reduce", "stopped"), ("send", "stopped"), ("all_to_all", "lost")])
-def test_what_waiting_ranks_hear_is_known(first: str, fate: str, tmp_path: Path) -> None:
-    said, left = run_mortal_ranks(without_a_peer, 2, str(tmp_path), first, fate)
+def test_what_waiting_ranks_hear_is_known(first: str, fate: str) -> None:
+    said, left = run_ranks(without_a_peer, 2, first, fate, may_die=True)
     assert left == 7 and len(said) == 11, said
     assert all(known for _, known, _ in said), [message for _, known, message in said if not known]
     if fate == "stopped":

@@ -25,23 +25,8 @@ TABLE = table(__file__)
 #: Ranks, layout and model that a teacher was saved with. None has the layers or the width of a student.
 TEACHERS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = TABLE["teachers"]
 #: The teacher of each student.
-STUDENTS = {"dense": "moe", "moe": "dense", "samoe step": "moe", "samoe noisy": "tied", "tied": "combined",
-            "sets balanced": "combined", "pyramid residual": "relu"}  # fmt: skip
-LAYOUTS_OF_STUDENTS = (
-    "tp2 pp2 sp etp1 zero",
-    "pp2 vpp2 dp1",
-    "tp2 etp1 ep4",
-    "ep2 edp2 overlap",
-    "pp4 uneven",
-    "cp2 pp2 ep2 zero",
-    "tp2 pp2 ep2 sp zero overlap",
-    "zero dp2",
-    "tp2 sp",
-    "pp2",
-    "pp2 gpipe",
-    "pp2 vpp2 ep2",
-    "tp2 etp1 ep4 pp2 sp",
-)
+STUDENTS: dict[str, str] = TABLE["students"]
+LAYOUTS_OF_STUDENTS: tuple[str, ...] = TABLE["layouts of students"]
 LAYOUTS_IN_DOUBLE = ("tp2 pp2 ep2 sp zero overlap", "tp2 etp1 ep4", "pp2 vpp2 ep2")
 
 

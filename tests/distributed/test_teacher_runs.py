@@ -15,17 +15,11 @@ from tests.harness.program import (
     iterations,
     records,
     start,
-    write_corpus,
 )
 
 pytestmark = pytest.mark.distributed
 
 UNTIL = 4
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("teacher-runs") / "data" / "corpus")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from megatron_samoe.errors import MegatronSamoeError, optional_import
 from tests.harness.program import REPOSITORY, arguments, call, start, write_corpus
 
 pytestmark = pytest.mark.distributed
+PREPROCESS = ("--output-prefix", "x", "--tokenizer-type", "ByteTokenizer")
+LARGE = "--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --vocab-size 50257".split()
 MESSAGES = re.findall(r"^\| `(.+?)` \|", (REPOSITORY / "docs/troubleshooting.md").read_text(), re.MULTILINE)
 
 
@@ -49,15 +51,14 @@ def wrong_key() -> str:
 
 def rows_without_text() -> str:
     Path("rows.jsonl").write_text('{"body": "x"}\n')
-    return said("preprocess", "--input", "rows.jsonl", "--output-prefix", "x", "--tokenizer-type", "ByteTokenizer",
-                "--workers", 1, "--executor", "inline")  # fmt: skip
+    return said("preprocess", "--input", "rows.jsonl", *PREPROCESS, "--workers", 1, "--executor", "inline")
 
 
 def tokenizer_again() -> str:
     Path("text.txt").write_text("It was a text. " * 20)
     Path("data/tokenizer.json").touch()
-    return said("train-tokenizer", "--type", "byte-bpe", "--input", "text.txt", "--vocab-size", 300,
-                "--output-prefix", "data/tokenizer")  # fmt: skip
+    words = "--type byte-bpe --input text.txt --vocab-size 300 --output-prefix data/tokenizer"
+    return said("train-tokenizer", *words.split())
 
 
 def foreign_tokens() -> str:
@@ -99,9 +100,8 @@ CAUSES: dict[str, Callable[[], str]] = {
     "--tensor-model-parallel-size": lambda: refused("--tensor-model-parallel-size", "3"),
     "--global-batch-size": lambda: refused("--micro-batch-size", "3"),
     "--distributed-backend": lambda: refused("--distributed-backend", "nccl"),
-    "--memory-gb": lambda: said("plan", "--world-size", 1, "--memory-gb", 1, "--num-layers", 24, "--hidden-size", 2048,
-                                "--num-attention-heads", 16, "--vocab-size", 50257, "--mock-data"),
-    "--input": lambda: said("preprocess", "--input", "none.jsonl", "--output-prefix", "x", "--tokenizer-type", "ByteTokenizer"),
+    "--memory-gb": lambda: said("plan", "--world-size", 1, "--memory-gb", 1, "--mock-data", *LARGE),
+    "--input": lambda: said("preprocess", "--input", "none.jsonl", *PREPROCESS),
     "rows.jsonl": rows_without_text,
     "... exists. Give": tokenizer_again,
     "There is no dataset": lambda: said("pretrain", *arguments(data_path="data/corpsu")),
@@ -118,7 +118,7 @@ CAUSES: dict[str, Callable[[], str]] = {
     "Task piqa": lambda: said("evaluate", "--load", "run", "--data-dir", "data", "--tasks", "piqa"),
     "--save-dir": lambda: said("convert", "--load-dir", "run/checkpoints", "--save-dir", "run", "--to", "hf"),
     "... needs the package": lambda: raised(lambda: optional_import("not_installed", "hf", "Converting")),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

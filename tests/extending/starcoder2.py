@@ -44,9 +44,18 @@ OPTIONS = (
     Option(lambda native: {"sliding_window": native.model.sliding_window}, window),
 )
 #: Other values of these options are refused.
-FIXED = {"expert_layout": "dense", "normalization": "LayerNorm", "swiglu": False, "disable_bias_linear": False,
-         "position_embedding_type": "rope", "rotary_percent": 1.0, "qk_layernorm": False, "group_query_attention": True,
-         "window_attn_skip_freq": None}  # fmt: skip
+FIXED = {
+    **dict.fromkeys(("swiglu", "disable_bias_linear", "qk_layernorm"), False),
+    **{"expert_layout": "dense", "normalization": "LayerNorm", "position_embedding_type": "rope"},
+    **{"rotary_percent": 1.0, "group_query_attention": True, "window_attn_skip_freq": None},
+}
 
-FAMILY = Family("starcoder2", "Starcoder2ForCausalLM", "dense, LayerNorm, rotary positions, biases everywhere", tensors=TENSORS,
-                entries=ENTRIES, options=OPTIONS, fixed=FIXED)  # fmt: skip
+FAMILY = Family(
+    "starcoder2",
+    "Starcoder2ForCausalLM",
+    "dense, LayerNorm, rotary positions, biases everywhere",
+    tensors=TENSORS,
+    entries=ENTRIES,
+    options=OPTIONS,
+    fixed=FIXED,
+)

@@ -37,21 +37,23 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2 ep2 zero": (4, {"pp": 2, "ep": 2, "zero": True}),
     "tp2 pp2 ep2 sp zero": (8, {"tp": 2, "pp": 2, "ep": 2, "sp": True, "zero": True}),
 }
+SAMOE: dict[str, Any] = {"layout": "samoe", "style": "llama"}
 MOE = {"layout": "moe", "moe_router_topk": 2, "moe_ffn_hidden_size": 32}
 #: Model, and what comes from outside.
 CASES: dict[str, tuple[dict[str, Any], Extensions]] = {
     "expert choice": (
-        {**MOE, "moe_router_load_balancing_type": "none"}, Extensions(ModelParts(router=ExpertChoiceRouter)),
+        {**MOE, "moe_router_load_balancing_type": "none"},
+        Extensions(ModelParts(router=ExpertChoiceRouter)),
     ),
     "even scores": ({**MOE, "moe_aux_loss_coeff": 0.3}, Extensions(ModelParts(balance=EvenScores))),
     "pyramid": ({**MOE, "num_experts": (2, 2, 4, 4)}, Extensions()),
     "orthogonal sgd": ({**MOE, "style": "llama"}, Extensions(rules=rules)),
     "orthogonal sgd on a pool": ({"layout": "samoe", "moe_router_topk": 1}, Extensions(rules=rules)),
-    "sliding window": ({"layout": "samoe", "style": "llama"}, Extensions(ModelParts(attention=SlidingWindowAttention))),
+    "sliding window": (SAMOE, Extensions(ModelParts(attention=SlidingWindowAttention))),
     "own op": (MOE, Extensions(ModelParts(router=SqrtSoftplusRouter))),
-    "low rank": ({"layout": "samoe", "style": "llama", "moe_expert_lr_mult": 30.0}, Extensions(ModelParts(sharing=LowRankSharing))),
+    "low rank": ({**SAMOE, "moe_expert_lr_mult": 30.0}, Extensions(ModelParts(sharing=LowRankSharing))),
     "near banks": ({**MOE, "expert_sharing": "near", "num_expert_banks": 3, "samoe_normalization": "l2"}, Extensions()),
-}  # fmt: skip
+}
 
 
 def train_all(layout: str) -> dict[str, Any] | None:

@@ -55,11 +55,10 @@ def test_a_family_of_another_package_goes_in_and_out(
     tmp_path: Path, tied: bool, install: Callable[[Path], None]
 ) -> None:
     torch.manual_seed(1)
-    config = transformers.Starcoder2Config(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, sliding_window=8 if tied else None,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8 if tied else None}
+    ends = {"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.Starcoder2Config(**sizes, **heads, **ends, tie_word_embeddings=tied)
     model = transformers.Starcoder2ForCausalLM(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import shutil
@@ -32,8 +31,9 @@ class Browser:
 
     def __init__(self, port: int):
         self._base = f"http://127.0.0.1:{port}"
-        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-                     "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]  # fmt: skip
+        arguments = ["--headless=new", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
+        arguments += "--no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run".split()
+        arguments.append("--disable-background-networking")
         options = {"binary": shutil.which("chromium"), "args": arguments}
         wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         session = self._call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
@@ -75,9 +75,8 @@ class Browser:
     def press(self, *keys: str) -> None:
         """Presses keys (names of KEYS, or single characters) together, then lets go of all."""
         codes = [KEYS.get(key, key) for key in keys]
-        actions = [{"type": "keyDown", "value": c} for c in codes] + [
-            {"type": "keyUp", "value": c} for c in reversed(codes)
-        ]
+        actions = [{"type": "keyDown", "value": c} for c in codes]
+        actions += [{"type": "keyUp", "value": c} for c in reversed(codes)]
         self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
 
     def focused(self) -> str:
@@ -93,10 +92,6 @@ class Browser:
         """Asks for light or dark colours."""
         features = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         self._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": features})
-
-    def screenshot(self) -> bytes:
-        """Returns what is seen, as PNG."""
-        return base64.b64decode(self._call("GET", "/screenshot"))
 
     def complaints(self) -> list[str]:
         """Returns what the browser has logged since the last call: script errors, refused loads, failed requests."""

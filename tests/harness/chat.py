@@ -65,10 +65,10 @@ def chat_folder(folder: Path, template: str | None = CHATML, eos: int | list[int
     import transformers
 
     words = chat_tokenizer(template)
-    config = transformers.LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=CONTEXT, bos_token_id=0, eos_token_id=words.eos_token_id, initializer_range=0.3,
-    )  # fmt: skip
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": CONTEXT}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(words)}
+    ends = {"bos_token_id": 0, "eos_token_id": words.eos_token_id}
+    config = transformers.LlamaConfig(**sizes, **ends, initializer_range=0.3)
     torch.manual_seed(5)
     model = transformers.LlamaForCausalLM(config).eval()
     model.generation_config.eos_token_id = [words.eos_token_id, 0] if eos is None else eos

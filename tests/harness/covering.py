@@ -36,17 +36,12 @@ _FACTORS = (
     | {"micro_step": "routing", "recompute_granularity": "recomputation"}
 )
 #: Numbers by which no other code runs.
-_KNOBS = (
-    "moe_aux_loss_coeff",
-    "moe_router_init_method_std",
-    "init_method_std",
-    "num_experts",
-    "moe_router_bias_update_rate",
-)
+_KNOBS = "moe_aux_loss_coeff moe_router_init_method_std init_method_std num_experts moe_router_bias_update_rate".split()
 #: Variants of an axis, and the factors whose values must meet them; they meet some value of the others.
 VARIANTS: Mapping[str, tuple[str, ...]] = {
-    "vpp": ("sharing",), "stages": (), "gpipe": (), "a2a": ("style",), "overlap": ("optimizer",),
-}  # fmt: skip
+    **{"vpp": ("sharing",), "a2a": ("style",), "overlap": ("optimizer",)},
+    **{"stages": (), "gpipe": ()},
+}
 
 
 def factor_of(option: str) -> str:
@@ -66,12 +61,8 @@ def values_of(models: Mapping[str, Options]) -> dict[str, dict[str, Options]]:
 
 
 def _essence(part: Options) -> Options:
-    usual = {
-        "samoe_combine": "step",
-        "moe_layer_freq": "1",
-        "moe_router_topk": 1,
-        "moe_router_load_balancing_type": "seq_aux_loss",
-    }
+    usual = {"samoe_combine": "step", "moe_layer_freq": "1", "moe_router_topk": 1}
+    usual["moe_router_load_balancing_type"] = "seq_aux_loss"
     knobs = {name for name in _KNOBS if not isinstance(part.get(name), tuple)}
     return {name: value for name, value in part.items() if name not in knobs and usual.get(name) != value}
 

@@ -21,10 +21,8 @@ from torch.utils._pytree import tree_leaves
 from megatron_samoe.ops.asynchronous import taken_for_gpu
 
 #: Ops whose result's size, or whose result, is a number of the device.
-_READERS = {
-    "_local_scalar_dense", "bincount", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
-    "unique_consecutive",
-}  # fmt: skip
+_READERS = set("_local_scalar_dense bincount nonzero masked_select equal is_nonzero".split())
+_READERS |= {"_unique2", "unique_dim", "unique_consecutive"}
 _METHODS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu")
 _FACTORIES = ("tensor", "as_tensor", "arange", "zeros", "ones", "empty", "full", "from_numpy")
 _HOST = "_lies_on_host"

@@ -33,9 +33,13 @@ MODELS: dict[str, dict[str, Any]] = TABLE["models"]
 
 
 def train(
-    config: PretrainConfig, dtype: torch.dtype = torch.float32, steps: int = 5, device: torch.device | str = "cpu",
-    exchange: Literal["torch", "extension"] = "torch", extensions: Extensions | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    config: PretrainConfig,
+    dtype: torch.dtype = torch.float32,
+    steps: int = 5,
+    device: torch.device | str = "cpu",
+    exchange: Literal["torch", "extension"] = "torch",
+    extensions: Extensions | None = None,
+) -> dict[str, Any]:
     """Returns the losses and norms of a few steps, with a teacher the divergences from it, the first step's gradients, the
     last step's norms of each expert's gradient (zeros where none are kept) and the last weights, all whole; and of each weight
     the sum of its rates.
@@ -49,10 +53,9 @@ def train(
     """
     config = with_options(config, adam_eps=1e-5)
     parallel = initialize_model_parallel(config.parallel, device)
-    groups = {"ep": parallel.ep, **({"pool_dp": parallel.pool_dp} if parallel.device.type == "cpu" else {})}
-    parallel = replace(
-        parallel, **{name: with_exchange(g, parallel.device, backend=exchange) for name, g in groups.items()}
-    )
+    names = ("ep", "pool_dp") if parallel.device.type == "cpu" else ("ep",)
+    with_rows = {n: with_exchange(getattr(parallel, n), parallel.device, backend=exchange) for n in names}
+    parallel = replace(parallel, **with_rows)
     setup = build_setup(config, VOCAB_SIZE, parallel, dtype, extensions)
     if config.distillation.teacher is not None:
         setup = replace(setup, teacher=load_teacher(config, setup.model))
@@ -80,11 +83,10 @@ def train(
         balance.append((result.routing and result.routing.load_balance_loss) or 0.0)
     weights = gather_global(model_state(setup.model), parallel)
     _close_groups(parallel, setup.pipeline.channel)
-    return {
-        "losses": losses, "norms": norms, "balance": balance, "divergences": divergences, "gradients": gradients,
-        "expert_norms": expert_norms, "weights": weights,
-        "rates": {n: g.lr_mult * rates for g in build_param_groups(weights, config.optimizer) for n in g.names},
-    }  # fmt: skip
+    groups = build_param_groups(weights, config.optimizer)
+    found = {"losses": losses, "norms": norms, "balance": balance, "divergences": divergences}
+    found |= {"gradients": gradients, "expert_norms": expert_norms, "weights": weights}
+    return {**found, "rates": {name: group.lr_mult * rates for group in groups for name in group.names}}
 
 
 def train_each(configs: list[PretrainConfig], dtype: torch.dtype, steps: int) -> list[dict[str, Any]] | None:
@@ -117,9 +119,6 @@ def options_in(layout: str, options: Mapping[str, Any]) -> PretrainConfig:
     """Returns the configuration of a model's options in a layout of LAYOUTS."""
     num_ranks, given = LAYOUTS[layout]
     sizes, options = dict(given), dict(options)
-    if options["layout"] == "dense":
-        sizes = {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
-    pool = sizes.pop("pool", "sharded")
     # Groups of sequences that lie on several ranks need as many sequences at once in every layout.
     micro_step = options.pop("micro_step", None)
     model_size = sizes.get("tp", 1) * sizes.get("cp", 1) * sizes.get("pp", 1)
@@ -127,10 +126,7 @@ def options_in(layout: str, options: Mapping[str, Any]) -> PretrainConfig:
         options["micro_batch_size"] = micro_step * model_size // num_ranks
     elif "pp" not in sizes and model_size == num_ranks:
         options["micro_batch_size"] = 4  # two micro-batches add up as four do, at half the messages
-    config = tiny_config(**options)
-    if config.moe.shares_experts:
-        config = with_options(config, samoe_pool_placement=pool)
-    return with_layout(config, **sizes)
+    return with_layout(tiny_config(**options), **sizes)
 
 
 def is_legal(layout: str, options: Mapping[str, Any]) -> bool:
@@ -162,24 +158,15 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any], rtol: float) -
         # A number, or the bias of a norm of keys, which has no gradient but rounding, sums terms as large as its module's other
         # gradients, by which its rounding is measured.
         module = name.rpartition(".")[0] + "."
-        measured_by = (
-            [gradient] if gradient.dim() > 1 else [g for n, g in expected["gradients"].items() if n.startswith(module)]
-        )
-        scale = max(g.abs().max().item() for g in measured_by)
-        torch.testing.assert_close(
-            actual["gradients"][name],
-            gradient,
-            rtol=rtol,
-            atol=rtol * scale,
-            msg=lambda m, n=name: f"gradient of {n}: {m}",
-        )
+        siblings = [g for n, g in expected["gradients"].items() if n.startswith(module)]
+        scale = max(g.abs().max().item() for g in ([gradient] if gradient.dim() > 1 else siblings))
+        found = actual["gradients"][name]
+        said = f"gradient of {name}: "
+        torch.testing.assert_close(found, gradient, rtol=rtol, atol=rtol * scale, msg=lambda m, said=said: said + m)
     assert expected["weights"].keys() == actual["weights"].keys()
     for name, weight in expected["weights"].items():
-        is_double = weight.dtype == torch.float64
-        torch.testing.assert_close(
-            actual["weights"][name],
-            weight,
-            rtol=1e-9 if is_double else 2.0**-22,
-            atol=1e-11 if is_double else 1e-3 * expected["rates"].get(name, 0.0),
-            msg=lambda m, n=name: f"weight {n}: {m}",
-        )
+        found, said = actual["weights"][name], f"weight {name}: "
+        bounds = {"rtol": 2.0**-22, "atol": 1e-3 * expected["rates"].get(name, 0.0)}
+        if weight.dtype == torch.float64:
+            bounds = {"rtol": 1e-9, "atol": 1e-11}
+        torch.testing.assert_close(found, weight, **bounds, msg=lambda m, said=said: said + m)

@@ -73,6 +73,11 @@ def count(library: str, what: str) -> int:
     return int(function(what.encode()))
 
 
+def calls(library: str) -> tuple[int, ...]:
+    """Returns how often this process made, finalized, destroyed and aborted a communicator."""
+    return tuple(count(library, f"ncclComm{call}") for call in ("InitRankConfig", "Finalize", "Destroy", "Abort"))
+
+
 def _finish(self: NcclCommunicator, exchange: int, state: str) -> str:
     return _finish_on_the_device(self, exchange, state) or self._in_slices("pending", _awaited)
 

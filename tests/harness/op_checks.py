@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,17 @@ from megatron_samoe.ops.cross_entropy import cross_entropy_backward, cross_entro
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
 
 Device = torch.device | str
+
+
+@contextmanager
+def threads_of_torch(number: int) -> Iterator[None]:
+    """Gives torch so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cross_entropy_inputs(

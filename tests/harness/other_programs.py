@@ -71,9 +71,8 @@ def from_llama_cpp(file: Path, **given: Any) -> list[str]:
 
 
 def _answers(python: str, program: str, path: Path, given: dict[str, Any]) -> list[Any]:
-    environment = {
-        **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": str(REPOSITORY),
-    }  # fmt: skip
+    vllm = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = {**os.environ, **vllm, "PYTHONPATH": str(REPOSITORY)}
     command = [python, "-c", program, str(path), json.dumps({**given, "tokens": TOKENS})]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=path.parent)
     line = next((line for line in done.stdout.splitlines() if line.startswith("@@")), None)

@@ -39,14 +39,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PRETRAIN = "megatron_samoe.cli.pretrain"
 #: What a record tells about the machine rather than about the model.
 MACHINE_KEYS = ("tokens_per_s", "step_time_s", "peak_memory_bytes", "own_time_mean_s", "own_time_max_s", "slowest_rank")
-TINY_MODEL = {
-    "num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 16, "make_vocab_size_divisible_by": 8,
-    "expert_layout": "samoe", "num_experts": 4, "num_expert_banks": 2,
-}  # fmt: skip
-TINY_RUN = {
-    "micro_batch_size": 2, "global_batch_size": 8, "train_iters": 6, "eval_iters": 1, "eval_interval": 3,
-    "log_interval": 1, "split": "90,10,0", "num_threads": 1,
-}  # fmt: skip
+TINY_MODEL: dict[str, Any] = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 16}
+TINY_MODEL |= {"expert_layout": "samoe", "num_experts": 4, "num_expert_banks": 2, "make_vocab_size_divisible_by": 8}
+TINY_RUN: dict[str, Any] = {"micro_batch_size": 2, "global_batch_size": 8, "train_iters": 6, "num_threads": 1}
+TINY_RUN |= {"eval_iters": 1, "eval_interval": 3, "log_interval": 1, "split": "90,10,0"}
 NOISE = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "moe_input_jitter_eps": 0.05}
 
 
@@ -76,6 +72,11 @@ def arguments(*, model: bool = True, **options: Any) -> list[str]:
         if value is not True:
             words += [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
     return words
+
+
+def flags(**options: object) -> list[str]:
+    """Returns a command line's words for options with a value each, by field names."""
+    return [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
 
 
 class ProgramRun:
@@ -230,10 +231,9 @@ def start(
     if num_ranks > 1:
         # As torchrun does it, the store lives outside the ranks, so its port is never a guess.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        common = {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": "0", "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
-        }  # fmt: skip
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        common |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks))
     processes, outputs = [], []
     number = len(list(folder.glob("output-*")))
     for rank in range(num_ranks):

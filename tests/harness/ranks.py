@@ -47,7 +47,12 @@ class RankFailure(AssertionError):
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, more: tuple[str, ...] = ()
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    more: tuple[str, ...] = (),
+    may_die: bool = False,
 ) -> list[Any]:
     """Returns [function(*args) on rank r for r in range(world_size)], with torch.distributed initialized for more than
     one rank.
@@ -55,6 +60,7 @@ def run_ranks(
     Args:
         function: importable from its module; its result must be picklable.
         more: modules that a fork server of their own has loaded, where each rank would import them for seconds.
+        may_die: whether a rank may die in it; its result is then its exit code, negative for a signal.
 
     Raises:
         RankFailure: with the traceback of the rank that failed first.
@@ -74,14 +80,14 @@ def run_ranks(
             processes.append(process)
             pipes.append(here)
         try:
-            return _collect(processes, pipes, time.monotonic() + timeout_s)
+            return _collect(processes, pipes, time.monotonic() + timeout_s, may_die)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
 
 
-def _collect(processes: list[Any], pipes: list[Connection], deadline: float) -> list[Any]:
+def _collect(processes: list[Any], pipes: list[Connection], deadline: float, may_die: bool) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         open_pipes = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
@@ -94,7 +100,9 @@ def _collect(processes: list[Any], pipes: list[Connection], deadline: float) -> 
                 ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 processes[rank].join(5)
-                raise RankFailure(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
+                ok, value = True, processes[rank].exitcode
+                if not may_die:
+                    raise RankFailure(f"rank {rank} died with exit code {value}") from None
             if not ok:
                 raise RankFailure(f"rank {rank} failed:\n{value}")
             results[rank] = value

@@ -29,10 +29,10 @@ tried = ops  # whose calls are made: ops, or the emulated ones
 
 INTEGERS = (0, -1, 1, (1 << 31) - 1, 1 << 31, 1 << 32, (1 << 63) - 1, -(1 << 63))
 FLOATS = (0.0, -1.0, 1e300, math.inf, -math.inf, math.nan)
-DTYPES = (
-    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.int64, torch.int32, torch.int16,
-    torch.int8, torch.uint8, torch.bool,
-)  # fmt: skip
+DTYPES = [
+    getattr(torch, name)
+    for name in "float32 bfloat16 float16 float64 complex64 int64 int32 int16 int8 uint8 bool".split()
+]
 #: Sizes that a dim takes where another one is 0, so that there is no element: 2^31 - 1 pass for an int, and products of
 #: the last ones are 0 in 64 bits.
 HUGE = ((1 << 31) - 1, 1 << 32, 1 << 62)

@@ -175,9 +175,14 @@ class RunningServer:
 
 @contextmanager
 def serving(
-    loaded: LoadedModel, *, max_batch: int = 4, engine: Engine | None = None, show_experts: bool = False,
-    beside: Mapping[str, LoadedModel | Engine] | None = None, **options: Any,
-) -> Iterator[RunningServer]:  # fmt: skip
+    loaded: LoadedModel,
+    *,
+    max_batch: int = 4,
+    engine: Engine | None = None,
+    show_experts: bool = False,
+    beside: Mapping[str, LoadedModel | Engine] | None = None,
+    **options: Any,
+) -> Iterator[RunningServer]:
     """Runs a server for a while, of a model that it calls tiny, and of others; options are of `ServerOptions`."""
     models = [NamedModel("tiny", engine or Engine(loaded, max_batch=max_batch), loaded.model if show_experts else None)]
     for name, other in (beside or {}).items():

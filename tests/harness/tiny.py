@@ -14,16 +14,17 @@ from megatron_samoe.config import ModelConfig, MoEConfig, ParallelConfig, Pretra
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor
 from megatron_samoe.parallel_state import ParallelState
 from megatron_samoe.training.setup import TrainSetup
+from tests.harness.tables import table
 
+TABLE = table(__file__)
 VOCAB_SIZE = 103
+#: Options of layouts by the names that tests give them.
+SHORT_NAMES: dict[str, str] = TABLE["short names"]
 
 GPT3_STYLE = ModelConfig(
     num_layers=4, hidden_size=32, num_attention_heads=4, seq_length=16, make_vocab_size_divisible_by=8
 )
-LLAMA_STYLE = replace(
-    GPT3_STYLE, swiglu=True, normalization="RMSNorm", position_embedding_type="rope", disable_bias_linear=True,
-    group_query_attention=True, num_query_groups=2, untie_embeddings_and_output_weights=True, ffn_hidden_size=48,
-)  # fmt: skip
+LLAMA_STYLE = replace(GPT3_STYLE, **TABLE["llama style"])
 
 
 def tiny_config(layout: str = "samoe", **options: Any) -> PretrainConfig:
@@ -47,14 +48,13 @@ def with_options(config: PretrainConfig, **options: Any) -> PretrainConfig:
 
 
 def with_layout(config: PretrainConfig, **sizes: Any) -> PretrainConfig:
-    """Returns the configuration with a parallel layout: tp, cp, comm (of cp), pp, vpp (layers per virtual stage), ep, etp, sp, zero."""
-    names = {
-        "tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "ep": "expert_model_parallel_size",
-        "etp": "expert_tensor_parallel_size", "vpp": "num_layers_per_virtual_pipeline_stage", "sp": "sequence_parallel",
-        "zero": "use_distributed_optimizer", "stages": "pipeline_model_parallel_layout", "schedule": "pipeline_schedule",
-        "overlap": "overlap_grad_reduce", "bucket": "ddp_bucket_size", "cp": "context_parallel_size", "comm": "cp_comm_type",
-    }  # fmt: skip
-    return replace(config, parallel=ParallelConfig(**{names[k]: v for k, v in sizes.items()}))
+    """Returns the configuration with a parallel layout: tp, cp, comm (of cp), pp, vpp (layers per virtual stage), ep, etp, sp, zero,
+    of which a dense model leaves out ep and etp; and the placement of a pool, if it has one."""
+    unused = {"pool"} if config.moe.expert_layout != "dense" else {"pool", "ep", "etp"}
+    parallel = ParallelConfig(**{SHORT_NAMES[k]: v for k, v in sizes.items() if k not in unused})
+    if config.moe.shares_experts and "pool" in sizes:
+        config = with_options(config, samoe_pool_placement=sizes["pool"])
+    return replace(config, parallel=parallel)
 
 
 def global_batch(config: PretrainConfig, step: int, batch_size: int = 8) -> dict[str, Tensor]:

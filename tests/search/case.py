@@ -30,36 +30,15 @@ BASE = with_options(tiny_config("dense"), micro_batch_size=1, mock_data=True)
 BASE_VALUES = {name: value for _, name, value, _, _ in all_options(BASE)}
 
 #: Groups of options that are not drawn, and single ones of the others.
-LEFT_OUT = {
-    "data": "batches come from the tests' harness",
-    "distillation": "a teacher is a checkpoint",
-    "checkpoint": "nothing is saved or loaded",
-    "logging": "nothing is logged",
-    **dict.fromkeys(("elastic", "distributed_backend", "preflight", "preflight_calibration", "distributed_timeout_minutes",
-                     "num_threads"),
-                    "says how ranks start, which the tests' harness does itself"),
-    **dict.fromkeys(("train_iters", "exit_interval", "exit_duration_in_mins", "eval_interval", "eval_iters",
-                     "full_validation", "skip_train", "spike_window", "spike_sigmas", "skip_spikes",
-                     "pool_replica_check_interval"), "is read by the loop around the steps, which are trained alone"),
-    **dict.fromkeys(("train_samples", "rampup_batch_size", "lr_decay_samples", "lr_wsd_decay_samples",
-                     "lr_warmup_samples"), "counts samples, which steps of one size do not show"),
-    **dict.fromkeys(("fp16", "loss_scale", "initial_loss_scale", "moe_hierarchical_all_to_all"), "needs CUDA"),
-    "attention_dropout": "is drawn by fused kernels, in an order that depends on the layout",
-    "adam_eps": "is the harness's own, so that weights can be compared",
-    **dict.fromkeys(("bf16", "muon_ns_dtype"), "rounds as coarsely as a fault"),
-}  # fmt: skip
+LEFT_OUT = {name: reason for reason, names in table(__file__)["left out"].items() for name in names}
 
 #: Values where a type says too little, or would make models that are no longer tiny or learn nothing.
 VALUES: dict[str, tuple[Any, ...]] = table(__file__)["values"]
 
 #: Drawn more often than one option in a hundred would be.
 FREQUENT = (
-    "expert_sharing",
-    "optimizer",
-    "moe_router_score_function",
-    "moe_router_topk",
-    "num_experts",
-    "samoe_combine",
+    *("expert_sharing", "optimizer", "num_experts", "samoe_combine"),
+    *("moe_router_score_function", "moe_router_topk"),
 )
 #: Trials of an option before it is given up.
 TRIALS = 8

@@ -17,7 +17,6 @@ from megatron_samoe import children
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.decode_bytes import expected_distinct_experts, step_bytes
 from megatron_samoe.inference.engine import Precision, Serving
-from megatron_samoe.inference.weight_memory import ask_for_huge_pages
 from tools.benchmarks.contestants import (
     WORKERS,
     Contestant,
@@ -30,34 +29,14 @@ from tools.benchmarks.contestants import (
     label,
     started,
 )
-from tools.benchmarks.harness import DTYPES, Row, Rows, Times, Variants, medians_of, seconds_of
+from tools.benchmarks.harness import DTYPES, Row, Rows
+from tools.benchmarks.memory import Memory
 
 #: Columns of the table; the JSON file has all.
 SHOWN = (
     "dtype contestant serving batch prompt ms_per_token tokens_per_s prefill_ms experts_hit experts_expected read_mb floor_ms "
     "share_of_floor same_tokens"
 ).split()
-
-
-class Memory:
-    """Reading a buffer far larger than the caches, on huge pages as the engine's weights are, by functions of torch."""
-
-    def __init__(self) -> None:
-        x = torch.ones(1 << 15, 1 << 13)  # 1 GiB
-        ask_for_huge_pages([x])
-        vector = torch.ones(1 << 13)
-        self._num_bytes = x.nbytes
-        self._reads: Variants = {"sum": x.sum, "max": x.max, "matrix-vector": lambda: torch.mv(x, vector)}
-        self._times: Times = {name: [] for name in self._reads}
-
-    def read(self) -> None:
-        """Reads once in each way."""
-        for name, read in self._reads.items():
-            self._times[name].append(seconds_of(read))
-
-    def bandwidth(self) -> float:
-        """Returns bytes/s of the fastest way."""
-        return self._num_bytes / min(medians_of(self._times).values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +110,7 @@ class Decode(ServingBenchmark):
     def _rows(self, contestants: Sequence[Contestant], first_checkpoint: Path) -> Rows:
         """Runs the contestants of one precision in turn and returns a row for each of their batches and lengths."""
         results: dict[tuple[str, Pair], Rows] = {}
-        memory = Memory()
+        memory = Memory(contestants[0].spec["threads"])
         with started(contestants) as workers:
             ours = [worker for worker in workers if worker.is_ours]
             counted = {(w.name, pair): w.measure(*pair, self.new_tokens, 1) for w in ours for pair in self.pairs}

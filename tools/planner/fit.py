@@ -48,6 +48,7 @@ def planned(row: Row, constants: Mapping[str, float] = FITTED) -> float:
     config = config_of(row)
     recipe: dict[str, Any] = {"precision": row.precision, "graphs": row.graphs, "overlaps": True}
     recipe |= {"overlaps_experts": row.overlaps_experts, "sends_once": row.dispatcher == "flex"}
+    recipe |= {"expert_row_bytes": row.expert_row_bytes}
     cluster = gpu_cluster(row.gpu, row.gpus, **recipe, constants=constants)
     assert config.data.vocab_size is not None
     return row.gbs * row.seq / step_cost(config, config.data.vocab_size, cluster).step_s / row.gpus

@@ -12,10 +12,8 @@ from tests.harness.layout_training import MODELS, train
 from tests.harness.tiny import tiny_config
 
 #: The models of the parity table that differ from others in such options, and whether these learn something.
-LEARN = {
-    "window": False, "sinks and cap": True, "olmoe": True, "granite": False, "neox": False, "all of attention": True,
-    "latent": True, "latent plain": True, "off by one": False,
-}  # fmt: skip
+LEARN = dict.fromkeys(("sinks and cap", "olmoe", "all of attention", "latent", "latent plain"), True)
+LEARN |= dict.fromkeys(("window", "granite", "neox", "off by one"), False)
 
 
 @pytest.mark.parametrize("model", LEARN)

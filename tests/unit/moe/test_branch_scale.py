@@ -44,8 +44,8 @@ def dense_rms(**options: Any) -> float:
 @pytest.mark.parametrize("topk", [1, 2, 8])
 @pytest.mark.parametrize("experts", [8, 64])
 def test_an_moe_layer_begins_as_strong_as_the_dense_mlp(experts: int, topk: int, function: str, layout: str) -> None:
-    options = {"ffn_hidden_size": 256, "num_experts": experts, "moe_router_topk": topk,
-               "moe_router_score_function": function}  # fmt: skip
+    routing = {"num_experts": experts, "moe_router_topk": topk, "moe_router_score_function": function}
+    options = {"ffn_hidden_size": 256, **routing}
     dense = dense_rms()
     assert branch_rms(layout, **options) == pytest.approx(dense, rel=0.1)
     without = branch_rms(layout, **options, moe_scale_output_init=False)

@@ -18,10 +18,8 @@ from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
 from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config
 
-LOCKED: dict[str, Any] = {
-    "layout": "moe", "expert_sharing": "pool", "num_experts": 16, "moe_router_topk": 2, "pool_lock_step": 2,
-    "pool_lock_anneal_steps": 2,
-}  # fmt: skip
+LOCKED: dict[str, Any] = {"layout": "moe", "expert_sharing": "pool", "num_experts": 16, "moe_router_topk": 2}
+LOCKED |= {"pool_lock_step": 2, "pool_lock_anneal_steps": 2}
 
 
 def test_neighbours_open_after_a_layers_own() -> None:
@@ -40,8 +38,8 @@ def test_neighbours_open_after_a_layers_own() -> None:
 
 def test_neighbours_are_drawn_anew_until_all_are_open() -> None:
     """N + floor((r - 1) N (t - s) / (e - s)) of r N experts in step t, between the steps s and e: ReXMoE's equation 6."""
-    config = MoEConfig("moe", "neighbours", num_experts=4, num_neighbour_layers=2, neighbour_unmask_steps=8,
-                       neighbour_unmask_start=3, neighbour_unmask_order="random")  # fmt: skip
+    drawn = {"neighbour_unmask_steps": 8, "neighbour_unmask_start": 3, "neighbour_unmask_order": "random"}
+    config = MoEConfig("moe", "neighbours", num_experts=4, num_neighbour_layers=2, **drawn)
     schedule = NeighbourSchedule(config)
     factors_E = {layer: schedule.start(layer, 8) for layer in range(2)}
     opened = {0: [factors_E[0].clone()], 1: [factors_E[1].clone()]}
@@ -104,8 +102,8 @@ def test_a_lock_is_decided_once_and_annealed(score_function: Any) -> None:
 
 def test_steps_vote_for_owners_also_across_a_checkpoint(tmp_path: Path) -> None:
     """Three steps vote, of which a run that is interrupted has saved two."""
-    config = tiny_config(**{**LOCKED, "pool_lock_step": 4}, pool_lock_vote_steps=3, pool_lock_entropy_coeff=0.1, lr=0.03,
-                         save=str(tmp_path), load=str(tmp_path))  # fmt: skip
+    voted = {**LOCKED, "pool_lock_step": 4, "pool_lock_vote_steps": 3, "pool_lock_entropy_coeff": 0.1}
+    config = tiny_config(**voted, lr=0.03, save=str(tmp_path), load=str(tmp_path))
     whole = build_setup(config, VOCAB_SIZE, single_process_state())
     state, counts = initial_state(whole), []
     for step in range(6):
@@ -171,8 +169,9 @@ def test_a_run_from_trained_weights_takes_no_decision_back() -> None:
 
 
 def test_biases_of_closed_experts_wait() -> None:
-    config = tiny_config("moe", expert_sharing="neighbours", num_experts=2, moe_router_topk=1, neighbour_unmask_steps=10,
-                         moe_router_enable_expert_bias=True, moe_router_bias_update_rate=0.5)  # fmt: skip
+    neighbours = {"expert_sharing": "neighbours", "num_experts": 2, "neighbour_unmask_steps": 10}
+    biases = {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.5}
+    config = tiny_config("moe", moe_router_topk=1, **neighbours, **biases)
     setup = build_setup(config, VOCAB_SIZE, single_process_state())
     router = setup.model.moe_layers()[0].moe.router
     router.after_step(torch.tensor([30.0, 10.0, 0.0, 0.0]), torch.tensor(1.0))

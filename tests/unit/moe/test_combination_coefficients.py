@@ -51,10 +51,8 @@ def test_uniform_start_has_noise_that_differs_by_layer() -> None:
 @pytest.mark.parametrize("normalization", ["none", "l2", "softmax"])
 @pytest.mark.parametrize("init", ["cyclic", "block", "uniform"])
 def test_combined_experts_begin_with_the_spread_of_normal_ones(normalization: str, init: str) -> None:
-    config = tiny_config(
-        num_expert_banks=3, samoe_normalization=normalization, samoe_init=init, moe_ffn_hidden_size=256, hidden_size=64,
-        moe_scale_output_init=False,
-    )  # fmt: skip
+    sizes = {"moe_ffn_hidden_size": 256, "hidden_size": 64, "num_expert_banks": 3}
+    config = tiny_config(**sizes, samoe_normalization=normalization, samoe_init=init, moe_scale_output_init=False)
     model = build_model(config, VOCAB_SIZE, single_process_state())
     pool = model.expert_pool["combined"]
     for name, std in (("w1", 0.02), ("w2", 0.02 / 8**0.5)):

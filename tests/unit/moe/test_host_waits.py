@@ -30,6 +30,8 @@ READS: dict[str, Callable[[torch.Tensor], object]] = {
     "_local_scalar_dense": lambda x: torch.ops.aten._local_scalar_dense(x[0]),
 }
 
+BIASES = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+
 
 @pytest.mark.parametrize("kind", READS)
 def test_each_kind_of_wait_is_counted_once(kind: str) -> None:
@@ -68,14 +70,13 @@ def test_a_layer_waits_for_nothing_and_a_step_once(
 @pytest.mark.parametrize(
     "options",
     [
-        {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "moe_router_num_groups": 2,
-         "moe_router_group_topk": 1},
+        {**BIASES, "moe_router_num_groups": 2, "moe_router_group_topk": 1},
         {"moe_shared_expert_intermediate_size": 16, "moe_z_loss_coeff": 0.01, "moe_input_jitter_eps": 0.05},
         {"eod_mask_loss": True, "recompute_granularity": "full"},
         {"moe_router_load_balancing_type": "seq_aux_loss", "hidden_dropout": 0.1},
     ],
     ids=["biases", "shared expert", "masked tokens", "dropout"],
-)  # fmt: skip
+)
 def test_options_add_no_wait(options: dict[str, Any]) -> None:
     found = figures("moe", "gelu", **options)
     assert found.totals == (0, 0, 1), found

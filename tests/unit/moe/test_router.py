@@ -174,10 +174,8 @@ def expected_balance(router: Router, x: Tensor, ids_TK: Tensor, group: int) -> T
 @pytest.mark.parametrize("function", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("kind, group", [("seq_aux_loss", None), ("aux_loss", None), ("aux_loss", 1), ("aux_loss", B)])
 def test_balance_loss_over_groups_of_sequences(kind: Any, group: int | None, function: Any) -> None:
-    config = replace(
-        QUIET, moe_aux_loss_coeff=0.3, moe_router_topk=2, moe_router_score_function=function,
-        moe_router_load_balancing_type=kind, moe_aux_loss_group_size=group,
-    )  # fmt: skip
+    balance = {"moe_router_load_balancing_type": kind, "moe_aux_loss_group_size": group, "moe_aux_loss_coeff": 0.3}
+    config = replace(QUIET, moe_router_topk=2, moe_router_score_function=function, **balance)
     router, x = make_router(config), inputs()
     gradient, routing = gradient_of_auxiliary_loss(router, x, training_context(tokens_per_step=4 * T))
     balance = expected_balance(router, x, routing.ids_TK, group or 1)

@@ -69,10 +69,8 @@ def combined(banks: dict[str, Tensor], raw: Sequence[Tensor], kind: str) -> dict
 def test_gradients_equal_autograds_over_four_micro_batches(
     combine: Any, normalization: Any, granularity: Any, activation: Any, bias: bool
 ) -> None:
-    config = MoEConfig(
-        expert_layout="samoe", num_experts=E, num_expert_banks=P, samoe_combine=combine,
-        samoe_normalization=normalization, samoe_granularity=granularity,
-    )  # fmt: skip
+    ways = {"samoe_combine": combine, "samoe_normalization": normalization, "samoe_granularity": granularity}
+    config = MoEConfig(expert_layout="samoe", num_experts=E, num_expert_banks=P, **ways)
     torch.manual_seed(3)
     shape = ExpertShape(E, H, FFN, activation, bias)
     context = SharingContext(

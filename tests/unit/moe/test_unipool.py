@@ -22,10 +22,8 @@ from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients, train_step
 from tests.harness.tiny import VOCAB_SIZE, global_batch, micro_batches, tiny_config
 
-POOL: dict[str, Any] = {
-    "layout": "moe", "expert_sharing": "pool", "num_experts": 8, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.3,
-    "moe_router_score_function": "norm", "moe_router_init_method_std": 0.3,
-}  # fmt: skip
+POOL: dict[str, Any] = {"layout": "moe", "expert_sharing": "pool", "num_experts": 8, "moe_aux_loss_coeff": 0.3}
+POOL |= {"moe_router_topk": 2, "moe_router_score_function": "norm", "moe_router_init_method_std": 0.3}
 
 
 def plain_expert(x_TH: Tensor, pool: dict[str, Tensor], e: int) -> Tensor:
@@ -72,8 +70,9 @@ def test_a_pool_has_the_gradients_of_a_plain_model(
     recompute: Any, steps_done: int, grown: float, group: int | None
 ) -> None:
     """The entropy loss has its weight from the step of the lock on."""
-    config = tiny_config(**POOL, recompute_granularity=recompute, pool_lock_step=4, pool_lock_anneal_steps=4,
-                         pool_lock_entropy_coeff=0.7, pool_lock_entropy_group_size=group, micro_batch_size=4)  # fmt: skip
+    lock = {"pool_lock_step": 4, "pool_lock_anneal_steps": 4}
+    lock |= {"pool_lock_entropy_coeff": 0.7, "pool_lock_entropy_group_size": group}
+    config = tiny_config(**POOL, **lock, recompute_granularity=recompute, micro_batch_size=4)
     setup = build_setup(config, VOCAB_SIZE, single_process_state(), torch.float64)
     state = replace(initial_state(setup), iteration=steps_done)
     compute_gradients(setup, state, micro_batches(setup, 0))
@@ -103,8 +102,8 @@ def test_balance_of_a_pool_lets_layers_prefer_experts() -> None:
 
 
 def test_biases_follow_the_loads_of_a_step_and_do_not_weigh() -> None:
-    config = tiny_config("moe", moe_router_topk=2, moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True,
-                         moe_router_bias_update_rate=0.25)  # fmt: skip
+    biases = {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.25}
+    config = tiny_config("moe", moe_router_topk=2, moe_router_score_function="sigmoid", **biases)
     setup = build_setup(config, VOCAB_SIZE, single_process_state(), torch.float64)
     state = initial_state(setup)
     result, state = train_step(setup, state, micro_batches(setup, 0))

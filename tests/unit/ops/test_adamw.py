@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw, serves
 from tests.harness.extension_off import without_extension
-from tests.harness.op_checks import RATES, adamw_runs, check_adamw, set_gradients
+from tests.harness.op_checks import RATES, adamw_runs, check_adamw, set_gradients, threads_of_torch
 
 SIZES = [0, 1, 7, 16, 513, 40_000]
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
@@ -28,16 +28,12 @@ def test_steps_equal_torchs(dtype: torch.dtype, tolerance: float) -> None:
 
 @needs_library
 def test_the_twin_and_any_number_of_threads_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.get_num_threads()
     results: list[list[Tensor]] = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3):
+        with threads_of_torch(threads):
             runs = adamw_runs(SIZES, torch.float32, bf16_weights=True)
             steps(runs, 3)
             results.append([run.master for run in runs])
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     without_extension(monkeypatch)

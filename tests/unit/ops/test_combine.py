@@ -9,6 +9,7 @@ from megatron_samoe.ops import combine_chunks, reference
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.runtime.reference_checks import check_combine, combine_inputs
 from tests.harness.host_waits import as_if_asynchronous
+from tests.harness.op_checks import threads_of_torch
 
 
 @pytest.mark.parametrize("num_elements", [0, 1, 7, 257, 1024, 17_000])
@@ -105,15 +106,11 @@ def test_the_gradients_are_those_of_autograd_in_double():
 
 def test_the_result_does_not_depend_on_threads():
     arguments = combine_inputs(4, 2, 4, 50_000)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for num_threads in (1, 2, 3):
-            torch.set_num_threads(num_threads)
+    for threads in (1, 2, 3):
+        with threads_of_torch(threads):
             dbanks = torch.zeros_like(arguments[1])
             results.append((combine_banks(*arguments[:2]), combine_banks_backward(*arguments, dbanks), dbanks))
-    finally:
-        torch.set_num_threads(threads)
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-6, atol=1e-4)
         assert torch.equal(result[0], results[0][0])

@@ -150,16 +150,3 @@ def test_both_backends_refuse_in_the_same_words(library: Any) -> None:
         with pytest.raises(of_cpu.type) as of_cuda:
             theirs()
         assert str(of_cuda.value) == str(of_cpu.value), number
-
-
-def test_the_ops_write_what_their_schemas_say(library: Any) -> None:
-    """torch's own check of aliasing and mutation."""
-    a, t, w = (torch.randn(shape) for shape in ((3, 2, 4), (4, 2, 8), (3, 2, 8)))
-    calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (library.topk_gate, (torch.randn(8, 4), 2, True, False, 2)),
-        (library.make_permutation, (torch.tensor([[0, 1], [3, -1]]), 4)),
-        (library.combine_banks, (a, t, w)),
-        (library.combine_banks_backward, (a, t, w, torch.zeros_like(t))),
-    ]
-    for op, arguments in calls:
-        torch.library.opcheck(op.default, arguments, test_utils=("test_schema",))

@@ -86,8 +86,8 @@ def test_a_models_logits(name: str, serving: Any, library: Any, monkeypatch: pyt
         assert f"{emulated_cuda.NAMESPACE}::{op}" in seen, op
 
 
-def _refusals() -> list[tuple[str, Callable[[], Any]]]:
-    """Calls with something wrong, and what is said."""
+def _refusals() -> dict[str, Callable[[], Any]]:
+    """Calls with something wrong, by what is said."""
     x, out = normal(1, 2, 8), torch.empty(2, 4)
     stack, norm = make_experts(8, 6, 2, 2, "fp32", True, False), make_norm(8, True, False)
     routing, room = Routing(normal(3, 2, 8), ChoiceRule(1)), torch.empty(4096)
@@ -96,25 +96,24 @@ def _refusals() -> list[tuple[str, Callable[[], Any]]]:
     zeros = torch.zeros(2, dtype=torch.int32)
     places = Places(zeros, zeros, torch.zeros(1, 1, dtype=torch.int32))
     bank = stored(normal(1, 3, 8), "fp32")
-    return [
-        ("w is .*, not 4 x 8", lambda: decode.linear(x, stored(normal(2, 4, 9), "fp32"), None, out)),
-        ("int8 weights, and they alone, have scales",
-         lambda: decode.linear(x, Weight(torch.zeros(4, 8, dtype=torch.int8)), None, out)),
-        ("w is Half", lambda: decode.linear(x, Weight(torch.zeros(4, 8).half()), None, out)),
-        ("x is not contiguous", lambda: decode.linear(normal(1, 8, 2).t(), bank, None, out)),
-        ("scratch is too small", lambda: decode.mlp_block(x, norm, routing, stack, torch.empty(8))),
-        (r"index2 is \[2\], not \[3\]",
-         lambda: decode.mlp_block(x, norm, routing, replace(stack, index1_E=torch.zeros(3, dtype=torch.int64)), room)),
-        (r"slots is \[1\], not \[2\]",
-         lambda: decode.attention_block(x, layer, replace(places, slots_T=zeros[:1]), room)),
-        ("a head of 260, of at most 256 on a GPU",
-         lambda: decode.attention_block(x, wide, places, torch.empty(9999))),
-        ("65 banks, of at most 64 on a GPU",
-         lambda: decode.combine_rows([bank] * 65, torch.ones(65), stored(normal(1, 3, 8), "fp32"))),
-    ]  # fmt: skip
+    unscaled, longer = Weight(torch.zeros(4, 8, dtype=torch.int8)), replace(stack, index1_E=torch.zeros(3).long())
+    wide_weight, half = stored(normal(2, 4, 9), "fp32"), Weight(torch.zeros(4, 8).half())
+    return {
+        "w is .*, not 4 x 8": lambda: decode.linear(x, wide_weight, None, out),
+        "int8 weights, and they alone, have scales": lambda: decode.linear(x, unscaled, None, out),
+        "w is Half": lambda: decode.linear(x, half, None, out),
+        "x is not contiguous": lambda: decode.linear(normal(1, 8, 2).t(), bank, None, out),
+        "scratch is too small": lambda: decode.mlp_block(x, norm, routing, stack, torch.empty(8)),
+        r"index2 is \[2\], not \[3\]": lambda: decode.mlp_block(x, norm, routing, longer, room),
+        r"slots is \[1\], not \[2\]": lambda: decode.attention_block(
+            x, layer, replace(places, slots_T=zeros[:1]), room
+        ),
+        "a head of 260, of at most 256": lambda: decode.attention_block(x, wide, places, torch.empty(9999)),
+        "65 banks, of at most 64 on a GPU": lambda: decode.combine_rows([bank] * 65, torch.ones(65), bank),
+    }
 
 
 def test_what_is_refused(emulated: Any) -> None:
-    for said, call in _refusals():
+    for said, call in _refusals().items():
         with pytest.raises(RuntimeError, match=said):
             call()

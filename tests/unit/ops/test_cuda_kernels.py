@@ -46,11 +46,15 @@ def test_emulated_kernels_agree_with_the_cpu_kernels(tmp_path: Path) -> None:
 #: Least share of a multiprocessor's 2,048 threads that a kernel's registers leave room for; others: half. The gate keeps
 #: few bytes moving, and the combination and its backward have several wide loads on their way in each thread.
 LEAST_OCCUPANCY = {
-    "combine_kernel": 0.375, "combine_backward_kernel": 0.125, "gate_runs": 0.375, "attend": 0.25, "product_kernel": 0.25,
-}  # fmt: skip
+    "combine_backward_kernel": 0.125,
+    **dict.fromkeys(("attend", "product_kernel"), 0.25),
+    **dict.fromkeys(("combine_kernel", "gate_runs"), 0.375),
+}
 #: Kernels whose variant for aligned rows reads 16 bytes at a time, and writes as many.
-WIDE = ("combine_kernel", "gather_rows_kernel", "unpermute_kernel", "unpermute_backward_kernel", "swiglu_kernel",
-        "swiglu_backward_kernel")  # fmt: skip
+WIDE = [
+    f"{name}_kernel"
+    for name in ("combine", "gather_rows", "unpermute", "unpermute_backward", "swiglu", "swiglu_backward")
+]
 REGISTERS, THREADS = 65536, 2048
 
 

@@ -17,6 +17,7 @@ from megatron_samoe.ops.decode import stored
 from megatron_samoe.ops.decode_parts import PAGE, AttentionLayer, ExpertStack, Norm, Places, Routing, Weight
 from megatron_samoe.ops.topk_gate import ChoiceRule
 from tests.harness.extension_off import without_extension
+from tests.harness.op_checks import threads_of_torch
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 TYPES = ("fp32", "bf16", "int8")
@@ -107,16 +108,10 @@ def test_linear(way, kind, tokens, inputs, outputs):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_long_rows_on_two_threads(way, kind):
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        weight, x = (
-            stored(normal(1, 300, 2048) * 2048**-0.5, kind),
-            normal(2, 5, 2048) * torch.logspace(-4, 4, 5)[:, None],
-        )
+    weight = stored(normal(1, 300, 2048) * 2048**-0.5, kind)
+    x = normal(2, 5, 2048) * torch.logspace(-4, 4, 5)[:, None]
+    with threads_of_torch(2):
         out = decode.linear(x, weight, None, torch.empty(5, 300))
-    finally:
-        torch.set_num_threads(before)
     # Every row to the precision of its own numbers.
     exact = (x.bfloat16() if rounds(kind, way) else x).double() @ weight.dequantized().double().t()
     bound = 2**-8 if rounds(kind, way) and way == "blas" else 3e-6
@@ -196,16 +191,12 @@ def test_experts_on_more_threads(way, kind):
     hidden, ffn, tokens, experts = 36, 75, 400, 5
     stack, norm = make_experts(hidden, ffn, experts, experts, kind, True, False), make_norm(hidden, True, False)
     router = normal(12, experts, hidden) * torch.tensor([9.0, 1, 1, 1, 1])[:, None]
-    x, found, before = normal(13, tokens, hidden), [], torch.get_num_threads()
+    x, found = normal(13, tokens, hidden), []
     for threads in (1, 3):
-        torch.set_num_threads(threads)
-        try:
-            out = x.clone()
+        with threads_of_torch(threads):
+            found.append(x.clone())
             scratch = torch.empty(decode.mlp_scratch(tokens, hidden, ffn, 2, experts))
-            decode.mlp_block(out, norm, Routing(router, ChoiceRule(2)), stack, scratch)
-            found.append(out)
-        finally:
-            torch.set_num_threads(before)
+            decode.mlp_block(found[-1], norm, Routing(router, ChoiceRule(2)), stack, scratch)
     if way == "streamed" or kind == "int8" or (way, kind) == ("native", "bf16"):
         assert torch.equal(*found)
     else:

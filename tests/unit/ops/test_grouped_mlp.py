@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +14,13 @@ from torch import Tensor
 from megatron_samoe.ops import cpu_products, extension
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
 from tests.harness.extension_off import without_extension
-from tests.harness.op_checks import check_grouped_mlp, expert_weights, grouped_mlp_reference, routed_rows
+from tests.harness.op_checks import (
+    check_grouped_mlp,
+    expert_weights,
+    grouped_mlp_reference,
+    routed_rows,
+    threads_of_torch,
+)
 
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 DTYPES = [(torch.float64, 1e-11), (torch.float32, 2e-5), (torch.bfloat16, 4e-2)]
@@ -45,11 +51,12 @@ def test_output_and_gradients_equal_autograds(
     check_grouped_mlp(rows, F, H, activation, bias, dtype, tolerance, main_grads)
 
 
+SIZES = st.integers(1, 9)
+ROWS = st.lists(st.integers(0, 9), min_size=1, max_size=6)
+
+
 @settings(deadline=None, max_examples=40)
-@given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 9), st.integers(1, 9),
-    st.sampled_from(["gelu", "swiglu"]), st.booleans(), st.booleans(),
-)  # fmt: skip
+@given(ROWS, SIZES, SIZES, st.sampled_from(["gelu", "swiglu"]), st.booleans(), st.booleans())
 def test_any_shape(rows: list[int], F: int, H: int, activation: str, bias: bool, main_grads: bool) -> None:
     torch.manual_seed(1)
     check_grouped_mlp(rows, F, H, activation, bias, torch.float64, 1e-11, main_grads)
@@ -111,30 +118,22 @@ def test_routed_tokens_on_several_threads(
     num_tokens: int, topk: int, activation: str, threads: int, bf16_products: str
 ) -> None:
     """Few threads and large experts are divided by rows; all sizes are no multiple of a vector."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        torch.manual_seed(5)
-        rows = routed_rows(num_tokens, topk, 9, seed=num_tokens + topk)
+    torch.manual_seed(5)
+    rows = routed_rows(num_tokens, topk, 9, seed=num_tokens + topk)
+    with threads_of_torch(threads):
         for dtype, tolerance in DTYPES[1:]:
             if dtype == torch.bfloat16 or bf16_products == "fp32":
                 check_grouped_mlp(rows, 70, 45, activation, threads != 2, dtype, tolerance, main_grads=True)
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_library
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("rows", [[0, 0, 600], [600], [300, 0, 301, 3], [2101]], ids=str)
 def test_all_tokens_to_one_expert(rows: list[int], activation: str) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        torch.manual_seed(6)
+    torch.manual_seed(6)
+    with threads_of_torch(2):
         for dtype, tolerance in DTYPES[1:]:
             check_grouped_mlp(rows, 190, 70, activation, True, dtype, tolerance, main_grads=True)
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_library
@@ -148,26 +147,25 @@ def test_bf16_weight_gradients_are_not_rounded(bf16_products: str) -> None:
     assert (grads.w2 == 2056).all()
 
 
+def assert_same_bits(dtype: torch.dtype, rows: list[int], activation: Any, threads: Sequence[int]) -> None:
+    """Asserts that a result and all gradients are the same on these numbers of threads."""
+    torch.manual_seed(7)
+    weights = expert_weights(len(rows), 290, 60, activation, True, dtype).map(Tensor.detach)
+    x, dy = torch.randn(sum(rows), 60).to(dtype).requires_grad_(), torch.randn(sum(rows), 60).to(dtype)
+    results = []
+    for number in threads:
+        grads = weights.map(lambda t: torch.zeros_like(t, dtype=torch.float32))
+        with threads_of_torch(number):
+            y = grouped_mlp(x, rows, weights, activation, grads)
+            (dx,) = torch.autograd.grad(y, x, dy)
+        results.append([y.detach(), dx, *(g for _, g in grads.items())])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 @needs_library
 def test_repeated_calls_give_the_same_bits() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        torch.manual_seed(7)
-        rows = [400, 3, 0, 90, 41]
-        weights = expert_weights(5, 130, 60, "swiglu", True, torch.float32).map(Tensor.detach)
-        x, dy = torch.randn(sum(rows), 60), torch.randn(sum(rows), 60)
-        results = []
-        for _ in range(4):
-            grads = weights.map(torch.zeros_like)
-            x.requires_grad_().grad = None
-            y = grouped_mlp(x, rows, weights, "swiglu", grads)
-            y.backward(dy)
-            results.append([y.detach(), x.grad.clone(), *(g for _, g in grads.items())])
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    assert_same_bits(torch.float32, [400, 3, 0, 90, 41], "swiglu", [2] * 4)
 
 
 @needs_library
@@ -176,24 +174,7 @@ def test_repeated_calls_give_the_same_bits() -> None:
 @pytest.mark.parametrize("rows", [[400, 3, 0, 90, 41], [700, 2], [130, 120, 140, 125]], ids=str)
 def test_the_number_of_threads_changes_no_bit_of_bf16(rows: list[int]) -> None:
     """However many threads share an expert, each sum is made in one order."""
-    before = torch.get_num_threads()
-    torch.manual_seed(8)
-    weights = expert_weights(len(rows), 290, 60, "gelu", True, torch.bfloat16).map(Tensor.detach)
-    x, dy = torch.randn(sum(rows), 60).bfloat16().requires_grad_(), torch.randn(sum(rows), 60).bfloat16()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            grads = weights.map(lambda t: torch.zeros_like(t, dtype=torch.float32))
-            x.grad = None
-            y = grouped_mlp(x, rows, weights, "gelu", grads)
-            y.backward(dy)
-            assert x.grad is not None
-            results.append([y.detach(), x.grad, *(g for _, g in grads.items())])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_bits(torch.bfloat16, rows, "gelu", (1, 2, 3))
 
 
 @needs_library

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_samoe.ops import reference
 from megatron_samoe.ops.permute import gather_rows, invert_index, make_permutation, permute, unpermute
 from megatron_samoe.runtime.reference_checks import check_rows, random_ids
+from tests.harness.op_checks import threads_of_torch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -54,19 +55,11 @@ def test_the_permutation_is_a_stable_sort(num_experts, slots, topk):
 
 def test_a_large_permutation_cut_over_threads_equals_the_twin():
     ids_TK = random_ids(60_000, 2, 16, True, 2)
-    threads = torch.get_num_threads()
-    try:
-        for num_threads in (1, 2, 5):
-            torch.set_num_threads(num_threads)
-            permutation = make_permutation(ids_TK, 16)
-            for got, expected in zip(
-                (permutation.slot_of_row_N, permutation.row_of_slot_TK, permutation.counts_E, permutation.ends_E),
-                reference.make_permutation(ids_TK, 16),
-                strict=True,
-            ):
-                assert torch.equal(got, expected)
-    finally:
-        torch.set_num_threads(threads)
+    for threads in (1, 2, 5):
+        with threads_of_torch(threads):
+            made = make_permutation(ids_TK, 16)
+        found = made.slot_of_row_N, made.row_of_slot_TK, made.counts_E, made.ends_E
+        assert all(map(torch.equal, found, reference.make_permutation(ids_TK, 16)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,81 +12,24 @@ from megatron_samoe.ops import extension, schemas
 from megatron_samoe.parallel_state.state import Group
 from megatron_samoe.row_exchange import all_to_all
 from megatron_samoe.row_exchange.all_to_all import all_to_all_rows
-from tests.harness.op_checks import cross_entropy_inputs, expert_weights
+from tests.harness import emulated_cuda
+from tests.harness.well_formed_calls import CALLS
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
-
-IDS_TK = torch.tensor([[0, 1], [3, -1], [1, 2]])
-LOGITS_TE = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+NAMES = list(schemas.SCHEMAS)
 
 
-def _rows() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    slot_of_row_N, row_of_slot_TK, *_ = torch.ops.megatron_samoe.make_permutation(IDS_TK, 4)
-    return torch.randn(3, 5), torch.randn(5, 5), torch.rand(3, 2), slot_of_row_N, row_of_slot_TK
-
-
-def _gate_gradient() -> tuple[Any, ...]:
-    probs_TK, ids_TK, _, score_sum_GE, z_sum, logsumexp_T = torch.ops.megatron_samoe.topk_gate(
-        LOGITS_TE, 2, True, False, 2
-    )
-    gradients = torch.rand_like(probs_TK), torch.rand_like(score_sum_GE), torch.rand_like(z_sum)
-    return LOGITS_TE, logsumexp_T, probs_TK, ids_TK, *gradients, True, False, 2
-
-
-def _combination() -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(3, 2, 4), torch.randn(4, 2, 8), torch.randn(3, 2, 8)
-
-
-def _experts() -> tuple[Any, ...]:
-    w = expert_weights(2, 4, 3, "swiglu", True, torch.float32).map(Tensor.detach)
-    return torch.randn(5, 3), [2, 3], w.w1, w.w2, w.b1, w.b2
-
-
-def _experts_gradient() -> tuple[Any, ...]:
-    x, rows, w1, w2, b1, b2 = _experts()
-    gradients = [torch.zeros_like(t) for t in (w1, w2, b1, b2)]
-    return x, x, torch.randn(5, 8), rows, w1, w2, b1, True, *gradients
-
-
-def _adamw() -> tuple[Any, ...]:
-    masters = [torch.rand(5) for _ in range(4)]
-    return masters[:1], [torch.zeros(5).bfloat16()], *([m] for m in masters[1:]), 0.1, 0.9, 0.95, 1e-8, 0.0, 1, 1.0
-
-
-def _cross_entropy_gradient() -> tuple[Any, ...]:
-    logits_TV, labels_T, dloss_T = cross_entropy_inputs(5, 20, 0, 0)
-    return logits_TV, labels_T, 0, torch.ones(5), dloss_T
-
-
-CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
-    "topk_gate": lambda: (LOGITS_TE, 2, True, False, 2),
-    "topk_gate_backward": _gate_gradient,
-    "make_permutation": lambda: (IDS_TK, 4),
-    "permute": lambda: (_rows()[0], _rows()[3], 2),
-    "unpermute": lambda: (_rows()[1], _rows()[2], _rows()[4]),
-    "unpermute_backward": _rows,
-    "combine_banks": _combination,
-    "combine_banks_backward": lambda: (*_combination(), torch.zeros(4, 2, 8)),
-    "swiglu": lambda: (torch.randn(3, 8),),
-    "swiglu_backward": lambda: (torch.randn(3, 4), torch.randn(3, 8)),
-    "cross_entropy_parts": lambda: _cross_entropy_gradient()[:3],
-    "cross_entropy_backward": _cross_entropy_gradient,
-    "grouped_mlp": lambda: (*_experts(), True, True),
-    "grouped_mlp_backward": _experts_gradient,
-    "adamw": _adamw,
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", NAMES[1 : NAMES.index("decode_linear")])
 def test_a_training_op_is_what_it_says(name: str) -> None:
     # How many rows a permutation has is in the data, so its fake result cannot be compared.
     checks = ("test_schema",) if name == "make_permutation" else ("test_schema", "test_faketensor")
-    torch.library.opcheck(getattr(torch.ops.megatron_samoe, name).default, CALLS[name](), test_utils=checks)
+    for build in CALLS[name]:
+        torch.library.opcheck(getattr(torch.ops.megatron_samoe, name).default, build(), test_utils=checks)
 
 
-def test_every_training_op_is_checked() -> None:
-    names = list(schemas.SCHEMAS)
-    assert set(CALLS) == set(names[1 : names.index("decode_linear")])
+@pytest.mark.parametrize("name", emulated_cuda.TRAINING_OPS)
+def test_a_gpus_op_writes_what_its_schema_says(name: str, library: Any) -> None:
+    torch.library.opcheck(getattr(library, name).default, CALLS[name][0](), test_utils=("test_schema",))
 
 
 class _Echo:

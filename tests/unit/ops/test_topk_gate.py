@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_samoe.ops import extension, reference
 from megatron_samoe.ops.topk_gate import expert_choice, threshold_gate, topk_gate
 from megatron_samoe.runtime.reference_checks import check_gate
+from tests.harness.op_checks import threads_of_torch
 
 FLAVOURS = list(itertools.product(("softmax", "sigmoid"), (False, True)))
 
@@ -160,14 +161,10 @@ def test_under_recompute(use_reentrant):
 
 def test_the_result_does_not_depend_on_threads():
     logits_TE = torch.randn(4096, 64, generator=torch.Generator().manual_seed(1))
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for num_threads in (1, 2, 3):
-            torch.set_num_threads(num_threads)
+    for threads in (1, 2, 3):
+        with threads_of_torch(threads):
             results.append(topk_gate(logits_TE, 2, num_groups=4))
-    finally:
-        torch.set_num_threads(threads)
     for result in results[1:]:
         assert torch.equal(result.score_sum_GE, results[0].score_sum_GE) or not extension.available()
         assert torch.equal(result.probs_TK, results[0].probs_TK)

@@ -35,11 +35,22 @@ def _i(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
+def _ops() -> Any:
+    """Returns the compiled ops, or what is in their place."""
+    return torch.ops.megatron_samoe
+
+
 def _gate_backward(sigmoid: bool, pre_softmax: bool) -> Callable[[Tensor], Any]:
     f = torch.ones
-    return lambda ids: torch.ops.megatron_samoe.topk_gate_backward(
-        f(3, 4), f(3), f(3, 2), ids.view(3, 2), f(3, 2), f(1, 4), f(()), sigmoid, pre_softmax, 1
+    gradients = f(3, 2), f(1, 4), f(())
+    return lambda ids: _ops().topk_gate_backward(
+        f(3, 4), f(3), f(3, 2), ids.view(3, 2), *gradients, sigmoid, pre_softmax, 1
     )
+
+
+def _unpermute_backward(slots: Tensor, rows: Tensor) -> Any:
+    f = torch.ones
+    return _ops().unpermute_backward(f(2, 2), f(4, 2), f(2, 2), slots, rows.view(2, 2))
 
 
 def _attention(places: Places) -> Any:
@@ -61,28 +72,18 @@ INDICES: dict[str, tuple[Callable[[Tensor], Any], Tensor, int, int]] = {
         for s in (False, True)
         for p in (False, True)
     },
-    "make_permutation": (lambda i: torch.ops.megatron_samoe.make_permutation(i.view(2, 2), 3), _i(0, 2, -1, 1), -1, 3),
-    "permute": (lambda i: torch.ops.megatron_samoe.permute(torch.ones(4, 2), i, 1), _i(3, 0), 0, 4),
-    "permute, top-2": (lambda i: torch.ops.megatron_samoe.permute(torch.ones(4, 2), i, 2), _i(7, 0), 0, 8),
-    "unpermute": (
-        lambda i: torch.ops.megatron_samoe.unpermute(torch.ones(4, 2), None, i.view(2, 2)), _i(3, -1, 0, 1), -1, 4
-    ),
-    "unpermute_backward, rows": (
-        lambda i: torch.ops.megatron_samoe.unpermute_backward(
-            torch.ones(2, 2), torch.ones(4, 2), torch.ones(2, 2), _i(0, 1, 2, 3), i.view(2, 2)
-        ), _i(0, 1, 2, -1), -1, 4,
-    ),
-    "unpermute_backward, slots": (
-        lambda i: torch.ops.megatron_samoe.unpermute_backward(
-            torch.ones(2, 2), torch.ones(4, 2), torch.ones(2, 2), i, _i(0, 1, 2, 3).view(2, 2)
-        ), _i(0, 1, 2, 3), 0, 4,
-    ),
+    "make_permutation": (lambda i: _ops().make_permutation(i.view(2, 2), 3), _i(0, 2, -1, 1), -1, 3),
+    "permute": (lambda i: _ops().permute(torch.ones(4, 2), i, 1), _i(3, 0), 0, 4),
+    "permute, top-2": (lambda i: _ops().permute(torch.ones(4, 2), i, 2), _i(7, 0), 0, 8),
+    "unpermute": (lambda i: _ops().unpermute(torch.ones(4, 2), None, i.view(2, 2)), _i(3, -1, 0, 1), -1, 4),
+    "unpermute_backward, rows": (lambda i: _unpermute_backward(_i(0, 1, 2, 3), i), _i(0, 1, 2, -1), -1, 4),
+    "unpermute_backward, slots": (lambda i: _unpermute_backward(i, _i(0, 1, 2, 3)), _i(0, 1, 2, 3), 0, 4),
     "decoding, first weights": (lambda i: _experts(i, _i(0, 1)), _i(0, 1), 0, 2),
     "decoding, second weights": (lambda i: _experts(_i(0, 1), i), _i(0, 1), 0, 2),
     "decoding, positions": (lambda i: _attention(Places(i.int(), _ZEROS, _ZEROS[None, :1])), _i(0, 1), 0, 16),
     "decoding, slots": (lambda i: _attention(Places(_i(0, 1).int(), i.int(), _ZEROS[None, :1])), _i(0, 0), 0, 1),
     "decoding, pages": (lambda i: _attention(Places(_i(0, 1).int(), _ZEROS, i.int()[None])), _i(0, 1), 0, 2),
-}  # fmt: skip
+}
 
 
 def _check(name: str, said: str) -> None:

@@ -88,9 +88,11 @@ def test_apex_that_is_demanded_and_absent_is_named() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"layout": "dense"}, {"layout": "moe"}, {"layout": "samoe"},
-     {"layout": "moe", "expert_sharing": "pool", "num_experts": 8, "moe_router_score_function": "norm"}],
-)  # fmt: skip
+    [
+        *({"layout": layout} for layout in ("dense", "moe", "samoe")),
+        {"layout": "moe", "expert_sharing": "pool", "num_experts": 8, "moe_router_score_function": "norm"},
+    ],
+)
 def test_matrices_decay_and_nothing_else(options: dict[str, Any]) -> None:
     config = tiny_config(**options, qk_layernorm=True)
     model = RankModel(config, VOCAB_SIZE, single_process_state("meta"), torch.float32)

@@ -20,6 +20,7 @@ from megatron_samoe.optimizer.muon import Muon, newton_schulz, update_scale
 from megatron_samoe.optimizer.param_groups import ParamRule, build_param_groups
 from megatron_samoe.parallel_state import ParameterTag, set_tag, single_process_state
 from megatron_samoe.parallel_state.parameter_tag import Init
+from tests.harness.op_checks import threads_of_torch
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 
 STATE = single_process_state()
@@ -83,12 +84,8 @@ def test_the_compiled_steps_equal_the_reference(shape: tuple[int, int, int], mon
     monkeypatch.setattr("megatron_samoe.optimizer.muon.newton_schulz", None)  # none of it was torch's
     assert torch.equal(found, torch.cat([muon.direction(one[None], 1) for one in stack]))
     assert not muon.direction(torch.zeros(shape), 1).any()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3 if before != 3 else 2)
+    with threads_of_torch(3 if torch.get_num_threads() != 3 else 2):
         assert torch.equal(found, muon.direction(stack, 1))
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("cached", [1, 70, 1 << 18])
