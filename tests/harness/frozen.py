@@ -13,6 +13,6 @@ from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.ops import extension
 
 extension.available()
-parse_pretrain_args(["--mock-data"])
+parse_pretrain_args(["--mock-data", "--save", "x"])  # of an option that may be None tyro asks typeguard
 gc.collect()
 gc.freeze()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any, NamedTuple
 
 from tests.harness.tables import table
@@ -43,14 +43,8 @@ class Copy:
         project = Path(shutil.copytree(PROJECT, folder / "project", ignore=ignored))
         with open(project / "megatron_samoe/config/__init__.py", "a", encoding="utf-8") as file:
             file.write("\nfrom tests.options.plant import plant\n\nplant(PretrainConfig)\n")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.options.runner"],
-            cwd=project,
-            env=os.environ | {"PYTHONPATH": str(project)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        environment, command = os.environ | {"PYTHONPATH": str(project)}, [sys.executable, "-m", "tests.options.runner"]
+        self._process = Popen(command, cwd=project, env=environment, stdin=PIPE, stdout=PIPE, text=True)
 
     def __enter__(self) -> Copy:
         return self

@@ -53,6 +53,7 @@ def test_every_form_of_value_becomes_its_fields_type() -> None:
         ({"name": True}, "name", "must be of type str"),
         ({"sizes": [1, 2.5]}, "sizes", "must be of type int list"),
         ({"sizes": [True]}, "sizes", "must be of type int list"),
+        ({"words": {"a": 1}}, "words", "must be of type str"),
         ({"kind": "c"}, "kind", r"must be one of 'a', 'b' \(in f.yaml\)"),
         ({"flag": 1}, "flag", "must be of type bool"),
         ({"one": "a"}, "one", "must be a mapping in f.yaml"),

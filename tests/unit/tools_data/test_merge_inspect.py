@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_samoe.cli import inspect_dataset
 from megatron_samoe.cli import merge as merge_command
 from megatron_samoe.datasets import inspect, manifest, merge
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset
 from megatron_samoe.datasets.preprocess.run import preprocess
 from tests.harness.datasets import content, jsonl, kill_9, options, preprocessed, seconds_of, write_dataset
 from tests.harness.pairs import first_by_day
+from tests.harness.program import call
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_KILLS = 8
@@ -95,69 +95,66 @@ def test_kill_9_while_merging_leaves_the_old_or_the_new(num_kills: int, tmp_path
     assert content(tmp_path / "out") == wanted
 
 
-def test_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def look(action: str, prefix: str, *words: str, fault: str | None = None) -> str:
+    """Returns what the command prints of a dataset; with a fault, it fails and says that."""
+    done = call("megatron_samoe.cli.inspect_dataset", action, prefix, *words)
+    assert done.returncode == (fault is not None) and (fault or "") in done.stderr, done
+    return done.stdout
+
+
+def test_statistics(tmp_path: Path) -> None:
     prefix = write_dataset(tmp_path / "d", [[1, 1, 1, 1], [], [2, 2, 2, 2]])
-    assert inspect_dataset.main(["stats", prefix, "--plot", str(tmp_path / "d.png")]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(look("stats", prefix, "--plot", str(tmp_path / "d.png")))
     assert (found["documents"], found["empty_documents"], found["tokens"], found["distinct_ids"]) == (3, 1, 8, 2)
     assert found["max_token_id"] == 2 and abs(found["unigram_entropy_nats"] - np.log(2)) < 1e-4
     assert found["document_tokens"] == {"min": 0, "p10": 0, "median": 4, "p90": 4, "max": 4}
     assert (tmp_path / "d.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_decode(tmp_path: Path) -> None:
     prefix = text_dataset(tmp_path, "d", ["one", "née"])
-    assert inspect_dataset.main(["decode", prefix, "--document", "1"]) == 0
-    assert capsys.readouterr().out.split() == [*map(str, "née".encode()), "256"]
-    by_bytes = ["--tokenizer-type", "ByteTokenizer"]
-    assert inspect_dataset.main(["decode", prefix + ".idx", "--document", "1", *by_bytes]) == 0
-    assert capsys.readouterr().out == "née\n"
-    assert inspect_dataset.main(["decode", prefix, "--document", "2"]) == 1
-    assert "not in 0 to 1" in capsys.readouterr().err
+    assert look("decode", prefix, "--document", "1").split() == [*map(str, "née".encode()), "256"]
+    assert look("decode", f"{prefix}.idx", "--document", "1", "--tokenizer-type", "ByteTokenizer") == "née\n"
+    look("decode", prefix, "--document", "2", fault="not in 0 to 1")
 
 
 @pytest.mark.parametrize("suffix, at", [(".bin", 3), (".idx", 60)])
-def test_verify_finds_a_flipped_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str, at: int) -> None:
+def test_verify_finds_a_flipped_bit(tmp_path: Path, suffix: str, at: int) -> None:
     prefix = text_dataset(tmp_path, "d", ["one", "two", "three"])
-    assert inspect_dataset.main(["verify", prefix]) == 0
+    look("verify", prefix)
     data = bytearray(Path(prefix + suffix).read_bytes())
     data[at] ^= 4
     Path(prefix + suffix).write_bytes(bytes(data))
-    assert inspect_dataset.main(["verify", prefix]) == 1
-    assert prefix in capsys.readouterr().err
+    look("verify", prefix, fault=prefix)
 
 
-def test_verify_finds_gaps_and_wrong_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_finds_gaps_and_wrong_counts(tmp_path: Path) -> None:
     prefix = write_dataset(tmp_path / "d", DOCUMENTS)
     with open(prefix + ".bin", "ab") as file:
         file.write(b"\0\0")
-    assert inspect_dataset.main(["verify", prefix]) == 1
-    assert "its index describes" in capsys.readouterr().err
+    look("verify", prefix, fault="its index describes")
     prefix = text_dataset(tmp_path, "t", ["one"])
     record = manifest.read(prefix)
     assert record is not None
     manifest.write(prefix, replace(record, num_tokens=9))
-    assert inspect_dataset.main(["verify", prefix]) == 1
-    assert "its manifest says" in capsys.readouterr().err
+    look("verify", prefix, fault="its manifest says")
 
 
-def test_repair(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = write_dataset(tmp_path / "d", DOCUMENTS)
     wanted = Path(prefix + ".idx").read_bytes()
     Path(prefix + ".idx").write_bytes(wanted[:50])
     monkeypatch.setattr(inspect, "BLOCK_BYTES", 10)
-    assert inspect_dataset.main(["repair", prefix]) == 1
-    assert "give --dtype and --eod" in capsys.readouterr().err
-    assert inspect_dataset.main(["repair", prefix, "--dtype", "uint16", "--eod", "256"]) == 0
+    look("repair", prefix, fault="give --dtype and --eod")
+    look("repair", prefix, "--dtype", "uint16", "--eod", "256")
     assert Path(prefix + ".idx").read_bytes() == wanted
     assert Path(prefix + ".idx.broken").read_bytes() == wanted[:50]
-    assert inspect_dataset.main(["repair", prefix, "--dtype", "uint16", "--eod", "99"]) == 1
-    assert "cannot be separated" in capsys.readouterr().err
-    assert inspect_dataset.main(["repair", str(tmp_path / "none"), "--dtype", "uint16", "--eod", "99"]) == 1
+    look("repair", prefix, "--dtype", "uint16", "--eod", "99", fault="cannot be separated")
+    look("repair", str(tmp_path / "none"), "--dtype", "uint16", "--eod", "99", fault="none")
     prefix = text_dataset(tmp_path, "t", ["one", "two"])
     wanted = Path(prefix + ".idx").read_bytes()
     Path(prefix + ".idx").unlink()
-    assert inspect_dataset.main(["repair", prefix]) == 0
+    look("repair", prefix)
     assert Path(prefix + ".idx").read_bytes() == wanted
 
 

@@ -26,6 +26,10 @@ from tests.harness.program import assert_same_checkpoint
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import tiny_config, with_layout, with_options
 
+TINY = (
+    "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --mock-data --eval-iters 0 --num-threads 1 "
+    "--micro-batch-size 1"
+).split()
 RAMP = {"global_batch_size": 8, "micro_batch_size": 1, "train_samples": 60, "rampup_batch_size": (2, 2, 30)}
 
 
@@ -87,17 +91,13 @@ def test_growing_batches_train_on_ranks_as_in_one_process() -> None:
         spread = with_layout(config, **layout)
         if "zero" not in layout:
             spread = with_options(spread, pool_replica_check_interval=None)
-        torch.testing.assert_close(
-            torch.tensor(run_ranks(train_all, 2, spread)[0]), torch.tensor(alone), rtol=1e-5, atol=0
-        )
+        found = torch.tensor(run_ranks(train_all, 2, spread)[0])
+        torch.testing.assert_close(found, torch.tensor(alone), rtol=1e-5, atol=0)
 
 
 def test_a_run_that_stops_while_its_batch_grows_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
-    flags = (
-        "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --mock-data --eval-iters 0 --num-threads 1 "
-        "--micro-batch-size 1 --global-batch-size 8 --train-samples 60 --rampup-batch-size 2 2 30 --lr-warmup-samples 12"
-    ).split()
-
+    flags = [*TINY, "--global-batch-size", "8", "--train-samples", "60", "--rampup-batch-size", "2", "2", "30"]
+    flags += ["--lr-warmup-samples", "12"]
     assert main([*flags, "--run-dir", str(tmp_path / "whole")]) == 0
     assert main([*flags, "--run-dir", str(tmp_path / "parts"), "--exit-interval", "7"]) == 0
     assert (tmp_path / "parts/checkpoints/iter_0000007").is_dir()
@@ -107,10 +107,7 @@ def test_a_run_that_stops_while_its_batch_grows_goes_on_as_if_it_had_not(tmp_pat
 
 
 def test_a_run_goes_on_for_its_samples_with_batches_of_another_size(tmp_path: Path) -> None:
-    flags = (
-        "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --mock-data --eval-iters 0 --num-threads 1 "
-        f"--micro-batch-size 1 --train-samples 40 --run-dir {tmp_path}"
-    ).split()
+    flags = [*TINY, "--train-samples", "40", "--run-dir", str(tmp_path)]
     assert main([*flags, "--global-batch-size", "4", "--exit-interval", "5"]) == 0
     assert main([*flags, "--global-batch-size", "8"]) == 0
     assert (tmp_path / "checkpoints/iter_0000007").is_dir(), "two steps of 8 are whole batches of the 20 samples left"

@@ -8,6 +8,7 @@ import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -114,11 +115,8 @@ def test_other_ways_to_leave_are_for_all_hosts(on_one_of_two_hosts: pytest.Monke
 def let_meet(error: MegatronSamoeError, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the command's training meet an error."""
 
-    def meet_it(*_: object, **__: object) -> None:
-        raise error
-
     monkeypatch.setattr(cli_pretrain, "configure_logging", lambda rank: None)  # which other tests would inherit
-    monkeypatch.setattr(cli_pretrain, "resolve", meet_it)
+    monkeypatch.setattr(cli_pretrain, "resolve", Mock(side_effect=error))
 
 
 ALIKE = ConfigErrors([ConfigError("--lr", 1, "must be equal on all hosts")])
@@ -146,17 +144,11 @@ def test_every_host_says_what_all_meet_before_any_launcher_may_end(
     torchruns begin anew with all hosts that are there then.
     """
 
-    class Output:
-        def write(self, text: str) -> None:
-            seen.append("says") if text.startswith("error") else None
-
-        def flush(self) -> None:
-            pass
-
     seen: list[str] = []
+    output = SimpleNamespace(write=lambda text: seen.extend(["says"] * text.startswith("error")), flush=lambda: None)
     let_meet(error, monkeypatch)
     monkeypatch.setattr(cli_pretrain.time, "sleep", lambda _: seen.append("waits"))
-    monkeypatch.setattr(sys, "stderr", Output())
+    monkeypatch.setattr(sys, "stderr", output)
     for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", 2), ("WORLD_SIZE", 4)):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
