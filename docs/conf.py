@@ -248,10 +248,25 @@ def mark_columns(app: Any, tree: Any, page: str) -> None:
         words["classes"] += ["sentence"] * (blanks > 3) + ["word"] * (blanks == 0 and length <= 24)
 
 
+def mark_sentences(app: Any, tree: Any, page: str) -> None:
+    """Marks tables of several columns of words. On a phone each cell is a line of its own, after its column's name."""
+    for table in tree.findall(nodes.table):
+        head, rows = ([[*row] for part in table.findall(kind) for row in part] for kind in (nodes.thead, nodes.tbody))
+        lengths = [max(len(cell.astext()) for cell in column) for column in zip(*rows, strict=True)]
+        if sum(length > 20 for length in lengths) < 2 and not (len(lengths) > 2 and max(lengths) > 50):
+            continue
+        table["classes"].append("sentences")
+        for row in rows:
+            for name, cell in zip(head[0], row, strict=True):
+                if name.astext() and cell.children:
+                    cell[0].insert(0, nodes.inline("", f"{name.astext()}: ", classes=["column"]))
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Called by Sphinx."""
     app.add_domain(Names, override=True)
     app.connect("doctree-resolved", mark_columns)
+    app.connect("doctree-resolved", mark_sentences)
     app.connect("builder-inited", make_pages)
     app.connect("autodoc-process-docstring", read_as_text, priority=400)  # before the sections are read
     return {"parallel_read_safe": True, "parallel_write_safe": True}

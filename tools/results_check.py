@@ -38,17 +38,11 @@ from tools.results.verdicts import (  # noqa: E402
 #: Pages, and of which of their figures something must be said.
 PAGES: dict[str, Told] = {
     "README.md": "tables",
-    "docs/compression.md": "tables",
-    "docs/inference.md": "tables",
-    "docs/optimizers.md": "tables",
-    "docs/performance.md": "tables",
     "docs/results/README.md": "all",
     "docs/results/first_edition.md": "all",
-    "docs/routing.md": "tables",
-    "docs/samoe.md": "tables",
-    "docs/sharing.md": "tables",
-    "docs/which_sharing.md": "tables",
 }
+for _name in "compression inference optimizers performance routing samoe sharing which_sharing".split():
+    PAGES[f"docs/{_name}.md"] = "tables"
 
 
 def main(write: bool) -> int:

@@ -44,7 +44,6 @@ class Completion:
     shell: Annotated[tyro.conf.Positional[Literal["bash", "zsh", "tcsh", "fish"]], tyro.conf.arg(metavar="SHELL")]
 
     def run(self) -> None:
-        """Prints it."""
         commands = _any_of({name: command_of(name) for name in COMMANDS})
         words = ["--tyro-print-completion", self.shell]
         forms = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)

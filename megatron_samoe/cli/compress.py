@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -71,7 +71,6 @@ class Compress(CompressOptions):
     """folders of other compressions of the same model, for the picture of loss against bytes"""
 
     def run(self) -> None:
-        """Compresses it."""
         configure_logging()
         iters = self._heal_iters()
         compression = Compression(self)
@@ -100,7 +99,7 @@ class Compress(CompressOptions):
         report = {
             "sharing": compression.plan.sharing,
             "num_expert_banks": compression.plan.num_banks,
-            "verdicts": [verdict.to_json() for verdict in verdicts],
+            "verdicts": [asdict(verdict) for verdict in verdicts],
         }
         root = compression.folder.root
         (root / VERDICTS_FILE).write_text(json.dumps(report, indent=1) + "\n")

@@ -99,7 +99,6 @@ class Convert:
     to_hugging_face: ToHuggingFace
 
     def run(self) -> None:
-        """Converts it."""
         source = open_folder(self.load_dir, self.ckpt_step, wanted=self.source, vocab_size=self.vocab_size)
         refuse_other_tensors(source)
         conversion = self._plan(source)

@@ -41,7 +41,6 @@ class Diagnose(HandsOn):
     """a picture of the last checkpoint, as PNG"""
 
     def run(self) -> None:
-        """Shows it."""
         if self.batches < 2:
             raise ConfigError("--batches", self.batches, "must be at least 2: alignment is between batches")
         data = parse_pretrain_args(self.others, prog="megatron-samoe diagnose").data if self.others else None

@@ -46,7 +46,6 @@ class Edit:
         raise NotImplementedError
 
     def run(self) -> None:
-        """Writes it."""
         opened = open_folder(self.load_dir, self.ckpt_step)
         source = opened.model
         iteration = int(source.train_state.get("iteration", 0))

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
 from megatron_samoe.cli.model_arguments import ModelOptions, rank_program
-from megatron_samoe.cli.program import Count, Words, main_of
+from megatron_samoe.cli.program import Count
 from megatron_samoe.convert.opener import format_of
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.store import LoadWords
@@ -57,6 +57,11 @@ class Evaluate(ModelOptions):
     changes the results. docs/evaluation.md has the tasks, the files they are read from, and what the figures mean.
     """
 
+    FORMER: ClassVar[Mapping[str, str]] = {
+        "--harness": "leave it out: every task is lm-evaluation-harness's",
+        "--predictor": "has gone: the column `best constant` has what a constant answer gets",
+    }
+
     tasks: str = "all"
     """names and .yaml files between commas; all: every one of --list-tasks that has data"""
     list_tasks: bool = False
@@ -87,7 +92,6 @@ class Evaluate(ModelOptions):
     """one .jsonl per task with every item and answer"""
 
     def run(self) -> None:
-        """Evaluates."""
         if self.list_tasks:
             for name, local in local_data().items():
                 logger.info(f"{name:16} {', '.join(local.files)}")
@@ -252,23 +256,7 @@ def _write_text(path: Path, text: str) -> None:
         raise ConfigError("--json/--samples", str(path), f"cannot be written: {error.strerror or error}") from None
 
 
-#: Flags of earlier versions, and what replaces them.
-_EARLIER = {
-    "--harness": "leave it out: every task is lm-evaluation-harness's",
-    "--predictor": "has gone: the column `best constant` has what a constant answer gets",
-}
-
-
-def main(words: Words = None) -> int:
-    """Evaluates as a command line says, and returns the exit status."""
-    for word in sys.argv[1:] if words is None else words:
-        if word in _EARLIER:
-            print(f"error: {word}: {_EARLIER[word]}", file=sys.stderr)
-            return 2
-    return rank_program(Evaluate)(words)
-
-
-main = main_of(Evaluate, main)  # type: ignore[assignment]
+main = rank_program(Evaluate)
 
 if __name__ == "__main__":
     sys.exit(main())

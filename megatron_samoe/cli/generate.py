@@ -182,7 +182,6 @@ class Generate:
     """CPU threads of a rank"""
 
     def run(self) -> int:
-        """Generates."""
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal has not all of Unicode
         try:

@@ -115,12 +115,10 @@ class Init:
     expert_layout: Literal["moe", "samoe", "dense"] | None = None
     """kind of model that the configuration is for; moe if not given"""
     example: Annotated[
-        str | None,
-        tyro.conf.arg(metavar="EXAMPLE", help=f"copy an example instead: {', '.join(examples())}"),
+        str | None, tyro.conf.arg(metavar="EXAMPLE", help=f"copy an example instead: {', '.join(examples())}")
     ] = None
 
     def run(self) -> None:
-        """Makes it."""
         folder = self.name
         if folder.exists():
             raise ConfigError("NAME", str(folder), "is there already; give another")

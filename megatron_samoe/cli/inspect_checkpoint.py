@@ -91,7 +91,6 @@ class Inspect:
         raise NotImplementedError
 
     def run(self) -> int:
-        """Looks, and prints what was found."""
         try:
             status, values, lines = self.found()
         except MegatronSamoeError as error:

@@ -36,7 +36,6 @@ class Stats(_OfDataset):
     """file for histograms of document lengths and ids"""
 
     def run(self) -> None:
-        """Prints them."""
         data = IndexedDataset(self.path)
         print(json.dumps(statistics(data), indent=1))
         if self.plot:
@@ -48,7 +47,6 @@ class Verify(_OfDataset):
     """check index, data and manifest"""
 
     def run(self) -> None:
-        """Checks them."""
         print("\n".join(f"ok: {line}" for line in verify(self.path)))
 
 
@@ -70,7 +68,6 @@ class Decode(_OfDataset):
     """GPT-2 merges"""
 
     def run(self) -> None:
-        """Prints it."""
         data = IndexedDataset(self.path)
         if not 0 <= self.document < data.num_documents:
             raise DataError(f"--document {self.document} is not in 0 to {data.num_documents - 1}.")
@@ -97,7 +94,6 @@ class Repair(_OfDataset):
     """end-of-document id; default: the manifest's"""
 
     def run(self) -> None:
-        """Rebuilds it."""
         record = manifest.read(self.path)
         eod = self.eod if self.eod is not None or record is None else record.eod
         if eod is None or (record is None and self.dtype is None):

@@ -20,7 +20,6 @@ class Merge:
     """path of the result without .bin and .idx"""
 
     def run(self) -> None:
-        """Joins them."""
         prefixes = find_datasets(self.input)
         merge(prefixes, self.output_prefix)
         result = IndexedDataset(self.output_prefix)

@@ -83,7 +83,6 @@ class Plan(HandsOn):
     """draw the best layout's rank grid (.png, .svg)"""
 
     def run(self) -> None:
-        """Ranks them."""
         if self.calibrate is not None:
             return self.measure(self.calibrate)
         cluster = self.cluster()

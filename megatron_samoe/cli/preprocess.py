@@ -55,7 +55,6 @@ class Preprocess(PreprocessOptions):
     """Megatron's flag; the output always keeps the order of the input"""
 
     def run(self) -> None:
-        """Makes them."""
         if self.partitions != 1:
             raise DataError(f"--partitions {self.partitions} must be 1: several workers write one output.")
         if not (self.overwrite or self.resume):

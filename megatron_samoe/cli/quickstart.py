@@ -17,8 +17,8 @@ import torch
 from megatron_samoe import children
 from megatron_samoe.cli.program import program
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
-from megatron_samoe.evaluation.report import write_report
-from megatron_samoe.evaluation.run_groups import summary_table
+from megatron_samoe.evaluation.report import ReportData, write_group_report
+from megatron_samoe.evaluation.run_groups import group_runs, summary_table
 from megatron_samoe.evaluation.run_summary import format_table, read_run
 from megatron_samoe.language_model import load
 
@@ -126,9 +126,7 @@ class Training:
         return status is not None
 
 
-def train_side_by_side(
-    commands: Mapping[str, tuple[list[str], int]], out: Path, ended: Callable[[str], None], at_once: int = 2
-) -> None:
+def train_side_by_side(commands: Mapping[str, tuple[list[str], int]], out: Path, ended: Callable[[str], None]) -> None:
     """Trains models, two at a time, and says from time to time how far they are.
 
     Args:
@@ -141,7 +139,7 @@ def train_side_by_side(
     began = said = time.monotonic()
     try:
         while waiting or running:
-            while waiting and len(running) < at_once:
+            while waiting and len(running) < 2:
                 name = next(iter(waiting))
                 running.append(Training(name, *waiting.pop(name), out))
                 started.append(running[-1])
@@ -184,7 +182,6 @@ class Quickstart:
     """steps of each model"""
 
     def run(self) -> None:
-        """Runs all steps."""
         out, steps = self.output_dir, self.train_iters
         if steps <= PARALLEL_STEPS:
             raise ConfigError("--train-iters", steps, f"must be above {PARALLEL_STEPS}, the steps that two ranks train")
@@ -237,7 +234,8 @@ def report(out: Path, samples: Mapping[str, str]) -> None:
     )
     print(f"{format_table(summary_table(list(runs.values())))}\n\n" + "\n".join(notes))
     page = out / "report.html"
-    write_report(page, "Quickstart: dense, MoE and SaMoE on two novels", list(runs.values()), notes, samples)
+    data, title = ReportData(notes=notes, samples=samples), "Quickstart: dense, MoE and SaMoE on two novels"
+    write_group_report(page, title, group_runs(list(runs.values())), data)
     print(f"\nreport: {page}")
 
 

@@ -55,7 +55,6 @@ class Report:
     title: str | None = None
 
     def run(self) -> None:
-        """Writes it."""
         if bool(self.runs) == bool(self.study):
             raise ConfigError("RUN_DIR", [str(r) for r in self.runs], "give run folders, or --study, and not both")
         if self.output.is_dir():

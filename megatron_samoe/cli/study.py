@@ -60,7 +60,6 @@ class Study(HandsOn):
     """start no run; compare those that are finished"""
 
     def run(self) -> int:
-        """Trains and compares them."""
         if self.jobs < 1:
             raise ConfigError("--jobs", self.jobs, "must be at least 1")
         if not self.study.is_file():

@@ -41,7 +41,6 @@ class TrainTokenizer:
     """threads of the trainer"""
 
     def run(self) -> None:
-        """Trains it."""
         if self.vocab_size < 1:
             raise DataError(f"--vocab-size {self.vocab_size} must be at least 1.")
         made = [f"{self.output_prefix}{end}" for end in (".model", ".vocab", ".json", "-vocab.json", "-merges.txt")]

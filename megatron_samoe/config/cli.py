@@ -11,16 +11,16 @@ import io
 import types
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
 
 import tyro
 
 from megatron_samoe.config.option import all_options, flag
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.typed import convert
+from megatron_samoe.config.typed import convert, hints_of
 from megatron_samoe.config.validate import refuse_idle, without_idle_options
 from megatron_samoe.errors import ConfigError, ConfigErrors, UnknownFlagError, nearest
 from megatron_samoe.parsing import parse_yaml, read_text
@@ -158,23 +158,28 @@ def _refuse_unknown_names(args: Sequence[str]) -> None:
 
 
 def _parse_flags(args: Sequence[str], base: PretrainConfig, prog: str, quiet: bool) -> PretrainConfig:
-    read = partial(
-        tyro.cli,
-        PretrainConfig,
-        default=base,
-        prog=prog,
-        description="Pretrain a GPT whose MoE layers own their experts, or share one pool (SaMoE). "
-        "--config FILE.yaml sets any of these options; flags override it.",
-        config=(tyro.conf.OmitArgPrefixes,),
-        registry=flag_forms(),
-    )
+    read = partial(tyro.cli, prog=prog, registry=flag_forms())
     if {"-h", "--help"} & set(args):
+        description = (
+            "Pretrain a GPT whose MoE layers own their experts, or share one pool (SaMoE). "
+            "--config FILE.yaml sets any of these options; flags override it."
+        )
         if not quiet:
-            print(plain_help(read))
+            forms = (tyro.conf.OmitArgPrefixes,)
+            print(plain_help(partial(read, PretrainConfig, default=base, description=description, config=forms)))
         raise SystemExit(0)
+    # tyro takes a fifth of a second for the types of all options, so it is given those that the words name.
+    named = stated_in_args(args)
+    options = [(group, name, value) for group, name, value, *_ in all_options(base) if name in named]
+    hints = {group: hints_of(getattr(base, group).__class__) for group, *_ in options}
+    kind = make_dataclass("Flags", [(name, hints[group][name], value) for group, name, value in options])
     # tyro shows some mistakes even without console outputs.
     with redirect_stderr(io.StringIO()) if quiet else nullcontext():
-        return read(args=args, console_outputs=not quiet)
+        found = read(kind, args=args, console_outputs=not quiet)
+    changed: dict[str, dict[str, Any]] = {group: {} for group in hints}
+    for group, name, _ in options:
+        changed[group][name] = getattr(found, name)
+    return replace(base, **{group: replace(getattr(base, group), **values) for group, values in changed.items()})
 
 
 def flag_forms() -> tyro.constructors.ConstructorRegistry:
@@ -284,7 +289,7 @@ def apply_mapping(base: PretrainConfig, mapping: Mapping[str, Any], source: str)
             raise ConfigError(str(key), value, f"unknown option in {source}.{nearest(name, [*home, *groups])}")
     updated = {}
     for group, fields in ((group, fields) for group, fields in changes.items() if fields):
-        hints = get_type_hints(type(groups[group]))
+        hints = hints_of(groups[group].__class__)
         checked = {name: convert(_form(name, value), hints[name], name, source) for name, value in fields.items()}
         updated[group] = replace(groups[group], **checked)
     return replace(base, **updated)

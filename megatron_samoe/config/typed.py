@@ -29,7 +29,7 @@ def typed(kind: type[T], content: object, source: str, parent: str = "") -> T:
     if not isinstance(content, Mapping):
         raise ConfigError(parent or source, content, f"must be a mapping in {source}")
     known = {f.name.rstrip("_"): f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    hints, values = _hints_of(kind), {}  # type: ignore[arg-type]
+    hints, values = hints_of(kind), {}  # type: ignore[arg-type]
     for key, value in content.items():
         name, at = str(key).replace("-", "_"), _under(parent, key)
         if name not in known:
@@ -48,7 +48,7 @@ def typed(kind: type[T], content: object, source: str, parent: str = "") -> T:
 
 
 @cache
-def _hints_of(kind: Any) -> dict[str, Any]:
+def hints_of(kind: Any) -> dict[str, Any]:
     """Returns the types of a dataclass's fields. To resolve them takes a millisecond, and a configuration has a dozen classes."""
     return get_type_hints(kind)
 

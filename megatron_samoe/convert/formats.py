@@ -214,15 +214,7 @@ def _as_problem() -> Any:
 
 NATIVE, HF, MEGATRON, TORCH_DIST = "native", "hf", "megatron", "torch_dist"
 _OURS = (
-    Format(
-        HF,
-        "a Hugging Face folder",
-        is_hf_folder,
-        _find_hf,
-        _read_hf,
-        _verify_hf,
-        stored=HFFolder,
-    ),
+    Format(HF, "a Hugging Face folder", is_hf_folder, _find_hf, _read_hf, _verify_hf, stored=HFFolder),
     Format(
         NATIVE,
         "a checkpoint of this program",

@@ -14,7 +14,7 @@ from megatron_samoe.convert.hf.folder import ADAPTER, WeightFile
 from megatron_samoe.convert.hf.tokenizer_files import TOKENIZER, imported_tokenizer
 from megatron_samoe.datasets.carried_tokenizer import read_files, with_carried
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.dist_checkpointing.opened import Opened, WithTokenizer
+from megatron_samoe.dist_checkpointing.opened import Opened, ReadTensors
 from megatron_samoe.dist_checkpointing.store import LoadWords
 from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError, nearest, readable
 from megatron_samoe.parallel_state.state import ParallelState
@@ -66,7 +66,8 @@ def open_folder(
     data = config.data
     if found.name == HF:
         data, _ = imported_tokenizer(data, directory, directory / TOKENIZER)
-    model = WithTokenizer(tensors, to_mapping(replace(config, data=data)), {**read_files(data), **tensors.attachments})
+    options, files = to_mapping(replace(config, data=data)), {**read_files(data), **tensors.attachments}
+    model = ReadTensors(tensors.tensors, options, tensors.train_state, files, tensors.read)
     return Opened(found.name, found.described, directory, tensors, data, model, notes)
 
 

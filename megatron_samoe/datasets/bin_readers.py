@@ -8,7 +8,8 @@ import hashlib
 import os
 import stat
 import tempfile
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 
@@ -17,25 +18,33 @@ from megatron_samoe.errors import DataError
 from megatron_samoe.installation import install_extra
 
 
-class BinReader(Protocol):
-    """Reads tokens by byte offset. `num_bytes` is the size of the .bin file."""
+class BinReader(ABC):
+    """Reads tokens by byte offset.
 
+    Attributes:
+        path: file or URL.
+        num_bytes: its size.
+    """
+
+    path: str
     num_bytes: int
 
     def read(self, dtype: np.dtype, count: int, offset_bytes: int) -> np.ndarray:
         """Returns `count` tokens of `dtype` from byte `offset_bytes` on; DataError outside the file."""
-        ...
+        size = count * dtype.itemsize
+        if size < 0 or offset_bytes < 0 or offset_bytes + size > self.num_bytes:
+            raise DataError(
+                f"{self.path}: bytes {offset_bytes} to {offset_bytes + size} were asked for, but the file has {self.num_bytes}. "
+                "The index and the data do not belong together, or the data were truncated after the start."
+            )
+        return self._bytes(offset_bytes, size).view(dtype)
+
+    @abstractmethod
+    def _bytes(self, start: int, size: int) -> np.ndarray:
+        """Returns bytes that are inside the file, uint8 [size]."""
 
 
-def _check_range(name: str, num_bytes: int, size: int, offset: int) -> None:
-    if size < 0 or offset < 0 or offset + size > num_bytes:
-        raise DataError(
-            f"{name}: bytes {offset} to {offset + size} were asked for, but the file has {num_bytes}. "
-            "The index and the data do not belong together, or the data were truncated after the start."
-        )
-
-
-class MMapBinReader:
+class MMapBinReader(BinReader):
     """Memory-mapped reads: no copy, the kernel caches."""
 
     def __init__(self, path: str):
@@ -46,14 +55,12 @@ class MMapBinReader:
             mapped = MappedFile.of(file, path) if self.num_bytes else b""
         self.buffer = np.frombuffer(mapped, dtype=np.uint8)
 
-    def read(self, dtype: np.dtype, count: int, offset_bytes: int) -> np.ndarray:
-        size = count * dtype.itemsize
-        _check_range(self.path, self.num_bytes, size, offset_bytes)
+    def _bytes(self, start: int, size: int) -> np.ndarray:
         require_whole(self.buffer)
-        return self.buffer[offset_bytes : offset_bytes + size].view(dtype)
+        return self.buffer[start : start + size]
 
 
-class FileBinReader:
+class FileBinReader(BinReader):
     """Positioned reads: for file systems where memory maps are slow or unreliable. Safe to share among threads."""
 
     def __init__(self, path: str):
@@ -61,23 +68,21 @@ class FileBinReader:
         self._fd = os.open(path, os.O_RDONLY)
         self.num_bytes = os.fstat(self._fd).st_size
 
-    def read(self, dtype: np.dtype, count: int, offset_bytes: int) -> np.ndarray:
-        size = count * dtype.itemsize
-        _check_range(self.path, self.num_bytes, size, offset_bytes)
+    def _bytes(self, start: int, size: int) -> np.ndarray:
         out, done = np.empty(size, dtype=np.uint8), 0
         while done < size:
-            got = os.preadv(self._fd, [out[done:].data], offset_bytes + done)
+            got = os.preadv(self._fd, [out[done:].data], start + done)
             if got == 0:
-                raise DataError(f"{self.path} ended at byte {offset_bytes + done}: it was truncated while in use.")
+                raise DataError(f"{self.path} ended at byte {start + done}: it was truncated while in use.")
             done += got
-        return out.view(dtype)
+        return out
 
     def __del__(self) -> None:
         if getattr(self, "_fd", None) is not None:
             os.close(self._fd)
 
 
-class RemoteBinReader:
+class RemoteBinReader(BinReader):
     """Ranges of an object behind an fsspec URL (s3://, gs://, memory://, ...), in cached blocks.
 
     Sequences are read whole blocks at a time, since one request costs about the same for a kilobyte and a
@@ -85,8 +90,7 @@ class RemoteBinReader:
     """
 
     def __init__(self, url: str, block_bytes: int = 1 << 20, max_blocks: int = 64):
-        self.url = url
-        self.block_bytes = block_bytes
+        self.path, self.block_bytes = url, block_bytes
         self._fs, self._key = filesystem(url)
         self.num_bytes = int(self._fs.size(self._key))
         # Safe to share among threads, which may fetch one block twice but never wait for each other.
@@ -94,20 +98,15 @@ class RemoteBinReader:
 
     def _fetch(self, number: int) -> bytes:
         start = number * self.block_bytes
-        data: bytes = self._fs.cat_file(self._key, start=start, end=min(start + self.block_bytes, self.num_bytes))
-        return data
+        return self._fs.cat_file(self._key, start=start, end=min(start + self.block_bytes, self.num_bytes))  # type: ignore[no-any-return]
 
-    def read(self, dtype: np.dtype, count: int, offset_bytes: int) -> np.ndarray:
-        size = count * dtype.itemsize
-        _check_range(self.url, self.num_bytes, size, offset_bytes)
-        if size == 0:
-            return np.empty(0, dtype=dtype)
-        first, last = offset_bytes // self.block_bytes, (offset_bytes + size - 1) // self.block_bytes
-        data = b"".join(self._block(number) for number in range(first, last + 1))
-        start = offset_bytes - first * self.block_bytes
+    def _bytes(self, start: int, size: int) -> np.ndarray:
+        first, last = start // self.block_bytes, -(-(start + size) // self.block_bytes)
+        data = b"".join(self._block(number) for number in range(first, last))
+        start -= first * self.block_bytes
         if len(data) < start + size:
-            raise DataError(f"{self.url} returned fewer bytes than its size of {self.num_bytes} promises.")
-        return np.frombuffer(data, dtype=np.uint8, count=size, offset=start).view(dtype)
+            raise DataError(f"{self.path} returned fewer bytes than its size of {self.num_bytes} promises.")
+        return np.frombuffer(data, dtype=np.uint8)[start : start + size]
 
 
 def is_remote(path: str) -> bool:

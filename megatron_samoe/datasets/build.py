@@ -237,10 +237,8 @@ def check_vocabulary(indexed: IndexedDataset, tokenizer: Tokenizer, vocab_size: 
     record = manifest.read(indexed.path_prefix)
     if record is not None and record.tokenizer_fingerprint != tokenizer.fingerprint:
         raise DataError(
-            f"{indexed.path_prefix} was made with another tokenizer ({record.tokenizer_type}, {record.vocab_size} "
-            "entries, "
-            f"fingerprint {record.tokenizer_fingerprint[:12]}) than the one of this run ({tokenizer.vocab_size} "
-            "entries, "
+            f"{indexed.path_prefix} was made with another tokenizer ({record.tokenizer_type}, {record.vocab_size} entries, "
+            f"fingerprint {record.tokenizer_fingerprint[:12]}) than the one of this run ({tokenizer.vocab_size} entries, "
             f"fingerprint {tokenizer.fingerprint[:12]}). Give the tokenizer that made it (--tokenizer-type "
             f"{record.tokenizer_type} with its files), or make a dataset of the text with this run's (megatron-samoe preprocess)."
         )

@@ -45,7 +45,7 @@ def tiktoken_encoding(tokenizer: Any) -> Any | None:
         return None
     alphabet = byte_alphabet()
     special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    merges = list(map(tuple, model["merges"]))
     # Other entries (a special token kept in the vocabulary of GPT-2, say) no text is ever merged into.
     reachable = {token for token in model["vocab"] if len(token) == 1} | {left + right for left, right in merges}
     if model.get("ignore_merges") and len(set(model["vocab"]) - reachable - set(special)) > 0:

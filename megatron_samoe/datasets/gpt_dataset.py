@@ -59,7 +59,7 @@ class GPTDataset(torch.utils.data.Dataset):
         sample_format: SampleFormat,
         cache_path: str | None = None,
     ):
-        self.dataset, self.format, self.num_samples = indexed_dataset, sample_format, num_samples
+        self.dataset, self.format = indexed_dataset, sample_format
         lengths = indexed_dataset.sequence_lengths[first:last]
         #: Tokens of the sequences, each once.
         self.num_tokens = int(lengths.sum(dtype=np.int64))
@@ -114,11 +114,6 @@ class GPTDataset(torch.utils.data.Dataset):
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._gather = _Gatherer(self)
-
-    def locate(self, index: int) -> tuple[int, int, int]:
-        """Returns (position in document_index, token offset, sequence number) where sample `index` begins."""
-        position, offset = self.sample_index[int(self.shuffle_index[index])].tolist()
-        return position, offset, int(self.document_index[position])
 
 
 class _Gatherer:

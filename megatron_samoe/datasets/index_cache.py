@@ -1,8 +1,8 @@
 """A cache of sample indices, keyed by the content they were built from, safe on shared and node-local disks.
 
-One file holds the arrays of one index. Its name is a hash of everything that decides them: the lengths of the
-sequences themselves rather than the path of the dataset, so a dataset that changed under its path, or moved, can
-never get a stale index. A file appears atomically; a damaged one is rebuilt.
+One file holds the arrays of one index: a line with their number and key, then each as numpy saves it. Its name is a hash of
+everything that decides them: the lengths of the sequences themselves rather than the path of the dataset, so a dataset that
+changed under its path, or moved, can never get a stale index. A file appears atomically; a damaged one is rebuilt.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -19,9 +20,9 @@ import numpy as np
 
 from megatron_samoe.datasets.mapped_file import MappedFile
 from megatron_samoe.log import say_once
-from megatron_samoe.parsing import JsonObject, parse_json
+from megatron_samoe.parsing import JsonObject
 
-_MAGIC = b"SAMOEIX1"
+# Of an array's header, so that its values are aligned as well.
 _ALIGN = 64
 STALE_AFTER_S = 6 * 3600
 
@@ -60,17 +61,6 @@ def load_or_build(folder: str | None, key: JsonObject, build: Callable[[], Array
     return _load(path, text) or arrays
 
 
-def _layout(arrays_header: list[JsonObject], start: int) -> list[tuple[int, int]]:
-    """Returns (offset, size) in bytes of each array, aligned."""
-    places, offset = [], start
-    for entry in arrays_header:
-        offset = -(-offset // _ALIGN) * _ALIGN
-        size = int(np.prod(entry["shape"], dtype=np.int64)) * np.dtype(entry["dtype"]).itemsize
-        places.append((offset, size))
-        offset += size
-    return places
-
-
 def _remove_stale(folder: str) -> None:
     """Removes what killed processes left half written; younger files may be another rank's work."""
     for name in os.listdir(folder):
@@ -81,16 +71,14 @@ def _remove_stale(folder: str) -> None:
 
 
 def _store(folder: str, path: str, key: str, arrays: Arrays) -> None:
-    entries = [{"dtype": array.dtype.str, "shape": array.shape} for array in arrays]
-    header = json.dumps({"key": key, "arrays": entries}).encode()
     _remove_stale(folder)
     handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
-            for array, (offset, _) in zip(arrays, _layout(entries, 16 + len(header)), strict=True):
-                file.write(b"\0" * (offset - file.tell()))
-                file.write(np.ascontiguousarray(array).data)
+            file.write(f"{len(arrays)} {key}\n".encode())
+            for array in arrays:
+                file.write(bytes(-file.tell() % _ALIGN))
+                np.save(file, array)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(partial, 0o644)
@@ -102,21 +90,20 @@ def _store(folder: str, path: str, key: str, arrays: Arrays) -> None:
 
 def _load(path: str, key: str) -> Arrays | None:
     """Returns the mapped arrays, or None without a complete file for `key`."""
+    arrays: list[np.ndarray] = []
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(16)
-            header_bytes = int.from_bytes(head[8:16], "little")
-            if head[:8] != _MAGIC or header_bytes > size - 16:
+            line = file.readline(len(key) + 20).decode()
+            count, _, found = line.partition(" ")
+            if found != f"{key}\n":
                 return None
-            header = parse_json(file.read(header_bytes))
-            places = _layout(header["arrays"], 16 + header_bytes)
-            if header["key"] != key or max(offset + length for offset, length in places) != size:
-                return None
-            mapped = MappedFile.of(file, path)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            mapped, end = MappedFile.of(file, path), len(line)
+            for _ in range(int(count)):
+                file.seek(-(-end // _ALIGN) * _ALIGN)
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                arrays.append(np.frombuffer(mapped, dtype, math.prod(shape), file.tell()).reshape(shape))
+                end = file.seek(arrays[-1].nbytes, os.SEEK_CUR)
+            return tuple(arrays) if end == len(mapped) else None
+    except Exception:  # numpy raises several kinds for a damaged header
         return None
-    return tuple(
-        np.frombuffer(mapped, dtype=np.uint8, count=length, offset=offset).view(entry["dtype"]).reshape(entry["shape"])
-        for entry, (offset, length) in zip(header["arrays"], places, strict=True)
-    )

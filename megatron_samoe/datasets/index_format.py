@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -60,10 +60,6 @@ class IndexHeader:
     dtype: np.dtype[Any]
     num_sequences: int
     num_boundaries: int
-
-    @property
-    def lengths_offset(self) -> int:
-        return HEADER_BYTES
 
     @property
     def pointers_offset(self) -> int:
@@ -147,25 +143,37 @@ def check_boundaries(boundaries: np.ndarray, num_sequences: int, path: str) -> N
             raise DataError(f"{path}: document boundary {start + int(back[0]) + 1} is before the one in front of it.")
 
 
-def write_index(
-    path: str | os.PathLike, dtype: Any, lengths: np.ndarray, boundaries: np.ndarray | Iterable[np.ndarray]
-) -> None:
+def partial_paths(prefix: str) -> tuple[str, str, str]:
+    """Returns the paths of tokens, sequence lengths (int32) and document boundaries (int64) while a dataset is made."""
+    return f"{prefix}.bin.partial", f"{prefix}.lengths.partial", f"{prefix}.boundaries.partial"
+
+
+def write_partial_index(prefix: str, dtype: Any) -> str:
+    """Writes the index of the files of `partial_paths`, and returns its path, which ends with `.partial` too."""
+    _, lengths, boundaries = partial_paths(prefix)
+    write_index(f"{prefix}.idx.partial", dtype, _mapped_rows(lengths, "<i4"), _mapped_rows(boundaries, "<i8"))
+    return f"{prefix}.idx.partial"
+
+
+def _mapped_rows(path: str, dtype: str) -> np.ndarray:
+    return np.memmap(path, dtype=dtype, mode="r") if os.path.getsize(path) else np.empty(0, dtype=dtype)
+
+
+def write_index(path: str | os.PathLike, dtype: Any, lengths: np.ndarray, boundaries: np.ndarray) -> None:
     """Writes an index for sequences that follow each other in .bin without gaps.
 
     Args:
-        path: file to write, in place.
         dtype: of the tokens.
         lengths: tokens per sequence, int32; may be a memory map.
-        boundaries: int64 document boundaries with the leading 0; an array or memory map.
+        boundaries: int64 document boundaries with the leading 0; may be a memory map.
     """
-    boundaries = np.asarray(boundaries)
     header = IndexHeader(np.dtype(dtype), len(lengths), len(boundaries))
     with open(path, "wb") as file:
         file.write(header.pack())
         _write_rows(file, lengths, "<i4")
         pointer = 0
-        for start in range(0, len(lengths), CHUNK_ROWS):
-            nbytes = lengths[start : start + CHUNK_ROWS].astype(np.int64) * header.dtype.itemsize
+        for rows in in_chunks(lengths):
+            nbytes = rows.astype(np.int64) * header.dtype.itemsize
             ends = np.cumsum(nbytes) + pointer
             file.write((ends - nbytes).astype("<i8").data)
             pointer = int(ends[-1])
@@ -174,6 +182,12 @@ def write_index(
         os.fsync(file.fileno())
 
 
-def _write_rows(file: BinaryIO, rows: np.ndarray, dtype: str) -> None:
+def in_chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields CHUNK_ROWS rows at a time."""
     for start in range(0, len(rows), CHUNK_ROWS):
-        file.write(np.ascontiguousarray(rows[start : start + CHUNK_ROWS], dtype=dtype).data)
+        yield rows[start : start + CHUNK_ROWS]
+
+
+def _write_rows(file: BinaryIO, rows: np.ndarray, dtype: str) -> None:
+    for chunk in in_chunks(rows):
+        file.write(np.ascontiguousarray(chunk, dtype=dtype).data)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import array
 import difflib
 import os
-import shutil
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,7 @@ class IndexedDataset:
         local = fetch_index(self.idx_path, index_cache_path) if is_remote(path_prefix) else self.idx_path
         buffer, header = _map_index(local, self.idx_path)
         self.dtype, self.num_sequences = header.dtype, header.num_sequences
-        self.sequence_lengths = np.frombuffer(buffer, "<i4", header.num_sequences, header.lengths_offset)
+        self.sequence_lengths = np.frombuffer(buffer, "<i4", header.num_sequences, index_format.HEADER_BYTES)
         self.sequence_pointers = np.frombuffer(buffer, "<i8", header.num_sequences, header.pointers_offset)
         self.document_indices = np.frombuffer(buffer, "<i8", header.num_boundaries, header.boundaries_offset)
         self.bin_reader = open_bin(self.bin_path, mmap)
@@ -89,6 +88,25 @@ class IndexedDataset:
                 return start + int(wrong[0]), int((ends - sizes)[wrong[0]])
             expected = int(ends[-1])
         return None if expected == self.bin_reader.num_bytes else (len(self), expected)
+
+    def blocks(self) -> Iterator[memoryview | bytes]:
+        """Yields the tokens.
+
+        A file whose sequences follow each other is read as it is; others (Megatron's format allows gaps and any order)
+        sequence by sequence.
+        """
+        gap = self.first_gap()
+        if gap is not None and gap[0] != len(self):
+            yield from (self.get(number).data for number in range(len(self)))
+            return
+        left = self.num_tokens * self.dtype.itemsize
+        with open(self.bin_path, "rb") as source:
+            while left:
+                block = source.read(min(1 << 22, left))
+                if not block:
+                    raise DataError(f"{self.bin_path} was truncated while it was read.")
+                yield block
+                left -= len(block)
 
     @property
     def num_documents(self) -> int:
@@ -174,7 +192,7 @@ def require_dataset(path_prefix: str) -> None:
 
 
 class IndexedDatasetBuilder:
-    """Writes a dataset. The .bin appears under its name only when `finalize` succeeds.
+    """Writes a dataset, in memory that does not grow with it. The files appear under their names only when `finalize` succeeds.
 
     Args:
         bin_path: the `.bin` file to make.
@@ -184,10 +202,12 @@ class IndexedDatasetBuilder:
     def __init__(self, bin_path: str | os.PathLike, dtype: Any = np.int32):
         self.dtype = np.dtype(dtype).newbyteorder("<")
         index_format.dtype_code(self.dtype)
-        self._bin_path, self._partial = str(bin_path), f"{bin_path}.partial"
-        self._file = open(self._partial, "wb")
-        self._lengths = array.array("i")
-        self._boundaries = array.array("q", [0])
+        self._bin_path, self._prefix = bin_path, str(bin_path).removesuffix(".bin")
+        self._tokens, self._lengths, self._boundaries = (
+            open(path, "wb") for path in index_format.partial_paths(self._prefix)
+        )
+        self._num_sequences = 0
+        self.end_document()  # the boundary in front of the first
 
     def add_item(self, tokens: Any, lengths: Sequence[int] | None = None) -> None:
         """Appends to the current document one sequence, or several of these lengths."""
@@ -195,8 +215,9 @@ class IndexedDatasetBuilder:
         lengths = [values.size] if lengths is None else lengths
         if sum(lengths) != values.size:
             raise DataError(f"A document has {values.size} tokens but its sequence lengths add up to {sum(lengths)}.")
-        self._file.write(values.data)
-        self._lengths.extend(lengths)
+        self._tokens.write(values.data)
+        self._lengths.write(np.array(lengths, dtype="<i4").data)
+        self._num_sequences += len(lengths)
 
     def add_document(self, tokens: Any, lengths: Sequence[int]) -> None:
         """Appends a whole document: its tokens, and how many belong to each of its sequences."""
@@ -205,29 +226,33 @@ class IndexedDatasetBuilder:
 
     def end_document(self) -> None:
         """Ends the document made by `add_item`."""
-        self._boundaries.append(len(self._lengths))
+        self._boundaries.write(struct.pack("<q", self._num_sequences))
 
     def add_index(self, path_prefix: str) -> None:
-        """Appends all documents of a dataset of the same dtype."""
+        """Appends all documents of a dataset of the same dtype, of which every row is checked."""
         other = IndexedDataset(path_prefix)
+        other.verify()
         if other.dtype != self.dtype:
             raise DataError(f"{path_prefix} stores {other.dtype} tokens and cannot be joined to {self.dtype} ones.")
-        offset = len(self._lengths)
-        self._lengths.frombytes(np.ascontiguousarray(other.sequence_lengths).tobytes())
-        self._boundaries.frombytes((other.document_indices[1:] + offset).tobytes())
-        with open(other.bin_path, "rb") as source:
-            shutil.copyfileobj(source, self._file, 1 << 22)
+        for block in other.blocks():
+            self._tokens.write(block)
+        for rows in index_format.in_chunks(other.sequence_lengths):
+            self._lengths.write(rows.data)
+        for rows in index_format.in_chunks(other.document_indices[1:]):
+            self._boundaries.write((rows + self._num_sequences).data)
+        self._num_sequences += len(other)
 
     def finalize(self, idx_path: str | os.PathLike) -> None:
         """Writes the index and gives both files their names."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        boundaries = np.frombuffer(self._boundaries, dtype=np.int64)
-        index_format.write_index(f"{idx_path}.partial", self.dtype, lengths, boundaries)
-        os.replace(self._partial, self._bin_path)
-        os.replace(f"{idx_path}.partial", idx_path)
+        self._tokens.flush()
+        os.fsync(self._tokens.fileno())
+        for file in (self._tokens, self._lengths, self._boundaries):
+            file.close()
+        index = index_format.write_partial_index(self._prefix, self.dtype)
+        os.replace(self._tokens.name, self._bin_path)
+        os.replace(index, idx_path)
+        os.unlink(self._lengths.name)
+        os.unlink(self._boundaries.name)
 
     def _convert(self, tokens: Any) -> np.ndarray:
         values = np.asarray(tokens)

@@ -97,7 +97,14 @@ def verify(prefix: str) -> list[str]:
     itemsize, num_bytes = data.dtype.itemsize, data.bin_reader.num_bytes
     if num_bytes % itemsize:
         raise DataError(f"{data.bin_path} has {num_bytes} bytes, no multiple of {itemsize}.")
-    _check_no_gaps(data)
+    if (gap := data.first_gap()) is not None:
+        row, expected = gap
+        if row == len(data):
+            raise DataError(f"{data.bin_path} has {num_bytes} bytes, but its index describes {expected}.")
+        begin = int(data.sequence_pointers[row])
+        raise DataError(
+            f"{data.idx_path}: sequence {row} begins at byte {begin}, but the one in front of it ends at {expected}."
+        )
     done.append("sequences follow each other without gaps and fill the data")
     record = manifest.read(prefix)
     if record is None:
@@ -112,18 +119,6 @@ def verify(prefix: str) -> list[str]:
         if checksums.file_crc32(path) != crc:
             raise DataError(f"{path} differs from what was written: its checksum is not that of the manifest.")
     return [*done, "counts and checksums are those of the manifest"]
-
-
-def _check_no_gaps(data: IndexedDataset) -> None:
-    row, expected = data.first_gap() or (None, 0)
-    if row is None:
-        return
-    if row == len(data):
-        raise DataError(f"{data.bin_path} has {data.bin_reader.num_bytes} bytes, but its index describes {expected}.")
-    raise DataError(
-        f"{data.idx_path}: sequence {row} begins at byte {int(data.sequence_pointers[row])}, but the "
-        f"one in front of it ends at {expected}."
-    )
 
 
 def repair(prefix: str, dtype: str, eod: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 Batch = dict[str, torch.Tensor]
+AHEAD_PER_THREAD = 2
 
 
 class DataLoader:
@@ -23,7 +24,6 @@ class DataLoader:
         dataset: has `get_batch(indices)`.
         sampler: yields lists of sample numbers.
         num_workers: threads; 0 reads in the loop.
-        prefetch: batches read ahead per thread.
         transform: applied to each batch in the thread, for example to pin its memory.
     """
 
@@ -32,12 +32,9 @@ class DataLoader:
         dataset: Any,
         sampler: Iterable[list[int]],
         num_workers: int = 1,
-        prefetch: int = 2,
         transform: Callable[[Batch], Batch] | None = None,
     ):
-        assert num_workers >= 0 and prefetch >= 1
-        self.dataset, self.sampler = dataset, sampler
-        self.num_workers, self.prefetch, self._transform = num_workers, prefetch, transform
+        self.dataset, self.sampler, self.num_workers, self._transform = dataset, sampler, num_workers, transform
 
     def _read(self, indices: list[int]) -> Batch:
         batch = self.dataset.get_batch(indices)
@@ -52,7 +49,7 @@ class DataLoader:
         try:
             for indices in self.sampler:
                 ahead.append(pool.submit(self._read, indices))
-                if len(ahead) > self.num_workers * self.prefetch:
+                if len(ahead) > self.num_workers * AHEAD_PER_THREAD:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()

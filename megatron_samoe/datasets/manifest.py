@@ -12,17 +12,8 @@ from megatron_samoe.errors import DataError, shown
 from megatron_samoe.parsing import JsonObject, parse_json, read_text
 
 FORMAT_VERSION = 1
-_COUNTS = (
-    "vocab_size",
-    "eod",
-    "num_documents",
-    "num_sequences",
-    "num_tokens",
-    "max_token_id",
-    "bin_bytes",
-    "bin_crc32",
-    "idx_crc32",
-)
+#: Types of the manifest's fields, by their annotations.
+_TYPES = {"int": int, "str": str, "JsonObject": dict, "list[JsonObject]": list, "dict[str, int]": dict}
 
 
 @dataclass(frozen=True)
@@ -76,21 +67,15 @@ def read(path_prefix: str) -> Manifest | None:
         record = Manifest(**{name: value for name, value in values.items() if name in known})
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a manifest ({error}). Remove it if the dataset is known to be good.") from error
-    for name in _COUNTS:
-        value = getattr(record, name)
-        if type(value) is not int or not -1 <= value < 2**62:
-            raise DataError(f"{path} is damaged: its {name} is {shown(value)}, which is not a count.")
-    version = record.format_version
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise DataError(f"{path} has format version {shown(version)}; this program reads {FORMAT_VERSION}.")
-    kinds = ((record.options, dict), (record.inputs, list), (record.counts, dict))
-    if not all(isinstance(value, kind) for value, kind in kinds):
-        raise DataError(f"{path} is damaged: its options, inputs or counts are missing.")
+    for field_ in dataclasses.fields(Manifest):
+        value, kind = getattr(record, field_.name), _TYPES[str(field_.type)]
+        if type(value) is not kind or (isinstance(value, int) and not -1 <= value < 2**62):
+            raise DataError(f"{path} is damaged: its {field_.name} is {shown(value)}.")
+    if not 1 <= record.format_version <= FORMAT_VERSION:
+        raise DataError(f"{path} has format version {record.format_version}; this program reads {FORMAT_VERSION}.")
     parts = ((record.inputs, dict), (record.counts.values(), int))
     if not all(type(value) is kind for values, kind in parts for value in values):
         raise DataError(f"{path} is damaged: its inputs or counts hold something else.")
-    if not isinstance(record.tokenizer_fingerprint, str):
-        raise DataError(f"{path} is damaged: its tokenizer fingerprint is not text.")
     return record
 
 

@@ -7,12 +7,14 @@ with another number of ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from megatron_samoe.errors import DataError
 
 
+@dataclass
 class PretrainingSampler:
     """Yields the sample numbers of each micro-batch of one rank, in the dataset's order (`--dataloader-type single`).
 
@@ -20,30 +22,28 @@ class PretrainingSampler:
     incomplete chunk is left out.
     """
 
-    def __init__(
-        self,
-        total_samples: int,
-        consumed_samples: int,
-        micro_batch_size: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-    ):
-        if not 0 <= data_parallel_rank < data_parallel_size:
-            raise DataError(f"Data-parallel rank {data_parallel_rank} is not in 0 to {data_parallel_size - 1}.")
-        if micro_batch_size < 1 or consumed_samples < 0:
+    total_samples: int
+    consumed_samples: int
+    micro_batch_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.data_parallel_rank < self.data_parallel_size:
             raise DataError(
-                f"micro_batch_size = {micro_batch_size} must be at least 1, consumed_samples = {consumed_samples} at "
-                "least 0."
+                f"Data-parallel rank {self.data_parallel_rank} is not in 0 to {self.data_parallel_size - 1}."
             )
-        if consumed_samples >= total_samples:
+        if self.micro_batch_size < 1 or self.consumed_samples < 0:
+            sizes = f"micro_batch_size = {self.micro_batch_size} must be at least 1, consumed_samples = {self.consumed_samples}"
+            raise DataError(f"{sizes} at least 0.")
+        self._check_samples()
+
+    def _check_samples(self) -> None:
+        if self.consumed_samples >= self.total_samples:
             raise DataError(
-                f"All {total_samples} samples of the dataset are consumed ({consumed_samples} so far): nothing is "
-                "left to "
-                "read. Lower --train-iters, or give more data."
+                f"All {self.total_samples} samples of the dataset are consumed ({self.consumed_samples} so far): nothing is "
+                "left to read. Lower --train-iters, or give more data."
             )
-        self.total_samples, self.consumed_samples = total_samples, consumed_samples
-        self.micro_batch_size = micro_batch_size
-        self.data_parallel_rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
 
     def __len__(self) -> int:
         """Returns how many micro-batches this rank has left."""
@@ -59,6 +59,7 @@ class PretrainingSampler:
         return list(range(first, last))
 
 
+@dataclass
 class PretrainingRandomSampler(PretrainingSampler):
     """The same, over a new permutation of the dataset in every epoch, without end (`--dataloader-type cyclic`).
 
@@ -67,22 +68,13 @@ class PretrainingRandomSampler(PretrainingSampler):
     end of one and the start of the next.
     """
 
-    def __init__(
-        self,
-        total_samples: int,
-        consumed_samples: int,
-        micro_batch_size: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-        seed: int,
-    ):
-        if total_samples < 1:
+    seed: int
+    _epoch: int = field(default=-1, init=False)
+    _permutation: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64), init=False)
+
+    def _check_samples(self) -> None:
+        if self.total_samples < 1:
             raise DataError("The dataset has no samples.")
-        super().__init__(
-            consumed_samples + 1, consumed_samples, micro_batch_size, data_parallel_rank, data_parallel_size
-        )
-        self.total_samples, self.seed = total_samples, seed
-        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
         raise TypeError("a cyclic sampler has no end")

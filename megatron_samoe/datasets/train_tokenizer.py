@@ -117,9 +117,9 @@ def train_byte_bpe(texts: Iterator[str], vocab_size: int, output_prefix: str) ->
     tokenizer.add_special_tokens([EOD])
     spec: JsonObject = json.loads(tokenizer.to_str())
     model = spec["model"]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     vocab = model["vocab"] | {EOD: len(model["vocab"])}
     manifest.write_text(f"{output_prefix}-vocab.json", json.dumps(vocab, ensure_ascii=False))
-    manifest.write_text(f"{output_prefix}-merges.txt", "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges))
+    merges = "\n".join(["#version: 0.2", *map(" ".join, model["merges"])])
+    manifest.write_text(f"{output_prefix}-merges.txt", f"{merges}\n")
     manifest.write_text(f"{output_prefix}.json", tokenizer.to_str())
     return f"{output_prefix}.json", len(vocab)

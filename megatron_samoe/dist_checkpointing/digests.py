@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
 BLOCK_BYTES = 4 << 20
+NUM_READERS = 4
 
 
 def new_digest(like: str = "") -> Any:
@@ -41,13 +44,25 @@ class _Blake3:
 
 
 def digest_of(path: Path, like: str = "") -> str:
-    """Returns a file's digest, of the same kind as `like`; the next block is read while one is digested."""
+    """Returns a file's digest, of the same kind as `like`. Several blocks are read at a time, since a disk serves one
+    reader at a fraction of its speed, while those before them are digested."""
     digest = new_digest(like)
-    with ThreadPoolExecutor(1) as reader, open(path, "rb", buffering=0) as file:
-        block, spare = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
-        size = file.readinto(block)
-        while size:
-            ahead = reader.submit(file.readinto, spare)
-            digest.update(memoryview(block)[:size])
-            block, spare, size = spare, block, ahead.result()
+    pending: deque[Future[memoryview]] = deque()
+    with ThreadPoolExecutor(NUM_READERS) as readers, open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        blocks = [bytearray(min(size, BLOCK_BYTES)) for _ in range(NUM_READERS)]
+        for number, offset in enumerate(range(0, size, BLOCK_BYTES)):
+            if number >= NUM_READERS:
+                digest.update(pending.popleft().result())
+            pending.append(readers.submit(_filled, blocks[number % NUM_READERS], file.fileno(), offset))
+        for block in pending:
+            digest.update(block.result())
     return digest.hexdigest()
+
+
+def _filled(block: bytearray, fd: int, offset: int) -> memoryview:
+    """Returns what a file has from an offset on, as much as fits into the block."""
+    view, size = memoryview(block), 0
+    while size < len(view) and (count := os.preadv(fd, [view[size:]], offset + size)):
+        size += count
+    return view[:size]

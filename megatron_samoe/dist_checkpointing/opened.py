@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,23 +55,11 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class WithTokenizer:
-    """A model's tensors, with another configuration and added files."""
+class ReadTensors:
+    """A model's tensors as `GlobalTensors`, each from a function."""
 
-    source: GlobalTensors
+    tensors: Mapping[str, StoredTensor]
     config: Mapping[str, Any]
+    train_state: Mapping[str, Any]
     attachments: Mapping[str, bytes]
-
-    @property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        """Descriptions by name."""
-        return self.source.tensors
-
-    @property
-    def train_state(self) -> Mapping[str, Any]:
-        """Plain values, as in a checkpoint's train_state.json."""
-        return self.source.train_state
-
-    def read(self, name: str) -> Tensor:
-        """Returns a full tensor."""
-        return self.source.read(name)
+    read: Callable[[str], Tensor]

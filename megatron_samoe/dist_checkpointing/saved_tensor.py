@@ -44,10 +44,6 @@ class Window(io.RawIOBase):
         """It is."""
         return True
 
-    def tell(self) -> int:
-        """Returns the position in the part."""
-        return self._at
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Moves to a position in the part, in bytes, and returns it."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]

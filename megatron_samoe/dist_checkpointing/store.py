@@ -92,13 +92,6 @@ def checkpoints_of(load: str) -> str:
     return str(below) if not whole_iterations(load) and whole_iterations(below) else load
 
 
-def _sound(directory: Path, problems_of: Callable[[Path], list[str]]) -> Path:
-    problems = _description_problems(directory) or problems_of(directory)
-    if problems:
-        raise CheckpointError(f"{directory} is damaged: {'; '.join(problems[:3]).rstrip('.')}.", collective=True)
-    return directory
-
-
 def with_start(config: CheckpointConfig) -> CheckpointConfig:
     """Returns the configuration with --pretrained-checkpoint applied: --load and --finetune of it, while --load has no
     checkpoint.
@@ -148,7 +141,9 @@ def find_checkpoint(
     if config.load is None:
         return None
     if (Path(config.load) / TRAIN_STATE).is_file() and config.ckpt_step is None:
-        return _sound(Path(config.load), problems_of)
+        if said := _damage(Path(config.load), problems_of):
+            raise CheckpointError(said, collective=True)
+        return Path(config.load)
     config = replace(config, load=checkpoints_of(config.load))
     assert config.load is not None
     _repair_if_possible(config.load)
@@ -163,12 +158,12 @@ def find_checkpoint(
     damaged: list[str] = []
     for iteration in _in_order_of_choice(config, iterations):
         directory = iteration_dir(config.load, iteration)
-        problems = _description_problems(directory) or problems_of(directory)
-        if not problems:
+        said = _damage(directory, problems_of)
+        if not said:
             for line in damaged:
                 say_once(f"{line} It is passed over; loading iteration {iteration}.")
             return directory
-        damaged.append(f"{directory} is damaged: {'; '.join(problems[:3]).rstrip('.')}.")
+        damaged.append(said)
     hint = f"Choose another with {words.step}." if config.ckpt_step is not None and len(iterations) > 1 else ""
     raise CheckpointError(" ".join([*damaged[:3], hint]).strip(), collective=True)
 
@@ -185,14 +180,17 @@ def _in_order_of_choice(config: CheckpointConfig, iterations: list[int]) -> list
     return [i for i in reversed(iterations) if i <= newest]
 
 
-def _description_problems(directory: Path) -> list[str]:
+def _damage(directory: Path, problems_of: Callable[[Path], list[str]]) -> str:
+    """Returns a sentence on what is wrong with a checkpoint, empty where nothing is."""
     try:
         read_config(directory)
+    except _NewerFormat:
+        raise
     except CheckpointError as error:
-        if isinstance(error, _NewerFormat):
-            raise
-        return [str(error)]
-    return []
+        problems = [str(error)]
+    else:
+        problems = problems_of(directory)
+    return f"{directory} is damaged: {'; '.join(problems[:3]).rstrip('.')}." if problems else ""
 
 
 def _read_latest(root: Path) -> int | None:

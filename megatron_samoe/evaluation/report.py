@@ -10,8 +10,7 @@ from megatron_samoe.evaluation import plots, plots_experts, plots_study, report_
 from megatron_samoe.evaluation.measurements import DecodeTime, ZeroShot
 from megatron_samoe.evaluation.page import Section, write_page
 from megatron_samoe.evaluation.plots_quality import BytesPerToken, at_a_glance, cost_axes, quality_against_cost
-from megatron_samoe.evaluation.run_groups import Groups, group_runs
-from megatron_samoe.evaluation.run_summary import RunSummary
+from megatron_samoe.evaluation.run_groups import Groups
 from megatron_samoe.parsing import JsonObject
 
 
@@ -37,17 +36,6 @@ class ReportData:
 
 #: A model is called as good as the best if its loss is within this of the best, in nats: rounding sets equal runs as far apart.
 MARGIN = 0.02
-
-
-def write_report(
-    path: Path,
-    title: str,
-    runs: Sequence[RunSummary],
-    notes: Sequence[str] = (),
-    samples: Mapping[str, str] | None = None,
-) -> None:
-    """Writes a report on runs only; see `write_group_report`."""
-    write_group_report(path, title, group_runs(runs), ReportData(notes=notes, samples=samples or {}))
 
 
 def write_group_report(path: Path, title: str, groups: Groups, data: ReportData) -> None:

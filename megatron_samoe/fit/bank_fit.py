@@ -150,10 +150,6 @@ class FitTarget:
         power_LE = power_LE + (w_LEUD.double().square() * more_LE).sum((2, 3))
         return FitTarget(cross_LEUD, whole_LEDD, power_LE)
 
-    def lost(self, a_LGP: Tensor, bank_PEUD: Tensor) -> Tensor:
-        """Returns lost_LE, the weighted squared error."""
-        return self.products(bank_PEUD.double()).lost(a_LGP.double())
-
     def products(self, bank_PEUD: Tensor) -> Products:
         """Returns what the error is made of, for banks in fp64."""
         num_layers, E = self.power_LE.shape

@@ -6,8 +6,8 @@ next to the layer from its weights, so that the model itself stays as it is. One
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -87,11 +87,9 @@ class LayerCalibration:
 
 def calibration_bytes(shapes: Sequence[ExpertShape], num_samples: int) -> int:
     """Returns the bytes that the sums of all layers take."""
-    total = 0
-    for shape in shapes:
-        D, C = shape.hidden_size + shape.bias, shape.ffn_size + shape.bias
-        total += shape.num_experts * (4 * (D * D + C * C) + 4 * num_samples * (2 * shape.hidden_size + 1) + 16)
-    return total
+    with torch.device("meta"):
+        layers = [LayerCalibration.empty(shape, num_samples) for shape in shapes]
+    return sum(sums.nbytes for layer in layers for sums in vars(layer).values())
 
 
 def calibrate(model: RankModel, passes: Sequence[Tensor], num_samples: int, seed: int) -> list[LayerCalibration]:
@@ -165,13 +163,7 @@ def output_sums(
 @torch.no_grad()
 def visit(model: RankModel, passes: Sequence[Tensor], visitor: Visitor) -> None:
     """Reads text, and shows the visitor the tokens of each expert of each MoE layer, in fp32."""
-    with _watched(model, visitor):
-        for ids_BS in passes:
-            model(ids_BS[:, :-1], ForwardContext(batch_size=len(ids_BS)))
 
-
-@contextmanager
-def _watched(model: RankModel, visitor: Visitor) -> Iterator[None]:
     def seen(index: int, router: torch.nn.Module, inputs: tuple[Tensor, ...], routing: Routing) -> None:
         x_TH, ids_TK = inputs[0].float(), routing.ids_TK
         for expert in range(int(ids_TK.max()) + 1):
@@ -179,11 +171,8 @@ def _watched(model: RankModel, visitor: Visitor) -> Iterator[None]:
             if len(rows):
                 visitor(index, expert, x_TH[rows], routing.probs_TK[rows, columns].float())
 
-    hooks = [
-        layer.moe.router.register_forward_hook(partial(seen, index)) for index, layer in enumerate(model.moe_layers())
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks:
+        for index, layer in enumerate(model.moe_layers()):
+            hooks.callback(layer.moe.router.register_forward_hook(partial(seen, index)).remove)
+        for ids_BS in passes:
+            model(ids_BS[:, :-1], ForwardContext(batch_size=len(ids_BS)))

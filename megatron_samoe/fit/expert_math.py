@@ -13,10 +13,7 @@ def matrices(weights: ExpertWeights) -> tuple[Tensor, Tensor]:
     up = weights.w1.flatten(1, -2)
     if weights.b1 is None or weights.b2 is None:
         return up, weights.w2
-    return (
-        torch.cat((up, weights.b1.flatten(1).unsqueeze(2)), 2),
-        torch.cat((weights.w2, weights.b2.unsqueeze(2)), 2),
-    )
+    return (torch.cat((up, weights.b1.flatten(1).unsqueeze(2)), 2), torch.cat((weights.w2, weights.b2.unsqueeze(2)), 2))
 
 
 def with_one(x_NK: Tensor, has_bias: bool) -> Tensor:

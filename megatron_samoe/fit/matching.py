@@ -51,16 +51,8 @@ def in_order(layer: MatchedLayer, numbers: Numbering) -> MatchedLayer:
         order_EC = torch.cat((order_EC, torch.full((len(order_EC), 1), order_EC.shape[1])), 1)
     hidden_ECC = hidden_ECC.gather(1, order_EC[:, :, None].expand_as(hidden_ECC))
     hidden_ECC = hidden_ECC.gather(2, order_EC[:, None, :].expand_as(hidden_ECC))
-    order_E = numbers.experts_E
-    new = LayerCalibration(
-        old.tokens_E[order_E],
-        old.input_EDD[order_E],
-        hidden_ECC,
-        old.saliency_E[order_E],
-        old.key_ER[order_E],
-        old.sample_in_ERH[order_E],
-        old.sample_out_ERH[order_E],
-    )
+    new = LayerCalibration(**{name: sums_E[numbers.experts_E] for name, sums_E in vars(old).items()})
+    new.hidden_ECC = hidden_ECC
     return MatchedLayer(weights, new)
 
 
@@ -124,10 +116,12 @@ def match(
         numbers = Numbering.of_experts(torch.arange(len(layer.weights.w1)), layer.ffn_size)
         before = list(zip(layers, numberings, strict=False))
         if before and what != "none":
-            cost_EE = torch.stack(
-                [output_distances(other, layer, activation)[order.experts_E] for other, order in before]
-            )
-            numbers = Numbering.of_experts(assigned_in_groups(-cost_EE.sum(0), num_groups), layer.ffn_size)
+            costs = [
+                _distances(other, layer, activation) + _distances(layer, other, activation).T for other, _ in before
+            ]
+            ordered = [cost_EE[order.experts_E] for cost_EE, (_, order) in zip(costs, before, strict=True)]
+            experts_E = assigned_in_groups(-torch.stack(ordered).sum(0), num_groups)
+            numbers = Numbering.of_experts(experts_E, layer.ffn_size)
             if what == "neurons":
                 found = [_neurons(before, layer, r, int(e), activation) for r, e in enumerate(numbers.experts_E)]
                 numbers = replace(numbers, neurons_EF=torch.stack(found))
@@ -135,13 +129,8 @@ def match(
     return numberings
 
 
-def output_distances(a: MatchedLayer, b: MatchedLayer, activation: Activation) -> Tensor:
-    """Returns cost_EE[i, j]: mean squared distance of outputs of a's expert i and b's expert j over samples of both."""
-    return _distances(a, b, activation) + _distances(b, a, activation).T
-
-
 def _distances(own: MatchedLayer, other: MatchedLayer, activation: Activation) -> Tensor:
-    """Returns [expert of own, expert of other], over the inputs of own's experts."""
+    """Returns the mean squared distance of outputs, [expert of own, expert of other], over samples of own's experts."""
     count = len(own.weights.w1)
     cost_EE = torch.zeros(count, len(other.weights.w1), dtype=torch.float64)
     for expert in range(count):

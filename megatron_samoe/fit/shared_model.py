@@ -138,14 +138,7 @@ def _mixed(mixture_PGL: Tensor, experts: LayerExperts, places: Sequence[LayerSpe
     for number, place in enumerate(places):
         factor_PG = mixture_PGL[:, :, number]
         if factor_PG.any():
-            _add_mixed(bank_PE, factor_PG, experts.read(place, kind).float())
+            # G is E or, with 1, serves all experts.
+            factor_PG = factor_PG.float()[(..., *[None] * (bank_PE.dim() - 2))]
+            bank_PE.addcmul_(factor_PG, experts.read(place, kind).float())
     return bank_PE
-
-
-def _add_mixed(bank_PE: Tensor, factor_PG: Tensor, weights_E: Tensor) -> None:
-    """Adds factor[p, g] * weights[e] to bank[p, e], where g is e or, with G = 1, all."""
-    num_experts = weights_E.shape[0]
-    for bank_E, factor_G in zip(bank_PE, factor_PG.expand(-1, num_experts), strict=True):
-        for expert in range(num_experts):
-            if factor := float(factor_G[expert]):
-                bank_E[expert].add_(weights_E[expert], alpha=factor)

@@ -19,6 +19,7 @@ from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.gpu_check.pieces import PIECES, NotHere, Row, Task
 from megatron_samoe.gpu_check.tables import as_table
 from megatron_samoe.ops.extension import CUDA_ENVIRONMENT_VARIABLE
+from megatron_samoe.parsing import write_atomically
 
 #: Pieces that run with our kernels, and with torch's, by the end of their names.
 KERNELS = {"kernels": "1", "torch": "0"}
@@ -101,9 +102,8 @@ def measure(name: str, result: Path, device: str, size: str) -> None:
 
 def save(result: Path, state: str, why: str, rows: list[Row]) -> None:
     """Writes a result completely or not at all."""
-    fresh = result.with_suffix(".new")
-    fresh.write_text(json.dumps({"state": state, "why": why, "rows": rows}, indent=1, default=str) + "\n")
-    fresh.replace(result)
+    content = {"state": state, "why": why, "rows": rows}
+    write_atomically(result, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def write_report(folder: Path) -> int:

@@ -262,9 +262,7 @@ class Engine:
             raise ConfigError("prompt", "", "must hold at least one token")
         if len(ids) > self.context_length:
             raise ConfigError(
-                "prompt",
-                f"{len(ids)} tokens",
-                f"may have {self.context_length} tokens, the model's context",
+                "prompt", f"{len(ids)} tokens", f"may have {self.context_length} tokens, the model's context"
             )
         for position, token in enumerate(ids):
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:

@@ -39,19 +39,17 @@ class RankRunner:
     """Runs the ranks' model; all ranks call it together with the same batches and get the same logits.
 
     Args:
-        serving: how a pool's experts are kept; "on-the-fly" combines a layer's when it runs. None leaves the model as
-            it is.
+        serving: how a pool's experts are kept; "on-the-fly" combines a layer's when it runs.
     """
 
     steps = "by the training model"
 
-    def __init__(self, loaded: LoadedModel, num_pages: int, serving: Serving | None = None):
+    def __init__(self, loaded: LoadedModel, num_pages: int, serving: Serving):
         self._loaded, self._model = loaded, loaded.model
-        if serving is not None:
-            assert serving != "auto"
-            self._model.lend_for(serving)
-            with torch.no_grad():
-                self._model.begin_step()
+        assert serving != "auto"
+        self._model.lend_for(serving)
+        with torch.no_grad():
+            self._model.begin_step()
         model_config, state = loaded.config.model, loaded.model.state
         self.device = state.device
         layers = [int(name) for chunk in self._model.chunks for name in chunk.layers]

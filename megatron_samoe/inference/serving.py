@@ -90,12 +90,6 @@ def combined_layers(config: PretrainConfig) -> list[LayerSpec]:
     return [place for place in all_layers(config) if place.source is not None and place.source.way.combines]
 
 
-def takes_one_bank(model: RankModel) -> bool:
-    """Returns whether every layer that combines banks takes one only."""
-    mixtures = [model.mixture(layer.moe) for layer in model.moe_layers()]
-    return all(one_bank(m.a_2GP) is not None for m in mixtures if m.combines and m.a_2GP is not None)
-
-
 def choose_serving(serving: Serving, model: RankModel, needed: dict[Serving, int], free_bytes: int) -> Serving:
     """Returns the way to serve, before anything is allocated; all ranks call it together and get the same.
 
@@ -113,7 +107,9 @@ def choose_serving(serving: Serving, model: RankModel, needed: dict[Serving, int
             f"the checkpoint is a {model.config.moe.expert_layout} model without a shared pool of experts; its only way "
             "is folded",
         )
-    facts = model.state.world.all_gather_object((needed, free_bytes, takes_one_bank(model)))
+    mixtures = [model.mixture(layer.moe) for layer in model.moe_layers()]
+    takes_one = all(one_bank(m.a_2GP) is not None for m in mixtures if m.combines and m.a_2GP is not None)
+    facts = model.state.world.all_gather_object((needed, free_bytes, takes_one))
     needed = {way: max(others[way] for others, _, _ in facts) for way in needed}
     free_bytes = min(free for _, free, _ in facts)
     ways: list[Serving] = ["folded", "on-the-fly"] if has_pool else ["folded"]

@@ -21,10 +21,13 @@ class Cluster:
         efficiency: share of `flops` that large products reach.
         latency_s: seconds of one hop of a collective.
         attention_efficiency: share of `flops` that attention's core reaches; that of products if None.
+        attention_width: heads that are narrower take as long for each score as heads of this width.
         product_flops: peak of the layers' products where these have a lower precision than the rest; `flops` if None.
         product_traffic: how often a product moves its operands and result through memory: what small products wait for.
         activation_traffic: how often each byte that autograd keeps moves through memory, forwards and backwards.
         moe_traffic: how many times as often in MoE layers, whose tokens are permuted.
+        expert_row_bytes: further bytes that a row of an expert moves, forwards and backwards, where the program does not
+            fuse operations on experts' biases and activations.
         layer_launch_s, moe_launch_s: seconds that a host needs to launch a pass of a dense and of an MoE layer.
         launches_ahead: hosts launch while their GPUs compute, so that only who is slower counts; a processor does both in turn.
         ranks_per_processor: ranks that share a processor: while one waits, the others run faster.
@@ -48,10 +51,12 @@ class Cluster:
     efficiency: float = 0.45
     latency_s: float = 1e-5
     attention_efficiency: float | None = None
+    attention_width: int = 0
     product_flops: float | None = None
     product_traffic: float = 0.0
     activation_traffic: float = 0.0
     moe_traffic: float = 1.0
+    expert_row_bytes: float = 0.0
     layer_launch_s: float = 0.0
     moe_launch_s: float = 0.0
     launches_ahead: bool = True
@@ -64,6 +69,11 @@ class Cluster:
     gathers_ahead: bool = False
     sends_once: bool = False
     spread: float = 0.0
+
+    def attention_flops(self, head_dim: int) -> float:
+        """Returns the FLOPs per second of attention's core with heads of a width."""
+        share = self.efficiency if self.attention_efficiency is None else self.attention_efficiency
+        return self.flops * share * min(1.0, head_dim / max(self.attention_width, 1))
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from typing import Literal
 
 from torch import nn
 
-from megatron_samoe.config.model import ModelConfig
-from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import ExpertSource, Way
@@ -206,26 +204,39 @@ class PlannedModel:
     """
 
     def __init__(self, config: PretrainConfig, vocab_size: int, world_size: int):
-        layout, training = config.parallel, config.training
-        self.config, self.grid = config, RankGrid.of(layout, world_size)
+        layout, grid = config.parallel, RankGrid.of(config.parallel, world_size)
+        self.config, self.grid = config, grid
         # Layouts that differ in other things share what was counted. Groups of sequences exchange a few numbers only.
-        moe = replace(config.moe, moe_aux_loss_group_size=None, pool_lock_entropy_group_size=None)
-        moe = replace(moe, samoe_combine="step", samoe_pool_placement="sharded")
-        model = (config.model, moe, vocab_size, training.bf16 or training.fp16, self.grid.ep, self.grid.etp)
-        sequence_parallel = layout.sequence_parallel and self.grid.tp > 1
-        self.description = _describe(*model, self.grid.tp, sequence_parallel, self.grid.cp, layout.cp_comm_type)
-        # What is shared is the same for every tensor- and context-parallel size.
-        self._lending_grid = replace(self.grid, tp=1, cp=1)
-        self._lending = self.description if self.grid == self._lending_grid else _describe(*model, 1, False, 1, "p2p")
-        self.stages = stages_of(
-            self.grid.pp,
-            layout.num_layers_per_virtual_pipeline_stage,
-            layout.pipeline_model_parallel_layout,
-            config.model.num_layers,
-            config.model.sliding_window,
-            config.model.window_attn_skip_freq,
-            moe,
+        counted = PretrainConfig(
+            model=config.model,
+            moe=replace(
+                config.moe,
+                moe_aux_loss_group_size=None,
+                pool_lock_entropy_group_size=None,
+                samoe_combine="step",
+                samoe_pool_placement="sharded",
+            ),
+            training=TrainingConfig(bf16=config.training.bf16 or config.training.fp16),
         )
+        experts = ParallelConfig(expert_model_parallel_size=grid.ep, expert_tensor_parallel_size=grid.etp)
+        sizes = replace(
+            experts,
+            tensor_model_parallel_size=grid.tp,
+            sequence_parallel=layout.sequence_parallel and grid.tp > 1,
+            context_parallel_size=grid.cp,
+            cp_comm_type=layout.cp_comm_type,
+        )
+        self.description = _describe(replace(counted, parallel=sizes), vocab_size)
+        # What is shared is the same for every tensor- and context-parallel size.
+        self._lending_grid = replace(grid, tp=1, cp=1)
+        is_lending = grid == self._lending_grid
+        self._lending = self.description if is_lending else _describe(replace(counted, parallel=experts), vocab_size)
+        cuts = ParallelConfig(
+            pipeline_model_parallel_size=grid.pp,
+            num_layers_per_virtual_pipeline_stage=layout.num_layers_per_virtual_pipeline_stage,
+            pipeline_model_parallel_layout=layout.pipeline_model_parallel_layout,
+        )
+        self.stages = stages_of(replace(counted, parallel=cuts))
         self._shared: dict[int, SharedExperts] = {}
 
     def stage_of(self, rank: int) -> int:
@@ -265,31 +276,16 @@ def unsharded_model(config: PretrainConfig, vocab_size: int) -> PlannedModel:
 
 
 @lru_cache(maxsize=1024)
-def _describe(
-    model: ModelConfig,
-    moe: MoEConfig,
-    vocab_size: int,
-    low: bool,
-    ep: int,
-    etp: int,
-    tp: int,
-    sequence_parallel: bool,
-    cp: int,
-    cp_comm_type: Literal["p2p", "a2a"],
-) -> Description:
-    grid = RankGrid(math.lcm(tp * cp, etp * ep), tp=tp, ep=ep, etp=etp, cp=cp)
-    layout = ParallelConfig(
-        tensor_model_parallel_size=tp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=etp,
-        context_parallel_size=cp,
-        cp_comm_type=cp_comm_type,
-    )
-    config = PretrainConfig(model=model, moe=moe, parallel=layout, training=TrainingConfig(bf16=low))
+def _describe(config: PretrainConfig, vocab_size: int) -> Description:
+    layout = config.parallel
+    tp, ep, etp = layout.tensor_model_parallel_size, layout.expert_model_parallel_size, layout.expert_tp
     dense = None
     if (ep, etp) != (1, tp):
-        dense = _describe(model, moe, vocab_size, low, 1, tp, tp, sequence_parallel, cp, cp_comm_type)
-    return Description(config, vocab_size, storageless(planned_state(grid, 0, sequence_parallel, cp_comm_type)), dense)
+        unsplit = replace(layout, expert_model_parallel_size=1, expert_tensor_parallel_size=tp)
+        dense = _describe(replace(config, parallel=unsplit), vocab_size)
+    grid = RankGrid.of(layout, math.lcm(tp * layout.context_parallel_size, etp * ep))
+    state = planned_state(grid, 0, layout.sequence_parallel, layout.cp_comm_type)
+    return Description(config, vocab_size, storageless(state), dense)
 
 
 @lru_cache(maxsize=4096)

@@ -70,8 +70,12 @@ FITTED: Mapping[str, float] = {
     "tensor_exposed": 0.2373,
     "expert_exposed": 0.26,
     "expert_exposed_fused": 0.5787,
-    "spread": 0.57,
+    "spread": 0.36,
 }
+
+#: Narrower heads leave a GPU the same exponentials for fewer products. cuDNN's own benchmark on H200 (github.com/NVIDIA/cudnn-frontend,
+#: benchmark/sdpa_benchmark_training/results at 3929da2): heads of 64 reach 0.51 to 0.61 of the FLOPs per second of heads of 128.
+ATTENTION_WIDTH = 128
 
 
 def gpu_cluster(
@@ -83,6 +87,7 @@ def gpu_cluster(
     overlaps: bool = False,
     overlaps_experts: bool = False,
     sends_once: bool = False,
+    expert_row_bytes: float = 0.0,
     constants: Mapping[str, float] = FITTED,
 ) -> Cluster:
     """Returns a cluster of GPUs of one kind, as fast as published runs are; ConfigError for a GPU that is not known.
@@ -93,7 +98,7 @@ def gpu_cluster(
         overlaps: exchanges of tensor parallelism overlap with products as in Megatron-Core, weights are gathered during the
             first forward pass, and gradients are summed in 16 bits. NVIDIA's recipes do all of it; this program does none.
         overlaps_experts: exchanges of expert parallelism overlap with another micro-batch's products.
-        sends_once: see `Cluster`.
+        sends_once, expert_row_bytes: see `Cluster`.
     """
     if name not in GPUS:
         raise ConfigError(
@@ -115,10 +120,12 @@ def gpu_cluster(
         gpu.memory_bandwidth,
         c["efficiency"],
         attention_efficiency=c["attention_efficiency"],
+        attention_width=ATTENTION_WIDTH,
         product_flops=products,
         product_traffic=c["product_traffic"],
         activation_traffic=c["activation_traffic"],
         moe_traffic=c["moe_traffic_fused" if full else "moe_traffic"],
+        expert_row_bytes=expert_row_bytes,
         layer_launch_s=0.0 if full else c["layer_launch_s"],
         moe_launch_s=0.0 if full else c["moe_launch_part_s" if graphs else "moe_launch_s"],
         tensor_exposed=c["tensor_exposed"] if overlaps else 1.0,

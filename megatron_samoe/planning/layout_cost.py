@@ -104,9 +104,9 @@ def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
     for spec, again, count in planned.stages.counts(stage, recomputed_layers(config)):
         layer, trace = description.layer(spec), description.trace(spec, batch, selective)
         passes = 3 if again else 2
-        _layer_seconds(cost, trace, layer.is_moe, count, passes - 1, (selective or again) + 1, cluster)
+        _layer_seconds(cost, config, layer, trace, links, count, passes - 1, (selective or again) + 1)
         _tensor_exchanges(cost, config, links, _tensor_regions(config, layer.is_moe, links.grid) * count * passes)
-        _context_exchanges(cost, trace, links, count, again)
+        _context_exchanges(cost, config, trace, links, count, again)
         if layer.is_moe:
             _expert_exchanges(cost, config, layer, links, count * passes)
     # Embeddings are summed on the way in, and gradients of the head's input on the way back.
@@ -119,7 +119,14 @@ def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
 
 
 def _layer_seconds(
-    cost: Cost, trace: Trace, is_moe: bool, count: int, forwards: int, cores: int, cluster: Cluster
+    cost: Cost,
+    config: PretrainConfig,
+    layer: TransformerLayer,
+    trace: Trace,
+    links: Links,
+    count: int,
+    forwards: int,
+    cores: int,
 ) -> None:
     """Adds a micro-batch's passes through layers: what they compute, what they move, and how long they wait for hosts.
 
@@ -127,16 +134,25 @@ def _layer_seconds(
         count: layers.
         forwards, cores: forward passes of a layer, and of its attention's core.
     """
+    cluster, is_moe = links.cluster, layer.is_moe
     peak = cluster.product_flops or cluster.flops
     products = sum(product.seconds(cluster, forwards, 1, peak) for product in products_of(trace))
-    attention = (cores + 2) * trace.core_flops / (cluster.flops * (cluster.attention_efficiency or cluster.efficiency))
+    attention = (cores + 2) * _core_seconds(trace.core_flops, config, cluster)
     # Of a forward and a backward pass, the former moves a third.
     traffic = cluster.activation_traffic * (cluster.moe_traffic if is_moe else 1.0)
-    memory = traffic * trace.kept_bytes * (forwards + 2) / 3 / cluster.memory_bandwidth
+    rows = _expert_tokens(config, links.grid) * layer.moe.router.experts_per_token if is_moe else 0.0
+    moved = traffic * trace.kept_bytes + rows * cluster.expert_row_bytes
+    memory = moved * (forwards + 2) / 3 / cluster.memory_bandwidth
     launches = (forwards + 1) * (cluster.moe_launch_s if is_moe else cluster.layer_launch_s)
     host = max(0.0, launches - products - attention - memory) if cluster.launches_ahead else launches
     for part, seconds in (("products", products), ("attention", attention), ("memory", memory), ("host", host)):
         cost.add(part, count * seconds)
+
+
+def _core_seconds(flops: float, config: PretrainConfig, cluster: Cluster) -> float:
+    """Returns the seconds of operations of attention's core."""
+    model = config.model
+    return flops / cluster.attention_flops(model.query_dim if model.multi_latent_attention else model.head_dim)
 
 
 def _slowest_micro_batch(planned: PlannedModel, links: Links) -> Cost:
@@ -179,7 +195,7 @@ def _tensor_exchanges(cost: Cost, config: PretrainConfig, links: Links, number: 
     cost.add("tensor", 2 * number * seconds * links.cluster.tensor_exposed, 2 * number * sent)
 
 
-def _context_exchanges(cost: Cost, trace: Trace, links: Links, count: int, again: bool) -> None:
+def _context_exchanges(cost: Cost, config: PretrainConfig, trace: Trace, links: Links, count: int, again: bool) -> None:
     """Adds what attention exchanges between context-parallel ranks, and the routers' logits. Keys and values go round during
     the core's products: what these do not hide takes time.
     """
@@ -187,8 +203,8 @@ def _context_exchanges(cost: Cost, trace: Trace, links: Links, count: int, again
     exchanges = [o for o in operations if o.group == "cp"]
     ring = [o.sent_bytes for o in exchanges if o.name == "shift"]
     if ring:
-        core_s = sum(o.flops for o in operations if o.kind == "attention")
-        core_s /= links.cluster.flops * (links.cluster.attention_efficiency or links.cluster.efficiency)
+        core_flops = sum(o.flops for o in operations if o.kind == "attention")
+        core_s = _core_seconds(core_flops, config, links.cluster)
         exposed = max(0.0, sum(ring) / links.bandwidth("cp") - core_s) + len(ring) * links.cluster.latency_s
         cost.add("context", count * exposed, count * sum(ring))
     for o in exchanges:
@@ -199,13 +215,17 @@ def _context_exchanges(cost: Cost, trace: Trace, links: Links, count: int, again
             cost.add("context", count * links.seconds("cp", o.sent_bytes), count * o.sent_bytes)
 
 
+def _expert_tokens(config: PretrainConfig, grid: RankGrid) -> int:
+    """Returns the tokens that a rank sends to experts: with unsplit ones, its share of those of its tensor-parallel group."""
+    return group_tokens(config) // (1 if grid.etp == grid.tp else grid.tp)
+
+
 def _expert_exchanges(cost: Cost, config: PretrainConfig, layer: TransformerLayer, links: Links, passes: int) -> None:
-    """Adds dispatch and return in each pass; with unsplit experts a tensor-parallel rank sends its share of the tokens."""
+    """Adds dispatch and return in each pass."""
     grid = links.grid
     if grid.ep == 1:
         return
-    tokens = group_tokens(config) if grid.etp == grid.tp else group_tokens(config) // grid.tp
-    token_bytes = tokens * config.model.hidden_size * compute_dtype(config).itemsize
+    token_bytes = _expert_tokens(config, grid) * config.model.hidden_size * compute_dtype(config).itemsize
     seconds, sent = links.dispatch("ep", token_bytes, layer.moe.router.experts_per_token)
     seconds *= links.cluster.expert_exposed
     cost.add("expert", 2 * passes * seconds, 2 * passes * sent)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from megatron_samoe.config.derived import num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
@@ -170,22 +171,16 @@ def _held_by_rank(
         _held(buffer, grid.size_and_rank(buffer[0].tag.gradient_group, rank), zero, bucket, by_muon)
         for buffer in _buffers(found)
     ]
-    return _Held(
-        sum(p.weights for p in parts),
-        sum(p.gradients for p in parts),
-        sum(p.optimizer for p in parts),
-        max((p.exchange for p in parts), default=0),
-        sum(p.expert for p in parts),
-    )
+    total = _Held(*map(sum, zip(_Held(0), *parts, strict=True)))
+    return total._replace(exchange=max((p.exchange for p in parts), default=0))
 
 
-@dataclass(frozen=True)
-class _Held:
+class _Held(NamedTuple):
     weights: int
-    gradients: int
-    optimizer: int
-    exchange: int
-    expert: int
+    gradients: int = 0
+    optimizer: int = 0
+    exchange: int = 0
+    expert: int = 0
 
 
 def _buffers(parameters: Iterable[DescribedParameter]) -> list[list[DescribedParameter]]:
@@ -216,7 +211,7 @@ def _held(
     element, exchange = first.element_bytes, 0
     weights, gradients = own * element, own * FP32_BYTES
     if not first.is_trained:
-        return _Held(weights, 0, 0, 0, 0)
+        return _Held(weights)
     if first.tag.slice is None and zero and size > 1:
         shard = -(-own // size)
         weights, gradients = shard * size * element, shard * size * FP32_BYTES

@@ -6,9 +6,6 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_samoe.config.model import ModelConfig
-from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import ExpertSource
 from megatron_samoe.models.layer_layout import LayerSpec, StagePlan, stage_plans
@@ -73,23 +70,9 @@ class Users:
 
 
 @lru_cache(maxsize=1024)
-def stages_of(
-    pp: int,
-    per_stage: int | None,
-    layout: str | None,
-    num_layers: int,
-    window: int | None,
-    window_frequency: int | None,
-    moe: MoEConfig,
-) -> Stages:
+def stages_of(config: PretrainConfig) -> Stages:
     """Returns the layers of the pipeline ranks that a configuration has."""
-    parallel = ParallelConfig(
-        pipeline_model_parallel_size=pp,
-        num_layers_per_virtual_pipeline_stage=per_stage,
-        pipeline_model_parallel_layout=layout,
-    )
-    model = ModelConfig(num_layers=num_layers, sliding_window=window, window_attn_skip_freq=window_frequency)
-    plans = stage_plans(PretrainConfig(model=model, moe=moe, parallel=parallel))
+    plans, pp = stage_plans(config), config.parallel.pipeline_model_parallel_size
     by_rank = tuple(plans[rank::pp] for rank in range(pp))
     specs = [spec for plan in plans for spec in plan.layers]
     first_of_kind = {kind_of(spec): spec for spec in reversed(specs)}

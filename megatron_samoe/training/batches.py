@@ -102,10 +102,7 @@ class RunData:
 
 
 def build_run_data(
-    config: PretrainConfig,
-    tokenizer: Tokenizer,
-    parallel: ParallelState,
-    done: tuple[int, int] = (0, 0),
+    config: PretrainConfig, tokenizer: Tokenizer, parallel: ParallelState, done: tuple[int, int] = (0, 0)
 ) -> RunData:
     """Returns the datasets of a run, with enough samples for all its steps.
 

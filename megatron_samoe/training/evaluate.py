@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def evaluate(setup: TrainSetup, batches: Iterable[Batch], dataset_names: Sequenc
     setup.model.begin_step()
     sums_D2 = torch.zeros(max(len(dataset_names), 1), 2, dtype=torch.float64, device=setup.parallel.device)
 
-    def take_losses(_number: int, batch: Batch, losses_T: Tensor) -> Tensor:
+    def take_losses(batch: Batch, losses_T: Tensor) -> Tensor:
         mask_BS = batch["loss_mask"].double()
         losses_B = losses_T.double().view_as(mask_BS).sum(1)
         ids_B = batch.get("dataset_ids")
@@ -50,7 +51,9 @@ def evaluate(setup: TrainSetup, batches: Iterable[Batch], dataset_names: Sequenc
         sums_D2.index_add_(0, ids_B, torch.stack((losses_B, mask_BS.sum(1)), 1))
         return losses_T.sum()
 
-    for group in _groups(batches, setup.pipeline.size):
+    left = iter(batches)
+    # Each group keeps the pipeline busy, and no more batches are read ahead.
+    while group := list(islice(left, 4 * setup.pipeline.size)):
         contexts = [ForwardContext(batch_size=batch["tokens"].shape[0]) for batch in group]
         run_micro_batches(setup, forward_plan(setup.pipeline.num_chunks, len(group)), group, contexts, take_losses)
     sums = setup.parallel.pp.all_reduce(setup.parallel.dp_cp.all_reduce(sums_D2)).tolist()
@@ -59,31 +62,14 @@ def evaluate(setup: TrainSetup, batches: Iterable[Batch], dataset_names: Sequenc
     return EvaluatedLoss(loss_sum / num_tokens, by_dataset)
 
 
-def evaluation_record(name: str, loss: EvaluatedLoss) -> Record:
-    """Returns what is recorded of an evaluation of "validation" or "test" data."""
-    record: Record = {f"{name}_loss": loss.mean, f"{name}_perplexity": math.exp(min(loss.mean, 700.0))}
-    return record | ({f"{name}_loss_by_dataset": dict(loss.by_dataset)} if loss.by_dataset else {})
-
-
 def evaluate_run(run: Training, with_test: bool) -> Record:
     """Returns what is recorded of the losses on validation and test data."""
     record: Record = {}
     for name, data in (("validation", run.data.valid), ("test", run.data.test if with_test else None)):
         if data is not None:
             run.watch.begin(f"evaluating {name} data after iteration {run.state.iteration}")
-            batches = run.data.evaluation_batches(data)
-            record |= evaluation_record(name, evaluate(run.setup, batches, data.names))
+            loss = evaluate(run.setup, run.data.evaluation_batches(data), data.names)
+            record |= {f"{name}_loss": loss.mean, f"{name}_perplexity": math.exp(min(loss.mean, 700.0))}
+            if loss.by_dataset:
+                record[f"{name}_loss_by_dataset"] = dict(loss.by_dataset)
     return record
-
-
-def _groups(batches: Iterable[Batch], num_stages: int) -> Iterable[list[Batch]]:
-    """Yields lists of batches, the last one shorter: each keeps a pipeline of a number of stages busy, and no more are read
-    ahead."""
-    group: list[Batch] = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == 4 * num_stages:
-            yield group
-            group = []
-    if group:
-        yield group

@@ -124,14 +124,14 @@ class HangWatch:
         return f" What each rank was doing is in {self.folder}."
 
 
-def last_collectives(count: int = 20) -> list[str]:
-    """Returns the newest entries of torch's flight recorder, a line each; nothing where this torch has none.
+def last_collectives() -> list[str]:
+    """Returns the newest 20 entries of torch's flight recorder, a line each; nothing where this torch has none.
 
     It records where TORCH_FR_BUFFER_SIZE was set before torch was loaded, as `start.prepare` does.
     """
     try:
         recorded = json.loads(torch._C._distributed_c10d._dump_fr_trace_json(True, False))  # type: ignore[attr-defined]
-        return [_line(entry) for entry in recorded.get("entries", [])[-count:]]
+        return [_line(entry) for entry in recorded.get("entries", [])[-20:]]
     except (AttributeError, RuntimeError, ValueError, TypeError, KeyError):
         return []
 

@@ -71,12 +71,12 @@ def measure(parallel: ParallelState, rounds: int = 7, scale: float = 1.0) -> dic
     )
 
 
-def measure_here(rounds: int = 7, scale: float = 1.0) -> dict[str, Any] | None:
+def measure_here() -> dict[str, Any] | None:
     """Joins torchrun's job, if this process is in one, and returns what rank 0 says that `measure` found; None on other ranks."""
     layout = ParallelConfig(tensor_model_parallel_size=launcher.local_world_size())
     is_single = launcher.world_size() == 1
     parallel = single_process_state(prepare_device(layout, None)) if is_single else join_ranks(layout)
-    found = measure(parallel, rounds, scale)
+    found = measure(parallel)
     if not is_single:
         backend.leave_distributed()
     return found if parallel.rank == 0 else None

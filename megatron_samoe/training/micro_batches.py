@@ -16,8 +16,8 @@ from megatron_samoe.training.setup import TrainSetup
 Batch = dict[str, Tensor]
 #: What a batch has for each token of its sequences, [B, S].
 BY_TOKEN = ("tokens", "labels", "loss_mask", "position_ids")
-#: Takes number, batch and masked losses_T of a micro-batch, of the rank's tokens, on the last stage; returns the scalar to differentiate.
-LossSink = Callable[[int, Batch, Tensor], Tensor]
+#: Takes a micro-batch and its masked losses_T, of the rank's tokens, on the last stage; returns the scalar to differentiate.
+LossSink = Callable[[Batch, Tensor], Tensor]
 
 
 def own_part(batch: Batch, share: TokenShare) -> Batch:
@@ -53,24 +53,25 @@ def run_micro_batches(
         rows = model.statistics.zeros(model.num_moe_layers, setup.parallel.device)
 
     def forward(chunk: int, micro_batch: int, x: Tensor | None) -> Tensor:
-        number = micro_batch
-        batch, stage = own_part(batches[number], setup.parallel.token_share), model.chunks[chunk]
+        batch, stage = own_part(batches[micro_batch], setup.parallel.token_share), model.chunks[chunk]
         x = taught_x = batch["tokens"] if x is None else x
         if teacher is not None and not stage.is_first:
-            x, taught_x = teacher.unpack(x, setup.local_tokens(contexts[number].batch_size))
+            x, taught_x = teacher.unpack(x, setup.local_tokens(contexts[micro_batch].batch_size))
         packed = (batch.get("position_ids"), batch.get("document_ids"))
-        y, all_stats = model(x, contexts[number], *packed, chunk=chunk)
-        taught_y = None if teacher is None else teacher.forward(taught_x, contexts[number].batch_size, *packed, chunk)
+        y, all_stats = model(x, contexts[micro_batch], *packed, chunk=chunk)
+        taught_y = (
+            None if teacher is None else teacher.forward(taught_x, contexts[micro_batch].batch_size, *packed, chunk)
+        )
         for stats in all_stats:
             assert rows is not None
             model.statistics.add(rows, stats)
         if not stage.is_last:
             return y if teacher is None or taught_y is None else teacher.pack(y, taught_y)
         mask_T = batch["loss_mask"].flatten()
-        loss = take_losses(number, batch, model.loss(y, batch["labels"], fuses_loss) * mask_T)
+        loss = take_losses(batch, model.loss(y, batch["labels"], fuses_loss) * mask_T)
         if teacher is None or taught_y is None or take_divergences is None:
             return loss
-        return loss + take_divergences(number, batch, teacher.divergence(y, taught_y) * mask_T)
+        return loss + take_divergences(batch, teacher.divergence(y, taught_y) * mask_T)
 
     first = contexts[0] if contexts else ForwardContext(batch_size=1)
     run_plan(plan, setup.pipeline, forward, setup.boundary(first.batch_size, first.training, teacher is not None))

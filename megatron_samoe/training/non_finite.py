@@ -61,7 +61,7 @@ def _first_in_forward(setup: TrainSetup, state: TrainState, batches: Sequence[Ba
 
         return module.register_forward_hook(hook)
 
-    def take_losses(_number: int, _batch: Batch, losses_T: Tensor) -> Tensor:
+    def take_losses(_batch: Batch, losses_T: Tensor) -> Tensor:
         if not _is_finite(losses_T):
             note(setup.config.model.num_layers + 1, "the output layer", setup.model.chunks[-1].final_norm)
         return losses_T.sum()

@@ -145,11 +145,9 @@ class _Records(Hook):
         self.kept: list[Record] = []
 
     def record(self, run: Training, record: Record) -> None:
-        """Keeps that of a step."""
         self.kept.append(dict(record))
 
     def evaluated(self, run: Training, record: Record) -> None:
-        """Keeps that of an evaluation."""
         self.record(run, record)
 
 

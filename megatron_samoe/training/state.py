@@ -51,13 +51,9 @@ class SpikeHistory:
         window = training.spike_window
         return SpikeHistory((*self.losses, loss)[-window:], (*self.norms, norm)[-window:])
 
-    def plain(self) -> dict[str, list[float]]:
-        """Returns the values for a checkpoint."""
-        return {"losses": list(self.losses), "norms": list(self.norms)}
-
     @staticmethod
     def from_plain(values: Mapping[str, Any]) -> SpikeHistory:
-        """Returns what `plain` described; empty where a checkpoint has nothing of the kind."""
+        """Returns what a checkpoint has of a history; empty where a checkpoint has nothing of the kind."""
         lists = [values.get(name, ()) for name in ("losses", "norms")]
         sound = all(isinstance(v, (list, tuple)) and all(type(x) is float for x in v) for v in lists)
         return SpikeHistory(*map(tuple, lists)) if sound and len(lists[0]) == len(lists[1]) else SpikeHistory()
@@ -88,7 +84,7 @@ class TrainState:
             "consumed_samples": self.consumed_samples,
             "consumed_tokens": self.consumed_tokens,
             "loss_scale": asdict(self.loss_scale),
-            **({"spike_history": self.spikes.plain()} if self.spikes.losses else {}),
+            **({"spike_history": asdict(self.spikes)} if self.spikes.losses else {}),
         }
 
     @staticmethod

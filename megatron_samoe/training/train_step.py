@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -44,10 +45,6 @@ class RoutingStats:
     z_loss: float
     health: RouterHealth
     others: Mapping[str, list[float]]
-
-    def fractions_LE(self) -> Tensor:
-        """Returns the share of routed tokens of each expert."""
-        return fractions(self.counts_LE)
 
 
 def fractions(counts_LE: Tensor) -> Tensor:
@@ -151,16 +148,10 @@ def accumulate_gradients(
     weights = (1.0,) if teacher is None else (1.0, teacher.weight)
     loss_sums = torch.zeros(len(weights), dtype=torch.float64, device=setup.parallel.device)
 
-    def take(which: int, losses_T: Tensor) -> Tensor:
+    def take(which: int, _batch: Batch, losses_T: Tensor) -> Tensor:
         loss = losses_T.sum()
         loss_sums[which] += loss.detach()
         return loss * (weights[which] * scale / num_tokens).to(loss.dtype)
-
-    def take_losses(_number: int, _batch: Batch, losses_T: Tensor) -> Tensor:
-        return take(0, losses_T)
-
-    def take_divergences(_number: int, _batch: Batch, kl_T: Tensor) -> Tensor:
-        return take(1, kl_T)
 
     pipeline = setup.pipeline
     schedule = setup.config.parallel.pipeline_schedule
@@ -168,9 +159,7 @@ def accumulate_gradients(
     contexts = [micro_batch_context(setup, state, number) for number in range(len(batches))]
     device = setup.parallel.device
     with named_range("forward and backward", device):
-        rows = run_micro_batches(
-            setup, plan, batches, contexts, take_losses, None if teacher is None else take_divergences
-        )
+        rows = run_micro_batches(setup, plan, batches, contexts, *(partial(take, i) for i in range(len(weights))))
     if observe is not None:
         observe()
     with named_range("reduce gradients", device):

@@ -118,10 +118,9 @@ class Trainer:
         self._notify(lambda hook: hook.pre_step(self, batches))
         wants_gradients = any([hook.wants_gradients(self) for hook in self._asked])
         self.stopwatch.begin()
+        backward_done = partial(self._notify, lambda hook: hook.backward_done(self)) if wants_gradients else None
         with named_range(f"iteration {number}", setup.parallel.device):
-            result, state = train_step(
-                setup, self.state, batches, self._backward_done if wants_gradients else None, self._pre_optim_step
-            )
+            result, state = train_step(setup, self.state, batches, backward_done, self._pre_optim_step)
         if not result.is_finite:
             raise_non_finite(setup, self.state, batches, result)
         self.stopwatch.end(state.consumed_tokens - self.state.consumed_tokens)
@@ -135,9 +134,6 @@ class Trainer:
         if self.setup.teacher is not None and not self.config.distillation.teaches_after(self.state.iteration):
             self.setup = replace(self.setup, teacher=None)
             logger.info(f"--teacher-until {self.state.iteration}: the student continues without its teacher")
-
-    def _backward_done(self) -> None:
-        self._notify(lambda hook: hook.backward_done(self))
 
     def _pre_optim_step(self, grad_norm: float) -> None:
         self._notify(lambda hook: hook.pre_optim_step(self, grad_norm))

@@ -22,6 +22,12 @@ pytest.importorskip("sphinx", reason="the site is built with the extra [docs]")
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def sphinx_build(*words: str) -> None:
+    command = [sys.executable, "-m", "sphinx", "--quiet", "-b", "html", *words]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+
+
 def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     # Made pages go beside the sources, so these are copied; what pages link to lies where it lies in the repository.
     ignored = shutil.ignore_patterns("_build", "reference", ".*", "__pycache__", "*.so", "runs", "build")
@@ -29,12 +35,7 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     shutil.copy(ROOT / "CHANGELOG.md", tmp_path)
     shutil.copy(ROOT / "README.md", tmp_path)
-    built = subprocess.run(
-        [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-t", "pages", "-b", "html",
-         str(tmp_path / "docs"), str(tmp_path / "html")],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert built.returncode == 0, built.stderr
+    sphinx_build("--fail-on-warning", "--keep-going", "-t", "pages", str(tmp_path / "docs"), str(tmp_path / "html"))
     index = (tmp_path / "html/index.html").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert f"{page.stem}.html" in index, f"{page.name} is in no contents"
@@ -46,9 +47,7 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the whole site, as `make docs` builds it."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "--quiet", "-j", "auto", "-b", "html", "docs", str(folder)]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
+    sphinx_build("-j", "auto", "docs", str(folder))
     handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
@@ -81,12 +80,16 @@ def test_nothing_is_cut_at_the_edge_of_a_screen(site: str, width: int) -> None:
         && !e.closest('.columns')).map(e => e.textContent.slice(0, 80))"""
     scrolled = """return [...document.querySelectorAll('article .table-wrapper')].filter(e => e.scrollWidth > e.clientWidth + 2)
         .map(e => e.textContent.slice(0, 80))"""
+    crowded = """const lines = cell => { const text = document.createRange(); text.selectNodeContents(cell);
+        return text.getBoundingClientRect().height / parseFloat(getComputedStyle(cell).lineHeight); };
+        return [...document.querySelectorAll('article td')].map(cell => [cell.innerText.trim(), lines(cell)])
+            .filter(([text, n]) => text.split(/\\s+/).length >= 8 && text.split(/\\s+/).length < 1.5 * Math.round(n))"""
     with browser() as page:
         page.resize(width, 900)
         for name in ["index", *(path.stem for path in (ROOT / "docs").glob("*.md"))]:
             page.open(f"{site}/{name}.html")
             assert page.run("return document.documentElement.scrollWidth") <= width, name
-            assert page.run(cut) == page.run(wrap) == [], name
+            assert page.run(cut) == page.run(wrap) == page.run(crowded) == [], name
             assert width < 1400 or page.run(scrolled) == [], name
 
 

@@ -43,7 +43,7 @@ def save(config: PretrainConfig) -> None:
 def next_token_logits(loaded: LoadedModel, ids: list[int]) -> torch.Tensor:
     """Returns logits_V of the training model."""
     num_pages = pages_for(len(ids))
-    runner = RankRunner(loaded, num_pages)
+    runner = RankRunner(loaded, num_pages, "folded")
     pages = PageTable(1, num_pages, num_pages, runner.device)
     span = Span(pages.reserve(len(ids)), 0, len(ids))
     return runner.run(make_batch([span], ids, pages.table, [len(ids) - 1], runner.device))[0]

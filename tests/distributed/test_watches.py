@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_spikes_are_far_above_a_window(loss: float, norm: float, problem: str | 
         history = history.after(4.3 - 0.1 * step, 1.0 + 0.1 * step, HISTORY)
     found = history.problem(loss, norm, HISTORY)
     assert (found or "").startswith(problem or "") and (found is None) == (problem is None)
-    assert SpikeHistory.from_plain(json.loads(json.dumps(history.plain()))) == history
+    assert SpikeHistory.from_plain(json.loads(json.dumps(asdict(history)))) == history
     assert len(history.after(5.0, 1.0, HISTORY).losses) == 4
     assert history.problem(100.0, 100.0, TrainingConfig()) is None
     assert SpikeHistory.from_plain({"losses": ["x"], "norms": [1.0]}) == SpikeHistory()

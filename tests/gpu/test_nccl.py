@@ -4,6 +4,7 @@ tests. Each test has a process of its own, because a process takes one library."
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def open_communicator(device: str, library: str, timeout_s: float = 30.0) -> Ncc
     return NcclCommunicator(Group("ep", (0,), 0), OpenedNccl(handle, stream), timeout_s)
 
 
-def _exchanges(device: str, library: str) -> None:
+def what_is_sent_arrives(device: str, library: str) -> None:
     with open_communicator(device, library) as communicator:
         for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.uint8):
             for rows, columns in ((0, 8), (1, 1), (7, 129), (513, 64), (20000, 64 if device == "cpu" else 1024)):
@@ -48,11 +49,7 @@ def _exchanges(device: str, library: str) -> None:
         assert torch.equal(gathered, x[index_R // 2])
 
 
-def test_what_is_sent_arrives(device: str, library: str) -> None:
-    run_ranks(_exchanges, 1, device, library)
-
-
-def _streams(device: str, library: str) -> None:
+def streams_wait_for_each_other(device: str, library: str) -> None:
     """Rows are written late, before the exchange in the stream's order; and read in it, after the exchange."""
     module = torch.get_device_module(device)
     with open_communicator(device, library) as communicator:
@@ -75,11 +72,7 @@ def _streams(device: str, library: str) -> None:
             torch.testing.assert_close(product.cpu(), source.cpu() @ source.cpu().T, rtol=1e-3, atol=1e-3)
 
 
-def test_streams_wait_for_each_other(device: str, library: str) -> None:
-    run_ranks(_streams, 1, device, library)
-
-
-def _abort(device: str, library: str) -> None:
+def after_an_abort_nothing_is_begun(device: str, library: str) -> None:
     communicator = open_communicator(device, library)
     x = torch.ones(10, 4, device=device)
     assert torch.equal(communicator.exchange(x, [10], [10]), x)
@@ -96,5 +89,6 @@ def _abort(device: str, library: str) -> None:
     torch.get_device_module(device).synchronize()
 
 
-def test_after_an_abort_nothing_is_begun(device: str, library: str) -> None:
-    run_ranks(_abort, 1, device, library)
+@pytest.mark.parametrize("check", [what_is_sent_arrives, streams_wait_for_each_other, after_an_abort_nothing_is_begun])
+def test_in_a_process_of_its_own(check: Callable[[str, str], None], device: str, library: str) -> None:
+    run_ranks(check, 1, device, library)

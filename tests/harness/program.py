@@ -74,6 +74,11 @@ def arguments(*, model: bool = True, **options: Any) -> list[str]:
     return words
 
 
+def flags(**options: object) -> list[str]:
+    """Returns a command line's words for options with a value each, by field names."""
+    return [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
+
+
 class ProgramRun:
     """A running or finished program: its processes, one per rank (or one launcher), and what they printed."""
 

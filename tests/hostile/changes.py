@@ -23,10 +23,9 @@ import yaml
 
 Change = Callable[[Path, random.Random], object]
 #: What stands in for a value somewhere.
-ODD: tuple[Any, ...] = (
-    None, True, -1, 0, 1.5, 1e308, float("nan"), float("inf"), 10**9, 2**63, 10**18, 10**400, "", "x", "1e9", [], [[1]],
-    {}, {"a": {}}, [None] * 40, "y" * 5000, "\x1b[2J\x07", "../../../etc/passwd", "/dev/zero", "a\0b",
-)  # fmt: skip
+_NUMBERS = (-1, 0, 1.5, 1e308, float("nan"), float("inf"), 10**9, 2**63, 10**18, 10**400)
+_TEXTS = ("", "x", "1e9", "y" * 5000, "\x1b[2J\x07", "../../../etc/passwd", "/dev/zero", "a\0b")
+ODD: tuple[Any, ...] = (None, True, *_NUMBERS, *_TEXTS, [], [[1]], {}, {"a": {}}, [None] * 40)
 #: What json.dumps does not write, and what stands for it in a value.
 RAW = {
     "@digits@": "9" * 5000,
@@ -303,14 +302,11 @@ def _packed(path: Path, rng: random.Random) -> None:
 def _odd_tensor(value: Any, rng: random.Random) -> Any:
     import torch
 
-    odd = (torch.eye(3).to_sparse(), torch.zeros(1).expand(1 << 40), torch.empty(3, device="meta"), torch.ones(2, dtype=torch.complex64),
-           torch.full((3,), float("nan")), torch.ones(0))  # fmt: skip
+    strange = torch.eye(3).to_sparse(), torch.zeros(1).expand(1 << 40), torch.empty(3, device="meta")
+    wrong = torch.ones(2, dtype=torch.complex64), torch.full((3,), float("nan")), torch.ones(0)
     held = value.get("model", value)
-    return (
-        {**value, "model": {**held, rng.choice(list(held)): rng.choice(odd)}}
-        if "model" in value
-        else {**held, rng.choice(list(held)): rng.choice(odd)}
-    )
+    damaged = {**held, rng.choice(list(held)): rng.choice((*strange, *wrong))}
+    return {**value, "model": damaged} if "model" in value else damaged
 
 
 TORCH: dict[str, Change] = {

@@ -29,15 +29,10 @@ def _split(expression: str) -> dict[str, Any]:
     return {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": expression}}
 
 
-_ADDED = {
-    "id": 0,
-    "content": "",
-    "single_word": False,
-    "lstrip": False,
-    "rstrip": False,
-    "normalized": False,
-    "special": True,
-}
+_ADDED = {"id": 0, "content": "", "special": True} | dict.fromkeys(
+    ("single_word", "lstrip", "rstrip", "normalized"), False
+)
+_PADDING = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None}
 TOKENIZER: dict[str, Change] = {
     "a normalizer that multiplies": _spec(normalizer=_growing("normalizers", {"String": "a"})),
     "a normalizer that makes text of nothing": _spec(normalizer=_growing("normalizers", {"Regex": ""})),
@@ -45,7 +40,9 @@ TOKENIZER: dict[str, Change] = {
     "a prefix of 50 MB": _spec(normalizer={"type": "Prepend", "prepend": "a" * (50 << 20)}),
     "an expression without end": _spec(pre_tokenizer=_split("(a+)+$|(a|aa)+b")),
     "a large expression": _spec(pre_tokenizer=_split("((a{1,999}){1,999}){1,999}")),
-    "a character map that lies": _spec(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w" + "A" * 400}),
+    "a character map that lies": _spec(
+        normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w" + "A" * 400}
+    ),
     "an id far away": _spec(added_tokens=[{**_ADDED, "content": "<|endoftext|>", "id": 2**32 - 1}]),
     "a token without letters": _spec(added_tokens=[_ADDED]),
     "no vocabulary": _spec(model={"vocab": {}, "merges": []}),
@@ -55,9 +52,8 @@ TOKENIZER: dict[str, Change] = {
     "dropout": _spec(model={"dropout": 1.0}),
     "another kind of model": _spec(model={"type": "WordLevel"}),
     "an unknown token that is none": _spec(model={"unk_token": "<none>", "byte_fallback": True}),
-    "a padding of a billion": _spec(padding={"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None,
-                                             "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}),
-}  # fmt: skip
+    "a padding of a billion": _spec(padding={**_PADDING, "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}),
+}
 
 
 def _row(line: Callable[[random.Random], bytes]) -> Change:
@@ -112,12 +108,13 @@ def _column(kind: str, value: Any) -> Change:
     return _table(lambda pa, texts: pa.array([value] * 16, eval(kind, vars(pa))))
 
 
+_NUMBERS = "int8() uint64() float16() float64() date32() timestamp('us') time64('us') duration('us') decimal128(9)"
 COLUMNS = {
-    **dict.fromkeys(("int8()", "uint64()", "float16()", "float64()", "date32()", "timestamp('us')", "time64('us')",
-                     "duration('us')", "decimal128(9)"), 7),
-    "bool_()": True, "null()": None, "string()": None, "binary()": b"\xff\xfe", "binary(4)": b"\xff\xfe\0a", "list_(string())": ["a"],
-    "struct([('a', string())])": {"a": "x"}, "map_(string(), int8())": [("a", 1)], "large_string()": "a\0b", "string_view()": "a",
-}  # fmt: skip
+    **dict.fromkeys(_NUMBERS.split(), 7),
+    **{"bool_()": True, "null()": None, "binary()": b"\xff\xfe", "binary(4)": b"\xff\xfe\0a"},
+    **{"string()": None, "large_string()": "a\0b", "string_view()": "a", "list_(string())": ["a"]},
+    **{"struct([('a', string())])": {"a": "x"}, "map_(string(), int8())": [("a", 1)]},
+}
 PARQUET: dict[str, Change] = {
     **{f"a column of {kind}": _column(kind, value) for kind, value in COLUMNS.items()},
     "a column of a dictionary": _table(lambda pa, texts: pa.array(texts).dictionary_encode()),

@@ -9,7 +9,7 @@ import random
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import yaml
@@ -40,10 +40,6 @@ def _hugging_face(folder: Path, most_bytes: int = 1 << 30) -> None:
         "chat_template": [{"name": "default", "template": "{{ messages }}"}],
     }
     (folder / "hf/tokenizer_config.json").write_text(json.dumps(talk))
-
-
-def _sharded(folder: Path) -> None:
-    _hugging_face(folder, 20_000)
 
 
 def _pickled(folder: Path) -> None:
@@ -110,9 +106,18 @@ def _dataset(folder: Path) -> None:
 
 #: Writes sound files into a folder.
 MAKERS: dict[str, Callable[[Path], None]] = {
-    "native": _native, "megatron": _megatron, "torch_dist": _torch_dist, "safetensors": _hugging_face, "hf": _sharded, "pickled": _pickled,
-    "tokenizers": _tokenizers, "parquet": _parquet, "jsonl": _jsonl, "yaml": _yaml, "dataset": _dataset,
-}  # fmt: skip
+    "native": _native,
+    "megatron": _megatron,
+    "torch_dist": _torch_dist,
+    "safetensors": _hugging_face,
+    "hf": partial(_hugging_face, most_bytes=20_000),  # in several files
+    "pickled": _pickled,
+    "tokenizers": _tokenizers,
+    "parquet": _parquet,
+    "jsonl": _jsonl,
+    "yaml": _yaml,
+    "dataset": _dataset,
+}
 #: Sizes that a file does not choose, since work may be as large as they say.
 PINNED = (
     "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --train-iters 1 --eval-iters 0 "
@@ -175,16 +180,18 @@ def _tokenizer(path: Path) -> None:
 _OURS = (*_of_model("run", "hf", "torch_dist"), GENERATE + "--prompt Emma", "load {in}/run", f"pretrain {MODEL}")
 _DIST = _of_model("torch_dist", "hf", "native")
 _MEGATRON, _HF = _of_model("megatron", "hf", "native"), _of_model("hf", "native", "torch_dist", "gguf", "hf")
-_TABLES = (BYTES, BYTES + " --on-bad-input skip", BYTES + " --executor process --workers 1",
-           "train-tokenizer --type byte-bpe --vocab-size 300 --output-prefix {out}/made --input {file}")  # fmt: skip
-_ROWS = (*_TABLES, BYTES + " --max-document-mb 1 --on-bad-input skip", BYTES + " --split-sentences --deduplicate exact",
-         BYTES + " --input-format text --document-kb 64")  # fmt: skip
+_TRAIN = "train-tokenizer --type byte-bpe --vocab-size 300 --output-prefix {out}/made --input {file}"
+_TABLES = (BYTES, f"{BYTES} --on-bad-input skip", f"{BYTES} --executor process --workers 1", _TRAIN)
+_LONG, _EQUAL = "--max-document-mb 1 --on-bad-input skip", "--split-sentences --deduplicate exact"
+_ROWS = (*_TABLES, f"{BYTES} {_LONG}", f"{BYTES} {_EQUAL}", f"{BYTES} --input-format text --document-kb 64")
 _GPT2 = _tokenized("GPT2BPETokenizer", "--vocab-file {in}/tokenizer-vocab.json --merge-file {in}/tokenizer-merges.txt")
 _CONFIG = f"--config {{file}} {PINNED} --mock-data"
 _NO_HOLES = {name: change for name, change in ANY.items() if name != changes.HOLES}
-_CORPUS = ("inspect-dataset verify {in}/corpus", "inspect-dataset stats {in}/corpus", "inspect-dataset decode {in}/corpus",
-           f"pretrain --data-path {{in}}/corpus --split 100,0,0 {PINNED}")  # fmt: skip
-
+_LOOKS = tuple(f"inspect-dataset {look} {{in}}/corpus" for look in ("verify", "stats", "decode"))
+_CORPUS = (*_LOOKS, f"pretrain --data-path {{in}}/corpus --split 100,0,0 {PINNED}")
+_TOKENIZER = _tokenized("HuggingFaceTokenizer", "--tokenizer-model {file}")
+_PIECES = _tokenized("SentencePieceTokenizer", "--tokenizer-model {file}")
+_SPEC = ANY | TEXT | JSON | corpus_changes.TOKENIZER
 VICTIMS = (
     Victim("native", "run/iter_*/train_state.json", ANY | TEXT | JSON | changes.DIGESTS, _OURS),
     Victim("native", "run/iter_*/config.yaml", ANY | TEXT | YAML, _OURS),
@@ -206,11 +213,10 @@ VICTIMS = (
     Victim("hf", "hf/megatron_samoe.json", ANY | JSON, _HF),
     Victim("hf", "hf/model-*1-of*.safetensors", ANY, _HF, _safetensors),
     Victim("pickled", "hf/pytorch_model.bin", ANY | changes.PICKLE | changes.TORCH, _HF),
-    Victim("tokenizers", "tokenizer.json", ANY | TEXT | JSON | corpus_changes.TOKENIZER,
-           _tokenized("HuggingFaceTokenizer", "--tokenizer-model {file}"), _tokenizer),
+    Victim("tokenizers", "tokenizer.json", _SPEC, _TOKENIZER, _tokenizer),
     Victim("tokenizers", "tokenizer-vocab.json", ANY | TEXT | JSON, _GPT2),
     Victim("tokenizers", "tokenizer-merges.txt", ANY | TEXT, _GPT2),
-    Victim("tokenizers", "pieces.model", ANY, _tokenized("SentencePieceTokenizer", "--tokenizer-model {file}")),
+    Victim("tokenizers", "pieces.model", ANY, _PIECES),
     Victim("parquet", "texts.parquet", ANY | corpus_changes.PARQUET, _TABLES, _read_table),
     Victim("jsonl", "texts.jsonl", _NO_HOLES | TEXT | corpus_changes.JSONL, _ROWS),
     Victim("jsonl", "packed.jsonl.gz", _NO_HOLES | corpus_changes.packed(gzip.compress), _ROWS),
@@ -219,7 +225,7 @@ VICTIMS = (
     Victim("yaml", "run.yaml", ANY | TEXT | YAML, (f"pretrain {_CONFIG}", f"plan --world-size 2 {_CONFIG}")),
     Victim("dataset", "corpus.idx", ANY, _CORPUS),
     Victim("dataset", "corpus.bin", _NO_HOLES, _CORPUS),
-)  # fmt: skip
+)
 PAIRS = [(victim, change) for victim in VICTIMS for change in victim.changes]
 
 

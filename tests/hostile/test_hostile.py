@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import shutil
@@ -13,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_samoe.datasets.preprocess.run import preprocess
+from megatron_samoe.errors import DataError
+from tests.harness.datasets import options
 from tests.hostile.__main__ import main, search
 from tests.hostile.formats import MAKERS, VICTIMS, Case
 from tests.hostile.trial import MOST_GROWTH_MB, REACHED, Trials, fault_of
@@ -97,15 +101,41 @@ def connect() -> None:
 
 @pytest.mark.parametrize(
     ("function", "fault"),
-    [(hang, "hangs for"), (work, "takes 20 s of processor"), (fill, "takes 1,"), (overfill, "traceback: MemoryError"),
-     (run_code, "runs code of the file"), (write_above, REACHED + "open"), (start_a_program, REACHED + "subprocess.Popen"),
-     (connect, REACHED + "socket.connect"), (os.abort, "dies by SIGABRT"), (os.getpid, "ends with status")],
-)  # fmt: skip
+    [
+        (hang, "hangs for"),
+        (work, "takes 20 s of processor"),
+        (fill, "takes 1,"),
+        (overfill, "traceback: MemoryError"),
+        (run_code, "runs code of the file"),
+        (write_above, REACHED + "open"),
+        (start_a_program, REACHED + "subprocess.Popen"),
+        (connect, REACHED + "socket.connect"),
+        (os.abort, "dies by SIGABRT"),
+        (os.getpid, "ends with status"),
+    ],
+)
 def test_what_a_command_must_not_do_is_seen(
     function: Callable[[], None], fault: str, trials: Trials, tmp_path: Path
 ) -> None:
     end = trials.worker.run(tmp_path, function)
     assert fault_of(end, ("file",), tmp_path / "CANARY").startswith(fault), end
+
+
+def read_long_line(path: Path) -> None:
+    with pytest.raises(DataError, match="The corpus is empty"):
+        preprocess(
+            options(path.parent, path.name, chunk_bytes=1 << 20, max_document_bytes=1 << 20, on_bad_input="skip")
+        )
+
+
+@pytest.mark.parametrize("suffix", [".zst", ".gz"])
+def test_a_decompression_bomb_is_a_long_line_and_no_more(suffix: str, trials: Trials, tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    bomb = b'{"text": "' + b"a" * (64 << 20) + b'"}\n'
+    path = tmp_path / f"in.jsonl{suffix}"
+    path.write_bytes(gzip.compress(bomb, 1) if suffix == ".gz" else zstandard.ZstdCompressor().compress(bomb))
+    end = trials.worker.run(tmp_path, read_long_line, path)
+    assert end.status == 0 and end.growth_mb < 300, end
 
 
 def test_a_case_is_repeated_by_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:

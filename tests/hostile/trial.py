@@ -37,8 +37,8 @@ RUNS = ("os.exec", "os.posix_spawn", "os.system", "socket.connect", "socket.geta
 REACHED = "REACHED OUTSIDE: "
 #: Loaded before any process is forked.
 _COMMANDS = ("pretrain", "preprocess", "train-tokenizer", "inspect-dataset", "convert", "inspect", "generate", "plan")
-MODULES = (*map(module_of, _COMMANDS), "megatron_samoe.language_model", "tests.harness.serving", "pandas",
-           "pyarrow.parquet", "tokenizers", "sentencepiece", "safetensors.torch")  # fmt: skip
+_LIBRARIES = ("pandas", "pyarrow.parquet", "tokenizers", "sentencepiece", "safetensors.torch", "tests.harness.serving")
+MODULES = (*map(module_of, _COMMANDS), "megatron_samoe.language_model", *_LIBRARIES)
 #: With what a command ends: an error, a wrong flag, damage that `inspect verify` found.
 PARAGRAPH = re.compile(
     r"^(?:error[^:\n]*: |megatron-samoe [^:\n]*: |.*: DAMAGED \(.*\n  )(.*(?:\n  .*)*)", re.MULTILINE

@@ -96,10 +96,7 @@ LAYOUTS: dict[tuple[str, Any], tuple[dict[str, Any], Callable[[Rank], bool]]] = 
     ),
     ("overlap_grad_reduce", True): ({"ddp_bucket_size": 5000}, lambda r: "R" in r.order[: r.order.rindex("B")]),
     ("ddp_bucket_size", 5000): ({}, lambda r: r.order.count("R") > 5),
-    (BACKEND, "torch"): (
-        {"layout": "moe", EP: 2},
-        lambda r: r.calls.count("all_to_all_single") == 2 * 4 * (4 + 1),
-    ),
+    (BACKEND, "torch"): ({"layout": "moe", EP: 2}, lambda r: r.calls.count("all_to_all_single") == 2 * 4 * (4 + 1)),
     ("moe_shared_expert_overlap", True): (
         {"layout": "moe", EP: 2, BACKEND: "torch", "moe_shared_expert_intermediate_size": 8},
         lambda r: "all_to_all_single begun" in r.calls,

@@ -134,36 +134,37 @@ def numbered(prefix: Path, count: int = 64) -> Path:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
     for number in range(count):
-        builder.add_item(np.full(17, number))
-        builder.end_document()
+        builder.add_document(np.full(17, number), [17])
     builder.finalize(f"{prefix}.idx")
     return prefix
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, note: Callable[..., object]) -> None:
+    """Has each call of a function noted, with its arguments, once it is done."""
+    call = getattr(owner, name)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        result = call(*args, **kwargs)
+        note(*args)
+        return result
+
+    monkeypatch.setattr(owner, name, noted)
 
 
 @pytest.mark.parametrize(("option", "value"), [("num_workers", 3), ("num_workers", 0)])
 def test_as_many_threads_read_as_asked_for(
     option: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, readers = GPTDataset.get_batch, set[str]()
-
-    def get_batch(self: Any, indices: Any) -> Any:
-        readers.add(threading.current_thread().name)
-        return read(self, indices)
-
-    monkeypatch.setattr(GPTDataset, "get_batch", get_batch)
+    readers = set[str]()
+    watch(monkeypatch, GPTDataset, "get_batch", lambda *_: readers.add(threading.current_thread().name))
     run(tmp_path / "run", data_path=numbered(tmp_path / "data/corpus"), split="1", train_iters=30, **{option: value})
     assert readers == {"MainThread"} if value == 0 else len(readers) == value
 
 
 @pytest.mark.parametrize("kind", ["single", "cyclic"])
 def test_samples_come_in_order_or_shuffled(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, indices_read = GPTDataset.get_batch, list[int]()
-
-    def get_batch(self: Any, indices: Any) -> Any:
-        indices_read.extend(indices)
-        return read(self, indices)
-
-    monkeypatch.setattr(GPTDataset, "get_batch", get_batch)
+    indices_read = list[int]()
+    watch(monkeypatch, GPTDataset, "get_batch", lambda _, indices: indices_read.extend(indices))
     data = {"data_path": numbered(tmp_path / "data/corpus"), "split": "1", "num_workers": 0}
     run(tmp_path / "run", dataloader_type=kind, **data)
     assert len(set(indices_read)) == 4 * 8, "no sample twice"
@@ -174,13 +175,8 @@ def test_samples_come_in_order_or_shuffled(kind: str, tmp_path: Path, monkeypatc
 def test_checkpoints_are_written_by_another_thread_where_asked(
     asked: bool | None, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, writers = saving.write_sharded, set[str]()
-
-    def write_sharded(*args: Any, **kwargs: Any) -> Any:
-        writers.add(threading.current_thread().name)
-        return write(*args, **kwargs)
-
-    monkeypatch.setattr(saving, "write_sharded", write_sharded)
+    writers = set[str]()
+    watch(monkeypatch, saving, "write_sharded", lambda *_: writers.add(threading.current_thread().name))
     ended = run(tmp_path / "run", data_path=corpus, save_interval=2, async_save=asked)
     assert ended.saved == [2, 4] and ("MainThread" in writers) == (asked is None)
 
@@ -231,13 +227,8 @@ def test_files_of_a_tokenizer_give_the_vocabulary(option: str, tokenizers: Path,
 def test_files_of_data_are_mapped_unless_told(asked: bool | None, tmp_path: Path, monkeypatch: Any) -> None:
     """As the system says it while samples are read."""
     corpus = program.write_corpus(tmp_path / "data/corpus")
-    read, maps = GPTDataset.get_batch, set[bool]()
-
-    def get_batch(self: Any, indices: Any) -> Any:
-        result = read(self, indices)
-        maps.add(f"{corpus}.bin" in Path("/proc/self/maps").read_text())
-        return result
-
-    monkeypatch.setattr(GPTDataset, "get_batch", get_batch)
+    maps = set[bool]()
+    mapped = Path("/proc/self/maps")
+    watch(monkeypatch, GPTDataset, "get_batch", lambda *_: maps.add(f"{corpus}.bin" in mapped.read_text()))
     run(tmp_path / "run", data_path=corpus, no_mmap_bin_files=asked)
     assert maps == {asked is None}

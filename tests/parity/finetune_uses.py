@@ -96,28 +96,34 @@ def tokenizer(folder: str) -> Any:
 
 def configured(kind: type, folder: str, **options: Any) -> Any:
     """Returns a trainer's options: one step of plain descent, by which weights' changes are gradients."""
-    given = {
-        "output_dir": folder, "report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no", "logging_steps": 1,
-        "disable_tqdm": True, "optim": "sgd", "learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
-        "max_steps": 1, "per_device_train_batch_size": 4, "gradient_checkpointing": False, "max_length": 64,
-    }  # fmt: skip
+    quiet = {"output_dir": folder, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    step = {"max_steps": 1, "per_device_train_batch_size": 4, "max_length": 64, "gradient_checkpointing": False}
+    descent = {"optim": "sgd", "learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    given = {**quiet, **step, **descent, "use_cpu": True, "bf16": False}
     # Both outlive a trainer.
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     return kind(**{**given, **options})
 
 
-def tuned(model: Any, trained: Any, adapter: Any = None, **options: Any) -> Any:
-    """Returns TRL's trainer after it has trained on questions and answers."""
-    data = datasets.Dataset.from_list([{"prompt": question, "completion": answer} for question, answer in ROWS])
+def trained_by(
+    kind: type, options: type, model: Any, trained: Any, rows: list[dict[str, str]], adapter: Any, **given: Any
+) -> Any:
+    """Returns one of TRL's trainers after it has trained a model; `given` are options of the trainer's."""
+    data = datasets.Dataset.from_list(rows)
+    sets = {"train_dataset": data, "eval_dataset": data}
+    words = {"processing_class": tokenizer(model.name_or_path), "peft_config": adapter}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trl.SFTTrainer(
-            model=trained, args=configured(trl.SFTConfig, folder, **options), train_dataset=data,
-            processing_class=tokenizer(model.name_or_path), peft_config=adapter,
-        )  # fmt: skip
+        trainer = kind(model=trained, args=configured(options, folder, **given), **sets, **words)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     return trainer
+
+
+def tuned(model: Any, trained: Any, adapter: Any = None, **options: Any) -> Any:
+    """Returns TRL's trainer after it has trained on questions and answers."""
+    rows = [{"prompt": question, "completion": answer} for question, answer in ROWS]
+    return trained_by(trl.SFTTrainer, trl.SFTConfig, model, trained, rows, adapter, **options)
 
 
 def stepped(model: Any, balance: float = 0.0, loaded: Iterable[tuple[str, Any]] = (), **options: Any) -> list[Tensor]:
@@ -219,8 +225,9 @@ def lora_on_each_part(model: Any) -> tuple[Any, Any]:
         changed = logits(adapted)
         difference = (changed - logits(model)).abs().max()
         merged = adapted.merge_and_unload()
-        kept = all(torch.equal(p, before[n.replace(".base_layer", "").replace("base_model.model.", "")])
-                   for n, p in again.named_parameters() if "lora_" not in n)  # fmt: skip
+        plain = {name: p for name, p in again.named_parameters() if "lora_" not in name}
+        own = {name.replace(".base_layer", "").replace("base_model.model.", ""): p for name, p in plain.items()}
+        kept = all(torch.equal(p, before[name]) for name, p in own.items())
         got += [logits(again), logits(merged), (part, bool(difference > 1e-3), kept, len(before))]
         expected += [changed, changed, (part, True, True, len(list(merged.parameters())))]
     return _flat(got), _flat(expected)
@@ -234,26 +241,19 @@ def _flat(values: list[Any]) -> list[Any]:
 @use
 def dpo_against_the_base_under_lora(model: Any) -> tuple[Any, Any]:
     """The loss on pairs is the formula's, with the model before any adapter as reference; it begins at log 2, and falls."""
-    data = datasets.Dataset.from_list(
-        [{"prompt": q, "chosen": better, "rejected": worse} for q, better, worse in PAIRS]
-    )
+    rows = [{"prompt": q, "chosen": better, "rejected": worse} for q, better, worse in PAIRS]
     options = {"beta": 0.5, "learning_rate": 0.01, "max_steps": 3, "per_device_eval_batch_size": 3}
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = trl.DPOTrainer(
-            model=new(model), args=configured(trl.DPOConfig, folder, **options), train_dataset=data, eval_dataset=data,
-            processing_class=tokenizer(model.name_or_path), peft_config=lora(**list(adapters(model).values())[-1]),
-        )  # fmt: skip
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
-        found = trainer.evaluate()["eval_loss"]
+    adapter = lora(**list(adapters(model).values())[-1])
+    trainer = trained_by(trl.DPOTrainer, trl.DPOConfig, model, new(model), rows, adapter, **options)
+    found = trainer.evaluate()["eval_loss"]
     first = trainer.state.log_history[0]["loss"]
     policy = trainer.model.merge_and_unload().eval()
     with torch.no_grad():
-        margins = [
-            sum(sign * (log_probabilities(policy, q, text).sum() - log_probabilities(model, q, text).sum())
-                for sign, text in ((1, better), (-1, worse)))
-            for q, better, worse in PAIRS
-        ]  # fmt: skip
+        gains = [
+            [(log_probabilities(policy, q, text) - log_probabilities(model, q, text)).sum() for text in answers]
+            for q, *answers in PAIRS
+        ]
+        margins = [better - worse for better, worse in gains]
         expected = -F.logsigmoid(0.5 * torch.stack(margins)).mean()
     return torch.tensor([found, first, float(found < 0.9 * first)]), torch.tensor([expected, math.log(2), 1.0])
 
@@ -269,8 +269,8 @@ def lora_where_nothing_is(model: Any) -> tuple[Any, Any]:
 
 
 def versions() -> str:
-    return ", ".join(f"{library.__name__} {library.__version__}"
-                     for library in (torch, transformers, trl, peft, accelerate, datasets))  # fmt: skip
+    libraries = (torch, transformers, trl, peft, accelerate, datasets)
+    return ", ".join(f"{library.__name__} {library.__version__}" for library in libraries)
 
 
 def ranks_differ(model: Any) -> str | None:

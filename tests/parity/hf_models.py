@@ -49,6 +49,8 @@ def random_source(layout: str, **options: Any) -> MemorySource:
         spread = 0.02 if name.startswith("embedding") else 0.3
         noise = torch.randn(parameter.shape, generator=generator) * spread
         weights[name] = (parameter.detach() + noise).to(parameter.dtype)
+        if name.endswith(".candidates"):  # experts that are open, closed, and half open
+            weights[name] = torch.tensor([1.0, 0.0, 0.5, 1.0]).repeat(len(parameter) // 4)
     for name in set(weights) & set(VOCABULARIES):
         weights[name][VOCABULARY:] = 0.0  # padding is no part of the model
     if layout != "dense":
@@ -137,12 +139,13 @@ def exported(
     Args:
         words: of the conversion.
         tolerance: of a logit.
-        length: tokens of greedy text, which must be the same.
+        length: tokens of greedy text, which must be the same; 0 for a model that our engine does not know.
     """
     ours = native(folder / "native", random_source(layout, **options))
     export = converted(ours.root, folder / "hf", *words)
     model, ids_BS = theirs(export), some_ids()
     assert (their_logits(model, ids_BS) - ours.logits(ids_BS)).abs().max() < tolerance
-    expected = ours.greedy(length)
-    assert their_greedy(model, ours.prompt, length) == expected and len(set(expected)) > 3
+    if length:
+        expected = ours.greedy(length)
+        assert their_greedy(model, ours.prompt, length) == expected and len(set(expected)) > 3
     return ours, export, model

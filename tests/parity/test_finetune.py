@@ -17,7 +17,7 @@ import torch
 
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.datasets.tokenizer import tokenizer_of
-from tests.harness.program import REPOSITORY, call, write_corpus
+from tests.harness.program import REPOSITORY, call, flags, write_corpus
 from tests.parity import class_uses
 from tests.parity.hf_models import Native, converted, native, random_source, some_ids, their_logits, theirs
 from tests.parity.hf_models import transformers as hf
@@ -81,7 +81,10 @@ def test_every_use(name: str, folder_of: Callable[[str], Path]) -> None:
 @pytest.mark.night
 def test_the_oldest_versions(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     declared = (REPOSITORY / "pyproject.toml").read_text()
-    wanted = [f"{name}=={re.search(rf'{name}>=([0-9.]+)', declared)[1]}.*" for name in ("transformers", "trl", "peft", "accelerate")]  # type: ignore[index]  # fmt: skip
+    names = ("transformers", "trl", "peft", "accelerate")
+    oldest = {name: re.search(rf"{name}>=([0-9.]+)", declared) for name in names}
+    wanted = [f"{name}=={found[1]}.*" for name, found in oldest.items() if found]
+    assert len(wanted) == len(names)
     install = [
         sys.executable,
         "-m",
@@ -108,11 +111,10 @@ def test_the_oldest_versions(folder_of: Callable[[str], Path], tmp_path: Path) -
 @pytest.mark.parametrize("name", ["pool", "own_experts"])
 def test_two_processes_of_accelerate_take_the_step_of_one(name: str, folder_of: Callable[[str], Path]) -> None:
     pytest.importorskip("trl", reason=NEEDS_TRL)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "-m", "tests.parity.finetune_uses", "--ranks", str(folder_of(name))]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "tests.parity.finetune_uses", "--ranks", str(folder_of(name))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
     assert sorted(re.findall(r"rank \d of 2: None", done.stdout)) == ["rank 0 of 2: None", "rank 1 of 2: None"], (
         done.stdout + done.stderr[-3000:]
     )
@@ -223,8 +225,8 @@ def test_the_example_and_what_follows(name: str, tmp_path: Path) -> None:
     text, other = tmp_path / "text.txt", tmp_path / "other.txt"
     text.write_text("It was the very best of all days for a walk. " * 400)
     other.write_text("He said no, and she said nothing at all. " * 400)
-    words = [sys.executable, str(REPOSITORY / "examples/finetune/answers.py"), str(folder), str(tmp_path / "tuned"),
-             "--books", str(text), str(other), "--steps", "3", "--questions", "4"]  # fmt: skip
+    words = [sys.executable, str(REPOSITORY / "examples/finetune/answers.py"), str(folder), str(tmp_path / "tuned")]
+    words += ["--books", str(text), str(other), *flags(steps=3, questions=4)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = re.findall(r"(before|after): loss ([\d.]+) on the answers of 4 new questions", done.stdout)
@@ -245,6 +247,7 @@ def test_the_example_and_what_follows(name: str, tmp_path: Path) -> None:
         assert ran.returncode == 0, ran.stderr[-2000:]
     if name == "own_experts":
         write_corpus(tmp_path / "data")
-        ran = call("megatron_samoe.cli.compress", "--load-dir", str(back), "--save-dir", str(tmp_path / "small"), "--data-path",
-                   str(tmp_path / "data"), "--calibration-tokens", "512", "--judge-tokens", "256", "--num-expert-banks", "2")  # fmt: skip
+        folders = flags(load_dir=back, save_dir=tmp_path / "small", data_path=tmp_path / "data")
+        options = flags(calibration_tokens=512, judge_tokens=256, num_expert_banks=2)
+        ran = call("megatron_samoe.cli.compress", *folders, *options)
         assert ran.returncode == 0, ran.stderr[-2000:]

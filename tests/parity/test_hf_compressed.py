@@ -20,9 +20,10 @@ pytestmark = pytest.mark.parity
 
 #: Cases of imports, a family each, and what makes three layers with experts of them.
 CASES: dict[str, dict[str, Any]] = {
-    "mixtral_window": {}, "olmoe_clip": {}, "granitemoe": {}, "qwen3_moe_yarn": {}, "deepseek_v2": {"num_hidden_layers": 4},
-    "deepseek_v3": {"num_hidden_layers": 4}, "deepseek_v3_yarn": {"num_hidden_layers": 4}, "qwen2_moe": {"num_hidden_layers": 6},
-}  # fmt: skip
+    **{case: {} for case in ("mixtral_window", "olmoe_clip", "granitemoe", "qwen3_moe_yarn")},
+    **{case: {"num_hidden_layers": 4} for case in ("deepseek_v2", "deepseek_v3", "deepseek_v3_yarn")},
+    "qwen2_moe": {"num_hidden_layers": 6},
+}
 
 
 def test_no_family_with_experts_is_left_out() -> None:
@@ -41,9 +42,8 @@ def test_a_folder_becomes_a_smaller_folder(case: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "hf")
     root = converted(tmp_path / "hf", tmp_path / "native")
     write_corpus(tmp_path / "text", vocab_size=VOCABULARY)
-    compression = Compression(CompressOptions(
-        str(root), str(tmp_path / "out"), str(tmp_path / "text"), calibration_tokens=1024, judge_tokens=128, num_samples=16, num_banks=2,
-    ))  # fmt: skip
+    sizes = {"calibration_tokens": 1024, "judge_tokens": 128, "num_samples": 16, "num_banks": 2}
+    compression = Compression(CompressOptions(str(root), str(tmp_path / "out"), str(tmp_path / "text"), **sizes))
     fitted = compression.fitted().directory
     folder = converted(fitted, tmp_path / "small", "--to", "hf")
     small, ids_BS = theirs(folder), random_ids()

@@ -1,9 +1,9 @@
-"""What programs that rebuild transformers' models rely on holds for our own class: vLLM's Transformers back end, above all."""
+"""What programs rely on holds for our own class: those that rebuild transformers' models, as vLLM's Transformers back end, and those
+that put weights in place around a module's forward: adapters (peft), offloading (accelerate)."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from megatron_samoe.convert.hf.families.samoe import _older_parts
+from megatron_samoe.config.model import ModelConfig
+from megatron_samoe.convert.hf.families.samoe import _RARE_MODEL_ENTRIES, _older_parts
+from megatron_samoe.convert.hf.remote_code.configuration_samoe import DEFAULTS, SamoeConfig
 from megatron_samoe.convert.hf.source import HFSource
 from megatron_samoe.convert.opener import open_folder
 from tests.parity.hf_models import converted, native, random_source, some_ids, their_logits, theirs, transformers
@@ -33,17 +35,23 @@ UNLIKE: dict[str, dict[str, Any]] = {
     "biases": {**LLAMA, "disable_bias_linear": False, "expert_sharing": "scaled"},
     "numbers_by_layer": {**LLAMA, "num_experts": (2, 2, 4, 8)},
 }
+#: Those whose layers share experts, in every form of their parameters.
+SHARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "banks": ("samoe", {**LLAMA, "samoe_granularity": "expert"}),
+    "banks_with_biases": ("samoe", {}),
+    "set_with_biases": ("moe", {"expert_sharing": "scaled"}),
+}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An export of each case."""
     root, made = tmp_path_factory.mktemp("conventions"), {}
-    for name, options in {**PACKED, **UNLIKE, "combined": LLAMA}.items():
-        source = random_source("samoe" if name == "combined" else "moe", **options)
-        ours = native(root / name / "native", source)
+    own = {name: ("moe", options) for name, options in {**PACKED, **UNLIKE}.items()}
+    for name, (layout, options) in {**own, **SHARED, "combined": ("samoe", LLAMA)}.items():
+        ours = native(root / name / "native", random_source(layout, **options))
         made[name] = converted(ours.root, root / name / "hf", "--to", "hf", "--hf-model-type", "samoe")
-    yield made
+    return made
 
 
 def load(folder: Path, **options: Any) -> Any:
@@ -78,15 +86,6 @@ def test_attention_goes_through_the_interface_with_its_keywords(case: str, folde
     assert torch.equal(model(input_ids=ids_BS, marker=7).logits, expected)
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
     assert seen == [(layer, heads, kv_heads, 7) for layer in range(4)]
-
-
-def test_eager_attention_agrees_also_with_padding(folders: dict[str, Path]) -> None:
-    fused, eager = theirs(folders["own"]), theirs(folders["own"], attn_implementation="eager")
-    ids_BS, mask_BS = some_ids(), torch.ones(2, 40, dtype=torch.long)
-    mask_BS[1, :9] = 0
-    a, b = (m(input_ids=ids_BS, attention_mask=mask_BS).logits for m in (fused, eager))
-    torch.testing.assert_close(a[0], b[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(a[1, 9:], b[1, 9:], rtol=1e-4, atol=1e-4)
 
 
 class StandIn(nn.Module):
@@ -151,15 +150,58 @@ def test_every_linear_layer_has_its_place_in_the_tensor_parallel_plan(folders: d
     assert linear and set(linear) <= plan
 
 
-def test_gradients_do_not_change_with_checkpointing(folders: dict[str, Path]) -> None:
+def test_training_reaches_banks_and_coefficients(folders: dict[str, Path]) -> None:
     model, ids_BS = theirs(folders["combined"]).train(), some_ids()
     model(ids_BS, labels=ids_BS).loss.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    model.gradient_checkpointing_enable()
-    model(ids_BS, labels=ids_BS).loss.backward()
+    shared = [p for name, p in model.named_parameters() if "expert_pool" in name or name.endswith("combination")]
+    assert len(shared) == 6 and all(p.grad is not None and p.grad.any() for p in shared)
+
+
+def test_half_precision_keeps_routers_and_the_pool_in_fp32(folders: dict[str, Path]) -> None:
+    model = theirs(folders["combined"], dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+        full = any(word in name for word in ("router", "combination", "expert_pool"))
+        assert parameter.dtype == (torch.float32 if full else torch.bfloat16), name
+    assert their_logits(model, some_ids()).isfinite().all()
+
+
+def test_a_new_model_of_a_configuration_has_first_values(folders: dict[str, Path]) -> None:
+    config = transformers.AutoConfig.from_pretrained(folders["combined"], trust_remote_code=True)
+    fresh = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()
+    assert their_logits(fresh, some_ids()).isfinite().all()
+    assert fresh.num_parameters() == theirs(folders["combined"]).num_parameters()
+
+
+def test_what_the_class_does_not_do_is_said(folders: dict[str, Path]) -> None:
+    model, ids_BS = theirs(folders["combined"]), some_ids()
+    with pytest.raises(ValueError, match="output_attentions is not supported"):
+        model(ids_BS, output_attentions=True)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+    states = model(ids_BS, output_hidden_states=True).hidden_states
+    assert len(states) == 5 and states[0].shape == (2, 40, 32)
+    model.resize_token_embeddings(300)
+    assert model(ids_BS).logits.shape[-1] == 300
+
+
+def test_its_defaults_are_ours() -> None:
+    """An entry that is not written is at our default."""
+    ours = {name: getattr(ModelConfig, name) for name in _RARE_MODEL_ENTRIES}
+    assert {name: DEFAULTS[name] for name in _RARE_MODEL_ENTRIES} == ours
+
+
+@pytest.mark.parametrize(
+    ("options", "is_whole"),
+    [
+        ({"sliding_window": 3}, False),
+        ({"qk_layernorm": True, "qk_layernorm_scope": "all"}, True),
+        ({"multi_latent_attention": True, "head_dim": 192}, True),
+    ],
+)
+def test_plans_leave_out_attention_that_no_rank_can_have_a_part_of(options: dict[str, Any], is_whole: bool) -> None:
+    config = SamoeConfig(**options)
+    names = {name.split(".")[2] for name in config.base_model_tp_plan}
+    assert names == ({"mlp"} if is_whole else {"mlp", "self_attn"}) and config.has_whole_attention == is_whole
 
 
 def test_forwards_have_the_names_that_others_pass(folders: dict[str, Path]) -> None:
@@ -184,3 +226,67 @@ def test_a_folder_with_the_names_of_version_0_1_is_read(case: str, folders: dict
     reader = open_folder(converted(folder, tmp_path / "back")).tensors
     for name in source.native.tensors:
         assert torch.equal(reader.read(name), source.read(name)), name
+
+
+def expert_parameters(model: Any) -> list[str]:
+    return [name for name, _ in model.named_parameters() if "expert_pool" in name and not name.endswith("bias")]
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_weights_are_used_within_their_modules_forward_alone(case: str, folders: dict[str, Path]) -> None:
+    """As accelerate keeps them on disk: at other times they are on meta, and arguments are moved to a module's device."""
+    model, ids_BS = theirs(folders[case]), some_ids()
+    expected = their_logits(model, ids_BS)
+
+    def offload(module: nn.Module) -> None:
+        kept = dict(module.named_parameters(recurse=False))
+
+        def fetch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            assert not any(isinstance(value, nn.Module) for value in (*args, *kwargs.values()))
+            module._parameters.update(kept)
+
+        def drop(module: nn.Module, *_: Any) -> None:
+            module._parameters.update({name: nn.Parameter(p.to("meta"), False) for name, p in kept.items()})
+
+        drop(module)
+        module.register_forward_pre_hook(fetch, with_kwargs=True)
+        module.register_forward_hook(drop)
+
+    for module in model.modules():
+        if dict(module.named_parameters(recurse=False)) and not isinstance(module, nn.Embedding):
+            offload(module)
+    assert all(model.get_parameter(name).is_meta for name in expert_parameters(model))
+    assert torch.equal(their_logits(model, ids_BS), expected)
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_lora_of_what_layers_share(case: str, folders: dict[str, Path]) -> None:
+    """Each parameter of experts has the three dims that adapters know; with peft an adapter counts, trains and is merged."""
+    model, ids_BS = theirs(folders[case]), some_ids()
+    names = expert_parameters(model)
+    assert len(names) == 2 and all(model.get_parameter(name).dim() == 3 for name in names)
+    peft = pytest.importorskip("peft")
+    expected = their_logits(model, ids_BS)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[], target_parameters=names))
+    assert torch.equal(their_logits(adapted, ids_BS), expected)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    adapted(input_ids=ids_BS, labels=ids_BS).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in adapted.named_parameters() if "lora_" in n)
+    changed = their_logits(adapted, ids_BS)
+    assert (changed - expected).abs().max() > 0.1
+    torch.testing.assert_close(their_logits(adapted.merge_and_unload(), ids_BS), changed, rtol=1e-4, atol=1e-4)
+
+
+def test_banks_of_earlier_exports_are_read(folders: dict[str, Path], tmp_path: Path) -> None:
+    """They have a dim for banks and one for experts."""
+    tensors = load_file(folders["banks_with_biases"] / "model.safetensors")
+    for name in [name for name in tensors if ".bank." in name]:
+        tensors[name] = tensors[name].unflatten(0, (2, -1))
+    for name in ("config.json", "megatron_samoe.json"):
+        (tmp_path / name).write_bytes((folders["banks_with_biases"] / name).read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors")
+    older, newer = HFSource(tmp_path), HFSource(folders["banks_with_biases"])
+    for name in newer.native.tensors:
+        assert torch.equal(older.read(name), newer.read(name)), name

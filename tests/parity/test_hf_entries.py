@@ -26,6 +26,7 @@ from megatron_samoe.models.rank_model import RankModel, compute_dtype
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from tests.harness.pairs import first_by_day
+from tests.harness.tables import table
 from tests.parity.hf_models import their_logits, transformers
 from tests.parity.test_hf_import import CASES, SIZES, made, random_ids
 
@@ -37,21 +38,8 @@ IN_FULL = pytest.mark.parametrize("in_full", first_by_day([False, True]))
 FAMILY = {family.name: family for family in families() if family.name != "samoe"}
 #: A model of each class, by its name among those of the other tests.
 NAMES = {**{name: name for name in FAMILY}, "gpt_neox": "pythia"}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 5e3}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LINEAR = {"type": "linear", "factor": 2.0}
-ROPES: tuple[dict[str, Any], ...] = (
-    YARN, LLAMA3, LINEAR, {"rope_type": "default", "rope_theta": 300.0}, {**LINEAR, "partial_rotary_factor": 0.5},
-    {**YARN, "beta_fast": 20, "beta_slow": 0, "attention_factor": 0.7}, {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
-    {**YARN, "truncate": None}, {**YARN, "factor": None}, {**LINEAR, "rope_theta": None}, {"rope_type": "llama3", "factor": 8.0},
-    {"full_attention": LINEAR}, {**LINEAR, "surprise": 1}, {"rope_type": ["yarn"]}, {"rope_type": None, "type": "linear", "factor": 2.0},
-)  # fmt: skip
-VALUES = (True, False, 0, 1, 2, 4, 7, -1, 0.5, 1.0, 10**12, "x", "gelu", "gelu_new", [], {}, [0], ["full_attention"] * 3,
-          ["sliding_attention", "full_attention", "sliding_attention"], ["sliding_attention"] * 3)  # fmt: skip
-ROPE_KEYS = {
-    "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "rotary_emb_base",
-    "rotary_pct",
-}  # fmt: skip
+TABLE = table(__file__, tuples=False)
+ROPES, VALUES, ROPE_KEYS = TABLE["ropes"], TABLE["values"], set(TABLE["rope keys"])
 
 
 def base_of(name: str) -> dict[str, Any]:
@@ -82,13 +70,11 @@ def variants(family: Family, all_values: bool) -> Iterator[tuple[str, dict[str, 
     if "rope_parameters" not in base:
         return
     plain = {key: value for key, value in base.items() if key not in ROPE_KEYS}
-    beside = ({}, {"rope_theta": 700.0}, {"rope_theta": None}, {"original_max_position_embeddings": 24}, {"partial_rotary_factor": 0.5},
-              {"original_max_position_embeddings": None}, {"rotary_emb_base": 700.0}, {"rotary_pct": 0.5})  # fmt: skip
     for rope in ROPES:
-        for more in beside:
+        for more in TABLE["next to ropes"]:
             yield "rope_parameters", {**plain, **more, "rope_parameters": rope}
             yield "rope_scaling", {"rope_scaling": rope, **plain, **more}
-        for other in (YARN, LINEAR, {}, None):
+        for other in (*ROPES[:2], {}, None):
             yield "rope_scaling", {**plain, "rope_scaling": rope, "rope_parameters": other}
             yield "rope_scaling", {**plain, "rope_parameters": other, "rope_scaling": rope}
 

@@ -12,25 +12,16 @@ from typing import Any
 
 import pytest
 
+from tests.harness.tables import table
 from tests.parity import class_uses
 from tests.parity.hf_models import converted, native, random_source
 
 pytestmark = pytest.mark.parity
 
-LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
-BIASED = {"moe_router_enable_expert_bias": True}
-LATENT = {"group_query_attention": False, "num_query_groups": 1, "multi_latent_attention": True, "kv_lora_rank": 12,
-          "qk_head_dim": 6, "qk_pos_emb_head_dim": 8, "v_head_dim": 10, "norm_epsilon": 1e-6}  # fmt: skip
-#: Each with a stock class that says what a version of transformers can do.
-STOCK: dict[str, dict[str, Any]] = {"stock": {}, "stock_window": {"sliding_window": 5}}
-MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "some_windows": ("moe", {**LLAMA, **BIASED, "sliding_window": 5, "window_attn_skip_freq": 2,
-                             "expert_sharing": "own,combined*2,own"}, "stock_window"),
-    "learned_positions": ("samoe", {}, "stock"),
-    "windows": ("moe", {**LLAMA, "sliding_window": 5, "expert_sharing": "scaled"}, "stock_window"),
-    "latent": ("samoe", {**LLAMA, **LATENT, **BIASED, "moe_router_score_function": "sigmoid",
-                         "untie_embeddings_and_output_weights": False}, "stock"),
-}  # fmt: skip
+TABLE = table(__file__)
+#: Stock classes, which say what a version of transformers can do; models of our class, each with one of these.
+STOCK: dict[str, dict[str, Any]] = TABLE["stock"]
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = TABLE["models"]
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 

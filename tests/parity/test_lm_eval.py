@@ -35,6 +35,7 @@ from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_layout
 from tests.unit.evaluation.zero_shot_data import lines
 
@@ -44,16 +45,11 @@ pytest.importorskip("lm_eval.tasks")
 pytestmark = pytest.mark.parity
 DATA = os.environ.get("MEGATRON_SAMOE_EVAL_DATA", "")
 needs_data = pytest.mark.skipif(not DATA, reason="MEGATRON_SAMOE_EVAL_DATA names no folder with the real data sets")
-STOCK = {
-    "boolq": "super_glue/boolq/default.yaml", "piqa": "piqa/piqa.yaml", "lambada_openai": "lambada/lambada_openai.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml", "multirc": str(FOLDER / "own_tasks/multirc.yaml"),
-    "cb": "super_glue/cb/default.yaml", "copa": "super_glue/copa/default.yaml", "wsc": "super_glue/wsc/default.yaml",
-    "wic": "super_glue/wic/default.yaml", "winogrande": "winogrande/default.yaml", "arc_easy": "arc/arc_easy.yaml",
-    "openbookqa": "openbookqa/openbookqa.yaml", "triviaqa": "triviaqa/default.yaml", "webqs": "webqs/webqs.yaml",
-}  # fmt: skip
+TABLE = table(__file__)
+#: The harness's own task files.
+STOCK: dict[str, str] = {**TABLE["stock"], "multirc": str(FOLDER / "own_tasks/multirc.yaml")}
 #: Tasks with real files, and their items.
-REAL = {"cb": 56, "copa": 100, "wsc": 104, "openbookqa": 500, "winogrande": 1267, "piqa": 1838, "arc_easy": 2376,
-        "boolq": 3270, "multirc": 4848, "lambada_openai": 5153}  # fmt: skip
+REAL: dict[str, int] = TABLE["real"]
 WORDS = "the cat sat on a mat while 3 dogs, or more: ran äround it. So it is said".split(" ")
 #: Of models of made-up rows, whose contexts are cut, and of real ones: the harness's class takes no longer continuations.
 SEQ_LENGTH, LONG = 64, 1536
@@ -132,11 +128,9 @@ def theirs(model: Any, task: str, rows: list[dict[str, Any]], folder: Path) -> F
     """Returns the samples and figures of the harness's own task file, which reads the rows in the Hub's form."""
     data = folder / f"{task}_hub.jsonl"
     data.write_text(lines(*rows))
-    content = {
-        "include": str(Path(lm_eval.__file__).parent / "tasks" / STOCK[task]), "task": f"local_{task}",
-        "dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"validation": str(data)}},
-        "validation_split": "validation", "training_split": None, "test_split": None, "tag": None,
-    }  # fmt: skip
+    task_file = str(Path(lm_eval.__file__).parent / "tasks" / STOCK[task])
+    files = {"dataset_kwargs": {"data_files": {"validation": str(data)}}}
+    content = {"include": task_file, "task": f"local_{task}", **TABLE["of local rows"], **files}
     path = folder / f"{task}.yaml"
     path.write_text(yaml.safe_dump(content))
     loaded = lm_eval.tasks.TaskManager(include_defaults=False).load([str(path)])
@@ -318,8 +312,11 @@ def test_generation_through_the_adapter(model: tuple[PretrainConfig, Any]) -> No
 
     loaded = load(model[0].checkpoint.save or "").loaded
     options: list[dict[str, Any]] = [
-        {"until": ["e"], "max_gen_toks": 5}, {"until": "x"}, {"until": [], "max_gen_toks": 3, "temperature": 0.0}, {"do_sample": True}
-    ]  # fmt: skip
+        {"until": ["e"], "max_gen_toks": 5},
+        {"until": "x"},
+        {"until": [], "max_gen_toks": 3, "temperature": 0.0},
+        {"do_sample": True},
+    ]
     requests = [Instance("generate_until", {}, (f"Prompt {n}\n", option), 0) for n, option in enumerate(options)]
     predictor = ModelPredictor(loaded)
     expected = [

@@ -15,7 +15,7 @@ import types
 import typing
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,13 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
+#: What is known of the options of megatron-core's configuration.
+OPTIONS = yaml.safe_load(Path(__file__).with_name("megatron_options.yaml").read_text())
+OTHERWISE, TOGETHER, ARGUMENTS = OPTIONS["otherwise"], OPTIONS["together"], OPTIONS["arguments"]
+INHERITED = {f.name for f in dataclasses.fields(ModelParallelConfig)}
+FIELDS = [f for f in dataclasses.fields(TransformerConfig) if f.name not in INHERITED]
+
+
 @pytest.fixture(autouse=True)
 def cpu_in_place_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
@@ -64,13 +71,8 @@ def megatron_rank(args: argparse.Namespace, rank: int) -> Iterator[None]:
     """Sets Megatron's global parallel state as it is on a rank."""
     tp, pp, ep = (getattr(args, f"{axis}_model_parallel_size") for axis in ("tensor", "pipeline", "expert"))
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=tp * pp * ep)
-    mpu.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-        create_gloo_process_groups=False,
-    )
+    sizes = {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": args.expert_tensor_parallel_size}
+    mpu.initialize_model_parallel(tp, pp, **sizes, create_gloo_process_groups=False)
     try:
         yield
     finally:
@@ -78,45 +80,39 @@ def megatron_rank(args: argparse.Namespace, rank: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def megatron_model(args: argparse.Namespace) -> GPTModel:
-    """Builds this rank's part of the model from the arguments of a checkpoint, as Megatron-LM does."""
+def spec_of(config: TransformerConfig) -> Any:
+    """Returns Megatron's specification of its own layers of the local kind."""
+    if config.num_moe_experts is None:
+        return get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+
+
+def megatron_model(args: argparse.Namespace, spec: Callable[[TransformerConfig], Any] = spec_of) -> GPTModel:
+    """Builds this rank's part of the model from the arguments of a checkpoint, which have fields' names, as Megatron-LM does."""
+    names = {f.name: ARGUMENTS.get(f.name, f.name) for f in dataclasses.fields(TransformerConfig)}
+    given = {field: getattr(args, name) for field, name in names.items() if hasattr(args, name)}
     gelu = functools.partial(torch.nn.functional.gelu, approximate="tanh")
-    moe: dict[str, Any] = {}
-    if args.num_experts is not None:
-        moe = {
-            "num_moe_experts": args.num_experts, "moe_layer_freq": args.moe_layer_freq,
-            "moe_ffn_hidden_size": args.moe_ffn_hidden_size, "moe_router_topk": args.moe_router_topk,
-            "moe_router_pre_softmax": args.moe_router_pre_softmax, "moe_token_dispatcher_type": "allgather",
-            "moe_router_score_function": args.moe_router_score_function,
-            "moe_router_load_balancing_type": args.moe_router_load_balancing_type,
-            "moe_aux_loss_coeff": args.moe_aux_loss_coeff, "moe_z_loss_coeff": args.moe_z_loss_coeff,
-            "moe_shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size,
-            "moe_shared_expert_gate": args.moe_shared_expert_gate,
-        }  # fmt: skip
-    config = TransformerConfig(
-        num_layers=args.num_layers, hidden_size=args.hidden_size, num_attention_heads=args.num_attention_heads,
-        num_query_groups=args.num_query_groups if args.group_query_attention else None,
-        ffn_hidden_size=args.ffn_hidden_size, kv_channels=args.kv_channels, gated_linear_unit=args.swiglu,
-        activation_func=torch.nn.functional.silu if args.swiglu else gelu, add_bias_linear=args.add_bias_linear,
-        add_qkv_bias=args.add_qkv_bias, normalization=args.normalization, layernorm_epsilon=args.norm_epsilon,
-        qk_layernorm=args.qk_layernorm, tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size, pipeline_dtype=torch.float32,
-        expert_model_parallel_size=args.expert_model_parallel_size,
-        expert_tensor_parallel_size=args.expert_tensor_parallel_size, use_cpu_initialization=True,
-        hidden_dropout=args.hidden_dropout, attention_dropout=args.attention_dropout,
-        bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, **moe,
-    )  # fmt: skip
-    if args.num_experts is None:
-        spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
-    else:
-        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=args.normalization)
+    given["activation_func"] = torch.nn.functional.silu if args.swiglu else gelu
+    given["num_query_groups"] = args.num_query_groups if args.group_query_attention else None
+    config = TransformerConfig(**given | OPTIONS["on a CPU"], pipeline_dtype=torch.float32)
     return GPTModel(
-        config, spec, vocab_size=args.padded_vocab_size, max_sequence_length=args.max_position_embeddings,
-        pre_process=mpu.is_pipeline_first_stage(), post_process=mpu.is_pipeline_last_stage(),
+        config,
+        spec(config),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=mpu.is_pipeline_first_stage(),
+        post_process=mpu.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type, rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base, parallel_output=True,
-    )  # fmt: skip
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        parallel_output=True,
+    )
+
+
+def causal_mask(length: int) -> Tensor:
+    """Returns True where Megatron's attention may not look."""
+    return torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
 
 
 CASES = [
@@ -142,13 +138,11 @@ def test_megatron_computes_our_logits(layout: str, options: dict, tmp_path: Path
     source = new_source(config)
     content = torch.load(export(source, tmp_path) / "mp_rank_00" / FILE_NAME, weights_only=False)
     tokens = global_batch(config, 0)["tokens"]
-    length = tokens.shape[1]
     with megatron_rank(content["args"], 0):
         model = megatron_model(content["args"])
         model.load_state_dict(content["model"], strict=True)
         model.eval()
-        mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
-        theirs = model(tokens, torch.arange(length).expand_as(tokens), mask)
+        theirs = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), causal_mask(tokens.shape[1]))
     torch.testing.assert_close(theirs[..., :VOCAB_SIZE].flatten(0, 1), logits(source), rtol=1e-4, atol=1e-4)
 
 
@@ -171,8 +165,8 @@ def test_megatron_trains_routers_as_we_do(sequences: int, options: dict, tmp_pat
     with megatron_rank(content["args"], 0):
         model = megatron_model(content["args"])
         model.load_state_dict(content["model"], strict=True)
-        mask = torch.ones(1, 1, *[tokens.shape[1]] * 2, dtype=torch.bool).triu(1)
-        logits_BSV = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), mask)[..., :VOCAB_SIZE]
+        length = tokens.shape[1]
+        logits_BSV = model(tokens, torch.arange(length).expand_as(tokens), causal_mask(length))[..., :VOCAB_SIZE]
         torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), batch["labels"].flatten()).backward()
     theirs = [p.grad for name, p in model.named_parameters() if name.endswith("router.weight")]
     for ours in (source, MegatronReader(tmp_path)):
@@ -209,13 +203,6 @@ def test_names_of_transformer_engine_are_megatrons_own_translation() -> None:
         assert canonical(f"decoder.layers.0.{fused}weight") == f"decoder.layers.0.{alone}weight"
 
 
-#: What is known of the options of megatron-core's configuration.
-OPTIONS = yaml.safe_load(Path(__file__).with_name("megatron_options.yaml").read_text())
-OTHERWISE, TOGETHER, ARGUMENTS = OPTIONS["otherwise"], OPTIONS["together"], OPTIONS["arguments"]
-INHERITED = {f.name for f in dataclasses.fields(ModelParallelConfig)}
-FIELDS = [f for f in dataclasses.fields(TransformerConfig) if f.name not in INHERITED]
-
-
 def test_every_option_of_megatron_core_is_read_refused_or_without_effect() -> None:
     """A new option of Megatron must be put into one of the three before a model that uses it can be imported wrongly."""
     known = {*OTHERWISE, *OPTIONS["read"], *UNSUPPORTED}
@@ -241,21 +228,17 @@ def test_what_changes_megatrons_results_changes_the_model_or_is_refused(name: st
 
 def megatrons_results(**options: Any) -> dict[str, Tensor]:
     """Returns logits of a tiny model in training, and gradients of their mean square and the losses of routing."""
-    own = {"activation_func": torch.nn.functional.silu, **OPTIONS["plain"], **options}
+    own = {"activation_func": torch.nn.functional.silu, **OPTIONS["plain"], **OPTIONS["on a CPU"], **options}
     if own["activation_func"] is True:
         own["activation_func"] = squared_relu
     config = TransformerConfig(**own)
-    if config.num_moe_experts is None:
-        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    else:
-        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
-    model = GPTModel(config, spec, vocab_size=40, max_sequence_length=16, position_embedding_type="rope")
+    model = GPTModel(config, spec_of(config), vocab_size=40, max_sequence_length=16, position_embedding_type="rope")
     for name, p in model.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         p.data.copy_(torch.randn(p.shape, generator=generator) * 0.3)
     torch.manual_seed(1)
     tokens = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(2))
-    logits = model(tokens, torch.arange(16).expand_as(tokens), torch.ones(1, 1, 16, 16, dtype=torch.bool).triu(1))
+    logits = model(tokens, torch.arange(16).expand_as(tokens), causal_mask(16))
     logits.float().square().mean().backward()
     return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 

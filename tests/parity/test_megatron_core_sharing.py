@@ -19,19 +19,17 @@ from megatron_samoe.convert.megatron.rank_files import FILE_NAME
 from megatron_samoe.models.rank_model import stored_name
 from tests.harness.megatron_faults import FAULTS
 from tests.harness.megatron_files import write_rank_files
-from tests.harness.megatron_training import (
-    Layout,
-    loaded,
-    run_megatron,
-    saved,
-    saved_midway,
-    train,
-    trained_on,
-)
+from tests.harness.megatron_training import Layout, loaded, run_megatron, saved, saved_midway, train, trained_on
 from tests.harness.near_package import near_installed  # noqa: F401
 from tests.harness.pairs import first_by_day
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
-from tests.parity.test_megatron_checkpoints import cpu_in_place_of_cuda, megatron_model, megatron_rank  # noqa: F401
+from tests.parity.test_megatron_checkpoints import (
+    causal_mask,
+    cpu_in_place_of_cuda,  # noqa: F401
+    megatron_model,
+    megatron_rank,
+    spec_of,
+)
 from tests.unit.convert.memory_source import MemorySource, logits, new_source
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -62,13 +60,8 @@ def shared_source(way: str, options: dict[str, Any]) -> tuple[MemorySource, Memo
     """Returns a random model of ours, the same without factors on its experts, and the factors of each layer, if it has any."""
     sharing = {} if way == "own" else {"expert_sharing": way}
     experts = {"pool": {"num_experts": 8}, "neighbours": {"num_experts": 2}}.get(way, {})
-    config = {
-        "style": "llama",
-        "moe_router_topk": 2,
-        "moe_ffn_hidden_size": 24,
-        "moe_router_pre_softmax": True,
-        **experts,
-    }
+    llama = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24, "moe_router_pre_softmax": True}
+    config = {**llama, **experts}
     source = new_source(tiny_config("moe", **config, **sharing, **options))
     factors = {}
     for layer in range(4):
@@ -91,30 +84,22 @@ def limit(router: Any, factors_E: Tensor) -> None:
 
 def with_sharing(args: argparse.Namespace, way: str, options: dict[str, Any]) -> tuple[Any, Any]:
     """Returns Megatron-Core's model of a checkpoint's arguments, whose layers share their experts, and what shares them."""
-    from megatron.core.models.gpt import gpt_layer_specs
-
     from megatron_samoe.plugins.megatron_core import ExpertSharing
 
     made: list[Any] = []
-    spec_of = gpt_layer_specs.get_gpt_decoder_block_spec
 
-    def spec(config: Any, **words: Any) -> Any:
+    def spec(config: Any) -> Any:
         made.append(ExpertSharing(config, way, **options))
-        return made[0].spec(spec_of(config, **words))
+        return made[0].spec(spec_of(config))
 
-    import tests.parity.test_megatron_checkpoints as theirs
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(theirs, "get_gpt_decoder_block_spec", spec)
-        model = megatron_model(args)
+    model = megatron_model(args, spec)
     return made[0].attach(model), made[0]
 
 
 def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Returns logits [T, V], without padding."""
     tokens, length = batch["tokens"], batch["tokens"].shape[1]
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
-    result: Tensor = model(tokens, torch.arange(length).expand_as(tokens), mask)
+    result: Tensor = model(tokens, torch.arange(length).expand_as(tokens), causal_mask(length))
     return result.flatten(0, 1)[:, :VOCAB_SIZE]
 
 
@@ -198,12 +183,9 @@ def test_its_loss_and_gradients_are_those_of_megatrons_own_experts(case: str, tm
     own = {name: parameter.detach().clone().requires_grad_() for name, parameter in shared.items()}
     total = torch.zeros(())
     for (layer, name), weight in effective(source, own, str(options.get("samoe_normalization", "none"))).items():
-        kind = {"w1": "linear_fc1", "w2": "linear_fc2"}[name]
-        grads = [
-            theirs[f"decoder.layers.{layer}.mlp.experts.local_experts.{e}.{kind}.weight"].grad
-            for e in range(len(weight))
-        ]
-        total = total + (weight * torch.stack(grads).view_as(weight)).sum()
+        experts, end = f"decoder.layers.{layer}.mlp.experts.local_experts.", f".linear_fc{name[1]}.weight"
+        grads = torch.stack([theirs[f"{experts}{e}{end}"].grad for e in range(len(weight))])
+        total = total + (weight * grads.view_as(weight)).sum()
     total.backward()
     for name, parameter in shared.items():
         grad = parameter.main_grad if parameter.grad is None else parameter.main_grad + parameter.grad
@@ -211,6 +193,7 @@ def test_its_loss_and_gradients_are_those_of_megatrons_own_experts(case: str, tm
     assert len(shared) >= 2
 
 
+EXPERTS_RECOMPUTED = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 #: Layouts with the number of their ranks.
 LAYOUTS: dict[str, tuple[Layout, int]] = {
@@ -232,10 +215,7 @@ LAYOUTS: dict[str, tuple[Layout, int]] = {
     "EP 2, ZeRO-1": (Layout(ep=2, zero=True), 2),
     "PP 2": (Layout(pp=2), 2),
     "PP 2, ZeRO-1": (Layout(pp=2, zero=True), 2),
-    "recomputed experts, EP 2": (
-        Layout(ep=2, options={"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
-        2,
-    ),
+    "recomputed experts, EP 2": (Layout(ep=2, options=EXPERTS_RECOMPUTED), 2),
 }
 TRAINED = (
     "2 banks",
@@ -252,9 +232,8 @@ TRAINED = (
 @functools.cache
 def one_process() -> dict[str, Any]:
     """Returns the results of each way in one process."""
-    return dict(
-        zip(TRAINED, run_megatron(train, 1, Layout(), [(*WAYS[case], None) for case in TRAINED])[0], strict=True)
-    )
+    (found,) = run_megatron(train, 1, Layout(), [(*WAYS[case], None) for case in TRAINED])
+    return dict(zip(TRAINED, found, strict=True))
 
 
 def differences(layout: str, cases: dict[str, str | None]) -> dict[str, list[str]]:

@@ -26,6 +26,8 @@ from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from tests.harness.megatron_training import Layout, built, run_megatron, start
+from tests.harness.pairs import first_by_day
+from tests.harness.tables import table
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = "examples/megatron_core/pretrain_pool.py"
@@ -51,41 +53,10 @@ def _refused(options: dict[str, Any], sharing: str, words: dict[str, Any]) -> st
     return "accepted"
 
 
+#: Options of Megatron-Core's model, a way of sharing, its options, and what is said.
 REFUSED: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
-    ({"add_bias_linear": True}, "tied", {}, "add_bias_linear = True: must be False"),
-    ({}, "tide", {}, "expert_sharing = 'tide': must be one of"),
-    ({}, "combined", {"num_banks": 2}, "num_banks = 2: unknown key in ExpertSharing. Did you mean 'num_expert_banks'?"),
-    ({}, "combined", {"num_expert_banks": 0}, "num_expert_banks = 0: must be a positive integer"),
-    ({}, "combined", {"samoe_combine": "never"}, "samoe_combine = 'never'"),
-    ({}, "0,1", {}, "one for each of 4 MoE layers"),
-    ({}, "tied", {"pool_lock_step": 3}, "pool_lock_step = 3: has an effect with expert_sharing pool only"),
-    (
-        {"num_moe_experts": 4},
-        "pool",
-        {"pool_lock_step": 3},
-        "num_moe_experts = 4: must be a multiple of the 4 MoE layers",
-    ),
-    ({}, "pool", {"pool_lock_step": 3, "pool_lock_vote_steps": 2}, "pool_lock_vote_steps = 2: must be 1 here"),
-    (
-        {},
-        "pool",
-        {"pool_lock_step": 3, "pool_lock_entropy_coeff": 0.1},
-        "pool_lock_entropy_coeff = 0.1: must be 0.0 here",
-    ),
-    ({}, "neighbours", {"num_neighbour_layers": 3}, "num_neighbour_layers = 3: must divide the 4 MoE layers"),
-    (
-        {"moe_expert_capacity_factor": 1.0},
-        "neighbours",
-        {"neighbour_unmask_steps": 3},
-        "moe_expert_capacity_factor = 1.0",
-    ),
+    *table(__file__)["refused"],
     ({"activation_func": torch.nn.functional.relu}, "tied", {}, "activation_func = 'relu': must be gated SiLU"),
-    (
-        {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True},
-        "tied",
-        {},
-        "moe_apply_probs_on_input = True: must be False",
-    ),
 ]
 
 
@@ -153,26 +124,20 @@ def _under_torchrun(ranks: int, words: tuple[str, ...]) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    ("ranks", "words"),
-    [
-        pytest.param(1, ("--train-iters", "10"), id="one process"),
-        pytest.param(
-            4,
-            ("--train-iters", "20", "--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2",
-             "--use-distributed-optimizer"),
-            marks=pytest.mark.night, id="four",
-        ),
-        pytest.param(2, ("--train-iters", "20", "--expert-sharing", "none"), marks=pytest.mark.night, id="own experts"),
-    ],
-)  # fmt: skip
+FOUR = ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--use-distributed-optimizer")
+#: Ranks, and words of the example's command line.
+EXAMPLES = [(1, ("--train-iters", "10")), (4, FOUR), (2, ("--expert-sharing", "none"))]
+
+
+@pytest.mark.parametrize(("ranks", "words"), first_by_day(EXAMPLES))
 def test_the_example_learns_a_text(ranks: int, words: tuple[str, ...], tmp_path: Path) -> None:
     """Bytes that repeat, by Megatron-Core's data set: the loss begins at that of a guess and falls."""
     builder = IndexedDatasetBuilder(f"{tmp_path}/corpus.bin", np.uint16)
     for _ in range(40):
         builder.add_document(np.array([*b"one two three four " * 40, 256], np.uint16), [761])
     builder.finalize(f"{tmp_path}/corpus.idx")
-    words = (EXAMPLE, "--data-path", f"{tmp_path}/corpus", "--seq-length", "32", "--save", f"{tmp_path}/saved", *words)
+    given = {"--train-iters": 20, "--seq-length": 32, "--data-path": tmp_path / "corpus", "--save": tmp_path / "saved"}
+    words = (EXAMPLE, *(str(word) for pair in given.items() for word in pair), *words)
     said = run_megatron(_example, 1, words)[0] if ranks == 1 else _under_torchrun(ranks, words)
     losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+),", said, re.MULTILINE)]
     assert losses[0] == pytest.approx(np.log(257), abs=0.2) and losses[-1] < losses[0] - 1

@@ -107,11 +107,11 @@ def test_split_bounds(shares: list[int], separator: str) -> None:
 
 def their_datasets(config: dict, sizes: list[int | None]) -> list:
     """Returns megatron-core's datasets of the three splits."""
-    full = dict(
-        random_seed=config.pop("seed"), sequence_length=config.pop("seq_length"), tokenizer=TheirTokenizer(),
-        reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
-    )  # fmt: skip
-    full.update(config)
+    usual = dict.fromkeys(
+        ("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "create_attention_mask"), False
+    )
+    length, seed = config.pop("seq_length"), config.pop("seed")
+    full = {**usual, "random_seed": seed, "sequence_length": length, "tokenizer": TheirTokenizer(), **config}
     return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, GPTDatasetConfig(**full)).build()
 
 
@@ -133,9 +133,13 @@ def assert_same_samples(ours, theirs, at_most: int = 60) -> None:  # type: ignor
     compiled=st.booleans(),
 )
 def test_one_dataset_gives_the_same_samples(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch,
-    lengths: list[int], seq_length: int, epochs: float, seed: int, compiled: bool,
-) -> None:  # fmt: skip
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    seq_length: int,
+    epochs: float,
+    seed: int,
+    compiled: bool,
+) -> None:
     total = sum(lengths)
     if total < seq_length + 1:
         return
@@ -144,7 +148,7 @@ def test_one_dataset_gives_the_same_samples(
     theirs = their_datasets(
         {"seed": seed, "seq_length": seq_length, "blend": ([prefix], None), "split": "1"}, [count] * 3
     )
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         if not compiled:
             without_extension(patch)
         data = DataConfig(data_path=(prefix,), split="1")
@@ -210,19 +214,10 @@ def test_one_cache_keeps_apart_all_that_an_index_depends_on(tmp_path: Path) -> N
 
 def test_a_blend_per_split_and_whole_epochs(tmp_path: Path) -> None:
     prefixes = [make_dataset(tmp_path / name, list(range(9, 60)), place) for place, name in enumerate("abcd")]
-    theirs = their_datasets(
-        {
-            "seed": 5,
-            "seq_length": 16,
-            "blend_per_split": [(prefixes[:2], [0.2, 0.8]), (prefixes[2:], None), (prefixes[:1], None)],
-        },
-        [100, None, 7],
-    )
-    data = DataConfig(
-        train_data_path=("0.2", prefixes[0], "0.8", prefixes[1]),
-        valid_data_path=tuple(prefixes[2:]) + (),
-        test_data_path=(prefixes[0],),
-    )
+    blends = [(prefixes[:2], [0.2, 0.8]), (prefixes[2:], None), (prefixes[:1], None)]
+    theirs = their_datasets({"seed": 5, "seq_length": 16, "blend_per_split": blends}, [100, None, 7])
+    words = ("0.2", prefixes[0], "0.8", prefixes[1])
+    data = DataConfig(train_data_path=words, valid_data_path=tuple(prefixes[2:]), test_data_path=(prefixes[0],))
     ours = build_train_valid_test_datasets(data, (100, None, 7), 16, 5, ByteTokenizer())
     for mine, yours in zip(ours, theirs, strict=True):
         assert_same_samples(mine, yours)
@@ -241,13 +236,8 @@ def test_end_of_document_options(tmp_path: Path, options: tuple[bool, bool, bool
 
 def test_document_ids_describe_their_attention_mask(tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "data", [3, 1, 9, 2, 30, 1, 1, 5, 14, 40])
-    theirs = their_datasets(
-        {
-            "seed": 1, "seq_length": 12, "blend": ([prefix], None), "split": "1",
-            "reset_attention_mask": True, "create_attention_mask": True,
-        },
-        [8] * 3,
-    )  # fmt: skip
+    masks = {"reset_attention_mask": True, "create_attention_mask": True}
+    theirs = their_datasets({"seed": 1, "seq_length": 12, "blend": ([prefix], None), "split": "1", **masks}, [8] * 3)
     data = DataConfig(data_path=(prefix,), split="1", reset_attention_mask=True)
     ours = build_train_valid_test_datasets(data, (8, 0, 0), 12, 1, ByteTokenizer())
     for index in range(len(ours[0])):

@@ -18,10 +18,17 @@ from tests.unit.inference.tiny_models import VOCAB, loaded_tiny
 pytestmark = pytest.mark.parity
 
 CASES: list[dict[str, Any]] = [
-    {"temperature": 0.6}, {"temperature": 2.5}, {"top_k": 7}, {"top_k": 60, "temperature": 3.0}, {"top_p": 0.8}, {"top_p": 0.35},
-    {"repetition_penalty": 2.5}, {"repetition_penalty": 0.6}, {"repetition_penalty": 1.8, "temperature": 0},
+    {"temperature": 0.6},
+    {"temperature": 2.5},
+    {"top_k": 7},
+    {"top_k": 60, "temperature": 3.0},
+    {"top_p": 0.8},
+    {"top_p": 0.35},
+    {"repetition_penalty": 2.5},
+    {"repetition_penalty": 0.6},
+    {"repetition_penalty": 1.8, "temperature": 0},
     {"temperature": 1.4, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.7},
-]  # fmt: skip
+]
 #: Distributions of a case, and requests for each, whose seeds follow each other as those of one request's choices do.
 ROWS, REQUESTS = 4, 300
 

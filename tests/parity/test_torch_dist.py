@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,18 +29,21 @@ from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from tests.harness.megatron_saving import LATENTS, Model, continued, converted, saved
 from tests.harness.megatron_training import VOCABULARY, Layout, batches, run_megatron
-from tests.harness.program import call, write_corpus
+from tests.harness.program import call, flags, write_corpus
+from tests.harness.tiny import tiny_config
+from tests.hostile.changes import Bomb
 from tests.unit.convert.memory_source import MemorySource, new_source
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 DENSE = {"num_moe_experts": None, "moe_ffn_hidden_size": None, "num_query_groups": 2}
-DEEPSEEK = {
-    "moe_layer_freq": [0, 1, 1, 1], "moe_shared_expert_intermediate_size": 24, "moe_router_score_function": "sigmoid",
-    "moe_router_enable_expert_bias": True, "moe_router_num_groups": 2, "moe_router_group_topk": 1,
-    "moe_router_topk_scaling_factor": 2.5,
-}  # fmt: skip
+DENSE_FIRST = {"moe_layer_freq": [0, 1, 1, 1]}
+GROUPS = {"moe_router_num_groups": 2, "moe_router_group_topk": 1, "moe_router_topk_scaling_factor": 2.5}
+SIGMOID = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+DEEPSEEK = {**DENSE_FIRST, **GROUPS, **SIGMOID, "moe_shared_expert_intermediate_size": 24}
 NO_QUERY_LATENT = {"q_lora_rank": None, "rope_type": "rope", "rotary_scaling_factor": 1.0}
+POOL = Model(sharing="combined", sharing_options={"num_expert_banks": 2})
+LOCK = {"pool_lock_step": 1, "pool_lock_anneal_steps": 1}
 #: By name, what Megatron-Core trains, and in which layout of how many ranks.
 CASES: dict[str, tuple[int, Layout, Model]] = {
     "MoE": (1, Layout(), Model()),
@@ -46,19 +52,11 @@ CASES: dict[str, tuple[int, Layout, Model]] = {
     "dense layers, groups, biases, a shared expert": (1, Layout(options=DEEPSEEK), Model()),
     "each expert apart": (1, Layout(), Model(metadata={"singleton_local_shards": True})),
     "latent attention with YaRN": (1, Layout(options=LATENTS), Model(latent=True)),
-    "latent attention, dense layers": (
-        1,
-        Layout(options={**LATENTS, **NO_QUERY_LATENT, "moe_layer_freq": [0, 1, 1, 1]}),
-        Model(latent=True),
-    ),
-    "a pool": (1, Layout(), Model(sharing="combined", sharing_options={"num_expert_banks": 2})),
-    "a pool, EP 2 x PP 2": (4, Layout(ep=2, pp=2), Model(sharing="combined", sharing_options={"num_expert_banks": 2})),
+    "latent attention, dense layers": (1, Layout(options=LATENTS | NO_QUERY_LATENT | DENSE_FIRST), Model(latent=True)),
+    "a pool": (1, Layout(), POOL),
+    "a pool, EP 2 x PP 2": (4, Layout(ep=2, pp=2), POOL),
     "a map": (1, Layout(), Model(sharing="own,0,0,own")),
-    "a locked pool": (
-        1,
-        Layout(),
-        Model(sharing="pool", sharing_options={"pool_lock_step": 1, "pool_lock_anneal_steps": 1}),
-    ),
+    "a locked pool": (1, Layout(), Model(sharing="pool", sharing_options=LOCK)),
     "neighbours": (2, Layout(pp=2), Model(sharing="neighbours", sharing_options={"neighbour_unmask_steps": 4})),
 }
 BY_DAY = ("dense layers, groups, biases, a shared expert", "latent attention with YaRN", "a pool")
@@ -86,11 +84,25 @@ def asked(step: int) -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
 
+Trained = Callable[[str], tuple[Path, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Returns what gives the folder that Megatron-Core has saved of a case, and its logits, once for all tests."""
+
+    @functools.cache
+    def run(case: str) -> tuple[Path, Tensor]:
+        folder, (ranks, layout, kind) = tmp_path_factory.mktemp("trained"), CASES[case]
+        return folder, run_megatron(saved, ranks, layout, kind, str(folder))[-1]
+
+    return run
+
+
 @pytest.mark.parametrize("case", by_day(*CASES))
-def test_what_megatron_core_trained_computes_the_same_here(case: str, tmp_path: Path) -> None:
-    ranks, layout, kind = CASES[case]
-    theirs = run_megatron(saved, ranks, layout, kind, str(tmp_path))[-1]
-    reader = MegatronReader(tmp_path)
+def test_what_megatron_core_trained_computes_the_same_here(case: str, trained: Trained) -> None:
+    (folder, theirs), kind = trained(case), CASES[case][2]
+    reader = MegatronReader(folder)
     torch.testing.assert_close(logits(reader, asked(9)[0]), theirs[:, :VOCABULARY], rtol=1e-5, atol=1e-5)
     config = from_mapping(reader.config, "test")
     assert config.moe.sharing == (kind.sharing or "own") and reader.train_state["iteration"] == 2
@@ -112,11 +124,9 @@ def ours_like(folder: Path) -> MemorySource:
 @pytest.mark.parametrize(
     "case", by_day("MoE, EP 2 x PP 2", *BY_DAY[:2], "dense, tied", "latent attention, dense layers")
 )
-def test_megatron_core_trains_on_from_one_of_ours(case: str, tmp_path: Path) -> None:
+def test_megatron_core_trains_on_from_one_of_ours(case: str, trained: Trained, tmp_path: Path) -> None:
     """All of its weights are loaded, and its loss of the first step is ours."""
-    ranks, layout, kind = CASES[case]
-    run_megatron(saved, ranks, layout, kind, str(tmp_path / "theirs"))
-    ours = ours_like(tmp_path / "theirs")
+    ours, (ranks, layout, kind) = ours_like(trained(case)[0]), CASES[case]
     folder = write_dist_export(plan_dist_export(ours), tmp_path / "ours", 3)
     weights, losses = run_megatron(continued, ranks, layout, kind, str(folder))[-1]
     tokens, labels = asked(0)
@@ -129,10 +139,8 @@ def test_megatron_core_trains_on_from_one_of_ours(case: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "case", ["MoE, EP 2 x PP 2", pytest.param("latent attention, dense layers", marks=pytest.mark.night)]
 )
-def test_megatrons_own_rank_files_of_one_of_ours_come_back(case: str, tmp_path: Path) -> None:
-    ranks, layout, kind = CASES[case]
-    run_megatron(saved, ranks, layout, kind, str(tmp_path / "theirs"))
-    ours = ours_like(tmp_path / "theirs")
+def test_megatrons_own_rank_files_of_one_of_ours_come_back(case: str, trained: Trained, tmp_path: Path) -> None:
+    ours, (ranks, layout, kind) = ours_like(trained(case)[0]), CASES[case]
     folder = write_dist_export(plan_dist_export(ours), tmp_path / "ours", 3)
     run_megatron(converted, ranks, layout, kind, str(folder), str(tmp_path / "files"))
     again = MegatronReader(tmp_path / "files")
@@ -159,8 +167,8 @@ def test_one_that_megatron_core_trained_is_exported_compressed_evaluated_and_ser
     write_corpus(tmp_path / "text", vocab_size=256)
     (tmp_path / "text.txt").write_text("one two three four five six seven eight\n" * 20)
     for folder in ("theirs", "hf"):
-        done("compress", "--load-dir", tmp_path / folder, "--save-dir", tmp_path / f"small-{folder}", "--data-path",
-             tmp_path / "text", "--budget", 0.5, "--calibration-tokens", 512, "--judge-tokens", 128, "--num-samples", 16)  # fmt: skip
+        folders = flags(load_dir=tmp_path / folder, save_dir=tmp_path / f"small-{folder}", data_path=tmp_path / "text")
+        done("compress", *folders, *flags(budget=0.5, calibration_tokens=512, judge_tokens=128, num_samples=16))
         verdicts = json.loads((tmp_path / f"small-{folder}" / "verdicts.json").read_text())
         assert verdicts["verdicts"]
         assert "perplexity" in done("evaluate", "--load", tmp_path / folder, "--corpus", tmp_path / "text.txt")
@@ -172,8 +180,6 @@ def test_one_that_megatron_core_trained_is_exported_compressed_evaluated_and_ser
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a checkpoint of format torch_dist that we wrote."""
-    from tests.harness.tiny import tiny_config
-
     source = new_source(tiny_config("moe", style="llama", moe_router_topk=2))
     return write_dist_export(plan_dist_export(source), tmp_path_factory.mktemp("ours"), 7)
 
@@ -185,16 +191,9 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     return folder
 
 
-class Bomb:
-    """Unpickling it would create a file."""
-
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (Path("exploded"),))
-
-
 REFUSED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda c: c.pop("args"), r"keeps no arguments of Megatron-LM.*dist_checkpointing\.save\("),
-    (lambda c: c.update(extra=Bomb()), "could run any code"),
+    (lambda c: c.update(extra=Bomb(Path.touch, Path("exploded"))), "could run any code"),
     (lambda c: c.update(checkpoint_version=2.0), "checkpoint_version 2.0; 3.0 is read"),
     (lambda c: setattr(c["args"], "num_layers", 3), r"num_layers|layers"),
     (lambda c: setattr(c["args"], "num_experts", 8), "its arguments say"),
@@ -211,8 +210,6 @@ def test_what_cannot_be_read_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     folder = rewritten(Path(shutil.copytree(ours, tmp_path / "copy")), change)
     with pytest.raises(CheckpointError, match=message) as error:
@@ -238,8 +235,6 @@ def test_a_pool_whose_arguments_are_missing_is_refused(tmp_path: Path) -> None:
 
 def test_arguments_are_read_from_an_object_as_newer_versions_keep_them(ours: Path, tmp_path: Path) -> None:
     """From 0.20 on, what is no tensor is a list of one mapping, saved under one name among the tensors."""
-    import io
-
     common, objects = io.BytesIO(), {}
     torch.save([torch.load(ours / "common.pt", weights_only=False)], common)
     objects["common_state/shard_0_1"] = common.getvalue()
@@ -253,8 +248,6 @@ def test_arguments_are_read_from_an_object_as_newer_versions_keep_them(ours: Pat
 
 
 def test_what_megatron_has_not_is_not_written() -> None:
-    from tests.harness.tiny import tiny_config
-
     for options, message in (
         ({"rope_scaling_type": "linear", "rope_scaling_factor": 2.0}, "Megatron has yarn only"),
         ({"attention_multiplier": 0.5}, "none but YaRN's"),

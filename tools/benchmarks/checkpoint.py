@@ -17,9 +17,8 @@ from megatron_samoe.config import CheckpointConfig
 from megatron_samoe.dist_checkpointing import saving, store
 from megatron_samoe.dist_checkpointing.sharded_state import replicated
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.parallel_state import single_process_state
-from tools.benchmarks.harness import Benchmark, Run, Variants, forget, in_turn, ratios_of_rounds, seconds_of
+from tools.benchmarks.harness import Rows, Run, TableBenchmark, Variants, forget, in_turn, ratios_of_rounds, seconds_of
 
 BLOCK_BYTES = 4 << 20
 TENSOR_BYTES = 32 << 20
@@ -29,7 +28,7 @@ OF_DISK = {"save": "disk write", "verify and load": "disk read", "training waits
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointBenchmark(Benchmark):
+class CheckpointBenchmark(TableBenchmark):
     """save and load checkpoints, beside the disk
 
     The disk's own is what dd does: one file written in blocks of 4 MB and flushed with fsync, and read again. The file
@@ -48,23 +47,20 @@ class CheckpointBenchmark(Benchmark):
     rounds: int = 5
     """counted rounds; medians are reported"""
 
-    def run(self) -> None:
+    def rows(self) -> Rows:
         needed = 4 * self.size_mb << 20
         if not self.dir.is_dir() or shutil.disk_usage(self.dir).free < needed:
             raise ConfigError("--dir", str(self.dir), f"must be a folder with {needed / 1e9:.1f} GB free")
-        torch.set_num_threads(1)
         count = max(1, (self.size_mb << 20) // TENSOR_BYTES)
         num_bytes = count * TENSOR_BYTES
         with tempfile.TemporaryDirectory(dir=self.dir) as folder:
             seconds = in_turn(_ways(Path(folder), count, num_bytes), self.rounds)
-        rows, figures = [["", "median s", "MB/s", "share of the disk's"]], {}
+        rows = []
         for name, times in seconds.items():
             median = statistics.median(times)
             share = statistics.median(ratios_of_rounds(seconds, OF_DISK.get(name, name), name))
-            rows.append([name, f"{median:.2f}", f"{num_bytes / median / 1e6:,.0f}", f"{share:.2f}"])
-            figures[name] = {"seconds": times, "share_of_disk": share}
-        print(f"{num_bytes / 1e6:,.0f} MB, medians of {self.rounds} rounds\n{format_table(rows)}")
-        self.write_json({"num_bytes": num_bytes, "results": figures})
+            rows.append({"what": name, "s": median, "MB/s": num_bytes / median / 1e6, "share_of_disk": share})
+        return rows
 
 
 def _ways(folder: Path, count: int, num_bytes: int) -> Variants:

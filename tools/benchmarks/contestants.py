@@ -12,25 +12,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from megatron_samoe.config import DataConfig, ModelConfig, MoEConfig, PretrainConfig
-from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping, parse, to_mapping
 from megatron_samoe.config.derived import flag
 from megatron_samoe.config.option import all_options
 from megatron_samoe.config.validate import validate, without_idle_options
+from megatron_samoe.convert.edited_model import EditedModel
 from megatron_samoe.convert.gguf import export as gguf
 from megatron_samoe.convert.hf.export import plan_export, write_export
-from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, StoredTensor, write_checkpoint
+from megatron_samoe.convert.opener import open_verified
+from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.models.rank_model import build_model
+from megatron_samoe.optimizer.mixed_precision import LossScale
 from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.training.state import TrainState
 from tools.benchmarks.harness import Row, Rows, TableBenchmark
-from tools.benchmarks.models import MadeModel
 from tools.benchmarks.peers import LineWorker
 
 WORKERS = Path(__file__).with_name("serving_workers.py")
@@ -98,20 +99,16 @@ def started(contestants: Sequence[Contestant]) -> Iterator[list[Worker]]:
 
 
 @functools.cache
-def checkpoint_directory(checkpoint: Path) -> Path:
-    """Returns the folder of the newest whole iteration of a checkpoint."""
-    wanted = CheckpointConfig(load=str(checkpoint), exit_on_missing_checkpoint=True)
-    found = store.find_checkpoint(wanted, lambda d: store.damaged_files(d, single_process_state()))
-    assert found is not None
-    return found
+def opened(checkpoint: Path) -> GlobalTensors:
+    """Returns the newest whole iteration of a checkpoint."""
+    return open_verified(checkpoint, single_process_state()).tensors
 
 
 @functools.cache
 def checkpoint_model(checkpoint: Path) -> tuple[PretrainConfig, int]:
     """Returns a checkpoint's configuration and size of vocabulary."""
-    directory = checkpoint_directory(checkpoint)
-    vocab_size: int = store.read_train_state(directory, ("vocab_size",))["vocab_size"]
-    return from_mapping(store.read_config(directory), str(directory)), vocab_size
+    source = opened(checkpoint)
+    return from_mapping(source.config, str(checkpoint)), source.train_state["vocab_size"]
 
 
 def label(checkpoint: Path) -> str:
@@ -123,20 +120,18 @@ def label(checkpoint: Path) -> str:
 class ServingBenchmark(TableBenchmark):
     """One of programs that decode a model of random weights, or checkpoints."""
 
-    not_told: ClassVar[tuple[str, ...]] = ("load",)
-
     load: tuple[Path, ...] = ()
     """checkpoints to compare; else models of random weights"""
     models: tuple[str, ...] = ("",)
     """models of random weights: for each, flags of pretraining that say what its experts are, such as '--expert-layout samoe
     --num-expert-banks 3' or '--expert-sharing pool --num-experts 96'; a standard MoE if empty"""
-    batch_sizes: tuple[int, ...] = (1, 8)
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
     prompt_lengths: tuple[int, ...] = (32,)
     """prompts are of random tokens"""
     new_tokens: int = 64
     threads: int | None = None
     """default: all cores"""
-    work_dir: Path = Path("runs/benchmark")
+    work_dir: Path = Path("runs/benchmark_decode")
     """for models and exports"""
     num_layers: int = 12
     """of a model of random weights, as the sizes below"""
@@ -174,12 +169,10 @@ class ServingBenchmark(TableBenchmark):
         config = self._config(flags)
         if not (folder / "checkpoint").exists():
             model = build_model(config, self.vocab_size, single_process_state())
-            weights = {name: p.detach() for name, p in model.global_parameters().items()}
-            counts = dict.fromkeys(("consumed_samples", "consumed_tokens", "optimizer_steps"), 0)
-            scale = {"value": 1.0, "good_steps": 0, "growth_interval": 0}
-            state = {"iteration": 1, **counts, "vocab_size": self.vocab_size, "loss_scale": scale}
-            tensors = {name: StoredTensor(tuple(t.shape), t.dtype) for name, t in weights.items()}
-            made = MadeModel(tensors, to_mapping(config), state, weights.__getitem__)
+            state = TrainState(1, 0, 0, LossScale.of(config.training)).plain()
+            made = EditedModel(to_mapping(config), {**state, "vocab_size": self.vocab_size, "optimizer_steps": 0})
+            for name, weight in model.global_parameters().items():
+                made.add_value(name, weight.detach())
             write_checkpoint(folder / "checkpoint", 1, made)
         return folder / "checkpoint"
 
@@ -242,29 +235,21 @@ class ServingBenchmark(TableBenchmark):
         return self.work_dir / "exports" / checkpoint.resolve().as_posix().strip("/").replace("/", "-")
 
 
-def export_hf(checkpoint: Path, folder: Path, shared: bool) -> Path:
-    """Returns transformers' folder of a checkpoint, made unless it is there.
-
-    Args:
-        shared: what layers share is kept, by our own class; else folded into each layer's own.
-    """
-    target = folder / ("hf" if shared else "hf-folded")
+def export_hf(checkpoint: Path, folder: Path) -> Path:
+    """Returns transformers' folder of a checkpoint, made unless it is there; what layers share is folded into each one's own."""
+    target = folder / "hf-folded"
     if not target.exists():
-        source = CheckpointReader(checkpoint_directory(checkpoint))
-        has_pool = from_mapping(source.config, str(checkpoint)).moe.shares_experts
+        source = opened(checkpoint)
         folder.mkdir(parents=True, exist_ok=True)
-        write_export(plan_export(source, "samoe") if shared else plan_export(source, fold=has_pool), target)
+        write_export(plan_export(source, fold=checkpoint_model(checkpoint)[0].moe.shares_experts), target)
     return target
 
 
-def export_gguf(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None) -> Path:
-    """Returns llama.cpp's file of a checkpoint, made unless it is there: as the model is, with its tokenizer, or in a dtype
-    without one. ConfigError where llama.cpp has no such model.
-    """
-    target = folder / f"gguf-{dtype or 'as-it-is'}"
+def export_gguf(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Path:
+    """Returns llama.cpp's file of a checkpoint in a dtype, made unless it is there; ConfigError where llama.cpp has no such model."""
+    target = folder / f"gguf-{dtype}"
     if not target.exists():
-        source = CheckpointReader(checkpoint_directory(checkpoint))
+        source = opened(checkpoint)
         folder.mkdir(parents=True, exist_ok=True)
-        data = checkpoint_model(checkpoint)[0].data if dtype is None else None
-        gguf.write_export(gguf.plan_export(source, data, dtype), target)
+        gguf.write_export(gguf.plan_export(source, None, dtype), target)
     return target / gguf.FILE

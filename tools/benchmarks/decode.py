@@ -17,7 +17,6 @@ from megatron_samoe import children
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.decode_bytes import expected_distinct_experts, step_bytes
 from megatron_samoe.inference.engine import Precision, Serving
-from megatron_samoe.inference.weight_memory import ask_for_huge_pages
 from tools.benchmarks.contestants import (
     WORKERS,
     Contestant,
@@ -30,32 +29,14 @@ from tools.benchmarks.contestants import (
     label,
     started,
 )
-from tools.benchmarks.harness import DTYPES, Row, Rows, Times, Variants, medians_of, seconds_of
+from tools.benchmarks.harness import DTYPES, Row, Rows
+from tools.benchmarks.memory import Memory
 
 #: Columns of the table; the JSON file has all.
-SHOWN = ("dtype", "contestant", "serving", "batch", "prompt", "ms_per_token", "tokens_per_s", "prefill_ms", "experts_hit",
-         "experts_expected", "read_mb", "floor_ms", "share_of_floor", "same_tokens")  # fmt: skip
-
-
-class Memory:
-    """Reading a buffer far larger than the caches, on huge pages as the engine's weights are, by functions of torch."""
-
-    def __init__(self) -> None:
-        x = torch.ones(1 << 15, 1 << 13)  # 1 GiB
-        ask_for_huge_pages([x])
-        vector = torch.ones(1 << 13)
-        self._num_bytes = x.nbytes
-        self._reads: Variants = {"sum": x.sum, "max": x.max, "matrix-vector": lambda: torch.mv(x, vector)}
-        self._times: Times = {name: [] for name in self._reads}
-
-    def read(self) -> None:
-        """Reads once in each way."""
-        for name, read in self._reads.items():
-            self._times[name].append(seconds_of(read))
-
-    def bandwidth(self) -> float:
-        """Returns bytes/s of the fastest way."""
-        return self._num_bytes / min(medians_of(self._times).values())
+SHOWN = (
+    "dtype contestant serving batch prompt ms_per_token tokens_per_s prefill_ms experts_hit experts_expected read_mb floor_ms "
+    "share_of_floor same_tokens"
+).split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +51,6 @@ class Decode(ServingBenchmark):
     name = "decode"
     not_told: ClassVar[tuple[str, ...]] = ("load", "llama_python")
 
-    batch_sizes: tuple[int, ...] = (1, 8, 32)
     dtypes: tuple[Precision, ...] = ("fp32",)
     servings: tuple[Serving, ...] = ("auto",)
     rounds: int = 5
@@ -80,8 +60,6 @@ class Decode(ServingBenchmark):
     """interpreter with llama-cpp-python"""
     transformers_experts: tuple[str, ...] = ("default",)
     """their experts_implementation"""
-    work_dir: Path = Path("runs/benchmark_decode")
-    """for models and exports"""
     prepare: bool = False
     """make models and exports, and measure nothing"""
     weights_folder: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
@@ -105,8 +83,6 @@ class Decode(ServingBenchmark):
 
     def save(self, rows: Rows, found: Row) -> None:
         self.write_json(rows)
-        if self.png:
-            plot(rows, self.png)
         print(f"memory read at {rows[0]['bandwidth_gb_s']:.1f} GB/s")
         rows[:] = [{name: row.get(name) for name in SHOWN} for row in rows]
 
@@ -119,11 +95,7 @@ class Decode(ServingBenchmark):
             yield Contestant(f"{label(checkpoint)} {serving}", sys.executable, {**spec, **limits})
         exports = self.export_folder(checkpoints[0])
         if "transformers" in self.peers and dtype != "int8":
-            spec = {
-                **common,
-                "program": "transformers",
-                "folder": str(export_hf(checkpoints[0], exports, shared=False)),
-            }
+            spec = {**common, "program": "transformers", "folder": str(export_hf(checkpoints[0], exports))}
             for way in self.transformers_experts:
                 yield Contestant(f"transformers {way}", sys.executable, {**spec, "implementation": way})
         if "llama.cpp" in self.peers:
@@ -138,7 +110,7 @@ class Decode(ServingBenchmark):
     def _rows(self, contestants: Sequence[Contestant], first_checkpoint: Path) -> Rows:
         """Runs the contestants of one precision in turn and returns a row for each of their batches and lengths."""
         results: dict[tuple[str, Pair], Rows] = {}
-        memory = Memory()
+        memory = Memory(contestants[0].spec["threads"])
         with started(contestants) as workers:
             ours = [worker for worker in workers if worker.is_ours]
             counted = {(w.name, pair): w.measure(*pair, self.new_tokens, 1) for w in ours for pair in self.pairs}
@@ -193,33 +165,3 @@ class Decode(ServingBenchmark):
 
 def _same(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
-
-
-def plot(rows: Rows, path: Path) -> None:
-    """Draws ms per token of every contestant over batch size, with the memory's floor, a panel for each precision."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    color_of = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["contestant"] for row in rows))}
-    batches = sorted({row["batch"] for row in rows})
-    figure, panels = plt.subplots(1, len(dtypes), figsize=(5 * len(dtypes), 4), sharey=True, squeeze=False)
-    for axes, dtype in zip(panels[0], dtypes, strict=True):
-        lines: dict[str, Rows] = {}
-        for row in rows:
-            if row["dtype"] == dtype and row["prompt"] == rows[0]["prompt"]:
-                lines.setdefault(row["contestant"], []).append(row)
-        for name, line in lines.items():
-            steps = [r["ms_per_token"] for r in line]
-            axes.plot([r["batch"] for r in line], steps, "o-", color=color_of[name], label=name)
-        line = next(iter(lines.values()))
-        axes.plot([r["batch"] for r in line], [r["floor_ms"] for r in line], "k--", label="memory's floor")
-        axes.set(xscale="log", yscale="log", xlabel="batch", title=dtype)
-        axes.set_xticks(batches, batches)
-        axes.set_xticks([], minor=True)
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
-    panels[0][0].set_ylabel("ms per step")
-    figure.savefig(path, dpi=110, bbox_inches="tight")

@@ -1,4 +1,4 @@
-"""What every benchmark is: options, variants that run in turn, and rows that become a table, JSON and a picture.
+"""What every benchmark is: options, variants that run in turn, and rows that become a table and JSON.
 
 Each figure is a median over rounds in which all variants run in turn, so that other load on the machine meets them alike.
 Only ratios of one run count: a column "a / b" is a's speed over b's.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ import torch
 from megatron_samoe.gpu_check.tables import as_table
 from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state import backend
+from megatron_samoe.training.machine import cpu_name
 
 Row = dict[str, Any]
 Rows = list[Row]
@@ -31,18 +31,6 @@ Times = dict[str, list[float]]
 Dtype = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-#: Columns that say what a row is about, and how a picture introduces their values.
-LABELS = {
-    "op": "",
-    "part": "",
-    "model": "",
-    "ranks": "ranks ",
-    "MB": "MB ",
-    "experts": "E ",
-    "topk": "top-",
-    "activation": "",
-    "dtype": "",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +65,6 @@ class Benchmark:
 class TableBenchmark(Benchmark):
     """One whose rows are a table, under the conditions of this process."""
 
-    png: Path | None = None
-    """also draw the ratios there"""
-
     def rows(self) -> Rows:
         """Measures."""
         raise NotImplementedError
@@ -103,7 +88,7 @@ class TableBenchmark(Benchmark):
         """Returns what a reader must know to compare the figures."""
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.not_told}
         return {
-            "cpu": _cpu(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -118,10 +103,8 @@ class TableBenchmark(Benchmark):
         }
 
     def save(self, rows: Rows, found: Row) -> None:
-        """Writes the JSON file and the picture that were asked for."""
+        """Writes the JSON file that was asked for."""
         self.write_json({"conditions": found, "rows": rows})
-        if self.png:
-            draw_ratios(rows, self.png)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,36 +182,3 @@ def process_status_kb(name: str, process: int | str = "self") -> int:
     """Returns an entry of Linux's record of a process: VmRSS, what it holds; VmHWM, the most that it held."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def draw_ratios(rows: Rows, path: Path) -> None:
-    """Draws every column that holds a ratio, a group of bars for each row that has one."""
-    from matplotlib.figure import Figure
-
-    ratios = list(dict.fromkeys(name for row in rows for name in row if " / " in name or name.startswith("share")))
-    rows = [row for row in rows if any(name in row for name in ratios)]
-    # What all rows have in common needs no label.
-    told = [name for name in LABELS if len({row.get(name) for row in rows}) > 1]
-    if "part" in told:  # which its bytes follow from
-        told.remove("MB")
-    labels = [", ".join(f"{LABELS[name]}{row[name]}" for name in told if name in row) for row in rows]
-    figure = Figure(figsize=(8.0, 1.2 + 0.16 * len(rows) * (1 + len(ratios))), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / max(1, len(ratios))
-    for i, name in enumerate(ratios):
-        places = [r + (i - (len(ratios) - 1) / 2) * width for r in range(len(rows))]
-        axes.barh(places, [row.get(name) or 0.0 for row in rows], width, label=name)
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("ratio of speeds")
-    axes.set_yticks(range(len(rows)), labels, fontsize=8)
-    axes.invert_yaxis()
-    figure.legend(loc="outside upper left", ncols=4, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -54,22 +54,11 @@ class LayerShape:
 
     def config(self) -> PretrainConfig:
         """Returns a model with such a layer."""
-        gated = self.activation == "swiglu"
-        return PretrainConfig(
-            model=ModelConfig(
-                hidden_size=self.hidden_size,
-                ffn_hidden_size=self.ffn_hidden_size,
-                num_attention_heads=8,
-                swiglu=gated,
-                disable_bias_linear=gated,
-            ),
-            moe=MoEConfig(
-                expert_layout="moe",
-                num_experts=self.num_experts,
-                moe_router_topk=self.topk,
-                moe_ffn_hidden_size=self.ffn_hidden_size,
-            ),
-        )
+        gated, ffn = self.activation == "swiglu", self.ffn_hidden_size
+        form: dict[str, Any] = {"swiglu": gated, "disable_bias_linear": gated, "num_attention_heads": 8}
+        model = ModelConfig(hidden_size=self.hidden_size, ffn_hidden_size=ffn, **form)
+        moe = MoEConfig("moe", num_experts=self.num_experts, moe_router_topk=self.topk, moe_ffn_hidden_size=ffn)
+        return PretrainConfig(model=model, moe=moe)
 
 
 def make_layer(shape: LayerShape, state: ParallelState, dispatch_chunks: int = 1) -> Callable[[], None]:

@@ -33,9 +33,8 @@ class MegatronCore(ProcessBenchmark):
         # The stand-in for the device must come before megatron.core, and only into a process that asks for it.
         from tests.harness.megatron_training import Layout, Training, start
 
-        sizes = {
-            "hidden_size": self.hidden_size, "moe_ffn_hidden_size": self.moe_ffn_hidden_size, "num_moe_experts": self.num_experts,
-        }  # fmt: skip
+        sizes = {"hidden_size": self.hidden_size, "moe_ffn_hidden_size": self.moe_ffn_hidden_size}
+        sizes["num_moe_experts"] = self.num_experts
         layout = Layout(length=self.seq_length, options=sizes)
         start(layout)
         trained = {OWN: Training(layout, None, {})} | {
@@ -46,13 +45,7 @@ class MegatronCore(ProcessBenchmark):
         rows = []
         for name, seconds in medians.items():
             ratios = sorted(ratios_of_rounds(times, OWN, name))
-            rows.append(
-                {
-                    "experts": name,
-                    "ms": round(seconds * 1e3, 1),
-                    "speed / its own": round(ratios[len(ratios) // 2], 3),
-                    "from": round(ratios[0], 3),
-                    "to": round(ratios[-1], 3),
-                }
-            )
+            middle, low, high = (round(ratio, 3) for ratio in (ratios[len(ratios) // 2], ratios[0], ratios[-1]))
+            row = {"experts": name, "ms": round(seconds * 1e3, 1), "speed / its own": middle}
+            rows.append({**row, "from": low, "to": high})
         return rows

@@ -64,7 +64,6 @@ class LineWorker:
         return float(answer.get("s") or answer.get("t") or "nan")
 
     def close(self) -> None:
-        """Ends the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()

@@ -61,8 +61,6 @@ class Prompt(Decode):
             flops = pair[0] * (pair[1] * (forward_flops_per_token(replace(config, model=model), vocab) - head) + head)
             median = statistics.median(seconds[worker.name, pair])
             speeds = {f"of {name} product": round(flops / median / rate, 2) for name, rate in rates.items()}
-            rows.append({
-                "dtype": worker.spec["dtype"], "contestant": worker.name, "version": worker.facts["version"],
-                "prompt": pair[1], "batch": pair[0], "first_ms": round(median * 1e3, 1), **speeds,
-            })  # fmt: skip
+            who = {"dtype": worker.spec["dtype"], "contestant": worker.name, "version": worker.facts["version"]}
+            rows.append({**who, "prompt": pair[1], "batch": pair[0], "first_ms": round(median * 1e3, 1), **speeds})
         return rows

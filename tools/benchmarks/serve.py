@@ -14,7 +14,7 @@ from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import load_model
 from tools.benchmarks.harness import Benchmark, Row
-from tools.benchmarks.serve_load import ServerProcess, Wanted, make_plan, run_plan, sigterm_under_load, summary
+from tools.benchmarks.serve_load import ServerProcess, Wanted, make_plan, run_plan, sigterm_under_load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Serve(Benchmark):
         flags = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
         flags += ["--load", self.load, "--drain-timeout", "60"]
         with tempfile.TemporaryDirectory() as folder, ServerProcess(flags, Path(folder)) as server:
-            result = summary(run_plan(server, plan, expected, context, self.concurrency), server)
+            result = run_plan(server, plan, expected, context, self.concurrency)
             if not self.skip_sigterm:
                 result["sigterm"] = sigterm_under_load(server, plan, expected, self.concurrency)
             result["exit_status"] = server.end()

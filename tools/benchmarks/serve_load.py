@@ -22,20 +22,18 @@ import psutil
 
 from megatron_samoe import children
 
-WORDS = ("Emma was very much surprised to find that the carriage had come a little before its time and that nobody "
-         "would have any thing to say about it till the next morning at breakfast").split()  # fmt: skip
+WORDS = (
+    "Emma was very much surprised to find that the carriage had come a little before its time and that nobody "
+    "would have any thing to say about it till the next morning at breakfast"
+).split()
 #: A prompt, and how many tokens are to follow it.
 Wanted = tuple[str, int]
 JSON = {"Content-Type": "application/json"}
 #: Kinds of requests, and how many of a thousand are of each.
-KINDS = {
-    "whole": 330, "streamed": 330, "vanishes": 80, "vanishes in a stream": 80, "invalid JSON": 50, "prompt too long": 50,
-    "body too large": 20, "unknown field": 30, "unknown model": 15, "unknown path": 15,
-}  # fmt: skip
-
-
 #: Those that the server is to answer.
-GOOD_KINDS = ("whole", "streamed", "vanishes", "vanishes in a stream")
+GOOD_KINDS = {"whole": 330, "streamed": 330, "vanishes": 80, "vanishes in a stream": 80}
+KINDS = GOOD_KINDS | {"invalid JSON": 50, "prompt too long": 50, "body too large": 20}
+KINDS |= {"unknown field": 30, "unknown model": 15, "unknown path": 15}
 
 
 @dataclass(frozen=True)
@@ -248,21 +246,11 @@ class Client:
             outcome.fault = f"{outcome.kind}: status {answer.status} in place of {status}: {content[:200]!r}"
 
 
-@dataclass
-class LoadRun:
-    """What a load found.
-
-    Attributes:
-        memory: (share of the requests that were done, the server's resident bytes).
-    """
-
-    outcomes: list[Outcome]
-    memory: list[tuple[float, int]]
-    time_s: float
-
-
-def run_plan(server: ServerProcess, plan: Plan, expected: dict[Wanted, str], context: int, concurrency: int) -> LoadRun:
-    """Sends everything, so many requests at a time; notes the server's memory at every tenth."""
+def run_plan(
+    server: ServerProcess, plan: Plan, expected: dict[Wanted, str], context: int, concurrency: int
+) -> dict[str, Any]:
+    """Sends everything, so many requests at a time, and returns the results once all clients have gone; with the server's memory
+    at every tenth of the requests."""
     client = Client(server, expected, context)
     memory: list[tuple[float, int]] = []
     started = time.monotonic()
@@ -277,36 +265,32 @@ def run_plan(server: ServerProcess, plan: Plan, expected: dict[Wanted, str], con
 
     with ThreadPoolExecutor(concurrency) as pool:
         outcomes = list(pool.map(one, range(len(plan.requests))))
-    return LoadRun(outcomes, memory, time.monotonic() - started)
-
-
-def summary(run: LoadRun, server: ServerProcess) -> dict[str, Any]:
-    """Returns the results of a load whose clients have all gone."""
+    time_s = time.monotonic() - started
     deadline = time.monotonic() + 30
     while (still_open := _num_open(server)) and time.monotonic() < deadline:
         time.sleep(0.1)
     metrics = server.metrics()
     kinds: list[list[Any]] = []
     for kind in KINDS:
-        mine = [o for o in run.outcomes if o.kind == kind]
+        mine = [o for o in outcomes if o.kind == kind]
         statuses = "/".join(str(s) for s in sorted({o.status for o in mine if o.status})) or "-"
         kinds.append([kind, len(mine), sum(not o.fault for o in mine), statuses, sum(o.busy for o in mine)])
-    times = sorted(o.time_s for o in run.outcomes if o.kind in ("whole", "streamed") and o.status == 200)
-    first = [o.first_s for o in run.outcomes if o.first_s is not None]
-    faults = [o.fault for o in run.outcomes if o.fault]
+    times = sorted(o.time_s for o in outcomes if o.kind in ("whole", "streamed") and o.status == 200)
+    first = [o.first_s for o in outcomes if o.first_s is not None]
+    faults = [o.fault for o in outcomes if o.fault]
     # The first tenths fill caches that stay; a leak would go on.
-    early, late = (
-        statistics.median(b for s, b in run.memory if low < s <= high) for low, high in ((0.15, 0.45), (0.7, 1))
-    )
+    early, late = (statistics.median(b for s, b in memory if low < s <= high) for low, high in ((0.15, 0.45), (0.7, 1)))
     if late > early * 1.03 + 2**20:
         faults.append(f"the server's memory grew from {early / 2**20:.1f} to {late / 2**20:.1f} MiB")
-    return {
-        "kinds": kinds, "faults": faults, "open_at_end": still_open, "time_s": run.time_s,
-        "memory_mib": [(share, size / 2**20) for share, size in run.memory],
-        "tokens": metrics["generated_tokens_total"], "median_s": statistics.median(times),
-        "p95_s": times[int(0.95 * (len(times) - 1))], "first_median_s": statistics.median(first),
-        "cancelled": metrics.get('choices_total{end="cancelled"}', 0.0),
-    }  # fmt: skip
+    seconds = {
+        "time_s": time_s,
+        "median_s": statistics.median(times),
+        "p95_s": times[int(0.95 * (len(times) - 1))],
+        "first_median_s": statistics.median(first),
+    }
+    memory_mib = [(share, size / 2**20) for share, size in memory]
+    found = {"kinds": kinds, "faults": faults, "open_at_end": still_open, "memory_mib": memory_mib, **seconds}
+    return found | {"tokens": metrics["generated_tokens_total"]}
 
 
 def _num_open(server: ServerProcess) -> float:
@@ -344,11 +328,7 @@ def sigterm_under_load(
         time_s = time.monotonic() - started
         for future in asking:
             future.result()
-    counts = Counter({200: "right answer", 503: "refused with 503", 0: "no connection any more"}.get(o.status, str(o.status))
-                     for o in outcomes)  # fmt: skip
-    return {
-        "counts": dict(counts),
-        "time_s": time_s,
-        "status": status,
-        "faults": [o.fault for o in outcomes if o.fault],
-    }
+    words = {200: "right answer", 503: "refused with 503", 0: "no connection any more"}
+    counts = Counter(words.get(o.status, str(o.status)) for o in outcomes)
+    faults = [o.fault for o in outcomes if o.fault]
+    return {"counts": dict(counts), "time_s": time_s, "status": status, "faults": faults}

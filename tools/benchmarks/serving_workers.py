@@ -3,7 +3,7 @@
 A worker prints `@@` and a JSON object when it is ready, then one for each line `batch prompt_length new_tokens` that it
 reads: seconds until every sequence has its first token, seconds of the rest, and the tokens of the first sequence. Ours
 takes a fourth number: count the experts that are hit, which makes times useless.
-llama.cpp's bindings come from PyPI (llama-cpp-python, xllamacpp) and may live in an environment of their own; this file needs
+llama.cpp's bindings come from PyPI (llama-cpp-python) and may live in an environment of their own; this file needs
 nothing else there.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -24,15 +25,9 @@ ROOT = str(Path(__file__).parents[2])
 
 
 def prompts(batch: int, length: int, vocab: int) -> list[list[int]]:
-    """Returns prompts that are the same for all contestants, by a small generator of our own."""
-    state, rows = 12345, []
-    for _ in range(batch):
-        row = []
-        for _ in range(length):
-            state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
-            row.append((state >> 33) % (vocab - 2))
-        rows.append(row)
-    return rows
+    """Returns prompts that are the same for all contestants, whatever their Python."""
+    chance = random.Random(12345)
+    return [[int(chance.random() * (vocab - 2)) for _ in range(length)] for _ in range(batch)]
 
 
 def join_control_group(limit: int) -> None:
@@ -53,12 +48,6 @@ def join_control_group(limit: int) -> None:
         raise SystemExit(f"--memory-limit needs the right to make control groups in {folder}: {error}") from None
 
 
-def resident_mb() -> float:
-    """Returns what this process holds."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmRSS:"))
-
-
 def never(*_: int) -> Spec:
     """What a refused contestant measures."""
     raise AssertionError("nobody asks a contestant that was refused")
@@ -74,13 +63,12 @@ def ours(spec: Spec) -> tuple[Spec, Measure]:
     from megatron_samoe.parallel_state import backend, single_process_state
 
     backend.set_num_threads(spec["threads"])
-    before_mb = resident_mb()
     loaded = load_model(open_folder(spec["checkpoint"]), single_process_state(), combine=False)
     context = min(loaded.config.model.max_positions, spec["context"])
     try:
-        engine = Engine(loaded, max_batch=spec["max_batch"], max_tokens=spec["max_batch"] * context,
-                        serving=spec["serving"], dtype=spec["dtype"], max_step_tokens=spec["step_tokens"],
-                        weights_folder=spec.get("weights_folder"))  # fmt: skip
+        sizes: Spec = {"max_tokens": spec["max_batch"] * context, "max_step_tokens": spec["step_tokens"]}
+        options: Spec = {name: spec.get(name) for name in ("max_batch", "serving", "dtype", "weights_folder")}
+        engine = Engine(loaded, **options, **sizes)
     except ConfigError as error:
         return {"refused": str(error)}, never
     vocab = loaded.model.vocab_size
@@ -89,8 +77,8 @@ def ours(spec: Spec) -> tuple[Spec, Measure]:
     assert isinstance(runner, SingleRunner)
     weights, layers = runner._model.weights(), runner._model.layers
     caches = [t for layer in layers for t in (layer.attention.keys, layer.attention.values)]
-    info = {"serving": engine.serving, "dtype": engine.dtype, "version": kernels, "before_mb": before_mb,
-            "weights_mb": (sum(t.nbytes for t in weights) - sum(t.nbytes for t in caches)) / 1e6}  # fmt: skip
+    weights_mb = (sum(t.nbytes for t in weights) - sum(t.nbytes for t in caches)) / 1e6
+    info = {"serving": engine.serving, "dtype": engine.dtype, "version": kernels, "weights_mb": weights_mb}
     del loaded, weights, caches
     if spec.get("memory_limit"):
         join_control_group(spec["memory_limit"])
@@ -136,7 +124,6 @@ def transformers(spec: Spec) -> tuple[Spec, Measure]:
     dtype = torch.bfloat16 if spec["dtype"] == "bf16" else torch.float32
     implementation = spec.get("implementation", "default")
     options: Spec = {} if implementation == "default" else {"experts_implementation": implementation}
-    before_mb = resident_mb()
     options["trust_remote_code"] = True  # our own class lies in the folder
     model = hf.AutoModelForCausalLM.from_pretrained(spec["folder"], dtype=dtype, **options).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
@@ -144,9 +131,9 @@ def transformers(spec: Spec) -> tuple[Spec, Measure]:
 
     def generate(ids: Any, new: int) -> tuple[float, Any]:
         started = time.perf_counter()
+        lengths = {"max_new_tokens": new, "min_new_tokens": new}
         with torch.inference_mode():
-            y = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
-                               do_sample=False)  # fmt: skip
+            y = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **lengths)
         return time.perf_counter() - started, y
 
     def measure(batch: int, length: int, new: int) -> Spec:
@@ -156,47 +143,7 @@ def transformers(spec: Spec) -> tuple[Spec, Measure]:
         return {"first_s": first_s, "rest_s": whole_s - first_s, "tokens": y[0, length:].tolist()}
 
     experts = getattr(model.config, "_experts_implementation", "")
-    return {"version": hf.__version__, "experts": experts, "before_mb": before_mb}, measure
-
-
-def vllm(spec: Spec) -> tuple[Spec, Measure]:
-    """vLLM over the exported model, by its own back end for transformers or by our plug-in."""
-    os.environ |= {
-        "PYTHONPATH": ROOT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }  # fmt: skip
-    import torch
-
-    has_plug_in = spec["implementation"] == "plug-in"
-    if has_plug_in:
-        from megatron_samoe.plugins.vllm import register
-
-        register()
-    import vllm as lib
-
-    torch.set_num_threads(spec["threads"])
-    before_mb = resident_mb()
-    program = lib.LLM(
-        spec["folder"], skip_tokenizer_init=True, dtype="float32", enforce_eager=not spec["compiled"],
-        trust_remote_code=not has_plug_in, model_impl="vllm" if has_plug_in else "transformers",
-        max_num_seqs=spec["max_batch"], max_model_len=spec["context"], max_num_batched_tokens=spec["step_tokens"],
-        enable_prefix_caching=False,
-    )  # fmt: skip
-    vocab = program.llm_engine.model_config.get_vocab_size()
-
-    def generate(ids: list[list[int]], new: int) -> tuple[float, list[int]]:
-        wanted = lib.SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
-        started = time.perf_counter()
-        found = program.generate([{"prompt_token_ids": row} for row in ids], wanted, use_tqdm=False)
-        return time.perf_counter() - started, list(found[0].outputs[0].token_ids)
-
-    def measure(batch: int, length: int, new: int) -> Spec:
-        ids = prompts(batch, length, vocab)
-        first_s, _ = generate(ids, 1)
-        whole_s, tokens = generate(ids, new)
-        return {"first_s": first_s, "rest_s": whole_s - first_s, "tokens": tokens}
-
-    return {"version": lib.__version__, "before_mb": before_mb}, measure
+    return {"version": hf.__version__, "experts": experts}, measure
 
 
 def llama_cpp(spec: Spec) -> tuple[Spec, Measure]:
@@ -209,7 +156,6 @@ def llama_cpp(spec: Spec) -> tuple[Spec, Measure]:
     lib.llama_backend_init()
     silent = lib.llama_log_callback(lambda *_: None)
     lib.llama_log_set(silent, ctypes.c_void_p(0))
-    before_mb = resident_mb()
     options = lib.llama_model_default_params()
     options.n_gpu_layers = 0
     model = lib.llama_model_load_from_file(spec["file"].encode(), options)
@@ -249,49 +195,7 @@ def llama_cpp(spec: Spec) -> tuple[Spec, Measure]:
             tokens.append(current[0])
         return {"first_s": first_s, "rest_s": time.perf_counter() - started - first_s, "tokens": tokens}
 
-    return {"version": lib.__version__, "before_mb": before_mb}, measure
-
-
-def xllamacpp(spec: Spec) -> tuple[Spec, Measure]:
-    """llama.cpp's server in the package xllamacpp, whose wheels hold it built, over a GGUF file; keys and values in fp32."""
-    import urllib.request
-    from concurrent.futures import ThreadPoolExecutor
-    from importlib.metadata import version
-
-    import xllamacpp as lib
-
-    before_mb = resident_mb()
-    options = lib.CommonParams()
-    options.model.path = spec["file"]
-    options.n_ctx, options.n_parallel = spec["context"] * spec["max_batch"], spec["max_batch"]
-    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = spec["threads"]
-    options.cache_type_k = options.cache_type_v = lib.ggml_type.GGML_TYPE_F32
-    options.flash_attn_type = lib.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    options.verbosity = 1  # errors
-    server = lib.Server(options)
-
-    def complete(ids: list[int], new: int) -> list[int]:
-        asked = {"prompt": ids, "n_predict": new, "temperature": 0.0, "ignore_eos": True, "return_tokens": True,
-                 "cache_prompt": False}  # fmt: skip
-        header = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{server.listening_address}/completion", json.dumps(asked).encode(), header)
-        with urllib.request.urlopen(request) as answer:
-            tokens: list[int] = json.load(answer)["tokens"]
-        return tokens
-
-    def generate(ids: list[list[int]], new: int) -> tuple[float, list[int]]:
-        with ThreadPoolExecutor(len(ids)) as clients:
-            started = time.perf_counter()
-            found = list(clients.map(complete, ids, [new] * len(ids)))
-        return time.perf_counter() - started, found[0]
-
-    def measure(batch: int, length: int, new: int) -> Spec:
-        ids = prompts(batch, length, spec["vocab"])
-        first_s, _ = generate(ids, 1)
-        whole_s, tokens = generate(ids, new)
-        return {"first_s": first_s, "rest_s": whole_s - first_s, "tokens": tokens}
-
-    return {"version": version("xllamacpp"), "before_mb": before_mb}, measure
+    return {"version": lib.__version__}, measure
 
 
 def quantize(source: str, target: str) -> None:
@@ -307,7 +211,7 @@ def quantize(source: str, target: str) -> None:
     assert status == 0, f"llama_model_quantize gave {status}"
 
 
-PROGRAMS = {"ours": ours, "transformers": transformers, "llama.cpp": llama_cpp, "vllm": vllm, "xllamacpp": xllamacpp}
+PROGRAMS = {"ours": ours, "transformers": transformers, "llama.cpp": llama_cpp}
 
 
 def main() -> None:

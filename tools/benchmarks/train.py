@@ -59,16 +59,8 @@ class TrainStep(ModelSizes, PeerBenchmark):
         variants: dict[str, Run] = {model: self._step(config) for model, config in configs.items()}
         variants["dense products"] = products(LayerShape(micro_rows, self.hidden_size, ffn, 1, 1, dtype=DTYPES[dtype]))
         names = [f"moe:grouped_mm:k={self.topk}:fused" + (":bf16" if dtype == "bf16" else "")]
-        sizes = {
-            "L": self.num_layers,
-            "H": self.hidden_size,
-            "F": ffn,
-            "heads": self.hidden_size // 64,
-            "E": self.num_experts,
-            "V": self.vocab_size,
-            "S": self.seq_length,
-            "B": self.micro_batch_size,
-        }
+        sizes = {"L": self.num_layers, "H": self.hidden_size, "F": ffn, "heads": self.hidden_size // 64}
+        sizes |= {"E": self.num_experts, "V": self.vocab_size, "S": self.seq_length, "B": self.micro_batch_size}
         with self.running("w2_train_step.py", names, sizes) as peers:
             medians = self.medians({**variants, **{peer.name: peer.seconds for peer in peers}})
             # Not what they say: their ru_maxrss begins with what this process held.
@@ -84,15 +76,9 @@ class TrainStep(ModelSizes, PeerBenchmark):
                 ours = {"parameters": count.total, "active": count.active}
                 flops = train_flops_per_token(configs[name], self.vocab_size)
                 share, memory = round(tokens / seconds * flops / ceiling, 3), round(self._peak_megabytes(configs[name]))
-            return {
-                "model": name,
-                "dtype": dtype,
-                **ours,
-                "tokens:s": round(tokens / seconds, 1),
-                "share_of_dense_products": share,
-                f"speed / {models[0]}": round(first / seconds, 3),
-                "peak_mb": memory,
-            }
+            speed = {"tokens:s": round(tokens / seconds, 1), "share_of_dense_products": share}
+            speed[f"speed / {models[0]}"] = round(first / seconds, 3)
+            return {"model": name, "dtype": dtype, **ours, **speed, "peak_mb": memory}
 
         return [row(name, seconds) for name, seconds in medians.items()]
 
@@ -109,10 +95,7 @@ class TrainStep(ModelSizes, PeerBenchmark):
         return replace(
             config,
             model=replace(
-                config.model,
-                ffn_hidden_size=self.ffn_hidden_size,
-                swiglu=self.swiglu,
-                disable_bias_linear=self.swiglu,
+                config.model, ffn_hidden_size=self.ffn_hidden_size, swiglu=self.swiglu, disable_bias_linear=self.swiglu
             ),
             training=replace(config.training, bf16=dtype == "bf16"),
             optimizer=replace(config.optimizer, optimizer="muon" if optimizer == "muon" else "adam"),

@@ -24,16 +24,7 @@ SIZES = {
 #: Published architectures: banks of the pool, a quarter of the MoE layers, sequences of a step, and GPUs.
 PUBLISHED = {"Qwen3-235B-A22B": (24, 2048, 256), "DeepSeek-V3": (15, 8192, 1024)}
 SEQUENCE, VOCABULARY, TOKENS_PER_ACTIVE = 2048, 50257, 20
-HEAD = (
-    "model",
-    "parameters, 1e9",
-    "active",
-    "GPUs",
-    "TP, PP, EP, DP",
-    "peak GB",
-    "1,000 tokens/s (interval)",
-    "GPU-hours",
-)
+HEAD = "| model | parameters, 1e9 | active | GPUs | TP, PP, EP, DP | peak GB | 1,000 tokens/s (interval) | GPU-hours |"
 
 
 def config_of(name: str, experts: str) -> tuple[PretrainConfig, int]:
@@ -73,13 +64,8 @@ def row(name: str, experts: str) -> Sequence[str]:
     best = plan_layouts(config, config.data.vocab_size, cluster, (1, 2, 4, 8))[0]
     count = count_parameters(config, config.data.vocab_size)
     grid = best.config.parallel
-    model = grid.tensor_model_parallel_size * grid.pipeline_model_parallel_size
-    layout = (
-        grid.tensor_model_parallel_size,
-        grid.pipeline_model_parallel_size,
-        grid.expert_model_parallel_size,
-        gpus // model,
-    )
+    tp, pp, ep = grid.tensor_model_parallel_size, grid.pipeline_model_parallel_size, grid.expert_model_parallel_size
+    layout = (tp, pp, ep, gpus // (tp * pp))
     hours = TOKENS_PER_ACTIVE * count.active / best.tokens_per_s / 3600 * gpus
     speeds = best.tokens_per_s / (1 + cluster.spread), best.tokens_per_s * (1 + cluster.spread)
     return (
@@ -101,8 +87,8 @@ def _two_digits(number: float) -> str:
 
 def table(names: Sequence[str]) -> Iterator[str]:
     """Yields the lines of the table."""
-    yield f"| {' | '.join(HEAD)} |"
-    yield "|---" * len(HEAD) + "|"
+    yield HEAD
+    yield "|---" * (HEAD.count("|") - 1) + "|"
     for name in names:
         for experts in ("dense", "moe", "samoe") if name in SIZES else ("moe", "samoe"):
             yield f"| {' | '.join(row(name, experts))} |"

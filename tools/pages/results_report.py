@@ -19,14 +19,8 @@ from tools.results.registration import kept_plan, read_registrations
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Models as the page of results names them.
-NAMES = {
-    "samoe": "SaMoE",
-    "l2": "SaMoE, L2",
-    "moe8": "MoE of 8",
-    "moe32": "MoE of 32",
-    "dense": "dense",
-    "select": "SaMoE, one bank",
-}
+NAMES = {"samoe": "SaMoE", "l2": "SaMoE, L2", "moe8": "MoE of 8", "moe32": "MoE of 32", "dense": "dense"}
+NAMES["select"] = "SaMoE, one bank"
 
 
 def main() -> None:

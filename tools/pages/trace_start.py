@@ -30,19 +30,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = str(ROOT / "megatron_samoe") + "/"
 #: Where the first step begins.
 FIRST_STEP = ("training/train_step.py", "train_step")
-TINY = {
+TINY: dict[str, Any] = {
     "num_layers": 2,
     "hidden_size": 16,
     "num_attention_heads": 2,
     "seq_length": 16,
-    "expert_layout": "samoe",
-    "num_experts": 4,
-    "train_iters": 1,
-    "micro_batch_size": 1,
-    "eval_iters": 1,
     "split": "90,10,0",
-    "num_threads": 1,
 }
+TINY |= {"expert_layout": "samoe", "num_experts": 4, "train_iters": 1, "micro_batch_size": 1, "eval_iters": 1}
+TINY["num_threads"] = 1
 
 
 @dataclass(frozen=True)

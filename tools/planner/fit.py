@@ -46,17 +46,10 @@ PRIOR = 0.1
 def planned(row: Row, constants: Mapping[str, float] = FITTED) -> float:
     """Returns the tokens per second and GPU that the model of time gives for a published run."""
     config = config_of(row)
-    graphs: Any = row.graphs
-    cluster = gpu_cluster(
-        row.gpu,
-        row.gpus,
-        precision=row.precision,
-        graphs=graphs,
-        overlaps=True,
-        overlaps_experts=row.overlaps_experts,
-        sends_once=row.dispatcher == "flex",
-        constants=constants,
-    )
+    recipe: dict[str, Any] = {"precision": row.precision, "graphs": row.graphs, "overlaps": True}
+    recipe |= {"overlaps_experts": row.overlaps_experts, "sends_once": row.dispatcher == "flex"}
+    recipe |= {"expert_row_bytes": row.expert_row_bytes}
+    cluster = gpu_cluster(row.gpu, row.gpus, **recipe, constants=constants)
     assert config.data.vocab_size is not None
     return row.gbs * row.seq / step_cost(config, config.data.vocab_size, cluster).step_s / row.gpus
 

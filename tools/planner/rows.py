@@ -22,6 +22,11 @@ from megatron_samoe.errors import ConfigError
 HERE = Path(__file__).parent
 #: Columns that hold whole numbers, and columns that a row cannot be without.
 COUNTS = ("gpus", "gbs", "mbs", "seq", "tp", "pp", "cp", "vp", "ep", "fsdp")
+#: Bytes that operations of Megatron-Core's experts move for each element of a row, where no kernel fuses them: the bias after the
+#: last product, scaled by the token's weight in fp32 or bf16, of hidden size (`TEGroupedMLP._apply_bias`); and the clamp before
+#: GPT-OSS's activation, of the experts' width (`weighted_bias_quick_geglu_impl`). Forwards and backwards, every operand and result
+#: of each of PyTorch's operations once: a copy reads and writes, a comparison writes one byte.
+BIAS_FP32, BIAS_BF16, CLAMP, CLAMP_FORWARDS = 28 + 40, 12 + 16, 16 + 30, 16
 NEEDED = ("source", "version", "date", "model", "gpu", "precision", "tokens_per_s", *COUNTS)
 
 
@@ -31,6 +36,8 @@ class Row:
 
     Attributes:
         number: of the row in the file, from 1.
+        features: words: mtp, a layer of multi-token prediction; moe_act, experts' activations are recomputed; and the keys of
+            `not_modelled` in families.yaml.
         tokens_per_s: of one GPU.
         tflops: model TFLOP/s of one GPU, by the page's own count, or None.
     """
@@ -75,7 +82,21 @@ class Row:
     @property
     def overlaps_experts(self) -> bool:
         """Whether the run's recipe overlaps the exchanges of expert parallelism."""
-        return any(all(word in f"{self.model} {self.gpu}" for word in rule.split()) for rule in families()["overlap"])
+        return any(
+            all(word in f"{self.model} {self.gpu} {self.version}" for word in rule.split())
+            for rule in families()["overlap"]
+        )
+
+    @property
+    def expert_row_bytes(self) -> float:
+        """Bytes that biases and clamps of experts move for each row of an expert; steps that are one graph have fused experts."""
+        model = models()[self.model]
+        if not model.get("clamps_experts") or self.graphs == "full":
+            return 0.0
+        # DeepEP and HybridEP return weights of tokens in fp32; the other dispatcher in the router's bf16.
+        bias = BIAS_FP32 if self.dispatcher == "flex" else BIAS_BF16
+        clamp = CLAMP + (CLAMP_FORWARDS if "moe_act" in self.features.split() else 0)
+        return float(bias * model["model"]["hidden_size"] + clamp * model["moe"]["moe_ffn_hidden_size"])
 
     @property
     def not_modelled(self) -> str | None:

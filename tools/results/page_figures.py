@@ -306,9 +306,5 @@ _QUANTITIES: Mapping[str, Callable[[Step], OfRun]] = {
     "idle": _settled("idle_experts", lambda counts: statistics.mean(count > 0 for count in counts)),
     "most idle": _settled("idle_experts", max),
 }
-_WORST: Mapping[str, Callable[[Sequence[float]], float]] = {
-    "lowest entropy": min,
-    "largest share": max,
-    "idle": max,
-    "most idle": max,
-}
+_WORST: dict[str, Callable[[Sequence[float]], float]] = {"lowest entropy": min}
+_WORST |= dict.fromkeys(("largest share", "idle", "most idle"), max)

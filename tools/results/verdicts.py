@@ -62,16 +62,11 @@ class Claim:
 
 def read_claims(path: Path) -> list[Claim]:
     """Returns the registered claims."""
-    rows = yaml.safe_load(path.read_text(encoding="utf-8"))
     return [
         Claim(
-            row["claim"],
-            tuple(row["pairs"].items()),
-            row["test"],
-            row.get("bound", 0.0),
-            tuple(row.get("waits_for", ())),
+            row["claim"], tuple(row["pairs"].items()), row["test"], row.get("bound", 0), tuple(row.get("waits_for", ()))
         )
-        for row in rows
+        for row in yaml.safe_load(path.read_text(encoding="utf-8"))
     ]
 
 

@@ -13,13 +13,7 @@ import torch
 
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.convert.fold import fold_shared
-from megatron_samoe.convert.gguf.architectures import (
-    Architecture,
-    choose_architecture,
-    is_plain,
-    metadata,
-    tensors,
-)
+from megatron_samoe.convert.gguf.architectures import Architecture, choose_architecture, is_plain, metadata, tensors
 from megatron_samoe.convert.gguf.tokenizer import Vocabulary, vocabulary
 from megatron_samoe.convert.hf.export import native_model
 from megatron_samoe.convert.hf.parts import Part
@@ -104,11 +98,7 @@ def write_export(plan: GGUFPlan, directory: Path, progress: Progress = lambda _:
     """
     gguf = gguf_package()
     require_space(directory, sum(t.num_bytes for t in plan.stored.values()))
-    kinds = {
-        torch.float32: None,
-        torch.bfloat16: gguf.GGMLQuantizationType.BF16,
-        torch.float16: gguf.GGMLQuantizationType.F16,
-    }
+    kinds = {torch.bfloat16: gguf.GGMLQuantizationType.BF16, torch.float16: gguf.GGMLQuantizationType.F16}
     with new_folder(directory) as folder:
         writer = gguf.GGUFWriter(folder / FILE, plan.architecture.name)
         writer.add_name(directory.name)
@@ -119,7 +109,7 @@ def write_export(plan: GGUFPlan, directory: Path, progress: Progress = lambda _:
         else:
             plan.vocabulary.write(writer, plan.native.vocab_size)
         for name, stored in plan.stored.items():
-            writer.add_tensor_info(name, stored.shape, np.dtype(np.float32), stored.num_bytes, kinds[stored.dtype])
+            writer.add_tensor_info(name, stored.shape, np.dtype(np.float32), stored.num_bytes, kinds.get(stored.dtype))
         for what in ("header", "kv_data", "ti_data"):
             getattr(writer, f"write_{what}_to_file")()
         with ReadAhead(plan.source, [native for native, _ in plan.runs]) as source:

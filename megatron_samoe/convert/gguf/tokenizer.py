@@ -15,10 +15,8 @@ from megatron_samoe.errors import ConfigError
 #: gguf.TokenType, whose six numbers are SentencePiece's.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 #: What SentencePiece does to a text, as steps of a tokenizer.json.
-_PREFIX, _SPACES = (
-    {"type": "Prepend", "prepend": "\u2581"},
-    {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-)
+_PREFIX = {"type": "Prepend", "prepend": "\u2581"}
+_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
 #: Expressions that cut a text before merging, by llama.cpp's name for them.
 _SPLITS = {
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",

@@ -135,14 +135,16 @@ def write_export(plan: ExportPlan, directory: Path, progress: Progress = lambda 
     with new_folder(directory) as folder:
         _write_weights(plan, folder, progress)
         _write_json(folder / CONFIG, _config(plan))
-        _write_json(folder / GENERATION_CONFIG, _generation_config(plan))  # the tokenizer may bring another one
+        generation = {"do_sample": False, "use_cache": True, **_token_ids(plan)}
+        _write_json(folder / GENERATION_CONFIG, generation)  # the tokenizer may bring another one
         if plan.tokenizer is not None:
             plan.tokenizer.write(folder, plan.native.model.max_positions)
         if plan.target.family.name == "samoe":
             for name in CODE_FILES:
                 shutil.copyfile(Path(__file__).parent / "remote_code" / name, folder / name)
         (folder / "README.md").write_text(model_card(plan))
-        write_sidecar(folder / SIDECAR, _remembered(plan))
+        fractions = plan.source.read(FRACTIONS).tolist() if FRACTIONS in plan.source.tensors else None
+        write_sidecar(folder / SIDECAR, Remembered(plan.source.config, plan.source.train_state, fractions))
     return directory
 
 
@@ -150,15 +152,10 @@ def _write_weights(plan: ExportPlan, folder: Path, progress: Progress) -> None:
     with ReadAhead(plan.source, list(plan.parts)) as source:
         written = _elements(plan, source)
         for file, contents in plan.shards.items():
-            writer = SafetensorsWriter(folder / file, contents)
-            try:
+            with SafetensorsWriter(folder / file, contents) as writer:
                 for name, tensor in itertools.islice(written, len(contents)):
                     writer.add(name, tensor)
                     progress(plan.tensors[name].num_bytes)
-                writer.close()
-            except BaseException:
-                writer.abandon()
-                raise
     if len(plan.shards) > 1:
         weight_map = {name: file for file, contents in plan.shards.items() for name in contents}
         _write_json(folder / INDEX, {"metadata": {"total_size": plan.num_bytes}, "weight_map": weight_map})
@@ -194,15 +191,6 @@ def _config(plan: ExportPlan) -> dict[str, object]:
         "use_cache": True,
         **_token_ids(plan),
     }
-
-
-def _generation_config(plan: ExportPlan) -> dict[str, object]:
-    return {"do_sample": False, "use_cache": True, **_token_ids(plan)}
-
-
-def _remembered(plan: ExportPlan) -> Remembered:
-    fractions = plan.source.read(FRACTIONS).tolist() if FRACTIONS in plan.source.tensors else None
-    return Remembered(plan.source.config, plan.source.train_state, fractions)
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

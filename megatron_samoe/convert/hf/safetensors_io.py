@@ -85,20 +85,19 @@ class SafetensorsWriter:
             plain = block.to(stored.dtype).contiguous()
             self._write(plain.view(-1).view(torch.uint8).numpy().data)
 
-    def close(self) -> None:
-        """Flushes the file to disk; every announced tensor must have been written."""
-        left = next(self._expected, None)
-        assert left is None, f"{left} was announced and not written"
-        self._flusher.shutdown()
-        if self._flush is not None:
-            self._flush.result()  # raises what the disk said
-        os.fsync(self._file.fileno())
-        self._file.close()
+    def __enter__(self) -> SafetensorsWriter:
+        return self
 
-    def abandon(self) -> None:
-        """Closes a file that will be thrown away."""
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Flushes the file to disk, of which every announced tensor must have been written; after an error it only closes it."""
         self._flusher.shutdown()
-        self._file.close()
+        with self._file:
+            if error is None:
+                left = next(self._expected, None)
+                assert left is None, f"{left} was announced and not written"
+                if self._flush is not None:
+                    self._flush.result()  # raises what the disk said
+                os.fsync(self._file.fileno())
 
     def _write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)

@@ -44,12 +44,7 @@ class Remembered:
 def write_sidecar(path: Path, remembered: Remembered) -> None:
     """Writes the file."""
     train_state = {k: v for k, v in remembered.train_state.items() if k not in _DROPPED}
-    content = {
-        "version": VERSION,
-        "config": remembered.config,
-        "train_state": train_state,
-        "expert_fractions": remembered.expert_fractions,
-    }
+    content = {"version": VERSION, **vars(remembered), "train_state": train_state}
     path.write_text(json.dumps(content, indent=1))
 
 

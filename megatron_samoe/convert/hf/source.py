@@ -135,9 +135,8 @@ class HFSource:
         if tied:
             self._refuse_another_head(parts_of(located)["embedding.word.weight"][0].name)
         known = {part.name for part in located}
-        others = [
-            n for n in have if n not in known and not n.endswith(self.family.ignored) and not (tied and n in _HEADS)
-        ]
+        unused = _HEADS if tied else ()
+        others = [n for n in have if n not in known and not n.endswith(self.family.ignored) and n not in unused]
         if others:
             raise CheckpointError(
                 f"{where} holds {len(others)} tensors that a {self.family.name} model of its {CONFIG} has no place for: "
@@ -171,13 +170,8 @@ class HFSource:
         if remembered is not None:
             return dict(remembered.train_state)
         loss_scale = asdict(LossScale.of(self.native.config.training))
-        return {
-            "iteration": 0,
-            "consumed_samples": 0,
-            "consumed_tokens": 0,
-            "loss_scale": loss_scale,
-            "vocab_size": self.native.vocab_size,
-        }
+        begun = {"iteration": 0, "consumed_samples": 0, "consumed_tokens": 0}
+        return {**begun, "loss_scale": loss_scale, "vocab_size": self.native.vocab_size}
 
 
 def _refuse_adapter(directory: Path) -> None:

@@ -91,9 +91,5 @@ def _folding(fold: bool) -> tuple[str, ...]:
 
 
 def _own_class(keeps_pool: bool) -> str:
-    kept = (
-        "keeps what layers share and its saving (--fold gives each layer its own experts)"
-        if keeps_pool
-        else "computes it"
-    )
-    return f"our own class, to be loaded with trust_remote_code=True, {kept}"
+    kept = "keeps what layers share and its saving (--fold gives each layer its own experts)"
+    return f"our own class, to be loaded with trust_remote_code=True, {kept if keeps_pool else 'computes it'}"

@@ -40,14 +40,8 @@ def described_sharing(source: GlobalTensors) -> tuple[str, list[Store]]:
         used = source_of(users[0])
         banks = tensors[0].shape[0] if used.way.combines and tensors else 1
         named = f"pool of {banks} banks" if used.way.combines else f"own of layer {users[0].index}"
-        stores.append(
-            Store(
-                f"set {used.number} ({used.way.name})" if used.way.in_sets else named,
-                users[0].num_experts,
-                banks,
-                tuple(place.index for place in users),
-                sum(t.num_elements for t in tensors),
-                sum(t.num_bytes for t in tensors),
-            )
-        )
+        named = f"set {used.number} ({used.way.name})" if used.way.in_sets else named
+        layers = tuple(place.index for place in users)
+        size = sum(t.num_elements for t in tensors), sum(t.num_bytes for t in tensors)
+        stores.append(Store(named, users[0].num_experts, banks, layers, *size))
     return written_map([source_of(place) for place in places]) if places else "", stores

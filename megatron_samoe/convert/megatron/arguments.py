@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -16,28 +18,15 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import refuse_excess
 from megatron_samoe.convert.megatron.latents import read_latents, written_latents
 from megatron_samoe.errors import CheckpointError, ConfigError, shown
-from megatron_samoe.parsing import finite_float
+from megatron_samoe.parsing import finite_float, parse_yaml
 
 TOKENIZERS = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer")
+_FILE: Mapping[str, Any] = parse_yaml(Path(__file__).with_name("arguments.yaml").read_text())
 #: Arguments under which Megatron computes something that our model does not, with the values that are harmless.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(
-        "apply_layernorm_1p rotary_interleaved use_rope_scaling squared_relu quick_geglu attention_output_gate qk_l2_norm is_hybrid_model "
-        "apply_residual_connection_post_layernorm moe_apply_probs_on_input layernorm_zero_centered_gamma "
-        "moe_router_force_load_balancing heterogeneous_block_specs fp8_param fp4_param use_kitchen".split(),
-        (False, None),
-    ),
-    **dict.fromkeys(
-        "window_size moe_latent_size heterogeneous_layers_config_path experimental_attention_variant "
-        "no_rope_freq activation_func_clamp_value softmax_scale linear_attention_freq mrope_section "
-        "moe_router_topk_limited_devices spec quant_recipe window_attn_skip_freq dsa_indexer_topk".split(),
-        (None,),
-    ),
-    "rotary_seq_len_interpolation_factor": (None, 1),
-    "mtp_num_layers": (None, 0),
-    "softmax_type": ("vanilla-softmax", "vanilla", None),
-    "add_position_embedding": (True, None),
-    "glu_linear_offset": (0.0, None),
+UNSUPPORTED: Mapping[str, Sequence[Any]] = {
+    **dict.fromkeys(_FILE["must be off"], (False, None)),
+    **dict.fromkeys(_FILE["must not be given"], (None,)),
+    **_FILE["must be one of"],
 }
 #: Of further arguments that are read, the types.
 _OTHERS = {
@@ -45,55 +34,6 @@ _OTHERS = {
     "layernorm_epsilon": float,
     "micro_batch_size": int,
 }
-#: Options that Megatron has under the same names, with the same meaning.
-_SAME_OF_MODEL = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "group_query_attention",
-    "seq_length",
-    "position_embedding_type",
-    "rotary_percent",
-    "normalization",
-    "norm_epsilon",
-    "swiglu",
-    "add_qkv_bias",
-    "untie_embeddings_and_output_weights",
-    "qk_layernorm",
-    "init_method_std",
-    "attention_dropout",
-    "hidden_dropout",
-    "make_vocab_size_divisible_by",
-)
-_SAME_OF_MOE = (
-    "num_experts",
-    "moe_router_topk",
-    "moe_router_score_function",
-    "moe_router_load_balancing_type",
-    "moe_aux_loss_coeff",
-    "moe_shared_expert_intermediate_size",
-    "moe_shared_expert_gate",
-    "moe_router_enable_expert_bias",
-    "moe_router_num_groups",
-    "moe_router_group_topk",
-    "moe_router_topk_scaling_factor",
-)
-#: More of them, which are not written as they are.
-_READ_OF_MOE = ("moe_expert_capacity_factor", "moe_token_drop_policy", "moe_z_loss_coeff", "moe_input_jitter_eps")
-#: Arguments of this program's plug-in, whose layers share experts in Megatron-Core.
-_OF_SHARING = (
-    "expert_sharing",
-    "num_expert_banks",
-    "num_expert_sets",
-    "num_neighbour_layers",
-    "neighbour_unmask_steps",
-    "pool_lock_step",
-    "pool_lock_anneal_steps",
-    "untied_ends",
-    "samoe_combine",
-    "samoe_granularity",
-    "samoe_normalization",
-)
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 _TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 
@@ -109,7 +49,7 @@ def to_arguments(config: PretrainConfig, vocab_size: int, padded: int) -> argpar
     """
     model, moe = config.model, config.moe
     values: dict[str, Any] = {
-        **{name: getattr(model, name) for name in _SAME_OF_MODEL},
+        **{name: getattr(model, name) for name in _FILE["model"]},
         **{name: getattr(config.data, name) for name in ("tokenizer_type", *_TOKENIZER_FILES)},
         "ffn_hidden_size": model.mlp_size,
         "kv_channels": model.head_dim,
@@ -156,7 +96,7 @@ def _moe_arguments(config: PretrainConfig) -> dict[str, Any]:
     group, balancing = moe.balance_group_size, moe.moe_router_load_balancing_type
     by_sequence = {"moe_router_load_balancing_type": "seq_aux_loss"} if balancing == "aux_loss" else {}
     return {
-        **{name: getattr(moe, name) for name in _SAME_OF_MOE},
+        **{name: getattr(moe, name) for name in _FILE["experts"]},
         **(by_sequence if group == 1 else {"micro_batch_size": group}),
         "moe_layer_freq": pattern,
         "moe_ffn_hidden_size": config.expert_ffn_size,
@@ -187,7 +127,7 @@ def from_arguments(args: argparse.Namespace, where: str) -> PretrainConfig:
     positions = get("position_embedding_type", "learned_absolute")
     default = ModelConfig()
     rotary = ("rotary_base", "rotary_percent") if positions == "rope" else ()
-    same = {name: get(name, getattr(default, name)) for name in _SAME_OF_MODEL if name not in ("rotary_percent",)}
+    same = {name: get(name, getattr(default, name)) for name in _FILE["model"] if name not in ("rotary_percent",)}
     same |= {name: float(get(name, getattr(default, name))) for name in rotary}
     model = ModelConfig(
         **same
@@ -257,13 +197,13 @@ def _moe_config(get: Any, model: ModelConfig, where: str) -> MoEConfig:
         )
     ffn = get("moe_ffn_hidden_size", model.mlp_size)
     coefficient = get("moe_aux_loss_coeff", 0.0) if balancing != "none" else default.moe_aux_loss_coeff
-    options = {name: get(name, getattr(default, name)) for name in (*_SAME_OF_MOE, *_READ_OF_MOE)}
+    options = {name: get(name, getattr(default, name)) for name in (*_FILE["experts"], *_FILE["experts, read"])}
     if balancing == "aux_loss" and get("micro_batch_size", 1) != 1:
         options["moe_aux_loss_group_size"] = get("micro_batch_size")
     if not options["moe_expert_capacity_factor"]:
         del options["moe_token_drop_policy"]
     if get("expert_sharing", "none") != "none":
-        options |= {name: get(name) for name in _OF_SHARING if get(name) is not None}
+        options |= {name: get(name) for name in _FILE["sharing"] if get(name) is not None}
     config = MoEConfig(
         **options
         | {

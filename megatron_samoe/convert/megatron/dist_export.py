@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import refuse_unknown
-from megatron_samoe.convert.edited_model import model_names
+from megatron_samoe.convert.edited_model import model_names, source_config
 from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.hf.parts import VOCABULARY
 from megatron_samoe.convert.layer_experts import layer_of
@@ -74,9 +73,19 @@ def plan_dist_export(source: GlobalTensors) -> DistPlan:
     Raises:
         ConfigError: Megatron has no such model.
     """
-    source, config, notes = _folded_for_megatron(source)
+    notes: list[str] = []
+    if source_config(source).moe.shares_experts:
+        source = fold_shared(source)
+        notes.append("Megatron's layers share no experts: the model is folded into a plain MoE.")
+    config = source_config(source)
+    refuse_unknown(config, "megatron", "Megatron's checkpoints")
+    refuse_parts(source.train_state, "The checkpoint")
     vocab_size = int(source.train_state["vocab_size"])
     padded = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
+    if not config.model.swiglu:
+        notes.append("GELU here is its tanh form, which Megatron computes with --bias-gelu-fusion only.")
+    if padded > vocab_size:
+        notes.append(f"Megatron's softmax counts the {padded - vocab_size} rows of padding; here they take no part.")
     is_moe = [layer.moe_index is not None for layer in all_layers(config)]
     is_stacked = len(set(is_moe)) == 1
     arguments = vars(to_arguments(config, vocab_size, padded)) | _run_arguments(source, config)
@@ -95,43 +104,12 @@ def plan_dist_export(source: GlobalTensors) -> DistPlan:
         shape = (padded, *stored.shape[1:]) if name in VOCABULARY else stored.shape
         part = slices_of(name, shape, layer, layout, config.model)[0]
         for key in _names_of(part.name, config.model):
-            add(key, layer, UnreadTensor(_taking(source, name, padded, part.take), part.shape, stored.dtype))
+            add(key, layer, UnreadTensor(_reader(source, name, padded, part.take), part.shape, stored.dtype))
         if name.endswith(".moe.router.weight") and not config.model.disable_bias_linear:
             zeros = torch.zeros(config.moe.most_experts, dtype=stored.dtype)
-            add(
-                part.name.replace("weight", "bias"),
-                layer,
-                UnreadTensor(zeros.clone, tuple(zeros.shape), zeros.dtype),
-            )
+            add(part.name.replace("weight", "bias"), layer, UnreadTensor(zeros.clone, tuple(zeros.shape), zeros.dtype))
     objects = _extra_states(is_moe, config.moe.most_experts, is_stacked)
-    return DistPlan(source, arguments, tensors, objects, notes + _notes_of(config, vocab_size, padded))
-
-
-def _folded_for_megatron(source: GlobalTensors) -> tuple[GlobalTensors, PretrainConfig, tuple[str, ...]]:
-    """Returns a model as Megatron can have it, its configuration, and lines on what changes.
-
-    Raises:
-        ConfigError: Megatron has no such model.
-    """
-    notes: tuple[str, ...] = ()
-    config = from_mapping(source.config, "the checkpoint's config.yaml")
-    if config.moe.shares_experts:
-        source = fold_shared(source)
-        config = from_mapping(source.config, "the folded model")
-        notes = ("Megatron's layers share no experts: the model is folded into a plain MoE.",)
-    refuse_unknown(config, "megatron", "Megatron's checkpoints")
-    refuse_parts(source.train_state, "The checkpoint")
-    return source, config, notes
-
-
-def _notes_of(config: PretrainConfig, vocab_size: int, padded: int) -> tuple[str, ...]:
-    """Returns lines on what Megatron computes otherwise."""
-    notes: tuple[str, ...] = ()
-    if not config.model.swiglu:
-        notes += ("GELU here is its tanh form, which Megatron computes with --bias-gelu-fusion only.",)
-    if padded > vocab_size:
-        notes += (f"Megatron's softmax counts the {padded - vocab_size} rows of padding; here they take no part.",)
-    return notes
+    return DistPlan(source, arguments, tensors, objects, tuple(notes))
 
 
 def _run_arguments(source: GlobalTensors, config: PretrainConfig) -> dict[str, Any]:
@@ -164,15 +142,15 @@ def _names_of(key: str, model: ModelConfig) -> list[str]:
     return names
 
 
-def _taking(source: GlobalTensors, name: str, padded: int, take: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-    return lambda: take(_with_rows(source.read(name), name, padded))
+def _reader(source: GlobalTensors, name: str, padded: int, take: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    """Returns what reads a part of a tensor; a vocabulary's gets zero rows up to Megatron's rounding."""
 
+    def read() -> Tensor:
+        tensor = source.read(name)
+        spare = padded - len(tensor) if name in VOCABULARY else 0
+        return take(torch.cat((tensor, tensor.new_zeros(spare, *tensor.shape[1:]))) if spare > 0 else tensor)
 
-def _with_rows(tensor: Tensor, name: str, num_rows: int) -> Tensor:
-    """Returns a vocabulary's tensor with zero rows appended up to Megatron's rounding."""
-    if name not in VOCABULARY or tensor.shape[0] >= num_rows:
-        return tensor
-    return torch.cat((tensor, tensor.new_zeros(num_rows - tensor.shape[0], *tensor.shape[1:])))
+    return read
 
 
 def _extra_states(is_moe: list[bool], num_experts: int, is_stacked: bool) -> dict[str, bytes]:

@@ -52,15 +52,13 @@ def read_latents(model: ModelConfig, get: Callable[..., Any], where: str) -> Mod
     Raises:
         CheckpointError: our model cannot compute it.
     """
+    # Latents are normed here, as Megatron norms them with --qk-layernorm.
+    needed = {"qk_layernorm": True, "position_embedding_type": "rope", "rotary_percent": 1.0, "add_qkv_bias": False}
+    given = {name: getattr(model, name) for name in needed}
     wrong = [
-        f"{name} is {value!r}; it must be {needed}"
-        for name, value, needed in (
-            ("qk_layernorm", get("qk_layernorm", False), "True with latent attention, whose latents are normed here"),
-            ("position_embedding_type", model.position_embedding_type, "rope with latent attention"),
-            ("rotary_percent", model.rotary_percent, "1.0 with latent attention"),
-            ("add_qkv_bias", model.add_qkv_bias, "False with latent attention"),
-        )
-        if value != {"qk_layernorm": True, "position_embedding_type": "rope", "rotary_percent": 1.0}.get(name, False)
+        f"{name} is {given[name]!r}; it must be {value} with latent attention"
+        for name, value in needed.items()
+        if given[name] != value
     ]
     kind = get("rope_type", "yarn")
     if kind not in ("rope", "yarn"):
@@ -71,15 +69,13 @@ def read_latents(model: ModelConfig, get: Callable[..., Any], where: str) -> Mod
     if wrong:
         raise CheckpointError(f"{where} is of a model that this program cannot compute: {'; '.join(wrong)}.")
     sizes = {name: get(name) for name in _SIZES}
-    model = replace(
-        model,
-        **sizes,
-        multi_latent_attention=True,
-        qk_layernorm=False,
-        kv_channels=None,
-        group_query_attention=False,
-        num_query_groups=1,
-    )
+    unused: dict[str, Any] = {
+        "qk_layernorm": False,
+        "kv_channels": None,
+        "group_query_attention": False,
+        "num_query_groups": 1,
+    }
+    model = replace(model, **sizes, **unused, multi_latent_attention=True)
     factor, all_dim = float(get("rotary_scaling_factor", 1.0)), float(get("mscale_all_dim", 0.0))
     log = 0.1 * math.log(factor) if factor > 1 else 0.0
     if all_dim * log:

@@ -18,13 +18,8 @@ from megatron_samoe.errors import CheckpointError, is_odd_name, shown, some
 
 _LOCAL_LAYER = re.compile(r"decoder\.layers\.(\d{1,7})\.")
 #: Arguments in which all ranks' files agree.
-_SAME = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "num_layers",
-    "hidden_size",
-)
+_SIZES = tuple(f"{axis}_model_parallel_size" for axis in ("tensor", "pipeline", "expert"))
+_SAME = (*_SIZES, "num_layers", "hidden_size")
 
 
 def open_rank_files(directory: Path) -> Stored:

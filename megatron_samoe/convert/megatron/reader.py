@@ -69,13 +69,9 @@ class MegatronReader:
         self._native = NativeModel(config, vocab)
         self._padded = padded
         samples = count(args, "consumed_train_samples", 0, stored.where, least=0)
-        self.train_state: Mapping[str, Any] = {
-            "iteration": stored.iteration,
-            "consumed_samples": samples,
-            "consumed_tokens": samples * config.model.seq_length,
-            "loss_scale": asdict(LossScale()),
-            "vocab_size": vocab,
-        }
+        consumed = {"consumed_samples": samples, "consumed_tokens": samples * config.model.seq_length}
+        state = {"iteration": stored.iteration, **consumed, "loss_scale": asdict(LossScale()), "vocab_size": vocab}
+        self.train_state: Mapping[str, Any] = state
         self._parts = {name: self._find(name, tensor) for name, tensor in self._native.tensors.items()}
         self._refuse_rest()
         dtypes = [(name, e.key, e.dtype) for name, found in self._parts.items() for _, e in found]

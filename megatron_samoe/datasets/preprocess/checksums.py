@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import zlib
 
 _POLYNOMIAL = 0xEDB88320
@@ -38,13 +39,10 @@ def combine(first: int, second: int, second_bytes: int) -> int:
 
 def file_crc32(path: str, start: int = 0, num_bytes: int | None = None) -> int:
     """Returns the CRC-32 of a file, or of a part of it (up to its end if it is shorter)."""
-    crc, left = 0, num_bytes
+    crc, left = 0, os.path.getsize(path) if num_bytes is None else num_bytes
     with open(path, "rb") as file:
         file.seek(start)
-        while left is None or left > 0:
-            block = file.read(1 << 20 if left is None else min(1 << 20, left))
-            if not block:
-                break
+        while left and (block := file.read(min(1 << 20, left))):
             crc = zlib.crc32(block, crc)
-            left = None if left is None else left - len(block)
+            left -= len(block)
     return crc

@@ -58,7 +58,6 @@ class Cleaner:
 
     def __init__(self, options: PreprocessOptions):
         self._options = options
-        self.is_idle = not (options.fix_unicode or options.min_chars or options.max_chars or options.languages)
         if options.fix_unicode:
             _unicode_fixer()
         if options.languages:

@@ -36,17 +36,6 @@ class Column:
         return Column(self.tokens[tokens], self.lengths[sequences], self.sequences[documents])
 
 
-@dataclass
-class Encoded:
-    """A chunk as ids."""
-
-    number: int
-    columns: list[Column]
-    counts: records.Counts
-    keys: np.ndarray | None = None
-    """De-duplication keys, uint64 [documents, bands]."""
-
-
 class Encoder:
     """Holds the tokenizer of a worker and turns chunks into ids."""
 
@@ -56,8 +45,11 @@ class Encoder:
         self.dtype = optimal_dtype(self.tokenizer.vocab_size)
         self._cleaner = cleaning.Cleaner(options)
 
-    def encode(self, chunk: Chunk) -> Encoded:
-        """Returns the chunk as ids. Documents that cannot be used are counted, none raises."""
+    def encode(self, chunk: Chunk) -> tuple[list[Column], records.Counts, np.ndarray | None]:
+        """Returns a chunk as ids, its counts, and its de-duplication keys, if any, uint64 [documents, bands].
+
+        Documents that cannot be used are counted, none raises.
+        """
         read = records.read(chunk, self.options)
         documents, lines = self._clean(read)
         columns, failed = self._encode_columns(documents)
@@ -65,11 +57,9 @@ class Encoder:
             read.counts.bad.extend((lines[number], reason) for number, reason in failed.items())
             documents = [document for number, document in enumerate(documents) if number not in failed]
         read.counts.bad.sort()
-        return Encoded(chunk.number, columns, read.counts, self._dedup_keys(documents))
+        return columns, read.counts, self._dedup_keys(documents)
 
     def _clean(self, read: records.Records) -> tuple[list[tuple[str, ...]], list[int]]:
-        if self._cleaner.is_idle:
-            return read.documents, read.lines
         kept, lines = [], []
         for document, line in zip(read.documents, read.lines, strict=True):
             document, reason = self._cleaner.clean(document)

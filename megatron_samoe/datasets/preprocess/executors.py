@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections import deque
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_samoe import children
@@ -85,9 +84,12 @@ class ProcessExecutor:
 
     def _launch(self) -> tuple[subprocess.Popen[bytes], Connection]:
         ours, theirs = socket.socketpair()
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        root = str(Path(__file__).resolve().parents[3])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
+        # It finds packages where this process does.
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
         program = "import sys; from megatron_samoe.datasets.preprocess.worker import main; main(int(sys.argv[1]))"
         command = [sys.executable, "-c", program, str(theirs.fileno())]
         process = children.start(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)

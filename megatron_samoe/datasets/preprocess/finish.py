@@ -14,7 +14,6 @@ from megatron_samoe.datasets.preprocess import checksums, journal
 from megatron_samoe.datasets.preprocess.inputs import InputFile
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.datasets.preprocess.worker import TokenizerFacts
-from megatron_samoe.datasets.preprocess.writer import Position, partial_paths
 from megatron_samoe.parsing import JsonObject
 
 #: With fewer, a twentieth of them is less than one.
@@ -92,11 +91,16 @@ def finish(
     prefixes = [options.dataset_prefix(key) for key in options.json_keys]
     if not has_indices:
         for prefix, position in zip(prefixes, totals.positions, strict=True):
-            _make_index(prefix, position, facts)
+            for path, size in zip(index_format.partial_paths(prefix), position.offsets, strict=True):
+                # A killed run may have written beyond what its successor needs.
+                with open(path, "r+b") as file:
+                    file.truncate(size)
+                    os.fsync(file.fileno())
+            index_format.write_partial_index(prefix, facts.dtype)
         log.append({"complete": True})
         log.sync()
     for key, prefix in enumerate(prefixes):
-        bin_partial, lengths, boundaries = partial_paths(prefix)
+        bin_partial, lengths, boundaries = index_format.partial_paths(prefix)
         if os.path.exists(f"{prefix}.idx.partial"):
             record = _manifest(options, files, facts, totals, key, f"{prefix}.idx.partial")
             manifest.write(prefix, record)
@@ -109,19 +113,6 @@ def finish(
     Path(keys_path(options)).unlink(missing_ok=True)
     tokens = sum(position.num_bytes for position in totals.positions) // facts.itemsize
     return Report(prefixes, tokens, totals, facts.engine)
-
-
-def _make_index(prefix: str, position: Position, facts: TokenizerFacts) -> None:
-    _, lengths, boundaries = partial_paths(prefix)
-    for path, size in zip(partial_paths(prefix), position.offsets, strict=True):
-        # A killed run may have written beyond what its successor needs.
-        with open(path, "r+b") as file:
-            file.truncate(size)
-            os.fsync(file.fileno())
-    length_rows = np.memmap(lengths, dtype="<i4", mode="r") if position.num_sequences else np.empty(0, dtype="<i4")
-    index_format.write_index(
-        f"{prefix}.idx.partial", facts.dtype, length_rows, np.memmap(boundaries, dtype="<i8", mode="r")
-    )
 
 
 def _manifest(

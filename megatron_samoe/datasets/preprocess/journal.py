@@ -16,8 +16,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from megatron_samoe.datasets.index_format import partial_paths
 from megatron_samoe.datasets.preprocess import checksums
-from megatron_samoe.datasets.preprocess.writer import Position, Written, partial_paths
+from megatron_samoe.datasets.preprocess.writer import Position, Written
 from megatron_samoe.errors import DataError
 from megatron_samoe.parsing import JsonObject, parse_json
 

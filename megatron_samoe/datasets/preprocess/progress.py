@@ -31,25 +31,22 @@ class Progress:
         if self._first_bytes < 0:
             self._first_bytes, self._first_documents = totals.num_bytes, documents
         now = time.monotonic()
-        due = now - self._shown >= 0.2 if self._terminal else documents - self._shown_documents >= self._interval
-        if not self._terminal and now - self._shown < 1.0:
-            due = False
-        if self._quiet or not (due or last):
+        waited_s, new = now - self._shown, documents - self._shown_documents
+        is_due = waited_s >= 0.2 if self._terminal else waited_s >= 1.0 and new >= self._interval
+        if self._quiet or not (is_due or last):
             return
         elapsed = max(now - self._start, 1e-6)
         share = min(raw_bytes / self._total, 1.0) if self._total else 0.0
         tokens = sum(position.num_bytes for position in totals.positions) // self._itemsize
         left = f", {elapsed * (1 - share) / share:.0f} s left" if 0 < share < 1 else ""
-        text = (
-            f"{documents:,} documents, {tokens:,} tokens, {(documents - self._first_documents) / elapsed:,.0f} "
-            "documents/s, "
-            f"{in_units((totals.num_bytes - self._first_bytes) / elapsed, 'B/s')}{left}"
-        )
+        rate = f"{(documents - self._first_documents) / elapsed:,.0f} documents/s"
+        speed = in_units((totals.num_bytes - self._first_bytes) / elapsed, "B/s")
+        text = f"{documents:,} documents, {tokens:,} tokens, {rate}, {speed}{left}"
+        if self._total:
+            text = f"{share:4.0%} {text}"
         if self._terminal:
-            filled = int(30 * share)
-            bar = f"[{'#' * filled}{'.' * (30 - filled)}] {share:4.0%} " if self._total else ""
-            sys.stderr.write(f"\r\x1b[K{bar}{text}" + ("\n" if last else ""))
+            bar = f"[{'#' * int(30 * share):.<30}] " if self._total else ""
+            print(f"\r\x1b[K{bar}{text}", end="\n" if last else "", file=sys.stderr, flush=True)
         else:
-            sys.stderr.write((f"{share:4.0%} " if self._total else "") + text + "\n")
-        sys.stderr.flush()
+            print(text, file=sys.stderr, flush=True)
         self._shown, self._shown_documents = now, documents

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ except ImportError:
     _fast_loads = None
 
 
+_HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 #: The texts of a document, or the reason why it has none.
 Found = tuple[str, ...] | str
 
@@ -65,7 +67,7 @@ def read(chunk: Chunk, options: PreprocessOptions) -> Records:
             counts.bytes += sum(len(text) for text in texts if isinstance(text, (str, bytes)))
         counts.lines = len(chunk.rows)
     else:
-        lines = _range_lines(chunk, options) if chunk.kind == "range" else _split(chunk.data)
+        lines = _range_lines(chunk, options) if chunk.kind == "range" else chunk.data.removesuffix(b"\n").split(b"\n")
         for number, line in enumerate(lines):
             counts.lines += 1
             counts.bytes += len(line) + 1
@@ -74,13 +76,6 @@ def read(chunk: Chunk, options: PreprocessOptions) -> Records:
             if line and not line.isspace():
                 records.add(number, _parse(line, options))
     return records
-
-
-def _split(data: bytes) -> list[bytes]:
-    lines = data.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    return lines
 
 
 def _range_lines(chunk: Chunk, options: PreprocessOptions) -> Iterator[bytes]:
@@ -138,7 +133,7 @@ def _parse(line: bytes, options: PreprocessOptions) -> Found:
                 if key in value
                 else f"no key {key!r} (--json-keys names others)"
             )
-    if b"\\u" in line and not all(map(_encodable, texts)):
+    if b"\\u" in line and any(map(_HALF_OF_A_PAIR.search, texts)):
         return "half of a surrogate pair"
     return texts
 
@@ -148,14 +143,6 @@ def _loads(line: bytes) -> Any:
         with contextlib.suppress(ValueError):
             return _fast_loads(line)
     return json.loads(line.decode())
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _decode(texts: Iterable[Any], options: PreprocessOptions, is_first: bool) -> Found:

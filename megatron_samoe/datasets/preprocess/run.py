@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from megatron_samoe.datasets.index_format import partial_paths
 from megatron_samoe.datasets.preprocess import dedup, finish, inputs, journal
 from megatron_samoe.datasets.preprocess.executors import Executor, make_executor
 from megatron_samoe.datasets.preprocess.inputs import Chunk
 from megatron_samoe.datasets.preprocess.options import DEFAULT_CHUNK_BYTES, PreprocessOptions
 from megatron_samoe.datasets.preprocess.progress import Progress
 from megatron_samoe.datasets.preprocess.worker import Summary, TokenizerFacts
-from megatron_samoe.datasets.preprocess.writer import NO_ROOM, Written, partial_paths
+from megatron_samoe.datasets.preprocess.writer import NO_ROOM, Written
 from megatron_samoe.errors import DataError, some
 from megatron_samoe.parsing import JsonObject
 

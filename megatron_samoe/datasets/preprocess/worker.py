@@ -10,6 +10,7 @@ A worker ends when its connection closes, so none outlives a coordinator that wa
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import signal
@@ -21,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_samoe.datasets.preprocess.encode import Encoded, Encoder
+from megatron_samoe.datasets.preprocess.encode import Column, Encoder
+from megatron_samoe.datasets.preprocess.inputs import Chunk
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.datasets.preprocess.records import Counts
-from megatron_samoe.datasets.preprocess.writer import NO_ROOM, ShardWriter
+from megatron_samoe.datasets.preprocess.writer import NO_ROOM, Position, ShardWriter, Written
 from megatron_samoe.errors import DataError
 
 
@@ -59,7 +61,7 @@ class Worker:
     def __init__(self, options: PreprocessOptions):
         self.encoder = Encoder(options)
         self._writers = [ShardWriter(options.dataset_prefix(key)) for key in options.json_keys]
-        self._held: dict[int, Encoded] = {}
+        self._held: dict[int, list[Column]] = {}
 
     def facts(self) -> TokenizerFacts:
         tokenizer = self.encoder.tokenizer
@@ -88,19 +90,20 @@ class Worker:
         except Exception:
             return ("crashed", traceback.format_exc())
 
-    def _encode(self, chunk: Any) -> Summary:
-        encoded = self.encoder.encode(chunk)
-        self._held[encoded.number] = encoded
-        sizes = [(c.tokens.nbytes, len(c.lengths), len(c.sequences)) for c in encoded.columns]
+    def _encode(self, chunk: Chunk) -> Summary:
+        columns, counts, keys = self.encoder.encode(chunk)
+        self._held[chunk.number] = columns
+        sizes = [(c.tokens.nbytes, len(c.lengths), len(c.sequences)) for c in columns]
         itemsize = self.encoder.dtype.itemsize
-        per_document = None if encoded.keys is None else [c.document_sizes(itemsize) for c in encoded.columns]
-        return Summary(encoded.number, sizes, encoded.counts, encoded.keys, per_document)
+        per_document = None if keys is None else [c.document_sizes(itemsize) for c in columns]
+        return Summary(chunk.number, sizes, counts, keys, per_document)
 
-    def _write(self, number: int, positions: list[Any], keep: np.ndarray | None) -> list[Any]:
-        columns = self._held.pop(number).columns
+    def _write(self, number: int, positions: list[Position], keep: np.ndarray | None) -> list[Written]:
+        columns = self._held.pop(number)
         if keep is not None:
             columns = [column.keep(keep) for column in columns]
-        return [writer.write(*pair) for writer, *pair in zip(self._writers, columns, positions, strict=True)]
+        targets = zip(self._writers, columns, positions, strict=True)
+        return [writer.write(column, position) for writer, column, position in targets]
 
     def close(self) -> None:
         for writer in self._writers:
@@ -115,30 +118,21 @@ def serve(connection: Connection) -> None:
     except DataError as error:
         connection.send(("refused", str(error)))
         return
-    chunks: queue.Queue[Any] = queue.Queue()
-    writes: queue.Queue[Any] = queue.Queue()
-    # Messages are taken in by a thread of its own, so that the coordinator never waits while a chunk is encoded.
-    threading.Thread(target=_take_in, args=(connection, chunks, writes), daemon=True).start()
-    while True:
-        chunk = chunks.get()
-        while not writes.empty():
-            connection.send(worker.handle(writes.get()))
-        if chunk is not None:
-            connection.send(worker.handle(chunk))
+    messages: queue.PriorityQueue[tuple[bool, int, Any]] = queue.PriorityQueue()
 
+    def take_in() -> None:
+        for number in itertools.count():
+            try:
+                message = connection.recv()
+            except (EOFError, OSError):
+                # Nobody is left to answer. What is half done was never promised.
+                os._exit(0)
+            messages.put((message[0] == "chunk", number, message))
 
-def _take_in(connection: Connection, chunks: queue.Queue[Any], writes: queue.Queue[Any]) -> None:
+    # In a thread of its own, so that the coordinator never waits while a chunk is encoded.
+    threading.Thread(target=take_in, daemon=True).start()
     while True:
-        try:
-            message = connection.recv()
-        except (EOFError, OSError):
-            # Nobody is left to answer. What is half done was never promised.
-            os._exit(0)
-        if message[0] == "chunk":
-            chunks.put(message)
-        else:
-            writes.put(message)
-            chunks.put(None)  # wakes the loop
+        connection.send(worker.handle(messages.get()[2]))
 
 
 def main(handle: int) -> None:

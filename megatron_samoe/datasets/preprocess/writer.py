@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_samoe.datasets.index_format import partial_paths
 from megatron_samoe.datasets.preprocess.encode import Column
 
 #: How a system says that a disk, a quota, or the size that a file may have is exhausted.
@@ -55,11 +56,6 @@ class Written:
             (4 * self.num_sequences, self.lengths_crc32),
             (8 * self.num_documents, self.boundaries_crc32),
         )
-
-
-def partial_paths(prefix: str) -> tuple[str, str, str]:
-    """Returns the paths of tokens, sequence lengths and document boundaries while a dataset is made."""
-    return f"{prefix}.bin.partial", f"{prefix}.lengths.partial", f"{prefix}.boundaries.partial"
 
 
 class ShardWriter:

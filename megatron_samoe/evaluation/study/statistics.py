@@ -238,11 +238,7 @@ def fit_scaling(points: Sequence[ScalingPoint], draws: int = 200) -> ScalingFit:
         most = np.array([min(p.loss for p in chosen), *[np.inf] * (len(names) - 1)])
         fits = [
             optimize.least_squares(
-                errors_of(chosen),
-                np.clip(start, 1e-9, most - 1e-9),
-                bounds=(0.0, most),
-                loss="huber",
-                f_scale=0.01,
+                errors_of(chosen), np.clip(start, 1e-9, most - 1e-9), bounds=(0.0, most), loss="huber", f_scale=0.01
             )
             for start in starts
         ]

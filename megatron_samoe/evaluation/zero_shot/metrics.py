@@ -7,15 +7,13 @@ vectors' sum: accuracy is sum(right) / sum(1), F1 is 2 sum(hits) / (sum(yes) + s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_samoe.evaluation.zero_shot.statistics import bootstrap_stderr
+from megatron_samoe.evaluation.zero_shot.statistics import Finish, bootstrap_stderr
 
-#: Gives value [...] of sums [..., V].
-Finish = Callable[[np.ndarray], np.ndarray]
 #: Metrics for which the best constant choice is shown.
 SHARES_OF_ITEMS = ("acc", "acc_norm", "acc_bytes", "acc_per_answer")
 

@@ -108,13 +108,7 @@ def _hellaswag(row: Row) -> Row:
     if "query" not in row:
         return row
     activity, _, context = row["query"].partition(": ")
-    return {
-        "activity_label": activity,
-        "ctx_a": context,
-        "ctx_b": "",
-        "endings": row["choices"],
-        "label": row["gold"],
-    }
+    return {"activity_label": activity, "ctx_a": context, "ctx_b": "", "endings": row["choices"], "label": row["gold"]}
 
 
 def _winogrande(row: Row) -> Row:

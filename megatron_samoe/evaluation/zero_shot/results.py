@@ -13,16 +13,9 @@ from typing import Any
 import numpy as np
 
 from megatron_samoe.evaluation.zero_shot.data_files import Document
-from megatron_samoe.evaluation.zero_shot.metrics import (
-    Finish,
-    MetricResult,
-    means,
-    of_questions,
-    of_texts,
-    perplexity,
-    ratio,
-)
+from megatron_samoe.evaluation.zero_shot.metrics import MetricResult, means, of_questions, of_texts, perplexity, ratio
 from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor
+from megatron_samoe.evaluation.zero_shot.statistics import Finish
 from megatron_samoe.evaluation.zero_shot.tasks import ask, harness
 from megatron_samoe.parsing import JsonObject, without_infinities
 

@@ -10,17 +10,17 @@ import numpy as np
 
 _CHUNK = 250
 #: Gives value [...] of sums [..., V].
-Statistic = Callable[[np.ndarray], np.ndarray]
+Finish = Callable[[np.ndarray], np.ndarray]
 
 
-def _resampled(statistic: Callable[[np.ndarray], np.ndarray], units: int, num_samples: int, seed: int) -> np.ndarray:
+def _resampled(statistic: Finish, units: int, num_samples: int, seed: int) -> np.ndarray:
     """Returns a statistic of units [..., U] drawn with replacement; equal seeds and sizes draw the same units."""
     generator = np.random.default_rng(seed)
     counts = [min(_CHUNK, num_samples - start) for start in range(0, num_samples, _CHUNK)]
     return np.concatenate([statistic(generator.integers(units, size=(count, units))) for count in counts])
 
 
-def bootstrap_stderr(x_UV: np.ndarray, finish: Statistic, num_samples: int = 1000, seed: int = 0) -> float:
+def bootstrap_stderr(x_UV: np.ndarray, finish: Finish, num_samples: int = 1000, seed: int = 0) -> float:
     """Returns the standard deviation of a statistic over resampled units; nan with fewer than two units, or where one
     is not finite."""
     if x_UV.shape[0] < 2:
@@ -72,7 +72,7 @@ class PairedDifference:
 
 
 def paired_bootstrap(
-    first_UV: np.ndarray, second_UV: np.ndarray, finish: Statistic, num_samples: int = 2000, seed: int = 0
+    first_UV: np.ndarray, second_UV: np.ndarray, finish: Finish, num_samples: int = 2000, seed: int = 0
 ) -> PairedDifference:
     """Returns how two models' statistics differ over the same resampled units."""
     assert first_UV.shape[0] == second_UV.shape[0]

@@ -78,7 +78,8 @@ def merge(
     weights: ExpertWeights, calibration: LayerCalibration, num_kept: int, activation: Activation
 ) -> ExpertWeights:
     """Returns a layer's experts, each replaced by the mean of its cluster."""
-    cluster_E = clusters(mean_outputs(weights, calibration, activation), num_kept)
+    x_NH = torch.cat([calibration.samples(expert)[0] for expert in range(len(weights.w1))])
+    cluster_E = clusters(output_of(weights, hidden_of(weights, x_NH, activation)).mean(1), num_kept)
     new = weights.map(Tensor.clone)
     for number in cluster_E.unique():
         members = (cluster_E == number).nonzero()[:, 0]
@@ -86,12 +87,6 @@ def merge(
             for kind, mean in _mean(weights, calibration, members, activation).items():
                 getattr(new, kind)[members] = mean
     return new
-
-
-def mean_outputs(weights: ExpertWeights, calibration: LayerCalibration, activation: Activation) -> Tensor:
-    """Returns [E, H]: the mean output of each expert over the samples of all."""
-    x_NH = torch.cat([calibration.samples(expert)[0] for expert in range(len(weights.w1))])
-    return output_of(weights, hidden_of(weights, x_NH, activation)).mean(1)
 
 
 def clusters(features_EH: Tensor, count: int) -> Tensor:

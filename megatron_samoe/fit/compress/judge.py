@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_samoe.errors import DataError
+from megatron_samoe.evaluation.measurements import reading
+from megatron_samoe.evaluation.run_summary import Table, table
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops.kl_divergence import kl_divergence_terms, scaled_logsumexp
-from megatron_samoe.parsing import JsonObject, parse_json
 
 #: Of a compression, in its folder.
 VERDICTS_FILE = "verdicts.json"
@@ -33,10 +33,6 @@ class Verdict:
     expert_bytes: int
     loss: float
     divergence: float
-
-    def to_json(self) -> JsonObject:
-        """Returns plain values."""
-        return asdict(self)
 
 
 @torch.no_grad()
@@ -69,34 +65,28 @@ def read_verdicts(folder: Path) -> list[Verdict]:
     Raises:
         DataError: it has none, or they are damaged.
     """
-    path = folder / VERDICTS_FILE
-    try:
-        found = [Verdict(**verdict) for verdict in parse_json(path.read_text())["verdicts"]]
-        assert found
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise DataError(
-            f"{path} is not a file of verdicts; megatron-samoe compress writes one when it has judged."
-        ) from None
+    with reading(
+        folder / VERDICTS_FILE, "a file of verdicts, which megatron-samoe compress writes when it has judged"
+    ) as content:
+        found = [Verdict(**verdict) for verdict in content["verdicts"]]
+        if not found:
+            raise ValueError("it has none")
     return found
 
 
-def verdict_table(verdicts: Sequence[Verdict]) -> list[list[str]]:
+def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     """Returns rows for users; the first model is the original."""
 
     def rounded(value: float) -> float:
         return round(value, 4) + 0.0  # no -0.0000
 
     whole = verdicts[0]
-    rows = [["model", "expert bytes", "share", "CE", "over the original", "KL from it"]]
-    for v in verdicts:
-        rows.append(
-            [
-                v.model,
-                f"{v.expert_bytes:,}",
-                f"{v.expert_bytes / whole.expert_bytes:.3f}",
-                f"{v.loss:.4f}",
-                f"{rounded(v.loss - whole.loss):+.4f}",
-                f"{rounded(v.divergence):.4f}",
-            ]
-        )
-    return rows
+    columns: dict[str, Callable[[Verdict], str]] = {
+        "model": lambda v: v.model,
+        "expert bytes": lambda v: f"{v.expert_bytes:,}",
+        "share": lambda v: f"{v.expert_bytes / whole.expert_bytes:.3f}",
+        "CE": lambda v: f"{v.loss:.4f}",
+        "over the original": lambda v: f"{rounded(v.loss - whole.loss):+.4f}",
+        "KL from it": lambda v: f"{rounded(v.divergence):.4f}",
+    }
+    return table(columns, verdicts)

@@ -95,10 +95,11 @@ def texts(options: CompressOptions, config: PretrainConfig, vocab_size: int, tok
         check_vocabulary(IndexedDataset(prefix), tokenizer, vocab_size)
     training: dict[str, Any]
     if other is None:
-        held_out, flag = last_documents(own, options.judge_tokens, "--data-path"), "--data-path"
-        text = Text(own, 0, options.calibration_tokens, held_out.start)
-        judged = Text(own, held_out.start, options.judge_tokens)
-        training = {"data_path": [own], "split": held_out.split}
+        flag = "--data-path"
+        start, split = last_documents(own, options.judge_tokens, flag)
+        text = Text(own, 0, options.calibration_tokens, start)
+        judged = Text(own, start, options.judge_tokens)
+        training = {"data_path": [own], "split": split}
     else:
         flag = "--valid-data-path"
         if are_one_dataset(own, other):

@@ -129,11 +129,8 @@ class Compression:
         self.folder.write_tensors("calibration", [vars(layer) for layer in found])
         least = min(int(layer.tokens_E.min()) for layer in found)
         width = self.config.model.hidden_size
-        note = (
-            f"; an expert met {least:,} tokens, fewer than its {width} inputs: more text would help"
-            if least < width
-            else ""
-        )
+        few = f"; an expert met {least:,} tokens, fewer than its {width} inputs: more text would help"
+        note = few if least < width else ""
         logger.info(f"calibration: {sum(p[:, 1:].numel() for p in self.texts.calibration):,} tokens{note}")
         return {
             "tokens_LE": [layer.tokens_E.tolist() for layer in found],
@@ -148,10 +145,7 @@ class Compression:
         C, rows = shape.ffn_size + shape.bias, (2 if shape.activation == "swiglu" else 1) * shape.ffn_size
         D = shape.hidden_size + shape.bias
         banks = plan_of(self.options, self.layer_bytes, self.num_layers).num_banks
-        fit = max(
-            fit_bytes(len(shapes), shape.num_experts, rows, D, banks),
-            fit_bytes(len(shapes), shape.num_experts, D, C, banks),
-        )
+        fit = max(fit_bytes(len(shapes), shape.num_experts, *sizes, banks) for sizes in ((rows, D), (D, C)))
         model = sum(t.num_bytes for n, t in self.source.tensors.items() if not n.startswith("optimizer."))
         free = free_memory_bytes(torch.device("cpu"))
         logger.info(
@@ -185,9 +179,8 @@ class Compression:
     def _choose(self) -> JsonObject:
         if not self.options.choose_map:
             return asdict(plan_of(self.options, self.layer_bytes, self.num_layers))
-        assert self.options.budget is not None
         word = word_of(self.options.sharing)
-        assert word is not None
+        assert self.options.budget is not None and word is not None
         way = word.way
         error_LL = pair_errors(self._layers(), self._activation, way, self.options.match, self._num_groups)
         sets = sets_in_budget(self.options.budget, self.layer_bytes, self.num_layers)
@@ -266,10 +259,7 @@ class Compression:
             fitted.append(FittedGroup(group, (fit, outputs)))
         sources = self.sources(self.plan)
         moe = replace(
-            self.config.moe,
-            num_expert_banks=self.plan.num_banks,
-            samoe_granularity="layer",
-            samoe_normalization="none",
+            self.config.moe, num_expert_banks=self.plan.num_banks, samoe_granularity="layer", samoe_normalization="none"
         )
         config = with_sharing(replace(self.config, moe=moe), sources)
         self.folder.write_model("fitted", shared_model(matched.model, config, sources, fitted))
@@ -331,7 +321,7 @@ class Compression:
                 original = original or self._model(self.directory)
                 model = original if name == "original" else self._model(folder)
                 loss, divergence = losses(original, model, self.texts.judged)
-                return Verdict(name, self._bytes(name, folder), loss, divergence).to_json()
+                return asdict(Verdict(name, self._bytes(name, folder), loss, divergence))
 
             which = settings | ({"healed": str(open_folder(folder).directory)} if name in healed else {})
             verdicts.append(Verdict(**self.folder.stage(f"judged-{name}", which, work)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,21 +58,9 @@ class Text:
         return list(windows.split(max(1, TOKENS_PER_PASS // seq_length)))
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """The last documents of a dataset, which nothing is fitted or trained on.
-
-    Attributes:
-        start: token that they begin with.
-        split: the --split that leaves them to validation.
-    """
-
-    start: int
-    split: str
-
-
-def last_documents(prefix: str, num_tokens: int, flag: str) -> HeldOut:
-    """Returns the fewest last documents that have a number of tokens and one to predict.
+def last_documents(prefix: str, num_tokens: int, flag: str) -> tuple[int, str]:
+    """Returns the token with which the fewest last documents begin that have a number of tokens and one to predict, and the --split
+    that leaves them to validation.
 
     Raises:
         DataError: the dataset is missing, or no document is before them.
@@ -88,7 +75,7 @@ def last_documents(prefix: str, num_tokens: int, flag: str) -> HeldOut:
             "more documents, or fewer --judge-tokens."
         )
     sequences = int(dataset.document_indices[first])
-    return HeldOut(int(before_D[first]), f"{sequences},{len(dataset) - sequences},0")
+    return int(before_D[first]), f"{sequences},{len(dataset) - sequences},0"
 
 
 def are_one_dataset(one: str, other: str) -> bool:
@@ -102,13 +89,9 @@ def are_one_dataset(one: str, other: str) -> bool:
 
 def _read(dataset: IndexedDataset, start: int, count: int) -> np.ndarray:
     ends = np.cumsum(dataset.sequence_lengths, dtype=np.int64)
-    first = int(np.searchsorted(ends, start, side="right"))
-    offset = start - (int(ends[first - 1]) if first else 0)
-    return np.concatenate(list(_parts(dataset, first, offset, count)))
-
-
-def _parts(dataset: IndexedDataset, number: int, offset: int, count: int) -> Iterator[np.ndarray]:
+    number, parts = int(np.searchsorted(ends, start, side="right")), []
+    offset = start - (int(ends[number - 1]) if number else 0)
     while count > 0:
-        part = dataset.get(number, offset, min(count, int(dataset.sequence_lengths[number]) - offset))
-        yield part
-        number, offset, count = number + 1, 0, count - len(part)
+        parts.append(dataset.get(number, offset, min(count, int(dataset.sequence_lengths[number]) - offset)))
+        number, offset, count = number + 1, 0, count - len(parts[-1])
+    return np.concatenate(parts)

@@ -98,8 +98,12 @@ def _share(
     groups = shared_groups(sources, moe.num_expert_banks)
     groups.sort(key=lambda group: (group.source.way.name, group.source.number))
     anchors = _anchors(groups, experts, options)
-    for group in groups:
-        _refuse_banks(moe, group)
+    if moe.moe_router_num_groups is not None and any(group.source.way.combines for group in groups):
+        raise ConfigError(
+            "--moe-router-num-groups",
+            moe.moe_router_num_groups,
+            "cannot be kept by pool, which renumbers experts across groups; tie keeps groups",
+        )
     new = with_sharing(config, sources)
     validate_model(new)
     numberings: dict[int, Numbering] = {}
@@ -126,23 +130,6 @@ def _refuse_ways(ways: Collection[Way], sharing: str, action: str) -> None:
             "combined layers; tie makes sets" if action == "pool" else "sets, and no combined layers, which pool makes"
         )
         raise ConfigError("--expert-sharing", sharing, f"must have {words}")
-
-
-def _refuse_banks(moe: MoEConfig, group: SharedGroup) -> None:
-    if not group.source.way.combines:
-        return
-    if not 1 <= group.num_banks <= len(group.layers):
-        raise ConfigError(
-            "--num-expert-banks",
-            group.num_banks,
-            f"must be from 1 to the number of MoE layers that combine them, {len(group.layers)}",
-        )
-    if moe.moe_router_num_groups is not None:
-        raise ConfigError(
-            "--moe-router-num-groups",
-            moe.moe_router_num_groups,
-            "cannot be kept by pool, which renumbers experts across groups; tie keeps groups",
-        )
 
 
 def _anchors(groups: Sequence[SharedGroup], experts: LayerExperts, options: SetOptions) -> dict[ExpertSource, int]:

@@ -17,14 +17,7 @@ from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import TIED, ExpertSource, renumbered, written_map
-from megatron_samoe.convert.edited_model import (
-    FRACTIONS,
-    EditedModel,
-    begin_edit,
-    require,
-    source_config,
-    with_sharing,
-)
+from megatron_samoe.convert.edited_model import FRACTIONS, EditedModel, begin_edit, require, source_config, with_sharing
 from megatron_samoe.convert.layer_experts import LayerExperts, layer_of, source_of, stored_experts
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError

@@ -69,9 +69,5 @@ def _student_config(
     if not any(is_moe):
         return without_idle_options(replace(config, moe=MoEConfig()))
     counts = tuple(place.num_experts for place in kept if place.moe_index is not None)
-    moe = replace(
-        config.moe,
-        moe_layer_freq=written_layer_freq(is_moe),
-        num_experts=counts,
-    )
+    moe = replace(config.moe, moe_layer_freq=written_layer_freq(is_moe), num_experts=counts)
     return with_sharing(replace(config, moe=moe), sources)

@@ -147,8 +147,6 @@ def _pooled(copied: _Upcycling, config: PretrainConfig) -> EditedModel:
     moe, layers = config.moe, moe_layers(config)
     if moe.samoe_normalization != "none":
         raise ConfigError("--samoe-normalization", moe.samoe_normalization, "must be none for copies of MLPs")
-    if moe.num_expert_banks > len(layers):
-        raise ConfigError("--num-expert-banks", moe.num_expert_banks, f"must be at most the {len(layers)} MoE layers")
     plain, sources = copied.model(), [ExpertSource(COMBINED)] * len(layers)
     kinds = LayerExperts(plain).kinds
 

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,26 +24,11 @@ from megatron_samoe.inference.expert_use import expert_use
 from megatron_samoe.inference.server.answers import ChatAnswers, CompletionAnswers, joined_logprobs
 from megatron_samoe.inference.server.chat_protocol import parse_chat
 from megatron_samoe.inference.server.expert_protocol import experts_body, parse_text
-from megatron_samoe.inference.server.gate import (
-    CLIENT_GONE,
-    ROUTES,
-    Gate,
-    GateLimits,
-    error_response,
-    gone,
-    now_s,
-    read_body,
-)
+from megatron_samoe.inference.server.gate import CLIENT_GONE, ROUTES, Gate, GateLimits, error_response, gone, read_body
 from megatron_samoe.inference.server.jobs import Job
 from megatron_samoe.inference.server.metrics import ServerMetrics
 from megatron_samoe.inference.server.models import ServedModel, ServedModels
-from megatron_samoe.inference.server.protocol import (
-    ApiError,
-    CompletionCall,
-    ModelFacts,
-    parse_body,
-    parse_completion,
-)
+from megatron_samoe.inference.server.protocol import ApiError, CompletionCall, ModelFacts, parse_body, parse_completion
 from megatron_samoe.log import logger
 
 PAGE = Path(__file__).with_name("page.html")
@@ -58,7 +44,7 @@ class _Routes:
     def __init__(self, models: ServedModels, metrics: ServerMetrics, max_body_bytes: int, body_timeout_s: float):
         self._models, self._metrics = models, metrics
         self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
-        self._started = now_s()
+        self._started = int(time.time())
         self._page = PAGE.read_bytes()
         self._page_headers = {
             "Content-Security-Policy": _content_policy(self._page.decode()),
@@ -123,8 +109,9 @@ class _Routes:
     async def _answered(self, request: Request, parse: _Parse, form: type[CompletionAnswers]) -> Any:
         body, model = await self._asked(request)
         call = await asyncio.to_thread(parse, body, model.facts)
+        self._models.check_open()  # again: the body took its time
         job = model.service.open(call.requests, call.prompt_tokens)
-        answers = form(call, model.facts.name, model.facts.tokenizer, now_s())
+        answers = form(call, model.facts.name, model.facts.tokenizer, int(time.time()))
         if call.stream:
             return _EventStream(self._stream(call, job, answers), job)
         return await self._complete(call, job, answers, request.receive)

@@ -7,13 +7,7 @@ from typing import Any
 
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.inference.expert_use import LayerUse
-from megatron_samoe.inference.server.protocol import (
-    ApiError,
-    ModelFacts,
-    check_tokens,
-    encoded,
-    given_prompts,
-)
+from megatron_samoe.inference.server.protocol import ApiError, ModelFacts, check_fields, encoded, given_prompts
 
 
 def parse_text(body: Mapping[str, Any], facts: ModelFacts) -> list[int]:
@@ -22,20 +16,14 @@ def parse_text(body: Mapping[str, Any], facts: ModelFacts) -> list[int]:
     Raises:
         ApiError: a field is unknown, or the text is missing, empty or longer than the context.
     """
-    if unknown := sorted(set(body) - {"model", "prompt"}):
-        raise ApiError(400, f"{unknown[0]} is not a field here: model, prompt.", param=unknown[0])
+    check_fields(body, ("model", "prompt"), {})
     given = given_prompts(body)
     if len(given) != 1:
         raise ApiError(400, f"prompt has {len(given)} texts: one is shown at a time.", param="prompt")
-    _, (ids,) = encoded(given, facts.tokenizer)
-    check_tokens([ids], facts.vocab_size)
+    _, (ids,) = encoded(given, facts)
     if len(ids) > facts.context_length:
-        raise ApiError(
-            400,
-            f"The text has {len(ids)} tokens; the model's context is {facts.context_length}.",
-            param="prompt",
-            code="context_length_exceeded",
-        )
+        said = f"The text has {len(ids)} tokens; the model's context is {facts.context_length}."
+        raise ApiError(400, said, param="prompt", code="context_length_exceeded")
     return ids
 
 

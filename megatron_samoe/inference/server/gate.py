@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -200,8 +199,3 @@ async def gone(receive: Receive) -> None:
 def error_response(error: ApiError) -> JSONResponse:
     """Returns an answer in OpenAI's shape of errors."""
     return JSONResponse(error.body, error.status, error.headers)
-
-
-def now_s() -> int:
-    """Returns the time in the form of OpenAI's "created"."""
-    return int(time.time())

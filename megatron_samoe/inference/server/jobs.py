@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from megatron_samoe.inference.engine import Engine
@@ -94,14 +95,14 @@ class CompletionService:
         self._capacity = engine.max_batch + max_queue
         self._max_batch = engine.max_batch
         self._metrics = metrics
-        self._worker = EngineWorker(engine, group, self._publish, self._publish_failure, shares)
+        deliver, fail = partial(self._tell, self._deliver), lambda _: self._tell(self.fail)
+        self._worker = EngineWorker(engine, group, deliver, fail, shares)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tickets: dict[int, _Ticket] = {}
         self._numbers = itertools.count()
         self._empty = asyncio.Event()
         self._empty.set()
         self._mean_duration_s = 1.0
-        self.draining = False
         self._failed = failed
         metrics.set_load(Load(num_free_tokens=engine.num_free_tokens))
 
@@ -110,30 +111,17 @@ class CompletionService:
         """Choices that the engine still knows."""
         return len(self._tickets)
 
-    @property
-    def status(self) -> str:
-        """ready, draining or failed."""
-        return "failed" if self._failed.is_set() else "draining" if self.draining else "ready"
-
     def start(self) -> None:
         """Starts the engine's thread; the running event loop gets its news."""
         self._loop = asyncio.get_running_loop()
         self._worker.start()
 
-    def check_open(self) -> None:
-        """Raises ApiError if no requests are taken."""
-        if self._failed.is_set():
-            raise failed_error()
-        if self.draining:
-            raise draining_error()
-
     def open(self, requests: Sequence[Request], prompt_tokens: int) -> Job:
         """Queues the choices of a request, all or none.
 
         Raises:
-            ApiError: service ends or has failed, or too many choices wait.
+            ApiError: too many choices wait.
         """
-        self.check_open()
         if len(self._tickets) + len(requests) > self._capacity:
             raise self._too_many(len(requests))
         job = Job(self)
@@ -153,8 +141,7 @@ class CompletionService:
             self._worker.send(Command("cancel", number))
 
     async def drain(self, timeout_s: float) -> bool:
-        """Takes no more requests, and waits for those there are; then ends them. Returns whether all were complete."""
-        self.draining = True
+        """Waits for the requests that there are; then ends them. Returns whether all were complete."""
         try:
             await asyncio.wait_for(self._empty.wait(), timeout_s)
         except (TimeoutError, asyncio.TimeoutError):
@@ -189,12 +176,6 @@ class CompletionService:
             code="queue_full",
             retry_after_s=min(60, max(1, round(wait_s))),
         )
-
-    def _publish(self, notices: list[Notice], load: Load) -> None:
-        self._tell(self._deliver, notices, load)
-
-    def _publish_failure(self, _: BaseException) -> None:
-        self._tell(self.fail)
 
     def _tell(self, take: Callable[..., None], *news: Any) -> None:
         """Has the event loop take news, in the engine's thread; nobody is notified once service has ended."""

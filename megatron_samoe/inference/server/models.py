@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_samoe.errors import ConfigError, shown
 from megatron_samoe.inference.engine import Engine
-from megatron_samoe.inference.server.jobs import CompletionService
+from megatron_samoe.inference.server.jobs import CompletionService, draining_error, failed_error
 from megatron_samoe.inference.server.metrics import ModelMetrics, ServerMetrics
 from megatron_samoe.inference.server.protocol import ApiError, ModelFacts
 from megatron_samoe.inference.server.worker import ThreadShares
@@ -89,6 +89,7 @@ class ServedModels:
         check_names([model.name for model in models])
         #: Set when an engine has failed.
         self.failed = asyncio.Event()
+        self._draining = False
         shares = ThreadShares()
         self._models = {
             model.name: ServedModel(
@@ -123,11 +124,14 @@ class ServedModels:
     @property
     def status(self) -> str:
         """ready, draining or failed, as all of them are."""
-        return next(iter(self)).service.status
+        return "failed" if self.failed.is_set() else "draining" if self._draining else "ready"
 
     def check_open(self) -> None:
         """Raises ApiError if no requests are taken."""
-        next(iter(self)).service.check_open()
+        if self.failed.is_set():
+            raise failed_error()
+        if self._draining:
+            raise draining_error()
 
     def start(self) -> None:
         """Starts the engines' threads; the running event loop gets their news."""
@@ -141,6 +145,7 @@ class ServedModels:
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no more requests, and waits for those there are; then ends them. Returns whether all were complete."""
+        self._draining = True
         return all(await asyncio.gather(*(model.service.drain(timeout_s) for model in self)))
 
     async def stop(self, timeout_s: float) -> bool:

@@ -160,8 +160,7 @@ def parse_completion(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCa
     stream, echo, include_usage = flag(body, "stream"), flag(body, "echo"), wants_usage(body)
     given = given_prompts(body)
     n = num_choices(body, len(given), facts)
-    texts, prompts = encoded(given, facts.tokenizer)
-    check_tokens(prompts, facts.vocab_size)
+    texts, prompts = encoded(given, facts)
     options, logprobs, asked = sampling_options(body), num_logprobs(body, "logprobs"), body.get("max_tokens")
     if type(asked) is int and asked == 0 and not echo:
         raise bad_value("max_tokens", asked, 'asks for nothing without "echo": true, which gives the prompt back')
@@ -250,18 +249,21 @@ def given_prompts(body: Mapping[str, Any]) -> list[Any]:
     return given
 
 
-def encoded(given: list[Any], tokenizer: Tokenizer) -> tuple[list[str | None], list[list[int]]]:
-    """Returns each prompt's text (None where tokens were given) and tokens."""
+def encoded(given: list[Any], facts: ModelFacts) -> tuple[list[str | None], list[list[int]]]:
+    """Returns each prompt's text (None where tokens were given) and tokens; ApiError where one is not of the vocabulary."""
     texts, prompts = [], []
     for prompt in given:
         if isinstance(prompt, str):
-            ids = tokenizer.encode(encodable("prompt", prompt))
+            ids = facts.tokenizer.encode(encodable("prompt", prompt))
             if not ids:
                 raise bad_value("prompt", prompt, "must hold at least one token")
         elif _is_tokens(prompt):
             ids = prompt
         else:
             raise bad_value("prompt", prompt, "each must be a text or a list of whole numbers that is not empty")
+        outside = next((i for i in ids if not 0 <= i < facts.vocab_size), None)
+        if outside is not None:
+            raise bad_value("prompt", outside, f"tokens must be whole numbers from 0 to {facts.vocab_size - 1}")
         texts.append(prompt if isinstance(prompt, str) else None)
         prompts.append(ids)
     return texts, prompts
@@ -275,14 +277,6 @@ def encodable(name: str, text: str) -> str:
         said = f"{name} has half a surrogate pair at character {error.start}, which is not text."
         raise ApiError(400, said, param=name) from error
     return text
-
-
-def check_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Raises ApiError where a token is not in the vocabulary."""
-    for ids in prompts:
-        outside = next((i for i in ids if not 0 <= i < vocab_size), None)
-        if outside is not None:
-            raise bad_value("prompt", outside, f"tokens must be whole numbers from 0 to {vocab_size - 1}")
 
 
 def num_logprobs(body: Mapping[str, Any], name: str) -> int | None:

@@ -64,18 +64,13 @@ class ServerOptions:
     """seconds that open requests have after SIGTERM or SIGINT"""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("port", 0),
-            ("max_queue", 0),
-            ("max_choices", 1),
-            ("max_connections", 1),
-            ("max_body_bytes", 1),
-            ("body_timeout_s", 0),
-            ("drain_timeout_s", 0),
-        ):
-            value = getattr(self, name)
-            if not least <= value < float("inf"):
-                raise ConfigError(_flag(name), value, f"must be {least} or more")
+        numbers: dict[int, tuple[str, ...]] = {0: ("port", "max_queue", "body_timeout_s", "drain_timeout_s")}
+        numbers[1] = ("max_choices", "max_connections", "max_body_bytes")
+        for least, names in numbers.items():
+            for name in names:
+                if not least <= getattr(self, name) < math.inf:
+                    flag = "--" + name.removesuffix("_s").replace("_", "-")
+                    raise ConfigError(flag, getattr(self, name), f"must be {least} or more")
         if self.body_timeout_s == 0:
             raise ConfigError("--body-timeout", 0.0, "must be above 0: no request could come in that time")
         for origin in self.allowed_origins:
@@ -95,10 +90,6 @@ class ServerOptions:
         if self.allowed_hosts or self.host not in LOOPBACK_NAMES:
             return tuple(name.lower() for name in self.allowed_hosts)
         return LOOPBACK_NAMES
-
-
-def _flag(field: str) -> str:
-    return "--" + field.removesuffix("_s").replace("_", "-")
 
 
 def read_api_key(path: Path | None) -> str | None:
@@ -138,13 +129,22 @@ def check_installed() -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def _refusing(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = f"cannot be listened at: {error.strerror or error}"
+        raise ConfigError("--host and --port", f"{host}:{port}", reason) from error
+
+
 def listen(host: str, port: int) -> socket.socket:
     """Returns a bound socket, so that a port in use is known before a model is loaded.
 
     Raises:
         ConfigError: the address is not of this machine, or the port is taken or not allowed.
     """
-    try:
+    with _refusing(host, port):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         try:
@@ -153,10 +153,6 @@ def listen(host: str, port: int) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except OSError as error:
-        raise ConfigError(
-            "--host and --port", f"{host}:{port}", f"cannot be listened at: {error.strerror or error}"
-        ) from error
     return listener
 
 
@@ -165,19 +161,6 @@ def check_processes(group: Group, names: Sequence[str], show_experts: bool) -> N
     for flag, given in (("--show-experts", show_experts), ("--beside", " ".join(names[1:]))):
         if given and group.size > 1:
             raise ConfigError(flag, given, f"needs a server of one process; this has {group.size}")
-
-
-def _open(listener: socket.socket) -> None:
-    """Lets clients connect; two servers that start at the same time may both have bound the address.
-
-    Raises:
-        ConfigError: another server was faster.
-    """
-    host, port = listener.getsockname()[:2]
-    try:
-        listener.listen(BACKLOG)
-    except OSError as error:
-        raise ConfigError("--host and --port", f"{host}:{port}", f"cannot be listened at: {error.strerror}") from error
 
 
 class Server:
@@ -205,7 +188,8 @@ class Server:
 
         metrics = ServerMetrics()
         self._models = ServedModels(models, group, metrics, options.max_queue, options.max_choices)
-        _open(listener)
+        with _refusing(*listener.getsockname()[:2]):  # two servers that start at once may both have bound the address
+            listener.listen(BACKLOG)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: for clients that do not read; connections have it from here
             most_ms = min(math.ceil(1000 * options.body_timeout_s), 2**31 - 1)
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, most_ms)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_samoe.convert.hf.folder import HFFolder
 from megatron_samoe.errors import CheckpointError
+from megatron_samoe.moe.sharing.coefficients import normalize_coefficients
 
 _POOL, _SETS = "model.expert_pool.", "model.expert_pool.sets."
 #: Beside the base model, which has no such part.
@@ -93,18 +94,14 @@ def plan_experts(config: Any, read: Callable[[str], Tensor]) -> ExpertsPlan:
         if source is None or not source.combines:
             continue
         raw = read(f"model.layers.{layer}.mlp.combination").float()
-        a_2EP = coefficients[layer] = _normalized(raw, source.normalization).expand(-1, source.num_experts, -1)
+        a_2EP = coefficients[layer] = normalize_coefficients(raw, source.normalization).expand(
+            -1, source.num_experts, -1
+        )
         if (factors := _factors(a_2EP)) is not None:
             first_E, second_E = a_2EP.abs().argmax(-1).tolist()
             keys = list(zip(first_E, second_E, range(source.num_experts), strict=True))
             selections[layer] = Selection(tuple(entries.setdefault(key, len(entries)) for key in keys), factors)
     return ExpertsPlan(coefficients, selections, tuple(entries))
-
-
-def _normalized(raw: Tensor, way: str) -> Tensor:
-    if way == "softmax":
-        return raw.softmax(-1)
-    return raw / raw.norm(dim=-1, keepdim=True).clamp_min(1e-12) if way == "l2" else raw
 
 
 def _factors(a_2EP: Tensor) -> tuple[float, float] | None:

@@ -67,18 +67,13 @@ class SamoeForVLLM(vllm.TransformersForCausalLM):  # type: ignore[name-defined, 
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        allowed = "is not supported for SamoeForCausalLM; --tensor-parallel-size is"
         for name in ("pipeline_parallel_size", "data_parallel_size"):
-            if getattr(parallel, name) > 1:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')}",
-                    getattr(parallel, name),
-                    "is not supported for SamoeForCausalLM; --tensor-parallel-size is",
-                )
+            if (size := getattr(parallel, name)) > 1:
+                raise ConfigError(f"--{name.replace('_', '-')}", size, allowed)
         # With trust_remote_code it may be the folder's own class, of whatever version.
-        given = {
-            name: value for name, value in model.hf_config.to_dict().items() if name not in ("auto_map", "model_type")
-        }
-        config = SamoeConfig(**given)
+        given = model.hf_config.to_dict()
+        config = SamoeConfig(**{name: given[name] for name in given.keys() - {"auto_map", "model_type"}})
         if parallel.tensor_parallel_size > 1 and config.has_whole_attention:
             raise ConfigError(
                 "--tensor-parallel-size",
@@ -120,12 +115,8 @@ class SamoeForVLLM(vllm.TransformersForCausalLM):  # type: ignore[name-defined, 
         is_known = experts.gated and not experts.has_bias
         if not is_known or (on_cpu and config.hidden_size % _CPU_MULTIPLE):
             if not on_cpu and not self.model_config.enforce_eager:
-                raise ConfigError(
-                    "--enforce-eager",
-                    False,
-                    "experts with GELU or biases run in plain torch, which a CUDA graph "
-                    "cannot hold: give --enforce-eager",
-                )
+                why = "experts with GELU or biases run in plain torch, which a CUDA graph cannot hold: give --enforce-eager"
+                raise ConfigError("--enforce-eager", False, why)
             return PlainExperts(experts)
         is_relu = config.router_score_function == "relu"
         state = vllm.TransformersMoEState()

@@ -16,6 +16,5 @@ class Evaluation(Hook):
         return run.state.iteration == training.train_iters or run.state.iteration % training.eval_interval == 0
 
     def contribute(self, run: Training, result: StepResult, record: Record) -> None:
-        """Adds the losses."""
         if self.wants_record(run):
             record |= evaluate_run(run, with_test=run.state.iteration == run.setup.config.training.train_iters)

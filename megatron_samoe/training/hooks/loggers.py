@@ -70,7 +70,6 @@ class ConsoleLog(Hook):
         self.evaluated(run, record)
 
     def checkpoint_saved(self, run: Training, path: Path) -> None:
-        """Prints where a checkpoint is."""
         logger.info(f"saved {path}")
 
     def evaluated(self, run: Training, record: Record) -> None:
@@ -140,16 +139,13 @@ class MetricsFile(Hook):
         logger.info(f"{self.path} is of an earlier run; kept as {self.path}.{number}")
 
     def record(self, run: Training, record: Record) -> None:
-        """Writes one line."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
 
     def evaluated(self, run: Training, record: Record) -> None:
-        """Writes one line."""
         self.record(run, record)
 
     def close(self, run: Training) -> None:
-        """Closes the file."""
         if self.file is not None:
             self.file.close()
 
@@ -172,14 +168,12 @@ class TensorBoard(Hook):
         self.writer: Any = None
 
     def start(self, run: Training) -> None:
-        """Opens the events file."""
         from torch.utils.tensorboard import SummaryWriter
 
         iteration = run.state.iteration
         self.writer = SummaryWriter(self.directory, purge_step=iteration + 1 if iteration else None)
 
     def record(self, run: Training, record: Record) -> None:
-        """Writes the record's numbers."""
         for key, value in _numbers(record).items():
             name, slash, dataset = key.partition("/")
             self.writer.add_scalar(f"{name.replace('_', '-')}{slash}{dataset}", value, record["iteration"])
@@ -191,7 +185,6 @@ class TensorBoard(Hook):
                 self.writer.add_scalar(f"combination/moe-layer-{layer}-bank-{bank}", mean, record["iteration"])
 
     def close(self, run: Training) -> None:
-        """Flushes and closes the events file."""
         if self.writer is not None:
             self.writer.close()
 
@@ -218,7 +211,6 @@ class Tracker(Hook):
         self._failed = False
 
     def start(self, run: Training) -> None:
-        """Begins a run of the project."""
         self._try(lambda: setattr(self, "_run", self._init()))
 
     def _init(self) -> Any:
@@ -240,7 +232,6 @@ class Tracker(Hook):
         self._try(lambda: self._library.log(_numbers(record), step=record["iteration"]))
 
     def close(self, run: Training) -> None:
-        """Ends the run."""
         if self._run is not None:
             self._try(self._library.finish)
 
@@ -256,7 +247,6 @@ class ProgressBar(Hook):
         self._shown: dict[str, str] = {}
 
     def start(self, run: Training) -> None:
-        """Draws the bar."""
         done = run.state.iteration
         self.bar = tqdm(total=self.train_iters, initial=done, desc=self.description, unit="step", mininterval=1.0)
 
@@ -267,7 +257,6 @@ class ProgressBar(Hook):
         self.bar.update(1)
 
     def record(self, run: Training, record: Record) -> None:
-        """Shows loss and speed."""
         self._shown |= {"loss": f"{record['lm_loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:.0f}"}
         if "epoch" in record:
             self._shown["epoch"] = f"{record['epoch']:.2f}"
@@ -278,11 +267,9 @@ class ProgressBar(Hook):
         self.bar.set_postfix(self._shown, refresh=False)
 
     def evaluated(self, run: Training, record: Record) -> None:
-        """Shows its loss."""
         names = {"valid": "validation_loss", "test": "test_loss"}
         self.bar.set_postfix({name: f"{record[key]:.3f}" for name, key in names.items() if key in record})
 
     def close(self, run: Training) -> None:
-        """Leaves the bar on the screen."""
         if self.bar is not None:
             self.bar.close()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,20 +9,26 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.ops.grouped_mlp import ExpertWeights
 from megatron_samoe.training.hook import Hook, Record, Training
 from megatron_samoe.training.setup import TrainSetup
-from megatron_samoe.training.train_step import RoutingStats, StepResult
+from megatron_samoe.training.train_step import StepResult, fractions
 
 
 class LayerDiagnostics(Hook):
-    """Adds these views to every record (--moe-per-layer-logging)."""
+    """Adds these views to every record (--moe-per-layer-logging), as nested lists: `expert_load` [L][E], the share of a layer's
+    routed tokens; `expert_grad_norm` [L][E], the norm of the gradient of each layer's (effective) expert before clipping, not with
+    --samoe-combine layer, which never holds a layer's gradient of the full batch; and `combination` [L][2][G][P], weights of banks
+    for input and output projections, where there are any.
+    """
 
     def __init__(self) -> None:
         self._norms_LE: Tensor | None = None
 
     def wants_gradients(self, run: Training) -> bool:
         """Whether the step will be recorded anyway."""
-        logs, training = run.setup.config.logging, run.setup.config.training
-        iteration = run.state.iteration + 1
-        return iteration == training.train_iters or iteration % logs.log_interval == 0
+        return self._is_recorded(run, run.state.iteration + 1)
+
+    def _is_recorded(self, run: Training, iteration: int) -> bool:
+        config = run.setup.config
+        return iteration == config.training.train_iters or iteration % config.logging.log_interval == 0
 
     def backward_done(self, run: Training) -> None:
         """Takes the norms of this rank's gradients, before they are reduced."""
@@ -33,36 +36,14 @@ class LayerDiagnostics(Hook):
             self._norms_LE = expert_grad_norms(run.setup, run.state.loss_scale.value)
 
     def contribute(self, run: Training, result: StepResult, record: Record) -> None:
-        """Adds loads, norms and coefficients."""
-        logs, iteration = run.setup.config.logging, run.state.iteration
-        if iteration == run.setup.config.training.train_iters or iteration % logs.log_interval == 0:
-            assert result.routing is not None
-            record |= make_diagnostics(run.setup, result.routing, self._norms_LE).plain()
-
-
-@dataclass(frozen=True)
-class MoEDiagnostics:
-    """One step's views, as nested lists.
-
-    Attributes:
-        expert_load: [L][E] share of a layer's routed tokens.
-        expert_grad_norm: [L][E] norm of the gradient of each layer's (effective) expert, before clipping; None with
-            --samoe-combine layer, which never holds a layer's gradient of the full batch.
-        combination: [L][2][G][P] weights of banks for input and output projections, zeros for layers without; None without any.
-    """
-
-    expert_load: list
-    expert_grad_norm: list | None
-    combination: list | None
-
-    def plain(self) -> dict[str, Any]:
-        """Returns what exists, by key of the record."""
-        values = {
-            "expert_load": self.expert_load,
-            "expert_grad_norm": self.expert_grad_norm,
-            "combination": self.combination,
-        }
-        return {key: value for key, value in values.items() if value is not None}
+        if not self._is_recorded(run, run.state.iteration):
+            return
+        assert result.routing is not None
+        record["expert_load"] = fractions(result.routing.counts_LE).tolist()
+        if self._norms_LE is not None:
+            record["expert_grad_norm"] = self._norms_LE.tolist()
+        if run.setup.config.moe.has_coefficients:
+            record["combination"] = gathered_coefficients(run.setup).tolist()
 
 
 def expert_grad_norms(setup: TrainSetup, gradient_scale: float) -> Tensor | None:
@@ -90,13 +71,6 @@ def _squared_norms(grads: ExpertWeights, setup: TrainSetup) -> Tensor:
             continue  # the output bias is added, and its gradient held, by one expert-tensor rank
         total += summed.flatten(1).norm(dim=1).double().square()
     return total
-
-
-def make_diagnostics(setup: TrainSetup, routing: RoutingStats, grad_norms_LE: Tensor | None) -> MoEDiagnostics:
-    """Returns one step's views; all ranks call it together."""
-    combination = gathered_coefficients(setup).tolist() if setup.config.moe.has_coefficients else None
-    norms = None if grad_norms_LE is None else grad_norms_LE.tolist()
-    return MoEDiagnostics(routing.fractions_LE().tolist(), norms, combination)
 
 
 def gathered_coefficients(setup: TrainSetup) -> Tensor:

@@ -25,7 +25,6 @@ class StepProfiler(Hook):
         self._profiler: Any = None
 
     def pre_step(self, run: Training, batches: Sequence[Batch]) -> None:
-        """Begins the profile before its first step."""
         parallel = run.setup.parallel
         is_first = run.state.iteration + 1 == self._config.profile_step_start
         if is_first and parallel.rank in self._config.profile_ranks:
@@ -36,7 +35,6 @@ class StepProfiler(Hook):
             self._profiler.__enter__()
 
     def post_step(self, run: Training, result: StepResult) -> None:
-        """Ends the profile after its last step."""
         if run.state.iteration + 1 >= self._config.profile_step_end:
             self.close(run)
 

@@ -25,7 +25,6 @@ class RouterWatch(Hook):
         self.low_steps: dict[int, int] = {}
 
     def post_step(self, run: Training, result: StepResult) -> None:
-        """Takes in a step."""
         if result.routing is not None:
             in_samples = self.config.training.train_samples is not None
             done = run.state.consumed_samples if in_samples else run.state.iteration

@@ -13,7 +13,6 @@ class StepWarnings(Hook):
     rank_0_only = True
 
     def post_step(self, run: Training, result: StepResult) -> None:
-        """Looks at a step."""
         first = run.state.consumed_samples - result.batch_size
         if result.spike is not None:
             logger.info(

@@ -12,6 +12,7 @@ import pytest
 from megatron_samoe.cli.command import COMMANDS, HEADS, module_of
 from megatron_samoe.cli.completion import command_of
 from megatron_samoe.cli.program import flags_of
+from tests.harness.program import call
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -20,30 +21,35 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "megatron_samoe", *words], cwd=ROOT, capture_output=True, text=True)
 
 
+def run_main(*words: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs the command's main in a fresh interpreter, which fails if torch is loaded at the end."""
+    code = f"""
+import atexit, os, sys
+from megatron_samoe.cli import command
+{before}
+atexit.register(lambda: 'torch' in sys.modules and os._exit(9))
+sys.argv = ['x', *{words!r}]
+command.main()
+"""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
 def test_help_lists_every_command_without_loading_torch() -> None:
-    code = "import sys; sys.argv = ['x', '--help']; from megatron_samoe.cli.command import main; main(); print('torch' in sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
-    assert shown.strip().endswith("False")
-    assert all(f"  {name} " in shown for name in COMMANDS)
-    assert all(f"\n{head}:\n  {name} " in shown for name, head in HEADS.items())
+    done = run_main("--help")
+    assert done.returncode == 0 and all(f"  {name} " in done.stdout for name in COMMANDS)
+    assert all(f"\n{head}:\n  {name} " in done.stdout for name, head in HEADS.items())
 
 
 def test_the_help_of_training_loads_no_torch() -> None:
-    code = (
-        "import sys; sys.argv = ['x', 'pretrain', '--help']; from megatron_samoe.cli.command import main\n"
-        "try: main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
-    assert shown.startswith("usage: megatron-samoe pretrain") and "--num-expert-banks" in shown
-    assert shown.strip().endswith("0 False")
+    done = run_main("pretrain", "--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage: megatron-samoe pretrain")
+    assert "--num-expert-banks" in done.stdout
 
 
 def test_a_terminal_hears_something_before_torch_is_loaded() -> None:
-    code = (
-        "import sys; sys.argv = ['x', 'generate']; sys.stderr.isatty = lambda: True; from megatron_samoe.cli import command\n"
-        "command.importlib.import_module = lambda name: sys.exit('torch' in sys.modules); command.main()"
+    done = run_main(
+        "generate", before="sys.stderr.isatty = lambda: True; command.importlib.import_module = lambda _: sys.exit()"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "megatron-samoe generate: loading torch, which takes seconds\n"
 
 
@@ -64,7 +70,7 @@ def test_a_command_names_itself_in_its_messages() -> None:
 
 
 def test_completion_knows_commands_and_their_flags() -> None:
-    script = run("completion", "bash").stdout
+    script = call("megatron_samoe.cli.completion", "bash").stdout
     assert "train-tokenizer" in script and "--num-expert-banks" in script and "--output-prefix" in script
 
 

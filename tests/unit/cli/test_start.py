@@ -21,10 +21,11 @@ def is_running(pid: int) -> bool:
         return False
 
 
+PROGRAMS = ("-m megatron_samoe pretrain", "-m megatron_samoe.cli.pretrain", "tools/evaluate.py")
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc and prctl")
-@pytest.mark.parametrize(
-    "program", ["-m megatron_samoe pretrain", "-m megatron_samoe.cli.pretrain", "tools/evaluate.py"]
-)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_a_rank_dies_with_a_torchrun_that_is_killed_while_torch_is_loaded(program: str, tmp_path: Path) -> None:
     package = tmp_path / "torch"
     package.mkdir()
@@ -33,10 +34,8 @@ def test_a_rank_dies_with_a_torchrun_that_is_killed_while_torch_is_loaded(progra
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}
     # A shell stands for torchrun: a parent that waits for its rank.
-    launcher = subprocess.Popen(
-        ["sh", "-c", f"{sys.executable} {program} --mock-data & echo $!; wait"],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+    command = f"{sys.executable} {program} --mock-data 2>/dev/null & echo $!; wait"
+    launcher = subprocess.Popen(["sh", "-c", command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert launcher.stdout is not None
     rank = int(launcher.stdout.readline())
     try:

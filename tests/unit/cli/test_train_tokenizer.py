@@ -12,8 +12,8 @@ from megatron_samoe.cli.train_tokenizer import main
 
 def train(folder: Path, text: str, kind: str, size: int) -> int:
     (folder / "text.txt").write_text(text)
-    return main(["--type", kind, "--input", str(folder / "text.txt"), "--vocab-size", str(size),
-                 "--output-prefix", str(folder / "tok"), "--num-threads", "1"])  # fmt: skip
+    words = f"--type {kind} --input {folder}/text.txt --vocab-size {size} --output-prefix {folder}/tok --num-threads 1"
+    return main(words.split())
 
 
 def test_fewer_entries_than_asked_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

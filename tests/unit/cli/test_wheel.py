@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,33 +51,26 @@ def test_the_library_uses_the_stable_abi_of_torch_alone() -> None:
 @pytest.mark.night
 def test_a_wheel_works_without_sources_and_compiler(tmp_path: Path) -> None:
     tree, wheels, installed = copied_sources(tmp_path / "tree"), tmp_path / "wheels", tmp_path / "installed"
-    pip = (sys.executable, "-m", "pip")
-    run(*pip, "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(tree),
-        cwd=tmp_path, MEGATRON_SAMOE_BUILD="cpu")  # fmt: skip
+    pip, quiet = (sys.executable, "-m", "pip"), ("--quiet", "--no-index", "--no-deps")
+    build = (*pip, "wheel", *quiet, "--no-build-isolation", "--wheel-dir", str(wheels), str(tree))
+    run(*build, cwd=tmp_path, MEGATRON_SAMOE_BUILD="cpu")
     (wheel,) = wheels.iterdir()
     assert re.fullmatch(r"megatron_samoe-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
-    run(*pip, "install", "--quiet", "--no-index", "--no-deps", "--target", str(installed), str(wheel), cwd=tmp_path)
+    run(*pip, "install", *quiet, "--target", str(installed), str(wheel), cwd=tmp_path)
     (tmp_path / "empty").mkdir()
-    said = run(sys.executable, "-m", "megatron_samoe", "doctor", cwd=tmp_path / "empty", PYTHONPATH=str(installed),
-               PATH=str(tmp_path / "empty"))  # fmt: skip
+    there = partial(run, cwd=tmp_path / "empty", PYTHONPATH=str(installed))
+    program = (sys.executable, "-m", "megatron_samoe")
+    said = there(*program, "doctor", PATH=str(tmp_path / "empty"))
     assert re.search(r"ok +compiled extension +_C.so", said), said
-    program = "import megatron_samoe, megatron_samoe.cli.quickstart as q; print(megatron_samoe.__file__)"
-    assert str(installed) in run(sys.executable, "-c", program, cwd=tmp_path / "empty", PYTHONPATH=str(installed))
-    for part in (
-        "cli/quickstart_data/config.yaml",
-        "cli/init_data/shown.yaml",
-        "py.typed",
-        "inference/server/page.html",
-    ):
+    code = "import megatron_samoe, megatron_samoe.cli.quickstart as q; print(megatron_samoe.__file__)"
+    assert str(installed) in there(sys.executable, "-c", code)
+    for part in "cli/quickstart_data/config.yaml cli/init_data/shown.yaml py.typed inference/server/page.html".split():
         assert (installed / "megatron_samoe" / part).exists()
-    benchmark = subprocess.run([sys.executable, "-m", "megatron_samoe", "benchmark", "moe-layer"], cwd=tmp_path / "empty",
-                               env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True)  # fmt: skip
-    assert benchmark.returncode == 2 and "in a checkout of the repository (tools/benchmarks)" in benchmark.stderr
-    begin = (sys.executable, "-m", "megatron_samoe", "init", "new", "--example", "shared_pool")
-    run(*begin, cwd=tmp_path / "empty", PYTHONPATH=str(installed))
-    assert (tmp_path / "empty/new/configs/study.yaml").read_bytes() == (
-        ROOT / "examples/configs/study.yaml"
-    ).read_bytes()
+    benchmark = there("sh", "-c", f"{' '.join(program)} benchmark moe-layer 2>&1; echo $?")
+    assert benchmark.endswith("\n2\n") and "in a checkout of the repository (tools/benchmarks)" in benchmark
+    there(*program, "init", "new", "--example", "shared_pool")
+    study = "configs/study.yaml"
+    assert (tmp_path / "empty/new" / study).read_bytes() == (ROOT / "examples" / study).read_bytes()
 
 
 @pytest.mark.night

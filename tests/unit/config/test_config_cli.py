@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,12 @@ from hypothesis import strategies as st
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.cli import foreign_flags, from_mapping, parse, parse_pretrain_args, read_yaml, to_mapping
 from megatron_samoe.config.derived import parse_moe_layer_freq
-from megatron_samoe.config.option import flag
+from megatron_samoe.config.option import all_options, flag
 from megatron_samoe.errors import ConfigError, ConfigErrors
 from tests.harness.tiny import tiny_config, with_options
+
+#: Options with their groups.
+OPTIONS = [(group, name) for group, name, *_ in all_options(PretrainConfig())]
 
 
 def write(folder: Path, content: str) -> str:
@@ -27,13 +29,9 @@ def write(folder: Path, content: str) -> str:
 
 
 def test_flags_are_megatrons() -> None:
-    config = parse_pretrain_args(
-        (
-            "--num-layers 3 --tensor-model-parallel-size 2 --swiglu --data-path 0.3 a 0.7 b --expert-layout "
-            "samoe --samoe-init block --moe-expert-capacity-factor 1.25 --lr-decay-style WSD --save here "
-            "--bf16"
-        ).split()
-    )
+    words = "--num-layers 3 --tensor-model-parallel-size 2 --swiglu --data-path 0.3 a 0.7 b --expert-layout samoe "
+    words += "--samoe-init block --moe-expert-capacity-factor 1.25 --lr-decay-style WSD --save here --bf16"
+    config = parse_pretrain_args(words.split())
     assert config.model.num_layers == 3 and config.model.swiglu
     assert config.parallel.tensor_model_parallel_size == 2
     assert config.data.data_path == ("0.3", "a", "0.7", "b")
@@ -43,9 +41,7 @@ def test_flags_are_megatrons() -> None:
 
 
 def test_no_two_groups_share_a_flag() -> None:
-    groups = [getattr(PretrainConfig(), f.name) for f in dataclasses.fields(PretrainConfig)]
-    names = [f.name for group in groups for f in dataclasses.fields(group)]
-    assert len(names) == len(set(names))
+    assert len(OPTIONS) == len({name for _, name in OPTIONS})
 
 
 def test_help_has_a_line_for_every_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,9 +49,7 @@ def test_help_has_a_line_for_every_option(capsys: pytest.CaptureFixture[str]) ->
         parse_pretrain_args(["--help"])
     assert left.value.code == 0
     shown = capsys.readouterr().out
-    for group in dataclasses.fields(PretrainConfig):
-        for f in dataclasses.fields(getattr(PretrainConfig(), group.name)):
-            assert "--" + f.name.replace("_", "-") in shown, f.name
+    assert not [name for _, name in OPTIONS if flag(name) not in shown]
 
 
 @pytest.mark.parametrize(
@@ -178,16 +172,12 @@ def test_configuration_survives_yaml(changes: dict[str, Any]) -> None:
 
 def test_saved_configuration_is_complete() -> None:
     mapping = to_mapping(tiny_config("samoe"))
-    for group in dataclasses.fields(PretrainConfig):
-        value = getattr(PretrainConfig(), group.name)
-        assert set(mapping[group.name]) == {f.name for f in dataclasses.fields(value)}
+    assert [(group, name) for group, options in mapping.items() for name in options] == OPTIONS
 
 
 def test_checkpoint_arguments_lie_between_yaml_and_flags(tmp_path: Path) -> None:
-    saved = with_options(
-        tiny_config("samoe"), num_layers=6, hidden_size=48, train_iters=77, vocab_size=300, data_path=("theirs",),
-        tensor_model_parallel_size=2,
-    )  # fmt: skip
+    saved = tiny_config("samoe", num_layers=6, hidden_size=48, train_iters=77, tensor_model_parallel_size=2)
+    saved = with_options(saved, vocab_size=300, data_path=("theirs",))
     path = write(tmp_path, "hidden_size: 80\nlr: 0.5\nnum_layers: 9\n")
     asked = parse(["--config", path, "--load", "somewhere", "--num-layers", "7"])
     assert (asked.said["num_layers"], asked.said["hidden_size"]) == ("flag", "file") and "num_experts" not in asked.said
@@ -226,11 +216,7 @@ def test_what_other_programs_flags_are_is_said_at_once() -> None:
 
 
 def test_no_foreign_name_is_one_of_ours() -> None:
-    ours = {
-        flag(field.name)
-        for group in dataclasses.fields(PretrainConfig)
-        for field in dataclasses.fields(getattr(PretrainConfig(), group.name))
-    }
+    ours = {flag(name) for _, name in OPTIONS}
     ours |= {f"--no-{name.removeprefix('--')}" for name in ours}
     renamed, always_so, missing = foreign_flags().values()
     assert not ours & {*renamed, *always_so, *missing} and {words.split()[0] for words in renamed.values()} <= ours

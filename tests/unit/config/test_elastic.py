@@ -35,11 +35,8 @@ def config(
 
 
 def sizes(fitted: PretrainConfig, used: int) -> tuple[int, ...]:
-    layout = fitted.parallel
-    return (
-        used, layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.expert_model_parallel_size,
-        data_parallel_size(fitted, used), fitted.training.micro_batch_size,
-    )  # fmt: skip
+    split = (getattr(fitted.parallel, f"{axis}_model_parallel_size") for axis in ("tensor", "pipeline", "expert"))
+    return used, *split, data_parallel_size(fitted, used), fitted.training.micro_batch_size
 
 
 @pytest.mark.parametrize(("options", "world", "expected"), TABLE["layouts"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import yaml
 
 from megatron_samoe.config.typed import typed
 from megatron_samoe.errors import ConfigError
@@ -34,29 +35,13 @@ class Outer:
 
 
 def test_every_form_of_value_becomes_its_fields_type() -> None:
-    content = {
-        "name": "x",
-        "sizes": 3,
-        "file": "there",
-        "one": {"from": "a", "at-most": "3e-4"},
-        "many": [{"from": "b"}, {"from": "c", "at_most": 1}],
-        "by-name": {1: {"from": "d"}},
-        "options": {"e": None, "f": {"g": [1, None]}},
-        "words": "h",
-        "flag": True,
-        "kind": None,
-    }
-    assert typed(Outer, content, "f.yaml") == Outer(
-        name="x",
-        sizes=(3,),
-        file=Path("there"),
-        one=Inner("a", 3e-4),
-        many=(Inner("b"), Inner("c", 1.0)),
-        by_name={"1": Inner("d")},
-        options={"e": {}, "f": {"g": [1, None]}},
-        words="h",
-        flag=True,
-    )
+    content = yaml.safe_load("""
+        {name: x, sizes: 3, file: there, one: {from: a, at-most: 3e-4}, many: [{from: b}, {from: c, at_most: 1}],
+        by-name: {1: {from: d}}, options: {e: null, f: {g: [1, null]}}, words: h, flag: true, kind: null}
+    """)
+    many, by_name, options = (Inner("b"), Inner("c", 1.0)), {"1": Inner("d")}, {"e": {}, "f": {"g": [1, None]}}
+    expected = Outer("x", (3,), Path("there"), "a", Inner("a", 3e-4), many, by_name, options, "h", True)
+    assert typed(Outer, content, "f.yaml") == expected
     assert typed(Outer, {"name": "x", "sizes": [1], "words": ["a", 2, 0.5]}, "f.yaml").words == ("a", "2", "0.5")
 
 

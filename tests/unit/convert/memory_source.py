@@ -19,8 +19,14 @@ from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
 from tests.harness.tiny import VOCAB_SIZE, global_batch
 
-PLAIN_STATE = {"iteration": 7, "consumed_samples": 56, "consumed_tokens": 896, "vocab_size": VOCAB_SIZE,
-               "loss_scale": {"value": 1.0, "good_steps": 0, "growth_interval": 0}, "optimizer_steps": 7}  # fmt: skip
+PLAIN_STATE = {
+    "iteration": 7,
+    "consumed_samples": 56,
+    "consumed_tokens": 896,
+    "vocab_size": VOCAB_SIZE,
+    "loss_scale": {"value": 1.0, "good_steps": 0, "growth_interval": 0},
+    "optimizer_steps": 7,
+}
 
 
 @dataclass
@@ -90,13 +96,19 @@ def loss(source: GlobalTensors) -> float:
     return float(model.loss(result, batch["labels"]).mean())
 
 
-def router_gradients(source: GlobalTensors, batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """Returns the gradients of all routers' weights in a training step of one micro-batch."""
+def gradients(source: GlobalTensors, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the gradients of what is trained, in a training step of one micro-batch."""
     config, sequences = from_mapping(source.config, "test"), len(batch["tokens"])
     training = replace(config.training, micro_batch_size=sequences, global_batch_size=sequences)
     config = replace(config, training=training)
     setup = build_setup(config, source.train_state["vocab_size"], single_process_state(), torch.float32)
-    for name, parameter in setup.model.global_parameters().items():
+    named = setup.model.global_parameters()
+    for name, parameter in named.items():
         parameter.data.copy_(source.read(name))
     compute_gradients(setup, initial_state(setup), [dict(batch)])
-    return [p.main_grad for name, p in setup.model.global_parameters().items() if name.endswith("router.weight")]
+    return {name: p.main_grad for name, p in named.items() if p.requires_grad}
+
+
+def router_gradients(source: GlobalTensors, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """Returns the gradients of all routers' weights."""
+    return [grad for name, grad in gradients(source, batch).items() if name.endswith("router.weight")]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_samoe.cli import convert
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.convert.gguf.tokenizer import _byte_level, _sentencepiece, vocabulary
 from megatron_samoe.convert.hf.tokenizer_files import tokenizer_files
 from megatron_samoe.datasets.chat_template import Chat
 from megatron_samoe.errors import ConfigError
 from tests.harness.tables import table
-from tests.parity.hf_models import Native, native, random_source, some_ids
+from tests.parity.hf_models import Native, converted, native, random_source, run, some_ids
 
 TABLE = table(__file__)
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 
-#: Numbers that a file must carry: other than defaults, and large enough to show in logits.
-OWN: dict[str, Any] = {"rotary_base": 300.0, "norm_epsilon": 0.03}
-LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24, **OWN}
-AMONG_ALL = {**LLAMA, "moe_router_pre_softmax": True}
-OLMOE = {**AMONG_ALL, "qk_layernorm": True, "qk_layernorm_scope": "all"}
-GATE = {"moe_shared_expert_intermediate_size": 20, "moe_shared_expert_gate": True}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = TABLE["models"]
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    """Returns the conversion tool's exit status and its error output."""
-    error = io.StringIO()
-    with redirect_stdout(io.StringIO()), redirect_stderr(error):
-        status = convert.main([str(a) for a in arguments])
-    return status, error.getvalue()
 
 
 def written(ours: Native, folder: Path, *words: object) -> Any:
     """Exports, and returns gguf's reader of the file."""
-    status, error = run("--load-dir", ours.root, "--save-dir", folder, "--to", "gguf", *words)
-    assert status == 0, error
-    return gguf.GGUFReader(folder / "model.gguf")
+    return gguf.GGUFReader(converted(ours.root, folder, "--to", "gguf", *words) / "model.gguf")
 
 
 class Reference:
@@ -144,7 +126,7 @@ def test_the_file_computes_our_logits(case: str, tmp_path: Path) -> None:
 
 
 def test_bf16_rounds_matrices_alone(tmp_path: Path) -> None:
-    ours = native(tmp_path / "native", random_source("samoe", **LLAMA))
+    ours = native(tmp_path / "native", random_source("samoe", **CASES["mixtral"][2]))
     kinds = {t.name: t.tensor_type.name for t in written(ours, tmp_path / "gguf", "--dtype", "bf16").tensors}
     assert kinds["blk.0.attn_q.weight"] == kinds["blk.1.ffn_up_exps.weight"] == "BF16"
     assert kinds["blk.0.ffn_gate_inp.weight"] == kinds["output_norm.weight"] == "F32"
@@ -155,7 +137,7 @@ def test_bf16_rounds_matrices_alone(tmp_path: Path) -> None:
 
 
 def test_the_vocabulary_is_bytes_without_merges(tmp_path: Path) -> None:
-    ours = native(tmp_path / "native", random_source("moe", **LLAMA))
+    ours = native(tmp_path / "native", random_source("moe", **CASES["mixtral"][2]))
     fields = {name: field.contents() for name, field in written(ours, tmp_path / "gguf").fields.items()}
     assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
     tokens = fields["tokenizer.ggml.tokens"]
@@ -163,21 +145,12 @@ def test_the_vocabulary_is_bytes_without_merges(tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.token_type"][256] == 3 and not fields["tokenizer.ggml.add_bos_token"]
 
 
-@pytest.mark.parametrize(
-    ("layout", "options", "named"),
-    [
-        ("samoe", {}, "--no-disable-bias-linear|--normalization LayerNorm"),
-        ("moe", {**AMONG_ALL}, "--moe-router-pre-softmax"),
-        ("moe", {**LLAMA, "moe_router_score_function": "sigmoid"}, "--moe-router-score-function sigmoid"),
-        ("moe", {**LLAMA, "moe_layer_freq": "0110"}, "--moe-layer-freq"),
-        ("moe", OLMOE, "--group-query-attention"),
-    ],
-)
+@pytest.mark.parametrize(("layout", "options", "named"), TABLE["refused"])
 def test_what_llama_cpp_does_not_compute_is_refused_by_name(
     layout: str, options: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
     ours = native(tmp_path / "native", random_source(layout, **options))
-    status, error = run("--load-dir", ours.root, "--save-dir", tmp_path / "gguf", "--to", "gguf")
+    status, _, error = run("--load-dir", ours.root, "--save-dir", tmp_path / "gguf", "--to", "gguf")
     assert status != 0 and "no architecture" in error and any(name in error for name in named.split("|"))
     assert not (tmp_path / "gguf").exists()
 
@@ -225,16 +198,22 @@ def test_unknown_ways_to_cut_a_text_are_refused_by_name(changes: dict[str, Any],
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"model_type": "unigram"}, "no equal|Unigram"), ({"byte_fallback": False}, "no equal|without byte fallback"),
-     ({"remove_extra_whitespaces": True}, "no equal|BPE: Strip"), ({"normalization_rule_name": "nmt_nfkc"}, "BPE: Precompiled"),
-     ({"user_defined_symbols": ["two words"]}, "no equal"), ({"user_defined_symbols": ["\n"]}, None)],
-)  # fmt: skip
+    [
+        ({"model_type": "unigram"}, "no equal|Unigram"),
+        ({"byte_fallback": False}, "no equal|without byte fallback"),
+        ({"remove_extra_whitespaces": True}, "no equal|BPE: Strip"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "BPE: Precompiled"),
+        ({"user_defined_symbols": ["two words"]}, "no equal"),
+        ({"user_defined_symbols": ["\n"]}, None),
+    ],
+)
 def test_sentencepiece(options: dict[str, Any], named: str | None, tmp_path: Path) -> None:
     import sentencepiece
 
     (tmp_path / "text").write_text("the bank of experts shares its experts with all of the layers\n" * 20)
-    settings = {"model_type": "bpe", "byte_fallback": True, "remove_extra_whitespaces": False, "vocab_size": 290,
-                "normalization_rule_name": "identity", "hard_vocab_limit": False, "minloglevel": 2, **options}  # fmt: skip
+    usual = {"model_type": "bpe", "byte_fallback": True, "vocab_size": 290, "hard_vocab_limit": False, "minloglevel": 2}
+    plain = {"remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
+    settings = {**usual, **plain, **options}
     if not settings["byte_fallback"]:
         settings["vocab_size"] = 40
     sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text"), model_prefix=str(tmp_path / "m"), **settings)
@@ -267,9 +246,7 @@ def test_sentencepiece(options: dict[str, Any], named: str | None, tmp_path: Pat
 
 
 def test_without_the_package_a_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    ours = native(tmp_path / "native", random_source("moe", **LLAMA))
+    ours = native(tmp_path / "native", random_source("moe", **CASES["mixtral"][2]))
     monkeypatch.setitem(sys.modules, "gguf", None)
-    status, error = run("--load-dir", ours.root, "--save-dir", tmp_path / "gguf", "--to", "gguf")
+    status, _, error = run("--load-dir", ours.root, "--save-dir", tmp_path / "gguf", "--to", "gguf")
     assert status != 0 and "megatron_samoe[gguf]" in error and not (tmp_path / "gguf").exists()

@@ -33,9 +33,8 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     files = tokenizer_files(data)
     files.write(folder, 128)
     assert sorted(files.files) == ["tokenizer.json", "tokenizer.model"]
-    return build_tokenizer(data.tokenizer_type, data.tokenizer_model), transformers.AutoTokenizer.from_pretrained(
-        folder
-    )
+    ours = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
+    return ours, transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def test_our_trained_models_load_with_transformers(both: tuple[Tokenizer, object]) -> None:
@@ -56,10 +55,9 @@ def test_any_text_without_control_tokens_has_the_same_ids(both: tuple[Tokenizer,
 
 def test_a_model_that_cuts_words_otherwise_goes_without_a_fast_one(tmp_path: Path) -> None:
     """An own piece of several letters stands before text that gets no space there."""
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS[:50_000].splitlines()), model_prefix=str(tmp_path / "tok"), model_type="bpe",
-        vocab_size=600, user_defined_symbols=["<tag>"], byte_fallback=True, minloglevel=2,
-    )  # fmt: skip
+    lines, prefix = iter(CORPUS[:50_000].splitlines()), str(tmp_path / "tok")
+    options = {"model_type": "bpe", "vocab_size": 600, "user_defined_symbols": ["<tag>"], "byte_fallback": True}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=prefix, minloglevel=2, **options)
     files = tokenizer_files(options_of(tmp_path / "tok.model"))
     assert list(files.files) == ["tokenizer.model"] and "has no equal among fast tokenizers" in files.notes[0]
 

@@ -23,6 +23,7 @@ from megatron_samoe.convert.megatron.rank_files import FILE_NAME
 from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
 from tests.harness.megatron_files import write_rank_files
 from tests.harness.tiny import tiny_config
+from tests.hostile.changes import Bomb, mutate
 from tests.unit.convert.memory_source import logits, new_source
 
 
@@ -106,8 +107,8 @@ def test_optimizer_and_random_state_of_megatron_are_passed_over(tmp_path: Path, 
     def add(content: dict) -> None:
         content["args"].mode = module.Mode()
         content["optimizer"] = {"state": {0: {"exp_avg": torch.ones(3)}}}
-        content["rng_state"] = [{"random_rng_state": random.getstate(), "np_rng_state": np.random.get_state(),
-                                 "torch_rng_state": torch.get_rng_state()}]  # fmt: skip
+        states = {"random": random.getstate(), "np": np.random.get_state(), "torch": torch.get_rng_state()}
+        content["rng_state"] = [{f"{name}_rng_state": state for name, state in states.items()}]
         content["args"].exit_signal, content["args"].save = signal.SIGTERM, PosixPath("runs")
         content["args"].params_dtype = torch.bfloat16
 
@@ -115,17 +116,10 @@ def test_optimizer_and_random_state_of_megatron_are_passed_over(tmp_path: Path, 
     assert_same_model(MegatronReader(tmp_path), source)
 
 
-class Bomb:
-    """Unpickling it would create a file."""
-
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (Path("exploded"),))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(extra=Bomb()), "could run any code"),
+        (lambda c: c.update(extra=Bomb(Path.touch, Path("exploded"))), "could run any code"),
         (lambda c: c.update(checkpoint_version=2.0), "checkpoint_version 2.0; this program reads 3.0"),
         (lambda c: c.pop("args"), "holds no model with its arguments"),
         (lambda c: c.pop("model"), "holds no model"),
@@ -196,18 +190,14 @@ def test_a_wrong_argument_is_refused_by_the_file_that_has_it(wrong: dict[str, ob
 
 def test_mutated_files_are_read_or_refused_in_words(tmp_path: Path) -> None:
     path = write_rank_files(new_source(tiny_config("dense", num_layers=2)), tmp_path) / "mp_rank_00" / FILE_NAME
-    good, random_ = path.read_bytes(), random.Random(0)
+    good, generator, refused = path.read_bytes(), np.random.default_rng(0), 0
     with zipfile.ZipFile(path) as archive:
         table = archive.getinfo("model_optim_rng/data.pkl")
-    refused = 0
+    end = table.header_offset + table.file_size
     for trial in range(80):
-        content = bytearray(good)
-        if trial % 4 == 0:
-            content = content[: random_.randrange(len(content))]
-        elif trial % 4 == 1:
-            content[-1 - random_.randrange(3000)] ^= 255
-        for _ in range((0, 0, 1, 20)[trial % 4]):
-            content[table.header_offset + random_.randrange(table.file_size)] = random_.randrange(256)
+        # Of every four, one is changed anywhere, and the others in what is unpickled.
+        begin, until = (0, len(good)) if trial % 4 == 0 else (table.header_offset, end)
+        content = good[:begin] + mutate(good[begin:until], generator) + good[until:]
         path.write_bytes(content)
         try:
             reader = MegatronReader(tmp_path)
@@ -219,16 +209,14 @@ def test_mutated_files_are_read_or_refused_in_words(tmp_path: Path) -> None:
     assert refused > 40
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_what_megatron_cannot_hold_is_refused() -> None:
+    sigmoid = {"moe_router_score_function": "sigmoid", "moe_router_topk": 2, "moe_router_pre_softmax": True}
+    for options, message in (
         ({"moe_shared_expert_intermediate_size": 8}, "shared experts have no bias"),
-        ({"moe_router_score_function": "sigmoid", "moe_router_topk": 2, "moe_router_pre_softmax": True}, "always normalises"),
-    ],
-)  # fmt: skip
-def test_what_megatron_cannot_hold_is_refused(options: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        plan_dist_export(new_source(tiny_config("moe", **options)))
+        (sigmoid, "always normalises"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan_dist_export(new_source(tiny_config("moe", **options)))
 
 
 def test_files_of_other_ranks_and_iterations_are_named(tmp_path: Path) -> None:

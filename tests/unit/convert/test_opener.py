@@ -19,7 +19,7 @@ from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.parallel_state.state import single_process_state
 from tests.harness.megatron_files import write_rank_files
-from tests.harness.program import call, write_corpus
+from tests.harness.program import call, flags, write_corpus
 from tests.harness.serving import save_tiny
 
 TARGETS = {"Hugging Face": "hf", "torch_dist": "torch_dist"}
@@ -65,8 +65,8 @@ def _load(folder: Path, out: Path, text: Path) -> str:
 
 
 def _compress(folder: Path, out: Path, text: Path) -> str:
-    done = _called("compress", "--load-dir", folder, "--save-dir", out, "--data-path", text, "--budget", 0.5,
-                   "--calibration-tokens", 512, "--judge-tokens", 128, "--num-samples", 16)  # fmt: skip
+    sizes = flags(budget=0.5, calibration_tokens=512, judge_tokens=128, num_samples=16)
+    done = _called("compress", *flags(load_dir=folder, save_dir=out, data_path=text), *sizes)
     assert (out / "verdicts.json").is_file()
     return done
 
@@ -79,16 +79,20 @@ def _convert(folder: Path, out: Path, text: Path) -> str:
     return _called("convert", "--load-dir", folder, "--save-dir", out, "--to", "hf")
 
 
+def _generate(folder: Path, out: Path, text: Path) -> str:
+    return _called("generate", *flags(load=folder, prompt="one", max_new_tokens=2))
+
+
 COMMANDS: dict[str, tuple[Callable[[Path, Path, Path], str], str]] = {
     "convert": (_convert, "--load-dir"),
     "edit": (_edit, "--load-dir"),
     "compress": (_compress, "--load-dir"),
     "inspect": (lambda folder, out, text: _called("inspect_checkpoint", "list", folder), ""),
-    "generate": (lambda folder, out, text: _called("generate", "--load", folder, "--prompt", "one", "--max-new-tokens", 2), "--load"),
+    "generate": (_generate, "--load"),
     "evaluate": (lambda folder, out, text: _called("evaluate", "--load", folder, "--corpus", f"{text}.txt"), "--load"),
     "serve": (_serve, "--load"),
     "load": (_load, "path"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("command", "kind"), list(product(COMMANDS, KINDS)))
@@ -150,6 +154,6 @@ def test_a_format_from_outside_is_opened_by_all(
         opened = open_folder(tmp_path)
         assert opened.kind == "pointer" and opened.notes == ("By way of a pointer.",)
         assert "pointer" in _called("inspect_checkpoint", "list", tmp_path)
-        assert _called("generate", "--load", tmp_path, "--prompt", "one", "--max-new-tokens", 2)
+        assert _generate(tmp_path, tmp_path, tmp_path)
     finally:
         formats.formats.cache_clear()

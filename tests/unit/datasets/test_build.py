@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
-import subprocess
-import sys
 import threading
-import time
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,27 +19,14 @@ from megatron_samoe.config.data import DataConfig
 from megatron_samoe.datasets import blends, index_cache, manifest, sample_index
 from megatron_samoe.datasets.build import build_train_valid_test_datasets
 from megatron_samoe.datasets.gpt_dataset import SampleFormat, make_sample
-from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_samoe.datasets.loader import DataLoader
-from megatron_samoe.datasets.preprocess.options import PreprocessOptions
-from megatron_samoe.datasets.preprocess.run import preprocess
 from megatron_samoe.datasets.samplers import PretrainingSampler
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.errors import DataError
+from tests.harness.datasets import preprocessed, random_dataset, write_dataset
 from tests.harness.extension_off import without_extension
 
 BYTES = ByteTokenizer()
-#: Kills while an index is built.
-NUM_KILLS = 3
-
-
-def make(prefix: Path, lengths: list[int], top: int = 257, seed: int = 0) -> str:
-    random = np.random.default_rng(seed)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
-    for length in lengths:
-        builder.add_document(random.integers(0, top, length), [length])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
 
 
 def build(data: DataConfig, num_samples: tuple = (10, 0, 0), seq_length: int = 16, **more):  # type: ignore
@@ -50,7 +35,7 @@ def build(data: DataConfig, num_samples: tuple = (10, 0, 0), seq_length: int = 1
 
 @pytest.fixture
 def prefix(tmp_path: Path) -> str:
-    return make(tmp_path / "a_text_document", [50] * 40)
+    return random_dataset(tmp_path / "a_text_document", [50] * 40)
 
 
 def test_splits_are_disjoint_and_only_what_is_needed_is_built(prefix: str) -> None:
@@ -61,7 +46,7 @@ def test_splits_are_disjoint_and_only_what_is_needed_is_built(prefix: str) -> No
 
 
 def test_samples_are_stacked_alike(prefix: str, tmp_path: Path) -> None:
-    other = make(tmp_path / "b", [33] * 30)
+    other = random_dataset(tmp_path / "b", [33] * 30)
     data = DataConfig(data_path=("1", prefix, "2", other), split="1", eod_mask_loss=True, reset_attention_mask=True)
     train, _, _ = build(data, (30, 0, 0))
     batch = train.get_batch([3, 0, 29])
@@ -113,13 +98,14 @@ def test_data_that_cannot_be_used_are_refused_at_the_start(prefix: str, tmp_path
     refused("is not understood", DataConfig(data_path=(prefix,), split="80,-10"))
     refused("is not understood", DataConfig(data_path=(prefix,), split="1,2,3,4"))
     refused("gives every split nothing", DataConfig(data_path=(prefix,), split="0,0"))
-    refused("must be a finite number", DataConfig(data_path=("-1", prefix, "1", prefix)))
+    refused("must be a finite number", DataConfig(data_path=("-1", prefix, "3", prefix)))
     refused("must be a finite number", DataConfig(data_path=("0", prefix, "0", prefix)))
     refused("must be a finite number", DataConfig(data_path=("nan", prefix, "1", prefix)))
     refused("mixes weights and prefixes", DataConfig(data_path=("0.5", prefix, prefix)))
     refused("vocabulary of 200", DataConfig(data_path=(prefix,), split="1", vocab_size=200))
-    large = make(tmp_path / "large", [50] * 40, top=300)
-    refused("outside the vocabulary", DataConfig(data_path=(large,), split="1"))
+    large = write_dataset(tmp_path / "large", [np.arange(900)])
+    refused("token id 899, outside the vocabulary of 257", DataConfig(data_path=(large,), split="1"))
+    refused("--vocab-size of 900 or more", DataConfig(data_path=(large,), split="1"))
 
 
 def test_an_id_out_of_range_found_only_when_read(prefix: str) -> None:
@@ -132,21 +118,25 @@ def test_an_id_out_of_range_found_only_when_read(prefix: str) -> None:
 
 
 def test_tokenizers_are_told_apart_by_the_manifest(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.txt").write_text(f"{name} " * 200)
-        preprocess(
-            PreprocessOptions((str(tmp_path / f"{name}.txt"),), str(tmp_path / name), executor="inline", quiet=True)
-        )
-    first, second = str(tmp_path / "a_text_document"), str(tmp_path / "b_text_document")
+    first, second = (preprocessed(tmp_path, name, ["a fine day " * 200]) for name in "ab")
     build(DataConfig(data_path=(first, second), split="1"), (None, 0, 0))
     record = manifest.read(second)
     assert record is not None
-    object.__setattr__(record, "tokenizer_fingerprint", "f" * 64)
-    manifest.write(second, record)
-    refused("was made with another tokenizer", DataConfig(data_path=(second,), split="1"))
-    refused("different tokenizers", DataConfig(data_path=("1", first, "1", second), split="1"))
-    Path(manifest.get_manifest_path(second)).write_text("{")
-    refused("is not a manifest", DataConfig(data_path=(second,), split="1"))
+    other = replace(record, tokenizer_fingerprint="f" * 64, tokenizer_type="HuggingFaceTokenizer", vocab_size=8192)
+    manifest.write(second, other)
+    for part in ("HuggingFaceTokenizer, 8192 entries", "this run (257 entries", "or make a dataset of the text with"):
+        refused(part, DataConfig(data_path=(second,), split="1"))
+    for part in ("different tokenizers", f"{first} (", f"{second} (", "Make them anew with one"):
+        refused(part, DataConfig(data_path=("1", first, "1", second), split="1"))
+    path = Path(manifest.get_manifest_path(second))
+    for content, said in (
+        ("{", "is not a manifest"),
+        (replace(record, format_version=2).to_json(), "has format version 2; this program reads 1"),
+        (replace(record, num_tokens=True).to_json(), "its num_tokens is True"),
+        (replace(record, inputs=[7]).to_json(), "its inputs or counts hold something else"),  # type: ignore[list-item]
+    ):
+        path.write_text(content)
+        refused(said, DataConfig(data_path=(second,), split="1"))
 
 
 def test_blend_files(prefix: str, tmp_path: Path) -> None:
@@ -172,7 +162,9 @@ def test_blend_files(prefix: str, tmp_path: Path) -> None:
 
 
 def test_the_cache_is_keyed_by_content(tmp_path: Path) -> None:
-    data = DataConfig(data_path=(make(tmp_path / "d", [50] * 40),), split="1", data_cache_path=str(tmp_path / "cache"))
+    data = DataConfig(
+        data_path=(random_dataset(tmp_path / "d", [50] * 40),), split="1", data_cache_path=str(tmp_path / "cache")
+    )
     first = build(data)[0]
     files = list((tmp_path / "cache").iterdir())
     assert len(files) == 1 and isinstance(first.document_index.base, np.ndarray)
@@ -180,16 +172,20 @@ def test_the_cache_is_keyed_by_content(tmp_path: Path) -> None:
     np.testing.assert_array_equal(first.sample_index, again.sample_index)
     assert list((tmp_path / "cache").iterdir()) == files
     moved = DataConfig(
-        data_path=(make(tmp_path / "moved", [50] * 40, seed=5),), split="1", data_cache_path=data.data_cache_path
+        data_path=(random_dataset(tmp_path / "moved", [50] * 40, seed=5),),
+        split="1",
+        data_cache_path=data.data_cache_path,
     )
     build(moved)
     assert list((tmp_path / "cache").iterdir()) == files, "the same lengths have the same index wherever they lie"
-    make(tmp_path / "d", [40] * 50)
+    random_dataset(tmp_path / "d", [40] * 50)
     changed = build(data)[0]
     assert changed.document_index.max() == 49, "a dataset that changed under its path is not met by an old index"
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-5], lambda b: b[:40], lambda b: b"x" + b[1:], lambda b: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-5], lambda b: b[:40], lambda b: b"x" + b[1:], lambda b: b"", lambda b: b + b"x"]
+)
 def test_a_damaged_cache_is_rebuilt(prefix: str, tmp_path: Path, damage) -> None:  # type: ignore
     data = DataConfig(data_path=(prefix,), split="1", data_cache_path=str(tmp_path / "cache"))
     wanted = build(data)[0].sample_index.copy()
@@ -198,6 +194,27 @@ def test_a_damaged_cache_is_rebuilt(prefix: str, tmp_path: Path, damage) -> None
     file.write_bytes(damage(content))
     np.testing.assert_array_equal(build(data)[0].sample_index, wanted)
     assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("step", ["numpy.save", "os.fsync", "os.replace"])
+def test_a_store_that_is_killed_leaves_no_index(
+    step: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has begun stays, since a killed process removes nothing, until a later one finds it old."""
+    cache = tmp_path / "cache"
+    data = DataConfig(data_path=(prefix,), split="1", data_cache_path=str(cache))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "unlink", lambda path: None)
+        patch.setattr(step, Mock(side_effect=KeyboardInterrupt))
+        build(data)
+    (left,) = cache.iterdir()
+    assert left.suffix == ".partial"
+    fresh = build(DataConfig(data_path=(prefix,), split="1", data_cache_path=str(tmp_path / "other")))[0]
+    np.testing.assert_array_equal(build(data)[0].sample_index, fresh.sample_index)
+    assert left.exists(), "it may be another rank's work"
+    os.utime(left, (0, 0))
+    build(data, (60, 0, 0))
+    assert [path.suffix for path in cache.iterdir()] == [".index"] * 2
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(prefix: str, tmp_path: Path) -> None:
@@ -277,42 +294,3 @@ def test_damaged_lengths_are_refused_by_both_bodies(monkeypatch: pytest.MonkeyPa
             without_extension(monkeypatch)
         with pytest.raises(DataError, match="negative length"):
             sample_index.build_sample_index(lengths, documents, 4, 2)
-
-
-@pytest.mark.night
-def test_kill_9_while_an_index_is_built_leaves_a_whole_one_or_none(tmp_path: Path) -> None:
-    prefix = make(tmp_path / "d", [20] * 20_000)
-    program = f"""
-import itertools, os, shutil
-from megatron_samoe.config.data import DataConfig
-from megatron_samoe.datasets.build import build_train_valid_test_datasets
-from megatron_samoe.datasets.tokenizer import ByteTokenizer
-print("ready", flush=True)
-for number in itertools.count():
-    data = DataConfig(data_path=({prefix!r},), split="1", data_cache_path={str(tmp_path / "cache")!r})
-    build_train_valid_test_datasets(data, (60_000 + number % 3, 0, 0), 16, 1, ByteTokenizer())
-    shutil.rmtree(data.data_cache_path)
-"""
-    root = Path(__file__).resolve().parents[3]
-    cache, random = tmp_path / "cache", np.random.default_rng(int(time.time()))
-    for _ in range(NUM_KILLS):
-        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=root)
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        time.sleep(float(random.uniform(0, 0.3)))
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        for count in range(60_000, 60_003):
-            data = DataConfig(data_path=(prefix,), split="1", data_cache_path=str(cache))
-            fresh = build(
-                DataConfig(data_path=(prefix,), split="1", data_cache_path=str(tmp_path / "other")), (count, 0, 0)
-            )
-            found = build(data, (count, 0, 0))
-            for name in ("document_index", "sample_index", "shuffle_index"):
-                np.testing.assert_array_equal(getattr(found[0], name), getattr(fresh[0], name))
-        assert not [path for path in cache.iterdir() if path.suffix not in (".index", ".partial")]
-        for path in cache.glob("*"):
-            os.utime(path, (0, 0))
-        build(data, (70_000, 0, 0))
-        assert not list(cache.glob("*.partial")), "what a kill left is removed when it is old"
-        shutil.rmtree(cache)

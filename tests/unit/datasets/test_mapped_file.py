@@ -11,9 +11,10 @@ import pytest
 
 from megatron_samoe.datasets.blended_dataset import BlendedDataset, blend_indices
 from megatron_samoe.datasets.gpt_dataset import GPTDataset, SampleFormat
-from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron_samoe.datasets.indexed_dataset import IndexedDataset
 from megatron_samoe.datasets.mapped_file import MappedFile, require_whole
 from megatron_samoe.errors import DataError
+from tests.harness.datasets import write_dataset
 from tests.harness.extension_off import without_extension
 
 FORMAT = SampleFormat(seq_length=64, eod=0, vocab_size=1000)
@@ -22,11 +23,7 @@ FORMAT = SampleFormat(seq_length=64, eod=0, vocab_size=1000)
 @pytest.fixture
 def prefix(tmp_path: Path) -> str:
     """A dataset of some pages: what is left of a page that a cut ends in can still be read."""
-    builder = IndexedDatasetBuilder(f"{tmp_path / 'd'}.bin", np.uint16)
-    for _ in range(4000):
-        builder.add_document(np.arange(10) + 1, [10])
-    builder.finalize(f"{tmp_path / 'd'}.idx")
-    return str(tmp_path / "d")
+    return write_dataset(tmp_path / "d", [np.arange(10) + 1] * 4000)
 
 
 def samples(prefix: str, cache: Path) -> GPTDataset:
@@ -66,11 +63,13 @@ READS: dict[str, Callable[[IndexedDataset], object]] = {
 
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
-def test_sequences_of_a_file_that_was_cut(prefix: str, read: str, suffix: str) -> None:
-    data = IndexedDataset(prefix)
+@pytest.mark.parametrize("mmap", [True, False])
+def test_sequences_of_a_file_that_was_cut(prefix: str, read: str, suffix: str, mmap: bool) -> None:
+    data = IndexedDataset(prefix, mmap=mmap)
     READS[read](data)
     os.truncate(prefix + suffix, 100)
-    with pytest.raises(DataError, match=f"d{suffix} was cut short"):
+    said = "was cut short" if mmap or suffix == ".idx" else "ended at byte .*: it was truncated while in use"
+    with pytest.raises(DataError, match=f"d{suffix} {said}"):
         READS[read](data)
 
 

@@ -16,10 +16,15 @@ import pytest
 from megatron_samoe.datasets.preprocess import journal, run
 from megatron_samoe.datasets.preprocess.executors import InlineExecutor
 from megatron_samoe.errors import DataError
-from tests.unit.datasets.test_preprocess import TEXTS, jsonl, options, outputs
+from tests.harness.datasets import jsonl, kill_9, options, seconds_of
+from tests.unit.datasets.test_preprocess import TEXTS
 
 #: Kills of the preprocessor by signal.
 NUM_KILLS = 8
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("out*")}
 
 
 class _StopAfter(InlineExecutor):
@@ -38,6 +43,7 @@ class _StopAfter(InlineExecutor):
 def test_resuming_at_every_point_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deduplicate: str
 ) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # most of the time
     (tmp_path / "in.jsonl").write_bytes(jsonl([f"{n} {text}" for n, text in enumerate(TEXTS * 4)] + TEXTS) + b"bad\n")
     wanted_options = options(tmp_path, "in.jsonl", on_bad_input="skip", deduplicate=deduplicate)
     run.preprocess(wanted_options)
@@ -85,39 +91,25 @@ def test_two_runs_cannot_share_an_output(tmp_path: Path) -> None:
     held.close(remove=True)
 
 
-def _command(tmp_path: Path, *more: str) -> list[str]:
-    root = Path(__file__).resolve().parents[3]
-    return [
-        sys.executable, str(root / "tools/preprocess_data.py"), "--input", str(tmp_path / "in.jsonl"), "--quiet",
-        "--output-prefix", str(tmp_path / "out"), "--tokenizer-type", "ByteTokenizer", "--workers", "2",
-        "--chunk-kb", "16", "--overwrite", *more,
-    ]  # fmt: skip
+def _command(folder: Path, *more: str) -> list[str]:
+    """Returns the command line of two workers on a corpus of many chunks, which it writes."""
+    (folder / "in.jsonl").write_bytes(jsonl(f"{n} {'text ' * 60}" for n in range(12_000)))
+    words = f"--input {folder}/in.jsonl --output-prefix {folder}/out --tokenizer-type ByteTokenizer --quiet --workers 2"
+    tool = Path(__file__).resolve().parents[3] / "tools/preprocess_data.py"
+    return [sys.executable, str(tool), *words.split(), "--chunk-kb", "16", "--overwrite", *more]
 
 
 @pytest.mark.night
 def test_kill_9_at_random_points_then_resume(tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_bytes(jsonl([f"{n} {'text ' * 60}" for n in range(12_000)]))
-    start = time.monotonic()
-    subprocess.run(_command(tmp_path), check=True, stdout=subprocess.DEVNULL)
-    whole_s = time.monotonic() - start
-    wanted = outputs(tmp_path)
-    random, killed = np.random.default_rng(int(time.time())), 0
-    for path in tmp_path.glob("out*"):
-        path.unlink()
-    while killed < NUM_KILLS:
-        process = subprocess.Popen(_command(tmp_path, "--resume"), stdout=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=float(random.uniform(0.2, 0.2 + whole_s)))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed += 1
-            continue
-        assert process.returncode == 0 and outputs(tmp_path) == wanted
-        for path in tmp_path.glob("out*"):
-            path.unlink()
-    subprocess.run(_command(tmp_path, "--resume"), check=True, stdout=subprocess.DEVNULL)
-    assert outputs(tmp_path) == wanted
+    whole_s, wanted = seconds_of(_command(tmp_path)), outputs(tmp_path)
+    random, killed, done = np.random.default_rng(int(time.time())), 0, True
+    while killed < NUM_KILLS or not done:
+        if done:
+            for path in tmp_path.glob("out*"):
+                path.unlink()
+        done = not kill_9(_command(tmp_path, "--resume"), float(random.uniform(0.2, 0.2 + whole_s)))
+        killed += not done
+        assert not done or outputs(tmp_path) == wanted
 
 
 def _children(pid: int) -> list[int]:
@@ -125,12 +117,10 @@ def _children(pid: int) -> list[int]:
 
 
 def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_bytes(jsonl([f"{n} {'text ' * 60}" for n in range(12_000)]))
-    subprocess.run(_command(tmp_path), check=True, stdout=subprocess.DEVNULL)
+    seconds_of(_command(tmp_path))
     wanted = outputs(tmp_path)
     process = subprocess.Popen(_command(tmp_path), stdout=subprocess.DEVNULL)
     while not (tmp_path / "out_text_document.bin.partial").exists():
         time.sleep(0.005)
     os.kill(_children(process.pid)[0], signal.SIGKILL)
-    assert process.wait(timeout=60) == 0
-    assert outputs(tmp_path) == wanted
+    assert process.wait(timeout=60) == 0 and outputs(tmp_path) == wanted

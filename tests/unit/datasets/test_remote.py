@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +14,11 @@ import torch
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.datasets.bin_readers import RemoteBinReader, fetch_index
 from megatron_samoe.datasets.build import build_train_valid_test_datasets
-from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-from megatron_samoe.datasets.preprocess.options import PreprocessOptions
+from megatron_samoe.datasets.indexed_dataset import IndexedDataset
 from megatron_samoe.datasets.preprocess.run import preprocess
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.errors import DataError
-
-
-def make(prefix: Path, num_documents: int = 60, seed: int = 0) -> str:
-    random = np.random.default_rng(seed)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
-    for _ in range(num_documents):
-        tokens = random.integers(0, 257, 40)
-        builder.add_document(tokens, [40])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
+from tests.harness.datasets import decoded, jsonl, options, random_dataset
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +51,7 @@ def upload(local: str, url: str) -> None:
 
 
 def test_training_from_s3_gives_the_same_samples(tmp_path: Path, bucket: str) -> None:
-    local = make(tmp_path / "d")
+    local = random_dataset(tmp_path / "d", [40] * 60)
     upload(local, f"{bucket}/d")
     cache = str(tmp_path / "cache")
     samples = []
@@ -75,7 +65,7 @@ def test_training_from_s3_gives_the_same_samples(tmp_path: Path, bucket: str) ->
 def test_a_changed_object_is_fetched_again(tmp_path: Path, bucket: str) -> None:
     url = f"{bucket}/changing"
     for count in (3, 5):
-        upload(make(tmp_path / f"d{count}", count), url)
+        upload(random_dataset(tmp_path / f"d{count}", [40] * count), url)
         assert len(IndexedDataset(url, index_cache_path=str(tmp_path / "cache"))) == count
 
 
@@ -91,11 +81,10 @@ def test_a_corpus_on_s3(tmp_path: Path, bucket: str) -> None:
 
     fs = s3fs.S3FileSystem()
     for name, text in (("b", "second"), ("a", "first")):
-        fs.pipe_file(f"samoe-data/corpus/{name}.jsonl", json.dumps({"text": text}).encode() + b"\n")
+        fs.pipe_file(f"samoe-data/corpus/{name}.jsonl", jsonl([text]))
     fs.invalidate_cache()
-    preprocess(PreprocessOptions((f"{bucket}/corpus/*.jsonl",), str(tmp_path / "out"), executor="inline", quiet=True))
-    data = IndexedDataset(str(tmp_path / "out_text_document"))
-    assert [bytes(data[i].tolist()).decode() for i in range(2)] == ["first", "second"]
+    preprocess(replace(options(tmp_path, "none"), input=(f"{bucket}/corpus/*.jsonl",)))
+    assert decoded(tmp_path / "out_text_document") == ["first", "second"]
 
 
 def test_blocks_of_remote_data(tmp_path: Path) -> None:
@@ -120,7 +109,7 @@ def test_a_folder_for_indexes_that_others_could_fill_is_not_used(
 ) -> None:
     import fsspec
 
-    prefix = make(tmp_path / "x")
+    prefix = random_dataset(tmp_path / "x", [40])
     fsspec.filesystem("memory").put_file(f"{prefix}.idx", "/index/x.idx")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = tmp_path / f"megatron_samoe_index_{os.getuid()}"

@@ -83,7 +83,7 @@ class _Slow:
 
 def test_the_loader_reads_ahead_a_little_and_stops_when_left() -> None:
     slow = _Slow()
-    iterator = iter(DataLoader(slow, PretrainingSampler(1000, 0, 1, 0, 1), num_workers=2, prefetch=2))
+    iterator = iter(DataLoader(slow, PretrainingSampler(1000, 0, 1, 0, 1), num_workers=2))
     next(iterator)
     deadline = time.monotonic() + 20
     while slow.reads < 5 and time.monotonic() < deadline:

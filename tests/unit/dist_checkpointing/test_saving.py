@@ -1,4 +1,4 @@
-"""Saving in the background."""
+"""Saving: in the background, by several ranks of which one fails, and onto disks that refuse."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_samoe.config import CheckpointConfig
+from megatron_samoe.config import CheckpointConfig, PretrainConfig
 from megatron_samoe.dist_checkpointing import digests, file_storage, saving, store
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated
@@ -93,6 +93,45 @@ def test_ranks_save_their_parts_while_they_train(tmp_path: Path) -> None:
     assert store.damaged_files(store.iteration_dir(tmp_path, 2), STATE) == []
 
 
+def fail_on_rank_1(place: str, folder: str) -> str:
+    parallel = initialize_model_parallel(PretrainConfig().parallel)
+    config, rank = CheckpointConfig(save=folder, load=folder), parallel.rank
+    state = {"x": [ShardedTensor(torch.ones(2, 3), (4, 3), (2 * rank, 0), True)]}
+    if place == "save" and rank == 1:
+        write = saving.write_sharded
+
+        def fail(*args: Any) -> None:
+            write(*args)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        saving.write_sharded = fail
+    with pytest.raises(CheckpointError) as caught:
+        saved = saving.save_checkpoint(config, 1, state, {}, {}, parallel)
+        if place == "verify":
+            if rank == 0:
+                next(saved.glob("__1_*.distcp")).write_bytes(b"")
+            parallel.world.barrier()
+            store.find_checkpoint(config, lambda directory: store.damaged_files(directory, parallel))
+        store.load_checkpoint(saved / "nothing" if rank == 1 else saved, state, parallel)
+    assert caught.value.collective
+    return str(caught.value)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("save", "No space left on device"),
+        ("verify", "is damaged: __1_0.distcp differs"),
+        ("load", "nothing/.metadata cannot be read"),
+    ],
+)
+def test_trouble_of_one_rank_stops_all_with_the_same_words(place: str, said: str, tmp_path: Path) -> None:
+    first, second = run_ranks(partial(fail_on_rank_1, place, str(tmp_path)), 2)
+    assert first == second and said in first
+    assert store.whole_iterations(tmp_path) == ([] if place == "save" else [1])
+
+
 @pytest.mark.parametrize("refused", [False, True], ids=["direct", "refused"])
 def test_a_file_of_any_size_has_its_bytes_and_their_digest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
@@ -120,7 +159,9 @@ def test_a_file_of_any_size_has_its_bytes_and_their_digest(
             # A flush after each tensor ends no direct writing.
             assert refused or fcntl.fcntl(stream._fd, fcntl.F_GETFL) == way
             os.fsync(stream.fileno())
-            assert (tmp_path / "x").read_bytes() == content
+            assert (tmp_path / "x").read_bytes() == content and not stream.closed
+        # Python 3.13 complains of a stream whose end would flush a file that is closed.
+        assert stream.closed
         assert files.digests["x"] == digests.digest_of(tmp_path / "x")
 
 
@@ -130,15 +171,3 @@ def test_a_full_disk_is_an_error() -> None:
     with pytest.raises(OSError, match="No space left"), files.create_stream("/dev/full", "wb") as stream:
         stream.write(b"abc")
     assert not files.digests
-
-
-def test_a_written_file_leaves_nothing_to_close(tmp_path: Path) -> None:
-    """Python 3.13 complains of a stream whose end would flush a file that is closed."""
-    files = file_storage._DigestingFileSystem()
-    with files.create_stream(tmp_path / "x", "wb") as stream:
-        stream.write(b"abc")
-        assert not stream.closed
-    assert stream.closed and (tmp_path / "x").read_bytes() == b"abc"
-    digest = digests.new_digest()
-    digest.update(b"abc")
-    assert files.digests == {"x": digest.hexdigest()}

@@ -87,21 +87,15 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
 def test_the_newest_is_loaded_and_any_can_be_asked_for(tmp_path: Path) -> None:
     assert store.find_checkpoint(CheckpointConfig()) is None
     assert store.find_checkpoint(config(tmp_path)) is None
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        store.find_checkpoint(config(tmp_path / "absent", exit_on_missing_checkpoint=True))
     for iteration in (5, 10, 12345678):
         save(tmp_path, iteration)
     assert store.whole_iterations(tmp_path) == [5, 10, 12345678]
-    newest = store.find_checkpoint(config(tmp_path))
-    assert newest is not None and newest.name == "iter_12345678"
-    asked = store.find_checkpoint(config(tmp_path, ckpt_step=5))
-    assert asked is not None and asked.name == "iter_0000005"
+    assert store.find_checkpoint(config(tmp_path)) == tmp_path / "iter_12345678"
+    assert store.find_checkpoint(config(tmp_path, ckpt_step=5)) == tmp_path / "iter_0000005"
     with pytest.raises(CheckpointError, match=r"--ckpt-step 6.*\[5, 10, 12345678\]"):
         store.find_checkpoint(config(tmp_path, ckpt_step=6))
-
-
-def test_missing_checkpoint_is_a_fresh_start_or_an_error(tmp_path: Path) -> None:
-    assert store.find_checkpoint(config(tmp_path / "absent")) is None
-    with pytest.raises(CheckpointError, match="has no checkpoint"):
-        store.find_checkpoint(config(tmp_path / "absent", exit_on_missing_checkpoint=True))
 
 
 def test_a_pretrained_checkpoint_is_for_a_run_that_has_none_of_its_own(tmp_path: Path) -> None:
@@ -124,27 +118,20 @@ def test_a_pretrained_checkpoint_is_for_a_run_that_has_none_of_its_own(tmp_path:
 @pytest.fixture(name="messages")
 def recorded_messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said: list[str] = []
-    monkeypatch.setattr(logger, "warning", lambda message: said.append(message))
+    monkeypatch.setattr(logger, "warning", said.append)
     return said
 
 
-@pytest.mark.parametrize("content", [None, "", "soon", "77"])
-def test_latest_file_that_is_missing_or_lies(content: str | None, tmp_path: Path, messages: list[str]) -> None:
+@pytest.mark.parametrize(("content", "found"), [(None, 10), ("", 10), ("soon", 10), ("77", 10), ("5", 5)])
+def test_latest_file_is_followed_unless_it_is_missing_or_wrong(
+    content: str | None, found: int, tmp_path: Path, messages: list[str]
+) -> None:
     save(tmp_path, 5)
     save(tmp_path, 10)
     latest = tmp_path / store.LATEST
     latest.unlink() if content is None else latest.write_text(content)
-    found = store.find_checkpoint(config(tmp_path))
-    assert found is not None and found.name == "iter_0000010"
+    assert store.find_checkpoint(config(tmp_path)) == store.iteration_dir(tmp_path, found)
     assert bool(messages) == (content == "77") and all("names iteration 77" in line for line in messages)
-
-
-def test_latest_file_may_name_an_older_one(tmp_path: Path) -> None:
-    save(tmp_path, 5)
-    save(tmp_path, 10)
-    (tmp_path / store.LATEST).write_text("5")
-    found = store.find_checkpoint(config(tmp_path))
-    assert found is not None and found.name == "iter_0000005"
 
 
 @pytest.mark.parametrize(
@@ -171,12 +158,14 @@ def test_failed_save_is_never_taken_for_a_checkpoint(
     assert not list(tmp_path.glob(".*")), "the unfinished folder was used anew"
 
 
-def test_unfinished_folder_of_a_killed_run_is_not_loaded(tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_not_loaded_and_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
     shutil.copytree(path, tmp_path / ".iter_0000010.unfinished")
+    (tmp_path / ".probe_123.tmp").write_text("probe")
     assert store.whole_iterations(tmp_path) == [5]
     save(tmp_path, 10)
     assert torch.equal(loaded(store.iteration_dir(tmp_path, 10))["a"], torch.full((3, 4), 10.0))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
@@ -192,31 +181,15 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         save(tmp_path / "file" / "sub", 5)
 
 
-@pytest.mark.parametrize("keep", [1, 2, 4, 5, 9])
-def test_as_many_are_kept_as_asked_for_at_every_step(keep: int, tmp_path: Path) -> None:
-    for iteration in range(1, 12):
-        state = {"a": replicated(torch.ones(1), STATE)}
-        saving.save_checkpoint(config(tmp_path, keep_last=keep), iteration, state, {}, {}, STATE)
-        assert store.whole_iterations(tmp_path) == list(range(max(1, iteration - keep + 1), iteration + 1))
-
-
 @pytest.mark.parametrize(
-    ("options", "kept"),
-    [
-        ({}, [1, 2, 3, 4, 5, 6, 7]),
-        ({"keep_last": 1}, [7]),
-        ({"keep_last": 2}, [6, 7]),
-        ({"keep_last": 3}, [5, 6, 7]),
-        ({"save_retain_interval": 3}, [3, 6, 7]),
-        ({"save_retain_interval": 3, "keep_last": 2}, [3, 6, 7]),
-        ({"save_retain_interval": 2, "keep_last": 2}, [2, 4, 6, 7]),
-    ],
+    ("keep", "interval"), [(None, None), (1, None), (2, None), (5, None), (9, None), (None, 3), (2, 3), (2, 2)]
 )
-def test_retention(options: dict[str, int], kept: list[int], tmp_path: Path) -> None:
-    for iteration in range(1, 8):
-        save(tmp_path, iteration, **options)
-        assert iteration in store.whole_iterations(tmp_path)
-    assert store.whole_iterations(tmp_path) == kept
+def test_retention_at_every_step(keep: int | None, interval: int | None, tmp_path: Path) -> None:
+    for iteration in range(1, 12):
+        save(tmp_path, iteration, keep_last=keep, save_retain_interval=interval)
+        newest = iteration if keep is None and interval is None else keep or 1
+        kept = [i for i in range(1, iteration + 1) if i > iteration - newest or (interval and i % interval == 0)]
+        assert store.whole_iterations(tmp_path) == kept
     assert not list(tmp_path.glob(".*"))
 
 
@@ -241,17 +214,36 @@ def test_foreign_folder_is_refused_rather_than_overwritten(tmp_path: Path) -> No
         store.find_checkpoint(config(tmp_path / "file"))
 
 
-def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
-    path = save(tmp_path, 5)
-    state = {**tensors(), "new.weight": replicated(torch.zeros(2), STATE)}
-    with pytest.raises(CheckpointError, match=r"has no tensor new\.weight"):
-        store.load_checkpoint(path, state, STATE)
-    state = {**tensors(), "a": replicated(torch.zeros(4, 4), STATE)}
-    with pytest.raises(CheckpointError, match=r"a is \[3, 4\] in the checkpoint and \[4, 4\] in the model"):
-        store.load_checkpoint(path, state, STATE)
-    many = {f"x{i}": replicated(torch.zeros(1), STATE) for i in range(9)}
-    with pytest.raises(CheckpointError, match=r"x0, x1, x2 and 6 more"):
-        store.load_checkpoint(path, many, STATE)
+def test_a_folder_above_runs_names_them(tmp_path: Path) -> None:
+    first, second, copied = (tmp_path / name for name in ("runs/first", "runs/second", "copied/kept"))
+    for folder in (first / "checkpoints", second / "checkpoints", copied):
+        save(folder, 5)
+    (tmp_path / "runs/notes").mkdir()
+    for folder, named in (
+        (tmp_path / "runs", f"{first}, {second}"),
+        (tmp_path, f"{copied}, {first}, {second}"),
+        (tmp_path / "copied", copied),
+    ):
+        said = f"--load {folder} is a folder above runs and has no checkpoint itself: give one of {named}."
+        with pytest.raises(CheckpointError, match=f"^{re.escape(said)}$"):
+            store.find_checkpoint(config(folder))
+    assert store.find_checkpoint(config(first)) == first / "checkpoints/iter_0000005"
+    with pytest.raises(CheckpointError, match=r"--pretrained-checkpoint \S+ is a folder above runs"):
+        store.refuse_without_checkpoint(str(tmp_path / "runs"), "--pretrained-checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"new.weight": (2,)}, r"has no tensor new\.weight"),
+        ({"a": (4, 4)}, r"a is \[3, 4\] in the checkpoint and \[4, 4\] in the model"),
+        ({f"x{i}": (1,) for i in range(9)}, "x0, x1, x2 and 6 more"),
+    ],
+)
+def test_missing_and_misshapen_tensors_are_named(shapes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    state = tensors() | {name: replicated(torch.zeros(shape), STATE) for name, shape in shapes.items()}
+    with pytest.raises(CheckpointError, match=message):
+        store.load_checkpoint(save(tmp_path, 5), state, STATE)
 
 
 def test_a_part_of_the_tensors_can_be_loaded(tmp_path: Path) -> None:
@@ -347,10 +339,3 @@ def test_only_owners_write(tmp_path: Path) -> None:
     path = saving.save_checkpoint(config(tmp_path), 1, state, {}, {}, STATE)
     assert stored_names(str(path)) == {"a"}
     assert yaml.safe_load((path / store.CONFIG).read_text()) == {}
-
-
-def test_a_probe_of_a_killed_run_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
-    save(tmp_path, 5)
-    (tmp_path / ".probe_123.tmp").write_text("probe")
-    save(tmp_path, 6)
-    assert {path.name for path in tmp_path.iterdir()} == {store.LATEST, "iter_0000005", "iter_0000006"}

@@ -18,7 +18,7 @@ from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from megatron_samoe.errors import CheckpointError, ConfigError, DataError
 from megatron_samoe.evaluation.measurements import read_decode, read_study, read_zero_shot
 from megatron_samoe.evaluation.plots_quality import cost_axes
-from megatron_samoe.evaluation.report import write_report
+from megatron_samoe.evaluation.report import ReportData, write_group_report
 from megatron_samoe.evaluation.report_tables import (
     cost_table,
     glance_table,
@@ -27,22 +27,17 @@ from megatron_samoe.evaluation.report_tables import (
     speed_table,
     zero_shot_table,
 )
-from megatron_samoe.evaluation.run_groups import group_runs, mean_sd
-from megatron_samoe.evaluation.run_summary import perplexity_text, read_run
+from megatron_samoe.evaluation.run_groups import RunGroup, group_runs, mean_sd
+from megatron_samoe.evaluation.run_summary import RunSummary, perplexity_text, read_run
 from tests.harness.browser import browser, needs_browser
 from tests.harness.serving import save_tiny
 
 
-def write_metrics(folder: Path, loss: float, experts: bool, banks: bool, speed: float = 100.0) -> None:
+def write_metrics(folder: Path, loss: float, experts: bool, banks: bool) -> None:
     lines = []
     for i in range(1, 5):
-        record: dict[str, Any] = {
-            "iteration": i,
-            "consumed_tokens": 100 * i,
-            "lm_loss": loss + 1 / i,
-            "tokens_per_s": speed * (10 + (i > 1) * i),
-            "peak_memory_bytes": 10**6 * i,
-        }
+        record: dict[str, Any] = {"iteration": i, "consumed_tokens": 100 * i, "lm_loss": loss + 1 / i}
+        record |= {"tokens_per_s": 100.0 * (10 + (i > 1) * i), "peak_memory_bytes": 10**6 * i}
         if i % 2 == 0:
             record |= {"validation_loss": loss + 1 / i, "validation_perplexity": math.exp(loss + 1 / i)}
         if experts:
@@ -67,19 +62,19 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(root / "samoe one bank" / "checkpoints", "samoe")
     line = {"iteration": 4, "validation_loss": 2.75, "validation_perplexity": math.exp(2.75)}
     (root / "samoe one bank" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    machine = {
-        "device": "cpu",
-        "device_name": "A processor",
-        "threads_per_rank": 2,
-        "ranks": 4,
-        "layout": {"tensor": 2, "data": 1},
-    }
+    machine = {"device": "cpu", "device_name": "A processor", "threads_per_rank": 2, "ranks": 4}
+    machine["layout"] = {"tensor": 2, "data": 1}
     (root / "moe" / "seed-2" / "machine.json").write_text(json.dumps(machine))
     return root
 
 
 def folders(runs_dir: Path) -> list[Path]:
     return [*sorted(runs_dir.glob("*/seed-*")), runs_dir / "samoe one bank"]
+
+
+@pytest.fixture(scope="module")
+def groups(runs_dir: Path) -> list[RunGroup]:
+    return group_runs([read_run(path) for path in folders(runs_dir)])
 
 
 def decode_rows(runs_dir: Path) -> list[dict[str, Any]]:
@@ -104,8 +99,12 @@ def zero_shot_file(checkpoints: Path, values: tuple[float, ...]) -> dict[str, An
     return content
 
 
-def test_folders_of_seeds_are_one_model(runs_dir: Path) -> None:
-    groups = group_runs([read_run(path) for path in folders(runs_dir)])
+def page_of(folder: Path, runs: list[RunSummary], title: str = "Runs", data: ReportData | None = None) -> str:
+    write_group_report(folder / "r.html", title, group_runs(runs), data or ReportData())
+    return (folder / "r.html").read_text()
+
+
+def test_folders_of_seeds_are_one_model(runs_dir: Path, groups: list[RunGroup]) -> None:
     assert [(g.name, len(g.runs)) for g in groups] == [("dense", 2), ("moe", 2), ("samoe", 2), ("samoe one bank", 1)]
     loss = groups[1].loss
     assert loss.mean == pytest.approx(2.55) and loss.sd == pytest.approx(0.2 / math.sqrt(2)) and loss.count == 2
@@ -160,14 +159,13 @@ def test_perplexities_of_any_size() -> None:
 
 
 def test_different_numbers_of_training_tokens_are_noted(runs_dir: Path, tmp_path: Path) -> None:
-    shutil.copytree(runs_dir / "moe/seed-1", tmp_path / "short")
-    lines = (runs_dir / "moe/seed-1/metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "short/metrics.jsonl").write_text("".join(lines[:2]).replace('tokens": 200', 'tokens": 2000000'))
-    runs = [read_run(tmp_path / "short"), read_run(runs_dir / "moe/seed-1"), read_run(runs_dir / "samoe one bank")]
+    runs = [read_run(runs_dir / name) for name in ("dense/seed-1", "moe/seed-1", "samoe one bank")]
+    runs[0] = replace(runs[0], records=[*runs[0].records[:1], {**runs[0].records[1], "consumed_tokens": 2_000_000}])
     assert [row[2] for row in results_table(group_runs(runs))] == ["training tokens", "2.00 M", "0.00 M", "-"]
     for chosen, noted in ((runs, True), (runs[1:], False)):
-        write_report(tmp_path / "r.html", "Runs", chosen)
-        assert ("trained on different numbers of tokens" in (tmp_path / "r.html").read_text()) == noted
+        page = page_of(tmp_path, chosen)
+        assert ("trained on different numbers of tokens" in page) == noted
+        assert "<th>sharing</th>" in page and "stored, and counted, once" in page
 
 
 #: Ways of sharing, how a report names them for four layers, and the sets of experts that are stored.
@@ -175,6 +173,7 @@ WAYS = {
     "own": ("own", 4),
     "tied": ("tied 0*4", 1),
     "0,1,1,0": ("tied 0,1*2,0", 2),
+    "0*2,1*2": ("tied 0*2,1*2", 2),
     "scaled:0*2,1*2": ("scaled 0*2,1*2", 2),
     "pool": ("pool", 1),
     "combined": ("combined (2 banks)", 2),
@@ -195,25 +194,18 @@ def test_every_way_of_sharing_is_named_and_its_parameters_counted_once(tmp_path:
         assert count.expert == num_sets * one_set, group.name
         (folder,) = (tmp_path / group.name / "checkpoints").glob("iter_*")
         stored = CheckpointReader(folder).tensors
-        elements = {
-            name: t.num_bytes // t.dtype.itemsize for name, t in stored.items() if not name.startswith(NOT_MODEL)
-        }
-        assert count.total == sum(elements.values()), group.name
+        of_model = [t for name, t in stored.items() if not name.startswith(NOT_MODEL)]
+        assert count.total == sum(t.num_elements for t in of_model), group.name
         # Beside all that is no routed expert, a token passes K experts in each of the four layers.
         assert count.active == count.total - count.expert + 4 * one_set // 4, group.name
-    page = tmp_path / "r.html"
-    write_report(page, "Ways", [group.first for group in groups])
-    assert "<th>sharing</th>" in page.read_text() and "stored, and counted, once" in page.read_text()
 
 
-def test_large_costs_are_whole_numbers(runs_dir: Path) -> None:
-    groups = group_runs([read_run(runs_dir / "moe/seed-1")])
+def test_large_costs_are_whole_numbers(groups: list[RunGroup]) -> None:
     for value, text in ((1300.4, "1,300"), (0.01234, "0.0123"), (999.7, "1,000"), (12.34, "12.3")):
-        assert cost_table(groups, {"total parameters (M)": {"moe": value}})[1][1] == text
+        assert cost_table(groups[1:2], {"total parameters (M)": {"moe": value}})[1][1] == text
 
 
-def test_tables_have_the_figures_of_the_records(runs_dir: Path) -> None:
-    groups = group_runs([read_run(path) for path in folders(runs_dir)])
+def test_tables_have_the_figures_of_the_records(groups: list[RunGroup]) -> None:
     head, *rows = results_table(groups)
     results = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     shown = ("valid. loss", "load entropy", "peak memory/rank")
@@ -228,41 +220,31 @@ def test_tables_have_the_figures_of_the_records(runs_dir: Path) -> None:
 
 
 def test_speed_of_a_machine_that_something_else_used_is_left_out(runs_dir: Path, tmp_path: Path) -> None:
-    shutil.copytree(runs_dir / "moe/seed-1", tmp_path / "moe")
-    lines = [json.loads(line) for line in (tmp_path / "moe/metrics.jsonl").read_text().splitlines()]
-    for line, speed in zip(lines, (900, 1000, 1000, 1900), strict=True):
-        line["tokens_per_s"] = speed
-    (tmp_path / "moe/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    runs = [read_run(tmp_path / "moe"), read_run(runs_dir / "dense/seed-1")]
+    moe, dense = (read_run(runs_dir / f"{name}/seed-1") for name in ("moe", "dense"))
+    speeds = zip(moe.records, (900, 1000, 1000, 1900), strict=True)
+    runs = [replace(moe, records=[{**record, "tokens_per_s": speed} for record, speed in speeds]), dense]
     assert speed_table(group_runs(runs)) == []
-    write_report(tmp_path / "r.html", "Report", runs)
-    assert "Not in this report: Training speed. Quartiles" in (tmp_path / "r.html").read_text()
+    assert "Not in this report: Training speed. Quartiles" in page_of(tmp_path, runs)
 
 
-def test_the_first_screen_names_the_best_and_the_smallest_as_good(runs_dir: Path) -> None:
-    groups = group_runs([read_run(path) for path in folders(runs_dir)])
-    without_dense = [group for group in groups if group.name != "dense"]
+def test_the_first_screen_names_the_best_and_the_smallest_as_good(groups: list[RunGroup]) -> None:
     (edited,) = (group for group in groups if group.name == "samoe one bank")  # worse, and no smaller
     assert glance_table(groups)[1][:3] == ["dense", groups[0].loss.text(4), "+0.0000"]
     assert glance_text(groups, 1.0).startswith("Best: dense, ") and "No smaller model" in glance_text(groups, 1.0)
-    better = replace(
-        without_dense[0],
-        runs=tuple(replace(r, records=[{"iteration": 4, "validation_loss": 2.0}]) for r in without_dense[0].runs),
-    )
+    records = [{"iteration": 4, "validation_loss": 2.0}]
+    better = replace(groups[1], runs=tuple(replace(run, records=records) for run in groups[1].runs))
     said = glance_text([groups[0], better, edited], margin=0.6)
     assert said.startswith(f"Best: {better.name}, 2.0000") and "within 0.6 of it: dense, +0.5500" in said
     assert "No smaller model comes within 0.5 of it" in glance_text([groups[0], better, edited], margin=0.5)
 
 
 def test_no_plot_compares_one_model_with_itself(runs_dir: Path, tmp_path: Path) -> None:
-    write_report(tmp_path / "r.html", "One", [read_run(runs_dir / "moe/seed-1")])
-    page = (tmp_path / "r.html").read_text()
+    page = page_of(tmp_path, [read_run(runs_dir / "moe/seed-1")])
     assert not (tmp_path / "quality.png").exists() and not (tmp_path / "glance.png").exists()
     assert "Best:" not in page and "Right, from" not in page and "further left" not in page
 
 
-def test_costs_per_decoded_token(runs_dir: Path, tmp_path: Path) -> None:
-    groups = group_runs([read_run(path) for path in folders(runs_dir)])
+def test_costs_per_decoded_token(runs_dir: Path, groups: list[RunGroup], tmp_path: Path) -> None:
     (tmp_path / "decode.json").write_text(json.dumps(decode_rows(runs_dir)))
     read = report_command.bytes_per_token(groups)
     axes = cost_axes(groups, read_decode(tmp_path / "decode.json"), read)
@@ -274,8 +256,9 @@ def test_costs_per_decoded_token(runs_dir: Path, tmp_path: Path) -> None:
     assert read["samoe"][1] == pytest.approx(read["moe"][1], rel=0.01)
 
 
-def test_zero_shot_results_vary_over_checkpoints_and_seeds(runs_dir: Path, tmp_path: Path) -> None:
-    groups = group_runs([read_run(path) for path in folders(runs_dir)])
+def test_zero_shot_results_vary_over_checkpoints_and_seeds(
+    runs_dir: Path, groups: list[RunGroup], tmp_path: Path
+) -> None:
     rows = []
     for seed, values in ((1, (0.6, 0.7)), (2, (0.5, 0.8))):
         path = tmp_path / f"{seed}.json"
@@ -345,8 +328,8 @@ def test_a_study_is_reported_under_its_names(runs_dir: Path, tmp_path: Path, cap
 
 def test_texts_are_escaped_and_the_page_is_alone(runs_dir: Path, tmp_path: Path) -> None:
     runs = [read_run(runs_dir / "moe/seed-1"), read_run(runs_dir / "samoe one bank")]
-    write_report(tmp_path / "r.html", "A < B & C", runs, ["<script>alert(1)</script>"], {"moe": "<b>bold</b>"})
-    page = (tmp_path / "r.html").read_text()
+    data = ReportData(notes=["<script>alert(1)</script>"], samples={"moe": "<b>bold</b>"})
+    page = page_of(tmp_path, runs, "A < B & C", data)
     assert "A &lt; B &amp; C" in page and "<script" not in page and "&lt;b&gt;bold" in page
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
     assert (tmp_path / "loss_curves.png").read_bytes()[:4] == b"\x89PNG"

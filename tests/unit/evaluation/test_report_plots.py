@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from megatron_samoe.evaluation import plots, plots_experts
 from megatron_samoe.evaluation.plots_quality import quality_against_cost, spread_apart
-from megatron_samoe.evaluation.run_groups import group_runs
+from megatron_samoe.evaluation.run_groups import RunGroup
 from megatron_samoe.evaluation.run_summary import read_run
-from tests.unit.evaluation.test_report import folders, runs_dir
+from tests.unit.evaluation.test_report import groups, runs_dir
 
-__all__ = ["runs_dir"]
+__all__ = ["groups", "runs_dir"]
 
 
 def test_entropy_of_the_load() -> None:
@@ -27,11 +27,8 @@ def test_entropy_of_the_load() -> None:
 
 
 def test_entropy_of_seeds_that_logged_at_different_times() -> None:
-    curves = [
-        (np.array([1.0, 2.0, 3.0]), np.array([[0.1], [0.2], [0.3]])),
-        (np.array([2.0, 4.0]), np.array([[0.4], [0.9]])),
-    ]
-    tokens_N, mean_N = plots_experts.mean_entropy(curves)
+    curves = [([1.0, 2.0, 3.0], [[0.1], [0.2], [0.3]]), ([2.0, 4.0], [[0.4], [0.9]])]
+    tokens_N, mean_N = plots_experts.mean_entropy([(np.array(t), np.array(h)) for t, h in curves])
     assert tokens_N.tolist() == [2.0] and mean_N == pytest.approx([0.3])
 
 
@@ -53,8 +50,7 @@ def is_seen(place: int, image: np.ndarray) -> bool:
     return (np.abs(image - wanted).max(-1) < 0.02).sum() > 10
 
 
-def test_every_model_is_seen_in_every_plot_of_costs(runs_dir: Path) -> None:
-    groups = group_runs([read_run(path) for path in folders(runs_dir)])
+def test_every_model_is_seen_in_every_plot_of_costs(groups: list[RunGroup]) -> None:
     same = {"some cost": {group.name: 2.0 for group in groups}, "another": {group.name: 2.0 for group in groups}}
     image = plt.imread(io.BytesIO(quality_against_cost(groups, same) or b""))[:, :, :3]
     panels = image[: int(0.8 * len(image))]  # without the legend
@@ -69,18 +65,14 @@ def test_an_axis_has_one_notation() -> None:
     plots.label_tokens(axes)
     plots.label_log(axes.yaxis)
     figure.canvas.draw()
-    shown = [
-        [text.get_text() for text in texts if text.get_text()]
-        for texts in (axes.get_xticklabels(), axes.get_yticklabels())
-    ]
-    assert {"5k", "10k", "20k", "50k"} <= set(shown[0]) and {"0.02", "0.05"} <= set(shown[1])
+    x, y = ({text.get_text() for text in texts} for texts in (axes.get_xticklabels(), axes.get_yticklabels()))
+    assert {"5k", "10k", "20k", "50k"} <= x and {"0.02", "0.05"} <= y
     minor = [text.get_text() for axis in (axes.xaxis, axes.yaxis) for text in axis.get_ticklabels(minor=True)]
     assert not any(minor)
     plt.close(figure)
 
 
-def test_models_have_their_colours_where_the_first_has_no_experts(runs_dir: Path) -> None:
-    groups = group_runs([read_run(path) for path in folders(runs_dir)])
+def test_models_have_their_colours_where_the_first_has_no_experts(groups: list[RunGroup]) -> None:
     image = plt.imread(io.BytesIO(plots_experts.load_entropies(groups)))[:, :, :3]
     seen = [group.name for place, group in enumerate(groups) if is_seen(place, image)]
     assert groups[0].name == "dense" and seen == ["moe", "samoe"]
@@ -93,22 +85,10 @@ def test_gradients_are_means_over_the_second_half_and_experts(runs_dir: Path) ->
     assert plots_experts.expert_gradient(read_run(runs_dir / "dense/seed-1")) is None
 
 
-def test_plots_of_what_nobody_logged_are_left_out(runs_dir: Path) -> None:
-    dense = group_runs([read_run(runs_dir / "dense/seed-1")])
-    for plot in (
-        plots.expert_load,
-        plots.gradient_norms,
-        plots.combinations,
-        plots_experts.load_entropies,
-        plots_experts.gradients_against_experts,
-        plots_experts.combination_evolution,
-    ):
-        assert plot(dense) is None
-    samoe = group_runs([read_run(runs_dir / "samoe/seed-1")])
-    for plot in (
-        plots.expert_load,
-        plots.combinations,
-        plots_experts.combination_evolution,
-        plots_experts.load_entropies,
-    ):
-        assert plot(samoe)[:4] == b"\x89PNG"
+def test_plots_of_what_nobody_logged_are_left_out(groups: list[RunGroup]) -> None:
+    dense, _, samoe, _ = groups
+    logged = [plots.expert_load, plots.combinations, plots_experts.combination_evolution, plots_experts.load_entropies]
+    for plot in (*logged, plots.gradient_norms, plots_experts.gradients_against_experts):
+        assert plot([dense]) is None
+    for plot in logged:
+        assert plot([samoe])[:4] == b"\x89PNG"

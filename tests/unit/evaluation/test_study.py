@@ -60,19 +60,6 @@ def test_a_study_without_runs_says_what_is_missing(tmp_path: Path) -> None:
         read_study(write_study(tmp_path, runs=None))
 
 
-#: Arms by name, their options, and how tables name what their four layers share.
-SHARING = TABLE["sharing"]
-
-
-def test_arms_may_share_experts_in_every_way(tmp_path: Path) -> None:
-    runs = {name: {**options, "num-layers": 4} for name, (options, _) in SHARING.items()}
-    study = read_study(write_study(tmp_path, runs=runs, derived=None, baseline="own"))
-    runner = StudyPlan(study, tmp_path, ())
-    runner.check()
-    found = {run.variant.name: sharing_text(runner.config_of(run)) for run in runner.plan()}
-    assert found == {name: text for name, (_, text) in SHARING.items()}
-
-
 def test_results_name_what_layers_share(tmp_path: Path) -> None:
     runs = {"own": {"expert-layout": "moe"}, "tied": {"expert-layout": "moe", "expert-sharing": "tied"}}
     study = read_study(write_study(tmp_path, runs=runs, derived=None, baseline="own", seeds=[1]))
@@ -113,30 +100,17 @@ def test_folder_names_are_plain() -> None:
     assert folder_name("SaMoE, one bank (P = 2)") == "samoe-one-bank-p-2"
 
 
-def test_flags_for_all_runs_leave_the_variants_what_they_are(tmp_path: Path) -> None:
-    runner = StudyPlan(read_study(write_study(tmp_path)), tmp_path, ("--expert-layout", "dense", "--lr", "0.5"))
-    configs = [runner.config_of(run) for run in runner.plan()[:2]]
-    assert [config.moe.expert_layout for config in configs] == ["moe", "samoe"]
-    assert [config.optimizer.lr for config in configs] == [0.5, 0.5]
-
-
 def test_a_run_leaves_out_what_its_variants_own_options_make_useless(tmp_path: Path) -> None:
-    runs = {
-        "decays": {},
-        "plain": {"lr-decay-style": "linear"},
-        "dense": {"expert-layout": "dense"},
-        "own rank": {"lr": 1},
-    }
-    study = read_study(
-        write_study(tmp_path, runs=runs, derived=None, baseline=None, sizes={"s": {"moe-router-topk": 2}})
-    )
-    common = ("--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "1", "--expert-layout", "moe", "--no-swiglu")
-    plan = StudyPlan(study, tmp_path, common)
+    own = {"plain": {"lr-decay-style": "linear"}, "dense": {"expert-layout": "dense"}, "own rate": {"lr": 1}}
+    others = {"runs": {"decays": {}, **own}, "sizes": {"s": {"moe-router-topk": 2}}}
+    study = read_study(write_study(tmp_path, derived=None, baseline=None, **others))
+    common = "--lr 0.5 --lr-decay-style WSD --lr-wsd-decay-iters 1 --expert-layout moe --no-swiglu".split()
+    plan = StudyPlan(study, tmp_path, tuple(common))
     first = {run.variant.name: run for run in plan.plan() if run.seed == 1}
     found = {name: plan.config_of(run) for name, run in first.items()}
     assert [c.optimizer.lr_wsd_decay_iters for c in found.values()] == [1, None, 1, 1]
     assert [c.moe.expert_layout for c in found.values()] == ["moe", "moe", "dense", "moe"]
-    assert found["own rank"].optimizer.lr == 1.0
+    assert [c.optimizer.lr for c in found.values()] == [0.5, 0.5, 0.5, 1.0]
     for name, run in first.items():
         assert parse_pretrain_args(plan.flags_of(run)) == found[name], "the program is given what was planned"
     study = read_study(write_study(tmp_path, runs={"idle": {"lr-wsd-decay-iters": 3}}, derived=None, baseline=None))
@@ -154,14 +128,7 @@ def test_an_option_that_is_not_known_is_refused_by_its_run(tmp_path: Path) -> No
 
 #: Everything that a study may ask for, at once.
 WHOLE = TABLE["whole"]
-SLOW_DECAY = {
-    **OPTIONS,
-    "train_iters": 10,
-    "eval_interval": 100,
-    "lr_decay_style": "WSD",
-    "lr_wsd_decay_iters": 4,
-    "moe_router_lr_mult": 1.0,
-}
+SLOW_DECAY = {**OPTIONS, **TABLE["slow decay"]}
 
 
 def write_atomically(folder: Path, **changes: object) -> Path:
@@ -186,19 +153,13 @@ def test_a_gate_without_a_baseline_looks_at_its_arm_alone(tmp_path: Path) -> Non
 
 
 def test_a_dense_arm_leaves_out_what_experts_share(tmp_path: Path) -> None:
-    runs = {"dense": {"expert-layout": "dense"}, "own": {"expert-layout": "moe"}}
+    runs = {"dense": {"expert-layout": "dense"}, "own": {"expert-layout": "moe", "expert-sharing": [0, 0]}}
     study = read_study(write_atomically(tmp_path, runs=runs, derived=None, sweep=None, gates=None))
     dense, own = (StudyPlan(study, tmp_path, ()).config_of(run) for run in plan_runs(study, tmp_path))
     assert (dense.optimizer.moe_router_lr_mult, own.optimizer.moe_router_lr_mult) == (0.5, 1.0)
-    typo = read_study(
-        write_atomically(
-            tmp_path,
-            runs={"dense": {"expert-layout": "dense", "moe-router-lr-mult": 1.0}, "own": {}},
-            derived=None,
-            sweep=None,
-            gates=None,
-        )
-    )
+    assert (sharing_text(dense), sharing_text(own)) == ("-", "tied 0*2")
+    runs = {"dense": {"expert-layout": "dense", "moe-router-lr-mult": 1.0}, "own": {}}
+    typo = read_study(write_atomically(tmp_path, runs=runs, derived=None, sweep=None, gates=None))
     with pytest.raises(ConfigError, match="--moe-router-lr-mult"):  # what an arm itself asks for is refused, not hidden
         StudyPlan(typo, tmp_path, ()).config_of(plan_runs(typo, tmp_path)[0])
     common = ("--moe-router-lr-mult", "1.0", "--expert-layout", "moe")
@@ -246,12 +207,8 @@ def write_kept(folder: Path, config: PretrainConfig) -> str:
 
 def test_a_store_keeps_losses_whole_and_lists_of_experts_short(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    row = {
-        "iteration": 5,
-        "lm_loss": 3.14159265358979,
-        "validation_loss": 3.0,
-        "expert_load": [[0.123456789, 7], [0.5, 0.25]],
-    }
+    row = {"iteration": 5, "lm_loss": 3.14159265358979, "validation_loss": 3.0}
+    row["expert_load"] = [[0.123456789, 7], [0.5, 0.25]]
     run.mkdir()
     key = write_kept(run, PretrainConfig())
     (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")

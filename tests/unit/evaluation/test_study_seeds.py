@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.run_summary import read_records
 from megatron_samoe.evaluation.study import plan as plan_module
 from megatron_samoe.evaluation.study import results_store
 from megatron_samoe.evaluation.study.definition import Run, read_study
 from megatron_samoe.evaluation.study.plan import StudyPlan
-from megatron_samoe.evaluation.study.sweeps import optimum
 from tests.unit.evaluation.test_study import write_kept, write_study
 
 RUNS = {"own": {"expert-layout": "moe"}, "shared": {"expert-layout": "samoe"}}
@@ -28,21 +27,21 @@ def finish(plan: StudyPlan, run: Run, loss: float) -> None:
     write_kept(run.directory, plan.config_of(run))
 
 
+def finish_sweep(plan: StudyPlan, variant: str, losses: Sequence[float]) -> list[Run]:
+    swept = [run for run in plan.all_runs() if run.swept and run.variant.name == variant]
+    for run, loss in zip(swept, losses, strict=True):
+        finish(plan, run, loss)
+    return swept
+
+
 def plan_of(folder: Path, **changes: object) -> StudyPlan:
     study = read_study(write_study(folder, runs=RUNS, derived=None, baseline="own", **changes))
     return StudyPlan(study, folder / "runs", ())
 
 
-def test_a_rate_that_was_tried_is_chosen_and_its_run_is_the_first_seeds() -> None:
-    losses = {1.0: 3.0, 2.0: 2.9, 4.0: 2.95}
-    assert optimum(losses, between=False).value == 2.0 != optimum(losses).value
-
-
 def test_the_sweeps_best_run_is_found_in_place_of_the_first_seeds(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, sweep=SWEEP)
-    swept = [run for run in plan.all_runs() if run.swept and run.variant.name == "shared"]
-    for run, loss in zip(swept, (3.0, 2.8, 2.9), strict=True):
-        finish(plan, run, loss)
+    swept = finish_sweep(plan, "shared", (3.0, 2.8, 2.9))
     first, second = [run for run in plan.plan() if run.variant.name == "shared"]
     assert plan.optima()[("shared", "")].value == 0.02
     assert plan.key_of(first) == plan.key_of(swept[1]) != plan.key_of(second)
@@ -53,18 +52,14 @@ def test_the_sweeps_best_run_is_found_in_place_of_the_first_seeds(tmp_path: Path
 
 def test_a_value_between_is_the_vertex_of_numpys_parabola(tmp_path: Path) -> None:
     plan, losses = plan_of(tmp_path, sweep=SWEEP | {"choose": "vertex"}), (3.0, 2.8, 2.9)
-    for run, loss in zip([r for r in plan.all_runs() if r.variant.name == "own" and r.swept], losses, strict=True):
-        finish(plan, run, loss)
+    finish_sweep(plan, "own", losses)
     a, b, _ = np.polyfit(np.log(SWEEP["values"]), losses, 2)
     assert plan.optima()[("own", "")].value == pytest.approx(np.exp(-b / (2 * a)))
 
 
 def test_a_best_value_at_an_end_is_followed_by_one_beyond(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, sweep=SWEEP)
-    for run, loss in zip(
-        [r for r in plan.all_runs() if r.swept and r.variant.name == "own"], (2.7, 2.8, 2.9), strict=True
-    ):
-        finish(plan, run, loss)
+    finish_sweep(plan, "own", (2.7, 2.8, 2.9))
     beyond = [r for r in plan.all_runs() if r.swept == 0.005]
     assert len(beyond) == 1 and not plan.optima()
     finish(plan, beyond[0], 2.75)
@@ -77,9 +72,7 @@ def test_records_are_read_once_and_again_when_they_have_changed(
     read: list[Path] = []
     monkeypatch.setattr(plan_module, "read_records", lambda path: read.append(path) or read_records(path))
     plan = plan_of(tmp_path, sweep=SWEEP)
-    swept = [run for run in plan.all_runs() if run.swept and run.variant.name == "own"]
-    for run, loss in zip(swept, (3.0, 2.8, 2.9), strict=True):
-        finish(plan, run, loss)
+    swept = finish_sweep(plan, "own", (3.0, 2.8, 2.9))
     assert [plan.optima()[("own", "")].value for _ in range(5)] == [0.02] * 5
     assert sorted(read) == sorted(run.directory / "metrics.jsonl" for run in swept)
     (swept[2].directory / "metrics.jsonl").write_text(json.dumps({"iteration": 2, "validation_loss": 2.75}) + "\n")
@@ -96,12 +89,3 @@ def test_a_variant_too_far_behind_gets_no_more_seeds(tmp_path: Path, behind: flo
     finish(plan, own, 3.0)
     assert [run.seed for run in plan.plan() if run.variant.name == "shared"] == seeds
     assert [run.seed for run in plan.plan() if run.variant.name == "own"] == [1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("changes", "field"), [({"give-up": "far"}, "give-up"), ({"sweep": SWEEP | {"choose": "best"}}, "sweep.choose")]
-)
-def test_a_wrong_word_is_refused(tmp_path: Path, changes: dict, field: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        plan_of(tmp_path, **changes)
-    assert caught.value.field == field

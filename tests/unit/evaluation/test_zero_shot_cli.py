@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -26,6 +27,7 @@ from megatron_samoe.training.setup import build_setup, initial_state
 from tests.harness.ranks import run_ranks
 from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_layout
+from tests.unit.evaluation.test_zero_shot_tasks import PLAIN
 from tests.unit.evaluation.zero_shot_data import FORMS, lines, write
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
@@ -73,10 +75,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: object, status: int = 0) -> str:
-        import logging
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
 
+    def call(*words: object, status: int = 0) -> str:
         logging.getLogger("megatron_samoe").handlers.clear()  # else it would write to an earlier test's output
         found = main([str(word) for word in words])
         captured = capsys.readouterr()
@@ -128,11 +130,9 @@ def test_all_tasks_of_a_folder(run: Run, checkpoints: tuple[Path, Path], data: P
 def test_a_group_and_examples_before_each_item(
     run: Run, checkpoints: tuple[Path, Path], tmp_path: Path, data: Path
 ) -> None:
-    task = {
-        "task": "odd", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "boolq_val.jsonl"}},
-        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": ["no", "yes"],
-        "doc_to_target": "{{label|int}}", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }  # fmt: skip
+    data_files = {"data_files": {"test": "boolq_val.jsonl"}}
+    fields = {"doc_to_text": "{{question}}", "doc_to_target": "{{label|int}}", "target_delimiter": " "}
+    task = {**PLAIN, "task": "odd", "dataset_kwargs": data_files, **fields}
     group = {"group": "both", "task": [task, {**task, "task": "odder"}], "aggregate_metric_list": [{"metric": "acc"}]}
     (tmp_path / "both.yaml").write_text(json.dumps(group))
     words = ("--load", checkpoints[0], "--data-dir", data, "--tasks", tmp_path / "both.yaml", "--limit", 8)
@@ -216,43 +216,32 @@ def test_list_tasks(run: Run) -> None:
 
 @pytest.mark.parametrize("words, message", TABLE["refused"])
 def test_refusals(
-    words: list[str], message: str, run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    words: list[str], message: str, run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
     (tmp_path / "text.txt").write_text("words")
     names: dict[str, Any] = {"LOAD": checkpoints[0], "DATA": data, "TEXT": tmp_path / "text.txt"}
-    error = run(
-        *(names.get(word, word) for word in words),
-        status=1 if "absent" in message or "[10" in message or "only 3" in message else 2,
-    )
-    assert message in error
+    status = 1 if "absent" in message or "[10" in message or "only 3" in message else 2
+    assert message in run(*(names.get(word, word) for word in words), status=status)
 
 
 @pytest.mark.night
 @pytest.mark.distributed
 def test_torchrun(run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
     """The command line over two pipeline stages, over several checkpoints, says what one process says."""
-    words = [
-        "--load",
-        str(checkpoints[0]),
-        "--data-dir",
-        str(data),
-        "--tasks",
-        "boolq,lambada_openai,triviaqa",
-        "--checkpoints",
-        "LAST:2",
-    ]
+    words = (
+        f"--load {checkpoints[0]} --data-dir {data} --tasks boolq,lambada_openai,triviaqa --checkpoints LAST:2".split()
+    )
     expected = run(*words, "--json", tmp_path / "1.json")
-    launcher = [
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2 tools/evaluate.py"
+    command = [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "tools/evaluate.py",
+        *torchrun.split(),
+        *words,
+        "--pipeline-model-parallel-size",
+        "2",
+        "--json",
+        str(tmp_path / "2.json"),
     ]
-    command = [*launcher, *words, "--pipeline-model-parallel-size", "2", "--json", str(tmp_path / "2.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ import torch
 from megatron_samoe.config import CheckpointConfig, DataConfig, PretrainConfig
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.datasets.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from megatron_samoe.datasets.train_tokenizer import train_byte_bpe
 from megatron_samoe.errors import DataError
 from megatron_samoe.evaluation.zero_shot.data_files import Document
 from megatron_samoe.evaluation.zero_shot.encode import encode_pair, encode_prompt, rolling_queries, split_pair
@@ -27,16 +28,14 @@ from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_layout
 from tests.unit.evaluation.zero_shot_models import loaded_model, plain_log_probs
 
 SEQ_LENGTH = 16
-PAIRS = [
-    ("The cat sat", " on a mat"), ("The cat sat", " down"), ("", "alone"), ("ends with space ", "then"), ("x", "y"),
-    ("a context that is longer than sixteen", " end"), ("a context that is longer than sixteen", " of the road"),
-    ("short", " but what follows is far longer than all"), ("", "nothing before and sixteen after it, and more"),
-    ("The cat sat", " on a mat"),
-]  # fmt: skip
+TABLE = table(__file__)
+PAIRS: list[tuple[str, str]] = list(TABLE["pairs"])
+LAYOUTS: tuple[tuple[int, dict[str, Any], int | None], ...] = TABLE["layouts"]
 
 
 def plain_score(loaded: LoadedModel, context: str, continuation: str) -> tuple[float, bool]:
@@ -139,19 +138,8 @@ def test_perplexity_per_token_byte_and_word() -> None:
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTokenizer:
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(["the theory of the thing that they think"] * 50, trainer)
-    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return HuggingFaceTokenizer(str(path))
+    texts = iter(["the theory of the thing that they think"] * 50)
+    return HuggingFaceTokenizer(train_byte_bpe(texts, 300, str(tmp_path_factory.mktemp("bpe") / "words"))[0])
 
 
 def test_pairs_are_encoded_as_one_text(bpe: HuggingFaceTokenizer) -> None:
@@ -215,18 +203,12 @@ def answers(folder: str, config: PretrainConfig, batch_size: int | None) -> tupl
     return [s.loglikelihood for s in scores], [(s.is_greedy, s.cut_tokens, s.num_windows) for s in scores], found
 
 
-LAYOUTS: list[tuple[int, dict[str, Any], int | None]] = [
-    (2, {"tp": 2}, None), (2, {"pp": 2}, 3), (2, {}, 1), (2, {"ep": 2}, 4), (2, {"tp": 2, "sp": True}, 3),
-    (4, {"tp": 2, "etp": 1, "ep": 2, "pp": 2}, 2),
-]  # fmt: skip
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("experts", "layouts"), first_by_day([("samoe", LAYOUTS[-3:]), ("samoe", LAYOUTS[:-3]), ("moe", LAYOUTS)])
 )
 def test_every_layout_gives_every_rank_the_same_answers(
-    tmp_path: Path, experts: str, layouts: list[tuple[int, dict[str, Any], int | None]]
+    tmp_path: Path, experts: str, layouts: tuple[tuple[int, dict[str, Any], int | None], ...]
 ) -> None:
     config = replace(
         tiny_config(experts, style="llama", moe_expert_capacity_factor=0.5),

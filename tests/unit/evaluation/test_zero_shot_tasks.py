@@ -19,11 +19,8 @@ from tests.harness.tables import table
 from tests.unit.evaluation.zero_shot_data import FORMS, Form, lines, write
 
 TABLE = table(__file__, tuples=False)
-PLAIN = {
-    "task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "mine.jsonl"}}, "test_split": "test",
-    "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": ["no", "yes"], "doc_to_target": "label",
-    "target_delimiter": "|", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-}  # fmt: skip
+#: A task of one's own.
+PLAIN = TABLE["plain"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,13 +66,8 @@ def test_packed_files_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     rows = [{"q": f"row {n}", "label": n % 2} for n in range(5)]
     content = lines(*rows).encode()
-    packed = {
-        "a/mine.jsonl": content,
-        "b/mine.jsonl.xz": lzma.compress(content),
-        "c/mine.jsonl.gz": gzip.compress(content),
-        "d/mine.json": json.dumps({"data": rows}).encode(),
-        "e/mine/part.jsonl": content,
-    }
+    packed = {"a/mine.jsonl": content, "e/mine/part.jsonl": content, "d/mine.json": json.dumps({"data": rows}).encode()}
+    packed |= {"b/mine.jsonl.xz": lzma.compress(content), "c/mine.jsonl.gz": gzip.compress(content)}
     for name, data in packed.items():
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(data)
@@ -110,13 +102,6 @@ def test_damaged_data(task: str, content: str, message: str, tmp_path: Path) -> 
         TaskLoader(tmp_path).load(task)
 
 
-@pytest.mark.parametrize("content, message", [("7", "holds no rows, but int"), ("[" * 100_000, "is no JSON")])
-def test_documents_that_are_no_rows(content: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.json").write_text(content)
-    with pytest.raises(DataError, match=message):
-        list(read_rows(tmp_path / "mine.json"))
-
-
 def test_labels_beside_the_data_must_be_as_many(tmp_path: Path) -> None:
     (tmp_path / "valid.jsonl").write_text(lines({"goal": "a", "sol1": "b", "sol2": "c"}) * 2)
     for labels in ("1\n", "1\n0\n1\n"):
@@ -125,10 +110,18 @@ def test_labels_beside_the_data_must_be_as_many(tmp_path: Path) -> None:
             TaskLoader(tmp_path).load("piqa")
 
 
-def test_packed_data_that_is_cut_short(tmp_path: Path) -> None:
-    (tmp_path / "mine.jsonl.xz").write_bytes(lzma.compress(b"{}" * 1000)[:-20])
-    with pytest.raises(DataError, match=r"mine\.jsonl\.xz cannot be read"):
-        list(read_rows(tmp_path / "mine.jsonl.xz"))
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("mine.json", b"7", "holds no rows, but int"),
+        ("mine.json", b"[" * 100_000, "is no JSON"),
+        ("mine.jsonl.xz", lzma.compress(b"{}" * 1000)[:-20], r"mine\.jsonl\.xz cannot be read"),
+    ],
+)
+def test_files_that_hold_no_rows(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_rows(tmp_path / name))
 
 
 def test_tasks_are_chosen_by_name(tmp_path: Path) -> None:
@@ -174,23 +167,14 @@ def test_names_tags_and_groups_of_the_harness(tmp_path: Path, monkeypatch: pytes
             write(form, tmp_path)
     loader = TaskLoader(tmp_path)
     assert [task.task_name for task in loader.load("lambada")] == ["lambada_openai", "lambada_standard"]
-    row = {
-        "question": "What is wet?",
-        "distractor1": "a",
-        "distractor2": "b",
-        "distractor3": "c",
-        "correct_answer": "d",
-    }
-    (tmp_path / "sciq.jsonl").write_text(lines({**row, "support": "s"}))
+    row = {"question": "What is wet?", "distractor1": "a", "distractor2": "b", "distractor3": "c"}
+    (tmp_path / "sciq.jsonl").write_text(lines({**row, "correct_answer": "d", "support": "s"}))
     # Copies of data sets of the Hub, below the folder by their names there.
     for split, answer in (("train", "2"), ("test", "7")):
         (tmp_path / f"openai/gsm8k/main/{split}.jsonl").parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / f"openai/gsm8k/main/{split}.jsonl").write_text(lines({"question": "q", "answer": answer}))
-    card = {
-        "configs": [
-            {"config_name": "main", "data_files": [{"split": s, "path": f"main/{s}.jsonl"} for s in ("train", "test")]}
-        ]
-    }
+    files = [{"split": split, "path": f"main/{split}.jsonl"} for split in ("train", "test")]
+    card = {"configs": [{"config_name": "main", "data_files": files}]}
     (tmp_path / "openai/gsm8k/README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
     sciq, gsm8k = loader.load("sciq,gsm8k")
     assert sciq.doc_to_text(sciq.eval_docs[0]).endswith("Question: What is wet?\nAnswer:")

@@ -53,4 +53,5 @@ def _form(task: str, files: dict[str, Any], **expected: Any) -> Form:
     return Form(task, texts, **{key: tuple(x) if isinstance(x, list) else x for key, x in expected.items()})
 
 
-FORMS = [_form(**form) for form in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())]
+_TASKS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+FORMS = [_form(task, **form, **item) for task, item in _TASKS.items() for form in item.pop("forms")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,9 @@ from tests.unit.convert.memory_source import MemorySource, logits, new_source
 from tests.unit.fit.test_matching import layers_of
 
 #: As DeepSeek-V3 routes: two experts of the best of two groups, by sigmoid scores and biases.
-GROUPED = tiny_config(
-    "moe", num_experts=8, moe_router_topk=2, moe_router_num_groups=2, moe_router_group_topk=1, moe_router_score_function="sigmoid",
-    moe_router_enable_expert_bias=True, mock_data=True,
-)  # fmt: skip
+GROUPS = {"moe_router_num_groups": 2, "moe_router_group_topk": 1}
+PLAIN = {"moe_router_topk": 2, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+GROUPED = tiny_config("moe", num_experts=8, mock_data=True, **PLAIN, **GROUPS)
 
 
 def shuffled_source() -> MemorySource:
@@ -55,10 +53,9 @@ def test_groups_are_assigned_as_wholes() -> None:
 def test_a_grouped_moe_is_compressed_and_what_is_alike_is_found(sharing: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "moe", 0, shuffled_source())
     write_corpus(tmp_path / "text", vocab_size=103)
-    compression = Compression(CompressOptions(
-        str(tmp_path / "moe"), str(tmp_path / "out"), str(tmp_path / "text"), calibration_tokens=2048, judge_tokens=512,
-        num_samples=16, sharing=sharing, budget=0.25,
-    ))  # fmt: skip
+    folders = [str(tmp_path / name) for name in ("moe", "out", "text")]
+    sizes = {"calibration_tokens": 2048, "judge_tokens": 512, "num_samples": 16, "budget": 0.25}
+    compression = Compression(CompressOptions(*folders, sharing=sharing, **sizes))
     verdicts = {v.model: v for v in compression.judge({})}
     assert verdicts["matched"].divergence < 1e-6
     assert verdicts["fitted"].divergence < 1e-4  # one set holds all four layers
@@ -79,7 +76,5 @@ def test_pruning_keeps_as_many_of_each_group() -> None:
     assert experts_in_budget(source, expert_bytes(source) * 5 // 8) == 4
     with pytest.raises(ConfigError, match="leaves 1 experts a group; a token chooses 2"):
         experts_in_budget(source, expert_bytes(source) * 3 // 8)
-    plain = new_source(
-        replace(GROUPED, moe=replace(GROUPED.moe, moe_router_num_groups=None, moe_router_group_topk=None))
-    )
+    plain = new_source(tiny_config("moe", num_experts=8, **PLAIN))
     assert experts_in_budget(plain, expert_bytes(source) * 3 // 8) == 3

@@ -55,12 +55,8 @@ def test_the_optimizer_is_the_originals() -> None:
         RUN, optimizer=OptimizerConfig(optimizer="muon", lr=0.02, muon_momentum=0.9, adam_beta2=0.99, weight_decay=0.3)
     )
     found = config_of(STAGES[0], muon)["optimizer"]
-    assert {name: found[name] for name in ("optimizer", "muon_momentum", "adam_beta2")} == {
-        "optimizer": "muon",
-        "muon_momentum": 0.9,
-        "adam_beta2": 0.99,
-    }
-    assert found["weight_decay"] == 0.0
+    kept = {"optimizer": "muon", "muon_momentum": 0.9, "adam_beta2": 0.99, "weight_decay": 0.0}
+    assert kept.items() <= found.items()
 
 
 @pytest.mark.parametrize(

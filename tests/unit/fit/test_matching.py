@@ -127,9 +127,11 @@ def test_a_planted_pair_of_layers_is_chosen() -> None:
     assert error_LL[1, 2] < 1e-6
     others = error_LL[torch.triu(torch.ones(4, 4), 1).bool()].sort().values[1:]
     assert others.min() > 0.01
-    assert [source.way.name for source in parse_sharing(chosen_map(error_LL, 3, TIED), 4)] == [
-        "own",
-        "tied",
-        "tied",
-        "own",
-    ]
+    sources = parse_sharing(chosen_map(error_LL, 3, TIED), 4)
+    assert [source.way.name for source in sources] == "own tied tied own".split()
+
+
+def test_two_layers_are_matched_in_the_same_way_from_either_side() -> None:
+    first, second, *_ = layers_of(made(num_experts=6, **CASES["gpt3"]))
+    there, back = (match(pair, "gelu", "experts")[1].experts_E for pair in ([first, second], [second, first]))
+    assert torch.equal(there[back], torch.arange(6))

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_samoe.cli import edit
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.derived import sharing_map
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.sharing_map import parse_sharing, written_map
 from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.hf.export import differences
-from megatron_samoe.convert.opener import open_folder
-from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
+from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.fit.matching_by_weights import match_to_mean
 from megatron_samoe.fit.surgery.pool import SetOptions, pool_moe, tie_layers
@@ -64,6 +61,7 @@ def test_folding_any_way_changes_no_logit(case: str) -> None:
     folded = fold_shared(source)
     assert not moe_of(folded).shares_experts and moe_of(folded).expert_layout == "moe"
     assert_same(folded, source)
+    assert_same(keep_layers(source, range(from_mapping(source.config, "").model.num_layers)), source)
 
 
 @pytest.mark.parametrize("case", SHARED)
@@ -140,6 +138,7 @@ def test_pooling_by_a_map_leaves_other_layers_alone() -> None:
     source = made(num_layers=6)
     pooled = pool_moe(source, 4, sharing="own,combined*4,own")
     assert pooled.tensors["expert_pool.bank.w1"].shape[0] == 4 and "layers.0.moe.experts.w1" in pooled.tensors
+    assert torch.equal(pooled.read("layers.3.moe.combination"), torch.eye(4)[2].expand(2, 1, 4)), "a bank each"
     assert_same(pooled, source)
     with pytest.raises(ConfigError, match="number of MoE layers that combine them, 4"):
         pool_moe(source, 5, sharing="own,combined*4,own")
@@ -210,12 +209,6 @@ def test_factors_on_w2_move_into_routing_where_it_can_hold_them() -> None:
     assert moe_of(dropped).expert_sharing == "0*4" and moe_of(dropped).moe_router_topk_scaling_factor is None
 
 
-@pytest.mark.parametrize("case", SHARED)
-def test_a_student_of_all_layers_is_the_teacher(case: str) -> None:
-    source = made(**SHARED[case])
-    assert_same(keep_layers(source, range(from_mapping(source.config, "").model.num_layers)), source)
-
-
 @pytest.mark.parametrize(
     ("options", "layers", "sharing"),
     [
@@ -247,51 +240,6 @@ def test_students_compute_with_the_layers_they_keep(
     assert torch.equal(
         student.read("layers.1.attention.qkv.weight"), teacher.weights[f"layers.{layers[1]}.attention.qkv.weight"]
     )
-
-
-def run_edit(capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str]:
-    status = edit.main([str(word) for word in words])
-    output = capsys.readouterr()
-    return status, output.out + output.err
-
-
-def test_the_tool_ties_selects_and_thins(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    write_checkpoint(tmp_path / "moe", 7, made())
-    steps: list[tuple[str, str, list[object]]] = [
-        ("tie", "scaled", ["--expert-sharing", "scaled", "--num-expert-sets", 2, "--sets-from", "1,2"]),
-        ("select", "tied", ["--to", "tied", "--scale", "one"]),
-        ("student", "student", ["--keep-layers", "0,1,3"]),
-        ("fold", "folded", []),
-    ]
-    source = tmp_path / "moe"
-    for action, name, words in steps:
-        status, output = run_edit(capsys, action, "--load-dir", source, "--save-dir", tmp_path / name, *words)
-        assert status == 0 and f"{action}: " in output, output
-        source = tmp_path / name
-    folded = open_folder(source).tensors
-    assert folded.config["model"]["num_layers"] == 3 and differences(folded) == []
-
-
-def test_bad_requests_are_one_paragraph(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    write_checkpoint(tmp_path / "moe", 7, made())
-    common = ("--load-dir", tmp_path / "moe", "--save-dir", tmp_path / "new")
-    cases = [
-        (("tie", *common, "--expert-sharing", "own,combined*3"), "no combined layers, which pool makes"),
-        (("tie", *common, "--expert-sharing", "own"), "must have sets"),
-        (("tie", *common, "--expert-sharing", "0,0"), "has 2 entries"),
-        (("tie", *common, "--expert-sharing", "0,0,1,1", "--sets-from", "1"), "must name a layer for each of sets [0, 1]"),
-        (("tie", *common, "--expert-sharing", "0,0,1,1", "--sets-from", "1,0"), "one of set 1's layers, [2, 3]"),
-        (("tie", *common, "--expert-sharing", "tied", "--sets-from", "first"), "must be numbers of layers"),
-        (("pool", *common, "--num-expert-banks", 2, "--expert-sharing", "tied"), "must have combined layers; tie makes sets"),
-        (("select", *common, "--to", "tied"), "select needs a checkpoint with combined or scaled layers"),
-        (("student", *common, "--keep-layers", "0,2,1"), "rising numbers of layers from 0 to 3"),
-        (("student", *common, "--keep-layers", "0,4"), "rising numbers of layers from 0 to 3"),
-        (("fold", *common), "fold needs a checkpoint with experts that layers share"),
-    ]  # fmt: skip
-    for words, message in cases:
-        status, output = run_edit(capsys, *words)
-        assert status != 0 and message in output and output.count("\n") == 1, output
-    assert not (tmp_path / "new").exists()
 
 
 def test_candidates_that_change_are_refused_by_name() -> None:

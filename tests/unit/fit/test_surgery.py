@@ -10,21 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_samoe.cli import edit
 from megatron_samoe.config import MoEConfig
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.convert.fold import fold_shared
-from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
-from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.errors import CheckpointError
 from megatron_samoe.fit.bank_fit import fit_banks
 from megatron_samoe.fit.matching_by_weights import match_experts
 from megatron_samoe.fit.surgery.pool import pool_moe
 from megatron_samoe.fit.surgery.select import select_samoe
 from megatron_samoe.fit.surgery.upcycle import UpcycleOptions, upcycle_dense
-from megatron_samoe.parallel_state.state import single_process_state
-from megatron_samoe.runtime.load import load_model
-from tests.harness.program import arguments, contents, start
 from tests.harness.tiny import tiny_config
 from tests.unit.convert.memory_source import MemorySource, load, logits, loss, new_source
 
@@ -156,10 +151,8 @@ def test_a_moe_of_combinations_is_recovered(style: str, banks: int, granularity:
     again = fold_shared(pooled)
     for layer in range(6):
         for name in ("w1", "w2"):
-            old, new = (
-                moe.weights[f"layers.{layer}.moe.experts.{name}"],
-                again.read(f"layers.{layer}.moe.experts.{name}"),
-            )
+            stored = f"layers.{layer}.moe.experts.{name}"
+            old, new = moe.weights[stored], again.read(stored)
             distance_EE = torch.cdist(old.flatten(1), new.flatten(1))
             # The experts' numbers may differ; each is there, once.
             assert sorted(distance_EE.argmin(1).tolist()) == list(range(8))
@@ -182,25 +175,17 @@ def test_projections_with_coefficients_of_their_own_are_matched_together(seed: i
     assert torch.equal(found_LE, found_LE[:1].expand(8, -1))
 
 
-def test_as_many_banks_as_layers_lose_nothing() -> None:
-    moe = new_source(tiny_config("moe"))
-    pooled = pool_moe(moe, 4)
-    torch.testing.assert_close(logits(pooled), logits(moe), rtol=1e-5, atol=1e-6)
-    assert torch.equal(pooled.read("layers.2.moe.combination"), torch.eye(4)[2].expand(2, 1, 4))
-
-
 def test_the_pool_of_any_moe_loses_what_is_reported() -> None:
     moe = new_source(tiny_config("moe", num_layers=6))
     pooled = pool_moe(moe, 2)
-    again, order = fold_shared(pooled), {}
+    again = fold_shared(pooled)
     for layer in range(6):
-        old, new = moe.weights[f"layers.{layer}.moe.router.weight"], again.read(f"layers.{layer}.moe.router.weight")
-        order[layer] = torch.cdist(new, old).argmin(1)
-        experts = [(moe.weights[f"layers.{layer}.moe.experts.{k}"][order[layer]], again.read(f"layers.{layer}.moe.experts.{k}"))
-                   for k in ("w2", "b2")]  # fmt: skip
-        lost = sum((a - b).square().sum() for a, b in experts) / sum(a.square().sum() for a, _ in experts)
+        place = f"layers.{layer}.moe."
+        order = torch.cdist(again.read(f"{place}router.weight"), moe.weights[f"{place}router.weight"]).argmin(1)
+        before = torch.cat([moe.weights[f"{place}experts.{kind}"][order].flatten() for kind in ("w2", "b2")])
+        after = torch.cat([again.read(f"{place}experts.{kind}").flatten() for kind in ("w2", "b2")])
         reported = float(pooled.report[2 + layer].split()[3])
-        assert reported == pytest.approx(float(lost.sqrt()), rel=0.02, abs=1e-6)
+        assert reported == pytest.approx(float((before - after).norm() / before.norm()), rel=0.02, abs=1e-6)
     assert sum(float(pooled.report[2 + layer].split()[3]) > 0.1 for layer in range(6)) >= 4
 
 
@@ -245,76 +230,6 @@ def test_selecting_what_is_one_hot_already_changes_nothing() -> None:
         assert all(
             torch.equal(selected.read(name), source.read(name)) for name in source.weights if "optim" not in name
         )
-
-
-@pytest.fixture(scope="module")
-def dense_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("dense")
-    options = {"expert_layout": "dense", "num_experts": None, "num_expert_banks": None}
-    start(arguments(run_dir=run, mock_data=True, split=None, train_iters=2, eval_interval=2, **options), run).succeed()
-    return run / "checkpoints"
-
-
-def run_edit(capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str]:
-    status = edit.main([str(word) for word in words])
-    output = capsys.readouterr()
-    return status, output.out + output.err
-
-
-def test_the_tool_goes_all_the_way_round(dense_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    names = ("moe", "pooled", "selected", "folded")
-    moe, pooled, selected, folded = (tmp_path / name for name in names)
-    upcycle = ("upcycle", "--load-dir", dense_run, "--save-dir", moe, "--expert-layout", "moe", "--num-experts", 4,
-               "--moe-router-topk", 2, "--noise", 0.01)  # fmt: skip
-    before = contents(dense_run)
-    status, output = run_edit(capsys, *upcycle, "--dry-run")
-    assert status == 0 and "Nothing is written" in output and not moe.exists()
-    status, output = run_edit(capsys, *upcycle)
-    assert status == 0 and "tensors of optimizer state are dropped" in output
-    assert contents(dense_run) == before
-    steps = [
-        ("pool", moe, pooled, "--num-expert-banks", 2),
-        ("select", pooled, selected, "--scale", "one"),
-        ("fold", selected, folded),
-    ]
-    for action, load_dir, save_dir, *rest in steps:
-        status, output = run_edit(capsys, action, "--load-dir", load_dir, "--save-dir", save_dir, *rest)
-        assert status == 0, output
-    for root in (moe, pooled, selected, folded):
-        assert load_model(open_folder(root), single_process_state()).config.moe.expert_layout in ("moe", "samoe")
-        train = arguments(
-            model=False, run_dir=tmp_path / "run" / root.name, pretrained_checkpoint=root, use_checkpoint_args=True,
-            mock_data=True, split=None, train_iters=1, eval_interval=1,
-        )  # fmt: skip
-        start(train, tmp_path / "output").succeed()
-
-
-def test_bad_input_is_one_paragraph(dense_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    out = tmp_path / "out"
-    common = ("--load-dir", dense_run, "--save-dir", out)
-    to_moe = ("upcycle", *common, "--expert-layout", "moe")
-    cases = [
-        (("fold", *common), "fold needs a checkpoint with experts that layers share"),
-        (("select", *common), "select needs a checkpoint with expert_layout samoe, or combined layers"),
-        (("pool", *common, "--num-expert-banks", 2), "pool needs a checkpoint with expert_layout moe or samoe"),
-        ((*to_moe, "--num-experts", 2, "--moe-router-topk", 3), "must be at most --num-experts 2"),
-        ((*to_moe, "--num-experts", 2, "--noise", -1), "--noise = -1.0"),
-        ((*to_moe, "--num-experts", 2, "--moe-ffn-hidden-size", 5), "of which experts are copies"),
-        ((*to_moe, "--num-experts", 2, "--num-expert-banks", 1), "needs --expert-layout samoe"),
-        ((*to_moe, "--num-experts", 2, "--moe-layer-freq", "011"), "--moe-layer-freq"),
-        (("fold", "--load-dir", tmp_path / "nowhere", "--save-dir", out), "nowhere is not there"),
-        (("fold", "--load-dir", dense_run, "--save-dir", dense_run), "exists; give another --save-dir"),
-        (("fold", *common, "--ckpt-step", 9), "--ckpt-step 9"),
-    ]
-    for words, message in cases:
-        status, output = run_edit(capsys, *words)
-        assert status != 0 and message in output and output.count("\n") == 1, output
-    assert not out.exists()
-
-
-def test_too_many_banks_are_refused() -> None:
-    with pytest.raises(ConfigError, match="from 1 to the number of MoE layers that combine them, 4"):
-        pool_moe(new_source(tiny_config("moe")), 5)
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -23,10 +23,7 @@ from tests.harness.tiny import tiny_config
 from tests.unit.inference.tiny_models import VOCAB, forward_logits, loaded_tiny, step_logits
 
 TABLE = table(__file__)
-LATENT: dict[str, Any] = {
-    "style": "llama", "multi_latent_attention": True, "group_query_attention": False, "num_query_groups": 1, "kv_lora_rank": 10,
-    "qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head_dim": 5,
-}  # fmt: skip
+LATENT: dict[str, Any] = TABLE["latent"]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = TABLE["models"]
 IDS = [int(i) for i in torch.randint(0, VOCAB, (96,), generator=torch.Generator().manual_seed(0))]
 
@@ -39,7 +36,7 @@ def test_a_sequence_in_parts_has_the_forwards_logits(model: str, kind: str) -> N
     if kind == "single" and options_of_training_alone(loaded.config.model):
         pytest.skip("the training model decodes it")
     num_pages = 2 * pages_for(48)
-    runner: Any = RankRunner(loaded, num_pages)
+    runner: Any = RankRunner(loaded, num_pages, "folded")
     if kind == "single":
         runner = SingleRunner(make_decode_model(loaded.model, "folded", "fp32", num_pages), 64, 64, 0)
     pages = PageTable(2, num_pages, pages_for(48))

@@ -30,18 +30,22 @@ def test_expected_experts_are_those_of_even_routing(experts: int, topk: int, tok
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize(
-    "options",
+    ("layout", "options"),
     [
-        {"layout": "dense"}, {"layout": "moe"}, {"layout": "samoe"}, {"layout": "samoe", "untied_ends": 1},
-        {"layout": "moe", "expert_sharing": "tied", "untied_ends": 1}, {"layout": "moe", "expert_sharing": "scaled"},
-        {"layout": "moe", "expert_sharing": "pool", "moe_router_score_function": "norm"},
-        {"layout": "moe", "moe_residual_mlp": True},
-        {"layout": "moe", "moe_shared_expert_intermediate_size": 64, "moe_shared_expert_gate": True},
+        *((layout, {}) for layout in ("dense", "moe", "samoe")),
+        ("samoe", {"untied_ends": 1}),
+        ("moe", {"expert_sharing": "tied", "untied_ends": 1}),
+        ("moe", {"expert_sharing": "scaled"}),
+        ("moe", {"expert_sharing": "pool", "moe_router_score_function": "norm"}),
+        ("moe", {"moe_residual_mlp": True}),
+        ("moe", {"moe_shared_expert_intermediate_size": 64, "moe_shared_expert_gate": True}),
     ],
     ids=str,
-)  # fmt: skip
-def test_a_step_that_hits_every_expert_reads_what_there_is(options: dict[str, Any], dtype: Precision) -> None:
-    loaded = loaded_tiny(style="llama", hidden_size=64, ffn_hidden_size=128, **options)
+)
+def test_a_step_that_hits_every_expert_reads_what_there_is(
+    layout: str, options: dict[str, Any], dtype: Precision
+) -> None:
+    loaded = loaded_tiny(layout, style="llama", hidden_size=64, ffn_hidden_size=128, **options)
     model = make_decode_model(loaded.model, "folded", dtype, 0)
     # Bytes by place in memory: what layers share is there once.
     held = (

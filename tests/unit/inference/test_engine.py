@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.engine import Engine, check_cuda_limits, takes_single_runner
-from megatron_samoe.inference.request import Request
+from megatron_samoe.inference.kv_cache import StepBatch
+from megatron_samoe.inference.request import Request, TokenEvent
 from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.language_model import LanguageModel
 from megatron_samoe.ops import extension
@@ -40,34 +44,39 @@ def test_models_beyond_the_cuda_kernels_are_refused_at_start() -> None:
         check_cuda_limits(tiny_config("moe", kv_channels=272), "folded")
 
 
+def events(engine: Engine, fail_at: tuple[int, ...]) -> Iterator[TokenEvent]:
+    """Yields the tokens of an engine, of which some steps fail in the middle."""
+    run, outcomes = engine._runner.run, (step in fail_at for step in itertools.count())
+
+    def failing(batch: StepBatch) -> torch.Tensor:
+        if next(outcomes):
+            raise RuntimeError("no memory")
+        return run(batch)
+
+    engine._runner.run = failing  # type: ignore[method-assign]
+    failed = 0
+    for _ in range(20):
+        try:
+            yield from engine.step()
+        except RuntimeError:
+            failed += 1
+    assert not engine.has_work and failed == len(fail_at)
+
+
 def test_prompts_longer_than_a_step_are_scored_beside_others() -> None:
     """A step scores SCORED_ROWS tokens at most, so these prompts take several, and one of them fails."""
     loaded = loaded_tiny("samoe", seq_length=200)
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(loaded.model.vocab_size, (n,), generator=generator).tolist() for n in (150, 1, 90, 7)]
     engine = Engine(loaded, max_batch=4, max_step_tokens=100)
-    run, steps = engine._runner.run, 0
-
-    def failing(batch: object) -> torch.Tensor:
-        nonlocal steps
-        steps += 1
-        if steps == 2:
-            raise RuntimeError("no memory")
-        return run(batch)  # type: ignore[arg-type]
-
-    engine._runner.run = failing  # type: ignore[method-assign,assignment]
     options = SamplingOptions(max_new_tokens=2, temperature=0.0, ignore_eod=True)
     for ids in prompts:
         engine.submit(Request(ids, options, logprobs=2, scores_prompt=True))
     told: dict[int, list] = {number: [] for number in range(4)}
     grown = [list(ids) for ids in prompts]
-    while engine.has_work:
-        try:
-            for event in engine.step():
-                grown[event.request_id].append(event.token_id)
-                told[event.request_id] += [*event.prompt_scores, event.score]
-        except RuntimeError:
-            assert steps == 2
+    for event in events(engine, fail_at=(1,)):
+        grown[event.request_id].append(event.token_id)
+        told[event.request_id] += [*event.prompt_scores, event.score]
     model = LanguageModel(loaded)
     for number, ids in enumerate(grown):
         expected = model.logits(ids[:-1]).double().log_softmax(-1)
@@ -110,22 +119,7 @@ def test_a_step_that_failed_is_done_again() -> None:
     def answer(fail_at: tuple[int, ...]) -> list[int]:
         engine = Engine(loaded_tiny("moe"), max_batch=2)
         engine.submit(request)
-        run, tokens, steps = engine._runner.run, [], 0
-
-        def failing(batch: object) -> torch.Tensor:
-            if steps in fail_at:
-                raise RuntimeError("no memory")
-            return run(batch)  # type: ignore[arg-type]
-
-        engine._runner.run = failing  # type: ignore[method-assign,assignment]
-        while engine.has_work:
-            assert steps < 20
-            try:
-                tokens += [event.token_id for event in engine.step()]
-            except RuntimeError:
-                assert steps in fail_at
-            steps += 1
-        return tokens
+        return [event.token_id for event in events(engine, fail_at)]
 
     assert len(answer(())) == 4
     assert answer((0, 2)) == answer(())

@@ -57,7 +57,7 @@ def test_the_server_tells_it(loaded: LoadedModel) -> None:
         for body, said in (
             ({}, "prompt is missing"),
             ({"prompt": ["a", "b"]}, "one is shown at a time"),
-            ({"prompt": "a", "n": 2}, "n is not a field here"),
+            ({"prompt": "a", "n": 2}, "not a field of such a request"),
             ({"prompt": "a" * 65}, "the model's context is 64"),
             ({"prompt": "a", "model": "another"}, "another"),
         ):

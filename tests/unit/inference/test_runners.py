@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -58,6 +58,13 @@ def tables(lengths: list[int]) -> PageTable:
     pages = PageTable(len(lengths), sum(map(pages_for, lengths)), 3)
     assert [pages.reserve(n) for n in lengths] == list(range(len(lengths)))
     return pages
+
+
+def new_bytes(loaded: LoadedModel, tensors: Iterable[torch.Tensor]) -> int:
+    """Returns the memory of tensors beyond that of the loaded model."""
+    before = {p.untyped_storage().data_ptr() for p in loaded.model.parameters()}
+    taken = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for place, size in taken.items() if place not in before)
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -249,17 +256,14 @@ def test_limits_of_all_groups_around_count(tmp_path: Path, line: str, top: str, 
 def test_needed_bytes_are_those_that_the_weights_take(serving: Serving, dtype: str) -> None:
     loaded = make("samoe gpt3", "selected")
     pages, cache_experts = 5, 8
-    before = {t.untyped_storage().data_ptr() for t in loaded.model.parameters()}
     runner = single(loaded, serving, pages, cache_experts, dtype)
     tensors = runner._model.weights()
     if runner.expert_cache is not None:
         cache = runner.expert_cache
         tensors += [t for w in (cache._stack.w1, cache._stack.w2) for t in (w.data, w.scale) if t is not None]
-    new = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    taken = sum(size for place, size in new.items() if place not in before)
     planned = needed_bytes(loaded.model, dtype, cache_experts, pages)[serving]
     # Biases, norms and scales are kept in fp32 whatever the precision of matrices.
-    assert abs(taken - planned) < 0.2 * planned + 40_000
+    assert abs(new_bytes(loaded, tensors) - planned) < 0.2 * planned + 40_000
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
@@ -276,11 +280,8 @@ def test_shared_sets_are_in_memory_once(name: str, sets: int, dtype: str) -> Non
     width = {"fp32": 4, "bf16": 2, "int8": 1}[dtype]
     scales = 4 * sum(p.numel() // p.shape[-1] for p in owned) if dtype == "int8" else 0
     assert sum(matrices.values()) == width * sum(p.numel() for p in owned) + scales
-    before = {p.untyped_storage().data_ptr() for p in loaded.model.parameters()}
-    new = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.weights()}
-    taken = sum(size for place, size in new.items() if place not in before)
     planned = needed_bytes(loaded.model, dtype, 0, 5)["folded"]
-    assert abs(taken - planned) < 0.2 * planned + 40_000
+    assert abs(new_bytes(loaded, model.weights()) - planned) < 0.2 * planned + 40_000
 
 
 def test_missing_ways_are_refused() -> None:

@@ -6,12 +6,10 @@ import http.client
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.inference.engine import Engine
@@ -23,34 +21,14 @@ from tests.harness.serving import (
     CONTEXT,
     Answer,
     Client,
-    RunningServer,
     SlowEngine,
     check_error,
     greedy_text,
-    load_tiny,
     read_to_end,
-    save_tiny,
     serving,
     texts,
     wait_for,
 )
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    torch.set_num_threads(1)
-    return load_tiny(save_tiny(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def running(loaded: LoadedModel) -> Iterator[RunningServer]:
-    with serving(loaded, max_queue=4, max_choices=6, max_body_bytes=2000, max_connections=16) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(running: RunningServer) -> Client:
-    return running.client
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -87,17 +65,29 @@ def test_the_shape_of_a_stream(client: Client) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_log_probabilities_are_the_models(client: Client, loaded: LoadedModel, stream: bool) -> None:
-    prompt, model = "Emma was very much", LanguageModel(loaded)
-    answer = client.complete(prompt, max_tokens=4, temperature=0, echo=True, logprobs=3, stream=stream, ignore_eos=True)
-    assert texts(answer)[0].startswith(prompt)
-    told = answer.json["choices"][0]["logprobs"] if not stream else joined_logprobs(
-        [choice["logprobs"] for event in answer.events[:-1] for choice in event["choices"]]
-    )  # fmt: skip
-    ids = loaded.tokenizer.encode(prompt)
-    ids += model.generate_ids(ids, 4, temperature=0.0)
+@pytest.mark.parametrize("new", [0, 4])
+@pytest.mark.parametrize("prompt", ["Emma was very much", "x" * CONTEXT], ids=["short", "whole context"])
+def test_log_probabilities_are_the_models(
+    client: Client, loaded: LoadedModel, prompt: str, new: int, stream: bool
+) -> None:
+    """Of a prompt alone, too ("max_tokens" 0), as other servers of this API score one."""
+    new = min(new, CONTEXT - len(prompt))
+    asked = {"max_tokens": new, "temperature": 0, "echo": True, "logprobs": 3, "ignore_eos": True}
+    streamed = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    answer = client.complete(prompt, stop=[" was"] if new == 0 else None, **asked, **streamed)
+    pieces = (
+        [choice for event in answer.events[:-1] for choice in event["choices"]] if stream else answer.json["choices"]
+    )
+    assert [p["finish_reason"] for p in pieces if p["finish_reason"]] == ["length"]
+    told = joined_logprobs([piece["logprobs"] for piece in pieces])
+    model, ids = LanguageModel(loaded), loaded.tokenizer.encode(prompt)
+    usage = answer.events[-2]["usage"] if stream else answer.json["usage"]
+    assert usage == {"prompt_tokens": len(ids), "completion_tokens": new, "total_tokens": len(ids) + new}
+    ids += model.generate_ids(ids, new, temperature=0.0) if new else []
+    assert texts(answer) == [loaded.tokenizer.decode(ids)]
     expected = model.logits(ids[:-1]).double().log_softmax(-1)
-    assert [len(told[key]) for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")] == [len(ids)] * 4
+    assert told is not None and {len(told[key]) for key in told} == {len(ids)}
+    assert "".join(told["tokens"][: len(prompt)]) == prompt
     assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
     assert told["token_logprobs"][1:] == pytest.approx(
         expected[range(len(ids) - 1), ids[1:]].tolist(), rel=1e-4, abs=1e-5
@@ -107,21 +97,13 @@ def test_log_probabilities_are_the_models(client: Client, loaded: LoadedModel, s
         assert max(top.values()) == pytest.approx(float(row.max()), rel=1e-4, abs=1e-5) and 1 <= len(top) <= 4
 
 
-def test_an_evaluation_by_another_program_gets_our_scores(client: Client, loaded: LoadedModel) -> None:
-    """lm-evaluation-harness sends tokens, asks for an echo and one new token, and leaves that out."""
-    context, continuation, model = "The Lord said", " unto him", LanguageModel(loaded)
-    ids = [loaded.tokenizer.encode(text) for text in (context, context + continuation)]
-    answer = client.complete([ids[1], ids[1][:5]], max_tokens=1, temperature=0, echo=True, logprobs=1).json
-    told = answer["choices"][0]["logprobs"]
-    score = sum(told["token_logprobs"][len(ids[0]) : -1])
-    assert score == pytest.approx(model.score(context, continuation).loglikelihood, rel=1e-4)
-
-
 def test_only_the_new_tokens_are_told_without_an_echo(client: Client) -> None:
     (choice,) = client.complete("Hi", max_tokens=3, temperature=0, logprobs=0, ignore_eos=True).json["choices"]
     told = choice["logprobs"]
     assert len(told["tokens"]) == 3 and told["text_offset"][0] == 0
     assert [list(top.values()) for top in told["top_logprobs"]] == [[p] for p in told["token_logprobs"]]
+    (choice,) = client.complete("Hello", max_tokens=0, echo=True).json["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["logprobs"]) == ("Hello", "length", None)
 
 
 def test_seeds_repeat_and_choices_differ(client: Client) -> None:
@@ -145,6 +127,7 @@ def test_models_health_and_metrics(client: Client) -> None:
     (model,) = client.ask("GET", "/v1/models").json["data"]
     assert model["id"] == "tiny" and model["object"] == "model" and model["max_model_len"] == CONTEXT
     assert client.ask("GET", "/v1/models/tiny").json == model
+    assert client.ask("GET", "/v1/models/").json == {"object": "list", "data": [model]}
     health = client.ask("GET", "/health")
     assert (health.status, health.json) == (200, {"status": "ready"})
     before = client.metric("generated_tokens_total")
@@ -199,14 +182,13 @@ def test_a_head_without_a_host(client: Client) -> None:
 
 
 #: JSON, or nearly so, that is right in no field: Python or a conversion refuses it, or it is too large for one.
-HOSTILE = {
-    "digits": "9" * 4300, "a minus": "-" + "9" * 4300, "a digit more": "9" * 4301, "a million digits": "9" * 10**6,
-    "digits of a float": "1" * 400, "above 64 bits": str(2**64), "infinity": "1e400", "minus": "-1e400",
-    "an exponent": "1e" + "9" * 1000, "NaN": "NaN", "named infinity": "Infinity", "minus infinity": "-Infinity",
-    "half a pair": '"\\ud800"', "in a list": '["\\udfff"]', "as a key": '{"\\ud800": 1}', "twice": '{"a": 1, "a": 1}',
-    "tokens": f"[{'9' * 4300}]", "lists of tokens": f"[[{'9' * 4300}]]", "nested": "[" * 500 + "]" * 500,
-    "nested to the end": "[" * 10**5, "nested objects": '{"a":' * 500 + "1" + "}" * 500,
-}  # fmt: skip
+DIGITS = "9" * 4300
+HOSTILE = [
+    *("NaN", "Infinity", "-Infinity", "1e400", "-1e400", "1e" + "9" * 1000, "1" * 400, str(2**64)),
+    *(DIGITS, "-" + DIGITS, DIGITS + "9", "9" * 10**6, f"[{DIGITS}]", f"[[{DIGITS}]]"),
+    *('"\\ud800"', '["\\udfff"]', '{"\\ud800": 1}', '{"a": 1, "a": 1}'),
+    *("[" * 500 + "]" * 500, "[" * 10**5, '{"a":' * 500 + "1" + "}" * 500),
+]
 
 
 def test_values_that_are_right_in_no_field(loaded: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
@@ -222,7 +204,7 @@ def test_values_that_are_right_in_no_field(loaded: LoadedModel, caplog: pytest.L
 
         for path, names in fields.items():
             for field in names:
-                for value in HOSTILE.values():
+                for value in HOSTILE:
                     refusal(path, field, value)
         # Where the parser just does not give up, the words of the refusal are made at about the same depth.
         fits, not_any_more = 500, 10**5
@@ -275,6 +257,8 @@ def test_clients_that_vanish_are_cancelled_and_their_places_freed(loaded: Loaded
         assert client.metric("free_cache_tokens") == free and not engine.has_work
         assert client.metric("generated_tokens_total") < 120
         assert texts(client.complete("Hello", max_tokens=9, temperature=0)) == [greedy_text(loaded, "Hello", 9)]
+        answered = 'http_requests_total{{route="/v1/completions",status="{}"}}'.format
+        assert (client.metric(answered("200")), client.metric(answered("499"))) == (1, 3), "nobody waited for three"
 
 
 def test_too_many_requests_at_a_time_are_503(loaded: LoadedModel) -> None:
@@ -299,15 +283,11 @@ def test_too_many_requests_at_a_time_are_503(loaded: LoadedModel) -> None:
 def test_the_access_token(loaded: LoadedModel) -> None:
     with serving(loaded, api_key="secret-1") as running:
         client = running.client
-        for headers in ({}, {"Authorization": "Bearer secret-2"}, {"Authorization": "Basic secret-1"},
-                        {"Authorization": "Bearer"}, {"Authorization": "Bearer s\u00e9cret"}):  # fmt: skip
-            for method, path in (
-                ("GET", "/v1/models"),
-                ("POST", "/v1/completions"),
-                ("GET", "/metrics"),
-                ("GET", "/no"),
-            ):
-                answer = Client(client.host, client.port, headers).ask(method, path, None if method == "GET" else {})
+        for wrong in (None, "Bearer secret-2", "Basic secret-1", "Bearer", "Bearer s\u00e9cret"):
+            for path, body in (("/v1/models", None), ("/v1/completions", {}), ("/metrics", None), ("/no", None)):
+                headers = {} if wrong is None else {"Authorization": wrong}
+                method = "GET" if body is None else "POST"
+                answer = Client(client.host, client.port, headers).ask(method, path, body)
                 check_error(answer, 401, "access token", type="authentication_error", code="invalid_api_key")
                 assert answer.headers["www-authenticate"] == "Bearer"
         assert client.ask("GET", "/health").status == client.ask("GET", "/").status == 200

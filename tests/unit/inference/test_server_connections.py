@@ -11,10 +11,9 @@ import time
 from functools import partial
 
 import pytest
-import torch
 
 from megatron_samoe.runtime.load import LoadedModel
-from tests.harness.serving import Client, SlowEngine, load_tiny, save_tiny, serving, wait_for
+from tests.harness.serving import Client, SlowEngine, serving, wait_for
 
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -35,12 +34,6 @@ WAITS = {
     "a body for nobody": (POST.replace(b"completions", b"nothing") + LENGTH, b"1", [404]),
     "a body of another type": (POST.replace(b"json", b"xml") + LENGTH, b"1", [415]),
 }
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    torch.set_num_threads(1)
-    return load_tiny(save_tiny(tmp_path_factory.mktemp("model")))
 
 
 def opened(client: Client, beginning: bytes) -> socket.socket:

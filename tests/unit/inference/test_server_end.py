@@ -1,4 +1,4 @@
-"""Several models of a server, and the end of service: drained, or by an engine that fails."""
+"""Several models of a server, the threads that they share, and the end of service: drained, or by an engine that fails."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import TokenEvent
 from megatron_samoe.inference.server.models import check_names
+from megatron_samoe.inference.server.worker import ThreadShares
 from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.serving import (
     CONTEXT,
@@ -24,12 +26,6 @@ from tests.harness.serving import (
     texts,
     wait_for,
 )
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    torch.set_num_threads(1)
-    return load_tiny(save_tiny(tmp_path_factory.mktemp("model")))
 
 
 def test_draining_ends_open_requests_properly_and_refuses_new_ones(loaded: LoadedModel) -> None:
@@ -112,10 +108,14 @@ def test_the_first_engine_that_fails_ends_all_models(loaded: LoadedModel, dense:
     with serving(loaded, engine=engine, beside={"dense": slow_engine}) as running, ThreadPoolExecutor(2) as pool:
         ask = {"prompt": "x", "max_tokens": 30, "stream": True, "ignore_eos": True}
         slow = running.client.begin({"model": "dense", **ask})
-        other = pool.submit(running.client.complete, "x", max_tokens=60, ignore_eos=True)
-        wait_for(lambda: running.client.metric("running_choices") == 2)
+        whole, streamed = (
+            pool.submit(running.client.complete, "x", max_tokens=60, ignore_eos=True, stream=stream)
+            for stream in (False, True)
+        )
+        wait_for(lambda: running.client.metric("running_choices") == 3)
         engine.broken = True
-        check_error(other.result(), 500, "engine has failed", type="server_error")
+        check_error(whole.result(), 500, "engine has failed", type="server_error")
+        assert streamed.result().events[-1]["error"]["code"] == "engine_failed"
         content = read_to_end(slow)
         assert b"engine_failed" in content and b"[DONE]" not in content
         assert running.join() == 1
@@ -129,14 +129,47 @@ def test_names_that_do_not_tell_models_apart(names: list[str], said: str) -> Non
         check_names(names)
 
 
-def test_an_engine_that_fails_ends_the_server_with_status_1(loaded: LoadedModel) -> None:
-    engine = BrokenEngine(loaded, max_batch=2)
-    with serving(loaded, engine=engine) as running, ThreadPoolExecutor(2) as pool:
-        ask = {"max_tokens": 60, "ignore_eos": True}
-        whole = pool.submit(running.client.complete, "x", **ask)
-        streamed = pool.submit(running.client.complete, "x", stream=True, **ask)
-        wait_for(lambda: running.client.metric("running_choices") == 2)
-        engine.broken = True
-        check_error(whole.result(), 500, "engine has failed", type="server_error")
-        assert streamed.result().events[-1]["error"]["code"] == "engine_failed"
-        assert running.join() == 1
+class CountingEngine(Engine):
+    """An engine that writes down how many threads its steps have, and steps together with another when it is told to."""
+
+    together: threading.Barrier | None = None
+
+    def __init__(self, loaded: LoadedModel):
+        super().__init__(loaded, max_batch=1)
+        self.threads: list[int] = []
+
+    def step(self) -> list[TokenEvent]:
+        self.threads.append(torch.get_num_threads())
+        if self.together is not None:
+            self.together.wait(30)
+        return super().step()
+
+
+def test_engines_of_several_models_divide_the_threads(loaded: LoadedModel, dense: LoadedModel) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first, second = CountingEngine(loaded), CountingEngine(dense)
+        with serving(loaded, engine=first, beside={"other": second}) as running, ThreadPoolExecutor(2) as pool:
+            ask = {"max_tokens": 10, "ignore_eos": True}
+            running.client.complete("x", **ask)
+            assert first.threads == [4] * 10, "no other engine has work"
+            first.threads.clear()
+            first.together = second.together = threading.Barrier(2)
+            list(pool.map(lambda name: running.client.complete("x", model=name, **ask), ("tiny", "other")))
+        # Who comes first has all of them for one step, while the other's request is on its way.
+        assert first.threads[1:] == second.threads[1:] == [2] * 9
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_shares_are_as_even_as_they_can_be() -> None:
+    before = torch.get_num_threads()
+    try:
+        shares = ThreadShares(5)
+        assert [shares.take(name) for name in "abcabc"] == [5, 2, 1, 2, 2, 1]
+        shares.leave("a")
+        assert [shares.take(name) for name in "bc"] == [3, 2]
+        assert [ThreadShares(1).take(name) for name in "a"] == [1]
+    finally:
+        torch.set_num_threads(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -12,18 +13,17 @@ from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.server.models import NamedModel
 from megatron_samoe.inference.server.run import Server, ServerOptions, check_installed, listen, read_api_key
 from megatron_samoe.parallel_state.state import single_process_state
-from tests.harness.serving import load_tiny, save_tiny
+from megatron_samoe.runtime.load import LoadedModel
 
 
 def test_options_out_of_range_name_their_flag() -> None:
-    for field, value, flag in (
-        ("port", 70000, "--port"), ("port", -1, "--port"), ("max_queue", -1, "--max-queue"), ("max_choices", 0, "--max-choices"),
-        ("max_body_bytes", 0, "--max-body-bytes"), ("drain_timeout_s", float("inf"), "--drain-timeout"),
-        ("body_timeout_s", float("nan"), "--body-timeout"), ("body_timeout_s", 0.0, "--body-timeout"),
-    ):  # fmt: skip
-        with pytest.raises(ConfigError) as caught:
-            ServerOptions(**{field: value})
-        assert caught.value.field == flag
+    numbers = {"port": (70000, -1), "max_queue": (-1,), "max_choices": (0,), "max_body_bytes": (0,)}
+    times = {"drain_timeout_s": (math.inf,), "body_timeout_s": (math.nan, 0.0)}
+    for field, values in (numbers | times).items():
+        for value in values:
+            with pytest.raises(ConfigError) as caught:
+                ServerOptions(**{field: value})
+            assert caught.value.field == "--" + field.removesuffix("_s").replace("_", "-")
 
 
 def test_a_port_in_use_and_a_foreign_address_are_said() -> None:
@@ -36,14 +36,13 @@ def test_a_port_in_use_and_a_foreign_address_are_said() -> None:
         listen("no.such.host.invalid", 80)
 
 
-def test_of_two_servers_that_start_together_the_slower_is_told(tmp_path: Path) -> None:
+def test_of_two_servers_that_start_together_the_slower_is_told(loaded: LoadedModel) -> None:
     """Both have bound the port while they load a model: Linux refuses only the second who listens."""
-    engine = Engine(load_tiny(save_tiny(tmp_path)), max_batch=1)
     first = listen("127.0.0.1", 0)
     port = first.getsockname()[1]
     second = listen("127.0.0.1", port)
     world = single_process_state().world
-    models = [NamedModel("tiny", engine)]
+    models = [NamedModel("tiny", Engine(loaded, max_batch=1))]
     Server(models, world, ServerOptions(), first)
     with pytest.raises(ConfigError, match=f"'127.0.0.1:{port}': cannot be listened at: Address already in use"):
         Server(models, world, ServerOptions(), second)

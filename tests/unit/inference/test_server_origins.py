@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.server.gate import is_own
 from megatron_samoe.inference.server.run import ServerOptions
 from megatron_samoe.runtime.load import LoadedModel
-from tests.harness.serving import Client, load_tiny, save_tiny, serving
+from tests.harness.serving import Client, serving
 
 FRIEND, STRANGER = "https://friend.example", "https://evil.example"
 ASKED = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization,content-type"}
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return load_tiny(save_tiny(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def client(loaded: LoadedModel) -> Iterator[Client]:
-    with serving(loaded) as running:
-        yield running.client
 
 
 @pytest.mark.parametrize("origin", [STRANGER, "null", "http://localhost:3000", "http://127.0.0.1"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,27 +9,17 @@ import pytest
 import torch
 
 from megatron_samoe.cli import convert
-from megatron_samoe.inference.engine import Engine
-from megatron_samoe.inference.request import TokenEvent
 from megatron_samoe.language_model import LanguageModel
 from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.browser import Browser, browser, needs_browser
 from tests.harness.chat import chat_folder
-from tests.harness.serving import RunningServer, greedy_text, load_tiny, save_tiny, serving, wait_for
+from tests.harness.serving import RunningServer, SlowEngine, greedy_text, load_tiny, save_tiny, serving, wait_for
 
 pytestmark = [needs_browser, pytest.mark.night]
 
 
 #: A prompt whose most probable continuation goes on to the end of the context.
 LONG = "H"
-
-
-class PacedEngine(Engine):
-    """Slow enough to be stopped by hand."""
-
-    def step(self) -> list[TokenEvent]:
-        time.sleep(0.02)
-        return super().step()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +36,7 @@ def page() -> Iterator[Browser]:
 
 @pytest.fixture
 def running(loaded: LoadedModel, page: Browser) -> Iterator[RunningServer]:
-    with serving(loaded, engine=PacedEngine(loaded, max_batch=2), drain_timeout_s=1) as running:
+    with serving(loaded, engine=SlowEngine(loaded, max_batch=2), drain_timeout_s=1) as running:
         page.resize(1100, 800)
         page.open(f"{running.server.url}/")
         page.wait_for(lambda: page.text("model") == "tiny")
@@ -84,28 +73,6 @@ def test_the_page_loads_nothing_from_elsewhere_and_fits(page: Browser, running: 
     assert "default-src 'none'" in policy and "unsafe" not in policy
 
 
-def test_models_are_shown_side_by_side(page: Browser, loaded: LoadedModel, tmp_path: Path) -> None:
-    dense = load_tiny(save_tiny(tmp_path, "dense", seq_length=256))
-    with serving(loaded, beside={"dense": dense}) as running:
-        page.resize(1100, 800)
-        page.open(f"{running.server.url}/")
-        page.wait_for(lambda: page.text("model") == "2 models")
-        complete(page, "Hello", max_tokens="12", temperature="0")
-        page.wait_for(lambda: "tokens in" in page.text("state") and "tokens in" in page.text("state-1"))
-        assert [page.text(f"heading-{i}") for i in (0, 1)] == [f"{n} context of 256 tokens" for n in ("tiny", "dense")]
-        for name, model in (("text", loaded), ("text-1", dense)):
-            assert page.text(name) == "Hello" + greedy_text(model, "Hello", 12)
-        tops = [
-            page.run(f"return document.getElementById('{n}').getBoundingClientRect().top") for n in ("text", "text-1")
-        ]
-        assert tops[0] == tops[1], "side by side"
-        page.click("on-1")
-        assert page.run("return document.getElementById('prompt').value").startswith("Hello")
-        page.resize(380, 700)
-        assert page.run("return document.documentElement.scrollWidth") <= 380
-        assert page.complaints() == []
-
-
 def test_a_model_that_refuses_says_so_and_shows_no_older_answer(
     page: Browser, loaded: LoadedModel, tmp_path: Path
 ) -> None:
@@ -113,6 +80,8 @@ def test_a_model_that_refuses_says_so_and_shows_no_older_answer(
     with serving(loaded, beside={"short": short}, show_experts=True) as running:
         page.open(f"{running.server.url}/")
         page.wait_for(lambda: page.text("model") == "2 models")
+        headings = [page.text(f"heading-{number}") for number in (0, 1)]
+        assert headings == ["tiny context of 256 tokens", "short context of 32 tokens"]
         sent = "window.asked = []; const f = window.fetch; window.fetch = (u, o) => { window.asked.push([u, o]); return f(u, o); }"
         page.run(sent)
         complete(page, "Hello", max_tokens="8")
@@ -135,7 +104,7 @@ def test_a_chat_goes_on_with_what_was_said(page: Browser, loaded: LoadedModel, t
     pytest.importorskip("transformers")
     assert not convert.main(["--load-dir", str(chat_folder(tmp_path / "hf")), "--save-dir", str(tmp_path / "native")])
     talks = LanguageModel(load_tiny(tmp_path / "native"))
-    with serving(talks.loaded, engine=PacedEngine(talks.loaded, max_batch=2), beside={"base": loaded}) as running:
+    with serving(talks.loaded, engine=SlowEngine(talks.loaded, max_batch=2), beside={"base": loaded}) as running:
         page.resize(1100, 800)
         page.open(f"{running.server.url}/")
         page.wait_for(lambda: page.text("title") == "Chat with")
@@ -173,17 +142,6 @@ def test_a_chat_goes_on_with_what_was_said(page: Browser, loaded: LoadedModel, t
         assert page.complaints() == []
 
 
-def test_stopping_frees_the_place(page: Browser, running: RunningServer) -> None:
-    complete(page, LONG, max_tokens="240", temperature="0")
-    page.wait_for(lambda: page.text("state") == "writing")
-    page.click("halt")
-    page.wait_for(lambda: page.text("state") == "stopped")
-    wait_for(lambda: running.client.metric('choices_total{end="cancelled"}') == 1)
-    assert page.text("error") == "" and running.client.metric("running_choices") == 0
-    complete(page, "Hello", max_tokens="2")
-    page.wait_for(lambda: "tokens in" in page.text("state"))
-
-
 def test_keys_are_enough(page: Browser, running: RunningServer) -> None:
     page.run("document.getElementById('prompt').focus()")
     page.press(LONG)
@@ -206,7 +164,9 @@ def test_keys_are_enough(page: Browser, running: RunningServer) -> None:
     page.wait_for(lambda: page.text("state") == "writing")
     page.press("escape")
     page.wait_for(lambda: page.text("state") == "stopped")
-    assert page.focused() == "prompt"
+    assert page.focused() == "prompt" and page.text("error") == ""
+    wait_for(lambda: running.client.metric('choices_total{end="cancelled"}') == 2)
+    assert running.client.metric("running_choices") == 0
 
 
 def test_refusals_are_shown_and_leave_the_text(page: Browser, running: RunningServer) -> None:

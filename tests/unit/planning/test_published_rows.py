@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.planning.accounting import train_flops_per_token
 from tests.harness.program import call
-from tools.planner.rows import HERE, Row, config_of, families, models, read_rows
+from tools.planner.rows import (
+    BIAS_BF16,
+    BIAS_FP32,
+    CLAMP,
+    CLAMP_FORWARDS,
+    HERE,
+    Row,
+    config_of,
+    families,
+    models,
+    read_rows,
+)
 
 ROWS = read_rows()
 MODELLED = [row for row in ROWS if row.not_modelled is None]
@@ -79,3 +96,57 @@ def test_a_row_without_a_column_is_refused_in_a_sentence(column: str, value: str
 
 def test_every_row_is_a_row() -> None:
     assert all(isinstance(row, Row) and row.tokens_per_s > 0 for row in ROWS)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes of all operands and results of torch's operations, but not of views."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        read, made = ([t for t in tree_leaves(part) if isinstance(t, Tensor)] for part in ((args, kwargs), result))
+        known = {t.untyped_storage().data_ptr() for t in read}
+        is_view = any(t.untyped_storage().data_ptr() in known for t in made)
+        if func._schema.is_mutable or not is_view:
+            self.total += sum(t.numel() * t.element_size() for t in (*read, *made))
+        return result
+
+
+def clamped(x: Tensor) -> Tensor:
+    """Returns an activation's two halves, the first below 7 and the second within 7."""
+    gate, linear = x.chunk(2, -1)
+    return torch.cat((gate.clamp(max=7.0), linear.clamp(-7.0, 7.0)), -1)
+
+
+def biased(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Returns what adds a bias of each of two experts, times a weight of each row in a dtype."""
+    biases = [torch.ones(1024, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    weights = torch.ones(512, 1, dtype=dtype, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        parts = zip(x.split(256), biases, weights.split(256), strict=True)
+        return torch.cat([part + bias * weight for part, bias, weight in parts]).to(x.dtype)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("operations", "width", "forwards", "both"),
+    [
+        (clamped, 2048, CLAMP_FORWARDS, CLAMP),
+        (biased(torch.float32), 1024, 28, BIAS_FP32),
+        (biased(torch.bfloat16), 1024, 12, BIAS_BF16),
+    ],
+)
+def test_bytes_of_experts_biases_and_clamps_are_those_of_torchs_operations(
+    operations: Callable[[Tensor], Tensor], width: int, forwards: int, both: int
+) -> None:
+    """512 rows of 1,024 elements, the clamp's of twice as many."""
+    x = torch.ones(512, width, dtype=torch.bfloat16, requires_grad=True)
+    with Traffic() as traffic:
+        y = operations(x)
+        assert traffic.total == pytest.approx(512 * 1024 * forwards, rel=0.01)
+        y.backward(torch.ones_like(x))
+    made = 2 * 512 * width  # the gradient that the test makes, beside x that it is made like
+    assert traffic.total - 2 * made == pytest.approx(512 * 1024 * both, rel=0.01)

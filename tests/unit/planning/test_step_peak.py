@@ -3,23 +3,60 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.cli import from_mapping, read_yaml
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
+from megatron_samoe.planning.memory import rank_memory
 from tests.harness.live_memory import LiveMemory
+from tests.harness.pairs import first_by_day
 from tests.harness.storageless import step_peak
-from tests.harness.tiny import with_options
+from tests.harness.tables import table
+from tests.harness.tiny import tiny_config, with_layout, with_options
 
 CONFIG = Path(__file__).resolve().parents[3] / "examples/configs/gpt_1.3b_samoe128.yaml"
 VOCAB_SIZE, WORLD = 50257, 32
+TABLE = table(__file__)
+MODELS: dict[str, dict[str, Any]] = TABLE["models"]
+#: Ranks, and how they are laid out.
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = TABLE["layouts"]
+#: Vocabulary and width of the models in layouts and of long sequences, which have this length.
+SMALL_VOCABULARY, HIDDEN, LENGTH = 1024, 256, 32768
 
 
 def config_of_samoe(**options: object) -> PretrainConfig:
     return with_options(from_mapping(read_yaml(CONFIG), CONFIG.name), **options)
+
+
+def sized_config(model: str, width: int, **options: Any) -> PretrainConfig:
+    """Returns a model of the table whose weights and activations both count."""
+    sizes = {"hidden_size": width, "ffn_hidden_size": 4 * width, "num_attention_heads": 8, "num_experts": 8}
+    given = {"style": "gpt3", **sizes, "moe_router_topk": 2, "bf16": True, **MODELS[model], **options}
+    return tiny_config(**given)
+
+
+def peak_in_layout(layout: str, model: str, optimizer: str) -> tuple[int, int, int, int]:
+    """Returns what `step_peak` does, and the planned bytes before the step."""
+    world, sizes = LAYOUTS[layout]
+    if model == "dense":
+        sizes = {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
+    batch = {"seq_length": 1024, "micro_batch_size": 2, "global_batch_size": 2 * world}
+    config = with_layout(sized_config(model, 512, num_layers=8, optimizer=optimizer, **batch), **sizes)
+    parts = rank_memory(config, SMALL_VOCABULARY, world)
+    return *step_peak(config, SMALL_VOCABULARY, world), parts.weights + parts.gradients + parts.optimizer
+
+
+def long_peak(cp: int, model: str, comm_type: str = "p2p") -> tuple[int, int, int]:
+    """Returns what `step_peak` does for one sequence of 32,768 tokens over context-parallel ranks."""
+    config = sized_config(model, HIDDEN, num_layers=4, seq_length=LENGTH, micro_batch_size=1, global_batch_size=1)
+    return step_peak(with_options(with_layout(config, cp=cp), cp_comm_type=comm_type), SMALL_VOCABULARY, cp)
 
 
 def test_a_step_of_samoe_128_needs_what_the_formula_says() -> None:
@@ -42,6 +79,63 @@ def test_no_logits_are_kept_where_the_loss_makes_them() -> None:
         assert measured == pytest.approx(planned, rel=0.01), (measured / 2**30, planned / 2**30)
         peaks.append(measured)
     assert peaks[1] < 0.6 * peaks[0]
+
+
+@pytest.mark.parametrize(("layout", "model", "optimizer"), TABLE["cases"])
+def test_the_formula_holds_in_layouts(layout: str, model: str, optimizer: str) -> None:
+    measured, planned, before, planned_before = peak_in_layout(layout, model, optimizer)
+    assert measured == pytest.approx(planned, rel=0.01), (measured / 2**20, planned / 2**20)
+    assert before == pytest.approx(planned_before, rel=1e-2)
+
+
+def test_each_of_them_saves_what_it_should() -> None:
+    """Of a dense model: sequence parallelism of activations, ZeRO-1 and Muon of what is held before the step."""
+    asked = {"tp": "tp4", "sp": "tp4 sp", "one": "one", "zero": "zero dp4", "muon": "one"}
+    found = {
+        name: peak_in_layout(layout, "dense", "muon" if name == "muon" else "adam") for name, layout in asked.items()
+    }
+    added = {name: peak - before for name, (peak, _, before, _) in found.items()}
+    held = {name: before for name, (_, _, before, _) in found.items()}
+    assert added["sp"] < 0.8 * added["tp"] and held["sp"] == held["tp"]
+    # 2 + 4 + 12 bytes for a parameter, of which ZeRO-1 leaves 3 of the 12, and Muon 8 of a matrix.
+    assert held["zero"] == pytest.approx(held["one"] * 9 / 18, rel=0.01)
+    assert held["muon"] == pytest.approx(held["one"] * 14 / 18, rel=0.02)
+
+
+@pytest.mark.parametrize("comm_type", ["p2p", "a2a"])
+@pytest.mark.parametrize("model", first_by_day(MODELS, 2))
+def test_the_formula_holds_over_context_parallel_ranks(model: str, comm_type: str) -> None:
+    for cp in (1, 2, 4, 8):
+        measured, planned, _ = long_peak(cp, model, comm_type)
+        assert measured == pytest.approx(planned, rel=0.01), (cp, measured / 2**20, planned / 2**20)
+
+
+@pytest.mark.parametrize("comm_type", ["p2p", "a2a"])
+def test_activations_fall_as_the_number_of_ranks(comm_type: str) -> None:
+    """What a step of a dense model adds to what is held before."""
+    added = {}
+    for cp in (1, 2, 4, 8):
+        measured, _, before = long_peak(cp, "dense", comm_type)
+        added[cp] = (measured - before) * cp
+    assert all(size == pytest.approx(added[1], rel=0.05) for size in added.values()), added
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of any tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(results) if isinstance(t, Tensor))])
+        return results
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_no_tensor_of_a_step_has_a_number_for_each_pair_of_tokens(model: str) -> None:
+    with Largest() as largest:
+        long_peak(1, model)
+    assert LENGTH * HIDDEN <= largest.elements < LENGTH * LENGTH // 8
 
 
 def test_combining_holds_no_copy_of_the_weights() -> None:

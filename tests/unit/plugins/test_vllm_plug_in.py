@@ -162,9 +162,11 @@ def test_experts_in_plain_torch_compute_what_the_class_does(tmp_path: Path) -> N
     from megatron_samoe.plugins.vllm.plain_experts import PlainExperts
 
     generator = torch.Generator().manual_seed(5)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
     for act, bias in (("gelu_tanh", True), ("gelu_tanh", False), ("swiglu", True)):
-        config = SamoeConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2, hidden_act=act, linear_bias=bias,
-                             expert_layout="moe", num_hidden_layers=1, moe_layers=[True], num_experts=4)  # fmt: skip
+        config = SamoeConfig(
+            **sizes, hidden_act=act, linear_bias=bias, expert_layout="moe", moe_layers=[True], num_experts=4
+        )
         experts = Experts(config, 4)
         for parameter in experts.parameters():
             torch.nn.init.normal_(parameter, generator=generator)

@@ -1,24 +1,21 @@
-"""tools/benchmark.py: contestants do the same work, figures follow from each other, peers are asked as described."""
+"""`megatron-samoe benchmark`: contestants do the same work, figures follow from each other, peers are asked as described."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.ops import extension
+from tests.harness import program
 from tools.benchmarks import contestants, dispatch, harness, roofline
 from tools.benchmarks.decode import Decode
 from tools.benchmarks.layer import LayerShape, MoELayerBenchmark
-
-ROOT = Path(__file__).resolve().parents[3]
 
 needs_extension = pytest.mark.skipif(not extension.load(), reason="compares the compiled extension")
 
@@ -39,8 +36,16 @@ for line in sys.stdin:
 """
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "tools/benchmark.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+#: Sizes of a model of which steps are measured.
+SMALL = "--num-layers 2 --seq-length 16 --hidden-size 64 --num-experts 4 --vocab-size 64 --threads 1"
+
+
+def saved(folder: Path, command: str) -> dict[str, Any]:
+    """Returns what one round of a benchmark leaves in its file."""
+    words = [*command.split(), "--rounds", "1", "--json", str(folder / "saved/a.json")]
+    program.start(words, folder, program="megatron_samoe.gpu_check.command").succeed(300)
+    content: dict[str, Any] = json.loads((folder / "saved/a.json").read_text())
+    return content
 
 
 def test_medians_leave_the_first_round_out() -> None:
@@ -112,28 +117,21 @@ def test_a_peer_that_ends_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @needs_extension
-def test_a_run_leaves_its_conditions_and_a_picture(tmp_path: Path) -> None:
-    sizes = ("--tokens", "64", "--hidden-size", "16", "--num-experts", "4", "--rounds", "1", "--threads", "1")
-    done = command("dispatch", *sizes, "--json", str(tmp_path / "x" / "a.json"), "--png", str(tmp_path / "a.png"))
-    assert done.returncode == 0, done.stderr
-    saved = json.loads((tmp_path / "x" / "a.json").read_text())
-    assert saved["conditions"]["arguments"]["tokens"] == 64 and saved["conditions"]["threads"] == 1
-    assert [(row["op"], row["dtype"]) for row in saved["rows"]] == [
+def test_a_run_leaves_its_conditions(tmp_path: Path) -> None:
+    found = saved(tmp_path, "dispatch --tokens 64 --hidden-size 16 --num-experts 4 --threads 1")
+    assert found["conditions"]["arguments"]["tokens"] == 64 and found["conditions"]["threads"] == 1
+    assert [(row["op"], row["dtype"]) for row in found["rows"]] == [
         (op, dtype) for dtype in ("fp32", "bf16") for op in ("dispatch", "dispatch, torch as it comes")
     ]
-    for row in saved["rows"]:
+    for row in found["rows"]:
         ratio = row["index_add ms"] / row["compiled ms"]
         assert row["compiled / index_add"] == pytest.approx(ratio, abs=0.02)
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.night
 def test_whole_models_are_compared_at_equal_active_parameters(tmp_path: Path) -> None:
-    sizes = ("--num-layers", "2", "--seq-length", "16", "--micro-batch-size", "2", "--vocab-size", "64",
-             "--hidden-size", "64", "--ffn-hidden-size", "64", "--num-experts", "4")  # fmt: skip
-    done = command("train-step", *sizes, "--rounds", "1", "--threads", "1", "--json", str(tmp_path / "a.json"))
-    assert done.returncode == 0, done.stderr
-    rows = {row["model"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    found = saved(tmp_path, f"train-step {SMALL} --micro-batch-size 2 --ffn-hidden-size 64")
+    rows = {row["model"]: row for row in found["rows"]}
     assert list(rows) == ["dense", "moe", "samoe"] and rows["dense"]["speed / dense"] == 1.0
     router = 2 * 4 * 64
     assert rows["moe"]["active"] == rows["dense"]["active"] + router
@@ -144,15 +142,10 @@ def test_whole_models_are_compared_at_equal_active_parameters(tmp_path: Path) ->
 
 @pytest.mark.night
 def test_optimizers_are_compared_by_whole_steps_and_alone(tmp_path: Path) -> None:
-    sizes = ("--num-layers", "2", "--seq-length", "16", "--hidden-size", "64", "--num-experts", "4", "--vocab-size", "64",
-             "--micro-batch-size", "1", "--rounds", "1", "--threads", "1", "--json", str(tmp_path / "a.json"))  # fmt: skip
-    done = command("train-step", "--layouts", "moe", "--optimizers", "adam", "muon", *sizes)
-    assert done.returncode == 0, done.stderr
-    whole = {row["model"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    steps = saved(tmp_path, f"train-step --layouts moe --optimizers adam muon {SMALL} --micro-batch-size 1")["rows"]
+    whole = {row["model"]: row for row in steps}
     assert list(whole) == ["moe", "moe, muon"] and whole["moe"]["speed / moe"] == 1.0
-    done = command("muon", *sizes)
-    assert done.returncode == 0, done.stderr
-    rows = {row["optimizer"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    rows = {row["optimizer"]: row for row in saved(tmp_path, f"muon {SMALL} --micro-batch-size 1")["rows"]}
     assert list(rows) == ["adam", "muon", "muon, bf16 products", "torch Muon"]
     # Five steps; by layer four squares of attention, four experts of two matrices of 256 x 64.
     assert rows["muon"]["GFLOP"] == round(2 * 2 * 5 * 64**2 * (4 * 192 + 8 * (2 * 256 + 64)) / 1e9, 2)
@@ -162,10 +155,8 @@ def test_optimizers_are_compared_by_whole_steps_and_alone(tmp_path: Path) -> Non
 @needs_extension
 @pytest.mark.distributed
 def test_ranks_are_compared_with_what_sends_nothing(tmp_path: Path) -> None:
-    sizes = ("--tokens", "64", "--hidden-size", "16", "--ffn-hidden-size", "32", "--num-experts", "4")
-    done = command("expert-parallel", *sizes, "--rounds", "1", "--json", str(tmp_path / "a.json"))
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    sizes = "--tokens 64 --hidden-size 16 --ffn-hidden-size 32 --num-experts 4"
+    (row,) = saved(tmp_path, f"expert-parallel {sizes}")["rows"]
     ratio = row["alone ms"] / row["expert parallel ms"]
     assert row["ranks"] == 2 and row["expert parallel / alone"] == pytest.approx(ratio, rel=0.05)
 
@@ -174,10 +165,7 @@ def test_ranks_are_compared_with_what_sends_nothing(tmp_path: Path) -> None:
 @needs_extension
 @pytest.mark.distributed
 def test_exchanges_are_compared_in_one_run(tmp_path: Path) -> None:
-    sizes = ("--ranks", "2", "--megabytes", "0.0625", "--rounds", "2", "--uneven")
-    done = command("all-to-all", *sizes, "--json", str(tmp_path / "a.json"))
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    (row,) = saved(tmp_path, "all-to-all --ranks 2 --megabytes 0.0625 --uneven")["rows"]
     assert row["rings / gloo"] == pytest.approx(row["gloo"] / row["rings"], rel=0.05)
     assert row["rings / copy"] == pytest.approx(row["copy"] / row["rings"], abs=0.02)
 
@@ -185,28 +173,6 @@ def test_exchanges_are_compared_in_one_run(tmp_path: Path) -> None:
 def test_other_processes_have_no_processor_time_of_ours(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--clock"):
         MoELayerBenchmark(peers=tmp_path, clock="cpu").rows()
-
-
-@pytest.mark.night
-@needs_extension
-def test_programs_that_serve_are_compared_with_our_texts(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    sizes = {
-        "num-layers": 2,
-        "hidden-size": 64,
-        "ffn-hidden-size": 64,
-        "num-experts": 4,
-        "vocab-size": 300,
-        "context": 64,
-    }
-    flags = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
-    done = command("servers", "--threads", "1", "--rounds", "1", "--new-tokens", "6", "--batch-sizes", "2",
-                   "--prompt-lengths", "3", "17", "--work-dir", str(tmp_path), "--json", str(tmp_path / "rows.json"), *flags)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["server"] for row in rows] == ["megatron_samoe", "transformers"]
-    assert all(row["same texts"] == "2 of 2" and row["tokens/s, batch 2"] > 0 for row in rows)
-    assert all(0 < row["MB for the model"] < row["MB in all"] for row in rows)
 
 
 TINY = {"hidden_size": 64, "ffn_hidden_size": 64, "num_layers": 2, "num_experts": 4, "vocab_size": 64, "context": 32}
@@ -232,7 +198,7 @@ def test_another_contestant_begins_each_round() -> None:
 def test_a_dense_model_is_dense_although_that_is_the_default(tmp_path: Path) -> None:
     for flags, experts in (("", True), ("--expert-layout dense", False), ("--expert-layout=dense", False)):
         made = Decode(**TINY, work_dir=tmp_path).make_checkpoint(flags)  # type: ignore[arg-type]
-        names = CheckpointReader(contestants.checkpoint_directory(made)).tensors
+        names = contestants.opened(made).tensors
         assert any("moe" in name for name in names) == experts, flags
 
 

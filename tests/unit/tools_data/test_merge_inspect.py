@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,10 +16,9 @@ import pytest
 from megatron_samoe.cli import inspect_dataset
 from megatron_samoe.cli import merge as merge_command
 from megatron_samoe.datasets import inspect, manifest, merge
-from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-from megatron_samoe.datasets.preprocess import checksums
-from megatron_samoe.datasets.preprocess.options import PreprocessOptions
+from megatron_samoe.datasets.indexed_dataset import IndexedDataset
 from megatron_samoe.datasets.preprocess.run import preprocess
+from tests.harness.datasets import content, jsonl, kill_9, options, preprocessed, seconds_of, write_dataset
 from tests.harness.pairs import first_by_day
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,20 +26,8 @@ NUM_KILLS = 8
 DOCUMENTS = [[1, 2, 3, 256], [256], [7, 8, 256], [9] * 20 + [256]]
 
 
-def build(prefix: Path, documents: list[list[int]], dtype: type = np.uint16) -> str:
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype)
-    for tokens in documents:
-        builder.add_document(tokens, [len(tokens)] if tokens else [])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
-
-
 def text_dataset(folder: Path, name: str, texts: list[str]) -> str:
-    """Makes a dataset with the preprocessor, so that it has a manifest."""
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    options = PreprocessOptions((str(folder / f"{name}.jsonl"),), str(folder / name), executor="inline", quiet=True)
-    preprocess(replace(options, append_eod=True))
-    return str(folder / f"{name}_text_document")
+    return preprocessed(folder, name, texts, append_eod=True)
 
 
 def test_merging_equals_preprocessing_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,8 +38,7 @@ def test_merging_equals_preprocessing_at_once(tmp_path: Path, capsys: pytest.Cap
     out = str(tmp_path / "merged")
     assert merge_command.main(["--input", str(tmp_path / "parts"), "--output-prefix", out]) == 0
     assert "5 documents" in capsys.readouterr().out
-    for suffix in (".bin", ".idx"):
-        assert Path(out + suffix).read_bytes() == Path(whole + suffix).read_bytes()
+    assert content(out) == content(whole)
     assert "those of the manifest" in inspect.verify(out)[-1]
     mine, yours = manifest.read(out), manifest.read(whole)
     assert mine is not None and yours is not None
@@ -70,12 +55,12 @@ def test_merging_a_dataset_with_gaps(tmp_path: Path) -> None:
     (tmp_path / "g.idx").write_bytes(header.pack() + rows)
     (tmp_path / "g.bin").write_bytes(np.arange(5, dtype="<u2").tobytes())
     out = str(tmp_path / "out")
-    merge.merge([str(tmp_path / "g"), build(tmp_path / "d", [[9]])], out)
+    merge.merge([str(tmp_path / "g"), write_dataset(tmp_path / "d", [[9]])], out)
     assert [row.tolist() for row in IndexedDataset(out)[:]] == [[3, 4], [0], [9]]
 
 
 def test_what_cannot_be_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a, b = build(tmp_path / "a", DOCUMENTS), build(tmp_path / "b", DOCUMENTS, np.int32)
+    a, b = write_dataset(tmp_path / "a", DOCUMENTS), write_dataset(tmp_path / "b", DOCUMENTS, np.int32)
     c = text_dataset(tmp_path, "c", ["x"])
     d = text_dataset(tmp_path, "d", ["x"])
     record = manifest.read(d)
@@ -96,32 +81,22 @@ def test_what_cannot_be_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("num_kills", first_by_day([2, NUM_KILLS]))
 def test_kill_9_while_merging_leaves_the_old_or_the_new(num_kills: int, tmp_path: Path) -> None:
-    part = build(tmp_path / "part", [[1] * 1_500_000, [2] * 1_500_000])
+    part = write_dataset(tmp_path / "part", [[1] * 1_500_000, [2] * 1_500_000])
     command = [sys.executable, str(ROOT / "tools/merge_datasets.py"), "--input", *[part] * 12]
     command += ["--output-prefix", str(tmp_path / "out")]
-    start = time.monotonic()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    whole_s = time.monotonic() - start
-    wanted = {suffix: checksums.file_crc32(f"{tmp_path}/out{suffix}") for suffix in (".bin", ".idx")}
+    whole_s, wanted = seconds_of(command), content(tmp_path / "out")
     random, killed = np.random.default_rng(int(time.time())), 0
     while killed < num_kills:
         (tmp_path / "out.bin").unlink(missing_ok=True)
         (tmp_path / "out.idx").unlink(missing_ok=True)
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=float(random.uniform(0.1, 0.1 + whole_s)))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed += 1
-        if (tmp_path / "out.idx").exists():
-            assert {suffix: checksums.file_crc32(f"{tmp_path}/out{suffix}") for suffix in (".bin", ".idx")} == wanted
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert {suffix: checksums.file_crc32(f"{tmp_path}/out{suffix}") for suffix in (".bin", ".idx")} == wanted
+        killed += kill_9(command, float(random.uniform(0.1, 0.1 + whole_s)))
+        assert not (tmp_path / "out.idx").exists() or content(tmp_path / "out") == wanted
+    seconds_of(command)
+    assert content(tmp_path / "out") == wanted
 
 
 def test_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prefix = build(tmp_path / "d", [[1, 1, 1, 1], [], [2, 2, 2, 2]])
+    prefix = write_dataset(tmp_path / "d", [[1, 1, 1, 1], [], [2, 2, 2, 2]])
     assert inspect_dataset.main(["stats", prefix, "--plot", str(tmp_path / "d.png")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["documents"], found["empty_documents"], found["tokens"], found["distinct_ids"]) == (3, 1, 8, 2)
@@ -134,9 +109,8 @@ def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = text_dataset(tmp_path, "d", ["one", "née"])
     assert inspect_dataset.main(["decode", prefix, "--document", "1"]) == 0
     assert capsys.readouterr().out.split() == [*map(str, "née".encode()), "256"]
-    assert (
-        inspect_dataset.main(["decode", prefix + ".idx", "--document", "1", "--tokenizer-type", "ByteTokenizer"]) == 0
-    )
+    by_bytes = ["--tokenizer-type", "ByteTokenizer"]
+    assert inspect_dataset.main(["decode", prefix + ".idx", "--document", "1", *by_bytes]) == 0
     assert capsys.readouterr().out == "née\n"
     assert inspect_dataset.main(["decode", prefix, "--document", "2"]) == 1
     assert "not in 0 to 1" in capsys.readouterr().err
@@ -154,7 +128,7 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_verify_finds_gaps_and_wrong_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prefix = build(tmp_path / "d", DOCUMENTS)
+    prefix = write_dataset(tmp_path / "d", DOCUMENTS)
     with open(prefix + ".bin", "ab") as file:
         file.write(b"\0\0")
     assert inspect_dataset.main(["verify", prefix]) == 1
@@ -168,7 +142,7 @@ def test_verify_finds_gaps_and_wrong_counts(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_repair(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    prefix = build(tmp_path / "d", DOCUMENTS)
+    prefix = write_dataset(tmp_path / "d", DOCUMENTS)
     wanted = Path(prefix + ".idx").read_bytes()
     Path(prefix + ".idx").write_bytes(wanted[:50])
     monkeypatch.setattr(inspect, "BLOCK_BYTES", 10)
@@ -201,14 +175,11 @@ def test_the_slurm_array_and_a_merge_give_the_bytes_of_one_run(tmp_path: Path) -
     tokenizer = tmp_path / "t"
     (tmp_path / "corpus").mkdir()
     for number in range(5):
-        text = "".join(json.dumps({"text": f"file {number} document {n}"}) + "\n" for n in range(9))
-        (tmp_path / f"corpus/{number}.jsonl").write_text(text)
+        (tmp_path / f"corpus/{number}.jsonl").write_bytes(jsonl(f"file {number} document {n}" for n in range(9)))
     trainer = [sys.executable, str(ROOT / "tools/train_tokenizer.py"), "--type", "byte-bpe", "--vocab-size", "280"]
     subprocess.run([*trainer, "--input", str(tmp_path / "corpus"), "--output-prefix", str(tokenizer)], check=True)
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "SLURM_CPUS_PER_TASK": "1",
-    }
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "SLURM_CPUS_PER_TASK": "1"}
     arguments = [str(tmp_path / "corpus"), "*.jsonl", str(tmp_path / "web"), f"{tokenizer}.json"]
     for task in range(2):
         slurm = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2"}
@@ -217,11 +188,6 @@ def test_the_slurm_array_and_a_merge_give_the_bytes_of_one_run(tmp_path: Path) -
     assert (
         merge_command.main(["--input", str(tmp_path / "web_parts"), "--output-prefix", str(tmp_path / "merged")]) == 0
     )
-    options = PreprocessOptions(
-        (str(tmp_path / "corpus"),), str(tmp_path / "whole"), "HuggingFaceTokenizer", f"{tokenizer}.json",
-        executor="inline", quiet=True, append_eod=True,
-    )  # fmt: skip
-    preprocess(options)
-    for suffix in (".bin", ".idx"):
-        merged, whole = tmp_path / f"merged{suffix}", tmp_path / f"whole_text_document{suffix}"
-        assert merged.read_bytes() == whole.read_bytes()
+    with_tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": f"{tokenizer}.json"}
+    preprocess(options(tmp_path, "corpus", append_eod=True, **with_tokenizer))
+    assert content(tmp_path / "merged") == content(tmp_path / "out_text_document")

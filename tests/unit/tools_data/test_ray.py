@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from megatron_samoe.datasets.preprocess.options import PreprocessOptions
-from megatron_samoe.datasets.preprocess.run import preprocess
 from megatron_samoe.errors import DataError
+from tests.harness.datasets import content, preprocessed
 
 
 def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is an extra: pip install 'megatron_samoe[ray]'")
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(500)))
-
-    def run(executor: str, **more: object) -> bytes:
-        options = PreprocessOptions(
-            (str(tmp_path / "in.jsonl"),), str(tmp_path / executor), executor=executor, workers=2,
-            quiet=True, chunk_bytes=2000, **more,  # type: ignore[arg-type]
-        )  # fmt: skip
-        preprocess(options)
-        return b"".join((tmp_path / f"{executor}_text_document{s}").read_bytes() for s in (".bin", ".idx"))
-
-    assert run("ray") == run("inline")
+    texts = [f"document {n}" for n in range(500)]
+    how = {"workers": 2, "chunk_bytes": 2000}
+    by_ray, inline = (preprocessed(tmp_path, name, texts, executor=name, **how) for name in ("ray", "inline"))
+    assert content(by_ray) == content(inline)
     with pytest.raises(DataError, match="cannot be read"):
-        run("ray", tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "none"))
+        preprocessed(
+            tmp_path, "x", texts, executor="ray", tokenizer_type="SentencePieceTokenizer", tokenizer_model="none"
+        )

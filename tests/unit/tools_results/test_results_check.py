@@ -19,10 +19,7 @@ from tools.results.measured import wrong_tables
 from tools.results.model_table import losses_table, rates_table
 from tools.results.page_figures import Models, models_of, rewritten, wrong_figures
 from tools.results.registration import Registration, deviations, kept_plan, read_registrations
-from tools.results.verdicts import (
-    CLAIMS,
-    losses_on_test,
-)
+from tools.results.verdicts import CLAIMS, losses_on_test
 
 TABLE = table(__file__, tuples=False)
 ROOT = Path(__file__).resolve().parents[3]
@@ -153,20 +150,19 @@ def keep(store: Path, config: PretrainConfig, registration: Registration, loss: 
     """Puts a run into a store as a study does, and returns its key."""
     key = results_store.run_key(config)
     (store / key).mkdir(parents=True)
-    (store / key / "run.json").write_text(
-        json.dumps({"key": key, "config": asdict(config), "vocab_size": 2048, "checkpoint_bytes": 1})
-    )
-    (store / key / "metrics.jsonl").write_text(json.dumps(run_of(loss).records[-1] | {"iteration": 4800}) + "\n")
-    facts = {
-        "device": "cpu",
-        "device_name": "x",
-        "ranks": 1,
-        "threads_per_rank": 1,
-        "layout": {},
-        "forced": dict(registration.forced),
-    }
-    (store / key / "machine.json").write_text(json.dumps(facts | machine))
+    run = {"key": key, "config": asdict(config), "vocab_size": 2048, "checkpoint_bytes": 1}
+    facts = {"device": "cpu", "device_name": "x", "ranks": 1, "threads_per_rank": 1, "layout": {}}
+    facts |= {"forced": dict(registration.forced), **machine}
+    metrics = run_of(loss).records[-1] | {"iteration": 4800}
+    for name, content in (("run.json", run), ("metrics.jsonl", metrics), ("machine.json", facts)):
+        (store / key / name).write_text(json.dumps(content) + "\n")
     return key
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    (tmp_path / "store").mkdir()
+    return tmp_path / "store"
 
 
 @pytest.mark.parametrize(
@@ -181,10 +177,8 @@ def keep(store: Path, config: PretrainConfig, registration: Registration, loss: 
     ],
 )
 def test_runs_that_are_not_as_registered_are_named_with_what_differs(
-    tmp_path: Path, registration: Registration, changes: dict, machine: dict, said: str | None
+    tmp_path: Path, store: Path, registration: Registration, changes: dict, machine: dict, said: str | None
 ) -> None:
-    store = tmp_path / "store"
-    store.mkdir()
     [study] = registration.studies
     planned = kept_plan(study, registration.data, store, tmp_path / "planned")
     run = next(r for r in planned.all_runs() if r.variant.name == "2 banks of 32" and r.swept == 0.0015)
@@ -200,10 +194,8 @@ def test_runs_that_are_not_as_registered_are_named_with_what_differs(
 
 
 def test_tables_show_what_was_tried_and_no_test_loss_of_a_study_that_is_not_whole(
-    tmp_path: Path, registration: Registration
+    tmp_path: Path, store: Path, registration: Registration
 ) -> None:
-    store = tmp_path / "store"
-    store.mkdir()
     [study] = registration.studies
     lines, judged = [], []
     for stage, rates in enumerate(({1.5e-3: 3.6, 3e-3: 3.5, 6e-3: 3.7}, {3e-3: 3.5})):
@@ -226,16 +218,12 @@ def test_tables_show_what_was_tried_and_no_test_loss_of_a_study_that_is_not_whol
     assert first.startswith(f"| frozen | {tried} | 3.6010 | "), "seed 1 is the sweep's"
     assert frozen == f"| frozen | {tried} | 3.6010, 3.6020, 3.6030 | 0.90, 0.25, 1 |"
     assert learned.startswith("| 2 banks of 32 | 1.5: 3.6010, 3: 3.5010, 6: 3.7010 | 3.5010, 3.5020, 3.5030 | ")
-    rows = [
-        f"| {model} | 1.06 M | 3 | 4,800 | {loss} |  |"
-        for model, loss in (("2 banks of 32", "4.5020"), ("frozen", "4.6020"))
-    ]
-    assert judged == [[], rows], "the better one first, of the claim that can be judged"
+    better, worse = "| 2 banks of 32 | 1.06 M | 3 | 4,800 | 4.5020 |  |", "| frozen | 1.06 M | 3 | 4,800 | 4.6020 |  |"
+    assert judged == [[], [better, worse]], "of the claim that can be judged"
 
 
-def test_models_under_adamw_have_a_table_of_their_own(tmp_path: Path, registration: Registration) -> None:
-    store, study = tmp_path / "store", ROOT / "examples/studies/second_adamw.yaml"
-    store.mkdir()
+def test_models_under_adamw_have_a_table_of_their_own(tmp_path: Path, store: Path, registration: Registration) -> None:
+    study = ROOT / "examples/studies/second_adamw.yaml"
     planned = kept_plan(study, registration.data, store, tmp_path / "planned")
     keep(store, planned.config_of(planned.all_runs()[0]), registration, 3.9)
     plans = {study.stem: kept_plan(study, registration.data, store, tmp_path / "kept")}
@@ -266,10 +254,8 @@ def test_a_page_that_registers_nothing_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_run_of_another_commit_than_the_registered_is_named(
-    tmp_path: Path, registration: Registration, machine: dict, said: str | None
+    tmp_path: Path, store: Path, registration: Registration, machine: dict, said: str | None
 ) -> None:
-    store = tmp_path / "store"
-    store.mkdir()
     [study] = registration.studies
     planned = kept_plan(study, registration.data, store, tmp_path / "planned")
     keep(store, planned.config_of(planned.all_runs()[0]), registration, **machine)
@@ -281,8 +267,7 @@ def test_a_run_of_another_commit_than_the_registered_is_named(
 
 def test_a_kept_run_is_read_by_its_own_key_alone(tmp_path: Path) -> None:
     run = results_store.read_kept(STORE / KEPT)
-    assert run.config.optimizer.optimizer == "muon" and run.validation["validation_loss"] == pytest.approx(
-        3.5269, abs=1e-4
-    )
+    assert run.config.optimizer.optimizer == "muon"
+    assert run.validation["validation_loss"] == pytest.approx(3.5269, abs=1e-4)
     with pytest.raises(CheckpointError, match="not a finished run"):
         results_store.read_kept(tmp_path)

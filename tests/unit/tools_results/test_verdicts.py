@@ -58,18 +58,13 @@ def test_claims_are_judged_with_one_spread_and_a_model_that_was_given_up_is_not_
         "second_s/lost": [3.60],
     }
     by_model = {name: dict(enumerate(row)) for name, row in losses.items()}
-    table = pandas.DataFrame(
-        [(n, s, x) for n, row in losses.items() for s, x in enumerate(row)], columns=["m", "s", "y"]
-    )
-    fit = smf.ols("y ~ C(m, Treatment('second_s/moe')) + C(s)", table).fit()
-    raw = {
-        name: float(fit.tvalues[f"C(m, Treatment('second_s/moe'))[T.{name}]"])
-        for name in ("second_s/good", "second_s/same")
-    }
+    rows = [(n, s, x) for n, row in losses.items() for s, x in enumerate(row)]
+    fit = smf.ols("y ~ C(m, Treatment('second_s/moe')) + C(s)", pandas.DataFrame(rows, columns=["m", "s", "y"])).fit()
+    t_of = {name: fit.tvalues[f"C(m, Treatment('second_s/moe'))[T.second_s/{name}]"] for name in ("good", "same")}
     given_up = frozenset(["second_s/lost"])
     good, same, lost = judge(held_out(by_model, SMALL, given_up=given_up))
-    assert good.p == pytest.approx(3 * stats.t.cdf(raw["second_s/good"], fit.df_resid)) and good.is_supported
-    assert same.p == pytest.approx(2 * stats.t.cdf(raw["second_s/same"], fit.df_resid)) and not same.is_supported
+    assert good.p == pytest.approx(3 * stats.t.cdf(t_of["good"], fit.df_resid)) and good.is_supported
+    assert same.p == pytest.approx(2 * stats.t.cdf(t_of["same"], fit.df_resid)) and not same.is_supported
     assert (len(lost.differences), lost.p, lost.is_supported) == (1, 1.0, False)
     bse = fit.bse["C(m, Treatment('second_s/moe'))[T.second_s/good]"]
     assert good.half_width == pytest.approx(stats.t.ppf(0.975, fit.df_resid) * bse)
@@ -99,11 +94,8 @@ def test_further_seeds_of_a_baseline_count_once_all_of_their_experiment_is_there
         return cast(StudyPlan, plan)
 
     studies = {"second_regime": "moe of 8", "third_own": "moe of 8", "third_lock": "pool, locked, softmax"}
-    studies |= {
-        "third_norm": "moe of 8, norm",
-        "third_unipool": "pool, locked as UniPool",
-        "second_sharing": "pool, locked",
-    }
+    studies |= {"third_norm": "moe of 8, norm", "third_unipool": "pool, locked as UniPool"}
+    studies["second_sharing"] = "pool, locked"
     models = {f"{study}/{name}": {1: run_of(3.5)} for study, name in studies.items()}
     models["third_own/moe of 8"] = {4: run_of(3.6)}
     models["third_lock/pool, locked, softmax"] = {1: run_of(3.4), 4: run_of(3.4)}

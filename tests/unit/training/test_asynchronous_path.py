@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,12 +17,16 @@ from tests.harness.wait_figures import WAYS
 CASES: dict[str, dict[str, Any]] = {
     **WAYS,
     "capacity": {"layout": "samoe", "moe_expert_capacity_factor": 1.0, "moe_router_topk": 2},
-    "shared expert": {"layout": "moe", "style": "llama", "moe_shared_expert_intermediate_size": 16, "moe_router_topk": 3},
-    "biases": {"layout": "moe", "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
-               "moe_router_bias_update_rate": 0.05, "moe_router_topk": 2},
-    "relu": {"layout": "moe", "moe_router_score_function": "relu", "moe_router_topk": 2, "moe_aux_loss_coeff": 0.1},
-    "expert choice": {"layout": "moe", "moe_router_expert_choice": True, "moe_router_load_balancing_type": "none"},
-}  # fmt: skip
+    "shared expert": {"style": "llama", "moe_shared_expert_intermediate_size": 16, "moe_router_topk": 3},
+    "biases": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.05,
+        "moe_router_topk": 2,
+    },
+    "relu": {"moe_router_score_function": "relu", "moe_router_topk": 2, "moe_aux_loss_coeff": 0.1},
+    "expert choice": {"moe_router_expert_choice": True, "moe_router_load_balancing_type": "none"},
+}
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -34,7 +39,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_steps_equal_those_of_a_cpu(case: str) -> None:
-    config = tiny_config(**CASES[case])
+    config = tiny_config(**{"layout": "moe", **CASES[case]})
     expected = train(config, torch.float64, steps=3)
     with as_if_asynchronous(grouped_products=False):
         found = train(config, torch.float64, steps=3)
@@ -46,9 +51,7 @@ def on_rank(asynchronous: bool, chunks: int) -> dict[str, Any]:
     config = with_layout(tiny_config("samoe", moe_router_topk=2, **options), ep=2)
     if chunks > 1:
         config = with_options(config, moe_dispatch_chunks=chunks, moe_shared_expert_overlap=True)
-    if not asynchronous:
-        return train(config, torch.float64, steps=2)
-    with as_if_asynchronous(grouped_products=False):
+    with as_if_asynchronous(grouped_products=False) if asynchronous else nullcontext():
         return train(config, torch.float64, steps=2)
 
 

@@ -22,15 +22,8 @@ from tests.harness.tiny import VOCAB_SIZE, RandomBatches, tiny_config
 
 def train(folder: Path, **options: object) -> int:
     """Trains to iteration 6, saving every second, and returns the steps that were taken; CheckpointError as the run has it."""
-    options = {
-        "save": str(folder),
-        "load": str(folder),
-        "save_interval": 2,
-        "train_iters": 6,
-        "eval_iters": 0,
-        **options,
-    }
-    setup = build_setup(tiny_config("samoe", **options), VOCAB_SIZE, single_process_state())
+    options = {"save": str(folder), "load": str(folder), "save_interval": 2, "train_iters": 6, **options}
+    setup = build_setup(tiny_config("samoe", eval_iters=0, **options), VOCAB_SIZE, single_process_state())
     data = RandomBatches(setup)
     try:
         Trainer(setup, data, []).run()  # type: ignore[arg-type]

@@ -127,20 +127,8 @@ def test_ranks_evaluate_the_same_samples_as_one_process(corpora: tuple[str, str]
 
 
 def pretrain(folder: Path, *flags: str) -> list[dict[str, Any]]:
-    sizes = ["--num-layers", "1", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16"]
-    arguments = [
-        *sizes,
-        "--train-iters",
-        "2",
-        "--eval-iters",
-        "1",
-        "--run-dir",
-        str(folder),
-        "--num-threads",
-        "1",
-        *flags,
-    ]
-    assert main(arguments) == 0
+    sizes = "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --train-iters 2 --eval-iters 1"
+    assert main([*sizes.split(), "--num-threads", "1", "--run-dir", str(folder), *flags]) == 0
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

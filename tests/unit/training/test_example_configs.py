@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_samoe.config import PretrainConfig
+from megatron_samoe.config import ParallelConfig, PretrainConfig
 from megatron_samoe.config.cli import from_mapping, read_yaml
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.planning.layout_cost import Cluster
@@ -34,20 +34,16 @@ def reduced(config: PretrainConfig) -> PretrainConfig:
     counts = tuple(max(count // 16, 2 * moe.moe_router_topk) for count in moe.expert_counts)
     if moe.sharing == "pool":
         counts = (2 * config.model.num_layers,)
-    smaller = {
-        "num_experts": counts if len(counts) > 1 else counts[0],
-        "moe_ffn_hidden_size": 16,
-        "expert_model_parallel_size": 1,
-        "moe_per_layer_logging": False,
-    }
+    sizes = {"hidden_size": 32, "ffn_hidden_size": 32, "num_attention_heads": 4, "seq_length": 16}
+    steps = {"micro_batch_size": 2, "global_batch_size": 2, "train_iters": STEPS, "bf16": False}
+    rate = {"lr_warmup_iters": 0, "lr_warmup_fraction": None, "lr": 2e-3}
+    if moe.expert_layout != "dense":
+        sizes |= {"num_experts": counts if len(counts) > 1 else counts[0], "moe_ffn_hidden_size": 16}
+        steps["moe_per_layer_logging"] = False
     if moe.pool_lock_step is not None:
-        smaller |= {"pool_lock_step": 5, "pool_lock_anneal_steps": 10, "pool_lock_vote_steps": 3}
-        smaller |= {"pool_lock_entropy_group_size": 2}
-    return with_options(
-        config, hidden_size=32, ffn_hidden_size=32, num_attention_heads=4, seq_length=16, micro_batch_size=2,
-        global_batch_size=2, train_iters=STEPS, lr_warmup_iters=0, bf16=False, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
-        use_distributed_optimizer=False, lr_warmup_fraction=None, lr=2e-3, **(smaller if moe.expert_layout != "dense" else {}),
-    )  # fmt: skip
+        steps |= {"pool_lock_step": 5, "pool_lock_anneal_steps": 10, "pool_lock_vote_steps": 3}
+        sizes["pool_lock_entropy_group_size"] = 2
+    return with_options(replace(config, parallel=ParallelConfig()), **sizes, **steps, **rate)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +30,9 @@ from megatron_samoe.training.expert_diagnosis import (
     rank_shares,
     worth_of_layers,
 )
-from megatron_samoe.training.setup import build_setup, initial_state
+from megatron_samoe.training.micro_batches import Batch
+from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
+from megatron_samoe.training.state import TrainState
 from megatron_samoe.training.train_step import compute_gradients
 
 TINY = (
@@ -46,19 +51,32 @@ def trained(folder: Path, *flags: str) -> str:
     return str(folder)
 
 
-def test_banks_gradients_are_those_of_training(tmp_path: Path) -> None:
-    load = trained(tmp_path / "run", *POOL)
-    found = diagnose(load, batches=2)
-    assert found.banks is not None and found.iteration == 3
-
+def resumed(load: str) -> tuple[TrainSetup, TrainState, Iterator[list[Batch]]]:
+    """Returns a run after its three steps, and the batches that it would have seen next."""
     directory = store.iteration_dir(Path(load) / "checkpoints", 3)
     config = from_mapping(store.read_config(directory), str(directory))
     config = replace(config, training=replace(config.training, train_iters=5), parallel=ParallelConfig())
     setup = build_setup(config, 257, single_process_state())
-    state = load_run(setup, initial_state(setup), directory)
     run_data = build_run_data(config, tokenizer_of(config.data), setup.parallel, (3, 12))
+    return setup, load_run(setup, initial_state(setup), directory), run_data.train_batches(12)
+
+
+def shown(folder: Path, load: str) -> dict[str, Any]:
+    """Returns what the command writes of a run, having drawn it."""
+    files = ["--json", str(folder / "d.json"), "--output", str(folder / "d.png")]
+    assert diagnose_main(["--load", load, "--batches", "2", *files]) == 0
+    assert (folder / "d.png").read_bytes().startswith(b"\x89PNG")
+    [found] = json.loads((folder / "d.json").read_text())
+    return found  # type: ignore[no-any-return]
+
+
+def test_banks_gradients_are_those_of_training(tmp_path: Path) -> None:
+    load = trained(tmp_path / "run", *POOL)
+    found = diagnose(load, batches=2)
+    assert found.banks is not None and found.iteration == 3
+    setup, state, following = resumed(load)
     squares, sums = 0.0, None
-    for _, batches in zip(range(2), run_data.train_batches(12), strict=False):
+    for batches in islice(following, 2):
         compute_gradients(setup, state, batches)
         pieces = [p for p in setup.buffers.pieces if p.name.startswith("expert_pool")]
         whole = torch.cat([p.grad.flatten().double() for p in pieces])
@@ -70,15 +88,8 @@ def test_banks_gradients_are_those_of_training(tmp_path: Path) -> None:
 
 
 def test_similarity_overlap_and_plots(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    load = trained(tmp_path / "run", "--expert-layout", "moe")
-    assert (
-        diagnose_main(
-            ["--load", load, "--batches", "2", "--json", str(tmp_path / "d.json"), "--output", str(tmp_path / "d.png")]
-        )
-        == 0
-    )
+    found = shown(tmp_path, trained(tmp_path / "run", "--expert-layout", "moe"))
     assert "bank" not in capfd.readouterr().out
-    [found] = json.loads((tmp_path / "d.json").read_text())
     for name in ("similarity_LL", "overlap_LL"):
         matrix = np.array(found[name], dtype=float)
         diagonal = np.diag(matrix)
@@ -87,7 +98,6 @@ def test_similarity_overlap_and_plots(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert np.array(found["rank_shares_LR"]).shape == (3, len(RANKS))
     assert np.all(np.array(found["chance_LL"]) < 1) and found["banks"] is None and found["coefficients_2LP"] is None
     assert np.all(np.array(found["layers"]["alignment_NE"]) <= 1 + 1e-6)
-    assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_noise_of_batches_neither_hides_what_layers_want_alike_nor_looks_like_it() -> None:
@@ -96,9 +106,7 @@ def test_noise_of_batches_neither_hides_what_layers_want_alike_nor_looks_like_it
     want_LEX = torch.stack([want[0], 0.6 * want[0] + 0.8 * want[1], torch.zeros(4, 500)])
     halves = torch.zeros(2, 3, 4, 500)
     for batch in range(200):
-        noise = (
-            torch.randn(4, 500, generator=generator) / 20
-        )  # which all layers have in common, as long as what they want
+        noise = torch.randn(4, 500, generator=generator) / 20  # of all layers, as long as what they want
         halves[batch % 2] += want_LEX + noise
     whole = torch.nn.functional.normalize(halves.sum(0), dim=2)
     assert float((whole[0] * whole[2]).sum(1).mean()) > 0.05, "noise of one batch looks like a want"
@@ -128,23 +136,16 @@ def test_the_rank_of_what_layers_want_is_told_from_noise() -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        ("--num-experts", "4", "--expert-sharing", "0,0,0"),
-        ("--num-experts", "9", "--expert-sharing", "pool", "--pool-lock-step", "1", "--pool-lock-anneal-steps", "1"),
-        ("--num-experts", "2", "4", "4"),
-    ],
+    ["4 --expert-sharing 0,0,0", "9 --expert-sharing pool --pool-lock-step 1 --pool-lock-anneal-steps 1", "2 4 4"],
 )
 def test_layers_without_gradients_to_compare_have_worth_and_choices(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], flags: tuple[str, ...]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], flags: str
 ) -> None:
-    load = trained(tmp_path / "run", "--expert-layout", "moe", *flags)
-    files = ["--json", str(tmp_path / "d.json"), "--output", str(tmp_path / "d.png")]
-    assert diagnose_main(["--load", load, "--batches", "2", *files]) == 0
+    load = trained(tmp_path / "run", "--expert-layout", "moe", "--num-experts", *flags.split())
+    found = shown(tmp_path, load)
     assert "no gradients to compare" in capfd.readouterr().out
-    [found] = json.loads((tmp_path / "d.json").read_text())
     assert np.all(np.array(found["worth_L"]) != 0) and np.array(found["overlap_LL"]).shape == (3, 3)
     assert found["choices_L"] == [2, 2, 2] and found["layers"] is None and found["loss"] > 0
-    assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
@@ -157,13 +158,8 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
 def test_a_layer_is_worth_what_its_experts_add(tmp_path: Path) -> None:
     """One whose output projections are 0 is worth nothing."""
     load = trained(tmp_path / "run", "--expert-layout", "moe")
-    directory = store.iteration_dir(Path(load) / "checkpoints", 3)
-    config = from_mapping(store.read_config(directory), str(directory))
-    config = replace(config, training=replace(config.training, train_iters=5), parallel=ParallelConfig())
-    setup = build_setup(config, 257, single_process_state())
-    load_run(setup, initial_state(setup), directory)
-    run_data = build_run_data(config, tokenizer_of(config.data), setup.parallel, (3, 12))
-    batches = next(iter(run_data.train_batches(12)))
+    setup, _, following = resumed(load)
+    batches = next(following)
     before = worth_of_layers(setup, batches)
     layer = setup.model.moe_layers()[1].moe
     with torch.no_grad():

@@ -105,10 +105,7 @@ def on_one_rank(config: PretrainConfig, name: str) -> str:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("layout", "sizes", "name"),
-    [
-        ("dense", {"tp": 2}, "layers.1.mlp.fc1.weight"),
-        ("moe", {"ep": 2}, "layers.1.moe.experts.w1"),
-    ],
+    [("dense", {"tp": 2}, "layers.1.mlp.fc1.weight"), ("moe", {"ep": 2}, "layers.1.moe.experts.w1")],
 )
 def test_the_layer_is_named_in_split_models(layout: str, sizes: dict[str, Any], name: str, tmp_path: Path) -> None:
     config = with_layout(tiny_config(layout), **sizes)

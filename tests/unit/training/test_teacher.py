@@ -45,15 +45,14 @@ from tests.harness.tiny import VOCAB_SIZE, RandomBatches, micro_batches, tiny_co
 
 TABLE = table(__file__)
 STATE = single_process_state()
-TEACHER: dict[str, Any] = {"layout": "moe", "num_layers": 3, "hidden_size": 40, "num_experts": 6, "init_method_std": 0.2,
-                           "hidden_dropout": 0.3, "moe_input_jitter_eps": 0.1, "moe_expert_capacity_factor": 0.5,
-                           "mock_data": True}  # fmt: skip
+NOISE: dict[str, Any] = {"hidden_dropout": 0.3, "moe_input_jitter_eps": 0.1, "moe_expert_capacity_factor": 0.5}
+TEACHER = tiny_config("moe", num_layers=3, hidden_size=40, num_experts=6, init_method_std=0.2, mock_data=True, **NOISE)
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
-    setup = build_setup(tiny_config(**TEACHER, save=str(folder)), VOCAB_SIZE, STATE)
+    setup = build_setup(with_options(TEACHER, save=str(folder)), VOCAB_SIZE, STATE)
     save_run(setup, initial_state(setup))
     return folder
 
@@ -69,8 +68,8 @@ def taught_setup(config: PretrainConfig, dtype: torch.dtype | None = None) -> Tr
 
 def test_the_loss_and_its_gradient_are_those_of_the_formula(teacher: Path) -> None:
     """CE + weight * T^2 * KL(teacher || student), means over the predicted tokens; the teacher has no noise and drops none."""
-    config = student(teacher, teacher_temperature=2.0, teacher_weight=0.7, eod_mask_loss=True, moe_aux_loss_coeff=0.0,
-                     samoe_combine="layer")  # fmt: skip
+    teaching = {"teacher_temperature": 2.0, "teacher_weight": 0.7}
+    config = student(teacher, eod_mask_loss=True, moe_aux_loss_coeff=0.0, samoe_combine="layer", **teaching)
     setup = taught_setup(config, torch.float64)
     batches = micro_batches(setup, 0)
     for number, batch in enumerate(batches):
@@ -159,9 +158,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_the_teacher_leaves_inside_a_run_and_resumes_are_exact(teacher: Path, tmp_path: Path) -> None:
     lent = tmp_path / "lent"
     shutil.copytree(teacher, lent)
-    config = student(
-        lent, teacher_until=3, hidden_dropout=0.1, moe_input_jitter_eps=0.05, moe_expert_capacity_factor=1.0
-    )
+    config = student(lent, teacher_until=3, **NOISE)
     whole, witness = run(config, tmp_path / "whole")
     assert witness.taught == {1: True, 2: True, 3: True, 4: False, 5: False, 6: False}
     assert [witness.kl[i] is None for i in range(1, 7)] == [False, False, False, True, True, True]
@@ -223,14 +220,15 @@ def test_a_model_that_cannot_teach_is_refused(
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     setup = build_setup(student(tmp_path / "none"), VOCAB_SIZE, STATE)
-    with pytest.raises(CheckpointError, match=r"--teacher .*none has no checkpoint"):
-        load_teacher(setup.config, setup.model)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("no checkpoint")
-    with pytest.raises(CheckpointError, match=r"--teacher .*other holds no checkpoint of this program, but notes.txt"):
-        load_teacher(student(tmp_path / "other"), setup.model)
-    with pytest.raises(CheckpointError, match=r"--teacher .*notes.txt is a file"):
-        load_teacher(student(tmp_path / "other" / "notes.txt"), setup.model)
+    for folder, said in (
+        ("none", "none has no checkpoint"),
+        ("other", "other holds no checkpoint of this program, but notes.txt"),
+        ("other/notes.txt", "notes.txt is a file"),
+    ):
+        with pytest.raises(CheckpointError, match=f"--teacher .*{said}"):
+            load_teacher(student(tmp_path / folder), setup.model)
 
 
 def test_a_damaged_teacher_is_refused(teacher: Path, tmp_path: Path) -> None:
@@ -253,9 +251,9 @@ def test_layers_are_spread_over_the_students_stages() -> None:
 
 def test_what_training_alone_asks_of_a_teacher_is_left_out() -> None:
     """Options of the teacher's own training need not be legal in the student's layout."""
-    teacher = tiny_config("moe", expert_sharing="pool", num_experts=8, pool_lock_step=90, moe_aux_loss_group_size=3,
-                          moe_router_load_balancing_type="aux_loss", moe_balance_scope="layer", recompute_granularity="full")  # fmt: skip
-    settled = on_ranks_of(tiny_config("dense"), with_options(teacher, train_iters=200), 1)
+    balance = {"moe_router_load_balancing_type": "aux_loss", "moe_balance_scope": "layer", "moe_aux_loss_group_size": 3}
+    teacher = tiny_config("moe", expert_sharing="pool", num_experts=8, pool_lock_step=90, train_iters=200, **balance)
+    settled = on_ranks_of(tiny_config("dense"), with_options(teacher, recompute_granularity="full"), 1)
     assert settled.moe.pool_lock_step == 90 and settled.moe.moe_aux_loss_group_size is None
     assert settled.training.recompute_granularity is None
     chooses = tiny_config("moe", moe_router_expert_choice=True, moe_router_load_balancing_type="none")
@@ -271,17 +269,12 @@ def test_the_planner_counts_a_teachers_weights_and_time(teacher: Path) -> None:
     held = weights + 2 * logits  # with their gradient
     planned, plain = rank_memory(config, VOCAB_SIZE, 1), rank_memory(with_options(config, teacher=None), VOCAB_SIZE, 1)
     assert planned.teacher == held and plain.teacher == 0 and planned.total == plain.total + held
-    split = (
-        rank_memory(with_layout(config, pp=2), VOCAB_SIZE, 2, 0),
-        rank_memory(with_layout(config, pp=2), VOCAB_SIZE, 2, 1),
-    )
+    split = [rank_memory(with_layout(config, pp=2), VOCAB_SIZE, 2, rank) for rank in (0, 1)]
     messages = 2 * 2 * 2 * 16 * 40 * 4, 2 * 2 * 16 * 40 * 4  # received and sent, of two passes in flight and of one
     # Either end of the pipeline holds the words.
     assert sum(s.teacher for s in split) == held + sum(messages) + 104 * 40 * 4
     assert planned.parts()["teacher"] == held and "teacher" not in plain.parts()
-    cluster = Cluster(
-        world_size=4, gpus_per_node=4, memory_bytes=1e9, flops=1e12, intra_bandwidth=1e11, inter_bandwidth=1e10
-    )
+    cluster = Cluster(4, gpus_per_node=4, memory_bytes=1e9, flops=1e12, intra_bandwidth=1e11, inter_bandwidth=1e10)
     with_teacher = {x.name(): x for x in plan_layouts(config, VOCAB_SIZE, cluster)}
     without = {x.name(): x for x in plan_layouts(with_options(config, teacher=None), VOCAB_SIZE, cluster)}
     assert any(" ep4" in name for name in without) and not any(" ep4" in name for name in with_teacher), "6 experts"

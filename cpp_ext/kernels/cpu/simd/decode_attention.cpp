@@ -11,6 +11,7 @@ constexpr int64_t kParts = kPage / kLanes;  // vectors of one page's scores
 constexpr int kTile = static_cast<int>(8 / kParts);            // sums of scores side by side, of kParts vectors
 constexpr int kValueRows = SAMOE_VECTOR_BYTES == 64 ? 4 : 2;   // queries whose values are summed side by side
 constexpr int64_t kBlockQueries = 16;                          // queries that read keys and values together
+constexpr int64_t kMostCompared = 64;                          // tokens whose sequences are compared with each other
 
 SAMOE_INLINE void store_one(float* p, float value) { *p = value; }
 SAMOE_INLINE void store_one(uint16_t* p, float value) {
@@ -87,17 +88,20 @@ SAMOE_INLINE void score_tile(const float* const* queries, const C* const* pages,
         store(scores[m] + (page + p) * kPage + i * kLanes, sums[m][p][i] * scale);
 }
 
+// Scores of M queries with pages from one on, as many pages at a time as are left.
+template <int M, int P, typename C>
+SAMOE_INLINE void score_pages(const float* const* queries, const C* const* pages, int64_t page, int64_t num_pages, int64_t D,
+                              float scale, float* const* scores) {
+  for (; page + P <= num_pages; page += P) score_tile<M, P>(queries, pages, D, scale, scores, page);
+  if constexpr (P > 1) score_pages<M, P / 2>(queries, pages, page, num_pages, D, scale, scores);
+}
+
 // Scores of queries with all pages, as many queries at a time as are left.
 template <int M, typename C>
 SAMOE_INLINE void score(const float* const* queries, int64_t num_queries, const C* const* pages, int64_t num_pages,
                         int64_t D, float scale, float* const* scores) {
   int64_t q = 0;
-  for (; q + M <= num_queries; q += M) {
-    int64_t page = 0;
-    for (; page + kTile / M <= num_pages; page += kTile / M)
-      score_tile<M, kTile / M>(queries + q, pages, D, scale, scores + q, page);
-    for (; page < num_pages; ++page) score_tile<M, 1>(queries + q, pages, D, scale, scores + q, page);
-  }
+  for (; q + M <= num_queries; q += M) score_pages<M, kTile / M>(queries + q, pages, 0, num_pages, D, scale, scores + q);
   if constexpr (M > 1) score<M / 2>(queries + q, num_queries - q, pages, num_pages, D, scale, scores + q);
 }
 
@@ -167,6 +171,40 @@ int64_t make_blocks(const DecodeAttention& a, Block* blocks) {
   return num;
 }
 
+// Positions that a block's tokens see.
+int64_t seen_by(const DecodeAttention& a, const Block& block) {
+  int64_t length = 0;
+  for (int64_t i = 0; i < block.count; ++i) {
+    const int64_t own = a.positions_T[block.first + i] + 1;
+    length = own > length ? own : length;
+  }
+  return length;
+}
+
+// Asks for a group's first pages: pages lie anywhere, so the processor foresees none of them.
+template <typename C>
+void ask_for_pages(const DecodeAttention& a, const Block& block, int64_t g) {
+  const int64_t size = a.head_dim * kPage * static_cast<int64_t>(sizeof(C));
+  const int64_t seen = (seen_by(a, block) + kPage - 1) / kPage, most = kAheadBytes / size, num_pages = seen < most ? seen : most;
+  const auto ask_for = [&](const void* cache) {
+    for (int64_t p = 0; p < num_pages; ++p) {
+      const char* page = static_cast<const char*>(cache) + (page_of(a, block.first, p) * a.kv_heads + g) * size;
+      for (int64_t i = 0; i < size; i += kLineBytes) __builtin_prefetch(page + i, 0, 3);
+    }
+  };
+  ask_for(a.keys);
+  ask_for(a.values);
+}
+
+// Whether each token is of another sequence, so that nobody waits for the keys of others.
+bool each_is_alone(const DecodeAttention& a) {
+  if (a.num_tokens > kMostCompared) return false;
+  for (int64_t t = 0; t < a.num_tokens; ++t)
+    for (int64_t other = 0; other < t; ++other)
+      if (a.slots_T[t] == a.slots_T[other]) return false;
+  return true;
+}
+
 // Memory of one thread: pages of a block's sequence, and scores, whole pages of every query.
 struct AttentionWork {
   const void** pages;
@@ -177,12 +215,7 @@ struct AttentionWork {
 // The queries of a block's tokens in one group, over their sequence.
 template <typename C>
 void attend(const DecodeAttention& a, const Block& block, int64_t g, const AttentionWork& work) {
-  const int64_t D = a.head_dim, Q = a.queries_per_kv, num = block.count * Q;
-  int64_t length = 0;
-  for (int64_t i = 0; i < block.count; ++i) {
-    const int64_t own = a.positions_T[block.first + i] + 1;
-    length = own > length ? own : length;
-  }
+  const int64_t D = a.head_dim, Q = a.queries_per_kv, num = block.count * Q, length = seen_by(a, block);
   const int64_t num_pages = (length + kPage - 1) / kPage, padded = num_pages * kPage;
   for (int64_t q = 0; q < num; ++q) {
     const int64_t t = block.first + q / Q;
@@ -229,11 +262,23 @@ void run(Member& member, const DecodeAttention& a) {
   const int64_t num_blocks = make_blocks(a, blocks), num_tasks = num_blocks * a.kv_heads;
   const int64_t fair = (num_tasks + member.size() - 1) / member.size();
   const int64_t chunk = fair < 1 ? 1 : (fair < a.kv_heads ? fair : a.kv_heads);  // a page's groups lie side by side
-  member.own(a.num_tokens * a.kv_heads, [&](int64_t i) { prepare<C>(a, i / a.kv_heads, i % a.kv_heads); });
-  member.wait();
-  member.tasks((num_tasks + chunk - 1) / chunk, [&](int64_t task, int64_t) {
+  const auto ask_for = [&](int64_t item) {
+    if (item < num_tasks) ask_for_pages<C>(a, blocks[item / a.kv_heads], item % a.kv_heads);
+  };
+  ask_for(member.next_task() * chunk);
+  const bool is_alone = each_is_alone(a);
+  if (!is_alone) {
+    member.own(a.num_tokens * a.kv_heads, [&](int64_t i) { prepare<C>(a, i / a.kv_heads, i % a.kv_heads); });
+    member.wait();
+  }
+  member.tasks((num_tasks + chunk - 1) / chunk, [&](int64_t task, int64_t after) {
     const int64_t end = (task + 1) * chunk < num_tasks ? (task + 1) * chunk : num_tasks;
-    for (int64_t i = task * chunk; i < end; ++i) attend<C>(a, blocks[i / a.kv_heads], i % a.kv_heads, work);
+    for (int64_t i = task * chunk; i < end; ++i) {
+      const Block& block = blocks[i / a.kv_heads];
+      ask_for(i + 1 < end ? i + 1 : after * chunk);
+      if (is_alone) prepare<C>(a, block.first, i % a.kv_heads);
+      attend<C>(a, block, i % a.kv_heads, work);
+    }
   });
 }
 

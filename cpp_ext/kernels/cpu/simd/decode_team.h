@@ -66,6 +66,9 @@ class Member {
     for (int64_t i = number_; i < num; i += size_) work(i);
   }
 
+  // The task of the next call of tasks that this member takes first, if there are so many.
+  int64_t next_task() const { return ticket_ - done_; }
+
   // Calls work(task, after) for those of num tasks that this member takes; `after` is the task that it will take next,
   // so that it can ask for that one's weights in time. From num on these are tasks of the next call.
   template <typename Work>

@@ -1,9 +1,9 @@
 // Products of few rows of x with rows of weights, as they lie: lanes along the summed dim.
 //
 // One accumulator per (row of x, row of w), filled in the order of k and folded in a fixed tree. So a result does not
-// depend on how many rows of x share the call, and weights need no packing: they are used where they were loaded. Rows
-// of x are packed once a call instead, into the form that weights of a type are cheapest to multiply with
-// (decode_rows.h).
+// depend on how many rows of x share the call, nor on the order in which a tile's sums are made, and weights need no
+// packing: they are used where they were loaded. Rows of x are packed once a call instead, into the form that weights of
+// a type are cheapest to multiply with (decode_rows.h).
 #pragma once
 
 #include <cstdlib>
@@ -24,11 +24,12 @@ constexpr int kTileRows = 3;
 constexpr int kTileRows = 2;
 #endif
 constexpr int kPairRows = kTileRows < 4 ? kTileRows : 4;  // for bf16: two registers of a weight
-constexpr int kDigitRows = 2;                              // for digits: three sums
+constexpr int kDigitRows = 4;                              // for digits: three sums of a row of w, and four results
 constexpr int kTileOuts = 4;
 constexpr int64_t kRowBlock = 96;  // rows of x that stay in the second-level cache
 constexpr int64_t kTaskOuts = 32;  // rows of w that one task takes
-constexpr int64_t kAheadBytes = 8 << 10;  // at 20 GB/s a thread: what comes in 0.4 us, three times memory's latency
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kAheadBytes = 8 << 10;  // at 40 GB/s a thread: what comes in 0.2 us, memory's latency under load
 
 // a * b + c, always contracted or never: left to the compiler, the last bit would depend on the code around it.
 SAMOE_INLINE vf fused(vf a, vf b, vf c) {
@@ -68,8 +69,7 @@ SAMOE_INLINE v4 sum_of_four(vf a, vf b, vf c, vf d) {
 #endif
 }
 
-// Weights are asked for, into the second-level cache, a tile or kAheadBytes before they are used: accesses to several rows
-// at a time are no single stream, which is what the processor foresees by itself. After a matrix comes the next one.
+// Weights are asked for, into the first-level cache, kAheadBytes before they are used. After a matrix comes the next one.
 struct Ahead {
   const char* next;
   const char* end;
@@ -85,36 +85,38 @@ struct Ahead {
       then = nullptr;
     }
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+    for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(next + i, 0, 3);
     next += bytes;
   }
 };
 
-// How far ahead of their use weights of four rows are asked for.
-SAMOE_INLINE int64_t ahead_bytes(int64_t tile_bytes) { return tile_bytes < kAheadBytes ? kAheadBytes : tile_bytes; }
-
-// sums[m] = x[m] . w[n], n = 0 .. 3, for M rows of x and 4 rows of w, of which the last ones may be repeated.
-template <int M, typename W>
+// sums[m] = x[m] . w[n], n = 0 .. 3, for M rows of x and 4 rows of w, of which the last ones may be repeated. S rows of w are
+// read side by side. One after another they are a single stream, which comes from memory fastest; four in the cache share
+// what is loaded of x.
+template <int M, int S, typename W>
 SAMOE_INLINE void tile(const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
+  constexpr int64_t kStepBytes = kLanes * static_cast<int64_t>(sizeof(W));
   vf acc[M][kTileOuts] = {};
   const float* rows[M];
   for (int m = 0; m < M; ++m) rows[m] = reinterpret_cast<const float*>(x[m]);
   Ahead wanted = ahead;
-  int64_t k = 0;
-  for (; k + kLanes <= inputs; k += kLanes) {
-    vf row[M];
-    wanted.step(kTileOuts * kLanes * static_cast<int64_t>(sizeof(W)));
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) row[m] = load(rows[m] + k);
 #pragma GCC unroll 4
-    for (int n = 0; n < kTileOuts; ++n) {
-      const vf weight = load(w[n] + k);
+  for (int first = 0; first < kTileOuts; first += S) {
+    int64_t k = 0;
+    for (; k + kLanes <= inputs; k += kLanes) {
+      vf row[M];
+      if (kStepBytes >= kLineBytes || k * static_cast<int64_t>(sizeof(W)) % kLineBytes == 0) wanted.step(S * kLineBytes);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[m][n] = fused(row[m], weight, acc[m][n]);
+      for (int m = 0; m < M; ++m) row[m] = load(rows[m] + k);
+#pragma GCC unroll 4
+      for (int n = first; n < first + S; ++n) {
+        const vf weight = load(w[n] + k);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) acc[m][n] = fused(row[m], weight, acc[m][n]);
+      }
     }
-  }
-  if (k < inputs) {
-    for (int n = 0; n < kTileOuts; ++n) {
+    if (k == inputs) continue;
+    for (int n = first; n < first + S; ++n) {
       const vf weight = load_part(w[n] + k, inputs - k);
       for (int m = 0; m < M; ++m) acc[m][n] = fused(load_part(rows[m] + k, inputs - k), weight, acc[m][n]);
     }
@@ -125,31 +127,34 @@ SAMOE_INLINE void tile(const char* const* x, const W* const* w, int64_t inputs, 
 }
 
 // The same for bf16: x is packed, the even elements of 2 kLanes before the odd ones.
-template <int M>
+template <int M, int S>
 SAMOE_INLINE void tile(const char* const* x, const uint16_t* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
   vf acc[M][kTileOuts] = {};
   const float* rows[M];
   for (int m = 0; m < M; ++m) rows[m] = reinterpret_cast<const float*>(x[m]);
   Ahead wanted = ahead;
-  for (int64_t k = 0; k < inputs; k += 2 * kLanes) {
-    wanted.step(kTileOuts * kLanes * 4);
-    vu pair[kTileOuts];
-    vf weight[kTileOuts];
 #pragma GCC unroll 4
-    for (int n = 0; n < kTileOuts; ++n) pair[n] = load_pairs(w[n] + k, inputs - k), weight[n] = (vf)(pair[n] << 16);
+  for (int first = 0; first < kTileOuts; first += S) {
+    for (int64_t k = 0; k < inputs; k += 2 * kLanes) {
+      if (4 * kLanes >= kLineBytes || 2 * k % kLineBytes == 0) wanted.step(S * kLineBytes);
+      vu pair[S];
+      vf weight[S];
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const vf row = load(rows[m] + k);
+      for (int n = 0; n < S; ++n) pair[n] = load_pairs(w[first + n] + k, inputs - k), weight[n] = (vf)(pair[n] << 16);
 #pragma GCC unroll 4
-      for (int n = 0; n < kTileOuts; ++n) acc[m][n] = fused(row, weight[n], acc[m][n]);
-    }
+      for (int m = 0; m < M; ++m) {
+        const vf row = load(rows[m] + k);
 #pragma GCC unroll 4
-    for (int n = 0; n < kTileOuts; ++n) weight[n] = (vf)(pair[n] & 0xffff0000u);
+        for (int n = 0; n < S; ++n) acc[m][first + n] = fused(row, weight[n], acc[m][first + n]);
+      }
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const vf row = load(rows[m] + k + kLanes);
+      for (int n = 0; n < S; ++n) weight[n] = (vf)(pair[n] & 0xffff0000u);
 #pragma GCC unroll 4
-      for (int n = 0; n < kTileOuts; ++n) acc[m][n] = fused(row, weight[n], acc[m][n]);
+      for (int m = 0; m < M; ++m) {
+        const vf row = load(rows[m] + k + kLanes);
+#pragma GCC unroll 4
+        for (int n = 0; n < S; ++n) acc[m][first + n] = fused(row, weight[n], acc[m][first + n]);
+      }
     }
   }
   ahead = wanted;
@@ -157,18 +162,18 @@ SAMOE_INLINE void tile(const char* const* x, const uint16_t* const* w, int64_t i
   for (int m = 0; m < M; ++m) sums[m] = sum_of_four(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
 }
 
-template <typename W>
+template <int S, typename W>
 static void tile_of(int64_t num_rows, const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
   switch (num_rows) {
-    case 1: return tile<1>(x, w, inputs, ahead, sums);
-    case 2: return tile<2>(x, w, inputs, ahead, sums);
+    case 1: return tile<1, S>(x, w, inputs, ahead, sums);
+    case 2: return tile<2, S>(x, w, inputs, ahead, sums);
 #if SAMOE_VECTOR_BYTES >= 32
-    case 3: return tile<3>(x, w, inputs, ahead, sums);
+    case 3: return tile<3, S>(x, w, inputs, ahead, sums);
 #endif
 #if SAMOE_VECTOR_BYTES == 64
-    case 4: return tile<4>(x, w, inputs, ahead, sums);
-    case 5: return tile<5>(x, w, inputs, ahead, sums);
-    case 6: return tile<6>(x, w, inputs, ahead, sums);
+    case 4: return tile<4, S>(x, w, inputs, ahead, sums);
+    case 5: return tile<5, S>(x, w, inputs, ahead, sums);
+    case 6: return tile<6, S>(x, w, inputs, ahead, sums);
 #endif
     default: return;
   }
@@ -179,55 +184,39 @@ static void tile_of(int64_t num_rows, const char* const* x, const W* const* w, i
 template <int M>
 SAMOE_VNNI static void digit_tile(const char* const* x, const int8_t* const* w, int64_t inputs, Ahead& ahead,
                                   v4* sums) {
-  vi low[M][kTileOuts], middle[M][kTileOuts], high[M][kTileOuts];
-#pragma GCC unroll 2
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-    for (int n = 0; n < kTileOuts; ++n) {
-      memcpy(&low[m][n], x[m] + 64, 64);
-      memcpy(&middle[m][n], x[m] + 128, 64);
-      memcpy(&high[m][n], x[m] + 192, 64);
-    }
-  }
   const __m512i offset = _mm512_set1_epi8(-128);
+  vf whole[M][kTileOuts];
   Ahead wanted = ahead;
-  for (int64_t k = 0; k < inputs; k += 64) {
-    wanted.step(kTileOuts * 64);
-    const int64_t left = inputs - k;
-    __m512i weight[kTileOuts];
 #pragma GCC unroll 4
-    for (int n = 0; n < kTileOuts; ++n) {
-      const __m512i bytes = left >= 64 ? _mm512_loadu_si512(w[n] + k)
-                                       : _mm512_maskz_loadu_epi8((1ull << left) - 1, w[n] + k);
-      weight[n] = _mm512_xor_si512(bytes, offset);
+  for (int n = 0; n < kTileOuts; ++n) {
+    __m512i sum[M][3];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 3
+      for (int d = 0; d < 3; ++d) sum[m][d] = _mm512_loadu_si512(x[m] + 64 * (d + 1));
+    for (int64_t k = 0; k < inputs; k += kLineBytes) {
+      wanted.step(kLineBytes);
+      const int64_t left = inputs - k;
+      const __m512i bytes = left >= kLineBytes ? _mm512_loadu_si512(w[n] + k)
+                                               : _mm512_maskz_loadu_epi8((1ull << left) - 1, w[n] + k);
+      const __m512i weight = _mm512_xor_si512(bytes, offset);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 3
+        for (int d = 0; d < 3; ++d)
+          sum[m][d] = _mm512_dpbusd_epi32(sum[m][d], weight, _mm512_loadu_si512(x[m] + 256 + 3 * k + 64 * d));
     }
-#pragma GCC unroll 2
-    for (int m = 0; m < M; ++m) {
-      const char* digits = x[m] + 256 + 3 * k;
-      const __m512i digit0 = _mm512_loadu_si512(digits);
 #pragma GCC unroll 4
-      for (int n = 0; n < kTileOuts; ++n) low[m][n] = (vi)_mm512_dpbusd_epi32((__m512i)low[m][n], weight[n], digit0);
-      const __m512i digit1 = _mm512_loadu_si512(digits + 64);
-#pragma GCC unroll 4
-      for (int n = 0; n < kTileOuts; ++n)
-        middle[m][n] = (vi)_mm512_dpbusd_epi32((__m512i)middle[m][n], weight[n], digit1);
-      const __m512i digit2 = _mm512_loadu_si512(digits + 128);
-#pragma GCC unroll 4
-      for (int n = 0; n < kTileOuts; ++n) high[m][n] = (vi)_mm512_dpbusd_epi32((__m512i)high[m][n], weight[n], digit2);
-    }
+    for (int m = 0; m < M; ++m)
+      whole[m][n] = fused((vf)_mm512_cvtepi32_ps(sum[m][2]), splat(65536.0f),
+                          fused((vf)_mm512_cvtepi32_ps(sum[m][1]), splat(256.0f), (vf)_mm512_cvtepi32_ps(sum[m][0])));
   }
   ahead = wanted;
-#pragma GCC unroll 2
-  for (int m = 0; m < M; ++m) {
-    vf whole[kTileOuts];
 #pragma GCC unroll 4
-    for (int n = 0; n < kTileOuts; ++n)
-      whole[n] = fused((vf)_mm512_cvtepi32_ps((__m512i)high[m][n]), splat(65536.0f),
-                       fused((vf)_mm512_cvtepi32_ps((__m512i)middle[m][n]), splat(256.0f),
-                             (vf)_mm512_cvtepi32_ps((__m512i)low[m][n])));
+  for (int m = 0; m < M; ++m) {
     float unit;
     memcpy(&unit, x[m], sizeof unit);
-    sums[m] = sum_of_four(whole[0], whole[1], whole[2], whole[3]) * unit;
+    sums[m] = sum_of_four(whole[m][0], whole[m][1], whole[m][2], whole[m][3]) * unit;
   }
 }
 #endif
@@ -240,14 +229,14 @@ SAMOE_INLINE bool multiply_digits(int64_t, const char* const*, const W* const*, 
 #if defined(__AVX512F__)
 SAMOE_INLINE bool multiply_digits(int64_t num_rows, const char* const* x, const int8_t* const* w, int64_t inputs,
                                   Ahead& ahead, bool by_digits, v4* sums) {
-  if (by_digits) {
-    if (num_rows == 1) {
-      digit_tile<1>(x, w, inputs, ahead, sums);
-    } else {
-      digit_tile<2>(x, w, inputs, ahead, sums);
-    }
+  if (!by_digits) return false;
+  switch (num_rows) {
+    case 1: digit_tile<1>(x, w, inputs, ahead, sums); break;
+    case 2: digit_tile<2>(x, w, inputs, ahead, sums); break;
+    case 3: digit_tile<3>(x, w, inputs, ahead, sums); break;
+    default: digit_tile<4>(x, w, inputs, ahead, sums);
   }
-  return by_digits;
+  return true;
 }
 #endif
 
@@ -290,10 +279,8 @@ template <typename W>
 static void multiply_block(const char* const* x, int64_t num_rows, const W* w, int64_t inputs, int64_t first,
                            int64_t last, const DecodeOut& out, Following following, bool by_digits) {
   v4 sums[kTileRows];
-  const int64_t tile_bytes = kTileOuts * inputs * static_cast<int64_t>(sizeof(W));
   const int64_t tile_rows = by_digits ? kDigitRows : (sizeof(W) == 2 ? kPairRows : kTileRows);
-  const char* const begin = reinterpret_cast<const char*>(w + first * inputs);
-  Ahead ahead{begin + ahead_bytes(tile_bytes), reinterpret_cast<const char*>(w + last * inputs),
+  Ahead ahead{reinterpret_cast<const char*>(w + first * inputs) + kAheadBytes, reinterpret_cast<const char*>(w + last * inputs),
               static_cast<const char*>(following.data), following.bytes};
   Ahead nothing{nullptr, nullptr, nullptr, 0};
   for (int64_t n = first; n < last; n += kTileOuts) {
@@ -304,9 +291,12 @@ static void multiply_block(const char* const* x, int64_t num_rows, const W* w, i
     const int64_t num_tiles = (num_rows + tile_rows - 1) / tile_rows;
     for (int64_t i = 0; i < num_tiles; ++i) {
       const int64_t m = num_rows * i / num_tiles, count = num_rows * (i + 1) / num_tiles - m;
-      Ahead& wanted = i == 0 ? ahead : nothing;
-      if (!multiply_digits(count, x + m, rows, inputs, wanted, by_digits, sums)) {
-        tile_of(count, x + m, rows, inputs, wanted, sums);
+      if (multiply_digits(count, x + m, rows, inputs, i == 0 ? ahead : nothing, by_digits, sums)) {
+        // That was all.
+      } else if (i == 0) {
+        tile_of<1>(count, x + m, rows, inputs, ahead, sums);
+      } else {
+        tile_of<kTileOuts>(count, x + m, rows, inputs, nothing, sums);
       }
       for (int64_t j = 0; j < count; ++j) put(out, m + j, n, num_outs, sums[j]);
     }
@@ -334,7 +324,7 @@ SAMOE_INLINE void multiply(const char* const* x, int64_t num_rows, const Matrix&
 // What is asked for ahead from row `row` of a stack of matrices on.
 SAMOE_INLINE Following start_of(const Matrix& w, int64_t row, int64_t inputs) {
   const int64_t size = w.type == WeightType::f32 ? 4 : (w.type == WeightType::bf16 ? 2 : 1);
-  return {static_cast<const char*>(w.data) + row * inputs * size, ahead_bytes(kTileOuts * inputs * size)};
+  return {static_cast<const char*>(w.data) + row * inputs * size, kAheadBytes};
 }
 
 // One row normalised, times weight, plus bias. The mean square is taken around the mean unless rms.

@@ -15,22 +15,8 @@ from megatron_samoe.errors import ConfigError
 
 #: Entry points of installed packages under this name are families, too.
 GROUP = "megatron_samoe.hf_families"
-_OURS = (
-    LLAMA,
-    MISTRAL,
-    QWEN2,
-    QWEN3,
-    GPT2,
-    GPT_NEOX,
-    MIXTRAL,
-    QWEN3_MOE,
-    QWEN2_MOE,
-    OLMOE,
-    GRANITE,
-    GRANITE_MOE,
-    DEEPSEEK_V2,
-    DEEPSEEK_V3,
-)
+_COMMON = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE)
+_OURS = (*_COMMON, GRANITE, GRANITE_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
 
 
 @cache

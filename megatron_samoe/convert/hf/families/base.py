@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_samoe.config.derived import flag
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.convert.hf.families.entries import Entries
+from megatron_samoe.convert.hf.families.reading import MULTIPLIERS
 from megatron_samoe.convert.hf.parts import Parts, Rows, parts_by
 from megatron_samoe.convert.native import NativeModel
 
@@ -47,11 +48,6 @@ def constant(**entries: Any) -> Option:
 def always(**options: Any) -> Option:
     """Returns the line of options that every model of the class has, which a rule of its own demands."""
     return Option(lambda native: {}, lambda config: options)
-
-
-def written_entries(options: Iterable[Option], native: NativeModel) -> dict[str, Any]:
-    """Returns the entries that lines of a table write for a model."""
-    return {name: value for option in options for name, value in option.write(native).items()}
 
 
 def _value(native: NativeModel, name: str) -> Any:
@@ -101,7 +97,7 @@ class Family:
 
     def write_config(self, native: NativeModel) -> dict[str, Any]:
         """Returns config.json's entries for a native model that fits."""
-        return written_entries(self.options, native)
+        return {name: value for option in self.options for name, value in option.write(native).items()}
 
     def read_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns native options of completed entries; ConfigError where we cannot compute them."""
@@ -116,34 +112,21 @@ class Family:
 
 
 #: Options of the model that few classes have.
-RARE = (
-    "attention_bias",
-    "clip_qkv",
-    "attention_multiplier",
-    "embedding_multiplier",
-    "residual_multiplier",
-    "logits_scaling",
-    "use_parallel_residual",
-    "exact_gelu",
-    "multi_latent_attention",
-)
+RARE = ("attention_bias", "clip_qkv", *MULTIPLIERS, "use_parallel_residual", "exact_gelu", "multi_latent_attention")
 
 
-def read_heads(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the native options of the number of keys' and values' heads."""
+def _read_heads(config: Mapping[str, Any]) -> dict[str, Any]:
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     return {"group_query_attention": kv_heads != heads, "num_query_groups": kv_heads if kv_heads != heads else 1}
-
-
-def written_tie(native: NativeModel) -> dict[str, Any]:
-    """Returns the entry of an output matrix that is the embedding."""
-    return {"tie_word_embeddings": not native.model.untie_embeddings_and_output_weights}
 
 
 #: The vocabulary, which is not an option of ours, and whether the output matrix is the embedding.
 WORDS = (
     Option(lambda native: {"vocab_size": native.vocab_size}, lambda config: {}),
-    Option(written_tie, lambda config: {"untie_embeddings_and_output_weights": not config["tie_word_embeddings"]}),
+    Option(
+        lambda native: {"tie_word_embeddings": not native.model.untie_embeddings_and_output_weights},
+        lambda config: {"untie_embeddings_and_output_weights": not config["tie_word_embeddings"]},
+    ),
 )
 #: Entries that have the same name in most classes.
 SIZES = (
@@ -158,7 +141,7 @@ SIZES = (
 )
 #: Heads of keys and values, and their size.
 HEADS = (
-    Option(lambda native: {"num_key_value_heads": native.model.num_kv_heads}, read_heads),
+    Option(lambda native: {"num_key_value_heads": native.model.num_kv_heads}, _read_heads),
     Option(
         lambda native: {"head_dim": native.model.head_dim},
         lambda config: {"kv_channels": config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])},
@@ -172,7 +155,8 @@ def needs(option: str, *allowed: object) -> Rule:
     def rule(native: NativeModel) -> str | None:
         group = native.model if hasattr(native.model, option) else native.moe
         value = getattr(group, option)
-        return None if value in allowed else f"{_shown(option, value)} (it needs {_options(option, allowed)})"
+        legal = " or ".join(_shown(option, one) for one in allowed)
+        return None if value in allowed else f"{_shown(option, value)} (it needs {legal})"
 
     return rule
 
@@ -181,10 +165,6 @@ def _shown(option: str, value: object) -> str:
     if isinstance(value, bool):
         return flag(option) if value else f"no {flag(option)}"
     return f"no {flag(option)}" if value is None else f"{flag(option)} {value}"
-
-
-def _options(option: str, allowed: tuple[object, ...]) -> str:
-    return " or ".join(_shown(option, value) for value in allowed)
 
 
 def plain_heads(native: NativeModel) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.convert.hf.families.base import Family, Option, Rule, constant, one_number_of_experts, same
-from megatron_samoe.convert.hf.families.entries import CannotCompute, Entries, may, needed, only, rare
+from megatron_samoe.convert.hf.families.entries import CannotCompute, entries_of, wrong_entry
 from megatron_samoe.convert.hf.families.experts import (
     EXPERT_WIDTH,
     EXPERTS,
@@ -21,11 +21,10 @@ from megatron_samoe.convert.hf.families.experts import (
     WEIGHTS,
     weighs_among_all,
 )
-from megatron_samoe.convert.hf.families.llama import ENTRIES, OPTIONS, ROPE, gated, tensors
+from megatron_samoe.convert.hf.families.llama import OPTIONS, ROPE, gated, tensors
 from megatron_samoe.convert.hf.families.reading import rope_of
 from megatron_samoe.convert.hf.parts import Row, in_pairs, modules, whole
 from megatron_samoe.convert.native import NativeModel
-from megatron_samoe.errors import ConfigError
 
 
 def latent_attention(native: NativeModel, has_pairs: bool = True) -> tuple[Row, ...]:
@@ -123,7 +122,7 @@ def _read_scores(config: Mapping[str, Any]) -> dict[str, Any]:
     width = config["qk_nope_head_dim"] + rotated
     for name, size in (("num_key_value_heads", heads), ("head_dim", rotated), ("qk_head_dim", width)):
         if config.get(name, size) != size:
-            raise ConfigError(f"config.json: {name}", config[name], f"must be {size} for the class's other sizes")
+            raise wrong_entry(name, config[name], f"must be {size} for the class's other sizes")
     rope = rope_of(config)
     multiplier = _multiplier(rope.get("mscale_all_dim"), rope.get("factor", 1.0), width)
     return {"kv_channels": None, **({} if multiplier is None else {"attention_multiplier": multiplier})}
@@ -137,7 +136,7 @@ def _written_layers(native: NativeModel) -> dict[str, Any]:
 def _read_layers(config: Mapping[str, Any]) -> dict[str, Any]:
     dense, layers = config["first_k_dense_replace"], config["num_hidden_layers"]
     if not 0 <= dense < layers:
-        raise ConfigError("config.json: first_k_dense_replace", dense, f"must be below the {layers} layers")
+        raise wrong_entry("first_k_dense_replace", dense, f"must be below the {layers} layers")
     return {
         "moe_shared_expert_intermediate_size": config["n_shared_experts"] * config["moe_intermediate_size"],
         "moe_layer_freq": "0" * dense + "1" * (layers - dense),
@@ -168,21 +167,6 @@ _FIXED = {
 }
 _RULES: tuple[Rule, ...] = (one_number_of_experts, _scores_have_an_entry, _dense_first, _whole_shared_experts)
 _KNOWS = ("multi_latent_attention", "attention_multiplier")
-_ENTRIES = {
-    **ENTRIES,
-    "attention_bias": only(False),
-    "rms_norm_eps": only(1e-6),
-    "moe_layer_freq": only(1),
-    "q_lora_rank": may(int, 1536),
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "qk_head_dim": rare(int),
-    "router_aux_loss_coef": 0.01,
-}
-#: Of DeepSeek's own code, which transformers does not read.
-_OWN_CODE = ("aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers", "num_mtp_layers")
 
 
 def _written_groups(native: NativeModel) -> dict[str, Any]:
@@ -192,52 +176,22 @@ def _written_groups(native: NativeModel) -> dict[str, Any]:
 def _read_groups(config: Mapping[str, Any]) -> dict[str, Any]:
     groups, chosen, experts = config["n_group"], config["topk_group"], config["n_routed_experts"]
     if not 1 <= chosen <= groups or experts % groups:
-        raise ConfigError(
-            "config.json: n_group",
-            groups,
-            f"must divide n_routed_experts ({experts}), and be topk_group ({chosen}) or more",
+        raise wrong_entry(
+            "n_group", groups, f"must divide n_routed_experts ({experts}), and be topk_group ({chosen}) or more"
         )
     if groups == chosen:
         return {}
     if config["num_experts_per_tok"] != 2 * chosen:
-        raise ConfigError(
-            "config.json: topk_group", chosen, f"{CannotCompute}; it must be half of num_experts_per_tok or n_group"
-        )
+        raise wrong_entry("topk_group", chosen, f"{CannotCompute}; it must be half of num_experts_per_tok or n_group")
     return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
 
 
-_DEEPSEEK_V3_ENTRIES = Entries(
-    {
-        **_ENTRIES,
-        "vocab_size": 129280,
-        "hidden_size": 7168,
-        "intermediate_size": 18432,
-        "num_hidden_layers": 61,
-        "num_attention_heads": 128,
-        "num_key_value_heads": may(int, 128),
-        "max_position_embeddings": 4096,
-        "first_k_dense_replace": 3,
-        "n_routed_experts": 256,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 2048,
-        "routed_scaling_factor": 2.5,
-        "n_group": 8,
-        "topk_group": 4,
-        "norm_topk_prob": may(bool, True),
-        "rope_interleave": only(True),
-        "topk_method": only("noaux_tc"),
-        "scoring_func": only("sigmoid"),
-    },
-    {"num_local_experts": "n_routed_experts"},
-    _OWN_CODE,
-)
 DEEPSEEK_V3 = Family(
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
     "latent attention; experts by sigmoid scores, biases and groups, and a shared expert",
     tensors=_tensors,
-    entries=_DEEPSEEK_V3_ENTRIES,
+    entries=entries_of("deepseek_v3"),
     options=(
         Option(_written_groups, _read_groups),
         *_OPTIONS,
@@ -247,30 +201,12 @@ DEEPSEEK_V3 = Family(
     rules=(*_RULES, _two_of_a_group),
     knows=_KNOWS,
 )
-_DEEPSEEK_V2_ENTRIES = Entries(
-    {
-        **_ENTRIES,
-        "vocab_size": 102400,
-        "mlp_bias": only(False),
-        "first_k_dense_replace": 0,
-        "n_routed_experts": 64,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": needed(int),
-        "moe_intermediate_size": 1407,
-        "routed_scaling_factor": 1.0,
-        "topk_method": only("greedy"),
-        "norm_topk_prob": only(False, None),
-        "scoring_func": only("softmax"),
-    },
-    {"num_experts": "n_routed_experts"},
-    (*_OWN_CODE, "n_group", "topk_group"),
-)
 DEEPSEEK_V2 = Family(
     "deepseek_v2",
     "DeepseekV2ForCausalLM",
     "latent attention; experts by softmax scores among all, and a shared expert",
     tensors=_tensors,
-    entries=_DEEPSEEK_V2_ENTRIES,
+    entries=entries_of("deepseek_v2"),
     options=(*_OPTIONS, constant(topk_method="greedy")),
     fixed={
         **_FIXED,

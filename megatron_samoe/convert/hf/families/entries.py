@@ -9,12 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_samoe.errors import ConfigError, nearest, readable
-from megatron_samoe.parsing import finite_float
+from megatron_samoe.parsing import finite_float, parse_yaml
 
 CannotCompute = "megatron_samoe's model cannot compute it"
+
+
+def wrong_entry(name: str, value: Any, why: str) -> ConfigError:
+    """Returns the error of an entry of config.json."""
+    return ConfigError(f"config.json: {name}", value, why)
+
+
 _MISSING, _NEEDED = object(), object()
 _MOST_LAYERS = 10_000
 _WORDS = {
@@ -52,10 +60,10 @@ class Entry:
         if self.allowed:
             if not any(value == legal and type(value) is type(legal) for legal in self.allowed):
                 legal = " or ".join("null" if value is None else repr(value) for value in self.allowed)
-                raise ConfigError(f"config.json: {name}", value, self.why or f"{CannotCompute}; it must be {legal}")
+                raise wrong_entry(name, value, self.why or f"{CannotCompute}; it must be {legal}")
         elif not (self.takes_null if value is None else _is_of(value, self.kind)):
             or_null = " or null" if self.takes_null else ""
-            raise ConfigError(f"config.json: {name}", value, f"must be {_WORDS[self.kind]}{or_null}")
+            raise wrong_entry(name, value, f"must be {_WORDS[self.kind]}{or_null}")
 
 
 def _is_of(value: Any, kind: Any) -> bool:
@@ -82,8 +90,8 @@ def only(*allowed: Any, why: str = "") -> Entry:
 
 
 def one_of(*allowed: Any) -> Entry:
-    """Returns an entry that has no default and a few values."""
-    return Entry(object, allowed=allowed)
+    """Returns an entry that must be there and has a few values."""
+    return Entry(object, _NEEDED, allowed=allowed)
 
 
 def needed(kind: Any) -> Entry:
@@ -94,46 +102,6 @@ def needed(kind: Any) -> Entry:
 def never(why: str) -> Entry:
     """Returns an entry that may not be there."""
     return Entry(object, allowed=(_MISSING,), why=why)
-
-
-#: What entries mean in every class, whether or not it has them.
-_EVERYWHERE = {
-    "is_encoder_decoder": only(False),
-    "add_cross_attention": only(False),
-    "tie_encoder_decoder": only(False),
-    "cross_attention_hidden_size": only(None),
-    "is_decoder": only(True),
-    "is_causal": only(True),
-    "chunk_size_feed_forward": only(0),
-    "pruned_heads": only(None, {}),
-    "per_layer_config": only(None),
-    "attention_chunk_size": only(None),
-    "sliding_window": only(None),
-    "layer_types": only(None),
-    "fusion_config": only(None),
-    "transformers_weights": only(None),
-    "quantization_config": only(
-        None, why="quantized weights cannot be converted; load and save them unquantized with transformers first"
-    ),
-}
-#: What no class computes by: tokens, precision, training, generation and classification, notes of other programs.
-_UNREAD = frozenset(
-    """
-    model_type architectures auto_map transformers_version name_or_path _name_or_path _commit_hash dtype torch_dtype
-    attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
-    experts_implementation _experts_implementation _experts_implementation_internal return_dict output_hidden_states
-    output_attentions output_scores return_dict_in_generate torchscript use_bfloat16 tf_legacy_loss
-    use_cache gradient_checkpointing tokenizer_class prefix bos_token_id eos_token_id pad_token_id sep_token_id
-    decoder_start_token_id unk_token_id id2label label2id num_labels problem_type finetuning_task task_specific_params
-    classifier_dropout classifier_dropout_prob assistant_confidence_threshold assistant_lookbehind bad_words_ids
-    begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty forced_bos_token_id
-    forced_eos_token_id length_penalty max_length max_new_tokens min_length no_repeat_ngram_size num_assistant_tokens
-    num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences remove_invalid_values
-    repetition_penalty suppress_tokens target_lookbehind temperature top_k top_p typical_p output_router_logits
-    pretraining_tp unsloth_fixed unsloth_version transformers.js_config
-    """.split()
-)
 
 
 @dataclass(frozen=True)
@@ -164,6 +132,43 @@ class Entries:
         return key not in self.table and (key in _UNREAD or key in self.unread)
 
 
+_KINDS = {kind.__name__: kind for kind in (bool, int, float, str, dict)}
+
+
+def _kind(words: Any) -> Any:
+    return (list, _KINDS[words[0]]) if isinstance(words, list) else _KINDS[words]
+
+
+def _entry(line: Any) -> Any:
+    """Returns an entry of `entries.yaml`, or the default of one."""
+    match line:
+        case {"may": kind}:
+            return may(_kind(kind), line.get("missing"))
+        case {"rare": kind}:
+            return rare(_kind(kind))
+        case {"needed": kind}:
+            return needed(_kind(kind))
+        case {"only": values}:
+            return only(*values, why=line.get("why", ""))
+        case {"never": why}:
+            return never(why)
+    return line
+
+
+_FILE: Mapping[str, Any] = parse_yaml(Path(__file__).with_name("entries.yaml").read_text())
+_EVERYWHERE = {name: _entry(line) for name, line in _FILE["everywhere"].items()}
+_UNREAD = frozenset(_FILE["unread"])
+#: Names of entries of our own class.
+OWN_CLASS: Mapping[str, Any] = _FILE["own class"]
+
+
+def entries_of(model_type: str) -> Entries:
+    """Returns the entries of a class that `entries.yaml` has."""
+    said = _FILE["families"][model_type]
+    table = {name: _entry(line) for name, line in said["entries"].items()}
+    return Entries(table, said.get("other_names", {}), tuple(said.get("unread", ())))
+
+
 def completed(entries: Entries, config: Mapping[str, Any], family: str) -> dict[str, Any]:
     """Returns all entries that decide what a class computes, by their own names, with the values that transformers gives
     them. Those of rotary positions stay as they are given: `reading.rope_of` resolves them.
@@ -185,8 +190,8 @@ def completed(entries: Entries, config: Mapping[str, Any], family: str) -> dict[
         if entry is None:
             if config[key] is None or config[key] is False:
                 continue  # the class lacks what is switched off here
-            raise ConfigError(
-                f"config.json: {readable(key)}",
+            raise wrong_entry(
+                readable(key),
                 config[key],
                 f"is not an entry whose meaning for {family} is known; remove it if it "
                 f"changes nothing that the model computes.{nearest(readable(key), entries.table)}",
@@ -195,7 +200,7 @@ def completed(entries: Entries, config: Mapping[str, Any], family: str) -> dict[
         found[name] = config[key]
     lacking = [name for name, value in found.items() if value is _NEEDED]
     if lacking:
-        raise ConfigError(f"config.json: {lacking[0]}", None, f"is missing, and {family} needs it")
+        raise wrong_entry(lacking[0], None, f"is missing, and {family} needs it")
     return _with_what_follows(found)
 
 
@@ -203,10 +208,10 @@ def _with_what_follows(found: dict[str, Any]) -> dict[str, Any]:
     """Returns entries in which null is replaced by what follows from others."""
     heads = found.get("num_attention_heads")
     if heads is not None and heads < 1:
-        raise ConfigError("config.json: num_attention_heads", heads, "must be positive")
+        raise wrong_entry("num_attention_heads", heads, "must be positive")
     layers = found.get("num_hidden_layers", found.get("n_layer", 1))
     if not 1 <= layers <= _MOST_LAYERS:  # before anything is listed by layer
-        raise ConfigError("config.json: num_hidden_layers", layers, f"must be between 1 and {_MOST_LAYERS:,}")
+        raise wrong_entry("num_hidden_layers", layers, f"must be between 1 and {_MOST_LAYERS:,}")
     if "num_key_value_heads" in found and found["num_key_value_heads"] is None:
         found["num_key_value_heads"] = heads
     if found.get("head_dim", 0) is None:

@@ -18,14 +18,11 @@ from megatron_samoe.convert.hf.families.base import (
     plain_heads,
     same,
 )
-from megatron_samoe.convert.hf.families.entries import Entries, may, only
+from megatron_samoe.convert.hf.families.entries import entries_of
 from megatron_samoe.convert.hf.families.llama import (
-    ENTRIES,
     FACTORS,
     FIXED,
-    GRANITE_ENTRIES,
     OPTIONS,
-    QWEN_ENTRIES,
     WINDOW,
     gated,
     tensors,
@@ -68,6 +65,7 @@ _FIXED = {
     "moe_residual_mlp": False,
 }
 _NO_SHARED_EXPERT = {"moe_shared_expert_intermediate_size": None}
+_PLAIN = {**_FIXED, **_NO_SHARED_EXPERT, "sliding_window": None, "add_qkv_bias": False}
 
 
 def weighs_among_chosen(native: NativeModel) -> str | None:
@@ -115,29 +113,12 @@ _AMONG_CHOSEN = always(moe_router_pre_softmax=False)
 _WIDTH = same("intermediate_size", "moe_ffn_hidden_size", written="expert_size")
 EXPERT_WIDTH = same("moe_intermediate_size", "moe_ffn_hidden_size", written="expert_size")
 
-_MIXTRAL_ENTRIES = Entries(
-    {
-        **ENTRIES,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "head_dim": may(int),
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "sliding_window": may(int),
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "router_aux_loss_coef": 0.001,
-        "router_jitter_noise": 0.0,
-    },
-    {"num_experts": "num_local_experts"},
-)
 MIXTRAL = Family(
     "mixtral",
     "MixtralForCausalLM",
     "experts in every layer, weighed among the chosen ones",
     tensors=tensors(*_MIXTRAL_EXPERTS),
-    entries=_MIXTRAL_ENTRIES,
+    entries=entries_of("mixtral"),
     options=(
         *OPTIONS,
         *ROUTING,
@@ -162,52 +143,15 @@ def _read_pattern(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"moe_layer_freq": layer_pattern(config)}
 
 
-_QWEN = (
-    *OPTIONS,
-    *ROUTING,
-    WEIGHTS,
-    same("num_experts"),
-    EXPERT_WIDTH,
-    Option(_written_pattern, _read_pattern),
-)
-_QWEN_ENTRIES = {
-    **QWEN_ENTRIES,
-    "hidden_size": 2048,
-    "num_hidden_layers": 24,
-    "use_sliding_window": only(False),
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": may((list, int)),
-    "norm_topk_prob": False,
-    "router_aux_loss_coef": 0.001,
-}
-_QWEN3_MOE_ENTRIES = Entries(
-    {
-        **{name: entry for name, entry in _QWEN_ENTRIES.items() if name not in ("max_window_layers", "layer_types")},
-        "intermediate_size": 6144,
-        "num_key_value_heads": 4,
-        "attention_bias": only(False),
-        "moe_intermediate_size": 768,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-    },
-    {"num_local_experts": "num_experts"},
-    ("max_window_layers",),
-)
+_QWEN = (*OPTIONS, *ROUTING, WEIGHTS, same("num_experts"), EXPERT_WIDTH, Option(_written_pattern, _read_pattern))
 QWEN3_MOE = Family(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
     "experts in any layers, norms of each head's queries and keys",
     tensors=tensors(*EXPERTS),
-    entries=_QWEN3_MOE_ENTRIES,
+    entries=entries_of("qwen3_moe"),
     options=(*_QWEN, constant(attention_bias=False)),
-    fixed={
-        **_FIXED,
-        "sliding_window": None,
-        **_NO_SHARED_EXPERT,
-        "qk_layernorm": True,
-        "qk_layernorm_scope": "head",
-        "add_qkv_bias": False,
-    },
+    fixed={**_PLAIN, "qk_layernorm": True, "qk_layernorm_scope": "head"},
     rules=(one_number_of_experts,),
 )
 
@@ -243,25 +187,12 @@ def _read_shared_expert(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"moe_shared_expert_intermediate_size": width, "moe_shared_expert_gate": True}
 
 
-_QWEN2_MOE_ENTRIES = Entries(
-    {
-        **_QWEN_ENTRIES,
-        "intermediate_size": 5632,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "moe_intermediate_size": 1408,
-        "shared_expert_intermediate_size": 5632,
-        "num_experts": 60,
-        "num_experts_per_tok": 4,
-        "qkv_bias": True,
-    }
-)
 QWEN2_MOE = Family(
     "qwen2_moe",
     "Qwen2MoeForCausalLM",
     "experts in any layers, weighed either way, besides a shared expert",
     tensors=_qwen2_tensors,
-    entries=_QWEN2_MOE_ENTRIES,
+    entries=entries_of("qwen2_moe"),
     options=(
         *_QWEN,
         same("qkv_bias", "add_qkv_bias", written="qkv_bias"),
@@ -278,31 +209,12 @@ def _norms_all_heads(native: NativeModel) -> str | None:
     return "--qk-layernorm-scope head (it norms all heads' queries together: --qk-layernorm-scope all)"
 
 
-_OLMOE_ENTRIES = Entries(
-    {
-        **ENTRIES,
-        "vocab_size": 50304,
-        "hidden_size": 2048,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 16,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "attention_bias": only(False),
-        "clip_qkv": may(float),
-        "num_experts": 64,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": False,
-        "router_aux_loss_coef": 0.01,
-    },
-    {"num_local_experts": "num_experts"},
-)
 OLMOE = Family(
     "olmoe",
     "OlmoeForCausalLM",
     "experts in every layer, one norm over all heads' queries and one over all keys",
     tensors=tensors(*EXPERTS),
-    entries=_OLMOE_ENTRIES,
+    entries=entries_of("olmoe"),
     options=(
         *OPTIONS,
         *ROUTING,
@@ -313,25 +225,16 @@ OLMOE = Family(
         same("clip_qkv", kind=float),
         always(qk_layernorm_scope="all"),
     ),
-    fixed={**_FIXED, "sliding_window": None, **_NO_SHARED_EXPERT, "qk_layernorm": True, "add_qkv_bias": False},
+    fixed={**_PLAIN, "qk_layernorm": True},
     rules=(one_number_of_experts, all_layers_are_moe, plain_heads, _norms_all_heads),
     knows=("clip_qkv",),
-)
-_GRANITE_MOE_ENTRIES = Entries(
-    {
-        **GRANITE_ENTRIES,
-        "attention_bias": False,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "router_aux_loss_coef": 0.001,
-    }
 )
 GRANITE_MOE = Family(
     "granitemoe",
     "GraniteMoeForCausalLM",
     "as mixtral, with factors on embeddings, scores, residuals and logits",
     tensors=tensors(*_GRANITE_EXPERTS),
-    entries=_GRANITE_MOE_ENTRIES,
+    entries=entries_of("granitemoe"),
     options=(
         *OPTIONS,
         *ROUTING,
@@ -341,7 +244,7 @@ GRANITE_MOE = Family(
         Option(lambda native: {"attention_bias": native.model.attention_output_bias}, read_biases),
         FACTORS,
     ),
-    fixed={**_FIXED, "sliding_window": None, **_NO_SHARED_EXPERT, "qk_layernorm": False, "add_qkv_bias": False},
+    fixed={**_PLAIN, "qk_layernorm": False},
     rules=(one_number_of_experts, all_layers_are_moe, weighs_among_chosen),
     knows=("attention_bias", *MULTIPLIERS),
 )

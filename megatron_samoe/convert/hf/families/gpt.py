@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from megatron_samoe.convert.hf.families.base import SIZES, WORDS, Family, Option, plain_heads, same
-from megatron_samoe.convert.hf.families.entries import CannotCompute, Entries, may, only
+from megatron_samoe.convert.hf.families.entries import CannotCompute, entries_of, wrong_entry
 from megatron_samoe.convert.hf.families.reading import rotary
 from megatron_samoe.convert.hf.parts import Row, below, by_input, module, modules, transposed
 from megatron_samoe.convert.native import NativeModel
-from megatron_samoe.errors import ConfigError
 
 _FIXED = {
     "expert_layout": "dense",
@@ -50,48 +49,12 @@ def _written_dropout(native: NativeModel) -> dict[str, Any]:
 def _read_dropout(config: Mapping[str, Any]) -> dict[str, Any]:
     residual, embedding = config["resid_pdrop"], config["embd_pdrop"]
     if residual != embedding:
-        raise ConfigError(
-            "config.json: resid_pdrop, embd_pdrop",
-            (residual, embedding),
-            "our --hidden-dropout is one for both; make them equal",
+        raise wrong_entry(
+            "resid_pdrop, embd_pdrop", (residual, embedding), "our --hidden-dropout is one for both; make them equal"
         )
     return {"hidden_dropout": float(residual)}
 
 
-_GPT2_ENTRIES = Entries(
-    {
-        "vocab_size": 50257,
-        "n_positions": 1024,
-        "n_embd": 768,
-        "n_layer": 12,
-        "n_head": 12,
-        "n_inner": may(int),
-        "activation_function": only("gelu_new", "gelu_pytorch_tanh", "gelu"),
-        "resid_pdrop": 0.1,
-        "embd_pdrop": 0.1,
-        "attn_pdrop": 0.1,
-        "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
-        "scale_attn_weights": only(True),
-        "scale_attn_by_inverse_layer_idx": only(False),
-        "tie_word_embeddings": True,
-    },
-    {
-        "hidden_size": "n_embd",
-        "max_position_embeddings": "n_positions",
-        "num_attention_heads": "n_head",
-        "num_hidden_layers": "n_layer",
-    },
-    (
-        "reorder_and_upcast_attn",
-        "n_ctx",
-        "summary_type",
-        "summary_use_proj",
-        "summary_activation",
-        "summary_proj_to_labels",
-        "summary_first_dropout",
-    ),
-)
 GPT2 = Family(
     "gpt2",
     "GPT2LMHeadModel",
@@ -115,7 +78,7 @@ GPT2 = Family(
         *module("transformer.ln_f", "final_norm"),
         Row("lm_head.weight", "output.weight"),
     ),
-    entries=_GPT2_ENTRIES,
+    entries=entries_of("gpt2"),
     options=(
         *WORDS,
         same("n_positions", "seq_length", written="max_positions"),
@@ -146,34 +109,10 @@ def _written_rotary(native: NativeModel) -> dict[str, Any]:
 def _read_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = rotary(config, "rotary_emb_base", "rotary_pct")
     if kind := rope.get("rope_scaling_type"):
-        raise ConfigError("config.json: rope_parameters", kind, f"{CannotCompute}; rope_type must be 'default'")
+        raise wrong_entry("rope_parameters", kind, f"{CannotCompute}; rope_type must be 'default'")
     return rope
 
 
-_GPT_NEOX_ENTRIES = Entries(
-    {
-        "vocab_size": 50432,
-        "hidden_size": 6144,
-        "num_hidden_layers": 44,
-        "num_attention_heads": 64,
-        "intermediate_size": 24576,
-        "hidden_act": only("gelu", "gelu_new", "gelu_pytorch_tanh"),
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.02,
-        "layer_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "use_parallel_residual": True,
-        "attention_bias": True,
-        "rotary_emb_base": 10000.0,
-        "rotary_pct": 0.25,
-        "rope_parameters": may(dict),
-        "rope_scaling": may(dict),
-        "is_decoder": only(False, True),
-    },
-    unread=("attention_probs_dropout_prob", "hidden_dropout_prob", "num_key_value_heads"),
-)
 GPT_NEOX = Family(
     "gpt_neox",
     "GPTNeoXForCausalLM",
@@ -193,7 +132,7 @@ GPT_NEOX = Family(
         *module("gpt_neox.final_layer_norm", "final_norm"),
         Row("embed_out.weight", "output.weight"),
     ),
-    entries=_GPT_NEOX_ENTRIES,
+    entries=entries_of("gpt_neox"),
     options=(
         *SIZES,
         gelu("hidden_act"),

@@ -9,17 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_samoe.convert.hf.families.base import (
-    HEADS,
-    SIZES,
-    Family,
-    Option,
-    always,
-    constant,
-    same,
-    whole_heads,
-)
-from megatron_samoe.convert.hf.families.entries import Entries, may, never, only, rare
+from megatron_samoe.convert.hf.families.base import HEADS, SIZES, Family, Option, always, constant, same, whole_heads
+from megatron_samoe.convert.hf.families.entries import entries_of, wrong_entry
 from megatron_samoe.convert.hf.families.reading import (
     MULTIPLIERS,
     multipliers,
@@ -33,7 +24,6 @@ from megatron_samoe.convert.hf.families.reading import (
 )
 from megatron_samoe.convert.hf.parts import Row, at, keys, modules, queries, values
 from megatron_samoe.convert.native import NativeModel
-from megatron_samoe.errors import ConfigError
 
 ATTENTION = modules(
     "model.layers.{layer}.self_attn",
@@ -80,14 +70,13 @@ def tensors(*moe: Any, attention: tuple[Row, ...] = ATTENTION) -> tuple[Any, ...
 #: What every one of them computes by.
 FIXED = {"normalization": "RMSNorm", "swiglu": True, "position_embedding_type": "rope", "rotary_percent": 1.0}
 DENSE = {"expert_layout": "dense", **FIXED}
+_NO_BIASES = {"disable_bias_linear": True, "add_qkv_bias": False}
 
 
 def _whole_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = rotary(config)
     if rope["rotary_percent"] != 1.0:
-        raise ConfigError(
-            "config.json: partial_rotary_factor", rope["rotary_percent"], "this class rotates whole heads"
-        )
+        raise wrong_entry("partial_rotary_factor", rope["rotary_percent"], "this class rotates whole heads")
     return rope
 
 
@@ -112,48 +101,18 @@ def _written_window(native: NativeModel) -> dict[str, Any]:
     if model.sliding_window is None:
         return {"use_sliding_window": False}
     kinds = written_layer_types(model.num_layers, model.window_attn_skip_freq)
-    return {
-        "use_sliding_window": True,
-        "sliding_window": model.sliding_window,
-        "max_window_layers": 0,
-        "layer_types": kinds,
-    }
+    window = {"use_sliding_window": True, "sliding_window": model.sliding_window, "max_window_layers": 0}
+    return {**window, "layer_types": kinds}
 
 
 WINDOW_BY_LAYER = Option(_written_window, window_by_layer)
-
-_HEADS = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": may(int)}
-#: Entries of all of them; their sizes differ.
-ENTRIES = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    **_HEADS,
-    "head_dim": rare(int),
-    "hidden_act": only("silu"),
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_dropout": 0.0,
-    "rope_theta": 10000.0,
-    "rope_parameters": may(dict),
-    "rope_scaling": may(dict),
-    "partial_rotary_factor": may(float),
-    "original_max_position_embeddings": rare(int),
-}
-_LLAMA = {**ENTRIES, "attention_bias": False, "mlp_bias": False}
-GRANITE_ENTRIES = {**ENTRIES, **dict.fromkeys(MULTIPLIERS, 1.0)}
 
 LLAMA = Family(
     "llama",
     "LlamaForCausalLM",
     "dense, RMSNorm, rotary positions, gated SiLU MLPs",
     tensors=tensors(),
-    # The unread ones are written by other programs into Llama's files.
-    entries=Entries(
-        {**_LLAMA, "head_dim": may(int)}, unread=("is_llama_config", "max_sequence_length", "rope_interleaved")
-    ),
+    entries=entries_of("llama"),
     options=(*OPTIONS, BIASES),
     fixed={**DENSE, "qk_layernorm": False, "add_qkv_bias": False, "sliding_window": None},
     rules=(whole_heads,),
@@ -164,58 +123,28 @@ GRANITE = Family(
     "GraniteForCausalLM",
     "as llama, with factors on embeddings, scores, residuals and logits",
     tensors=tensors(),
-    entries=Entries({**GRANITE_ENTRIES, "attention_bias": False, "mlp_bias": False}),
+    entries=entries_of("granite"),
     options=(*OPTIONS, BIASES, FACTORS),
     fixed=LLAMA.fixed,
     rules=LLAMA.rules,
     knows=("attention_bias", *MULTIPLIERS),
-)
-_MISTRAL_ENTRIES = Entries(
-    {
-        **ENTRIES,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "head_dim": may(int),
-        "max_position_embeddings": 131072,
-        "sliding_window": may(int, 4096),
-        "layer_types": never(
-            "makes another class of it in transformers (Ministral), which megatron_samoe does not have"
-        ),
-    }
 )
 MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
     "as llama without biases, with a window of recent tokens in every layer",
     tensors=tensors(),
-    entries=_MISTRAL_ENTRIES,
+    entries=entries_of("mistral"),
     options=(*OPTIONS, WINDOW),
-    fixed={
-        **DENSE,
-        "qk_layernorm": False,
-        "disable_bias_linear": True,
-        "add_qkv_bias": False,
-        "window_attn_skip_freq": None,
-    },
+    fixed={**DENSE, **_NO_BIASES, "qk_layernorm": False, "window_attn_skip_freq": None},
 )
 
-QWEN_ENTRIES = {
-    **ENTRIES,
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "num_key_value_heads": may(int, 32),
-    "max_position_embeddings": 32768,
-    "use_sliding_window": False,
-    "sliding_window": may(int, 4096),
-    "max_window_layers": 28,
-    "layer_types": may((list, str)),
-}
 QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",
     "as llama, with a bias on queries, keys and values only",
     tensors=tensors(),
-    entries=Entries(QWEN_ENTRIES),
+    entries=entries_of("qwen2"),
     options=(*OPTIONS, WINDOW_BY_LAYER),
     fixed={**DENSE, "qk_layernorm": False, "add_qkv_bias": True},
 )
@@ -224,13 +153,7 @@ QWEN3 = Family(
     "Qwen3ForCausalLM",
     "as llama without biases, with norms of each head's queries and keys",
     tensors=tensors(),
-    entries=Entries({**QWEN_ENTRIES, "head_dim": 128, "attention_bias": only(False)}),
+    entries=entries_of("qwen3"),
     options=(*OPTIONS, WINDOW_BY_LAYER, constant(attention_bias=False)),
-    fixed={
-        **DENSE,
-        "qk_layernorm": True,
-        "add_qkv_bias": False,
-        "qk_layernorm_scope": "head",
-        "disable_bias_linear": True,
-    },
+    fixed={**DENSE, **_NO_BIASES, "qk_layernorm": True, "qk_layernorm_scope": "head"},
 )

@@ -8,8 +8,7 @@ from typing import Any
 
 from megatron_samoe.config.derived import written_layer_freq
 from megatron_samoe.config.model import ModelConfig
-from megatron_samoe.convert.hf.families.entries import CannotCompute, Entries, completed, may, needed, only
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.convert.hf.families.entries import CannotCompute, Entries, completed, may, needed, only, wrong_entry
 
 #: Factors of Granite's classes, which our options have the names of.
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
@@ -25,32 +24,15 @@ _ROPE_OPTIONS = {
 }
 _LENGTH = "original_max_position_embeddings"
 _ROPE = {"rope_theta": needed(float), "partial_rotary_factor": 1.0}
+_SCALED = {**_ROPE, "factor": needed(float)}
+_TRAINED = {**_SCALED, _LENGTH: needed(int)}
+_OF_YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 #: Entries of positions by kind. Kinds and entries that are not here are refused.
 _KINDS = {
     "default": Entries(_ROPE),
-    "linear": Entries({**_ROPE, "factor": needed(float)}),
-    "llama3": Entries(
-        {
-            **_ROPE,
-            "factor": needed(float),
-            _LENGTH: needed(int),
-            "low_freq_factor": needed(float),
-            "high_freq_factor": needed(float),
-        }
-    ),
-    "yarn": Entries(
-        {
-            **_ROPE,
-            "factor": needed(float),
-            _LENGTH: needed(int),
-            "attention_factor": may(float),
-            "beta_fast": may(float),
-            "beta_slow": may(float),
-            "mscale": may(float),
-            "mscale_all_dim": may(float),
-            "truncate": only(True),
-        }
-    ),
+    "linear": Entries(_SCALED),
+    "llama3": Entries({**_TRAINED, "low_freq_factor": needed(float), "high_freq_factor": needed(float)}),
+    "yarn": Entries({**_TRAINED, **dict.fromkeys(_OF_YARN, may(float)), "truncate": only(True)}),
 }
 
 
@@ -82,7 +64,7 @@ def rope_of(
     kind = given.pop("rope_type", kind)
     if not isinstance(kind, str) or kind not in _KINDS:
         kinds = ", ".join(map(repr, _KINDS))
-        raise ConfigError(f"config.json: {key}", kind, f"{CannotCompute}; rope_type must be one of {kinds}")
+        raise wrong_entry(key, kind, f"{CannotCompute}; rope_type must be one of {kinds}")
     given.setdefault("rope_theta", config[theta])
     if config[share] is not None:
         given.setdefault("partial_rotary_factor", config[share])
@@ -148,25 +130,19 @@ def window_by_layer(config: Mapping[str, Any]) -> dict[str, Any]:
         first = layers if size is None else config["max_window_layers"]
         kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
     if len(kinds) != layers or not {"full_attention", "sliding_attention"}.issuperset(kinds):
-        raise ConfigError(
-            "config.json: layer_types", kinds, "must name full_attention or sliding_attention for each layer"
-        )
+        raise wrong_entry("layer_types", kinds, "must name full_attention or sliding_attention for each layer")
     if "sliding_attention" not in kinds:
         return {}
     if size is None:
-        raise ConfigError(
-            "config.json: layer_types",
-            kinds,
-            "has sliding_attention, which needs use_sliding_window and sliding_window",
+        raise wrong_entry(
+            "layer_types", kinds, "has sliding_attention, which needs use_sliding_window and sliding_window"
         )
     if "full_attention" not in kinds:
         return {"sliding_window": size}
     every = kinds.index("full_attention") + 1
     if every < 2 or kinds != written_layer_types(layers, every):
-        raise ConfigError(
-            "config.json: layer_types",
-            kinds,
-            f"{CannotCompute}; a window must be in all layers, or in all but every N-th",
+        raise wrong_entry(
+            "layer_types", kinds, f"{CannotCompute}; a window must be in all layers, or in all but every N-th"
         )
     return {"sliding_window": size, "window_attn_skip_freq": every}
 
@@ -182,5 +158,5 @@ def layer_pattern(config: Mapping[str, Any]) -> str:
     step, dense = config["decoder_sparse_step"], config["mlp_only_layers"]
     is_moe = [step > 0 and (i + 1) % step == 0 and i not in dense for i in range(config["num_hidden_layers"])]
     if not any(is_moe):
-        raise ConfigError("config.json: decoder_sparse_step", step, "leaves no layer with experts")
+        raise wrong_entry("decoder_sparse_step", step, "leaves no layer with experts")
     return written_layer_freq(is_moe)

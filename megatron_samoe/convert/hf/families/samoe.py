@@ -11,9 +11,9 @@ from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.sharing_map import ExpertSource, ways_of, written_options
 from megatron_samoe.convert.edited_model import EXPERT_WEIGHTS, moe_layers, one_number
-from megatron_samoe.convert.hf.families.base import HEADS, RARE, SIZES, Family, Option, read_heads, written_entries
+from megatron_samoe.convert.hf.families.base import HEADS, RARE, SIZES, Family, Option, constant, same
 from megatron_samoe.convert.hf.families.deepseek import latent_attention
-from megatron_samoe.convert.hf.families.entries import Entries, one_of, rare
+from megatron_samoe.convert.hf.families.entries import OWN_CLASS, Entries, needed, one_of, rare, wrong_entry
 from megatron_samoe.convert.hf.families.experts import written_balance
 from megatron_samoe.convert.hf.families.llama import ATTENTION, gated, plain
 from megatron_samoe.convert.hf.parts import Part, Row, View, at, module, rows, whole
@@ -27,159 +27,107 @@ AUTO_MAP = {
     "AutoModel": "modeling_samoe.SamoeModel",
     "AutoModelForCausalLM": "modeling_samoe.SamoeForCausalLM",
 }
-#: Entries of config.json that carry over as they are: theirs, ours, and ours' group.
-_MODEL_ENTRIES = {
-    "hidden_size": "hidden_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_attention_heads",
-    "position_embedding_type": "position_embedding_type",
-    "rotary_base": "rotary_base",
-    "rotary_percent": "rotary_percent",
-    "normalization": "normalization",
-    "norm_epsilon": "norm_epsilon",
-    "qk_layernorm": "qk_layernorm",
-    "initializer_range": "init_method_std",
-    "attention_dropout": "attention_dropout",
-    "hidden_dropout": "hidden_dropout",
-}
-_MOE_ENTRIES = {
-    "num_experts_per_tok": "moe_router_topk",
-    "router_score_function": "moe_router_score_function",
-    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
-}
 #: Options of the model that have our names, are written where they are not at their default, and may be missing.
-_RARE_MODEL_ENTRIES = (
-    "qk_layernorm_scope",
-    "clip_qkv",
-    "attention_multiplier",
-    "embedding_multiplier",
-    "residual_multiplier",
-    "logits_scaling",
-    "use_parallel_residual",
-    "sliding_window",
-    "window_attn_skip_freq",
-    "rope_scaling_type",
-    "rope_scaling_factor",
-    "rope_original_max_positions",
-    "rope_low_freq_factor",
-    "rope_high_freq_factor",
-    "yarn_beta_fast",
-    "yarn_beta_slow",
-    "yarn_attention_factor",
-    "multi_latent_attention",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_head_dim",
-    "qk_pos_emb_head_dim",
-    "v_head_dim",
-)
-#: The same of experts: theirs and ours.
-_RARE_ENTRIES = {
-    "router_expert_bias": "moe_router_enable_expert_bias",
-    "router_num_groups": "moe_router_num_groups",
-    "router_group_topk": "moe_router_group_topk",
-    "router_scaling_factor": "moe_router_topk_scaling_factor",
-    "shared_expert_gate": "moe_shared_expert_gate",
-    "residual_mlp": "moe_residual_mlp",
-    "num_neighbour_layers": "num_neighbour_layers",
-    "neighbour_unmask_steps": "neighbour_unmask_steps",
-    "pool_lock_step": "pool_lock_step",
-}
-_POOL_ENTRIES = {name: name for name in ("num_expert_banks", "samoe_granularity", "samoe_normalization")}
-#: Entries of theirs that are computed from ours.
-_COMPUTED = (
-    "head_dim",
-    "num_key_value_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "hidden_act",
-    "linear_bias",
-    "qkv_bias",
-    "tie_word_embeddings",
-    "expert_layout",
-)
+_RARE_MODEL_ENTRIES: list[str] = OWN_CLASS["model"]
+#: The same of experts, and entries that all of them have, or banks: theirs and ours.
+_RARE_ENTRIES: dict[str, str] = OWN_CLASS["rare experts"]
+_MOE_ENTRIES: dict[str, str] = OWN_CLASS["experts"]
+_POOL_ENTRIES: dict[str, str] = OWN_CLASS["banks"]
 #: Names of activations, theirs and ours: whether it is gated, and whether GELU is exact.
 _ACTIVATIONS = {"swiglu": (True, False), "gelu_tanh": (False, False), "gelu": (False, True)}
-_COMPUTED_OF_MOE = ("num_experts", "moe_layers", "moe_intermediate_size", "router_pre_softmax")
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-#: Each has the type of our option, which refuses others.
+_OF_MOE = ("num_experts", "moe_layers", "moe_intermediate_size", "router_pre_softmax")
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+_NUMBERS = ("rotary_base", "rotary_percent", "norm_epsilon", "initializer_range", "attention_dropout", "hidden_dropout")
+_OTHERS = ("expert_sharing", "lent_experts", "router_aux_loss_coef")
+#: Those that may be missing have the type of our option, which refuses others.
 _ENTRIES = Entries(
     {
-        **dict.fromkeys(
-            (
-                *_MODEL_ENTRIES,
-                *_RARE_MODEL_ENTRIES,
-                *_MOE_ENTRIES,
-                *_RARE_ENTRIES,
-                *_POOL_ENTRIES,
-                *_COMPUTED,
-                *_COMPUTED_OF_MOE,
-                "expert_sharing",
-                "lent_experts",
-                "router_aux_loss_coef",
-            ),
-            rare(object, takes_null=True),
-        ),
-        **dict.fromkeys(_SIZES, rare(int)),
-        **dict.fromkeys(("linear_bias", "qkv_bias", "tie_word_embeddings", "attention_output_bias"), rare(bool)),
+        **dict.fromkeys((*_SIZES, *_HEADS), needed(int)),
+        **dict.fromkeys(_NUMBERS, needed(float)),
+        **dict.fromkeys(("position_embedding_type", "normalization"), needed(str)),
+        **dict.fromkeys(("qk_layernorm", "linear_bias", "qkv_bias", "tie_word_embeddings"), needed(bool)),
         "hidden_act": one_of(*_ACTIVATIONS),
         "expert_layout": one_of("dense", "moe", "samoe"),
+        "attention_output_bias": rare(bool),
+        **dict.fromkeys(
+            (*_RARE_MODEL_ENTRIES, *_MOE_ENTRIES, *_RARE_ENTRIES, *_POOL_ENTRIES, *_OF_MOE, *_OTHERS),
+            rare(object, takes_null=True),
+        ),
     }
 )
 
 
-def _moe_entries(layout: str, has_pool: bool) -> dict[str, str]:
-    """Returns the entries that count for a layout; what does not count is not written."""
-    return (_MOE_ENTRIES if layout != "dense" else {}) | (_POOL_ENTRIES if has_pool else {})
+def _written_activation(native: NativeModel) -> dict[str, Any]:
+    activation = (native.model.swiglu, native.model.exact_gelu)
+    return {"hidden_act": next(name for name, which in _ACTIVATIONS.items() if which == activation)}
 
 
-def _model_entries(model: ModelConfig) -> dict[str, Any]:
-    """Returns the transformer's entries but those that other classes have as well."""
-    rare = {name: getattr(model, name) for name in _RARE_MODEL_ENTRIES}
-    written = {name: value for name, value in rare.items() if value != getattr(ModelConfig, name)}
-    if model.attention_output_bias != (not model.disable_bias_linear):
-        written["attention_output_bias"] = model.attention_output_bias
-    activation = (model.swiglu, model.exact_gelu)
+def _read_activation(config: Mapping[str, Any]) -> dict[str, Any]:
+    swiglu, exact_gelu = _ACTIVATIONS[config["hidden_act"]]
+    return {"swiglu": swiglu, "exact_gelu": exact_gelu}
+
+
+def _written_biases(native: NativeModel) -> dict[str, Any]:
+    of_output = native.model.attention_output_bias
+    other = {} if of_output == native.has_bias else {"attention_output_bias": of_output}
+    return {"linear_bias": native.has_bias, "qkv_bias": native.model.qkv_bias, **other}
+
+
+def _read_biases(config: Mapping[str, Any]) -> dict[str, Any]:
+    of_output = config.get("attention_output_bias", config["linear_bias"])
     return {
-        **{theirs: getattr(model, ours) for theirs, ours in _MODEL_ENTRIES.items()},
-        **written,
-        "hidden_act": next(name for name, which in _ACTIVATIONS.items() if which == activation),
-        "linear_bias": not model.disable_bias_linear,
-        "qkv_bias": model.qkv_bias,
+        "disable_bias_linear": not config["linear_bias"],
+        "attention_bias": None if of_output == config["linear_bias"] else of_output,
+        "add_qkv_bias": config["qkv_bias"] and not of_output,
     }
 
 
-def _write(native: NativeModel) -> dict[str, Any]:
-    model, moe = native.model, native.moe
-    written = written_options(native.sources) if native.sources else {"expert_layout": "dense"}
-    layout, sharing = str(written["expert_layout"]), written.get("expert_sharing")
+def _written_rare(native: NativeModel) -> dict[str, Any]:
+    """Returns entries of few models; with latent attention, heads are as wide as its queries."""
+    model = native.model
+    heads = {"head_dim": model.query_dim, "num_key_value_heads": model.num_attention_heads}
+    values = {name: getattr(model, name) for name in _RARE_MODEL_ENTRIES}
+    written = {name: value for name, value in values.items() if value != getattr(ModelConfig, name)}
+    return {**written, **(heads if model.multi_latent_attention else {})}
+
+
+def _read_rare(config: Mapping[str, Any]) -> dict[str, Any]:
+    read = {name: config[name] for name in _RARE_MODEL_ENTRIES if config.get(name) is not None}
+    return {**read, **({"kv_channels": None} if read.get("multi_latent_attention") else {})}
+
+
+def _written_experts(native: NativeModel) -> dict[str, Any]:
+    moe, changes, sources = native.moe, _candidates_change(native), native.sources
+    if not sources:
+        return {"expert_layout": "dense"}
+    options, counts = written_options(sources), _counts(native)
+    rare = {theirs: getattr(moe, ours) for theirs, ours in _RARE_ENTRIES.items()}
+    without_effect = () if changes else ("num_neighbour_layers",)
     config = {
-        "auto_map": AUTO_MAP,
-        **written_entries((*SIZES, *HEADS), native),
-        **_model_entries(model),
-        "expert_layout": layout,
-        **{theirs: getattr(moe, ours) for theirs, ours in _moe_entries(layout, moe.has_pool).items()},
+        "expert_layout": options["expert_layout"],
+        **{theirs: getattr(moe, ours) for theirs, ours in _entries_of(moe.has_pool).items()},
+        "num_experts": list(counts) if isinstance(counts, tuple) else counts,
+        "moe_layers": list(native.is_moe),
+        "moe_intermediate_size": native.expert_size,
+        "router_pre_softmax": moe.pre_softmax,
+        **written_balance(native),
+        **{
+            name: v
+            for name, v in rare.items()
+            if v != getattr(MoEConfig, _RARE_ENTRIES[name]) and name not in without_effect
+        },
     }
-    if model.multi_latent_attention:
-        config |= {"head_dim": model.query_dim, "num_key_value_heads": model.num_attention_heads}
-    if layout != "dense":
-        changes, counts = _candidates_change(native), _counts(native)
-        experts = list(counts) if isinstance(counts, tuple) else counts
-        config |= {
-            "num_experts": experts,
-            "moe_layers": list(native.is_moe),
-            "moe_intermediate_size": native.expert_size,
-            "router_pre_softmax": moe.pre_softmax,
-            **written_balance(native),
-        }
-        given = {theirs: (getattr(moe, ours), getattr(MoEConfig(), ours)) for theirs, ours in _RARE_ENTRIES.items()}
-        given |= {} if changes else {"num_neighbour_layers": (None, None)}
-        config |= {theirs: value for theirs, (value, default) in given.items() if value != default}
-        if sharing is not None:
-            config["expert_sharing"] = moe.sharing if changes else sharing
-        if any(source.way.make is not None for source in native.sources):
-            config["lent_experts"] = [_lent(source, moe) for source in native.sources]
+    if options.get("expert_sharing") is not None:
+        config["expert_sharing"] = moe.sharing if changes else options["expert_sharing"]
+    if any(source.way.make is not None for source in sources):
+        config["lent_experts"] = [_lent(source, moe) for source in sources]
     return config
+
+
+def _entries_of(has_pool: bool) -> dict[str, str]:
+    """Returns the entries of experts that have an effect."""
+    return _MOE_ENTRIES | (_POOL_ENTRIES if has_pool else {})
 
 
 def _lent(source: ExpertSource, moe: MoEConfig) -> list[Any]:
@@ -198,55 +146,35 @@ def _pool_name(source: ExpertSource) -> str:
     return "bank" if source.way.make is None else source.way.name
 
 
-def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    layout = config.get("expert_layout", "dense")
-    of_moe = _COMPUTED_OF_MOE if layout != "dense" else ()
+def _read_experts(config: Mapping[str, Any]) -> dict[str, Any]:
+    layout = config["expert_layout"]
+    if layout == "dense":
+        return {"expert_layout": layout}
     sharing = config.get("expert_sharing") if layout == "moe" else None
     combines = any(way.combines for way in ways_of(str(sharing))) if sharing else layout == "samoe"
-    of_layout = _moe_entries(layout, combines)
-    missing = [key for key in (*_MODEL_ENTRIES, *_COMPUTED, *of_layout, *of_moe) if key not in config]
+    entries = _entries_of(combines)
+    missing = [name for name in (*entries, *_OF_MOE) if name not in config]
     if missing:
         raise ConfigError("config.json", missing[:3], "these entries of a samoe model are missing")
-    has_output_bias = config.get("attention_output_bias", config["linear_bias"])
-    swiglu, exact_gelu = _ACTIVATIONS[config["hidden_act"]]
-    model = {ours: config[theirs] for theirs, ours in _MODEL_ENTRIES.items()}
-    model |= {
-        "kv_channels": config["head_dim"],
-        **read_heads(config),
-        "ffn_hidden_size": config["intermediate_size"],
-        "seq_length": config["max_position_embeddings"],
-        "swiglu": swiglu,
-        "exact_gelu": exact_gelu,
-        "disable_bias_linear": not config["linear_bias"],
-        "attention_bias": None if has_output_bias == config["linear_bias"] else has_output_bias,
-        "add_qkv_bias": config["qkv_bias"] and not has_output_bias,
-        **{name: config[name] for name in _RARE_MODEL_ENTRIES if config.get(name) is not None},
-        "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
+    pattern = config["moe_layers"]
+    if not isinstance(pattern, list) or not all(type(is_moe) is bool or is_moe in (0, 1) for is_moe in pattern):
+        raise wrong_entry("moe_layers", pattern, "must be a list that says of each layer whether it has experts")
+    options = {
+        "expert_layout": layout,
+        **{ours: config[theirs] for theirs, ours in entries.items()},
+        "moe_layer_freq": written_layer_freq(pattern),
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+        "num_experts": config["num_experts"],
+        "expert_sharing": sharing,
+        **{ours: config[theirs] for theirs, ours in _RARE_ENTRIES.items() if theirs in config},
     }
-    if model.get("multi_latent_attention"):
-        model["kv_channels"] = None
-    moe = {"expert_layout": layout, **{ours: config[theirs] for theirs, ours in of_layout.items()}}
-    if layout != "dense":
-        pattern = config["moe_layers"]
-        if not isinstance(pattern, list) or not all(type(is_moe) is bool or is_moe in (0, 1) for is_moe in pattern):
-            raise ConfigError(
-                "config.json: moe_layers", pattern, "must be a list that says of each layer whether it has experts"
-            )
-        moe |= {
-            "moe_layer_freq": written_layer_freq(pattern),
-            "moe_ffn_hidden_size": config["moe_intermediate_size"],
-            "num_experts": config["num_experts"],
-            "expert_sharing": sharing,
-            **{ours: config[theirs] for theirs, ours in _RARE_ENTRIES.items() if theirs in config},
-        }
-        if moe["moe_router_score_function"] in ("softmax", "sigmoid"):
-            moe["moe_router_pre_softmax"] = config["router_pre_softmax"]
-        if config.get("router_aux_loss_coef") is not None:  # earlier exports lack it
-            moe["moe_aux_loss_coeff"] = config["router_aux_loss_coef"]
-    read = {"model": model, "moe": moe}
-    if type(lock := moe.get("pool_lock_step")) is int:  # a run that it ends in
-        read["training"] = {"train_iters": lock + MoEConfig().pool_lock_anneal_steps}
-    return read
+    if options["moe_router_score_function"] in ("softmax", "sigmoid"):
+        options["moe_router_pre_softmax"] = config["router_pre_softmax"]
+    if config.get("router_aux_loss_coef") is not None:  # earlier exports lack it
+        options["moe_aux_loss_coeff"] = config["router_aux_loss_coef"]
+    if type(lock := options.get("pool_lock_step")) is int:  # a run that it ends in
+        options["train_iters"] = lock + MoEConfig.pool_lock_anneal_steps
+    return options
 
 
 def _counts(native: NativeModel) -> int | tuple[int, ...]:
@@ -339,7 +267,22 @@ SAMOE = Family(
     "our own class, whatever layers share",
     tensors=_tensors,
     entries=_ENTRIES,
-    options=(Option(_write, _read),),
+    options=(
+        constant(auto_map=AUTO_MAP),
+        *SIZES,
+        *HEADS,
+        same("position_embedding_type"),
+        same("rotary_base", kind=float),
+        same("rotary_percent", kind=float),
+        same("normalization"),
+        same("norm_epsilon", kind=float),
+        same("qk_layernorm"),
+        same("hidden_dropout", kind=float),
+        Option(_written_activation, _read_activation),
+        Option(_written_biases, _read_biases),
+        Option(_written_rare, _read_rare),
+        Option(_written_experts, _read_experts),
+    ),
     ignored=(),
     knows=RARE,
     older_parts=_older_parts,

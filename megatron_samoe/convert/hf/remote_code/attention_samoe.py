@@ -98,17 +98,9 @@ class AttentionCore(nn.Module):
         attention_interface = eager_attention_forward
         if self.config._attn_implementation != "eager":
             attention_interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        y, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
+        kwargs["dropout"] = self.config.attention_dropout if self.training else 0.0
+        kwargs["sliding_window"] = self.sliding_window
+        y, weights = attention_interface(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         y = y.reshape(*hidden_states.shape[:2], -1, query.shape[-1])
         return self.o_proj(y[..., : self.v_size].flatten(2)), weights
 
@@ -118,12 +110,8 @@ class Attention(AttentionCore):
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        heads, kv_heads, size, hidden = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            config.hidden_size,
-        )
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        size, hidden = config.head_dim, config.hidden_size
         self.q_proj = nn.Linear(hidden, heads * size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(hidden, kv_heads * size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(hidden, kv_heads * size, bias=config.qkv_bias)
@@ -159,12 +147,8 @@ class LatentAttention(AttentionCore):
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        heads, hidden, rank, q_rank = (
-            config.num_attention_heads,
-            config.hidden_size,
-            config.kv_lora_rank,
-            config.q_lora_rank,
-        )
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        rank, q_rank = config.kv_lora_rank, config.q_lora_rank
         self.plain, self.turned, self.v_size = config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim
         if q_rank is None:
             self.q_proj = nn.Linear(hidden, heads * config.head_dim, bias=False)

@@ -191,23 +191,17 @@ class SamoeModel(SamoePreTrainedModel):
             router_logits += [] if logits_TE is None else [logits_TE]
         x = self.norm(x) / self.config.logits_scaling  # fewer numbers than logits
         all_states = (*hidden_states[:-1], x) if output_hidden_states else None
-        output = MoeModelOutputWithPast(
-            last_hidden_state=x,
-            hidden_states=all_states,
-            router_logits=tuple(router_logits) if output_router_logits else None,
-            **{_CACHE: cache},
-        )
+        logits = tuple(router_logits) if output_router_logits else None
+        results = {"last_hidden_state": x, "hidden_states": all_states, "router_logits": logits, _CACHE: cache}
+        output = MoeModelOutputWithPast(**results)
         return output if return_dict is not False else output.to_tuple()
 
     def causal_masks(self, x, attention_mask, cache, position_ids, cache_position):
         """Returns the mask as the attention function wants it, for each kind of attention that layers have."""
         if isinstance(attention_mask, dict):
             return attention_mask
-        given = {
-            "config": self.config,
-            "inputs_embeds": x,
-            "input_embeds": x,
-            "attention_mask": attention_mask,
+        given = {"config": self.config, "inputs_embeds": x, "input_embeds": x, "attention_mask": attention_mask}
+        given |= {
             "past_key_values": cache,
             "cache": cache,
             "position_ids": position_ids,

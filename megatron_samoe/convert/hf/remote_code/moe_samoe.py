@@ -80,12 +80,8 @@ class Experts(nn.Module):
         super().__init__()
         self.act, self.gated, self.num_experts = config.hidden_act, config.hidden_act == "swiglu", num_experts
         packed = num_banks * num_experts
-        up, hidden, width = (
-            "gate_up_proj" if self.gated else "up_proj",
-            config.hidden_size,
-            config.moe_intermediate_size,
-        )
-        rows = 2 * width if self.gated else width
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        up, rows = ("gate_up_proj", 2 * width) if self.gated else ("up_proj", width)
         shapes = {up: (packed, rows, hidden), "down_proj": (packed, hidden, width)}
         if config.linear_bias:
             shapes |= {f"{up}_bias": (packed, rows), "down_proj_bias": (packed, hidden)}
