@@ -39,14 +39,15 @@ class ConfigError(MegatronSamoeError):
         field: flag or key that is wrong, as the user writes it.
         value: the value it has.
         allowed: what would be accepted.
+        collective: as of every error; False where other ranks may have what this one lacks.
     """
 
     exit_status = 2
     permanent = True
 
-    def __init__(self, field: str, value: object, allowed: str):
+    def __init__(self, field: str, value: object, allowed: str, collective: bool = True):
         self.field, self.value, self.allowed = field, value, allowed
-        super().__init__(f"{field} = {shown(value)}: {allowed}", collective=True)
+        super().__init__(f"{field} = {shown(value)}: {allowed}", collective)
 
     def of_file(self, path: object) -> ConfigError:
         """Returns the error with the file in front whose content is wrong."""

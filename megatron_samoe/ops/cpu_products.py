@@ -46,7 +46,6 @@ class ProductChoice(NamedTuple):
 
     Attributes:
         fp32_tokens, bf16_tokens: tokens from which inference makes full products with weights of the type.
-        measured: what the choice rests on.
     """
 
     vendor: str
@@ -54,54 +53,23 @@ class ProductChoice(NamedTuple):
     bf16: Bf16Products
     fp32_tokens: int
     bf16_tokens: int
-    measured: str
 
 
-#: The first row that fits counts.
+#: The first row that fits counts. Above each is what it rests on.
 TABLE = (
-    ProductChoice(
-        "",
-        frozenset({"amx_tile", "amx_bf16"}),
-        "amx",
-        64,
-        64,
-        "Xeon with AMX: experts whose counts change 24 ms by tiles with padded counts, 65 native, 53 fp32; a layer of 2048 x 2048 "
-        "over 512 tokens streamed 47 ms in fp32 and 44 in bf16, by the BLAS 28 and 6. The bounds of tokens are estimates from these.",
-    ),
-    ProductChoice(
-        "GenuineIntel",
-        frozenset({"avx512f"}),
-        "fp32",
-        64,
-        128,
-        "bf16 dot products have half the rate of fp32's multiply-adds; tokens are estimates, too.",
-    ),
-    ProductChoice(
-        "AuthenticAMD",
-        frozenset({"avx512_bf16"}),
-        "native",
-        _NEVER,
-        64,
-        "Zen 4: native 0.91 to 0.98 of bare products that torch makes code for; streamed layers of 2048 x 2048 over 32 to 256 "
-        "tokens have 1.2 to 1.5 times the speed of torch's product in fp32. Rounded, layers of 512 to 4,096 have 1.7 to 2.1 times "
-        "the speed of streamed ones over 64 to 512 tokens (1.2 to 1.6 over 16).",
-    ),
-    ProductChoice(
-        "AuthenticAMD",
-        frozenset({"avx2"}),
-        "fp32",
-        _NEVER,
-        _NEVER,
-        "Zen 4 held to AVX2: streamed layers 1.0 to 1.4 times the speed of torch's product to 128 tokens, 0.94 at 256.",
-    ),
-    ProductChoice(
-        "",
-        frozenset(),
-        "blas" if platform.machine() not in ("x86_64", "AMD64") else "fp32",
-        _NEVER,
-        _NEVER,
-        "not measured",
-    ),
+    # Xeon with AMX: experts whose counts change 24 ms by tiles with padded counts, 65 native, 53 fp32; a layer of 2048 x 2048
+    # over 512 tokens streamed 47 ms in fp32 and 44 in bf16, by the BLAS 28 and 6. The bounds of tokens are estimates from these.
+    ProductChoice("", frozenset({"amx_tile", "amx_bf16"}), "amx", 64, 64),
+    # bf16 dot products have half the rate of fp32's multiply-adds; tokens are estimates, too.
+    ProductChoice("GenuineIntel", frozenset({"avx512f"}), "fp32", 64, 128),
+    # Zen 4: native 0.91 to 0.98 of bare products that torch makes code for; streamed layers of 2048 x 2048 over 32 to 256
+    # tokens have 1.2 to 1.5 times the speed of torch's product in fp32. Rounded, layers of 512 to 4,096 have 1.7 to 2.1 times
+    # the speed of streamed ones over 64 to 512 tokens (1.2 to 1.6 over 16).
+    ProductChoice("AuthenticAMD", frozenset({"avx512_bf16"}), "native", _NEVER, 64),
+    # Zen 4 held to AVX2: streamed layers 1.0 to 1.4 times the speed of torch's product to 128 tokens, 0.94 at 256.
+    ProductChoice("AuthenticAMD", frozenset({"avx2"}), "fp32", _NEVER, _NEVER),
+    # Not measured.
+    ProductChoice("", frozenset(), "fp32" if platform.machine() in ("x86_64", "AMD64") else "blas", _NEVER, _NEVER),
 )
 
 

@@ -225,11 +225,6 @@ def serves(*tensors: torch.Tensor | None, cuda: CudaKernel | None = None) -> boo
             return False
         if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.bfloat16):
             return False
-    return _has_kernels_on(device, cuda)
-
-
-def _has_kernels_on(device: torch.device | None, cuda: CudaKernel | None) -> bool:
-    """Returns whether ops run compiled on a device (None: on any); `cuda` as for serves()."""
     if device is not None and runs_behind_host(device):
         return cuda is not None and uses_cuda_kernel(cuda)
     return (device is None or device.type == "cpu") and load() is not None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,10 +25,6 @@ def _topk_gate(
     )
 
 
-def _topk_gate_backward(logits_TE: Tensor, *others: object) -> Tensor:
-    return torch.empty_like(logits_TE)
-
-
 def _make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # How many slots are kept is in the data; a device that works asynchronously has a row for each.
     dynamic = not runs_behind_host(ids_TK.device)
@@ -34,86 +33,43 @@ def _make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
     return ids_TK.new_empty(num_rows), torch.empty_like(ids_TK), ids_TK.new_empty(num_experts), ends_E
 
 
-def _permute(x_TH: Tensor, slot_of_row_N: Tensor, topk: int) -> Tensor:
-    return x_TH.new_empty(slot_of_row_N.shape[0], x_TH.shape[1])
-
-
-def _unpermute(rows_NH: Tensor, probs_TK: Tensor | None, row_of_slot_TK: Tensor) -> Tensor:
-    return rows_NH.new_empty(row_of_slot_TK.shape[0], rows_NH.shape[1])
-
-
-def _unpermute_backward(
-    dy_TH: Tensor, rows_NH: Tensor, probs_TK: Tensor, slot_of_row_N: Tensor, row_of_slot_TK: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rows_NH), torch.empty_like(probs_TK)
-
-
-def _combine_banks(coefficients_LGP: Tensor, banks_PGN: Tensor, out_LGN: Tensor) -> None:
-    return None
-
-
-def _combine_banks_backward(coefficients_LGP: Tensor, banks_PGN: Tensor, dW_LGN: Tensor, dbanks_PGN: Tensor) -> Tensor:
-    return torch.empty_like(coefficients_LGP)
-
-
-def _cross_entropy_parts(logits_TV: Tensor, labels_T: Tensor, first_id: int) -> tuple[Tensor, Tensor, Tensor]:
+def _cross_entropy_parts(logits_TV: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
     peak_T = logits_TV.new_empty(logits_TV.shape[0], dtype=torch.float32)
     return peak_T, torch.empty_like(peak_T), torch.empty_like(peak_T)
 
 
-def _cross_entropy_backward(
-    logits_TV: Tensor, labels_T: Tensor, first_id: int, logsumexp_T: Tensor, dloss_T: Tensor
-) -> Tensor:
-    return torch.empty_like(logits_TV)
-
-
-def _grouped_mlp(
-    x_RH: Tensor,
-    rows: list[int],
-    w1: Tensor,
-    w2: Tensor,
-    b1: Tensor | None,
-    b2: Tensor | None,
-    gated: bool,
-    keep_hidden: bool,
-) -> tuple[Tensor, Tensor]:
+def _grouped_mlp(x_RH: Tensor, rows: list[int], w1: Tensor, w2: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, gated, keep_hidden = others
     width = w2.shape[2] * (2 if gated else 1)
     return torch.empty_like(x_RH), x_RH.new_empty(x_RH.shape[0] if keep_hidden else 0, width)
 
 
-def _grouped_mlp_backward(dy_RH: Tensor, x_RH: Tensor, *others: object) -> Tensor:
-    return torch.empty_like(x_RH)
+def _as_first(first: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(first)
 
 
-def _swiglu(hidden_RU: Tensor) -> Tensor:
-    return hidden_RU.new_empty(hidden_RU.shape[0], hidden_RU.shape[1] // 2)
-
-
-def _swiglu_backward(da_RF: Tensor, hidden_RU: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(hidden_RU), torch.empty_like(da_RF)
-
-
-def _adamw(*arguments: object) -> None:
+def _nothing(*arguments: object) -> None:
     return None
+
+
+#: What gives the results' shapes from an op's arguments.
+SHAPES: dict[str, Callable[..., Any]] = {
+    "topk_gate": _topk_gate,
+    "make_permutation": _make_permutation,
+    "permute": lambda x_TH, slot_of_row_N, topk: x_TH.new_empty(slot_of_row_N.shape[0], x_TH.shape[1]),
+    "unpermute": lambda rows_NH, probs_TK, slots_TK: rows_NH.new_empty(slots_TK.shape[0], rows_NH.shape[1]),
+    "unpermute_backward": lambda dy, rows_NH, probs_TK, *_: (torch.empty_like(rows_NH), torch.empty_like(probs_TK)),
+    "cross_entropy_parts": _cross_entropy_parts,
+    "grouped_mlp": _grouped_mlp,
+    "swiglu": lambda hidden_RU: hidden_RU.new_empty(hidden_RU.shape[0], hidden_RU.shape[1] // 2),
+    "swiglu_backward": lambda da_RF, hidden_RU: (torch.empty_like(hidden_RU), torch.empty_like(da_RF)),
+    **dict.fromkeys(("combine_banks", "adamw"), _nothing),
+    **dict.fromkeys(("topk_gate_backward", "combine_banks_backward"), _as_first),
+    **dict.fromkeys(("cross_entropy_backward", "grouped_mlp_backward"), _as_first),
+}
 
 
 def register() -> None:
     """Registers the shapes; called once, when the library has been loaded."""
-    for function in (
-        _topk_gate,
-        _topk_gate_backward,
-        _make_permutation,
-        _permute,
-        _unpermute,
-        _unpermute_backward,
-        _combine_banks,
-        _combine_banks_backward,
-        _cross_entropy_parts,
-        _cross_entropy_backward,
-        _grouped_mlp,
-        _grouped_mlp_backward,
-        _swiglu,
-        _swiglu_backward,
-        _adamw,
-    ):
-        torch.library.register_fake(f"megatron_samoe::{function.__name__[1:]}", function)
+    for name, shape in SHAPES.items():
+        torch.library.register_fake(f"megatron_samoe::{name}", shape)

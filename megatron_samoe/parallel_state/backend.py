@@ -74,15 +74,14 @@ def choose_device(config: ParallelConfig) -> torch.device:
     local_rank = launcher.local_rank()
     if local_rank >= torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        error = ConfigError(
+        raise ConfigError(
             "--nproc-per-node",
             os.environ.get("LOCAL_WORLD_SIZE", "1"),
             f"must be at most the {torch.cuda.device_count()} CUDA devices of this host"
             + (f" that CUDA_VISIBLE_DEVICES = {visible} shows" if visible is not None else "")
             + "; --distributed-backend gloo trains on its CPU",
+            collective=False,
         )
-        error.collective = False  # other ranks, and other hosts, may have theirs
-        raise error
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -103,14 +102,13 @@ def _why_no_gpu() -> str:
         if found is None:
             return str(failure).split(". ")[0].splitlines()[0] + "."
         version = f"{int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}"
-        error = ConfigError(
+        raise ConfigError(
             "NVIDIA driver",
             version,
             f"is older than CUDA {torch.version.cuda}, which torch {torch.__version__} is built for: install a newer driver, "
             "or a torch for that CUDA; --distributed-backend gloo trains on the CPU",
-        )
-        error.collective = False
-        raise error from None
+            collective=False,
+        ) from None
     return f"torch sees no GPU, with CUDA_VISIBLE_DEVICES = {os.environ.get('CUDA_VISIBLE_DEVICES')!r}."
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal, Protocol
@@ -28,11 +28,21 @@ def connecting_time(num_ranks: int, timeout: timedelta) -> timedelta:
     return min(timeout, timedelta(seconds=60 + num_ranks / 10))
 
 
-class PendingRows(Protocol):
-    """An exchange of rows that runs in the background."""
+class PendingRows:
+    """An exchange of rows that runs in the background.
+
+    Args:
+        received: the tensor for its rows.
+        finish: waits for the end, and raises what the exchange raised.
+    """
+
+    def __init__(self, received: Tensor, finish: Callable[[], object]):
+        self._received, self._finish = received, finish
 
     def wait(self) -> Tensor:
-        """Waits for the rows and returns them."""
+        """Returns the received rows; raises what the exchange raised."""
+        self._finish()
+        return self._received
 
 
 class RowExchange(Protocol):

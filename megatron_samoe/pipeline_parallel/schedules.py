@@ -48,18 +48,17 @@ class Pipeline:
 
     def incoming(self, action: Action) -> tuple[Direction, str]:
         """Returns (direction, name) of the tensor that an action waits for."""
-        return self._name("forward" if action.kind == "F" else "backward", action, self.virtual_stage(action.chunk))
+        return self._name(action, 0)
 
     def outgoing(self, action: Action) -> tuple[Direction, str]:
         """Returns (direction, name) of the tensor that an action sends."""
-        step = 1 if action.kind == "F" else -1
-        return self._name(
-            "forward" if action.kind == "F" else "backward", action, self.virtual_stage(action.chunk) + step
-        )
+        return self._name(action, 1)
 
-    def _name(self, direction: Direction, action: Action, stage: int) -> tuple[Direction, str]:
-        kind = "activation" if direction == "forward" else "gradient"
-        return direction, f"{kind} of micro-batch {action.micro_batch} for virtual stage {stage}"
+    def _name(self, action: Action, steps: int) -> tuple[Direction, str]:
+        stage, micro_batch = self.virtual_stage(action.chunk), action.micro_batch
+        if action.kind == "F":
+            return "forward", f"activation of micro-batch {micro_batch} for virtual stage {stage + steps}"
+        return "backward", f"gradient of micro-batch {micro_batch} for virtual stage {stage - steps}"
 
 
 def run_plan(plan: Plan, pipeline: Pipeline, forward: StageFunction, spec: TensorSpec) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_samoe.errors import CommunicationError
 from megatron_samoe.log import say_once
-from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.parallel_state.state import Group, PendingRows
 
 SLICE_S = 0.25  # how long the compiled code works before Python may look at signals
 
@@ -70,7 +70,7 @@ class Communicator:
 
     def start(
         self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], out: Tensor | None = None
-    ) -> Pending:
+    ) -> PendingRows:
         """Starts exchange() in the background and returns it. Its wait() gives the rows; x must not change before that.
 
         Args:
@@ -87,7 +87,7 @@ class Communicator:
         send_rows: Sequence[int],
         receive_rows: Sequence[int],
         out: Tensor | None = None,
-    ) -> Pending:
+    ) -> PendingRows:
         """Starts exchange_gathered() in the background; neither x nor index may change before wait()."""
         x = x.detach()
         rows = x.new_empty((index.shape[0], *x.shape[1:]), device="meta")
@@ -101,7 +101,7 @@ class Communicator:
         rows: Tensor = torch.ops.megatron_samoe.permute(x, index, divisor)
         return rows
 
-    def _submit(self, received: Tensor, work: Callable[[], None]) -> Pending:
+    def _submit(self, received: Tensor, work: Callable[[], None]) -> PendingRows:
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, f"all-to-all {self.group.name}")
         future = self._last = self._worker.submit(work)
@@ -111,7 +111,7 @@ class Communicator:
             with self.group.waits, self._abort_if_interrupted():
                 future.result()
 
-        return Pending(received, finish)
+        return PendingRows(received, finish)
 
     def _wait_for_background(self) -> None:
         """Waits for the exchanges started before, so that exchanges keep their order."""
@@ -228,23 +228,6 @@ class Communicator:
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # at interpreter exit torch's ops may be gone
             self.close()
-
-
-class Pending:
-    """An exchange under way.
-
-    Args:
-        received: the tensor for its rows.
-        finish: waits for the end, and raises what the exchange raised.
-    """
-
-    def __init__(self, received: Tensor, finish: Callable[[], object]):
-        self._received, self._finish = received, finish
-
-    def wait(self) -> Tensor:
-        """Returns the received rows; raises what the exchange raised."""
-        self._finish()
-        return self._received
 
 
 def bytes_of_rows(x: Tensor, *splits: Sequence[int]) -> list[list[int]]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.ops import extension
-from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.parallel_state.state import Group, PendingRows
 from megatron_samoe.row_exchange.bulletin import Bulletin
-from megatron_samoe.row_exchange.communicator import Communicator, Pending, agreed, bytes_of_rows, connect
+from megatron_samoe.row_exchange.communicator import Communicator, agreed, bytes_of_rows, connect
 
 
 class OpenedNccl(NamedTuple):
@@ -62,7 +62,7 @@ class NcclCommunicator(Communicator):
 
     def start(
         self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], out: Tensor | None = None
-    ) -> Pending:
+    ) -> PendingRows:
         """Starts exchange() in the background and returns it; its wait() gives the rows. x must not change before that."""
         received = self._received(x, send_rows, receive_rows, out)
         x = x.detach().contiguous()
@@ -74,7 +74,7 @@ class NcclCommunicator(Communicator):
         def finish(_sent: Tensor = x) -> None:  # which lives as long: only a device's memory waits for its stream
             self._raise(self._finish(exchange, "pending"))
 
-        return Pending(received, finish)
+        return PendingRows(received, finish)
 
     def start_gathered(
         self,
@@ -84,7 +84,7 @@ class NcclCommunicator(Communicator):
         send_rows: Sequence[int],
         receive_rows: Sequence[int],
         out: Tensor | None = None,
-    ) -> Pending:
+    ) -> PendingRows:
         """Starts exchange_gathered() in the background; neither x nor index may change before wait()."""
         return self.start(self.gathered(x.detach(), index, divisor), send_rows, receive_rows, out)
 

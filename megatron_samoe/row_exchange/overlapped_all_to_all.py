@@ -21,7 +21,7 @@ from megatron_samoe.ops import extension
 from megatron_samoe.ops.permute import Permutation, gather_rows, row_ops
 from megatron_samoe.parallel_state.state import Group, PendingRows
 from megatron_samoe.row_exchange.all_to_all import Route
-from megatron_samoe.row_exchange.communicator import Pending, check_splits
+from megatron_samoe.row_exchange.communicator import check_splits
 
 
 class RoundTrip:
@@ -64,6 +64,15 @@ class RoundTrip:
         y_NH: Tensor = _FinishReturn.apply(self, *started)
         return y_NH
 
+    def start_back(self, part: int, rows_RH: Tensor, all_NH: Tensor | None) -> tuple[Tensor, PendingRows]:
+        """Starts sending rows of a part back to their position among all rows, which are made at the first part; returns both."""
+        if all_NH is None:
+            all_NH = rows_RH.new_empty((self.permutation.num_rows, rows_RH.shape[1]))
+        route, out = self.routes[part], all_NH[self.slices_of_N[part]]
+        return all_NH, _start_gathered(
+            rows_RH, route.inverse_R, 1, route.received_rows, route.sent_rows, self.group, out
+        )
+
 
 class _StartDispatch(torch.autograd.Function):
     @staticmethod
@@ -97,18 +106,7 @@ class _Arrive(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, drows_RH: Tensor) -> tuple[Tensor, None, None]:
         trip, part = ctx.trip, ctx.part
-        if trip.drows_NH is None:
-            trip.drows_NH = drows_RH.new_empty((trip.permutation.num_rows, drows_RH.shape[1]))
-        route = trip.routes[part]
-        trip.out_grads[part] = _start_gathered(
-            drows_RH.contiguous(),
-            route.inverse_R,
-            1,
-            route.received_rows,
-            route.sent_rows,
-            trip.group,
-            trip.drows_NH[trip.slices_of_N[part]],
-        )
+        trip.drows_NH, trip.out_grads[part] = trip.start_back(part, drows_RH.contiguous(), trip.drows_NH)
         return drows_RH.new_zeros(()), None, None
 
 
@@ -116,18 +114,7 @@ class _StartReturn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RH: Tensor, trip: RoundTrip, part: int) -> Tensor:  # type: ignore[override]
         ctx.trip, ctx.part = trip, part
-        if trip.y_NH is None:
-            trip.y_NH = y_RH.new_empty((trip.permutation.num_rows, y_RH.shape[1]))
-        route = trip.routes[part]
-        trip.back[part] = _start_gathered(
-            y_RH,
-            route.inverse_R,
-            1,
-            route.received_rows,
-            route.sent_rows,
-            trip.group,
-            trip.y_NH[trip.slices_of_N[part]],
-        )
+        trip.y_NH, trip.back[part] = trip.start_back(part, y_RH, trip.y_NH)
         return y_RH.new_zeros(())
 
     @staticmethod
@@ -181,4 +168,4 @@ def _start(
     check_splits(x, send_rows, receive_rows, group.size)
     received = x.new_empty((sum(receive_rows), *x.shape[1:])) if out is None else out
     work = dist.all_to_all_single(received, x, list(receive_rows), list(send_rows), group=group.handle, async_op=True)
-    return Pending(received, work.wait)
+    return PendingRows(received, work.wait)

@@ -85,22 +85,25 @@ def check_gpu(device: torch.device, bf16: bool = False) -> None:
     name = f"{torch.cuda.get_device_name(device)} ({device}, compute capability {capability[0]}.{capability[1]})"
     torch_archs = torch.cuda.get_arch_list()
     if torch_archs and not has_code(torch_archs, capability):
-        _refuse(
+        raise ConfigError(
             "torch",
             torch.__version__,
             f"has no code for {name}, only for {', '.join(torch_archs)}; install a torch that is built for this GPU",
+            collective=False,
         )
     if bf16 and capability < (8, 0):
-        _refuse("--bf16", True, f"needs compute capability 8.0 or more, and this is {name}; use --fp16 or fp32 there")
+        allowed = f"needs compute capability 8.0 or more, and this is {name}; use --fp16 or fp32 there"
+        raise ConfigError("--bf16", True, allowed, collective=False)
     if not extension.cuda_kernels_are_chosen() and extension.cuda_kernels_in_use():
         archs = extension.build_info()["cuda_archs"]
         if not has_code(_as_torch_names(archs), capability):
             wanted = ";".join([*archs, f"{capability[0]}.{capability[1]}"])
-            _refuse(
+            raise ConfigError(
                 extension.CUDA_ENVIRONMENT_VARIABLE,
                 "1",
                 f"asks for kernels that were compiled for {', '.join(archs)} and not for {name}: build them again with "
                 f"TORCH_CUDA_ARCH_LIST='{wanted}', or leave the variable at 0 for torch's",
+                collective=False,
             )
 
 
@@ -127,9 +130,3 @@ def _as_torch_names(archs: Iterable[str]) -> list[str]:
         if arch.endswith("+PTX"):
             names.append(f"compute_{number}")
     return names
-
-
-def _refuse(field: str, value: object, allowed: str) -> None:
-    error = ConfigError(field, value, allowed)
-    error.collective = False
-    raise error

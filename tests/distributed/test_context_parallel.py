@@ -21,10 +21,9 @@ from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state import RankGrid, initialize_model_parallel
 from megatron_samoe.parallel_state.state import planned_state
 from megatron_samoe.planning.description import PlannedModel
-from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.setup import build_setup, initial_state
-from megatron_samoe.training.train_step import compute_gradients, train_step
+from megatron_samoe.training.train_step import compute_gradients
 from tests.harness.kept_bytes import kept_by_autograd
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
@@ -32,11 +31,12 @@ from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_co
 
 pytestmark = pytest.mark.distributed
 
+PACKED: dict[str, Any] = {"eod_mask_loss": True, "init_method_std": 0.2}
+DOCUMENTS = {"reset_attention_mask": True, "moe_expert_capacity_factor": 1.0}
 MODELS: dict[str, dict[str, Any]] = {
-    "documents": {"layout": "moe", "style": "llama", "reset_attention_mask": True, "eod_mask_loss": True,
-                  "moe_expert_capacity_factor": 1.0, "init_method_std": 0.2},
-    "learned positions": {"layout": "dense", "eod_mask_loss": True, "init_method_std": 0.2},
-}  # fmt: skip
+    "documents": {"layout": "moe", "style": "llama", **PACKED, **DOCUMENTS},
+    "learned positions": {"layout": "dense", **PACKED},
+}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "cp2 a2a": (2, {"cp": 2, "comm": "a2a"}),
@@ -94,41 +94,21 @@ def test_documents_positions_and_masks_are_split_with_sequences(layout: str) -> 
             torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-9, atol=1e-11 * max(scale, 1e-3))
 
 
-def held(layout: str) -> dict[str, int]:
-    config = with_layout(tiny_config("samoe"), **LAYOUTS[layout][1])
-    setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
-    result, _ = train_step(setup, initial_state(setup), micro_batches(setup, 0))
-    assert result.is_finite
-    moments = [t for name in setup.optimizer.masters for t in setup.optimizer.moments(name).values()]
-    return {
-        "weights": sum(p.numel() for p in setup.model.parameters()) * 4,
-        "optimizer": sum(t.numel() for t in [*moments, *setup.optimizer.own_masters().values()]) * 4,
-    }
-
-
-@pytest.mark.parametrize("layout", ["cp2 a2a pp2 zero", "cp4"])
-def test_ranks_hold_what_was_planned(layout: str) -> None:
-    config = with_layout(tiny_config("samoe"), **LAYOUTS[layout][1])
-    world_size = LAYOUTS[layout][0]
-    for rank, found in enumerate(run_ranks(held, world_size, layout)):
-        planned = rank_memory(config, VOCAB_SIZE, world_size, rank)
-        assert found["weights"] == planned.weights
-        assert found["optimizer"] == planned.optimizer
-
-
 def kept(config: PretrainConfig) -> int:
     model = build_model(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
     return kept_by_autograd(model, config)
 
 
+ROTARY, GROUPED = {"position_embedding_type": "rope"}, {"group_query_attention": True, "num_query_groups": 2}
+
+
 @pytest.mark.parametrize("comm", ["p2p", "a2a"])
-@pytest.mark.parametrize("options", [
-    {"layout": "dense"}, {"layout": "moe"}, {"layout": "dense", "position_embedding_type": "rope"},
-    {"layout": "dense", "group_query_attention": True, "num_query_groups": 2},
-    {"layout": "dense", "position_embedding_type": "rope", "clip_qkv": 0.1, "group_query_attention": True, "num_query_groups": 2},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, {"layout": "moe"}, ROTARY, GROUPED, {**ROTARY, **GROUPED, "clip_qkv": 0.1}], ids=str
+)
 def test_a_layer_keeps_what_it_says(options: dict[str, Any], comm: str) -> None:
-    config = with_layout(tiny_config(**options, hidden_size=64, seq_length=64, ffn_hidden_size=192), cp=2, comm=comm)
+    given = {"layout": "dense", "hidden_size": 64, "seq_length": 64, "ffn_hidden_size": 192, **options}
+    config = with_layout(tiny_config(**given), cp=2, comm=comm)
     batch = config.training.micro_batch_size
     expected = PlannedModel(config, VOCAB_SIZE, 2).description.trace(all_layers(config)[0], batch)
     for found in run_ranks(kept, 2, config):

@@ -37,16 +37,6 @@ def test_a_second_run_is_told_who_holds_the_folder(num_ranks: int, corpus: Path,
     assert not (tmp_path / "run/checkpoints/.lock").exists()
 
 
-@pytest.mark.night
-def test_a_killed_holder_leaves_the_folder_free(corpus: Path, tmp_path: Path) -> None:
-    holder = running(corpus, tmp_path)
-    holder.signal(signal.SIGKILL)
-    holder.wait(20)
-    assert (tmp_path / "run/checkpoints/.lock").exists()
-    args = arguments(data_path=corpus, run_dir=tmp_path / "run", train_iters=5, eval_iters=0)
-    start(args, tmp_path / "second").succeed()
-
-
 def test_a_lock_that_was_removed_while_it_was_waited_for_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,11 @@ from tests.harness.host_waits import as_if_asynchronous
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import tiny_config, with_layout
 
+FLAGS = (
+    "--mock-data --num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --lr 1e-3 "
+    "--tokenizer-type ByteTokenizer --micro-batch-size 2 --train-iters 2 --num-threads 1"
+).split()
+
 
 def chosen_on_rank(problem_of_rank_1: str) -> list[str]:
     parallel = initialize_model_parallel(with_layout(tiny_config("moe"), ep=2).parallel)
@@ -41,12 +46,7 @@ def test_a_run_records_its_kernels_and_keeps_them(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(extension, "has_cuda_kernels", lambda: True)
     verdicts: dict[Any, str] = dict.fromkeys(TRAINING_KERNELS, "")
     monkeypatch.setattr(kernels, "compare", lambda *_: dict(verdicts))
-    flags = [
-        *"--mock-data --num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --lr 1e-3 "
-        "--tokenizer-type ByteTokenizer --micro-batch-size 2 --train-iters 2 --num-threads 1".split(),
-        "--run-dir",
-        str(tmp_path),
-    ]
+    flags = [*FLAGS, "--run-dir", str(tmp_path)]
     used = []
     with as_if_asynchronous():
         for problem, more in (("it differs", ["--exit-interval", "1"]), ("", [])):
@@ -80,12 +80,7 @@ def test_all_ranks_multiply_alike() -> None:
 @pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 def test_a_run_records_how_it_multiplies_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first half is asked for products in fp32, the second for nothing."""
-    flags = [
-        *"--mock-data --num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --lr 1e-3 "
-        "--tokenizer-type ByteTokenizer --micro-batch-size 2 --train-iters 2 --num-threads 1".split(),
-        "--run-dir",
-        str(tmp_path),
-    ]
+    flags = [*FLAGS, "--run-dir", str(tmp_path)]
     try:
         monkeypatch.setenv(cpu_products.VARIABLE, "fp32")
         assert pretrain.main([*flags, "--exit-interval", "1"]) == 0

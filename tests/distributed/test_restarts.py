@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.distributed.test_launcher import children
 from tests.harness.pairs import first_by_day
 from tests.harness.program import REPOSITORY, ProgramRun, arguments, records, start, start_command, write_corpus
 
 pytestmark = pytest.mark.distributed
 
 STEPS = 250
-OPTIONS = {
-    "train_iters": STEPS,
-    "eval_iters": 0,
-    "save_interval": 20,
-    "lr": 1e-4,
-    "lr_decay_iters": STEPS,
-    "expert_model_parallel_size": 2,
-    "keep_last": 2,
-}
+OPTIONS = {"train_iters": STEPS, "lr_decay_iters": STEPS, "lr": 1e-4, "eval_iters": 0}
+OPTIONS |= {"save_interval": 20, "keep_last": 2, "expert_model_parallel_size": 2}
 #: A dead agent is noticed after eight seconds: on a busy machine a living one may be late by some. Others are waited for briefly.
 QUICK = "last_call_timeout=1,keep_alive_interval=2,keep_alive_max_attempt=4"
 
@@ -81,7 +72,7 @@ def test_ranks_are_started_again(
     run = start_command(args, tmp_path / "out", 2, ["--standalone", "--max-restarts=3"])
     for step, victim in kills:
         wait_for_step(run, step)
-        os.kill(children(run.processes[0].pid)[victim], signal.SIGKILL)
+        psutil.Process(run.processes[0].pid).children()[victim].kill()
     output = run.succeed(90)
     assert len(re.findall(r"^loaded ", output, re.MULTILINE)) == len(kills)
     assert losses(tmp_path / "run", steps) == pytest.approx(undisturbed[:steps], rel=1e-5)
@@ -111,29 +102,6 @@ def test_a_fault_that_does_not_pass_is_not_tried_again(
     assert len(re.findall(r"^error: ", output, re.MULTILINE)) == 1, output
 
 
-class Cluster:
-    """Agents of one rank each, all on this host, that meet at one store."""
-
-    def __init__(self, folder: Path, port: int, args: list[str], conf: str, max_restarts: int = 3):
-        self.folder, self.port, self.args, self.conf, self.max_restarts = folder, port, args, conf, max_restarts
-        self.agents: list[ProgramRun] = []
-
-    def add(self) -> ProgramRun:
-        """Starts another agent."""
-        options = (
-            f"--nnodes=1:4 --max-restarts={self.max_restarts} --rdzv-backend=c10d "
-            f"--rdzv-endpoint=127.0.0.1:{self.port} --rdzv-id=job --rdzv-conf={QUICK}{self.conf} "
-            "--local-addr=127.0.0.1"
-        ).split()
-        agent = start_command(self.args, self.folder, 1, options, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-        self.agents.append(agent)
-        return agent
-
-    def close(self) -> None:
-        for agent in self.agents:
-            agent.processes[0].kill()
-
-
 @pytest.fixture
 def outside_store() -> Iterator[int]:
     port = free_port()
@@ -153,16 +121,28 @@ def test_a_job_goes_on_with_the_hosts_that_are_left(
     args = arguments(
         data_path=corpus, run_dir=tmp_path / "run", elastic=True, distributed_timeout_minutes=0.5, **OPTIONS
     )
-    cluster = Cluster(tmp_path / "out", outside_store, args, ",is_host=0")
+    agents: list[ProgramRun] = []
+
+    def another_host() -> ProgramRun:
+        """Starts an agent of one rank; all meet at the store."""
+        options = (
+            f"--nnodes=1:4 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{outside_store} --rdzv-id=job "
+            f"--rdzv-conf={QUICK},is_host=0 --local-addr=127.0.0.1"
+        ).split()
+        shared = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        agents.append(start_command(args, tmp_path / "out", 1, options, **shared))
+        return agents[-1]
+
     try:
-        first = cluster.add()
+        first = another_host()
         wait_for_step(first, 8)
-        second = cluster.add()
-        assert second.wait_until(lambda: any(steps_of_two(a) > 4 for a in cluster.agents)), second.output()
+        second = another_host()
+        assert second.wait_until(lambda: any(steps_of_two(a) > 4 for a in agents)), second.output()
         first.processes[0].kill()
         second.succeed(120)
     finally:
-        cluster.close()
+        for agent in agents:
+            agent.processes[0].kill()
     assert losses(tmp_path / "run") == pytest.approx(undisturbed, rel=1e-5)
     said = first.output() + second.output()
     assert "1 of 1 ranks work as tensor 1, pipeline 1, expert 1, data 1" in said
@@ -176,19 +156,12 @@ def test_ranks_that_the_layout_has_no_use_for_stand_by(corpus: Path, tmp_path: P
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize(("port", "problem"), [("0", "from 1 to 65535"), ("1", "cannot be listened on")])
-def test_the_store_says_why_it_cannot_start(port: str, problem: str) -> None:
-    if port == "1" and os.geteuid() == 0:
-        port = str(free_port())
-        with socket.socket() as taken:
-            taken.bind(("0.0.0.0", int(port)))
-            taken.listen()
-            _assert_refused(port, problem)
-    else:
-        _assert_refused(port, problem)
-
-
-def _assert_refused(port: str, problem: str) -> None:
-    command = [sys.executable, "tools/rendezvous_store.py", "--port", port]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize("problem", ["from 1 to 65535", "cannot be listened on"])
+def test_the_store_says_why_it_cannot_start(problem: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1] if "listened" in problem else 0
+        command = [sys.executable, "tools/rendezvous_store.py", "--port", str(port)]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and problem in done.stderr and "Traceback" not in done.stderr

@@ -134,22 +134,6 @@ def test_run_under_torchrun_leaves_at_sigterm_and_resumes(corpus: Path, tmp_path
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.night
-def test_layouts_take_over_each_others_checkpoints(corpus: Path, tmp_path: Path) -> None:
-    """Data parallel, then expert parallel, then one process: the losses are those of one process throughout."""
-    options = {"train_iters": 9, "exit_interval": 3, "save_interval": 3}
-    start(noisy(corpus, tmp_path / "one", train_iters=9), tmp_path / "out").succeed()
-    start(arguments(data_path=corpus, run_dir=tmp_path / "moved", **NOISE, **options), tmp_path / "out", 2).succeed()
-    start(noisy(corpus, tmp_path / "moved", 2, **options), tmp_path / "out", 2).succeed()
-    start(noisy(corpus, tmp_path / "moved", 1, **options), tmp_path / "out").succeed()
-    ours, expected = records(tmp_path / "moved/metrics.jsonl"), records(tmp_path / "one/metrics.jsonl")
-    assert [r["iteration"] for r in ours] == list(range(1, 10)) == [r["iteration"] for r in expected]
-    for key in ("lm_loss", "grad_norm", "load_balance_loss"):
-        values, wanted = ([r[key] for r in rs] for rs in (ours, expected))
-        assert values == pytest.approx(wanted, rel=1e-5)
-    assert ours[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-5)
-
-
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the run folder of six steps with checkpoints after 2, 4 and 6."""

@@ -19,9 +19,17 @@ from megatron_samoe.models.layer_layout import all_layers
 
 
 def write_rank_files(
-    source: GlobalTensors, root: Path, tp: int = 1, pp: int = 1, ep: int = 1, etp: int | None = None, chunks: int = 1,
-    experts: ExpertNames = "sequential", fused: bool = True, iteration: int = 7,
-) -> Path:  # fmt: skip
+    source: GlobalTensors,
+    root: Path,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    etp: int | None = None,
+    chunks: int = 1,
+    experts: ExpertNames = "sequential",
+    fused: bool = True,
+    iteration: int = 7,
+) -> Path:
     """Returns the folder of an iteration.
 
     Args:
@@ -36,10 +44,10 @@ def write_rank_files(
     unit = config.model.make_vocab_size_divisible_by * tp
     padded = -(-source.train_state["vocab_size"] // unit) * unit
     sizes = {"tensor_model": tp, "pipeline_model": pp, "expert_model": ep}
-    args = {**plan.arguments, "padded_vocab_size": padded, "ckpt_format": "torch",
-            "expert_tensor_parallel_size": layout.expert_tensor_parallel,
-            "virtual_pipeline_model_parallel_size": chunks if chunks > 1 else None,
-            **{f"{axis}_parallel_size": size for axis, size in sizes.items()}}  # fmt: skip
+    args = {**plan.arguments, "padded_vocab_size": padded, "ckpt_format": "torch"}
+    args |= {f"{axis}_parallel_size": size for axis, size in sizes.items()}
+    args["expert_tensor_parallel_size"] = layout.expert_tensor_parallel
+    args["virtual_pipeline_model_parallel_size"] = chunks if chunks > 1 else None
     run = config.model.num_layers // (pp * chunks)
     is_moe = [layer.moe_index is not None for layer in all_layers(config)]
     models: dict[RankPlace, list[dict[str, torch.Tensor | None]]] = {

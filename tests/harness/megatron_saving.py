@@ -5,104 +5,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests.harness.megatron_training import (
-    BATCHES,
-    LENGTH,
-    VOCABULARY,
-    Layout,
-    Norm,
-    batches,
-    fill,
-    model_config,
-    start,
-)
+from tests.harness import megatron_model
+from tests.harness.megatron_model import LENGTH, Layout, Model, batches, built, fill, run, start
+from tests.harness.tables import table
 
 #: Names of arguments of Megatron-LM's where they are not those of Megatron-Core's fields.
 _ARGUMENTS = {"num_moe_experts": "num_experts", "gated_linear_unit": "swiglu", "layernorm_epsilon": "norm_epsilon"}
-#: Latent attention as DeepSeek has it, positions scaled by YaRN.
-LATENTS = {
-    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 12, "rope_type": "yarn",
-    "rotary_scaling_factor": 4.0, "original_max_position_embeddings": 8, "mscale": 1.0, "mscale_all_dim": 0.7,
-    "qk_layernorm": True, "kv_channels": None, "num_query_groups": 4,
-}  # fmt: skip
-
-
-class Core(nn.Module):
-    """Attention over keys and values of different widths, which Transformer Engine's has and torch's here has not."""
-
-    def __init__(
-        self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, softmax_scale: float, **_: Any
-    ):
-        super().__init__()
-        self.scale = softmax_scale
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **_: Any) -> Tensor:
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        y = nn.functional.scaled_dot_product_attention(q, k, v, ~mask, scale=self.scale)
-        return y.permute(2, 0, 1, 3).flatten(2)
-
-
-@dataclass(frozen=True)
-class Model:
-    """What Megatron-Core builds, besides the options of `Layout`.
-
-    Attributes:
-        sharing: way of the plug-in, and its options.
-        metadata: of sharded_state_dict.
-    """
-
-    latent: bool = False
-    vocabulary: int = VOCABULARY
-    tied: bool = False
-    sharing: str | None = None
-    sharing_options: dict[str, Any] = field(default_factory=dict)
-    metadata: dict[str, Any] | None = None
+LATENTS: dict[str, Any] = table(megatron_model.__file__)["latents"]
 
 
 def _built(layout: Layout, kind: Model) -> tuple[Any, Any, Any]:
-    """Returns the configuration, this rank's model, and what shares its experts."""
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-    from megatron.core.transformer.transformer_config import MLATransformerConfig
-
-    from megatron_samoe.plugins.megatron_core import ExpertSharing
-
-    config = model_config(layout, MLATransformerConfig if kind.latent else None)
-    is_moe = [config.num_moe_experts is not None] * config.num_layers
-    if isinstance(config.moe_layer_freq, list):
-        is_moe = [bool(one) for one in config.moe_layer_freq]
-    shares = None if kind.sharing is None else ExpertSharing(config, kind.sharing, **kind.sharing_options)
-
-    def spec(experts: bool) -> Any:
-        made = get_gpt_layer_local_spec(
-            num_experts=config.num_moe_experts if experts else None, normalization="RMSNorm", qk_layernorm=config.qk_layernorm,
-            multi_latent_attention=kind.latent,
-        )  # fmt: skip
-        made.submodules.input_layernorm = made.submodules.pre_mlp_layernorm = Norm
-        if kind.latent:
-            made.submodules.self_attention.submodules.core_attention = Core
-        if config.qk_layernorm:
-            attention = made.submodules.self_attention.submodules
-            attention.q_layernorm = Norm
-            setattr(attention, "kv_layernorm" if kind.latent else "k_layernorm", Norm)
-        return made if shares is None else shares.spec(made)
-
-    count = get_num_layers_to_build(config)
-    first = parallel_state.get_pipeline_model_parallel_rank() * count
-    model = GPTModel(
-        config, TransformerBlockSubmodules([spec(one) for one in is_moe[first : first + count]], Norm), vocab_size=kind.vocabulary,
-        max_sequence_length=LENGTH, position_embedding_type="rope", share_embeddings_and_output_weights=kind.tied,
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
-    )  # fmt: skip
-    return config, model if shares is None else shares.attach(model), shares
+    """Returns the configuration, this rank's model of one chunk, and what shares its experts."""
+    config, (model,), shares = built(layout, kind)
+    return config, model, shares
 
 
 def _arguments(config: Any, kind: Model) -> argparse.Namespace:
@@ -123,25 +43,6 @@ def _arguments(config: Any, kind: Model) -> argparse.Namespace:
     return argparse.Namespace(**{"rotary_base": 10000, "rotary_percent": 1.0, **plain})
 
 
-def _run(model: Any, steps: int, train: Any = None, labels: bool = True) -> list[Any]:
-    """Returns what the last stage gives of a batch: losses, or logits [B, S, V] of each micro-batch."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
-
-    def forward_step(iterator: Any, model: Any) -> Any:
-        ids = next(iterator)
-        words = {"labels": ids[:, 1:]} if labels else {}
-        out = model(ids[:, :-1], torch.arange(LENGTH).expand(len(ids), -1), mask, **words)
-        return out, lambda out: (out.mean(), {"out": out.detach().clone()})
-
-    found = get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=iter(batches(steps)), model=model, num_microbatches=BATCHES,
-        seq_length=LENGTH, micro_batch_size=2, forward_only=train is None,
-    )  # fmt: skip
-    return [one["out"] for one in found]
-
-
 def _trained(config: Any, model: Any, shares: Any, steps: int) -> tuple[Any, list[float]]:
     """Trains a model; returns its optimizer and the losses of the last stage."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -156,7 +57,7 @@ def _trained(config: Any, model: Any, shares: Any, steps: int) -> tuple[Any, lis
     for step in range(steps):
         wrapped.zero_grad_buffer()
         optimizer.zero_grad()
-        found = _run(wrapped, step, train=True)
+        found = run([wrapped], batches(step))
         optimizer.step()
         losses += [float(torch.stack(found).mean())] if found else []
     if shares is not None:
@@ -179,7 +80,7 @@ def saved(layout: Layout, kind: Model, folder: str, steps: int = 2) -> Tensor | 
     os.makedirs(folder, exist_ok=True)
     dist_checkpointing.save(state, folder)
     with torch.no_grad():
-        logits = _run(model.eval(), 9, labels=False)
+        logits = run([model.eval()], batches(9), forward_only=True, labels=False)
     return torch.cat(logits).flatten(0, 1) if logits else None
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_samoe.config import ModelConfig, MoEConfig, ParallelConfig, PretrainConfig, TrainingConfig
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor
-from megatron_samoe.parallel_state import ParallelState
+from megatron_samoe.parallel_state import Group, ParallelState, RankGrid
+from megatron_samoe.parallel_state.rank_grid import GROUPS
 from megatron_samoe.training.setup import TrainSetup
 from tests.harness.tables import table
 
@@ -55,6 +56,15 @@ def with_layout(config: PretrainConfig, **sizes: Any) -> PretrainConfig:
     if config.moe.shares_experts and "pool" in sizes:
         config = with_options(config, samoe_pool_placement=sizes["pool"])
     return replace(config, parallel=parallel)
+
+
+def state_of(grid: RankGrid, rank: int) -> ParallelState:
+    """Returns a rank's state without process groups: making weights needs no communication."""
+    groups = {}
+    for name in GROUPS:
+        (ranks,) = (ranks for ranks in grid.groups(name) if rank in ranks)
+        groups[name] = Group(name, ranks, ranks.index(rank))
+    return ParallelState(grid, rank, torch.device("cpu"), **groups)
 
 
 def global_batch(config: PretrainConfig, step: int, batch_size: int = 8) -> dict[str, Tensor]:

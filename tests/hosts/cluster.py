@@ -209,8 +209,8 @@ class Cluster:
         self.hosts.append(host)
         port = f"to-{host.name}"
         if delay_s is None:
-            self.switch("ip", "link", "add", port, "mtu", 9000, "type", "veth", "peer", "name", "eth0", "mtu", 9000,
-                        "netns", host.pid)  # fmt: skip
+            ends = f"{port} mtu 9000 type veth peer name eth0 mtu 9000 netns {host.pid}"
+            self.switch("ip", "link", "add", *ends.split())
         else:
             ready, there = _context.Pipe()
             relayed = _context.Process(target=relay, args=(there, host.pid, self._switch.pid, port, delay_s, loss))

@@ -15,9 +15,8 @@ from tests.hosts.cluster import SHARED, Cluster, Host
 
 STEPS = 40
 #: Of every job here: a batch that two, four and eight ranks can share.
-OPTIONS: dict[str, Any] = {
-    "train_iters": STEPS, "eval_iters": 0, "lr": 1e-4, "lr_decay_iters": STEPS, "micro_batch_size": 1,
-}  # fmt: skip
+OPTIONS: dict[str, Any] = {"train_iters": STEPS, "lr_decay_iters": STEPS}
+OPTIONS |= {"eval_iters": 0, "lr": 1e-4, "micro_batch_size": 1}
 #: A dead agent is noticed after seconds. Hosts wait a minute for others, not less: this machine may be busy.
 QUICK = "last_call_timeout=60,keep_alive_interval=2,keep_alive_max_attempt=4"
 
@@ -38,10 +37,9 @@ def slurm_words(folder: Path, hosts: Sequence[Host], num_ranks: int, flags: list
         "SLURM_GPUS_ON_NODE": str(num_ranks),
         "SLURM_JOB_ID": "7",
     }
-    done = subprocess.run(
-        ["bash", "examples/pretrain_slurm.sh", folder / "empty.yaml", SHARED / "run", *flags],
-        cwd=REPOSITORY, env={**os.environ, **slurm}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    words = ["bash", "examples/pretrain_slurm.sh", folder / "empty.yaml", SHARED / "run", *flags]
+    environment = {**os.environ, **slurm}
+    done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "srun hands the environment on"
     return done.stdout.splitlines()
 
@@ -59,9 +57,15 @@ class Job:
     """
 
     def __init__(
-        self, cluster: Cluster, num_ranks: int = 1, warm: bool = True, hosts: Sequence[Host] = (), conf: str = QUICK,
-        start: bool = True, **options: Any,
-    ):  # fmt: skip
+        self,
+        cluster: Cluster,
+        num_ranks: int = 1,
+        warm: bool = True,
+        hosts: Sequence[Host] = (),
+        conf: str = QUICK,
+        start: bool = True,
+        **options: Any,
+    ):
         self.cluster, self._warm, hosts = cluster, warm, hosts or cluster.hosts
         flags = arguments(data_path=SHARED / "data" / "corpus", **{**OPTIONS, **options})
         words = slurm_words(cluster.folder, hosts, num_ranks, flags)

@@ -24,18 +24,11 @@ from tools.benchmarks.harness import medians_of
 from tools.benchmarks.ranks import VOCAB_SIZE, batches_of, make_setup, together
 
 #: One micro-batch of 1,024 tokens a rank.
-MODEL: dict[str, Any] = {
-    "num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "seq_length": 256, "micro_batch_size": 4,
-    "global_batch_size": 8, "expert_layout": "moe", "num_expert_banks": None, "num_experts": 8, "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 512,
-}  # fmt: skip
+BASE: dict[str, Any] = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "seq_length": 256}
+BASE |= {"micro_batch_size": 4, "global_batch_size": 8, "num_expert_banks": None}
+MODEL = {**BASE, "expert_layout": "moe", "num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 512}
 SHARED_EXPERT = {"moe_shared_expert_intermediate_size": 512}
-DENSE: dict[str, Any] = {
-    "expert_layout": "dense",
-    "num_experts": None,
-    "moe_router_topk": None,
-    "moe_ffn_hidden_size": None,
-}
+DENSE = {**BASE, "expert_layout": "dense", "num_experts": None}
 #: By model: its options, those of two ranks, those of overlap, and those of one rank that has the same products.
 MODELS: dict[str, tuple[Mapping[str, Any], ...]] = {
     "chunks": (MODEL, {"expert_model_parallel_size": 2}, {"moe_dispatch_chunks": 2}, {"num_experts": 4}),
@@ -45,7 +38,7 @@ MODELS: dict[str, tuple[Mapping[str, Any], ...]] = {
         {"moe_shared_expert_overlap": True},
         {"num_experts": 4},
     ),
-    "gradients": ({**MODEL, **DENSE, "ddp_bucket_size": 500_000}, {}, {"overlap_grad_reduce": True}, {}),
+    "gradients": ({**DENSE, "ddp_bucket_size": 500_000}, {}, {"overlap_grad_reduce": True}, {}),
 }
 
 

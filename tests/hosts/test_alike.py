@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -19,20 +19,25 @@ from tests.hosts.job import QUICK, STEPS, Job
 pytestmark = pytest.mark.distributed
 night = pytest.mark.night
 
-PACKAGE = REPOSITORY / "megatron_samoe"
+PACKAGE, DATA = REPOSITORY / "megatron_samoe", SHARED / "data"
 #: What is other on a host: files that lie over others, flags, environment, and what the error says of it and the first host.
-DIFFERENCES: dict[str, tuple[Mapping[Path, Path], Sequence[str], Mapping[str, str], str]] = {
-    "configuration": ({}, ["--lr", "3e-4"], {}, r"--lr = '0.0003 on HOST \(rank \d\)': must be equal .* is 0.0001 on FIRST"),
-    "layout": ({}, ["--pipeline-model-parallel-size", "2"], {}, r"--pipeline-model-parallel-size = '2 on HOST"),
-    "flag": ({}, ["--no-such-flag"], {}, r"--no-such-flag is not known"),
-    "illegal": ({}, ["--hidden-size", "15"], {}, r"--num-attention-heads"),
-    "version": ({PACKAGE / "moved.py": PACKAGE / "log.py"}, [], {}, r"megatron_samoe = '.*, files \w+ on HOST"),
-    "build": ({}, [], {"MEGATRON_SAMOE_ISA": "avx2"}, r"MEGATRON_SAMOE_ISA = 'avx2 on HOST .* is missing on FIRST"),
-    "data": ({SHARED / "data/corpus.bin": SHARED / "data/other.bin"}, [], {}, r"corpus.bin = '[\d,]+ bytes, \w+ on HOST"),
-    "no data": ({SHARED / "data": SHARED / "empty"}, [], {}, r"corpus.bin = 'No such file or directory on HOST"),
-    "cores": ({}, ["--num-threads", "2"], {}, r"threads of a rank .* = '2 on HOST"),
-    "folder": ({SHARED / "run/checkpoints": SHARED / "empty"}, [], {}, r"must be a folder that all hosts share: .* HOST"),
-}  # fmt: skip
+DIFFERENCES: dict[str, tuple[Mapping[Path, Path], str, Mapping[str, str], str]] = {
+    "configuration": ({}, "--lr 3e-4", {}, r"--lr = '0.0003 on HOST \(rank \d\)': must be equal .* is 0.0001 on FIRST"),
+    "layout": ({}, "--pipeline-model-parallel-size 2", {}, r"--pipeline-model-parallel-size = '2 on HOST"),
+    "flag": ({}, "--no-such-flag", {}, r"--no-such-flag is not known"),
+    "illegal": ({}, "--hidden-size 15", {}, r"--num-attention-heads"),
+    "version": ({PACKAGE / "moved.py": PACKAGE / "log.py"}, "", {}, r"megatron_samoe = '.*, files \w+ on HOST"),
+    "build": ({}, "", {"MEGATRON_SAMOE_ISA": "avx2"}, r"MEGATRON_SAMOE_ISA = 'avx2 on HOST .* is missing on FIRST"),
+    "data": ({DATA / "corpus.bin": DATA / "other.bin"}, "", {}, r"corpus.bin = '[\d,]+ bytes, \w+ on HOST"),
+    "no data": ({DATA: SHARED / "empty"}, "", {}, r"corpus.bin = 'No such file or directory on HOST"),
+    "cores": ({}, "--num-threads 2", {}, r"threads of a rank .* = '2 on HOST"),
+    "folder": (
+        {SHARED / "run/checkpoints": SHARED / "empty"},
+        "",
+        {},
+        r"must be a folder that all hosts share: .* HOST",
+    ),
+}
 #: Hosts that are left wait twenty seconds for others: a spare on a busy machine comes in time.
 CONF = QUICK.replace("last_call_timeout=60", "last_call_timeout=20")
 BY_DAY = ("configuration", "folder")
@@ -53,7 +58,7 @@ def test_a_host_that_differs_is_named(what: str, cluster: Cluster) -> None:
     make_different(hosts[1], covered, cluster)
     job = Job(cluster, start=False, save_interval=10, distributed_timeout_minutes=0.2)
     job.start(hosts[0])
-    job.start(hosts[1], *flags, **environment)
+    job.start(hosts[1], *flags.split(), **environment)
     problem = problem.replace("HOST", "host1").replace("FIRST", "host0")
     for name, agent in job.agents.items():
         assert agent.wait(60) != (0,), f"{name}:\n{job.output()}"
@@ -85,7 +90,7 @@ def test_a_spare_that_differs_is_refused(what: str, place: int, cluster: Cluster
     job.wait_for_step(3)
     paused = max(hosts[1].processes())
     os.kill(paused, signal.SIGSTOP)
-    run = job.start(spare, *flags, **environment)
+    run = job.start(spare, *flags.split(), **environment)
     job.wait_for("closing signal SIGTERM")  # which a host's torchrun sends when it sees the spare
     os.kill(paused, signal.SIGCONT)
     del job.agents[spare.name]

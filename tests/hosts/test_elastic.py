@@ -24,15 +24,13 @@ RAMP: dict[str, Any] = {
     "lr_decay_iters": None,
     "lr_decay_samples": 240,
 }
+POOL: dict[str, Any] = {"expert_layout": "moe", "expert_sharing": "pool", "num_experts": 8, "moe_router_topk": 2}
+POOL |= {"moe_router_score_function": "norm", "moe_router_enable_expert_bias": True}
 MODELS: dict[str, dict[str, Any]] = {
     "pool": {**RAMP},
     "muon": {**RAMP, "optimizer": "muon", "lr": 3e-3},
-    "lock": {
-        **RAMP, "expert_layout": "moe", "expert_sharing": "pool", "num_expert_banks": None, "num_experts": 8,
-        "moe_router_topk": 2, "moe_router_score_function": "norm", "moe_router_enable_expert_bias": True,
-        "pool_lock_step": 10, "pool_lock_anneal_steps": 10,
-    },
-}  # fmt: skip
+    "lock": {**RAMP, **POOL, "num_expert_banks": None, "pool_lock_step": 10, "pool_lock_anneal_steps": 10},
+}
 #: Hosts that are left wait ten seconds for others.
 CONF = QUICK.replace("last_call_timeout=60", "last_call_timeout=10")
 

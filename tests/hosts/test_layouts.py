@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.planning.layout_cost import Cluster as Planned
 from megatron_samoe.planning.layout_cost import Links, step_cost
+from tests.harness.pairs import first_by_day
 from tests.harness.program import arguments, write_corpus
 from tests.hosts.cluster import Cluster
 from tests.hosts.job import OPTIONS, STEPS, Job
@@ -20,18 +20,15 @@ from tests.hosts.transfer import BYTES
 pytestmark = pytest.mark.distributed
 night = pytest.mark.night
 #: Tensor parallelism lies inside a host; what else is there crosses.
-LAYOUTS = [
-    pytest.param(2, True, {"expert_model_parallel_size": 4}, "shared memory and torch", id="2 hosts, experts across"),
-    pytest.param(
-        2, True, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, "gloo", id="2 hosts, stages across",
-        marks=night,
-    ),
-    pytest.param(
-        4, True, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
-            "use_distributed_optimizer": True}, "gloo", id="4 hosts, all across", marks=night,
-    ),
-    pytest.param(4, False, {"expert_model_parallel_size": 4}, "shared memory and torch", id="4 hosts, cold", marks=night),
-]  # fmt: skip
+EXPERTS = {"expert_model_parallel_size": 4}
+STAGES = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+ALL = {**STAGES, "expert_model_parallel_size": 2, "use_distributed_optimizer": True}
+LAYOUTS = {
+    "2 hosts, experts across": (2, True, EXPERTS, "shared memory and torch"),
+    "2 hosts, stages across": (2, True, STAGES, "gloo"),
+    "4 hosts, all across": (4, True, ALL, "gloo"),
+    "4 hosts, cold": (4, False, EXPERTS, "shared memory and torch"),
+}
 
 
 def mapped_windows(pids: list[int]) -> set[str]:
@@ -40,15 +37,9 @@ def mapped_windows(pids: list[int]) -> set[str]:
     return set(re.findall(r" (\d+) +/memfd:megatron_samoe", maps))
 
 
-@pytest.mark.parametrize(("num_hosts", "warm", "options", "transport"), LAYOUTS)
-def test_losses_are_those_of_one_process(
-    num_hosts: int,
-    warm: bool,
-    options: Mapping[str, object],
-    transport: str,
-    cluster: Cluster,
-    undisturbed: list[float],
-) -> None:
+@pytest.mark.parametrize("layout", first_by_day(LAYOUTS))
+def test_losses_are_those_of_one_process(layout: str, cluster: Cluster, undisturbed: list[float]) -> None:
+    num_hosts, warm, options, transport = LAYOUTS[layout]
     hosts = [cluster.add() for _ in range(num_hosts)]
     job = Job(cluster, 2, warm, **options)
     job.wait_for_step(3, 120)

@@ -27,10 +27,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.night]
 STEPS, VOCABULARY = 12, 257
 #: What one rank of each host sends, and two.
 RATE, WIDER = "50mbit", "200mbit"
-MODEL: dict[str, Any] = {
-    "num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "seq_length": 64, "micro_batch_size": 2,
-    "expert_layout": "moe", "num_expert_banks": None, "num_experts": 4, "train_iters": STEPS, "lr_decay_iters": STEPS,
-}  # fmt: skip
+MODEL: dict[str, Any] = {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "seq_length": 64}
+MODEL |= {"expert_layout": "moe", "num_expert_banks": None, "num_experts": 4}
+MODEL |= {"micro_batch_size": 2, "train_iters": STEPS, "lr_decay_iters": STEPS}
 #: gloo makes a reduce-scatter of an all-reduce, which sends twice as much: by kind, how much more than planned goes out.
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
     "dp": ({}, {}),

@@ -19,7 +19,8 @@ from megatron_samoe.convert.megatron.rank_files import FILE_NAME
 from megatron_samoe.models.rank_model import stored_name
 from tests.harness.megatron_faults import FAULTS
 from tests.harness.megatron_files import write_rank_files
-from tests.harness.megatron_training import Layout, loaded, run_megatron, saved, saved_midway, train, trained_on
+from tests.harness.megatron_model import Layout
+from tests.harness.megatron_training import loaded, run_megatron, saved, saved_midway, train, trained_on
 from tests.harness.near_package import near_installed  # noqa: F401
 from tests.harness.pairs import first_by_day
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config

@@ -25,7 +25,8 @@ from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from tests.harness.datasets import write_dataset
-from tests.harness.megatron_training import Layout, built, run_megatron, start
+from tests.harness.megatron_model import Layout, Model, built, start
+from tests.harness.megatron_training import run_megatron
 from tests.harness.pairs import first_by_day
 from tests.harness.tables import table
 
@@ -47,7 +48,7 @@ def test_the_plug_in_has_no_parallel_code_of_ours() -> None:
 
 def _refused(options: dict[str, Any], sharing: str, words: dict[str, Any]) -> str:
     try:
-        built(Layout(options=options), sharing, words)
+        built(Layout(options=options), Model(sharing=sharing, sharing_options=words))
     except ConfigError as error:
         return str(error)
     return "accepted"
@@ -70,8 +71,8 @@ def _refused_later() -> list[str]:
     start(Layout())
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    _, (model,), sharing = built(Layout(), "tied", {})
-    _, (other,), _ = built(Layout(), None, {})
+    _, (model,), sharing = built(Layout(), Model(sharing="tied"))
+    _, (other,), _ = built(Layout(), Model())
     wrong = (
         lambda: sharing.spec(get_gpt_layer_local_spec()),
         lambda: sharing.attach(other),

@@ -27,8 +27,9 @@ from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
-from tests.harness.megatron_saving import LATENTS, Model, continued, converted, saved
-from tests.harness.megatron_training import VOCABULARY, Layout, batches, run_megatron
+from tests.harness.megatron_model import VOCABULARY, Layout, Model, batches
+from tests.harness.megatron_saving import LATENTS, continued, converted, saved
+from tests.harness.megatron_training import run_megatron
 from tests.harness.program import call, flags, write_corpus
 from tests.harness.tiny import tiny_config
 from tests.hostile.changes import Bomb

@@ -31,7 +31,8 @@ class MegatronCore(ProcessBenchmark):
 
     def rows(self) -> Rows:
         # The stand-in for the device must come before megatron.core, and only into a process that asks for it.
-        from tests.harness.megatron_training import Layout, Training, start
+        from tests.harness.megatron_model import Layout, start
+        from tests.harness.megatron_training import Training
 
         sizes = {"hidden_size": self.hidden_size, "moe_ffn_hidden_size": self.moe_ffn_hidden_size}
         sizes["num_moe_experts"] = self.num_experts

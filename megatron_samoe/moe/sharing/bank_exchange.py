@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_samoe.moe.sharing.bank_store import BankStore
@@ -57,8 +56,9 @@ class BankExchange:
             combine_banks(a_LGP[:, group : group + 1], held[:, None, part], out_LGN=combined_Ln[:, None, part])
         outgoing = [combined_Ln[list(layers)] for layers in self.layers_of_members(store)]
         flat_lN = weight.view(weight.shape[0], store.num_elements)
-        for member, slices in enumerate(self._exchange(store, outgoing, len(self.own_layers))):
-            flat_lN[:, store.columns(member)] = slices
+        parts = [flat_lN[:, store.columns(member)] for member in range(store.group.size)]
+        for part_ln, slices in zip(parts, _all_to_all(store, outgoing, [p.shape for p in parts]), strict=True):
+            part_ln.copy_(slices)
 
     def contract(self, store: BankStore, a_LGP: Tensor, grad: Tensor) -> Tensor:
         """The backward of `combine`: sums all holders' weight gradients, adds the slice's gradient to its main gradient, and
@@ -74,7 +74,7 @@ class BankExchange:
         outgoing = [flat_lN[:, store.columns(member)] for member in range(store.group.size)]
         own = store.columns(store.group.rank)
         dw_Ln = grad.new_zeros((a_LGP.shape[0], own.stop - own.start))
-        received = self._exchange_back(store, outgoing, [len(layers) for layers in members])
+        received = _all_to_all(store, outgoing, [(len(layers), dw_Ln.shape[1]) for layers in members])
         for layers, slices in zip(members, received, strict=True):
             dw_Ln[list(layers)] += slices
         held, main_grad = store.parameter.detach(), store.parameter.main_grad  # type: ignore[attr-defined]
@@ -90,24 +90,14 @@ class BankExchange:
         members = self.layers_of_members(store)
         return members.index(self.own_layers) == store.group.rank
 
-    def _exchange(self, store: BankStore, outgoing: Sequence[Tensor], num_layers: int) -> list[Tensor]:
-        widths = [store.columns(member) for member in range(store.group.size)]
-        return _all_to_all(store, outgoing, [(num_layers, w.stop - w.start) for w in widths])
 
-    def _exchange_back(self, store: BankStore, outgoing: Sequence[Tensor], num_layers: Sequence[int]) -> list[Tensor]:
-        own = store.columns(store.group.rank)
-        return _all_to_all(store, outgoing, [(count, own.stop - own.start) for count in num_layers])
-
-
-def _all_to_all(store: BankStore, outgoing: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+def _all_to_all(store: BankStore, outgoing: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     """Returns one tensor from each member, of the given shapes."""
     sizes = [rows * columns for rows, columns in shapes]
     sent, send_sizes = torch.cat([t.reshape(-1) for t in outgoing]), [t.numel() for t in outgoing]
-    if store.group.exchange is not None:
-        received = store.group.exchange.exchange(sent, send_sizes, sizes)
-    else:
-        received = sent.new_empty(sum(sizes))
-        dist.all_to_all_single(received, sent, sizes, send_sizes, group=store.group.handle)
+    group = store.group
+    exchange = group.all_to_all_uneven if group.exchange is None else group.exchange.exchange
+    received = exchange(sent, send_sizes, sizes)
     return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
 
 

@@ -82,7 +82,7 @@ class CombinedSharing:
         return Mixture(shared_part, layer_part.normalized().detach(), combines)
 
 
-class StepLender:
+class StepLender(ExpertLender):
     """Effective weights of all layers, made once per step; their gradients, contracted once per step.
 
     Args:
@@ -204,12 +204,6 @@ class StepLender:
             return {}
         return {moe_index: self._grads.map(itemgetter(row)) for moe_index, row in self._row_of_layer.items()}
 
-    def _no_coefficients(self) -> Tensor:
-        """Returns [2, 0, G, P], for a stage without MoE layers."""
-        bank = next(iter(self._pool.stores.values())).parameter
-        groups, num_banks = self._pool.coefficient_shape
-        return torch.zeros(2, 0, groups, num_banks, dtype=bank.dtype, device=self._state.device)
-
     def _per_layer(self, make: Callable[..., Tensor], dtype: torch.dtype) -> ExpertWeights:
         layers, device = len(self._coefficients), self._state.device
         shapes = self._pool.shapes()
@@ -218,12 +212,13 @@ class StepLender:
         )
 
     def _normalized(self) -> Tensor:
-        if not self._coefficients:
-            return self._no_coefficients()
-        return torch.stack([part.normalized() for part in self._coefficients.values()], dim=1)
+        if self._coefficients:
+            return torch.stack([part.normalized() for part in self._coefficients.values()], dim=1)
+        dtype = next(iter(self._pool.stores.values())).parameter.dtype  # of a stage without MoE layers
+        return torch.zeros(2, 0, *self._pool.coefficient_shape, dtype=dtype, device=self._state.device)
 
 
-class LayerLender:
+class LayerLender(ExpertLender):
     """Effective weights of one layer at a time, made when it runs and again in its backward.
 
     Sharded banks are gathered once per step and kept unsharded until its end, with their gradients.
@@ -274,9 +269,6 @@ class LayerLender:
             sent=pool.sent(2 * FP32_BYTES),
             traffic_per_pass=len(self._coefficients) * per_layer,
         )
-
-    def layer_gradients(self) -> None:
-        """A layer's gradient is contracted at once."""
 
     def _open_gradients(self) -> None:
         if self._grads is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.moe.experts import ExpertShape, main_grads_of, weights_of, without_repeated_bias
-from megatron_samoe.moe.sharing.way import LenderCosts, Mixture, SharingContext
+from megatron_samoe.moe.sharing.way import ExpertLender, Mixture, SharingContext
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.grouped_mlp import Counts, ExpertWeights, grouped_mlp
 from megatron_samoe.parallel_state.state import ParallelState
@@ -73,7 +73,7 @@ class OwnSharing:
         return Mixture(layer_part)
 
 
-class OwnLender:
+class OwnLender(ExpertLender):
     """See `way.ExpertLender`; nothing changes within a step."""
 
     def __init__(self, layer_parts: Mapping[int, nn.Module]):
@@ -88,10 +88,6 @@ class OwnLender:
 
     def finish_step(self) -> None:
         """Autograd has completed the gradients."""
-
-    def costs(self) -> LenderCosts:
-        """Only the parameters."""
-        return LenderCosts()
 
     def layer_gradients(self) -> dict[int, ExpertWeights]:
         """Returns the main gradients."""

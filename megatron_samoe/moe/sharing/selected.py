@@ -12,7 +12,7 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.moe.experts import without_repeated_bias
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT, Coefficients
 from megatron_samoe.moe.sharing.expert_pool import FP32_BYTES, ExpertPool
-from megatron_samoe.moe.sharing.way import LenderCosts
+from megatron_samoe.moe.sharing.way import ExpertLender, LenderCosts
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.grouped_mlp import Counts, ExpertWeights, grouped_mlp
 from megatron_samoe.parallel_state.state import ParallelState
@@ -34,7 +34,7 @@ def one_bank(a_2GP: Tensor) -> OneBank | None:
     return OneBank(bank_2G, a_2GP.gather(-1, bank_2G[..., None])[..., 0].float())
 
 
-class SelectedLender:
+class SelectedLender(ExpertLender):
     """Lends each layer the experts of the one bank that it takes, as they lie in the pool, to a model that does not train; see
     `way.ExpertLender`.
 
@@ -61,9 +61,6 @@ class SelectedLender:
 
     def finish_step(self) -> None:
         """Selected experts have no gradients."""
-
-    def layer_gradients(self) -> None:
-        """Selected experts have no gradients of layers, either."""
 
     def costs(self) -> LenderCosts:
         """Banks in the compute dtype, unless unsharded ones are used as they are."""

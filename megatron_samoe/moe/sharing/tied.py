@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron_samoe.moe.experts import without_repeated_bias
 from megatron_samoe.moe.sharing.expert_pool import FP32_BYTES, ExpertPool
-from megatron_samoe.moe.sharing.way import LenderCosts, Mixture, SharingContext
+from megatron_samoe.moe.sharing.way import ExpertLender, LenderCosts, Mixture, SharingContext
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.grouped_mlp import Counts, ExpertWeights, grouped_mlp
 
@@ -46,7 +46,7 @@ class TiedSharing:
         return Mixture(shared_part)
 
 
-class TiedLender:
+class TiedLender(ExpertLender):
     """Lends a set; see `way.ExpertLender`.
 
     Args:
@@ -103,9 +103,6 @@ class TiedLender:
             sent=pool.sent(2 * FP32_BYTES),
             traffic_per_step=one * (FP32_BYTES + width + 2 * FP32_BYTES) if is_used and copies else 0,
         )
-
-    def layer_gradients(self) -> None:
-        """Layers add to one gradient."""
 
     def _new_gradients(self) -> ExpertWeights:
         pool = self._pool

@@ -102,13 +102,13 @@ class ExpertLender(Protocol):
         their holders, which call it together."""
 
     def costs(self) -> LenderCosts:
-        """Returns what lending takes, also of a model without storage."""
-        ...
+        """Returns what lending takes, also of a model without storage: nothing, unless a lender says more."""
+        return LenderCosts()
 
     def layer_gradients(self) -> Mapping[int, ExpertWeights] | None:
         """Returns this rank's gradients so far of each layer's (effective) weights, by index of the MoE layer; None where
         they are not kept."""
-        ...
+        return None
 
 
 class Banks(Protocol):

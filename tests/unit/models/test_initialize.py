@@ -11,10 +11,9 @@ from torch import Tensor
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.models.initialize import initialize_parameters
 from megatron_samoe.models.rank_model import RankModel, build_model
-from megatron_samoe.parallel_state import Group, ParallelState, RankGrid, single_process_state
-from megatron_samoe.parallel_state.rank_grid import GROUPS
+from megatron_samoe.parallel_state import ParallelState, RankGrid, single_process_state
 from megatron_samoe.training.checkpointing import model_state
-from tests.harness.tiny import VOCAB_SIZE, tiny_config, with_options
+from tests.harness.tiny import VOCAB_SIZE, state_of, tiny_config, with_options
 
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"layout": "dense"},
@@ -22,15 +21,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "samoe": {"layout": "samoe"},
     "samoe per expert": {"layout": "samoe", "style": "llama", "samoe_granularity": "expert", "samoe_init": "uniform"},
 }
-
-
-def rank_state(grid: RankGrid, rank: int) -> ParallelState:
-    """Returns a rank's state without process groups: making weights needs no communication."""
-    groups = {}
-    for name in GROUPS:
-        (ranks,) = (ranks for ranks in grid.groups(name) if rank in ranks)
-        groups[name] = Group(name, ranks, ranks.index(rank))
-    return ParallelState(grid, rank, torch.device("cpu"), **groups)
 
 
 def weights(config: PretrainConfig, state: ParallelState) -> dict[str, Tensor]:
@@ -41,18 +31,18 @@ def weights(config: PretrainConfig, state: ParallelState) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "grid",
     [
-        RankGrid(2, tp=2, etp=2), RankGrid(4, ep=4), RankGrid(8, tp=2, ep=2, etp=2), RankGrid(4, tp=2, ep=4),
-        RankGrid(3), RankGrid(4, pp=2, ep=2), RankGrid(8, pp=4, tp=2), RankGrid(8, pp=2, tp=2, ep=2, etp=2),
+        *(RankGrid(3), RankGrid(4, ep=4), RankGrid(4, tp=2, ep=4), RankGrid(4, pp=2, ep=2), RankGrid(8, pp=4, tp=2)),
+        *(RankGrid(2, tp=2, etp=2), RankGrid(8, tp=2, ep=2, etp=2), RankGrid(8, pp=2, tp=2, ep=2, etp=2)),
     ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_rank_holds_its_part_of_the_one_process_weights_bit_for_bit(model: str, grid: RankGrid) -> None:
     config = with_options(tiny_config(**MODELS[model]), pipeline_model_parallel_size=grid.pp)
     whole = weights(tiny_config(**MODELS[model]), single_process_state())
     unseen = {name: torch.ones_like(p, dtype=torch.bool) for name, p in whole.items()}
     for rank in range(grid.world_size):
-        built = build_model(config, VOCAB_SIZE, rank_state(grid, rank))
+        built = build_model(config, VOCAB_SIZE, state_of(grid, rank))
         for name, parts in model_state(built).items():
             for part in parts:
                 assert part.global_shape == tuple(whole[name].shape)
@@ -80,8 +70,9 @@ def test_weights_depend_on_seed_and_name() -> None:
 
 
 def test_spread_of_every_kind_of_parameter() -> None:
-    config = tiny_config("moe", num_layers=2, hidden_size=128, init_method_std=0.5, make_vocab_size_divisible_by=128,
-                         moe_scale_output_init=False, moe_router_init_method_std=0.5)  # fmt: skip
+    sizes = {"num_layers": 2, "hidden_size": 128, "make_vocab_size_divisible_by": 128}
+    spread = {"init_method_std": 0.5, "moe_router_init_method_std": 0.5, "moe_scale_output_init": False}
+    config = tiny_config("moe", **sizes, **spread)
     for name, p in weights(config, single_process_state()).items():
         if name.endswith(("bias", ".b1", ".b2")):
             assert not p.any(), name

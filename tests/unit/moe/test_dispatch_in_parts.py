@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_samoe.moe.alltoall_dispatcher import AllToAllDispatcher
 from megatron_samoe.ops import extension
-from megatron_samoe.parallel_state.state import Group
-from megatron_samoe.row_exchange.communicator import Pending
+from megatron_samoe.parallel_state.state import Group, PendingRows
 from tests.harness.host_waits import as_if_asynchronous
 
 
@@ -29,9 +28,9 @@ class _Loop:
     def check(self) -> None:
         pass
 
-    def start(self, x: Tensor, send_rows: Any, receive_rows: Any, out: Tensor | None = None) -> Pending:
+    def start(self, x: Tensor, send_rows: Any, receive_rows: Any, out: Tensor | None = None) -> PendingRows:
         assert sum(send_rows) == sum(receive_rows) == len(x)
-        return Pending(x.clone() if out is None else out.copy_(x), lambda: None)
+        return PendingRows(x.clone() if out is None else out.copy_(x), lambda: None)
 
 
 class _Seen(TorchDispatchMode):

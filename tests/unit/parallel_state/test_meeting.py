@@ -6,6 +6,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def stores(kind: str, folder: Path) -> Callable[[], Store]:
     return lambda: shared
 
 
+def together(*calls: Callable[[], object]) -> None:
+    """Makes calls in threads, and waits for their ends."""
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(15)
+        assert not thread.is_alive()
+
+
 def meet(
     open_store: Callable[[], Store], size: int, ranks: range | None = None, timeout_s: float = 10.0
 ) -> dict[int, str]:
@@ -47,12 +58,7 @@ def meet(
         except CommunicationError as error:
             found[rank] = str(error)
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in (range(size) if ranks is None else ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout_s + 5)
-        assert not thread.is_alive()
+    together(*(partial(one, rank) for rank in (range(size) if ranks is None else ranks)))
     return found
 
 
@@ -92,11 +98,7 @@ def test_a_late_rank_of_an_earlier_attempt_cannot_take_the_place_of_a_new_one(tm
         store.wait(["0", "1"])
         results[rank] = "met"
 
-    threads = [threading.Thread(target=new, args=args) for args in ((1, 0.0), (0, 0.6))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(15)
+    together(partial(new, 1, 0.0), partial(new, 0, 0.6))
     assert results == {0: "met", 1: "met"}
 
 
@@ -105,11 +107,7 @@ def test_who_stands_by_leaves_with_the_others() -> None:
     store = HashStore()
     for _ in range(2):
         meetings = [Meeting(store, rank, 3) for rank in range(3)]
-        threads = [threading.Thread(target=meeting.join, args=(10.0,)) for meeting in meetings]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(10)
+        together(*(partial(meeting.join, 10.0) for meeting in meetings))
         spare = threading.Thread(target=meetings[2].stand_by)
         spare.start()
         spare.join(0.3)
@@ -145,11 +143,7 @@ def test_a_host_that_cannot_come_ends_no_elastic_job(monkeypatch: pytest.MonkeyP
             Meeting(store, rank, 4, is_member=rank < 2).join(5.0)
         raised.append(caught.value)
 
-    threads = [threading.Thread(target=come, args=(rank,)) for rank in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
+    together(*(partial(come, rank) for rank in range(3)))
     here = socket.gethostname()
     said = f"{here} cannot take part in this job, which continues without: rank 3 on {here}: this file is missing"
     assert [str(error) for error in raised] == [said] * 3 and not raised[0].permanent

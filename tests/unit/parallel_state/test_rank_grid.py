@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,12 +107,6 @@ def test_groups_by_hand() -> None:
 def test_sizes_that_do_not_fill_the_world_are_refused(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="does not divide the world of 8 ranks"):
         RankGrid(8, **sizes)
-
-
-def test_sizes() -> None:
-    grid = RankGrid(4096, tp=8, pp=16, ep=64, etp=1)
-    assert grid.size_and_rank("world", 5)[0] == 4096 and grid.size_and_rank("ep", 5)[0] == 64
-    assert grid.size_and_rank("stage", 5)[0] == 4096 // 16 == math.prod((grid.etp, grid.ep, grid.edp))
 
 
 @settings(deadline=None, max_examples=60)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.parallel_state import (
     Group,
-    ParallelState,
     RankGrid,
     ShardSpec,
     single_process_state,
@@ -22,13 +21,13 @@ from megatron_samoe.parallel_state import (
 )
 from megatron_samoe.parallel_state.rank_grid import GROUPS
 from megatron_samoe.parallel_state.shard_spec import FlatSlice, gradient_group_name, is_counted_here
-from tests.harness.tiny import VOCAB_SIZE, tiny_config
+from tests.harness.tiny import VOCAB_SIZE, state_of, tiny_config
 
 GRIDS = [
-    RankGrid(1), RankGrid(2, tp=2), RankGrid(4, ep=4), RankGrid(8, tp=2, ep=2), RankGrid(8, tp=2, etp=1, ep=4),
-    RankGrid(8, tp=2, pp=2, ep=2, etp=2), RankGrid(12, pp=3, ep=2), RankGrid(12, cp=3, ep=2), RankGrid(16, cp=2, pp=2, ep=4),
-    RankGrid(16, tp=4, ep=2, etp=4, pp=2),
-]  # fmt: skip
+    *(RankGrid(1), RankGrid(2, tp=2), RankGrid(4, ep=4), RankGrid(8, tp=2, ep=2), RankGrid(8, tp=2, etp=1, ep=4)),
+    *(RankGrid(12, pp=3, ep=2), RankGrid(12, cp=3, ep=2), RankGrid(16, cp=2, pp=2, ep=4)),
+    *(RankGrid(8, tp=2, pp=2, ep=2, etp=2), RankGrid(16, tp=4, ep=2, etp=4, pp=2)),
+]
 SPECS = [
     ShardSpec(),
     ShardSpec(partition=((0, "tp"),)),
@@ -41,15 +40,6 @@ SPECS = [
     ShardSpec("pool", ((1, "ep"), (2, "etp"))),
     ShardSpec("pool", ((1, "ep"),), partial=("etp",)),
 ]
-
-
-def state_of(grid: RankGrid, rank: int) -> ParallelState:
-    """Returns a rank's state without any process group."""
-    groups = {}
-    for name in GROUPS:
-        (ranks,) = (ranks for ranks in grid.groups(name) if rank in ranks)
-        groups[name] = Group(name, ranks, ranks.index(rank))
-    return ParallelState(grid, rank, torch.device("cpu"), **groups)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -42,13 +42,11 @@ def test_a_share_of_tokens_draws_what_the_whole_has_there(block: int, monkeypatc
 
 
 def test_mask_depends_on_seed_iteration_sample_layer_and_site() -> None:
+    one = {"seed": 1, "iteration": 2, "sample": 3, "layer": 4, "site": "a"}
     draws = [
-        SampleRandom(seed, iteration, (sample,)).uniform((64,), CPU, layer, site)
-        for seed, iteration, sample, layer, site in (
-            (1, 2, 3, 4, "a"), (0, 2, 3, 4, "a"), (1, 0, 3, 4, "a"), (1, 2, 0, 4, "a"), (1, 2, 3, 0, "a"),
-            (1, 2, 3, 4, "b"),
-        )
-    ]  # fmt: skip
+        SampleRandom(p["seed"], p["iteration"], (p["sample"],)).uniform((64,), CPU, p["layer"], p["site"])
+        for p in (one, *({**one, name: "b" if name == "site" else 0} for name in one))
+    ]
     for i, draw in enumerate(draws):
         assert all(not torch.equal(draw, other) for other in draws[:i])
     assert torch.equal(draws[0], SampleRandom(1, 2, (3,)).uniform((64,), CPU, 4, "a"))
