@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None, extensions: Extensions | None = None
     except SystemExit as error:
         _let_first_speak(error)
         if error.code and not dist.is_initialized():  # the parser's, which has said why
-            launcher.refuse_restart()
+            launcher.stop_torchrun_restarts()
         return int(error.code or 0)
     except KeyboardInterrupt:
         if launcher.local_rank() == 0:
@@ -71,7 +71,7 @@ def _report(error: MegatronSamoeError, rank: int) -> int:
         _tell_launcher(message)
     _let_other_hosts_speak(error)
     if error.permanent and (is_first or not error.collective):
-        launcher.refuse_restart()
+        launcher.stop_torchrun_restarts()
     return error.exit_status
 
 

@@ -88,7 +88,8 @@ def convert(value: Any, hint: Any, name: str, source: str) -> Any:
 
 
 def _list(value: Any, kind: Any) -> tuple[Any, ...] | None:
-    """Returns the values of a list, or of one value, by their type; numbers where texts are asked for become texts."""
+    """Returns the items of a list, or one value as a list of one, converted to a type; None where an item has another. Numbers become text
+    where text is asked for."""
     items = value if isinstance(value, (list, tuple)) else [value]
     if kind is str:
         items = [str(v) if isinstance(v, float) else v for v in items]

@@ -71,6 +71,7 @@ class Format:
 
 
 def _find_native(path: Path, step: int | None, words: LoadWords, problems_of: Problems) -> Path:
+    """Returns the folder of a step, or of the newest checkpoint that is not damaged."""
     if step is not None and (path / store.TRAIN_STATE).is_file():
         raise ConfigError(words.step, step, f"{path} is one checkpoint; give its parent to choose another")
     wanted = CheckpointConfig(load=str(path), ckpt_step=step, exit_on_missing_checkpoint=True)

@@ -92,7 +92,7 @@ def loss_curves(groups: Groups) -> bytes | None:
     if not any(run.trained for group in groups for run in group.runs):
         return None
     trained = [group for group in groups if any(run.trained for run in group.runs)]
-    base = next((group for group in trained if group.layout == "dense"), trained[0])
+    base = next((group for group in trained if group.expert_layout == "dense"), trained[0])
     figure, panels = side_by_side(min(2, len(trained)), width=6.5)
     for number, group in enumerate(groups):
         for run in group.runs:

@@ -129,11 +129,11 @@ _NO_LAYERS = "No run was made with --moe-per-layer-logging, which measures them.
 
 
 def _have_experts(groups: Groups) -> bool:
-    return any(group.layout != "dense" for group in groups)
+    return any(group.expert_layout != "dense" for group in groups)
 
 
 def _have_coefficients(groups: Groups) -> bool:
-    return any(group.layout != "dense" and group.first.config.moe.has_coefficients for group in groups)
+    return any(group.expert_layout != "dense" and group.first.config.moe.has_coefficients for group in groups)
 
 
 #: Plots of runs with --moe-per-layer-logging: name of the file, heading, how to read it, what draws it, and of which models.

@@ -70,7 +70,7 @@ class RunGroup:
         return mean_sd(self.losses)
 
     @property
-    def layout(self) -> str:
+    def expert_layout(self) -> str:
         """dense, moe or samoe."""
         return self.first.config.moe.expert_layout if num_moe_layers(self.first.config) else "dense"
 

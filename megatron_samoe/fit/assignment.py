@@ -7,8 +7,9 @@ from torch import Tensor
 
 
 def assigned(score_NN: Tensor) -> Tensor:
-    """Returns the column of each row so that the sum of scores is the largest; equal scores keep the order."""
-    from scipy.optimize import linear_sum_assignment  # which takes a second, once
+    """Returns [N], the column of each row, with the largest sum of scores (the Hungarian algorithm); of equal sums that nearest to the
+    identity."""
+    from scipy.optimize import linear_sum_assignment  # importing it takes a second
 
     own = torch.eye(len(score_NN), dtype=torch.float64) * (1e-9 * float(score_NN.abs().max()) + 1e-300)
     _, columns = linear_sum_assignment((score_NN.double() + own).numpy(), maximize=True)

@@ -46,7 +46,7 @@ class GpuCheck:
     """run finished pieces, too"""
 
     def run(self) -> int:
-        """Runs the pieces; returns 1 if one of them failed or found what was not predicted."""
+        """Runs the pieces; returns 1 if the result of any, also of an earlier run, failed or differs from what was predicted."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise MegatronSamoeError(
                 "torch sees no GPU here (megatron-samoe doctor says why); --device cpu --size tiny is a dry run."

@@ -65,7 +65,7 @@ def largest(key_TE: Tensor, topk: int) -> Tensor:
 
 
 def topk_gate(
-    logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool, num_groups: int, key_TE: Tensor | None = None
+    logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool, num_sequences: int, key_TE: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns probs_TK, ids_TK, counts_GE, score_sum_GE and z_sum of the router, as ops/topk_gate.py defines them.
 
@@ -85,9 +85,9 @@ def topk_gate(
             probs_TK = distribution_TE.gather(1, ids_TK)
         else:
             probs_TK = torch.softmax(logits_TE.gather(1, ids_TK), dim=1)
-    score_sum_GE = distribution_TE.view(num_groups, num_tokens // num_groups, num_experts).sum(dim=1)
-    ids_GN = ids_TK.reshape(num_groups, num_tokens // num_groups * topk)
-    counts_GE = torch.zeros(num_groups, num_experts, dtype=torch.int64, device=logits_TE.device)
+    score_sum_GE = distribution_TE.view(num_sequences, num_tokens // num_sequences, num_experts).sum(dim=1)
+    ids_GN = ids_TK.reshape(num_sequences, num_tokens // num_sequences * topk)
+    counts_GE = torch.zeros(num_sequences, num_experts, dtype=torch.int64, device=logits_TE.device)
     counts_GE.scatter_add_(1, ids_GN, torch.ones_like(ids_GN))
     z_sum = torch.logsumexp(logits_TE, dim=1).square().sum()
     return probs_TK, ids_TK, counts_GE, score_sum_GE, z_sum

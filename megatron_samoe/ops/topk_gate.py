@@ -88,13 +88,19 @@ class GateResult:
 class _TopkGate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool, num_groups: int, key_TE: Tensor | None
+        ctx: Any,
+        logits_TE: Tensor,
+        topk: int,
+        sigmoid: bool,
+        pre_softmax: bool,
+        num_sequences: int,
+        key_TE: Tensor | None,
     ) -> tuple[Tensor, ...]:
         probs_TK, ids_TK, counts_GE, score_sum_GE, z_sum, logsumexp_T = torch.ops.megatron_samoe.topk_gate(
-            logits_TE, topk, sigmoid, pre_softmax, num_groups, key_TE
+            logits_TE, topk, sigmoid, pre_softmax, num_sequences, key_TE
         )
         ctx.save_for_backward(logits_TE, logsumexp_T, probs_TK, ids_TK)
-        ctx.flags = (sigmoid, pre_softmax, num_groups)
+        ctx.flags = (sigmoid, pre_softmax, num_sequences)
         ctx.mark_non_differentiable(ids_TK, counts_GE)
         ctx.set_materialize_grads(False)
         return probs_TK, ids_TK, counts_GE, score_sum_GE, z_sum
@@ -123,7 +129,7 @@ def topk_gate(
     topk: int,
     score_function: str = "softmax",
     pre_softmax: bool = False,
-    num_groups: int = 1,
+    num_sequences: int = 1,
     key_TE: Tensor | None = None,
 ) -> GateResult:
     """Scores the experts of every token and chooses the best `topk`.
@@ -134,7 +140,8 @@ def topk_gate(
         pre_softmax: True: probs are the chosen experts' scores as they are (Switch's top-1, arXiv:2101.03961). False:
             they are normalised over the chosen experts, by a softmax over their logits or, for sigmoid scores, by
             their sum (GShard's top-2, arXiv:2006.16668).
-        num_groups: G; group g is the g-th block of T / G consecutive tokens.
+        num_sequences: G; sequence g is the g-th block of T / G consecutive tokens, counted by itself. Groups of experts are
+            those of a `ChoiceRule`.
         key_TE: key by which experts are chosen, if not the logit; it has no gradient.
 
     A NaN logit is chosen first and makes the token's probabilities NaN; ids stay in range.
@@ -149,15 +156,15 @@ def topk_gate(
     num_tokens, num_experts = logits_TE.shape
     if not 1 <= topk <= num_experts:
         raise ValueError(f"topk = {topk}: from 1 to the number of experts, {num_experts}")
-    if num_groups < 1 or num_tokens % num_groups:
-        raise ValueError(f"num_groups = {num_groups}: a divisor of the number of tokens, {num_tokens}")
+    if num_sequences < 1 or num_tokens % num_sequences:
+        raise ValueError(f"num_sequences = {num_sequences}: a divisor of the number of tokens, {num_tokens}")
     sigmoid = score_function == "sigmoid"
     if key_TE is not None and (key_TE.shape != logits_TE.shape or key_TE.dtype != logits_TE.dtype):
         raise ValueError(f"key_TE must be as logits_TE, not {key_TE.dtype} {tuple(key_TE.shape)}")
     if logits_TE.dtype == torch.float32 and extension.serves(logits_TE, cuda="gate"):
         key_TE = None if key_TE is None else key_TE.detach().contiguous()
-        return GateResult(*_TopkGate.apply(logits_TE.contiguous(), topk, sigmoid, pre_softmax, num_groups, key_TE))
-    return GateResult(*reference.topk_gate(logits_TE, topk, sigmoid, pre_softmax, num_groups, key_TE))
+        return GateResult(*_TopkGate.apply(logits_TE.contiguous(), topk, sigmoid, pre_softmax, num_sequences, key_TE))
+    return GateResult(*reference.topk_gate(logits_TE, topk, sigmoid, pre_softmax, num_sequences, key_TE))
 
 
 def limit_to_groups(key_TE: Tensor, num_groups: int, group_topk: int, topk: int) -> Tensor:
@@ -177,17 +184,17 @@ def limited(logits_TE: Tensor, factors_E: Tensor, multiplies: bool) -> Tensor:
     return logits_TE * factors_E if multiplies else logits_TE + factors_E.log()
 
 
-def gate_by_rule(logits_TE: Tensor, rule: ChoiceRule, num_groups: int = 1) -> GateResult:
+def gate_by_rule(logits_TE: Tensor, rule: ChoiceRule, num_sequences: int = 1) -> GateResult:
     """Chooses by a rule; logits of "norm" scores have their length already. Groups are of tokens, as `topk_gate` has them."""
     key_TE = rule.key(logits_TE)
     if rule.score_function == "norm":
-        gate = relu_gate(logits_TE, rule.topk, num_groups, key_TE)
+        gate = relu_gate(logits_TE, rule.topk, num_sequences, key_TE)
     else:
-        gate = topk_gate(logits_TE, rule.topk, rule.score_function, rule.pre_softmax, num_groups, key_TE)
+        gate = topk_gate(logits_TE, rule.topk, rule.score_function, rule.pre_softmax, num_sequences, key_TE)
     return gate if rule.factor == 1.0 else replace(gate, probs_TK=gate.probs_TK * rule.factor)
 
 
-def relu_gate(logits_TE: Tensor, topk: int, num_groups: int, key_TE: Tensor | None = None) -> GateResult:
+def relu_gate(logits_TE: Tensor, topk: int, num_sequences: int, key_TE: Tensor | None = None) -> GateResult:
     """Chooses as `topk_gate`, but only experts with a positive logit; ids of others are -1.
 
     Weights are ReLU(logit) as they are, and the distribution is their share of the sum over all experts.
@@ -197,10 +204,10 @@ def relu_gate(logits_TE: Tensor, topk: int, num_groups: int, key_TE: Tensor | No
     ids_TK = ids_TK.masked_fill(scores_TE.detach().gather(1, ids_TK) <= 0, -1)
     probs_TK = scores_TE.gather(1, ids_TK.clamp_min(0)) * (ids_TK >= 0)
     distribution_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
-    return described(logits_TE, ids_TK, probs_TK, num_groups, distribution_TE)
+    return described(logits_TE, ids_TK, probs_TK, num_sequences, distribution_TE)
 
 
-def threshold_gate(logits_TE: Tensor, num_groups: int, loss_weight: Tensor) -> GateResult:
+def threshold_gate(logits_TE: Tensor, num_sequences: int, loss_weight: Tensor) -> GateResult:
     """Chooses every expert whose logit is positive, with ReLU(logit) as its weight (ReMoE, arXiv:2412.14711).
 
     Args:
@@ -211,10 +218,10 @@ def threshold_gate(logits_TE: Tensor, num_groups: int, loss_weight: Tensor) -> G
     """
     scores_TE = logits_TE.relu()
     ids_TE = torch.where(scores_TE > 0, torch.arange(logits_TE.shape[1], device=logits_TE.device), -1)
-    return described(logits_TE, ids_TE, scores_TE, num_groups, scores_TE * loss_weight)
+    return described(logits_TE, ids_TE, scores_TE, num_sequences, scores_TE * loss_weight)
 
 
-def expert_choice(logits_TE: Tensor, topk: int, num_groups: int) -> GateResult:
+def expert_choice(logits_TE: Tensor, topk: int, num_sequences: int) -> GateResult:
     """Lets each expert take the T * topk / (G * E) tokens of each group that score it highest (arXiv:2202.09368).
 
     Weights are the experts' shares of a softmax over all; a token has from no to all experts.
@@ -223,16 +230,16 @@ def expert_choice(logits_TE: Tensor, topk: int, num_groups: int) -> GateResult:
         ids and weights of width E; ids are -1 where an expert did not take the token.
     """
     num_tokens, num_experts = logits_TE.shape
-    scores_GTE = logits_TE.softmax(-1).view(num_groups, -1, num_experts)
-    capacity = max(num_tokens // num_groups * topk // num_experts, 1)
+    scores_GTE = logits_TE.softmax(-1).view(num_sequences, -1, num_experts)
+    capacity = max(num_tokens // num_sequences * topk // num_experts, 1)
     taken = scores_GTE.detach().topk(capacity, dim=1).indices
     mask_TE = torch.zeros_like(scores_GTE).scatter_(1, taken, 1.0).view_as(logits_TE)
     ids_TE = torch.where(mask_TE > 0, torch.arange(num_experts, device=logits_TE.device), -1)
-    return described(logits_TE, ids_TE, scores_GTE.view_as(logits_TE) * mask_TE, num_groups)
+    return described(logits_TE, ids_TE, scores_GTE.view_as(logits_TE) * mask_TE, num_sequences)
 
 
 def described(
-    logits_TE: Tensor, ids_TK: Tensor, probs_TK: Tensor, num_groups: int, distribution_TE: Tensor | None = None
+    logits_TE: Tensor, ids_TK: Tensor, probs_TK: Tensor, num_sequences: int, distribution_TE: Tensor | None = None
 ) -> GateResult:
     """Returns the gate result of a choice that was made elsewhere: counts, and sums over a distribution of all experts.
 
@@ -257,9 +264,9 @@ def described(
         and not (ids_TK.min() >= -1 and ids_TK.max() < num_experts)
     ):
         raise ValueError(f"ids_TK has {int(ids_TK.min())} to {int(ids_TK.max())}; allowed are -1 to {num_experts - 1}")
-    slots_GN = rows_by_gather.buckets(ids_TK, num_experts).view(num_groups, -1)
-    counts_GE = torch.zeros(num_groups, num_experts + 1, dtype=torch.int64, device=ids_TK.device)
+    slots_GN = rows_by_gather.buckets(ids_TK, num_experts).view(num_sequences, -1)
+    counts_GE = torch.zeros(num_sequences, num_experts + 1, dtype=torch.int64, device=ids_TK.device)
     counts_GE = counts_GE.scatter_add_(1, slots_GN, torch.ones_like(slots_GN))[:, :num_experts]
     distribution_TE = logits_TE.softmax(-1) if distribution_TE is None else distribution_TE
-    scores_GE = distribution_TE.view(num_groups, -1, num_experts).sum(1)
+    scores_GE = distribution_TE.view(num_sequences, -1, num_experts).sum(1)
     return GateResult(probs_TK, ids_TK, counts_GE, scores_GE, logits_TE.logsumexp(-1).square().sum())

@@ -82,8 +82,8 @@ def _mark() -> Path | None:
     return Path(error_file).parents[2] / "trains" if error_file and Path(error_file).is_absolute() else None
 
 
-def refuse_restart() -> None:
-    """Ends torchrun where it would start this process again, for a fault of every attempt.
+def stop_torchrun_restarts() -> None:
+    """Ends torchrun where it would start this process again, after an error that every attempt would hit.
 
     torchrun restarts after any status but 0, so only a signal stops it. The other ranks of this host get the signal,
     too.
@@ -91,7 +91,7 @@ def refuse_restart() -> None:
     left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
         os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     )
-    # In a container torchrun may be process 1. Elsewhere on Linux that is nobody's parent: a rank dies with its torchrun.
+    # In a container torchrun may be process 1. Elsewhere on Linux no rank has that parent: it dies with its torchrun (start.py).
     started_by_torchrun = os.getppid() > 1 or sys.platform == "linux"
     if "TORCHELASTIC_RUN_ID" in os.environ and left > 0 and started_by_torchrun:
         print("torchrun is asked not to try again: this fault does not pass by itself", file=sys.stderr, flush=True)

@@ -56,6 +56,7 @@ def interleaved_plan(pp: int, rank: int, num_chunks: int, num_micro_batches: int
     ]
     forwards = [Action("F", chunk, m) for chunk, m in order]
     backwards = [Action("B", num_chunks - 1 - chunk, m) for chunk, m in order]
+    # With one group of micro-batches all forward passes come first, as in Megatron.
     warmup = total if num_micro_batches == pp else min(2 * (pp - rank - 1) + (num_chunks - 1) * pp, total)
     plan = forwards[:warmup]
     for forward, backward in zip(forwards[warmup:], backwards, strict=False):

@@ -38,16 +38,16 @@ def check_gate(
     topk: int,
     score_function: str,
     pre_softmax: bool,
-    num_groups: int,
+    num_sequences: int,
     device: Device = "cpu",
     key_TE: Tensor | None = None,
 ) -> None:
     """Compares topk_gate on a device with its reference for fp32 logits."""
     key = None if key_TE is None else key_TE.to(device)
-    reference_arguments = (topk, score_function == "sigmoid", pre_softmax, num_groups, key_TE)
+    reference_arguments = (topk, score_function == "sigmoid", pre_softmax, num_sequences, key_TE)
 
     def fast(x_TE: Tensor) -> tuple[Tensor, ...]:
-        result = topk_gate(x_TE, topk, score_function, pre_softmax, num_groups, key)
+        result = topk_gate(x_TE, topk, score_function, pre_softmax, num_sequences, key)
         return result.probs_TK, result.ids_TK, result.counts_GE, result.score_sum_GE, result.z_sum
 
     logits_TE = logits_TE.to(device)
@@ -61,7 +61,7 @@ def check_gate(
     generator = torch.Generator().manual_seed(7)
     weights = [
         torch.randn(num_tokens, topk, generator=generator),
-        torch.randn(num_groups, num_experts, generator=generator),
+        torch.randn(num_sequences, num_experts, generator=generator),
         torch.randn((), generator=generator),
     ]
     gradient = _gate_gradient(fast, logits_TE, [w.to(device) for w in weights])

@@ -91,7 +91,7 @@ def load_teacher(config: PretrainConfig, student: RankModel) -> Teacher:
     saved = find_teacher(options.teacher, lambda directory: store.damaged_files(directory, parallel))
     settled = saved.on_ranks_of(config, student.vocab_size, parallel.world_size)
     model = RankModel(settled, student.vocab_size, parallel, student.dtype, _parts(saved, student.parts))
-    store.load_checkpoint(saved.directory, _stored_tensors(model, saved), parallel)
+    store.load_checkpoint(saved.directory, _tensors_to_load(model, saved), parallel)
     model.eval().requires_grad_(False)
     with torch.no_grad():
         model.begin_step()
@@ -111,8 +111,9 @@ def _parts(saved: SavedTeacher, of_student: ModelParts) -> ModelParts:
     return ModelParts()
 
 
-def _stored_tensors(model: RankModel, saved: SavedTeacher) -> dict[str, list[ShardedTensor]]:
-    """Returns where the checkpoint's tensors go. Of vocabularies the rows that are used: padding may be of another size."""
+def _tensors_to_load(model: RankModel, saved: SavedTeacher) -> dict[str, list[ShardedTensor]]:
+    """Returns by name which part of each of the checkpoint's tensors this rank loads, and into what. A vocabulary's padding is left out:
+    teacher and student may pad to different sizes."""
     tensors = {
         name: sharded(p, tag_of(p).shard, model.state, tag_of(p).slice) for name, p in model.global_parameters().items()
     }
@@ -121,6 +122,6 @@ def _stored_tensors(model: RankModel, saved: SavedTeacher) -> dict[str, list[Sha
     for name, module in model.named_modules():
         if isinstance(module, VocabParallelEmbedding):
             rows, shape = module.num_used_rows, (stored_rows, module.weight.shape[1])
-            part = ShardedTensor(module.weight.detach()[:rows], shape, (module.first_id, 0), False)
+            part = ShardedTensor(module.weight.detach()[:rows], shape, (module.first_id, 0), is_owner=False)
             tensors[stored_name(f"{name}.weight")] = [part] if rows else []
     return tensors

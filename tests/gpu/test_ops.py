@@ -86,7 +86,7 @@ def _results(device: str) -> list[Tensor]:
     """Sums of floats of every kind that the ops make, for equal inputs."""
     generator = torch.Generator().manual_seed(3)
     logits_TE, x_TH, dy_TH = (torch.randn(700, n, generator=generator).to(device) for n in (24, 96, 96))
-    gate = topk_gate(logits_TE.requires_grad_(), 2, num_groups=7)
+    gate = topk_gate(logits_TE.requires_grad_(), 2, num_sequences=7)
     permutation = make_permutation(gate.ids_TK, 24)
     y_TH = unpermute(permute(x_TH.requires_grad_(), permutation), gate.probs_TK, permutation)
     gradients = torch.autograd.grad(

@@ -230,7 +230,7 @@ def cut(files: list[InputFile], options: PreprocessOptions) -> Iterator[Chunk]:
 
 
 def _cut_file(file: InputFile, options: PreprocessOptions) -> Iterator[dict[str, Any]]:
-    """Yields the chunks of a file, each as keyword arguments of Chunk; "raw_bytes" are those of the file up to its end."""
+    """Yields the chunks of a file, each as keyword arguments of Chunk; "raw_bytes" is how far the file is read, for progress."""
     is_local = not file.compression and file.path != STDIN and not is_remote(file.path)  # workers read ranges of it
     if file.format == "parquet":
         yield from _cut_parquet(file, options, is_local)

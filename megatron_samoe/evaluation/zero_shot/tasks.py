@@ -207,7 +207,7 @@ def read_task_file(path: Path) -> JsonObject:
 
 
 def _reader(name: str, local: LocalData, path: Path) -> Callable[..., JsonObject]:
-    """Returns a function that reads a task's data; the harness calls it with the task's own options."""
+    """Returns a function that reads a task's data; the harness calls it with options of the task, which are not needed."""
 
     def read(**options: Any) -> JsonObject:
         rows = list(hub_rows(name, read_rows(path, local.labels), local.fields, local.classes))

@@ -112,7 +112,7 @@ class _Upcycling:
             is_fp32 = name.startswith(SHARED) or name.endswith((".router.weight", ".combination"))
             dtype = torch.float32 if is_fp32 else compute_dtype(self.source)
             edited.add(name, stored.shape, dtype, partial(self._new, name, stored.shape))
-        add_fractions(edited, self.source, [place.num_experts for place in moe_layers(self.config)])
+        add_fractions(edited, self.source, [layer.num_experts for layer in moe_layers(self.config)])
         return edited
 
     def _new(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -120,12 +120,12 @@ class _Upcycling:
         if name.endswith(".router.weight"):
             return _normal(shape, router_std(self.config, self.options), seed)
         if name.endswith(".combination"):
-            layers = [place.index for place in moe_layers(self.config)]
+            layers = [layer.index for layer in moe_layers(self.config)]
             start_P = initial_coefficients(moe, layers.index(int(name.split(".")[1])), len(layers))
             return start_P.expand(shape).clone()
         if self.options.dense_mlp == "experts":
             return self._copies(name, shape)
-        # Random w1 and nothing else: what routed experts add is 0 until w2 has learnt.
+        # Random w1 and nothing else: what routed experts add is 0 until w2, which begins at 0, is trained.
         std = self.config.model.init_method_std * (bank_std_factor(moe) if moe.has_pool else 1.0)
         return _normal(shape, std, seed) if name.endswith(".w1") else torch.zeros(shape)
 

@@ -53,13 +53,14 @@ class BankStore:
 
     @torch.no_grad()
     def unsharded(self) -> Tensor:
-        """Returns the bank; ranks of the group call it together."""
+        """Returns this weight of all banks, [P, e, ...]: the parameter itself, or gathered from the slices of the group's ranks, which
+        call it together."""
         if self.slice is None:
             return self.parameter.detach()
         gathered = _all_gather(self.group, self._padded(self.parameter.detach()))
-        num_banks, n = self.shape[0], self._slice_size
-        columns = gathered.view(self.group.size, num_banks, n).transpose(0, 1).reshape(num_banks, -1)
-        return columns[:, : self.num_elements].reshape(self.shape)
+        num_banks, slice_size = self.shape[0], self._slice_size
+        banks_PN = gathered.view(self.group.size, num_banks, slice_size).transpose(0, 1).reshape(num_banks, -1)
+        return banks_PN[:, : self.num_elements].reshape(self.shape)
 
     @contextmanager
     def gradient(self) -> Iterator[Tensor]:
@@ -78,10 +79,10 @@ class BankStore:
     def add_gradient(self, gradient: Tensor) -> None:
         """Adds the ranks' gradients [P, e, ...] to the slices' main gradients; ranks of the group call it together."""
         main_grad: Tensor = self.parameter.main_grad  # type: ignore[attr-defined]
-        num_banks, n = self.shape[0], self._slice_size
-        columns = main_grad.new_zeros(num_banks, self.group.size * n)
+        num_banks, slice_size = self.shape[0], self._slice_size
+        columns = main_grad.new_zeros(num_banks, self.group.size * slice_size)
         columns[:, : self.num_elements] = gradient.view(num_banks, -1)
-        by_member = columns.view(num_banks, self.group.size, n).transpose(0, 1).reshape(-1, n)
+        by_member = columns.view(num_banks, self.group.size, slice_size).transpose(0, 1).reshape(-1, slice_size)
         main_grad += _reduce_scatter(self.group, by_member)[:, : main_grad.shape[1]]
 
     @property

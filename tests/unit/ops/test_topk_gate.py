@@ -25,7 +25,7 @@ def test_equals_the_twin(num_tokens, topk, num_experts, score_function, pre_soft
 
 
 @given(
-    num_groups=st.integers(1, 5),
+    num_sequences=st.integers(1, 5),
     group_tokens=st.integers(0, 70),
     num_experts=st.integers(1, 70),
     topk=st.integers(1, 9),
@@ -36,16 +36,16 @@ def test_equals_the_twin(num_tokens, topk, num_experts, score_function, pre_soft
 )
 @settings(deadline=None, max_examples=60)
 def test_equals_the_twin_for_any_shape_and_ties(
-    num_groups, group_tokens, num_experts, topk, flavour, coarse, has_key, seed
+    num_sequences, group_tokens, num_experts, topk, flavour, coarse, has_key, seed
 ):
     generator = torch.Generator().manual_seed(seed)
-    logits_TE = torch.randn(num_groups * group_tokens, num_experts, generator=generator)
+    logits_TE = torch.randn(num_sequences * group_tokens, num_experts, generator=generator)
     if coarse:  # few distinct values, so that ties are the rule
         logits_TE = torch.round(logits_TE)
     key_TE = torch.round(2 * torch.randn(logits_TE.shape, generator=generator)) if has_key else None
     if has_key and num_experts > 2:
         key_TE[:, 2] = -torch.inf  # outside the groups that a token may use
-    check_gate(logits_TE, min(topk, num_experts), *flavour, num_groups, key_TE=key_TE)
+    check_gate(logits_TE, min(topk, num_experts), *flavour, num_sequences, key_TE=key_TE)
 
 
 def test_weights_of_a_choice_by_another_key_do_not_vanish():
@@ -66,7 +66,7 @@ def test_ties_go_to_the_lowest_expert():
 def test_counts_and_sums_belong_to_the_group():
     logits_TE = torch.full((4, 3), -5.0)
     logits_TE[0, 2] = logits_TE[1, 2] = logits_TE[2, 0] = logits_TE[3, 1] = 5.0
-    result = topk_gate(logits_TE, 1, pre_softmax=True, num_groups=2)
+    result = topk_gate(logits_TE, 1, pre_softmax=True, num_sequences=2)
     assert result.counts_GE.tolist() == [[0, 0, 2], [1, 1, 0]]
     torch.testing.assert_close(result.score_sum_GE.sum(dim=1), torch.tensor([2.0, 2.0]))
     assert result.probs_TK.min() > 0.99
@@ -164,7 +164,7 @@ def test_the_result_does_not_depend_on_threads():
     results = []
     for threads in (1, 2, 3):
         with threads_of_torch(threads):
-            results.append(topk_gate(logits_TE, 2, num_groups=4))
+            results.append(topk_gate(logits_TE, 2, num_sequences=4))
     for result in results[1:]:
         assert torch.equal(result.score_sum_GE, results[0].score_sum_GE) or not extension.available()
         assert torch.equal(result.probs_TK, results[0].probs_TK)
@@ -175,7 +175,7 @@ def test_the_result_does_not_depend_on_threads():
     [
         ({"topk": 0}, "topk = 0"),
         ({"topk": 9}, "from 1 to the number of experts, 8"),
-        ({"topk": 2, "num_groups": 3}, "a divisor of the number of tokens, 4"),
+        ({"topk": 2, "num_sequences": 3}, "a divisor of the number of tokens, 4"),
         ({"topk": 2, "score_function": "tanh"}, "softmax, sigmoid"),
     ],
 )

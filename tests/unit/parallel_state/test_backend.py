@@ -134,10 +134,10 @@ def test_torchrun_that_is_process_1_of_a_container_is_told_not_to_try_again(monk
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setattr(sys, "platform", "linux")
-    launcher.refuse_restart()
+    launcher.stop_torchrun_restarts()
     assert sent == [(1, signal.SIGTERM)]
     monkeypatch.setattr(sys, "platform", "darwin")  # where ranks outlive a torchrun that was killed
-    launcher.refuse_restart()
+    launcher.stop_torchrun_restarts()
     assert len(sent) == 1
 
 

@@ -201,11 +201,11 @@ def completed(entries: Entries, config: Mapping[str, Any], family: str) -> dict[
     lacking = [name for name, value in found.items() if value is _NEEDED]
     if lacking:
         raise wrong_entry(lacking[0], None, f"is missing, and {family} needs it")
-    return _with_what_follows(found)
+    return _fill_nulls(found)
 
 
-def _with_what_follows(found: dict[str, Any]) -> dict[str, Any]:
-    """Returns entries in which null is replaced by what follows from others."""
+def _fill_nulls(found: dict[str, Any]) -> dict[str, Any]:
+    """Returns the entries, in which a null has become what transformers computes from the others; refuses sizes that are not positive."""
     heads = found.get("num_attention_heads")
     if heads is not None and heads < 1:
         raise wrong_entry("num_attention_heads", heads, "must be positive")

@@ -147,11 +147,11 @@ def _pool_name(source: ExpertSource) -> str:
 
 
 def _read_experts(config: Mapping[str, Any]) -> dict[str, Any]:
-    layout = config["expert_layout"]
-    if layout == "dense":
-        return {"expert_layout": layout}
-    sharing = config.get("expert_sharing") if layout == "moe" else None
-    combines = any(way.combines for way in ways_of(str(sharing))) if sharing else layout == "samoe"
+    expert_layout = config["expert_layout"]
+    if expert_layout == "dense":
+        return {"expert_layout": expert_layout}
+    sharing = config.get("expert_sharing") if expert_layout == "moe" else None
+    combines = any(way.combines for way in ways_of(str(sharing))) if sharing else expert_layout == "samoe"
     entries = _entries_of(combines)
     missing = [name for name in (*entries, *_OF_MOE) if name not in config]
     if missing:
@@ -160,7 +160,7 @@ def _read_experts(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(pattern, list) or not all(type(is_moe) is bool or is_moe in (0, 1) for is_moe in pattern):
         raise wrong_entry("moe_layers", pattern, "must be a list that says of each layer whether it has experts")
     options = {
-        "expert_layout": layout,
+        "expert_layout": expert_layout,
         **{ours: config[theirs] for theirs, ours in entries.items()},
         "moe_layer_freq": written_layer_freq(pattern),
         "moe_ffn_hidden_size": config["moe_intermediate_size"],

@@ -275,14 +275,17 @@ class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
         return result if return_dict is not False else result.to_tuple()
 
     def balance_loss(self, router_logits, attention_mask):
-        """Returns Mixtral's balance loss, over all layers together: trainers compute it by the same function.
+        """Returns Mixtral's balance loss, over all layers together, by the function of transformers that Mixtral's class calls.
 
         Args:
-            attention_mask: [B, S], 0 for padding; any other does not tell padding.
+            attention_mask: [B, S], 0 for padding; one of another shape is ignored.
         """
-        counts = isinstance(attention_mask, torch.Tensor) and attention_mask.numel() == len(router_logits[0])
+        marks_padding = isinstance(attention_mask, torch.Tensor) and attention_mask.numel() == len(router_logits[0])
         return load_balancing_loss_func(
-            router_logits, self.config.num_experts, self.config.num_experts_per_tok, attention_mask if counts else None
+            router_logits,
+            self.config.num_experts,
+            self.config.num_experts_per_tok,
+            attention_mask if marks_padding else None,
         )
 
     @torch.no_grad()
