@@ -117,7 +117,7 @@ class Meeting:
         self._leave_store()
         first = common({rank: ranks[rank][1] for rank in members})
         if first is None:
-            return ConfigErrors([ConfigError(*difference) for difference in found], _DIFFER)
+            return ConfigErrors([ConfigError(name, value, allowed) for name, value, allowed in found], _DIFFER)
         usual = ranks[first][1]
         if ranks[self._rank][1] != usual:
             mine = differences({first: ranks[first], self._rank: ranks[self._rank]})
