@@ -181,6 +181,20 @@ def test_the_console_tells_times_and_ways(corpus: Path, tmp_path: Path) -> None:
     assert "tokens travel through shared memory" in output and "pipeline 1" in output and "over gloo" in output
 
 
+def _wait_clock() -> tuple[float, float]:
+    parallel = initialize_model_parallel(ParallelConfig())
+    before = parallel.dp.waits.seconds
+    if parallel.rank == 0:
+        time.sleep(0.5)
+    parallel.dp.all_reduce(torch.ones(1))
+    return before, parallel.world.waits.seconds
+
+
+def test_who_waits_is_not_the_slow_one() -> None:
+    (_, slow), (_, waiting) = run_ranks(_wait_clock, 2)
+    assert slow < 0.2 and waiting > 0.3
+
+
 def _preflight(available: int) -> list[str] | str:
     parallel = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=2))
     preflight.free_memory_bytes = lambda device: available
