@@ -24,6 +24,7 @@ from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.dist_checkpointing.saving import write_sharded
 from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor
 from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.inference.engine import Engine
 from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
@@ -174,7 +175,9 @@ def test_one_that_megatron_core_trained_is_exported_compressed_evaluated_and_ser
         assert verdicts["verdicts"]
         assert "perplexity" in done("evaluate", "--load", tmp_path / folder, "--corpus", tmp_path / "text.txt")
         served = read(Serve, ["--load", str(tmp_path / folder)])
-        engine, _ = served.model.engine(single_process_state(), str(tmp_path / folder))
+        engine = Engine(
+            served.model.loaded(single_process_state(), str(tmp_path / folder), None), **vars(served.engine)
+        )
         assert engine.summary and megatron_samoe.load(tmp_path / folder).generate("one", 4)
 
 
