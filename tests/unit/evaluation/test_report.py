@@ -110,7 +110,7 @@ def test_folders_of_seeds_are_one_model(runs_dir: Path, groups: list[RunGroup]) 
     assert loss.mean == pytest.approx(2.55) and loss.sd == pytest.approx(0.2 / math.sqrt(2)) and loss.count == 2
     assert loss.text(3) == "2.550 ± 0.141" and mean_sd([1.5]).text(1) == "1.5"
     assert groups[1].contains(runs_dir / "moe/seed-2/checkpoints/iter_1") and not groups[1].contains(runs_dir / "samoe")
-    assert groups[0].layout == "dense" and groups[2].layout == "samoe"
+    assert groups[0].expert_layout == "dense" and groups[2].expert_layout == "samoe"
 
 
 def test_runs_of_one_name_stay_apart(runs_dir: Path, tmp_path: Path) -> None:
