@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Mapping
 
@@ -73,6 +74,8 @@ def main() -> int:
     """Runs a command and returns its exit status."""
     start.prepare()
     name, rest = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    if {"-h", "--help"} & {name, *rest} and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `head` closes the pipe when it has enough
     if name in ("-h", "--help"):
         print(_help())
         return 0

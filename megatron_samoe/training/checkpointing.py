@@ -276,7 +276,7 @@ def check_same_model(
     if differences:
         raise CheckpointError(
             f"The checkpoint in {directory} is of another model: {'; '.join(differences)}. "
-            "Give --use-checkpoint-args to take its options, or another --load."
+            "Give --use-checkpoint-args to take its options, or another --run-dir."
         )
 
 

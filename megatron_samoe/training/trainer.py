@@ -87,7 +87,7 @@ class Trainer:
         last, reason = self.config.training.train_iters, None
         if self.state.iteration >= last:
             logger.info(
-                f"the run is at iteration {self.state.iteration}, and --train-iters is {last}: nothing to train"
+                f"the run is at iteration {self.state.iteration}, and --train-iters is {last}: nothing to train; a larger one trains on"
             )
         room = self._room(last)
         batches = self.data.train_batches(self.state.consumed_samples)

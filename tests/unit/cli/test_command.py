@@ -83,3 +83,9 @@ def test_files_of_tools_are_one_line_programs(path: Path) -> None:
     text = path.read_text()
     module = text.rpartition('run("')[2].partition('"')[0]
     assert module in {module_of(name) for name in COMMANDS} and len(text.splitlines()) <= 14
+
+
+def test_help_may_be_cut_by_head() -> None:
+    command = f"{sys.executable} -m megatron_samoe pretrain --help | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: ") and not done.stderr

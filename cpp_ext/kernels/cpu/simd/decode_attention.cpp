@@ -266,13 +266,13 @@ void run(Member& member, const DecodeAttention& a) {
     if (item < num_tasks) ask_for_pages<C>(a, blocks[item / a.kv_heads], item % a.kv_heads);
   };
   const int64_t num_chunks = (num_tasks + chunk - 1) / chunk;
-  ask_for(member.next_task(num_chunks) * chunk);
+  ask_for(member.next_task(num_chunks, 1) * chunk);
   const bool is_alone = each_is_alone(a);
   if (!is_alone) {
     member.own(a.num_tokens * a.kv_heads, [&](int64_t i) { prepare<C>(a, i / a.kv_heads, i % a.kv_heads); });
     member.wait();
   }
-  member.tasks(num_chunks, [&](int64_t task, int64_t after) {
+  const auto attend_chunk = [&](int64_t task, int64_t after) {
     const int64_t end = (task + 1) * chunk < num_tasks ? (task + 1) * chunk : num_tasks;
     for (int64_t i = task * chunk; i < end; ++i) {
       const Block& block = blocks[i / a.kv_heads];
@@ -280,7 +280,8 @@ void run(Member& member, const DecodeAttention& a) {
       if (is_alone) prepare<C>(a, block.first, i % a.kv_heads);
       attend<C>(a, block, i % a.kv_heads, work);
     }
-  });
+  };
+  member.tasks(num_chunks, attend_chunk, 0, 1);  // sequences are of different lengths
 }
 
 }  // namespace

@@ -35,6 +35,14 @@ struct Hits {
   static bool is_here(const DecodeExperts& a, int64_t slot) {
     return a.ids_TK[slot] >= 0 && a.index1_E[a.ids_TK[slot]] >= 0;
   }
+  int64_t most_rows() const {
+    int64_t most = 0;
+    for (int64_t u = 0; u < num; ++u) {
+      const int64_t rows = starts[u + 1] - starts[u];
+      most = rows > most ? rows : most;
+    }
+    return most;
+  }
   int64_t num = 0;
   int64_t *counts, *experts, *starts, *slots;
 };
@@ -139,15 +147,18 @@ void experts_tasks(Member& member, const DecodeExperts& a, const PackedRows& tok
   const PackedRows slots(a.h_NF, a.ffn, a.w2.type, memory);
   float* up = thread_floats(kRowBlock * kTaskOuts);
   const auto first = [&](int64_t task, int64_t after) { work.first_product(task, tokens, work.start(after), up); };
-  member.tasks(work.num1, first, work.num - work.num1);
+  // Experts of many rows are bound by their products, so that one can take several times as long as another.
+  const int64_t most = hits.most_rows() > kTileRows ? 1 : Member::kAnyNumber;
+  member.tasks(work.num1, first, work.num - work.num1, most);
   member.wait();
   if (slots.packed != nullptr) {
     member.own(hits.starts[hits.num], [&](int64_t i) { slots.pack(hits.slots[i]); });
     member.wait();
   }
-  member.tasks(work.num - work.num1, [&](int64_t task, int64_t after) {
+  const auto second = [&](int64_t task, int64_t after) {
     work.second_product(work.num1 + task, slots, work.start(work.num1 + after));
-  });
+  };
+  member.tasks(work.num - work.num1, second, 0, most);
 }
 
 void combine_own(const Member& member, const DecodeExperts& a) {

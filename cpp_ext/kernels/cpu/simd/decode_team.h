@@ -28,9 +28,12 @@ struct Team {
 };
 
 // Tasks that follow each other and that one member takes: many at first, so that it reads long stretches of memory, then
-// ever fewer, so that all members end together. At the end there is none, and the index is the number of stretches.
+// ever fewer, so that all members end together; never more than `most`. At the end there is none, and the index is the number
+// of stretches.
 struct Stretch {
-  Stretch(int64_t num_tasks, int num_members) : num(num_tasks), size(num_members) { measure(); }
+  Stretch(int64_t num_tasks, int num_members, int64_t most_tasks) : num(num_tasks), size(num_members), most(most_tasks) {
+    measure();
+  }
 
   void advance(int64_t to) {
     while (index < to && count > 0) {
@@ -41,15 +44,17 @@ struct Stretch {
   }
   void measure() {
     const int64_t left = num - first, share = size == 1 ? left : left / (2 * size);
-    count = left > 0 && share < 1 ? 1 : share;
+    count = left > 0 && share < 1 ? 1 : (share < most ? share : most);
   }
 
-  int64_t num, size, index = 0, first = 0, count = 0;
+  int64_t num, size, most, index = 0, first = 0, count = 0;
 };
 
 // One thread of a team. All members make the same calls of wait and tasks, in the same order.
 class Member {
  public:
+  static constexpr int64_t kAnyNumber = INT64_MAX;
+
   explicit Member(Team& team) : team_(team) {
 #if defined(_OPENMP)
     number_ = omp_get_thread_num();
@@ -87,17 +92,18 @@ class Member {
   }
 
   // The first task that this member takes of the next call, if it takes any.
-  int64_t next_task(int64_t num) const {
-    Stretch mine(num, size_);
+  int64_t next_task(int64_t num, int64_t most) const {
+    Stretch mine(num, size_, most);
     mine.advance(ticket_ - done_);
     return mine.first;
   }
 
   // Calls work(task, after) for those of num tasks that this member takes; `after` is the task that it will take next,
   // so that it can ask for that one's weights in time. From num on these are tasks of the next call, which has `then`.
+  // It takes at most `most` at a time: 1 where tasks are of different sizes, so that one member does not get all the large ones.
   template <typename Work>
-  void tasks(int64_t num, Work work, int64_t then = 0) {
-    Stretch mine(num, size_);
+  void tasks(int64_t num, Work work, int64_t then = 0, int64_t most = kAnyNumber) {
+    Stretch mine(num, size_, most);
     mine.advance(ticket_ - done_);
     while (mine.count > 0) {
       ticket_ = take();
@@ -105,7 +111,7 @@ class Member {
       following.advance(ticket_ - done_);
       int64_t after = following.first;
       if (following.count == 0) {
-        Stretch later(then, size_);
+        Stretch later(then, size_, most);
         later.advance(ticket_ - done_ - following.index);
         after += later.first;
       }

@@ -1,9 +1,10 @@
 // Products of few rows of x with rows of weights, as they lie: lanes along the summed dim.
 //
-// The sums of a row of x and a row of w are filled in the order of k and folded in a fixed tree, so a result does not depend
-// on how many rows of x share the call. Weights need no packing: they are used where they were loaded, row after row, as
-// one stream, which is what comes from memory fastest. Rows of x are packed once a call instead, into the form that
-// weights of a type are cheapest to multiply with (decode_rows.h).
+// One accumulator per (row of x, row of w), filled in the order of k and folded in a fixed tree. So a result does not
+// depend on how many rows of x share the call, and weights need no packing: they are used where they were loaded. With one
+// row of x (two in fp32) they are read row after row, as one stream, which is what comes from memory fastest; more rows of x are
+// multiplied with four rows of w at a time, which loads the least. Rows of x are packed once a call instead, into the form
+// that weights of a type are cheapest to multiply with (decode_rows.h).
 #pragma once
 
 #include <cstdlib>
@@ -16,8 +17,15 @@ namespace SAMOE_ISA {
 
 typedef float v4 __attribute__((vector_size(16)));
 
-constexpr int kTileRows = 6;   // of x; their sums, twice for bf16, are in registers
-constexpr int kDigitRows = 4;  // for digits: three sums
+#if SAMOE_VECTOR_BYTES == 64
+constexpr int kTileRows = 6;  // 24 sums, 6 rows of x and a weight in 32 registers
+#elif SAMOE_VECTOR_BYTES == 32
+constexpr int kTileRows = 3;
+#else
+constexpr int kTileRows = 2;
+#endif
+constexpr int kPairRows = kTileRows < 4 ? kTileRows : 4;  // for bf16: two registers of a weight
+constexpr int kDigitRows = 2;                              // for digits: three sums
 constexpr int kTileOuts = 4;
 constexpr int64_t kRowBlock = 96;  // rows of x that stay in the second-level cache
 constexpr int64_t kTaskOuts = 32;  // rows of w that one task takes
@@ -49,8 +57,9 @@ SAMOE_INLINE v4 fold(vf v) {
 #endif
 }
 
-// The sums of four folded vectors.
-SAMOE_INLINE v4 sum_of_four(v4 p, v4 q, v4 r, v4 s) {
+// The sums of four vectors.
+SAMOE_INLINE v4 sum_of_four(vf a, vf b, vf c, vf d) {
+  const v4 p = fold(a), q = fold(b), r = fold(c), s = fold(d);
 #if defined(__x86_64__)
   const __m128 pq = _mm_add_ps(_mm_unpacklo_ps((__m128)p, (__m128)q), _mm_unpackhi_ps((__m128)p, (__m128)q));
   const __m128 rs = _mm_add_ps(_mm_unpacklo_ps((__m128)r, (__m128)s), _mm_unpackhi_ps((__m128)r, (__m128)s));
@@ -61,15 +70,30 @@ SAMOE_INLINE v4 sum_of_four(v4 p, v4 q, v4 r, v4 s) {
 #endif
 }
 
-// Weights are asked for, into the first-level cache, kAheadBytes before they are used. After a matrix comes the next one.
+// Weights are asked for before they are used: by tiles into the second-level cache, a tile or kAheadBytes before, since accesses
+// to several rows at a time are not the single stream that the processor foresees; by a stream into the first, line by line.
+// After a matrix comes the next one.
 struct Ahead {
   const char* next;
   const char* end;
   const char* then;  // null: nothing follows
   int64_t then_bytes;
 
-  // Asks for the next line.
-  SAMOE_ALWAYS void step() {
+  // Asks for as many bytes as a step over k consumes.
+  SAMOE_ALWAYS void step(int64_t bytes) {
+    if (next >= end) {
+      if (then == nullptr) return;
+      next = then;
+      end = then + then_bytes;
+      then = nullptr;
+    }
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+    next += bytes;
+  }
+
+  // Asks for the next line of a stream.
+  SAMOE_ALWAYS void line() {
     if (next >= end) {
       if (then == nullptr) return;
       next = then;
@@ -81,70 +105,137 @@ struct Ahead {
   }
 };
 
-// sums[m] = x[m] . w, folded, for M rows of x and one of w.
+// How far ahead of their use weights of four rows are asked for.
+SAMOE_INLINE int64_t ahead_bytes(int64_t tile_bytes) { return tile_bytes < kAheadBytes ? kAheadBytes : tile_bytes; }
+
+// sums[m] = x[m] . w[n], n = 0 .. 3, for few rows of x and 4 rows of w, read one after the other.
 template <int M, typename W>
-SAMOE_INLINE void multiply_row(const char* const* x, const W* w, int64_t inputs, Ahead& ahead, v4* sums) {
+SAMOE_INLINE void stream(const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
   constexpr int64_t kSize = sizeof(W);
-  vf acc[M] = {};
+  vf folded[M][kTileOuts];
   const float* rows[M];
   for (int m = 0; m < M; ++m) rows[m] = reinterpret_cast<const float*>(x[m]);
-  int64_t k = 0;
-  for (; k + kLanes <= inputs; k += kLanes) {
-    if (kLanes * kSize >= kLineBytes || k * kSize % kLineBytes == 0) ahead.step();
-    const vf weight = load(w + k);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) acc[m] = fused(load(rows[m] + k), weight, acc[m]);
+  Ahead wanted = ahead;
+  for (int n = 0; n < kTileOuts; ++n) {
+    vf acc[M] = {};
+    int64_t k = 0;
+    for (; k + kLanes <= inputs; k += kLanes) {
+      if (kLanes * kSize >= kLineBytes || k * kSize % kLineBytes == 0) wanted.line();
+      const vf weight = load(w[n] + k);
+#pragma GCC unroll 2
+      for (int m = 0; m < M; ++m) acc[m] = fused(load(rows[m] + k), weight, acc[m]);
+    }
+    if (k < inputs) {
+      const vf weight = load_part(w[n] + k, inputs - k);
+      for (int m = 0; m < M; ++m) acc[m] = fused(load_part(rows[m] + k, inputs - k), weight, acc[m]);
+    }
+    for (int m = 0; m < M; ++m) folded[m][n] = acc[m];
   }
-  if (k < inputs) {
-    const vf weight = load_part(w + k, inputs - k);
-    for (int m = 0; m < M; ++m) acc[m] = fused(load_part(rows[m] + k, inputs - k), weight, acc[m]);
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) sums[m] = fold(acc[m]);
+  ahead = wanted;
+  for (int m = 0; m < M; ++m) sums[m] = sum_of_four(folded[m][0], folded[m][1], folded[m][2], folded[m][3]);
 }
 
-// The same for bf16: x is packed, the even elements of 2 kLanes before the odd ones. They have a sum each: one would wait for
-// itself twice a line.
+// The same for bf16 and one row of x. Two rows of w at a time: a sum waits for itself twice a line.
 template <int M>
-SAMOE_INLINE void multiply_row(const char* const* x, const uint16_t* w, int64_t inputs, Ahead& ahead,
-                               v4* sums) {
-  vf even[M] = {}, odd[M] = {};
-  const float* rows[M];
-  for (int m = 0; m < M; ++m) rows[m] = reinterpret_cast<const float*>(x[m]);
-  for (int64_t k = 0; k < inputs; k += 2 * kLanes) {
-    if (4 * kLanes >= kLineBytes || 2 * k % kLineBytes == 0) ahead.step();
-    const vu pair = load_pairs(w + k, inputs - k);
-    const vf first = (vf)(pair << 16), second = (vf)(pair & 0xffff0000u);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      even[m] = fused(load(rows[m] + k), first, even[m]);
-      odd[m] = fused(load(rows[m] + k + kLanes), second, odd[m]);
+SAMOE_INLINE void stream(const char* const* x, const uint16_t* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
+  static_assert(M == 1, "more rows are tiles");
+  vf acc[kTileOuts] = {};
+  const float* row = reinterpret_cast<const float*>(x[0]);
+  Ahead wanted = ahead;
+#pragma GCC unroll 2
+  for (int n = 0; n < kTileOuts; n += 2) {
+    for (int64_t k = 0; k < inputs; k += 2 * kLanes) {
+      if (4 * kLanes >= kLineBytes || 2 * k % kLineBytes == 0) wanted.line(), wanted.line();
+      const vu pair = load_pairs(w[n] + k, inputs - k), other = load_pairs(w[n + 1] + k, inputs - k);
+      const vf even = load(row + k), odd = load(row + k + kLanes);
+      acc[n] = fused(even, (vf)(pair << 16), acc[n]);
+      acc[n + 1] = fused(even, (vf)(other << 16), acc[n + 1]);
+      acc[n] = fused(odd, (vf)(pair & 0xffff0000u), acc[n]);
+      acc[n + 1] = fused(odd, (vf)(other & 0xffff0000u), acc[n + 1]);
     }
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) sums[m] = fold(even[m] + odd[m]);
+  ahead = wanted;
+  sums[0] = sum_of_four(acc[0], acc[1], acc[2], acc[3]);
 }
 
 // sums[m] = x[m] . w[n], n = 0 .. 3, for M rows of x and 4 rows of w, of which the last ones may be repeated.
 template <int M, typename W>
 SAMOE_INLINE void tile(const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
-  v4 folded[kTileOuts][M];
+  vf acc[M][kTileOuts] = {};
+  const float* rows[M];
+  for (int m = 0; m < M; ++m) rows[m] = reinterpret_cast<const float*>(x[m]);
   Ahead wanted = ahead;
-  for (int n = 0; n < kTileOuts; ++n) multiply_row<M>(x, w[n], inputs, wanted, folded[n]);
+  int64_t k = 0;
+  for (; k + kLanes <= inputs; k += kLanes) {
+    vf row[M];
+    wanted.step(kTileOuts * kLanes * static_cast<int64_t>(sizeof(W)));
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) row[m] = load(rows[m] + k);
+#pragma GCC unroll 4
+    for (int n = 0; n < kTileOuts; ++n) {
+      const vf weight = load(w[n] + k);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[m][n] = fused(row[m], weight, acc[m][n]);
+    }
+  }
+  if (k < inputs) {
+    for (int n = 0; n < kTileOuts; ++n) {
+      const vf weight = load_part(w[n] + k, inputs - k);
+      for (int m = 0; m < M; ++m) acc[m][n] = fused(load_part(rows[m] + k, inputs - k), weight, acc[m][n]);
+    }
+  }
   ahead = wanted;
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) sums[m] = sum_of_four(folded[0][m], folded[1][m], folded[2][m], folded[3][m]);
+  for (int m = 0; m < M; ++m) sums[m] = sum_of_four(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+}
+
+// The same for bf16: x is packed, the even elements of 2 kLanes before the odd ones.
+template <int M>
+SAMOE_INLINE void tile(const char* const* x, const uint16_t* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
+  vf acc[M][kTileOuts] = {};
+  const float* rows[M];
+  for (int m = 0; m < M; ++m) rows[m] = reinterpret_cast<const float*>(x[m]);
+  Ahead wanted = ahead;
+  for (int64_t k = 0; k < inputs; k += 2 * kLanes) {
+    wanted.step(kTileOuts * kLanes * 4);
+    vu pair[kTileOuts];
+    vf weight[kTileOuts];
+#pragma GCC unroll 4
+    for (int n = 0; n < kTileOuts; ++n) pair[n] = load_pairs(w[n] + k, inputs - k), weight[n] = (vf)(pair[n] << 16);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const vf row = load(rows[m] + k);
+#pragma GCC unroll 4
+      for (int n = 0; n < kTileOuts; ++n) acc[m][n] = fused(row, weight[n], acc[m][n]);
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < kTileOuts; ++n) weight[n] = (vf)(pair[n] & 0xffff0000u);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const vf row = load(rows[m] + k + kLanes);
+#pragma GCC unroll 4
+      for (int n = 0; n < kTileOuts; ++n) acc[m][n] = fused(row, weight[n], acc[m][n]);
+    }
+  }
+  ahead = wanted;
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) sums[m] = sum_of_four(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
 }
 
 template <typename W>
-static void tile_of(int64_t num_rows, const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
+static __attribute__((noinline)) void tile_of(int64_t num_rows, const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
   switch (num_rows) {
     case 1: return tile<1>(x, w, inputs, ahead, sums);
     case 2: return tile<2>(x, w, inputs, ahead, sums);
+#if SAMOE_VECTOR_BYTES >= 32
     case 3: return tile<3>(x, w, inputs, ahead, sums);
+#endif
+#if SAMOE_VECTOR_BYTES == 64
     case 4: return tile<4>(x, w, inputs, ahead, sums);
     case 5: return tile<5>(x, w, inputs, ahead, sums);
-    default: return tile<6>(x, w, inputs, ahead, sums);
+    case 6: return tile<6>(x, w, inputs, ahead, sums);
+#endif
+    default: return;
   }
 }
 
@@ -153,59 +244,105 @@ static void tile_of(int64_t num_rows, const char* const* x, const W* const* w, i
 template <int M>
 SAMOE_VNNI static void digit_tile(const char* const* x, const int8_t* const* w, int64_t inputs, Ahead& ahead,
                                   v4* sums) {
-  const __m512i offset = _mm512_set1_epi8(-128);
-  v4 folded[kTileOuts][M];
-  Ahead wanted = ahead;
-  for (int n = 0; n < kTileOuts; ++n) {
-    __m512i sum[M][3];
+  vi low[M][kTileOuts], middle[M][kTileOuts], high[M][kTileOuts];
+#pragma GCC unroll 2
+  for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 3
-      for (int d = 0; d < 3; ++d) sum[m][d] = _mm512_loadu_si512(x[m] + 64 * (d + 1));
-    for (int64_t k = 0; k < inputs; k += kLineBytes) {
-      wanted.step();
-      const int64_t left = inputs - k;
-      const __m512i bytes = left >= kLineBytes ? _mm512_loadu_si512(w[n] + k)
-                                               : _mm512_maskz_loadu_epi8((1ull << left) - 1, w[n] + k);
-      const __m512i weight = _mm512_xor_si512(bytes, offset);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m)
-#pragma GCC unroll 3
-        for (int d = 0; d < 3; ++d)
-          sum[m][d] = _mm512_dpbusd_epi32(sum[m][d], weight, _mm512_loadu_si512(x[m] + 256 + 3 * k + 64 * d));
+    for (int n = 0; n < kTileOuts; ++n) {
+      memcpy(&low[m][n], x[m] + 64, 64);
+      memcpy(&middle[m][n], x[m] + 128, 64);
+      memcpy(&high[m][n], x[m] + 192, 64);
     }
+  }
+  const __m512i offset = _mm512_set1_epi8(-128);
+  Ahead wanted = ahead;
+  for (int64_t k = 0; k < inputs; k += 64) {
+    wanted.step(kTileOuts * 64);
+    const int64_t left = inputs - k;
+    __m512i weight[kTileOuts];
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m)
-      folded[n][m] =
-          fold(fused((vf)_mm512_cvtepi32_ps(sum[m][2]), splat(65536.0f),
-                     fused((vf)_mm512_cvtepi32_ps(sum[m][1]), splat(256.0f), (vf)_mm512_cvtepi32_ps(sum[m][0]))));
+    for (int n = 0; n < kTileOuts; ++n) {
+      const __m512i bytes = left >= 64 ? _mm512_loadu_si512(w[n] + k)
+                                       : _mm512_maskz_loadu_epi8((1ull << left) - 1, w[n] + k);
+      weight[n] = _mm512_xor_si512(bytes, offset);
+    }
+#pragma GCC unroll 2
+    for (int m = 0; m < M; ++m) {
+      const char* digits = x[m] + 256 + 3 * k;
+      const __m512i digit0 = _mm512_loadu_si512(digits);
+#pragma GCC unroll 4
+      for (int n = 0; n < kTileOuts; ++n) low[m][n] = (vi)_mm512_dpbusd_epi32((__m512i)low[m][n], weight[n], digit0);
+      const __m512i digit1 = _mm512_loadu_si512(digits + 64);
+#pragma GCC unroll 4
+      for (int n = 0; n < kTileOuts; ++n)
+        middle[m][n] = (vi)_mm512_dpbusd_epi32((__m512i)middle[m][n], weight[n], digit1);
+      const __m512i digit2 = _mm512_loadu_si512(digits + 128);
+#pragma GCC unroll 4
+      for (int n = 0; n < kTileOuts; ++n) high[m][n] = (vi)_mm512_dpbusd_epi32((__m512i)high[m][n], weight[n], digit2);
+    }
   }
   ahead = wanted;
-#pragma GCC unroll 4
+#pragma GCC unroll 2
   for (int m = 0; m < M; ++m) {
+    vf whole[kTileOuts];
+#pragma GCC unroll 4
+    for (int n = 0; n < kTileOuts; ++n)
+      whole[n] = fused((vf)_mm512_cvtepi32_ps((__m512i)high[m][n]), splat(65536.0f),
+                       fused((vf)_mm512_cvtepi32_ps((__m512i)middle[m][n]), splat(256.0f),
+                             (vf)_mm512_cvtepi32_ps((__m512i)low[m][n])));
     float unit;
     memcpy(&unit, x[m], sizeof unit);
-    sums[m] = sum_of_four(folded[0][m], folded[1][m], folded[2][m], folded[3][m]) * unit;
+    sums[m] = sum_of_four(whole[0], whole[1], whole[2], whole[3]) * unit;
   }
 }
 #endif
 
-// Returns false where rows of x are not digits.
+#if defined(__AVX512F__)
+// The same by one row of digits, row after row of w.
+SAMOE_VNNI static void digit_stream(const char* x, const int8_t* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
+  const __m512i offset = _mm512_set1_epi8(-128);
+  vf whole[kTileOuts];
+  Ahead wanted = ahead;
+  for (int n = 0; n < kTileOuts; ++n) {
+    __m512i sum[3];
+#pragma GCC unroll 3
+    for (int d = 0; d < 3; ++d) sum[d] = _mm512_loadu_si512(x + 64 * (d + 1));
+    for (int64_t k = 0; k < inputs; k += kLineBytes) {
+      wanted.line();
+      const int64_t left = inputs - k;
+      const __m512i bytes = left >= kLineBytes ? _mm512_loadu_si512(w[n] + k)
+                                               : _mm512_maskz_loadu_epi8((1ull << left) - 1, w[n] + k);
+      const __m512i weight = _mm512_xor_si512(bytes, offset);
+#pragma GCC unroll 3
+      for (int d = 0; d < 3; ++d) sum[d] = _mm512_dpbusd_epi32(sum[d], weight, _mm512_loadu_si512(x + 256 + 3 * k + 64 * d));
+    }
+    whole[n] = fused((vf)_mm512_cvtepi32_ps(sum[2]), splat(65536.0f),
+                     fused((vf)_mm512_cvtepi32_ps(sum[1]), splat(256.0f), (vf)_mm512_cvtepi32_ps(sum[0])));
+  }
+  ahead = wanted;
+  float unit;
+  memcpy(&unit, x, sizeof unit);
+  sums[0] = sum_of_four(whole[0], whole[1], whole[2], whole[3]) * unit;
+}
+#endif
+
+// Up to kTileRows rows of x by 4 rows of w, as a stream or as a tile.
 template <typename W>
-SAMOE_INLINE bool multiply_digits(int64_t, const char* const*, const W* const*, int64_t, Ahead&, bool, v4*) {
-  return false;
+SAMOE_INLINE void multiply_rows(int64_t num_rows, const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead,
+                                bool streams, bool, v4* sums) {
+  if (!streams) return tile_of(num_rows, x, w, inputs, ahead, sums);
+  if constexpr (sizeof(W) == 4) {
+    if (num_rows == 2) return stream<2>(x, w, inputs, ahead, sums);
+  }
+  stream<1>(x, w, inputs, ahead, sums);
 }
 #if defined(__AVX512F__)
-SAMOE_INLINE bool multiply_digits(int64_t num_rows, const char* const* x, const int8_t* const* w, int64_t inputs,
-                                  Ahead& ahead, bool by_digits, v4* sums) {
-  if (!by_digits) return false;
-  switch (num_rows) {
-    case 1: digit_tile<1>(x, w, inputs, ahead, sums); break;
-    case 2: digit_tile<2>(x, w, inputs, ahead, sums); break;
-    case 3: digit_tile<3>(x, w, inputs, ahead, sums); break;
-    default: digit_tile<4>(x, w, inputs, ahead, sums);
-  }
-  return true;
+SAMOE_INLINE void multiply_rows(int64_t num_rows, const char* const* x, const int8_t* const* w, int64_t inputs,
+                                Ahead& ahead, bool streams, bool by_digits, v4* sums) {
+  if (!by_digits) return multiply_rows<int8_t>(num_rows, x, w, inputs, ahead, streams, by_digits, sums);
+  if (streams) return digit_stream(x[0], w, inputs, ahead, sums);
+  if (num_rows == 1) return digit_tile<1>(x, w, inputs, ahead, sums);
+  digit_tile<2>(x, w, inputs, ahead, sums);
 }
 #endif
 
@@ -248,8 +385,11 @@ template <typename W>
 static void multiply_block(const char* const* x, int64_t num_rows, const W* w, int64_t inputs, int64_t first,
                            int64_t last, const DecodeOut& out, Following following, bool by_digits) {
   v4 sums[kTileRows];
-  const int64_t tile_rows = by_digits ? kDigitRows : kTileRows;
-  Ahead ahead{reinterpret_cast<const char*>(w + first * inputs) + kAheadBytes, reinterpret_cast<const char*>(w + last * inputs),
+  const int64_t tile_bytes = kTileOuts * inputs * static_cast<int64_t>(sizeof(W));
+  const int64_t tile_rows = by_digits ? kDigitRows : (sizeof(W) == 2 ? kPairRows : kTileRows);
+  const bool streams = num_rows <= (sizeof(W) == 4 ? 2 : 1);
+  const char* const begin = reinterpret_cast<const char*>(w + first * inputs);
+  Ahead ahead{begin + (streams ? kAheadBytes : ahead_bytes(tile_bytes)), reinterpret_cast<const char*>(w + last * inputs),
               static_cast<const char*>(following.data), following.bytes};
   Ahead nothing{nullptr, nullptr, nullptr, 0};
   for (int64_t n = first; n < last; n += kTileOuts) {
@@ -261,9 +401,7 @@ static void multiply_block(const char* const* x, int64_t num_rows, const W* w, i
     for (int64_t i = 0; i < num_tiles; ++i) {
       const int64_t m = num_rows * i / num_tiles, count = num_rows * (i + 1) / num_tiles - m;
       Ahead& wanted = i == 0 ? ahead : nothing;
-      if (!multiply_digits(count, x + m, rows, inputs, wanted, by_digits, sums)) {
-        tile_of(count, x + m, rows, inputs, wanted, sums);
-      }
+      multiply_rows(count, x + m, rows, inputs, wanted, streams, by_digits, sums);
       for (int64_t j = 0; j < count; ++j) put(out, m + j, n, num_outs, sums[j]);
     }
   }
@@ -290,7 +428,7 @@ SAMOE_INLINE void multiply(const char* const* x, int64_t num_rows, const Matrix&
 // What is asked for ahead from row `row` of a stack of matrices on.
 SAMOE_INLINE Following start_of(const Matrix& w, int64_t row, int64_t inputs) {
   const int64_t size = w.type == WeightType::f32 ? 4 : (w.type == WeightType::bf16 ? 2 : 1);
-  return {static_cast<const char*>(w.data) + row * inputs * size, kAheadBytes};
+  return {static_cast<const char*>(w.data) + row * inputs * size, ahead_bytes(kTileOuts * inputs * size)};
 }
 
 // One row normalised, times weight, plus bias. The mean square is taken around the mean unless rms.
