@@ -48,7 +48,7 @@ def digest_of(path: Path, like: str = "") -> str:
     reader at a fraction of its speed, while those before them are digested."""
     digest = new_digest(like)
     pending: deque[Future[memoryview]] = deque()
-    with ThreadPoolExecutor(NUM_READERS) as readers, open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(NUM_READERS) as readers:
         size = os.fstat(file.fileno()).st_size
         blocks = [bytearray(min(size, BLOCK_BYTES)) for _ in range(NUM_READERS)]
         for number, offset in enumerate(range(0, size, BLOCK_BYTES)):

@@ -21,7 +21,7 @@ from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.parallel_state import backend, launcher
 from megatron_samoe.parallel_state.state import Group, ParallelState, single_process_state
 from megatron_samoe.planning.cluster import Cluster
-from megatron_samoe.planning.gpus import measured_dtype
+from megatron_samoe.planning.gpus import ATTENTION_WIDTH, measured_dtype
 from megatron_samoe.planning.layer_work import Product
 from megatron_samoe.planning.layout_cost import step_cost
 from megatron_samoe.runtime.free_memory import free_memory_bytes
@@ -62,6 +62,7 @@ def measure(parallel: ParallelState, rounds: int = 7, scale: float = 1.0) -> dic
     found["memory_bandwidth"] = 8 * x.numel() / clock.seconds(lambda: y.copy_(x))
     found |= _products(clock, device, found["memory_bandwidth"], scale) | {"efficiency": 1.0}
     found["attention_efficiency"] = _attention(clock, device, scale) / found["flops"]
+    found["attention_width"] = ATTENTION_WIDTH if device.type == "cuda" else 0
     found |= _links(clock, parallel, scale)
     found["launches_ahead"] = device.type == "cuda"
     found["ranks_per_processor"] = _ranks_per_processor(parallel)
@@ -108,8 +109,9 @@ class _Clock:
             times.append(max(self.parallel.world.all_gather_object(self._now() - began)))
         return statistics.median(times)
 
-    def exchange_seconds(self, exchange: Callable[[], object], before: Callable[[], object]) -> float:
-        """Returns the mean seconds of an exchange after other work, as in a step, from when the last rank begins it.
+    def exchange_seconds(self, group: Group, exchange: Callable[[], object], before: Callable[[], object]) -> float:
+        """Returns the mean seconds of a group's exchange after other work, as in a step, from when its last rank begins it, in
+        the slowest of the groups that exchange at once.
 
         Where threads of messages and of products take turns on processors, an exchange after products takes several times as
         long as one after a pause, and few take most of the time: a step has the sum of them.
@@ -120,7 +122,8 @@ class _Clock:
             before()
             began = self._now()
             exchange()
-            times.append(min(self.parallel.world.all_gather_object(self._now() - began)))
+            own = min(group.all_gather_object(self._now() - began))
+            times.append(max(self.parallel.world.all_gather_object(own)))
         return statistics.mean(times)
 
     def _now(self) -> float:
@@ -164,12 +167,13 @@ def _line(rows: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def _attention(clock: _Clock, device: torch.device, scale: float) -> float:
     """Returns the operations per second of attention's core, forwards and backwards."""
     tokens, heads = max(16, int((2048 if device.type == "cuda" else 512) * scale)), 8
+    width = ATTENTION_WIDTH if device.type == "cuda" else 64
     q, k, v = (
-        torch.ones(2, heads, tokens, 64, device=device, dtype=measured_dtype(device), requires_grad=True)
+        torch.ones(2, heads, tokens, width, device=device, dtype=measured_dtype(device), requires_grad=True)
         for _ in range(3)
     )
     seconds = clock.seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward())
-    return 3 * 2 * 2 * 2 * heads * 64 * tokens * tokens / 2 / seconds
+    return 3 * 2 * 2 * 2 * heads * width * tokens * tokens / 2 / seconds
 
 
 def _links(clock: _Clock, parallel: ParallelState, scale: float) -> dict[str, Any]:
@@ -191,7 +195,7 @@ def _all_reduce_speed(clock: _Clock, group: Group, device: torch.device, scale: 
     matrix = torch.ones(side, side, device=device, dtype=measured_dtype(device))
     for size in _MESSAGES:
         x = torch.zeros(size // 4, device=device)
-        seconds = clock.exchange_seconds(partial(group.all_reduce, x), partial(torch.mm, matrix, matrix))
+        seconds = clock.exchange_seconds(group, partial(group.all_reduce, x), partial(torch.mm, matrix, matrix))
         rows.append((2 * size * (group.size - 1) / group.size / seconds, 2 * hops / seconds))
         if seconds > MOST_S / 8:  # a larger one would say no more
             break
