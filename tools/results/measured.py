@@ -95,8 +95,8 @@ def _decode() -> Figures:
             )
             share = 100 * ours["share_of_floor"]
             newer = [one for one in rows_of("decode/decode_zen5") if (one["dtype"], one["batch"]) == (dtype, batch)]
-            of_one_thread = [x for one in newer[1:] for x in (one["ms_per_token"], 100 * one["share_of_floor"])]
-            yield [ours["ms_per_token"], share, theirs["ms_per_token"], newer[0]["ms_per_token"], *of_one_thread]
+            of_newer = [x for one in newer for x in (one["ms_per_token"], 100 * one["share_of_floor"])]
+            yield [ours["ms_per_token"], share, theirs["ms_per_token"], *of_newer]
 
 
 def _decode_sharing() -> Figures:
