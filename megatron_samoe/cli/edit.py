@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_samoe.convert.edited_model import EditedModel, model_names
 from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.hf.export import refuse_other_tensors
 from megatron_samoe.convert.opener import open_folder
+from megatron_samoe.convert.target import how_to_train_on
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
 from megatron_samoe.errors import CheckpointError, ConfigError, in_units
@@ -60,10 +60,7 @@ class Edit:
             print("Nothing is written (--dry-run).")
             return
         written = write_checkpoint(Path(self.save_dir), iteration, edited)
-        print(
-            f"Written to {written}, without optimizer state. To train on:\n  python -m megatron_samoe.cli.pretrain "
-            f"--pretrained-checkpoint {shlex.quote(self.save_dir)} --use-checkpoint-args ..."
-        )
+        print(f"Written to {written}, without optimizer state.{how_to_train_on(Path(self.save_dir))}")
 
 
 @dataclass(frozen=True, kw_only=True)

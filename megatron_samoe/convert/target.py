@@ -162,9 +162,16 @@ def plan_native(source: Opened, save_dir: Path, dtype: torch.dtype | None, with_
             shutil.copyfile(source.directory / TOKENIZER, kept_at)
         return written
 
-    shown = shlex.quote(str(save_dir))
-    hint = f" To train on:\n  python -m megatron_samoe.cli.pretrain --pretrained-checkpoint {shown} --use-checkpoint-args ..."
+    hint = how_to_train_on(save_dir)
     return Conversion(f"a checkpoint of this program in {final}", lines, {final.name: tensors.tensors}, write, hint)
+
+
+def how_to_train_on(save_dir: Path) -> str:
+    """Returns the sentence and the command with which a run trains a written model on, on the data of a configuration."""
+    return (
+        " To train on, with config.yaml for the data:\n  megatron-samoe pretrain --config config.yaml "
+        f"--pretrained-checkpoint {shlex.quote(str(save_dir))} --use-checkpoint-args --run-dir runs/trained-on"
+    )
 
 
 def _recast(source: GlobalTensors, dtype: torch.dtype | None) -> GlobalTensors:

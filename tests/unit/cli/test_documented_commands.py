@@ -13,6 +13,7 @@ from megatron_samoe.cli import completion, program
 from megatron_samoe.cli.command import COMMANDS, module_of
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.option import flag
+from megatron_samoe.convert.target import how_to_train_on
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -82,6 +83,13 @@ def refuse_unknown(place: str, commands: list[tuple[re.Match[str], str]]) -> Non
         words = re.sub(r'"[^"]*"', "", rest)  # what is quoted is a value
         unknown = set(re.findall(r"(?<!\S)(--[a-z][a-z-]*)", words.split("#")[0].split("|")[0])) - flags_of(command)
         assert not unknown, f"{place}: {match[0]} ({command}) has no {unknown}: {rest}"
+
+
+def test_the_command_after_a_conversion_and_surgery_exists_with_its_flags() -> None:
+    shown = how_to_train_on(Path("made")).partition("\n")[2].strip()
+    match = PROGRAM.match(shown)
+    assert match and "..." not in shown
+    refuse_unknown("the hint", [(match, shown[match.end() :])])
 
 
 def test_the_readme_shows_commands() -> None:
