@@ -56,7 +56,7 @@ def load_or_build(folder: str | None, key: JsonObject, build: Callable[[], Array
         os.makedirs(folder, exist_ok=True)
         _store(folder, path, text, arrays)
     except OSError as error:
-        say_once(f"Sample indices are kept in memory: {folder} cannot be written ({error.strerror}).")
+        say_once(f"Sample indices are kept in memory: {folder} cannot be written ({error.strerror or error}).")
         return arrays
     return _load(path, text) or arrays
 

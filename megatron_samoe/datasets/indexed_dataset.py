@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -242,13 +242,18 @@ class IndexedDatasetBuilder:
             self._boundaries.write((rows + self._num_sequences).data)
         self._num_sequences += len(other)
 
-    def finalize(self, idx_path: str | os.PathLike) -> None:
-        """Writes the index and gives both files their names."""
+    def finalize(self, idx_path: str | os.PathLike, before_naming: Callable[[], object] = lambda: None) -> None:
+        """Writes the index and gives both files their names.
+
+        Args:
+            before_naming: is called when both are written, before files of these names are replaced.
+        """
         self._tokens.flush()
         os.fsync(self._tokens.fileno())
         for file in (self._tokens, self._lengths, self._boundaries):
             file.close()
         index = index_format.write_partial_index(self._prefix, self.dtype)
+        before_naming()
         os.replace(self._tokens.name, self._bin_path)
         os.replace(index, idx_path)
         os.unlink(self._lengths.name)

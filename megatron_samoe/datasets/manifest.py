@@ -71,6 +71,8 @@ def read(path_prefix: str) -> Manifest | None:
         value, kind = getattr(record, field_.name), _TYPES[str(field_.type)]
         if type(value) is not kind or (isinstance(value, int) and not -1 <= value < 2**62):
             raise DataError(f"{path} is damaged: its {field_.name} is {shown(value)}.")
+    if record.bin_bytes < 0 or not all(0 <= crc < 2**32 for crc in (record.bin_crc32, record.idx_crc32)):
+        raise DataError(f"{path} is damaged: its sizes or checksums cannot be.")
     if not 1 <= record.format_version <= FORMAT_VERSION:
         raise DataError(f"{path} has format version {record.format_version}; this program reads {FORMAT_VERSION}.")
     parts = ((record.inputs, dict), (record.counts.values(), int))

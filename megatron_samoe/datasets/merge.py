@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def find_datasets(words: Sequence[str]) -> list[str]:
 
 
 def merge(prefixes: Sequence[str], output_prefix: str) -> None:
-    """Writes the documents of the datasets, in order, as one dataset. It appears only when complete.
+    """Writes the documents of the datasets, in order, as one dataset. Data and index appear only when complete, the manifest after them.
 
     Raises DataError if a dataset is missing or damaged, if dtypes or tokenizers differ, or if the output is an input.
     """
@@ -44,8 +45,8 @@ def merge(prefixes: Sequence[str], output_prefix: str) -> None:
     builder = IndexedDatasetBuilder(f"{output_prefix}.bin", dtype)
     for prefix in prefixes:
         builder.add_index(prefix)
-    Path(manifest.get_manifest_path(output_prefix)).unlink(missing_ok=True)  # of what is replaced
-    builder.finalize(f"{output_prefix}.idx")
+    replaced = Path(manifest.get_manifest_path(output_prefix))
+    builder.finalize(f"{output_prefix}.idx", before_naming=partial(replaced.unlink, missing_ok=True))
     known = [record for record in records if record is not None]
     if len(known) == len(records):
         manifest.write(output_prefix, _joined(prefixes, known, f"{output_prefix}.idx"))

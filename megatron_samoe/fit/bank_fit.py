@@ -23,6 +23,8 @@ from itertools import combinations_with_replacement
 import torch
 from torch import Tensor
 
+from megatron_samoe.errors import ConfigError
+
 #: Coefficients nearer to 0 or 1 than this are rounding.
 ROUNDING = 1e-12
 #: Share of a layer's mean moment that is added to each expert's, so that rare experts and unseen directions keep a weight.
@@ -64,8 +66,15 @@ class BankFit:
 
 
 def fit_banks(gram_GLL: Tensor, num_banks: int) -> BankFit:
-    """Returns the best banks for inner products of layers, [G, L, L] in fp64."""
-    assert 1 <= num_banks <= gram_GLL.shape[1]
+    """Returns the best banks for inner products of layers, [G, L, L] in fp64.
+
+    Raises:
+        ConfigError: more banks than layers.
+    """
+    num_layers = gram_GLL.shape[1]
+    if not 1 <= num_banks <= num_layers:
+        allowed = f"must be from 1 to the number of MoE layers that combine them, {num_layers}"
+        raise ConfigError("--num-expert-banks", num_banks, allowed)
     basis_GLP = torch.linalg.eigh(gram_GLL.double()).eigenvectors[:, :, -num_banks:]
     solved = []
     for basis_LP in basis_GLP:

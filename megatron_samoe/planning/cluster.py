@@ -22,6 +22,7 @@ class Cluster:
         latency_s: seconds of one hop of a collective.
         attention_efficiency: share of `flops` that attention's core reaches; that of products if None.
         attention_width: heads that are narrower take as long for each score as heads of this width.
+        fp32_share: rate of products in fp32 over `flops` (H100: 67 of 989 TFLOP/s, A100: 19.5 of 312).
         product_flops: peak of the layers' products where these have a lower precision than the rest; `flops` if None.
         product_traffic: how often a product moves its operands and result through memory: what small products wait for.
         activation_traffic: how often each byte that autograd keeps moves through memory, forwards and backwards.
@@ -52,6 +53,7 @@ class Cluster:
     latency_s: float = 1e-5
     attention_efficiency: float | None = None
     attention_width: int = 0
+    fp32_share: float = 1 / 15
     product_flops: float | None = None
     product_traffic: float = 0.0
     activation_traffic: float = 0.0

@@ -33,9 +33,6 @@ OPTIMIZER_TRAFFIC_BYTES = 30
 #: Parts of a step of which a forward pass is a third; of the others it is half.
 COMPUTED = ("products", "attention", "memory")
 
-#: Rate of fp32 products over the peak in 16 bits (H100: 67 of 989 TFLOP/s, A100: 19.5 of 312).
-FP32_SHARE = 1 / 15
-
 
 @dataclass
 class Cost:
@@ -251,7 +248,7 @@ def _muon(planned: PlannedModel, stage: int, links: Links) -> tuple[float, float
     """Returns (seconds, bytes sent) of making a stage's matrices orthogonal, with their way to owners and back in fp32."""
     config, grid, rank = planned.config, links.grid, planned.first_rank_of(stage)
     found = matrices_of(planned, rank)
-    share = 1.0 if config.optimizer.muon_ns_dtype == "bf16" else FP32_SHARE
+    share = 1.0 if config.optimizer.muon_ns_dtype == "bf16" else links.cluster.fp32_share
     flops = flops_of_rank(found, config.optimizer, grid, rank)
     costs = [(flops / (links.cluster.flops * share * links.cluster.efficiency), 0.0)]
     for m in found:

@@ -62,6 +62,7 @@ def measure(parallel: ParallelState, rounds: int = 7, scale: float = 1.0) -> dic
     found["memory_bandwidth"] = 8 * x.numel() / clock.seconds(lambda: y.copy_(x))
     found |= _products(clock, device, found["memory_bandwidth"], scale) | {"efficiency": 1.0}
     found["attention_efficiency"] = _attention(clock, device, scale) / found["flops"]
+    found["fp32_share"] = 1.0 if measured_dtype(device) == torch.float32 else Cluster.fp32_share
     found["attention_width"] = ATTENTION_WIDTH if device.type == "cuda" else 0
     found |= _links(clock, parallel, scale)
     found["launches_ahead"] = device.type == "cuda"

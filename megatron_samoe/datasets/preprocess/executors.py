@@ -88,7 +88,7 @@ class ProcessExecutor:
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if isinstance(path, str)),
         }
         program = "import sys; from megatron_samoe.datasets.preprocess.worker import main; main(int(sys.argv[1]))"
         command = [sys.executable, "-c", program, str(theirs.fileno())]

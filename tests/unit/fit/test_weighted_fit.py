@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.fit.bank_fit import FitTarget, damped, fit_banks, fit_target, starts_of
 
 L, E, U, D, P = 5, 3, 6, 7, 2
@@ -107,3 +108,11 @@ def test_an_expert_without_tokens_keeps_its_weights() -> None:
     size_L = moment_LEDD.diagonal(dim1=2, dim2=3).mean((1, 2))
     mean = torch.einsum("l,lud->ud", size_L / size_L.sum(), w_LEUD[:, 1])
     torch.testing.assert_close(fit.banks[0, 1], mean, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("num_banks", [0, 5])
+def test_no_more_banks_than_layers_can_be_fitted(num_banks: int) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--num-expert-banks = .*from 1 to the number of MoE layers that combine them, 4"
+    ):
+        fit_banks(torch.eye(4)[None], num_banks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_samoe.optimizer.muon import newton_schulz_flops
@@ -52,6 +54,9 @@ def test_a_step_takes_longer_and_bf16_products_less() -> None:
         for o in ({}, {"optimizer": "muon"}, {"optimizer": "muon", "muon_ns_dtype": "bf16"})
     ]
     assert costs[0] == 0.0 < costs[2] < costs[1]
+    measured_in_fp32 = replace(CLUSTER, fp32_share=1.0)
+    fp32 = step_cost(with_options(config, optimizer="muon"), VOCAB_SIZE, measured_in_fp32).seconds["muon"]
+    assert fp32 == pytest.approx(costs[2])
 
 
 def test_directions_travel_in_fp32() -> None:

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from megatron_samoe.cli import merge as merge_command
-from megatron_samoe.datasets import inspect, manifest, merge
+from megatron_samoe.datasets import index_format, inspect, manifest, merge
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset
 from megatron_samoe.datasets.preprocess.run import preprocess
+from megatron_samoe.errors import DataError
 from tests.harness.datasets import content, jsonl, kill_9, options, preprocessed, seconds_of, write_dataset
 from tests.harness.pairs import first_by_day
 from tests.harness.program import call
@@ -77,6 +78,29 @@ def test_what_cannot_be_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert merge_command.main(["--input", *words, "--output-prefix", str(tmp_path / "out")]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out.bin").exists()
+
+
+def test_a_merge_that_fails_leaves_what_it_would_have_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, parts = text_dataset(tmp_path, "out", ["old"]), [text_dataset(tmp_path, name, [name]) for name in ("a", "b")]
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("out*")}
+    assert any(name.endswith(".manifest.json") for name in before)
+
+    def full(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(index_format, "write_partial_index", full)
+    with pytest.raises(OSError, match="No space"):
+        merge.merge(parts, out)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("out*") if path.name in before} == before
+
+
+@pytest.mark.parametrize(("name", "value"), [("bin_bytes", -1), ("bin_crc32", 2**61), ("idx_crc32", -1)])
+def test_a_manifest_with_impossible_sizes_is_damaged(name: str, value: int, tmp_path: Path) -> None:
+    prefix = text_dataset(tmp_path, "d", ["text"])
+    path = Path(manifest.get_manifest_path(prefix))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(DataError, match="is damaged"):
+        merge.merge([prefix], str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("num_kills", first_by_day([2, NUM_KILLS]))
