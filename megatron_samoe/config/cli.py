@@ -20,6 +20,7 @@ import tyro
 
 from megatron_samoe.config.option import all_options, flag
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.schema import texts_of
 from megatron_samoe.config.typed import convert, hints_of
 from megatron_samoe.config.validate import refuse_idle, without_idle_options
 from megatron_samoe.errors import ConfigError, ConfigErrors, UnknownFlagError, nearest
@@ -172,7 +173,13 @@ def _parse_flags(args: Sequence[str], base: PretrainConfig, prog: str, quiet: bo
     named = stated_in_args(args)
     options = [(group, name, value) for group, name, value, *_ in all_options(base) if name in named]
     hints = {group: hints_of(getattr(base, group).__class__) for group, *_ in options}
-    kind = make_dataclass("Flags", [(name, hints[group][name], value) for group, name, value in options])
+    texts = {group: texts_of(getattr(base, group).__class__) for group in hints}
+    shown = "".join(f"\n    {name}: {' '.join(texts[group].get(name, '').split())}" for group, name, _ in options)
+    kind = make_dataclass(
+        "Flags",
+        [(name, hints[group][name], value) for group, name, value in options],
+        namespace={"__doc__": f"Options.\n\nAttributes:{shown}\n"},  # for tyro's words about a wrong value
+    )
     # tyro shows some mistakes even without console outputs.
     with redirect_stderr(io.StringIO()) if quiet else nullcontext():
         found = read(kind, args=args, console_outputs=not quiet)

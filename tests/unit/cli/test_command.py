@@ -89,3 +89,8 @@ def test_help_may_be_cut_by_head() -> None:
     command = f"{sys.executable} -m megatron_samoe pretrain --help | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: ") and not done.stderr
+
+
+def test_a_wrong_value_comes_with_the_options_help() -> None:
+    done = run("pretrain", "--num-layers", "x")
+    assert done.returncode == 2 and "Number of transformer layers." in done.stderr + done.stdout
