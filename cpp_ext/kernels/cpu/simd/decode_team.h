@@ -15,7 +15,7 @@
 #endif
 
 #include "../../decode.h"
-#include "decode_tile.h"
+#include "decode_block.h"
 
 namespace samoe {
 namespace cpu {
