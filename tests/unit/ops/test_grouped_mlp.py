@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_samoe.ops import cpu_products, extension
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
+from megatron_samoe.runtime.reference_checks import check_swiglu
+from tests.harness.devices import CPU, EMULATED, GPU, on
 from tests.harness.extension_off import without_extension
 from tests.harness.op_checks import (
     check_grouped_mlp,
@@ -37,29 +37,35 @@ def bf16_products(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 CASES = [([3, 5, 2], 7, 4), ([0, 6, 0, 1], 8, 5), ([0, 0], 3, 2), ([1], 1, 1), ([17, 0, 33], 16, 24)]
+CASES += [([0, 513, 0], 64, 128), (routed_rows(513, 8, 33, seed=1), 48, 64)]
 
 
+@on(CPU, GPU)
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES, ids=str)
 @pytest.mark.parametrize("main_grads", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize(("rows", "F", "H"), CASES)
 def test_output_and_gradients_equal_autograds(
-    rows: list[int], F: int, H: int, activation: str, bias: bool, main_grads: bool, dtype: torch.dtype, tolerance: float
+    rows: list[int],
+    F: int,
+    H: int,
+    activation: str,
+    bias: bool,
+    main_grads: bool,
+    dtype: torch.dtype,
+    tolerance: float,
+    device: str,
 ) -> None:
     torch.manual_seed(0)
-    check_grouped_mlp(rows, F, H, activation, bias, dtype, tolerance, main_grads)
+    check_grouped_mlp(rows, F, H, activation, bias, dtype, tolerance, main_grads, device)
 
 
-SIZES = st.integers(1, 9)
-ROWS = st.lists(st.integers(0, 9), min_size=1, max_size=6)
-
-
-@settings(deadline=None, max_examples=40)
-@given(ROWS, SIZES, SIZES, st.sampled_from(["gelu", "swiglu"]), st.booleans(), st.booleans())
-def test_any_shape(rows: list[int], F: int, H: int, activation: str, bias: bool, main_grads: bool) -> None:
-    torch.manual_seed(1)
-    check_grouped_mlp(rows, F, H, activation, bias, torch.float64, 1e-11, main_grads)
+@on(CPU, EMULATED, GPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_rows, width", [(0, 5), (1, 1), (7, 24), (33, 256), (9, 77)])
+def test_swiglu(device: str, num_rows: int, width: int, dtype: torch.dtype) -> None:
+    check_swiglu(num_rows, width, dtype, device)
 
 
 def test_main_gradients_are_filled_even_if_the_input_needs_none() -> None:
