@@ -33,10 +33,6 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def model_of(**options: Any) -> RankModel:
-    return load(new_source(tiny_config("moe", **options)))
-
-
 def passes_of(count: int, seed: int = 3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return list(torch.randint(0, VOCAB_SIZE, (count, 4, 17), generator=generator))
@@ -83,7 +79,7 @@ def with_one(rows: Sequence[Tensor], has_bias: bool) -> Tensor:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_sums_are_those_of_a_plain_loop(style: str) -> None:
-    model, passes = model_of(**STYLES[style]), passes_of(3)
+    model, passes = load(made(**STYLES[style])), passes_of(3)
     found = calibrate(model, passes, num_samples=5, seed=1)
     for calibration, experts in zip(found, directly(model, passes), strict=True):
         for e, tokens in enumerate(experts):
@@ -125,7 +121,7 @@ def test_samples_are_a_fair_lot_and_stay_apart() -> None:
 
 
 def test_memory_is_what_the_sums_take() -> None:
-    model = model_of(**STYLES["gpt3"])
+    model = load(made(**CASES["gpt3"]))
     found = calibrate(model, passes_of(1), 6, 0)
     held = sum(t.nbytes for layer in found for t in vars(layer).values())
     assert calibration_bytes([layer.moe.shape for layer in model.moe_layers()], 6) == held
@@ -133,7 +129,7 @@ def test_memory_is_what_the_sums_take() -> None:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_output_sums_are_those_of_a_plain_loop(style: str) -> None:
-    model, other, passes = model_of(**STYLES[style]), model_of(**STYLES[style]), passes_of(2)
+    model, other, passes = load(made(**STYLES[style])), load(made(**STYLES[style])), passes_of(2)
     with torch.no_grad():
         for layer in other.moe_layers():
             for parameter in layer.moe.experts.parameters():

@@ -194,20 +194,7 @@ def test_factors_on_w2_move_into_routing_where_it_can_hold_them() -> None:
     assert moe_of(dropped).expert_sharing == "0*4" and moe_of(dropped).moe_router_topk_scaling_factor is None
 
 
-@pytest.mark.parametrize(
-    ("options", "layers", "sharing"),
-    [
-        ({"expert_sharing": "0,1,1,2"}, (0, 2), None),
-        ({"expert_sharing": "0,1,1,0"}, (1, 2, 3), "0*2,own"),
-        ({"expert_sharing": "scaled:0,1,1,0"}, (2, 3), "scaled:0,1"),
-        ({"expert_sharing": "own,combined*3"}, (0, 1, 3), "own,combined*2"),
-        ({"expert_sharing": "pool", **NORM}, (1, 3), "0*2"),
-        ({"expert_sharing": "neighbours"}, (0, 1), "0*2"),
-        ({"num_experts": (2, 2, 4, 4), "moe_residual_mlp": True}, (1, 2), None),
-        ({"moe_layer_freq": "0101"}, (0, 2), None),
-        ({"moe_layer_freq": "0111", "expert_sharing": "0,0,1"}, (0, 1, 2), "0*2"),
-    ],
-)
+@pytest.mark.parametrize(("options", "layers", "sharing"), TABLE["students"])
 def test_students_compute_with_the_layers_they_keep(
     options: dict[str, Any], layers: tuple[int, ...], sharing: str | None
 ) -> None:

@@ -1,5 +1,5 @@
-"""Whole models: initial weights are a function of name, index and seed; recomputation; grouping into micro-batches; and options of
-attention and of layers, whose training in every layout is the parity table's matter."""
+"""Whole models: initial weights are a function of name, index and seed; recomputation; and options of attention and of
+layers. That weights and training are the same in every layout and for any micro-batches is the parity table's matter."""
 
 from __future__ import annotations
 
@@ -11,48 +11,16 @@ from torch import Tensor
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.models.rank_model import build_model
-from megatron_samoe.parallel_state import ParallelState, RankGrid, single_process_state
-from megatron_samoe.training.checkpointing import model_state
+from megatron_samoe.parallel_state import ParallelState, single_process_state
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients, micro_batch_context
 from tests.harness.layout_training import MODELS, train
-from tests.harness.tiny import VOCAB_SIZE, micro_batches, state_of, tiny_config, with_options
-
-SPREAD_OVER_RANKS: dict[str, dict[str, Any]] = {
-    "dense": {"layout": "dense"},
-    "moe": {"layout": "moe", "style": "llama", "moe_shared_expert_intermediate_size": 16},
-    "samoe": {"layout": "samoe"},
-    "samoe per expert": {"layout": "samoe", "style": "llama", "samoe_granularity": "expert", "samoe_init": "uniform"},
-}
+from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config
 
 
 def weights(config: PretrainConfig, state: ParallelState) -> dict[str, Tensor]:
     model = build_model(config, VOCAB_SIZE, state)
     return {name: p for name, p in model.global_parameters().items()}
-
-
-@pytest.mark.parametrize(
-    "grid",
-    [
-        *(RankGrid(3), RankGrid(4, ep=4), RankGrid(4, tp=2, ep=4), RankGrid(4, pp=2, ep=2), RankGrid(8, pp=4, tp=2)),
-        *(RankGrid(2, tp=2, etp=2), RankGrid(8, tp=2, ep=2, etp=2), RankGrid(8, pp=2, tp=2, ep=2, etp=2)),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("model", SPREAD_OVER_RANKS)
-def test_every_rank_holds_its_part_of_the_one_process_weights_bit_for_bit(model: str, grid: RankGrid) -> None:
-    config = with_options(tiny_config(**SPREAD_OVER_RANKS[model]), pipeline_model_parallel_size=grid.pp)
-    whole = weights(tiny_config(**SPREAD_OVER_RANKS[model]), single_process_state())
-    unseen = {name: torch.ones_like(p, dtype=torch.bool) for name, p in whole.items()}
-    for rank in range(grid.world_size):
-        built = build_model(config, VOCAB_SIZE, state_of(grid, rank))
-        for name, parts in model_state(built).items():
-            for part in parts:
-                assert part.global_shape == tuple(whole[name].shape)
-                place = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.local.shape, strict=True))
-                assert torch.equal(part.local, whole[name][place]), f"{name} on rank {rank}"
-                unseen[name][place] = False
-    assert not any(mask.any() for mask in unseen.values()), "together the ranks hold everything"
 
 
 def test_weights_depend_on_seed_and_name() -> None:
@@ -149,19 +117,6 @@ def test_full_recomputation_keeps_less() -> None:
             setup.model(batch["tokens"], micro_batch_context(setup, initial_state(setup), 0))
         kept.append(total)
     assert kept[1] < kept[0] / 4
-
-
-@pytest.mark.parametrize("layout", ["dense", "moe", "samoe"])
-def test_grouping_into_micro_batches_does_not_change_the_gradient(layout: str) -> None:
-    """With dropout, jitter, capacity and both losses: all noise belongs to the sample."""
-    options: dict[str, Any] = {"layout": layout, "hidden_dropout": 0.2}
-    if layout != "dense":
-        options |= {"moe_input_jitter_eps": 0.1, "moe_expert_capacity_factor": 1.0, "moe_z_loss_coeff": 0.1}
-    results = [gradients(torch.float64, micro_batch_size=size, **options) for size in (1, 2, 8)]
-    for loss, other in results[1:]:
-        assert loss == pytest.approx(results[0][0], rel=1e-12)
-        for name, gradient in results[0][1].items():
-            torch.testing.assert_close(other[name], gradient, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 #: The models of the parity table that differ from others in such options, and whether these learn something.

@@ -82,16 +82,14 @@ def test_numbers_that_are_none_stay_seen() -> None:
 def test_wrong_tensors_are_refused() -> None:
     op = torch.ops.megatron_samoe.adamw
     numbers = (0.1, 0.9, 0.95, 1e-8, 0.0, 1, 1.0)
-    m = [torch.zeros(4)]
-    with pytest.raises(RuntimeError, match="differ in length"):
-        op(m, [], [], m, m, *numbers)
-    with pytest.raises(RuntimeError, match=r"grads\[0\] is BFloat16"):
-        op(m, [], [torch.zeros(4).bfloat16()], m, m, *numbers)
-    with pytest.raises(RuntimeError, match=r"exp_avgs\[0\] has 3 elements"):
-        op(m, [], m, [torch.zeros(3)], m, *numbers)
-    with pytest.raises(RuntimeError, match=r"weights\[0\] is Half"):
-        op(m, [torch.zeros(4).half()], m, m, m, *numbers)
-    with pytest.raises(RuntimeError, match="contiguous"):
-        op(m, [], [torch.zeros(8)[::2]], m, m, *numbers)
-    with pytest.raises(RuntimeError, match="the first is 1"):
-        op(m, [], m, m, m, 0.1, 0.9, 0.95, 1e-8, 0.0, 0, 1.0)
+    m, half, three = [torch.zeros(4)], [torch.zeros(4).half()], [torch.zeros(3)]
+    for said, masters, weights, grads, first, last in (
+        ("differ in length", m, [], [], m, numbers),
+        (r"grads\[0\] is BFloat16", m, [], [torch.zeros(4).bfloat16()], m, numbers),
+        (r"exp_avgs\[0\] has 3 elements", m, [], m, three, numbers),
+        (r"weights\[0\] is Half", m, half, m, m, numbers),
+        ("contiguous", m, [], [torch.zeros(8)[::2]], m, numbers),
+        ("the first is 1", m, [], m, m, (0.1, 0.9, 0.95, 1e-8, 0.0, 0, 1.0)),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            op(masters, weights, grads, first, m, *last)

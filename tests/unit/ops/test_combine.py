@@ -107,13 +107,13 @@ def test_the_result_does_not_depend_on_threads():
 
 def test_bad_shapes_are_named():
     coefficients_LGP, banks_PGN, dW_LGN = combine_inputs(3, 2, 4, 5)
-    with pytest.raises(ValueError, match=r"\[4, 2, N\] fits"):
-        combine_banks(coefficients_LGP, banks_PGN[:3])
-    with pytest.raises(ValueError, match="out_LGN"):
-        combine_banks(coefficients_LGP, banks_PGN, out_LGN=torch.empty(3, 2, 6))
-    with pytest.raises(ValueError, match="out_dtype"):
-        combine_banks(coefficients_LGP, banks_PGN, out_LGN=torch.empty(3, 2, 5), out_dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="dW_LGN"):
-        combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN[:2], torch.zeros_like(banks_PGN))
-    with pytest.raises(ValueError, match="dbanks_PGN"):
-        combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN, torch.zeros(4, 2, 6))
+    short, wide = dW_LGN[:2], torch.empty(3, 2, 6)
+    for said, call in (
+        (r"\[4, 2, N\] fits", lambda: combine_banks(coefficients_LGP, banks_PGN[:3])),
+        ("out_LGN", lambda: combine_banks(coefficients_LGP, banks_PGN, out_LGN=wide)),
+        ("out_dtype", lambda: combine_banks(coefficients_LGP, banks_PGN, out_LGN=dW_LGN, out_dtype=torch.bfloat16)),
+        ("dW_LGN", lambda: combine_banks_backward(coefficients_LGP, banks_PGN, short, torch.zeros_like(banks_PGN))),
+        ("dbanks_PGN", lambda: combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN, torch.zeros(4, 2, 6))),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()

@@ -214,25 +214,23 @@ def test_wrong_tensors_are_refused_before_anything_runs() -> None:
         op(x, rows, w1, w2, b1, None, False, True)
 
     call()
-    with pytest.raises(RuntimeError, match="sums to 4, x has 5 rows"):
-        call(rows=(2, 2))
-    with pytest.raises(RuntimeError, match="-1 rows"):
-        call(rows=(6, -1))
-    with pytest.raises(RuntimeError, match="w1 is BFloat16"):
-        call(w1=w1.bfloat16())
-    with pytest.raises(RuntimeError, match="x is Double"):
-        call(x=x.double())
-    with pytest.raises(RuntimeError, match="for rows of 3"):
-        call(w2=torch.randn(2, 3, 5))
-    with pytest.raises(RuntimeError, match="need a width"):
-        call(w1=torch.randn(2, 0, 3), w2=torch.randn(2, 3, 0), b1=torch.randn(2, 0))
-    with pytest.raises(RuntimeError, match="w2 is not contiguous"):
-        call(w2=w2.transpose(1, 2).contiguous().transpose(1, 2))
-    with pytest.raises(RuntimeError, match="b1 is"):
-        call(b1=torch.randn(2, 3))
-    backward = torch.ops.megatron_samoe.grouped_mlp_backward
-    hidden = torch.randn(5, 4)
-    with pytest.raises(RuntimeError, match="dw1 is BFloat16, not Float"):
-        backward(x, x, hidden, (2, 3), w1, w2, None, False, w1.bfloat16(), w2, None, None)
-    with pytest.raises(RuntimeError, match="hidden is"):
-        backward(x, x, hidden[:, :3].contiguous(), (2, 3), w1, w2, None, False, w1, w2, None, None)
+    wrong: dict[str, dict[str, Any]] = {
+        "sums to 4, x has 5 rows": {"rows": (2, 2)},
+        "-1 rows": {"rows": (6, -1)},
+        "w1 is BFloat16": {"w1": w1.bfloat16()},
+        "x is Double": {"x": x.double()},
+        "for rows of 3": {"w2": torch.randn(2, 3, 5)},
+        "need a width": {"w1": torch.randn(2, 0, 3), "w2": torch.randn(2, 3, 0), "b1": torch.randn(2, 0)},
+        "w2 is not contiguous": {"w2": w2.transpose(1, 2).contiguous().transpose(1, 2)},
+        "b1 is": {"b1": torch.randn(2, 3)},
+    }
+    for said, arguments in wrong.items():
+        with pytest.raises(RuntimeError, match=said):
+            call(**arguments)
+    backward, hidden = torch.ops.megatron_samoe.grouped_mlp_backward, torch.randn(5, 4)
+    for said, h, dw1 in (
+        ("dw1 is BFloat16, not Float", hidden, w1.bfloat16()),
+        ("hidden is", hidden[:, :3].contiguous(), w1),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            backward(x, x, h, (2, 3), w1, w2, None, False, dw1, w2, None, None)

@@ -87,17 +87,15 @@ def test_expanded_and_strided_tensors():
 
 def test_bad_input_is_refused():
     permutation = make_permutation(torch.zeros(3, 1, dtype=torch.int64), 2)
-    with pytest.raises((IndexError, RuntimeError), match=r"allowed are -1 to 1"):
-        make_permutation(torch.tensor([[2]]), 2)
-    with pytest.raises((IndexError, RuntimeError), match=r"allowed are -1 to 1"):
-        make_permutation(torch.tensor([[-2]]), 2)
-    with pytest.raises(ValueError, match="int64 matrix"):
-        make_permutation(torch.zeros(3, 1), 2)
-    with pytest.raises(ValueError, match="3 tokens"):
-        permute(torch.zeros(4, 2), permutation)
-    with pytest.raises(ValueError, match="3 rows"):
-        unpermute(torch.zeros(4, 2), torch.zeros(3, 1), permutation)
-    with pytest.raises(ValueError, match="probs_TK"):
-        unpermute(torch.zeros(3, 2), torch.zeros(3, 2), permutation)
-    with pytest.raises(ValueError, match="one int64 a row"):
-        gather_rows(torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64))
+    zeros = torch.zeros
+    for said, call in (
+        ("allowed are -1 to 1", lambda: make_permutation(torch.tensor([[2]]), 2)),
+        ("allowed are -1 to 1", lambda: make_permutation(torch.tensor([[-2]]), 2)),
+        ("int64 matrix", lambda: make_permutation(zeros(3, 1), 2)),
+        ("3 tokens", lambda: permute(zeros(4, 2), permutation)),
+        ("3 rows", lambda: unpermute(zeros(4, 2), zeros(3, 1), permutation)),
+        ("probs_TK", lambda: unpermute(zeros(3, 2), zeros(3, 2), permutation)),
+        ("one int64 a row", lambda: gather_rows(zeros(3, 2), zeros(2, dtype=torch.int64))),
+    ):
+        with pytest.raises((IndexError, ValueError, RuntimeError), match=said):
+            call()
