@@ -1,4 +1,4 @@
-"""Host waits of expert-parallel ranks, counted as in tests/unit/moe/test_host_waits.py."""
+"""Host waits of expert-parallel ranks, counted as in tests/unit/moe/test_on_a_gpu.py."""
 
 from __future__ import annotations
 

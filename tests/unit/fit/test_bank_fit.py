@@ -1,6 +1,9 @@
-"""The weighted fit: exact where a pool was planted, never worse than the fit without weights, and its error is what it says."""
+"""Banks and maps under a budget: the weighted fit is exact where a pool was planted, and its error is what it says; runs of layers are
+the best of all."""
 
 from __future__ import annotations
+
+from itertools import combinations
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.fit.bank_fit import FitTarget, damped, fit_banks, fit_target, starts_of
+from megatron_samoe.fit.compress.sharing_plan import best_runs, sets_in_budget
 
 L, E, U, D, P = 5, 3, 6, 7, 2
 
@@ -69,23 +73,6 @@ def test_a_tied_set_is_the_best_mean() -> None:
     assert (fit.coefficients_LGP == 1).all()
 
 
-def test_more_sweeps_lose_no_more() -> None:
-    w_LEUD, moment_LEDD = random(L, E, U, D), moments(inputs())
-    target, starts = FitTarget.of_weights(w_LEUD, moment_LEDD), starts_of(w_LEUD, moment_LEDD, P)
-    lost = [float(fit_target(target, starts, max_sweeps=n).lost_LG.sum()) for n in (0, 1, 2, 5, 20)]
-    assert lost == sorted(lost, reverse=True) and lost[-1] < lost[0]
-
-
-def test_outputs_from_the_same_inputs_are_the_weights() -> None:
-    w_LEUD, x_LEND = random(L, E, U, D), inputs()
-    y_LENU = x_LEND @ w_LEUD.transpose(2, 3)
-    power_LE = y_LENU.square().sum((2, 3))
-    outputs = FitTarget.of_outputs(w_LEUD, y_LENU.transpose(2, 3) @ x_LEND, moments(x_LEND), power_LE)
-    weights = FitTarget.of_weights(w_LEUD, moments(x_LEND))
-    for name, expected in vars(weights).items():
-        torch.testing.assert_close(getattr(outputs, name), expected, rtol=1e-9, atol=1e-9)
-
-
 def test_other_inputs_are_fitted_to_the_outputs() -> None:
     """The second matrix makes up for what the first one changed: it leaves less than the old weights do."""
     w_LEUD, x_LEND = random(1, E, U, D), inputs()[:1]
@@ -116,3 +103,42 @@ def test_no_more_banks_than_layers_can_be_fitted(num_banks: int) -> None:
         ConfigError, match=r"--num-expert-banks = .*from 1 to the number of MoE layers that combine them, 4"
     ):
         fit_banks(torch.eye(4)[None], num_banks)
+
+
+def errors(seed: int, num_layers: int) -> torch.Tensor:
+    error = torch.rand(num_layers, num_layers, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (error + error.T) / 2
+
+
+def loss(error: torch.Tensor, runs: list[int]) -> float:
+    total, start = 0.0, 0
+    for size in runs:
+        total += 2 / size * sum(float(error[i, j]) for i, j in combinations(range(start, start + size), 2))
+        start += size
+    return total
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("max_runs", [1, 2, 4, 6])
+def test_runs_are_the_best_of_all(seed: int, max_runs: int) -> None:
+    error = errors(seed, 6)
+    every = [
+        [b - a for a, b in zip((0, *cuts), (*cuts, 6), strict=True)]
+        for count in range(max_runs)
+        for cuts in combinations(range(1, 6), count)
+    ]
+    found = best_runs(error, max_runs)
+    assert len(found) <= max_runs and sum(found) == 6
+    assert loss(error, found) == pytest.approx(min(loss(error, runs) for runs in every))
+
+
+def test_a_budget_is_a_share_or_bytes() -> None:
+    assert sets_in_budget(0.5, 100, 8) == 4 and sets_in_budget(0.49, 100, 8) == 3
+    assert sets_in_budget(450, 100, 8) == 4 and sets_in_budget(1 / 3, 100, 3) == 1
+
+
+@pytest.mark.parametrize("budget", [0.1, 99, 0.0, 1.5, 800, -3])
+def test_a_budget_that_no_map_meets_names_those_that_can_be(budget: float) -> None:
+    allowed = r"a share of all experts, 0\.125 \(one set for all layers\) to 0\.875, or bytes, 100 to 700$"
+    with pytest.raises(ConfigError, match=allowed):
+        sets_in_budget(budget, 100, 8)

@@ -1,4 +1,5 @@
-"""Cross-entropy and KL divergence over a split vocabulary against torch's own over the whole."""
+"""Cross-entropy and KL divergence over a split vocabulary against torch's own over the whole, and what padding of the vocabulary must
+not do. That split layers are whole ones is the parity table's matter."""
 
 from __future__ import annotations
 
@@ -12,10 +13,52 @@ from torch import Tensor
 
 from megatron_samoe.config import ParallelConfig
 from megatron_samoe.parallel_state import Group, initialize_model_parallel, single_process_state
+from megatron_samoe.parallel_state.parameter_tag import Init
 from megatron_samoe.tensor_parallel import cross_entropy
 from megatron_samoe.tensor_parallel.cross_entropy import linear_cross_entropy, vocab_parallel_cross_entropy
 from megatron_samoe.tensor_parallel.kl_divergence import vocab_parallel_kl_divergence
+from megatron_samoe.tensor_parallel.layers import VocabParallelEmbedding
 from tests.harness.ranks import run_ranks
+
+H, T, VOCAB, PADDED = 6, 12, 9, 16
+INIT = Init(std=0.3)
+
+
+def used_rows() -> tuple[int, int, tuple[int, ...]]:
+    state = initialize_model_parallel(ParallelConfig(tensor_model_parallel_size=4))
+    embedding = VocabParallelEmbedding(VOCAB, PADDED, H, init=INIT, state=state, dtype=torch.float32)
+    with torch.no_grad():
+        embedding.weight.fill_(1.0)
+    return embedding.first_id, embedding.num_used_rows, tuple(embedding.logits(torch.ones(2, H)).shape)
+
+
+@pytest.mark.distributed
+def test_ranks_with_nothing_but_padding_have_no_logits() -> None:
+    assert run_ranks(used_rows, 4) == [(0, 4, (2, 4)), (4, 4, (2, 4)), (8, 1, (2, 4)), (12, 0, (2, 0))]
+
+
+def test_padding_takes_no_probability_and_no_gradient() -> None:
+    """Whatever stands in the padded rows, and however many there are, the loss is the same."""
+    losses = []
+    for padded in (VOCAB, PADDED, 64):
+        embedding = VocabParallelEmbedding(
+            VOCAB, padded, H, init=INIT, state=single_process_state(), dtype=torch.float64
+        )
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            embedding.weight[:VOCAB] = torch.randn(VOCAB, H, generator=generator, dtype=torch.float64)
+            embedding.weight[VOCAB:] = 1e3
+        x = torch.randn(T, H, generator=generator, dtype=torch.float64)
+        logits = embedding.logits(x)
+        assert logits.shape == (T, padded) and logits.is_contiguous(), "no product has an odd width"
+        assert logits[:, :VOCAB].isfinite().all() and (logits[:, VOCAB:] == -torch.inf).all()
+        loss = F.cross_entropy(logits, torch.arange(T) % VOCAB)
+        loss.backward()
+        losses.append(loss.item())
+        assert embedding.weight.grad is not None
+        assert not embedding.weight.grad[VOCAB:].any()
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-14)
+
 
 V, T, TEMPERATURE = 13, 40, 1.7
 #: Widths of the ranks' parts of the vocabulary.

@@ -1,4 +1,4 @@
-"""How combination coefficients begin, and that combined experts begin as spread as normal ones."""
+"""How layers with experts begin: as strong as the dense MLP that they stand for, with the spread of normal experts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,58 @@ import torch
 
 from megatron_samoe.convert.layer_experts import LayerExperts
 from megatron_samoe.models.rank_model import build_model
-from megatron_samoe.moe.sharing.coefficients import bank_std_factor, initial_coefficients, normalize_coefficients
+from megatron_samoe.moe.branch_scale import branch_scale
+from megatron_samoe.moe.sharing.coefficients import initial_coefficients, normalize_coefficients
+from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state import single_process_state
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 from tests.unit.convert.memory_source import logits, new_source
+
+TABLE = table(__file__)
+STATE = single_process_state()
+
+
+def branch_rms(layout: str, **options: Any) -> float:
+    """The root mean square of what the MLPs or MoE layers of a new model make of normalised tokens."""
+    config = tiny_config(layout, num_layers=4, hidden_size=64, make_vocab_size_divisible_by=8, **options)
+    model = build_model(config, 103, STATE)
+    model.begin_step()
+    x_TH = torch.randn(2048, 64, generator=torch.Generator().manual_seed(3))
+    x_TH = x_TH / x_TH.square().mean(1, keepdim=True).sqrt()
+    context, squares = ForwardContext(batch_size=1), []
+    with torch.no_grad():
+        for layer in model.chunks[0].layers.values():
+            y_TH = layer.moe(x_TH, context, model.lender)[0] if layer.is_moe else layer.mlp(x_TH)
+            squares.append(y_TH.square().mean().item())
+    return (sum(squares) / len(squares)) ** 0.5
+
+
+def dense_rms(**options: Any) -> float:
+    return branch_rms("dense", ffn_hidden_size=256, **options)
+
+
+@pytest.mark.parametrize("layout", ["moe", "samoe"])
+@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("topk", [1, 2, 8])
+@pytest.mark.parametrize("experts", [8, 64])
+def test_an_moe_layer_begins_as_strong_as_the_dense_mlp(experts: int, topk: int, function: str, layout: str) -> None:
+    routing = {"num_experts": experts, "moe_router_topk": topk, "moe_router_score_function": function}
+    options = {"ffn_hidden_size": 256, **routing}
+    dense = dense_rms()
+    assert branch_rms(layout, **options) == pytest.approx(dense, rel=0.1)
+    without = branch_rms(layout, **options, moe_scale_output_init=False)
+    assert without < 0.92 * dense, "the MLP's own spread begins too weak"
+
+
+@pytest.mark.parametrize("options", TABLE["models"])
+def test_shared_experts_widths_and_routers_of_all_kinds(options: dict[str, Any]) -> None:
+    style = {"style": options["style"]} if "style" in options else {}
+    assert branch_rms("moe", ffn_hidden_size=256, **options) == pytest.approx(dense_rms(**style), rel=0.1)
+
+
+def test_a_switch_turns_it_off() -> None:
+    assert branch_scale(tiny_config("moe", moe_scale_output_init=False), 4) == (1.0, 1.0)
 
 
 def start(normalization: str, **options: Any) -> list[list[float]]:
@@ -62,14 +110,6 @@ def test_combined_experts_begin_with_the_spread_of_normal_ones(normalization: st
             ]
             weight = torch.einsum("p,p...->...", a_GP[0], pool.bank[name].detach())
             assert weight.std().item() == pytest.approx(std, rel=0.05)
-
-
-@pytest.mark.parametrize("banks", [1, 2, 5])
-def test_bank_factor_undoes_the_norm_of_the_start(banks: int) -> None:
-    for normalization, init in (("none", "cyclic"), ("none", "uniform"), ("softmax", "uniform"), ("softmax", "cyclic")):
-        config = tiny_config(num_expert_banks=banks, samoe_normalization=normalization, samoe_init=init).moe
-        row = normalize_coefficients(initial_coefficients(config, 0, 4), normalization)
-        assert bank_std_factor(config) * row.norm().item() == pytest.approx(1.0, rel=1e-6)
 
 
 @pytest.mark.parametrize("normalization", ["none", "l2", "softmax"])
