@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.harness.megatron_faults import FAULTS
 from tests.harness.megatron_model import Layout, Model, batches, built, fill, run, start
 from tests.harness.ranks import run_ranks
 
@@ -25,13 +24,9 @@ run_megatron = functools.partial(
 
 
 class Training:
-    """A model with Megatron-Core's data parallelism, optimizer and schedule.
+    """A model with Megatron-Core's data parallelism, optimizer and schedule."""
 
-    Args:
-        fault: the name of a fault of `FAULTS` that is planted.
-    """
-
-    def __init__(self, layout: Layout, sharing: str | None, options: dict[str, Any], fault: str | None = None):
+    def __init__(self, layout: Layout, sharing: str | None, options: dict[str, Any]):
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -43,8 +38,6 @@ class Training:
         self.layout = layout
         config, chunks, self.shares = built(layout, Model(sharing=sharing, sharing_options=options))
         fill(chunks)
-        if fault is not None:
-            FAULTS[fault](self.shares)
         gathers = layout.overlap and layout.zero
         common = {"use_distributed_optimizer": layout.zero, "overlap_param_gather": gathers}
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=layout.overlap, **common)
@@ -104,17 +97,13 @@ def count_calls() -> dict[str, int]:
     return calls
 
 
-#: A way of sharing with its options, and a fault that is planted.
-Case = tuple[str | None, dict[str, Any], str | None]
-
-
-def train(layout: Layout, cases: list[Case], steps: int = 4) -> list[dict[str, Any]]:
+def train(layout: Layout, cases: list[tuple[str | None, dict[str, Any]]], steps: int = 4) -> list[dict[str, Any]]:
     """Returns for each case losses and norms of a few steps, how far copies of what is shared differ between ranks, and whether
     Megatron-Core's own parts ran."""
     start(layout)
     results, calls = [], count_calls()
-    for sharing, options, fault in cases:
-        training = Training(layout, sharing, options, fault)
+    for sharing, options in cases:
+        training = Training(layout, sharing, options)
         losses, norms = zip(*(training.step(step) for step in range(steps)), strict=True)
         for chunk in training.model if layout.zero and layout.overlap else ():
             chunk.start_param_sync(force_sync=True)  # weights that else arrive in the next step

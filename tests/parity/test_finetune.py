@@ -16,10 +16,19 @@ import pytest
 import torch
 
 from megatron_samoe.convert.opener import open_folder
-from megatron_samoe.datasets.tokenizer import tokenizer_of
-from tests.harness.program import REPOSITORY, call, flags, write_corpus
+from tests.harness.program import REPOSITORY
 from tests.parity import class_uses
-from tests.parity.hf_models import Native, converted, native, random_source, some_ids, their_logits, theirs
+from tests.parity.hf_models import (
+    Native,
+    converted,
+    loaded,
+    native,
+    our_logits,
+    random_source,
+    some_ids,
+    their_logits,
+    theirs,
+)
 from tests.parity.hf_models import transformers as hf
 
 pytestmark = pytest.mark.parity
@@ -124,11 +133,11 @@ def test_a_token_that_was_added_comes_back(name: str, same_folder: bool, tmp_pat
     ids_BS = torch.cat((some_ids(), torch.full((2, 1), 257)), 1)
     expected = their_logits(model, ids_BS)
 
-    ours = native_of(converted(tuned, tmp_path / "back"))
-    words = ours.loaded.tokenizer
+    back = converted(tuned, tmp_path / "back")
+    words = loaded(back).tokenizer
     assert words.encode("ab<|end|>") == [97, 98, 257] and words.decode([257]) == "<|end|>"
-    assert (native_logits(ours, ids_BS) - expected).abs().max() < 1e-4
-    again = converted(ours.root, tmp_path / "again", "--to", "hf", "--hf-model-type", MODELS[name][2])
+    assert (our_logits(back, ids_BS) - expected).abs().max() < 1e-4
+    again = converted(back, tmp_path / "again", "--to", "hf", "--hf-model-type", MODELS[name][2])
     assert (their_logits(theirs(again), ids_BS) - expected).abs().max() < 1e-5
     assert hf.AutoTokenizer.from_pretrained(again, trust_remote_code=True)("ab<|end|>").input_ids == [97, 98, 257]
     assert content(again / "tokenizer.json") == content(tuned / "tokenizer.json")
@@ -147,34 +156,19 @@ def test_how_a_model_talks_comes_back(tmp_path: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     back = converted(folder, tmp_path / "back")
-    assert native_of(back).loaded.tokenizer.encode("a<|endoftext|>") == [97, 256]
+    assert loaded(back).tokenizer.encode("a<|endoftext|>") == [97, 256]
     again = converted(back, tmp_path / "again", "--to", "hf", "--hf-model-type", "samoe")
     assert (again / "chat_template.jinja").read_text() == tokenizer.chat_template
     for name in ("generation_config.json", "tokenizer_config.json"):
         assert content(again / name) == content(folder / name)
 
 
-def native_of(root: Path) -> Native:
-    from megatron_samoe.parallel_state.state import single_process_state
-    from megatron_samoe.runtime.load import load_model
-
-    return Native(root, None, load_model(open_folder(root), single_process_state()))  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def native_logits(ours: Native, ids_BS: torch.Tensor) -> torch.Tensor:
-    from megatron_samoe.moe.types import ForwardContext
-
-    result, _ = ours.loaded.model(ids_BS, ForwardContext(batch_size=len(ids_BS), training=False))
-    return result.view(*ids_BS.shape, -1)[..., :258]
-
-
 def test_a_tokenizer_that_a_folder_did_not_change_stays_the_runs_own(tmp_path: Path) -> None:
     """A class saves it anew in other words, with the same tokens."""
     ours, folder = export(tmp_path, "pool")
     hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=True).save_pretrained(folder)
-    back = native_of(converted(folder, tmp_path / "back"))
-    assert back.loaded.config.data.tokenizer_type == ours.loaded.config.data.tokenizer_type == "ByteTokenizer"
+    back = loaded(converted(folder, tmp_path / "back"))
+    assert back.config.data.tokenizer_type == ours.loaded.config.data.tokenizer_type == "ByteTokenizer"
 
 
 @pytest.mark.parametrize(
@@ -203,37 +197,3 @@ def test_the_weight_of_the_balance_loss_travels_and_earlier_exports_keep_theirs(
         assert back["moe"]["moe_aux_loss_coeff"] == (change.get("router_aux_loss_coef") or 0.02)
         remembers_all = back["training"] == source.config["training"]
         assert remembers_all == (change.get("router_aux_loss_coef") is None)
-
-
-@pytest.mark.night
-@pytest.mark.parametrize("name", ["pool", "own_experts"])
-def test_the_example_and_what_follows(name: str, tmp_path: Path) -> None:
-    """A run's model is exported, tuned, merged, imported, and then generates, is evaluated and compressed."""
-    pytest.importorskip("trl", reason=NEEDS_TRL)
-    _, folder = export(tmp_path, name)
-    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
-    text.write_text("It was the very best of all days for a walk. " * 400)
-    other.write_text("He said no, and she said nothing at all. " * 400)
-    words = [sys.executable, str(REPOSITORY / "examples/finetune/answers.py"), str(folder), str(tmp_path / "tuned")]
-    words += ["--books", str(text), str(other), *flags(steps=3, questions=4)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = re.findall(r"(before|after): loss ([\d.]+) on the answers of 4 new questions", done.stdout)
-    assert [when for when, _ in found] == ["before", "after"] and float(found[1][1]) < float(found[0][1])
-
-    back = converted(tmp_path / "tuned", tmp_path / "back")
-    ids_BS = some_ids()
-    ours = native_of(back)
-    expected = their_logits(theirs(tmp_path / "tuned"), ids_BS)
-    assert (native_logits(ours, ids_BS)[..., :257] - expected).abs().max() < 1e-4
-    assert tokenizer_of(ours.loaded.config.data).eod == 256
-    uses = {"generate": flags(prompt="It was", max_new_tokens=4), "evaluate": flags(corpus=text)}
-    for command, options in uses.items():
-        ran = call(f"megatron_samoe.cli.{command}", "--load", str(back), *options)
-        assert ran.returncode == 0, ran.stderr[-2000:]
-    if name == "own_experts":
-        write_corpus(tmp_path / "data")
-        folders = flags(load_dir=back, save_dir=tmp_path / "small", data_path=tmp_path / "data")
-        options = flags(calibration_tokens=512, judge_tokens=256, num_expert_banks=2)
-        ran = call("megatron_samoe.cli.compress", *folders, *options)
-        assert ran.returncode == 0, ran.stderr[-2000:]

@@ -13,8 +13,8 @@ from megatron_samoe.fit.compress.options import CompressOptions
 from megatron_samoe.fit.compress.pipeline import Compression
 from tests.harness.pairs import first_by_day
 from tests.harness.program import write_corpus
-from tests.parity.hf_models import converted, their_logits, theirs
-from tests.parity.test_hf_import import VOCABULARY, made, our_logits, random_ids
+from tests.parity.hf_models import converted, our_logits, their_logits, theirs
+from tests.parity.test_hf_import import VOCABULARY, made, random_ids
 
 pytestmark = pytest.mark.parity
 

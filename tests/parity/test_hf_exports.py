@@ -113,16 +113,6 @@ def test_folded_experts_go_into_stock_classes(
     assert type(model).__name__ == architecture
 
 
-def test_routers_that_no_stock_class_has_are_refused_by_name(tmp_path: Path) -> None:
-    options = {**CASES["bias_groups_scaling"][1], "moe_residual_mlp": True, "expert_sharing": "tied"}
-    ours = native(tmp_path / "native", random_source("moe", **options))
-    status, _, error = run("--load-dir", ours.root, "--save-dir", tmp_path / "hf", "--hf-model-type", "mixtral")
-    assert status != 0 and not (tmp_path / "hf").exists()
-    for name in ("enable-expert-bias", "num-groups", "topk-scaling-factor"):
-        assert f"--moe-router-{name}" in error
-    assert "--moe-residual-mlp" in error and error.rstrip().endswith("These classes do: samoe")
-
-
 @pytest.mark.parametrize("case", sorted(CHANGING))
 def test_candidates_that_change_are_not_folded(case: str, tmp_path: Path) -> None:
     ours = native(tmp_path / "native", random_source("moe", **CASES[case][1]))

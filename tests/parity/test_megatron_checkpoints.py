@@ -173,31 +173,6 @@ def test_megatron_trains_routers_as_we_do(sequences: int, options: dict, tmp_pat
         torch.testing.assert_close(router_gradients(ours, batch), theirs, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize(("layout", "options"), [CASES[0], CASES[2], CASES[3]])
-def test_every_rank_loads_its_file_strictly(layout: str, options: dict, sizes: tuple, tmp_path: Path) -> None:
-    if layout == "dense" and sizes[2] > 1:
-        sizes = (*sizes[:2], 1)
-    folder = export(new_source(tiny_config(layout, **options)), tmp_path, *sizes)
-    tp, pp, ep = sizes
-    args = torch.load(next(folder.rglob(FILE_NAME)), weights_only=False)["args"]
-    for rank in range(tp * pp * ep):
-        with megatron_rank(args, rank):
-            own = [
-                ("", mpu.get_tensor_model_parallel_rank(), 2, True),
-                ("_", mpu.get_pipeline_model_parallel_rank(), 3, pp > 1),
-                ("_", mpu.get_expert_model_parallel_rank(), 3, ep > 1),
-            ]
-            name = "mp_rank_" + "".join(f"{mark}{number:0{width}d}" for mark, number, width, shown in own if shown)
-            content = torch.load(folder / name / FILE_NAME, weights_only=False)
-            model = megatron_model(content["args"])
-            model.load_state_dict(content["model"], strict=True)
-            state = model.state_dict_for_save_checkpoint()
-        # Entries of fp8's state are None here, and Megatron loads strictly without them.
-        weights = [{key for key in keys if not key.endswith("_extra_state")} for keys in (state, content["model"])]
-        assert weights[0] == weights[1]
-
-
 def test_names_of_transformer_engine_are_megatrons_own_translation() -> None:
     for alone, fused in get_gpt_layer_local_spec().submodules.sharded_state_dict_keys_map.items():
         assert canonical(f"decoder.layers.0.{fused}weight") == f"decoder.layers.0.{alone}weight"

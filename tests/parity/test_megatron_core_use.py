@@ -17,33 +17,18 @@ import numpy as np
 import pytest
 import torch
 
-import megatron_samoe
-from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.convert.megatron import MegatronReader
 from megatron_samoe.errors import ConfigError, DataError
-from megatron_samoe.models.rank_model import build_model
-from megatron_samoe.moe.types import ForwardContext
-from megatron_samoe.parallel_state.state import single_process_state
 from tests.harness.datasets import write_dataset
 from tests.harness.megatron_model import Layout, Model, built, start
 from tests.harness.megatron_training import run_megatron
 from tests.harness.pairs import first_by_day
 from tests.harness.tables import table
+from tests.unit.convert.memory_source import logits
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = "examples/megatron_core/pretrain_pool.py"
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
-
-
-def test_the_plug_in_has_no_parallel_code_of_ours() -> None:
-    """But that of a way of sharing: Megatron-Core reduces, dispatches, schedules and steps."""
-    folder = Path(megatron_samoe.__file__).parent / "plugins" / "megatron_core"
-    rooms = {
-        module.split(".")[1]
-        for file in folder.glob("*.py")
-        for module in re.findall(r"^from (megatron_samoe\.[\w.]+) import", file.read_text(), re.MULTILINE)
-    }
-    assert rooms <= {"config", "errors", "models", "moe", "ops", "parallel_state", "plugins"}
 
 
 def _refused(options: dict[str, Any], sharing: str, words: dict[str, Any]) -> str:
@@ -139,16 +124,6 @@ def test_the_example_learns_a_text(ranks: int, words: tuple[str, ...], tmp_path:
     said = run_megatron(_example, 1, words)[0] if ranks == 1 else _under_torchrun(ranks, words)
     losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+),", said, re.MULTILINE)]
     assert losses[0] == pytest.approx(np.log(257), abs=0.2) and losses[-1] < losses[0] - 1
-    assert loss_here(tmp_path / "saved") == pytest.approx(losses[-1], abs=0.5)
-
-
-def loss_here(folder: Path) -> float:
-    """Returns the loss of the example's text by this program's model of a checkpoint."""
-    reader = MegatronReader(folder)
-    model = build_model(from_mapping(reader.config, "saved"), 257, single_process_state(), torch.float32)
-    for name, parameter in model.global_parameters().items():
-        parameter.data.copy_(reader.read(name))
-    model.eval().begin_step()
     ids = torch.tensor(list(b"one two three four " * 2)[:33])
-    found, _ = model(ids[None, :-1], ForwardContext(batch_size=1, training=False))
-    return float(torch.nn.functional.cross_entropy(found[:, :257], ids[1:]))
+    ours = logits(MegatronReader(tmp_path / "saved"), tokens=ids[None, :-1])[:, :257]
+    assert float(torch.nn.functional.cross_entropy(ours, ids[1:])) == pytest.approx(losses[-1], abs=0.5)

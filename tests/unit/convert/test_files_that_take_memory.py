@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import struct
+import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -14,23 +16,31 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import yaml
 
+from megatron_samoe.convert.hf.export import plan_export, refuse_other_tensors, write_export
 from megatron_samoe.convert.hf.folder import MAX_JSON_BYTES, HFFolder, read_json
 from megatron_samoe.convert.hf.safetensors_io import SafetensorsReader
 from megatron_samoe.convert.hf.source import family_of
 from megatron_samoe.convert.megatron.rank_files import load_rank_file
+from megatron_samoe.convert.opener import open_folder
+from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.dist_checkpointing.saved_tensor import read_saved_tensor, read_saved_tensor_into
-from megatron_samoe.dist_checkpointing.store import refuse_wrong_values
+from megatron_samoe.dist_checkpointing.store import TRAIN_STATE, digest_of_values, refuse_wrong_values
 from megatron_samoe.errors import CheckpointError, MegatronSamoeError, nearest, readable
+from tests.harness.tiny import tiny_config
+from tests.unit.convert.memory_source import new_source
 
 
-def refused_cheaply(read: Callable[[], object], match: str) -> None:
+def refused_cheaply(read: Callable[[], object], match: str = "", most_bytes: float = 4e6) -> None:
     tracemalloc.start()
+    began = time.perf_counter()
     with pytest.raises(MegatronSamoeError, match=match) as caught:
         read()
+    assert time.perf_counter() - began < 5.0  # tracemalloc alone makes it several times slower
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4e6 and len(str(caught.value)) < 2000 and str(caught.value).isprintable()
+    assert peak < most_bytes and len(str(caught.value)) < 2000 and str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("num_bytes", [2 << 20, 100 << 20])
@@ -127,6 +137,45 @@ def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
     safetensors.torch.save_file({"new": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"old": "gone.safetensors"}}))
     assert set(HFFolder(tmp_path).tensors) == {"new"}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The configurations of a SaMoE, as a checkpoint's and a Hugging Face folder's."""
+    root = tmp_path_factory.mktemp("sound")
+    source = new_source(tiny_config("samoe", num_expert_banks=2, num_layers=2))
+    native = write_checkpoint(root / "native", 7, source)
+    write_export(plan_export(source), root / "hf", lambda _: None)
+    state = {n: v for n, v in json.loads((native / TRAIN_STATE).read_text()).items() if n != "digest"} | {"digests": {}}
+    (native / TRAIN_STATE).write_text(json.dumps({**state, "digest": digest_of_values(state)}))
+    return {"config.yaml": native, "config.json": root / "hf"}
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "size"),
+    [
+        *(
+            ("config.yaml", name, size)
+            for size in (10**5, 10**9)
+            for name in (
+                *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
+                *("num_experts", "num_expert_banks", "moe_router_topk"),
+            )
+        ),
+        *(
+            ("config.json", name, 10**9)
+            for name in ("num_hidden_layers", "num_experts", "hidden_size", "vocab_size", "moe_intermediate_size")
+        ),
+    ],
+)
+def test_sizes_that_no_tensor_has(file: str, name: str, size: int, sound: dict[str, Path], tmp_path: Path) -> None:
+    """Refused before a model of that size is built."""
+    folder = Path(shutil.copytree(sound[file], tmp_path / "iter_0000007"))
+    config = yaml.safe_load((folder / file).read_text())  # JSON is YAML
+    section = next((part for part in config.values() if isinstance(part, dict) and name in part), config)
+    section[name] = size
+    (folder / file).write_text(json.dumps(config))
+    refused_cheaply(lambda: refuse_other_tensors(open_folder(folder)), most_bytes=100e6)
 
 
 @pytest.mark.parametrize("vocab_size", [10**12, 2**31])

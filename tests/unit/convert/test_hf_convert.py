@@ -20,7 +20,6 @@ from megatron_samoe.cli import convert
 from megatron_samoe.convert.hf import export
 from megatron_samoe.convert.megatron import MegatronReader
 from megatron_samoe.convert.opener import open_folder
-from megatron_samoe.convert.read_ahead import ReadAhead
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
 from megatron_samoe.errors import CheckpointError
 from tests.harness.megatron_files import write_rank_files
@@ -240,29 +239,6 @@ def test_other_precisions_keep_what_training_keeps(made: SimpleNamespace, tmp_pa
     assert run(*words).returncode == 0
     files = MegatronReader(tmp_path / "megatron")
     assert files.tensors["layers.0.attention.qkv.weight"].dtype == torch.bfloat16
-
-
-def test_reading_ahead_gives_each_tensor_once_and_its_errors() -> None:
-    source = new_source(SAMOE)
-    names, asked = list(source.weights), []
-
-    class Counted:
-        config, train_state, tensors = source.config, source.train_state, source.tensors
-        attachments: dict[str, bytes] = {}  # noqa: RUF012
-
-        def read(self, name: str) -> torch.Tensor:
-            asked.append(name)
-            return source.read(name)
-
-    with ReadAhead(Counted(), names) as ahead:
-        assert all(torch.equal(ahead.read(name), source.weights[name]) for name in names)
-        assert asked == names
-        # In another order too, at the price of reading for nothing.
-        assert all(torch.equal(ahead.read(name), source.weights[name]) for name in reversed(names))
-        with pytest.raises(KeyError, match="nothing"):
-            ahead.read("nothing")
-    with pytest.raises(RuntimeError, match="shutdown"):
-        ahead.read(names[0])
 
 
 #: Conversions of many tensors: from, to, and how.

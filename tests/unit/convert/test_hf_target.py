@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-from megatron_samoe.convert.hf.families import families
-from megatron_samoe.convert.hf.parts import Part, join, parts_of
 from megatron_samoe.convert.hf.target import choose_target
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.errors import ConfigError
@@ -52,25 +49,3 @@ def test_impossible_targets_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         choose_target(model(layout, **options), wanted, fold)
-
-
-@pytest.mark.parametrize(("layout", "options", "name"), [*TABLE["taken"], ("samoe", {}, "samoe")])
-def test_parts_cover_every_element_once(layout: str, options: dict[str, Any], name: str) -> None:
-    """Distinct numbers go out and come back; no foreign tensor has an element twice, none is lost."""
-    native = model(layout, **options)
-    family = next(f for f in families() if f.name == name)
-    assert not family.misfits(native)
-    parts = [part for part in family.parts(native) if isinstance(part, Part)]
-    names = [part.name for part in family.parts(native)]
-    assert len(names) == len(set(names)) and set(parts_of(parts)) == set(native.tensors)
-    for ours, group in parts_of(parts).items():
-        stored = native.tensors[ours]
-        whole = torch.arange(stored.num_bytes // stored.dtype.itemsize, dtype=torch.float64).view(stored.shape) + 1
-        if ours in ("embedding.word.weight", "output.weight"):
-            whole[VOCAB_SIZE:] = 0
-        taken = {part.name: part.take(whole).clone() for part in group}
-        assert all(tuple(taken[part.name].shape) == part.shape for part in group)
-        scale = {part.name: part.scale for part in group}
-        elements = torch.cat([(t / scale[n]).flatten() for n, t in taken.items()])
-        assert torch.equal(elements.sort().values, whole[whole > 0].flatten().sort().values)
-        assert torch.equal(join(group, stored.shape, torch.float64, taken.__getitem__), whole)

@@ -9,17 +9,16 @@ import pickle
 import random
 import shutil
 import tempfile
-import time
-import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -40,7 +39,7 @@ from megatron_samoe.dist_checkpointing.table_of_contents import METADATA, read_t
 from megatron_samoe.errors import MegatronSamoeError
 from tests.harness.megatron_files import write_rank_files
 from tests.harness.tiny import tiny_config
-from tests.hostile.changes import ODD, changed
+from tests.hostile.changes import ODD, changed, mutate
 from tests.unit.convert.memory_source import new_source
 
 SEEDS = pytest.mark.parametrize("seeds", [range(300), pytest.param(range(300, 3000), marks=pytest.mark.night)], ids=str)
@@ -81,6 +80,7 @@ def read_by_kind(folders: dict[str, Path]) -> dict[str, tuple[Any, Callable[[Any
     arguments = MegatronReader(folders["megatron"]).arguments
     plain = {k: v for k, v in arguments.items() if isinstance(v, (int, float, str, list, bool, type(None)))}
     config = yaml.safe_load((native / store.CONFIG).read_text())
+    (rank_path,) = folders["megatron"].rglob("model_optim_rng.pt")
 
     def training_state(variant: Any) -> None:
         write_state(native, variant)
@@ -104,12 +104,19 @@ def read_by_kind(folders: dict[str, Path]) -> dict[str, tuple[Any, Callable[[Any
     def megatrons_arguments(variant: Any) -> None:
         from_arguments(argparse.Namespace(**{str(k): v for k, v in variant.items()}), "test")
 
+    def rank_file(variant: bytes) -> None:
+        rank_path.write_bytes(variant)
+        reader = MegatronReader(folders["megatron"])
+        for name in reader.tensors:
+            reader.read(name)
+
     return {
         "configuration": (to_mapping(tiny_config("samoe")), lambda variant: validate(from_mapping(variant, "test"), 2)),
         "training state": (_without_digest(native), training_state),
         "config.yaml": ({name: config[name] for name in ("model", "moe", "data")}, config_yaml),
         "config.json": (json.loads((hf / "config.json").read_text()), config_json),
         "Megatron's arguments": (plain, megatrons_arguments),
+        "rank file": (rank_path.read_bytes(), rank_file),
         "table of contents": (pickle.loads((native / METADATA).read_bytes()), table_of_contents),
     }
 
@@ -138,7 +145,19 @@ LEAST = {
     "config.json": 0.3,
     "Megatron's arguments": 0.2,
     "table of contents": 0.75,
+    "rank file": 0.5,
 }
+
+
+def damaged_bytes(content: bytes, rng: random.Random) -> bytes:
+    """Returns an archive's bytes with some of them changed: three times of four in its first entry, which is unpickled."""
+    end = content.index(b"PK\x03\x04", 4)
+    begin, end = (0, len(content)) if rng.random() < 0.25 else (0, end)
+    return content[:begin] + mutate(content[begin:end], np.random.default_rng(rng.getrandbits(32))) + content[end:]
+
+
+#: What makes a variant of contents that are not of mappings and lists.
+DAMAGE = {Metadata: damaged_table, bytes: damaged_bytes}
 
 
 @SEEDS
@@ -148,7 +167,7 @@ def test_what_was_changed_is_read_or_refused_in_words(
 ) -> None:
     copies = {name: Path(shutil.copytree(path, tmp_path / name / path.name)) for name, path in folders.items()}
     value, read = read_by_kind(copies)[kind]
-    change, refused = damaged_table if isinstance(value, Metadata) else changed, 0
+    change, refused = DAMAGE.get(type(value), changed), 0
     for seed in seeds:
         variant = change(value, random.Random(seed))
         try:
@@ -162,65 +181,13 @@ def test_what_was_changed_is_read_or_refused_in_words(
 
 
 @given(st.binary(max_size=60))
+@example(bytes.fromhex("5d72000000042e"))  # asks for a gigabyte
 @settings(max_examples=500, deadline=None)
 def test_any_bytes_as_a_table_of_contents(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / METADATA).write_bytes(b"\x80\x02" + content)
         with pytest.raises(MegatronSamoeError):
             read_table(folder)
-
-
-def test_nine_bytes_do_not_take_a_gigabyte(tmp_path: Path) -> None:
-    (tmp_path / METADATA).write_bytes(bytes.fromhex("80025d72000000042e"))
-    began = time.perf_counter()
-    with pytest.raises(MegatronSamoeError, match="numbers more values than it has bytes"):
-        read_table(tmp_path)
-    assert time.perf_counter() - began < 1.0
-
-
-@pytest.mark.parametrize(
-    ("group", "name"),
-    [
-        *(("model", name) for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")),
-        *(("moe", name) for name in ("num_experts", "num_expert_banks", "moe_router_topk")),
-    ],
-)
-@pytest.mark.parametrize("size", [10**5, 10**9])
-def test_sizes_that_no_tensor_has(group: str, name: str, size: int, folders: dict[str, Path], tmp_path: Path) -> None:
-    """Refused before a model of that size is built."""
-    folder = shutil.copytree(folders["native"], tmp_path / "iter_0000007")
-    forget_digests(folder)
-    config = yaml.safe_load((folder / store.CONFIG).read_text())
-    config[group][name] = size
-    (folder / store.CONFIG).write_text(yaml.safe_dump(config))
-    _assert_refused_cheaply(lambda: inspect.main(["verify", str(folder)]))
-
-
-@pytest.mark.parametrize(
-    "name", ["num_hidden_layers", "num_experts", "hidden_size", "vocab_size", "moe_intermediate_size"]
-)
-def test_sizes_in_a_config_json_that_no_tensor_has(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = shutil.copytree(folders["hf"], tmp_path / "hf")
-    config = json.loads((folder / "config.json").read_text())
-    config[name] = 10**9
-    (folder / "config.json").write_text(json.dumps(config))
-
-    def read() -> int:
-        with pytest.raises(MegatronSamoeError):
-            HFSource(folder)
-        return 1
-
-    _assert_refused_cheaply(read)
-
-
-def _assert_refused_cheaply(read: Callable[[], int]) -> None:
-    tracemalloc.start()
-    began = time.perf_counter()
-    assert read() != 0
-    # tracemalloc alone makes it several times slower.
-    assert time.perf_counter() - began < 5.0
-    assert tracemalloc.get_traced_memory()[1] < 100e6
-    tracemalloc.stop()
 
 
 def _repacked(path: Path, change: Callable[[str, bytes], tuple[bytes, int]]) -> None:

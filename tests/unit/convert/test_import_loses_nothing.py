@@ -17,7 +17,7 @@ from megatron_samoe.convert.megatron import MegatronReader
 from megatron_samoe.convert.megatron.rank_files import FILE_NAME
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
-from megatron_samoe.errors import CheckpointError, MegatronSamoeError
+from megatron_samoe.errors import CheckpointError
 from tests.harness.megatron_files import write_rank_files
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 from tests.unit.convert.memory_source import new_source
@@ -119,21 +119,3 @@ def test_megatrons_wider_tensors_are_not_rounded(tmp_path: Path) -> None:
     assert reader.config["training"]["bf16"] is False and "several precisions" in reader.notes[0]
     expected = open_folder(tmp_path / "native").tensors.read("final_norm.weight")
     assert torch.equal(reader.read("final_norm.weight"), expected)
-
-
-@pytest.mark.parametrize(
-    ("argument", "value", "message"),
-    [
-        ("bias_gelu_fusion", False, "bias_gelu_fusion is False .exact GELU"),
-        ("glu_linear_offset", 1.0, "glu_linear_offset is 1.0"),
-        ("activation_func_clamp_value", 7.0, "activation_func_clamp_value is 7.0"),
-        ("moe_router_topk", 99, "--moe-router-topk = 99: must be at most --num-experts 4"),
-        ("moe_router_force_load_balancing", True, "moe_router_force_load_balancing is True"),
-    ],
-)
-def test_megatrons_arguments_that_change_the_function_are_refused(
-    argument: str, value: Any, message: str, tmp_path: Path
-) -> None:
-    folder = megatron_folder(tmp_path, lambda content: setattr(content["args"], argument, value), "moe")
-    with pytest.raises(MegatronSamoeError, match=message):
-        MegatronReader(folder)
