@@ -117,6 +117,12 @@ def converted(load_dir: Path, save_dir: Path, *arguments: object) -> Path:
     return save_dir
 
 
+def sent(folder: Path, layout: str, options: dict[str, Any], *words: object) -> tuple[Native, Path]:
+    """Returns a random model below a folder, and its export there, for which `words` are of the conversion."""
+    ours = native(folder / "native", random_source(layout, **options))
+    return ours, converted(ours.root, folder / "hf", "--to", "hf", *words)
+
+
 def theirs(folder: Path, **options: Any) -> Any:
     """Returns a folder's model as transformers loads it."""
     options = {"dtype": "auto", "trust_remote_code": True, **options}
@@ -152,8 +158,7 @@ def exported(
         tolerance: of a logit.
         length: tokens of greedy text, which must be the same; 0 for a model that our engine does not know.
     """
-    ours = native(folder / "native", random_source(layout, **options))
-    export = converted(ours.root, folder / "hf", *words)
+    ours, export = sent(folder, layout, options, *words)
     model, ids_BS = theirs(export), some_ids()
     assert (their_logits(model, ids_BS) - ours.logits(ids_BS)).abs().max() < tolerance
     if length:

@@ -22,9 +22,8 @@ from tests.parity.hf_models import (
     Native,
     converted,
     loaded,
-    native,
     our_logits,
-    random_source,
+    sent,
     some_ids,
     their_logits,
     theirs,
@@ -47,22 +46,25 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 #: What stock classes get wrong: Mixtral's balance loss has no gradient where layers are computed again with reentry.
 THEIRS = {("stock_mixtral", "sft_balanced_with_checkpointing_True")}
 #: By day; the others take minutes.
-BY_DAY = ("sft_of_single_texts_in_turn", "sft_balanced_in_packed_texts")
+BY_DAY = {
+    "pool": ("sft_of_single_texts_in_turn", "sft_balanced_in_packed_texts", "lora_on_each_part"),
+    "learned_positions": ("lora_on_each_part",),
+    "scaled_set": ("lora_on_each_part",),
+}
 NEEDS_TRL = "TRL and peft are not installed (extra finetune)"
 
 
 def export(root: Path, name: str) -> tuple[Native, Path]:
     """Returns a model, and the folder of its export."""
     layout, options, target = MODELS[name]
-    ours = native(root / f"{name}.ours", random_source(layout, **options))
-    return ours, converted(ours.root, root / name, "--to", "hf", "--hf-model-type", target)
+    return sent(root, layout, options, "--hf-model-type", target)
 
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Returns what gives a model's export."""
     root = tmp_path_factory.mktemp("finetune")
-    return functools.cache(lambda name: export(root, name)[1])
+    return functools.cache(lambda name: export(root / name, name)[1])
 
 
 def held(folder: Path, name: str, uses: Any) -> None:
@@ -71,11 +73,12 @@ def held(folder: Path, name: str, uses: Any) -> None:
     assert not {which: fault for which, fault in wrong.items() if fault is not None}
 
 
-def test_a_pool_is_tuned(folder_of: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("name", BY_DAY)
+def test_some_uses(name: str, folder_of: Callable[[str], Path]) -> None:
     pytest.importorskip("trl", reason=NEEDS_TRL)
     from tests.parity.finetune_uses import USES
 
-    held(folder_of("pool"), "pool", {name: USES[name] for name in BY_DAY})
+    held(folder_of(name), name, {use: USES[use] for use in BY_DAY[name]})
 
 
 @pytest.mark.night
@@ -178,16 +181,14 @@ def test_a_tokenizer_that_a_folder_did_not_change_stays_the_runs_own(tmp_path: P
 def test_routers_that_the_balance_loss_does_not_know_are_refused_it(options: dict[str, Any], tmp_path: Path) -> None:
     layout = options.pop("expert_layout", "moe")
     given = {"style": "llama"} if layout == "dense" else {**LLAMA, **options}
-    ours = native(tmp_path / "ours", random_source(layout, **given))
-    model = theirs(converted(ours.root, tmp_path / "hf", "--to", "hf", "--hf-model-type", "samoe"))
+    model = theirs(sent(tmp_path, layout, given, "--hf-model-type", "samoe")[1])
     assert not hasattr(model.config, "output_router_logits")  # by which trainers know
     with pytest.raises(ValueError, match="balance loss of transformers, which knows softmax routers"):
         model(input_ids=some_ids(), output_router_logits=True)
 
 
 def test_the_weight_of_the_balance_loss_travels_and_earlier_exports_keep_theirs(tmp_path: Path) -> None:
-    source = random_source("samoe", **LLAMA, moe_aux_loss_coeff=0.02)
-    folder = converted(native(tmp_path / "ours", source).root, tmp_path / "hf", "--to", "hf")
+    ours, folder = sent(tmp_path, "samoe", {**LLAMA, "moe_aux_loss_coeff": 0.02})
     assert theirs(folder).config.router_aux_loss_coef == 0.02
     config = json.loads((folder / "config.json").read_text())
     for change in ({}, {"router_aux_loss_coef": None}, {"router_aux_loss_coef": 0.3}):
@@ -195,5 +196,5 @@ def test_the_weight_of_the_balance_loss_travels_and_earlier_exports_keep_theirs(
         (folder / "config.json").write_text(json.dumps(given))
         back = open_folder(converted(folder, tmp_path / f"back{len(list(tmp_path.iterdir()))}")).tensors.config
         assert back["moe"]["moe_aux_loss_coeff"] == (change.get("router_aux_loss_coef") or 0.02)
-        remembers_all = back["training"] == source.config["training"]
+        remembers_all = back["training"] == ours.source.config["training"]
         assert remembers_all == (change.get("router_aux_loss_coef") is None)

@@ -14,7 +14,7 @@ from megatron_samoe.convert.hf.families import families
 from megatron_samoe.convert.opener import open_folder
 from tests.harness.pairs import first_by_day
 from tests.harness.tables import table
-from tests.parity.hf_models import converted, native, our_logits, random_source, run, their_logits, theirs, transformers
+from tests.parity.hf_models import converted, our_logits, run, sent, their_logits, theirs, transformers
 from tests.unit.convert.memory_source import gradients
 
 pytestmark = pytest.mark.parity
@@ -225,7 +225,7 @@ def test_an_adapter_is_not_passed_over(has_model: bool, tmp_path: Path) -> None:
 def test_a_gate_that_ours_lacks_is_refused(tmp_path: Path) -> None:
     """A model without gates, exported, given gates by others, and imported as what it was."""
     options = {"style": "llama", "moe_router_topk": 2, "moe_shared_expert_intermediate_size": 20}
-    folder = converted(native(tmp_path / "ours", random_source("moe", **options)).root, tmp_path / "hf", "--to", "hf")
+    _, folder = sent(tmp_path, "moe", options)
     model = theirs(folder)
     torch.nn.init.normal_(model.model.layers[1].mlp.shared_expert_gate.weight)
     model.save_pretrained(folder)

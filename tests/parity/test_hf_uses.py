@@ -14,7 +14,7 @@ import pytest
 
 from tests.harness.tables import table
 from tests.parity import class_uses
-from tests.parity.hf_models import converted, native, random_source
+from tests.parity.hf_models import sent
 
 pytestmark = pytest.mark.parity
 
@@ -29,9 +29,7 @@ def export(root: Path, name: str) -> Path:
     """Returns the folder of a model, exported with its own class or a stock one."""
     layout, options, _ = MODELS.get(name, ("dense", {"style": "llama", **STOCK.get(name, {})}, ""))
     words = ("--hf-model-type", "samoe") if name in MODELS else ()
-    return converted(
-        native(root / f"{name}.ours", random_source(layout, **options)).root, root / name, "--to", "hf", *words
-    )
+    return sent(root / name, layout, options, *words)[1]
 
 
 def test_uses_with_the_installed_version(tmp_path: Path) -> None:
