@@ -10,13 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.harness import megatron_model
 from tests.harness.megatron_model import LENGTH, Layout, Model, batches, built, fill, run, start
-from tests.harness.tables import table
 
 #: Names of arguments of Megatron-LM's where they are not those of Megatron-Core's fields.
 _ARGUMENTS = {"num_moe_experts": "num_experts", "gated_linear_unit": "swiglu", "layernorm_epsilon": "norm_epsilon"}
-LATENTS: dict[str, Any] = table(megatron_model.__file__)["latents"]
 
 
 def _built(layout: Layout, kind: Model) -> tuple[Any, Any, Any]:

@@ -132,35 +132,6 @@ def _copies(shares: Any) -> dict[str, float]:
     return {name: float((parameter - first[name]).abs().max()) for name, parameter in own.items()}
 
 
-def saved(layout: Layout, sharing: str, options: dict[str, Any], folder: str) -> list[float]:
-    """Saves the model of a layout by Megatron-Core's dist_checkpointing; returns its losses of a batch."""
-    from megatron.core import dist_checkpointing
-
-    start(layout)
-    _, chunks, _ = built(layout, Model(sharing=sharing, sharing_options=options))
-    fill(chunks)
-    dist_checkpointing.save(chunks[0].sharded_state_dict(), folder)
-    return _losses(chunks[0])
-
-
-def loaded(layout: Layout, sharing: str, options: dict[str, Any], folder: str) -> list[float]:
-    """Loads it in another layout, over a model of other values that it has used; returns the same losses."""
-    from megatron.core import dist_checkpointing
-
-    start(layout)
-    _, chunks, _ = built(layout, Model(sharing=sharing, sharing_options={**options, "seed": 7}))
-    fill(chunks)
-    _losses(chunks[0])
-    chunks[0].load_state_dict(dist_checkpointing.load(chunks[0].sharded_state_dict(), folder))
-    return _losses(chunks[0])
-
-
-@torch.no_grad()
-def _losses(model: Any) -> list[float]:
-    """Returns the mean loss of each micro-batch, on the last stage."""
-    return [float(out.float().mean()) for out in run([model], batches(9), forward_only=True)]
-
-
 def _state(training: Training, is_loading: bool) -> dict[str, Any]:
     """Returns what Megatron-Core saves of a training: its model, and its optimizer in a form that any layout loads."""
     model = training.model[0].module.sharded_state_dict()

@@ -17,39 +17,22 @@ from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.convert.hf.families.samoe import _RARE_MODEL_ENTRIES, _older_parts
 from megatron_samoe.convert.hf.remote_code.configuration_samoe import DEFAULTS, SamoeConfig
 from megatron_samoe.convert.hf.source import HFSource
+from tests.harness.tables import table
 from tests.parity import class_uses
 from tests.parity.hf_models import sent, some_ids, their_logits, theirs, transformers
 
 pytestmark = pytest.mark.parity
+TABLE: dict[str, dict[str, tuple[str, dict[str, Any]]]] = table(__file__)
 
-LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
-#: Those with experts that vLLM computes, and others.
-PACKED: dict[str, dict[str, Any]] = {
-    "own": LLAMA,
-    "tied": {**LLAMA, "expert_sharing": "0,0,1,1"},
-    "scaled": {**LLAMA, "expert_sharing": "scaled"},
-    "relu": {**LLAMA, "expert_sharing": "tied", "moe_router_score_function": "relu"},
-}
-UNLIKE: dict[str, dict[str, Any]] = {
-    "gelu": {"expert_sharing": "tied"},
-    "gelu_without_bias": {"disable_bias_linear": True},
-    "biases": {**LLAMA, "disable_bias_linear": False, "expert_sharing": "scaled"},
-    "numbers_by_layer": {**LLAMA, "num_experts": (2, 2, 4, 8)},
-}
-#: Those whose layers share experts, in every form of their parameters.
-SHARED: dict[str, tuple[str, dict[str, Any]]] = {
-    "banks": ("samoe", {**LLAMA, "samoe_granularity": "expert"}),
-    "banks_with_biases": ("samoe", {}),
-    "set_with_biases": ("moe", {"expert_sharing": "scaled"}),
-}
+#: Models whose experts vLLM computes, others, and those whose layers share experts, in every form of their parameters.
+PACKED, UNLIKE, SHARED = TABLE["packed"], TABLE["unlike"], TABLE["shared"]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An export of each case."""
     root, made = tmp_path_factory.mktemp("conventions"), {}
-    own = {name: ("moe", options) for name, options in {**PACKED, **UNLIKE}.items()}
-    for name, (layout, options) in {**own, **SHARED, "combined": ("samoe", LLAMA)}.items():
+    for name, (layout, options) in (PACKED | UNLIKE | SHARED | TABLE["other"]).items():
         _, made[name] = sent(root / name, layout, options, "--hf-model-type", "samoe")
     return made
 

@@ -33,6 +33,7 @@ from megatron_samoe.convert.megatron.rank_files import FILE_NAME
 from megatron_samoe.convert.megatron.stored import canonical
 from megatron_samoe.errors import CheckpointError
 from tests.harness.megatron_files import write_rank_files
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
 from tests.unit.convert.memory_source import MemorySource, logits, new_source, router_gradients
 
@@ -52,6 +53,7 @@ with warnings.catch_warnings():
 
 #: What is known of the options of megatron-core's configuration.
 OPTIONS = yaml.safe_load(Path(__file__).with_name("megatron_options.yaml").read_text())
+TABLE = table(__file__)
 OTHERWISE, TOGETHER, ARGUMENTS = OPTIONS["otherwise"], OPTIONS["together"], OPTIONS["arguments"]
 INHERITED = {f.name for f in dataclasses.fields(ModelParallelConfig)}
 FIELDS = [f for f in dataclasses.fields(TransformerConfig) if f.name not in INHERITED]
@@ -115,23 +117,11 @@ def causal_mask(length: int) -> Tensor:
     return torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
 
 
-CASES = [
-    ("dense", {"style": "gpt3"}),
-    ("dense", {"style": "llama", "qk_layernorm": True, "add_qkv_bias": True}),
-    ("moe", {"style": "gpt3", "moe_router_topk": 2, "moe_layer_freq": "0101"}),
-    ("moe", {"style": "llama", "moe_shared_expert_intermediate_size": 24, "moe_ffn_hidden_size": 16}),
-    ("moe", {"style": "llama", "moe_shared_expert_intermediate_size": 24, "moe_shared_expert_gate": True}),
-    ("moe", {"style": "llama", "moe_router_topk": 2, "moe_router_pre_softmax": True, "rotary_base": 500.0}),
-    ("moe", {"style": "llama", "moe_router_topk": 2, "moe_router_score_function": "sigmoid"}),
-    ("samoe", {"style": "llama", "rotary_percent": 0.5}),
-]
-
-
 def export(source: MemorySource, root: Path, *sizes: int) -> Path:
     return write_rank_files(source, root, *sizes, fused=False, iteration=1)
 
 
-@pytest.mark.parametrize(("layout", "options"), CASES)
+@pytest.mark.parametrize(("layout", "options"), TABLE["models"])
 @torch.no_grad()
 def test_megatron_computes_our_logits(layout: str, options: dict, tmp_path: Path) -> None:
     config = tiny_config(layout, **options)
@@ -146,16 +136,7 @@ def test_megatron_computes_our_logits(layout: str, options: dict, tmp_path: Path
     torch.testing.assert_close(theirs[..., :VOCAB_SIZE].flatten(0, 1), logits(source), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("sequences", "options"),
-    [
-        (3, {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.3, "moe_layer_freq": "0111"}),
-        (2, {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.3, "moe_router_pre_softmax": True}),
-        (2, {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.4, "moe_aux_loss_group_size": 2}),
-        (2, {"moe_router_load_balancing_type": "none", "moe_z_loss_coeff": 0.02}),
-        (2, {"moe_aux_loss_coeff": 0.7, "moe_z_loss_coeff": 0.03, "moe_router_score_function": "sigmoid"}),
-    ],
-)
+@pytest.mark.parametrize(("sequences", "options"), TABLE["routers"])
 def test_megatron_trains_routers_as_we_do(sequences: int, options: dict, tmp_path: Path) -> None:
     """Balance and z-loss of the arguments, as Megatron computes them: in a model of ours and in one that is read."""
     source = new_source(tiny_config("moe", style="llama", moe_router_topk=2, **options))

@@ -19,9 +19,10 @@ from megatron_samoe.convert.megatron.rank_files import FILE_NAME
 from megatron_samoe.models.rank_model import stored_name
 from tests.harness.megatron_files import write_rank_files
 from tests.harness.megatron_model import Layout
-from tests.harness.megatron_training import loaded, run_megatron, saved, saved_midway, train, trained_on
+from tests.harness.megatron_training import run_megatron, saved_midway, train, trained_on
 from tests.harness.near_package import near_installed  # noqa: F401
 from tests.harness.pairs import first_by_day
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
 from tests.parity.test_megatron_checkpoints import (
     causal_mask,
@@ -34,26 +35,14 @@ from tests.unit.convert.memory_source import MemorySource, logits, new_source
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
-BANKS = {"num_expert_banks": 2}
+TABLE = table(__file__)
 #: Options with which experts are opened or closed.
 CHANGES = {"pool_lock_step", "pool_lock_anneal_steps", "neighbour_unmask_steps"}
-WAYS: dict[str, tuple[str, dict[str, Any]]] = {
-    "own": ("own", {}),
-    "2 banks": ("combined", BANKS),
-    "2 banks by layer": ("combined", {**BANKS, "samoe_combine": "layer"}),
-    "8 banks of each expert": ("combined", {"num_expert_banks": 8, "samoe_granularity": "expert"}),
-    "softmax": ("combined", {**BANKS, "samoe_normalization": "softmax"}),
-    "l2": ("combined", {**BANKS, "samoe_normalization": "l2"}),
-    "tied": ("tied", {}),
-    "two sets": ("tied", {"num_expert_sets": 2}),
-    "scaled": ("scaled", {}),
-    "map": ("own,0,0,own", {}),
-    "pool": ("pool", {}),
-    "locked pool": ("pool", {"pool_lock_step": 2, "pool_lock_anneal_steps": 2}),
-    "neighbours": ("neighbours", {}),
-    "opened neighbours": ("neighbours", {"neighbour_unmask_steps": 2}),
-    "of another package": ("near", {"num_expert_banks": 3}),
-}
+#: Ways of sharing with their options.
+WAYS: dict[str, tuple[str, dict[str, Any]]] = TABLE["ways"]
+TRAINED: list[str] = TABLE["trained"]
+#: Layouts with the number of their ranks.
+LAYOUTS = {name: (Layout(**sizes), ranks) for name, (ranks, sizes) in TABLE["layouts"].items()}
 
 
 def shared_source(way: str, options: dict[str, Any]) -> tuple[MemorySource, MemorySource, dict[int, Tensor]]:
@@ -193,42 +182,6 @@ def test_its_loss_and_gradients_are_those_of_megatrons_own_experts(case: str, tm
     assert len(shared) >= 2
 
 
-EXPERTS_RECOMPUTED = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
-RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-#: Layouts with the number of their ranks.
-LAYOUTS: dict[str, tuple[Layout, int]] = {
-    "EP 2 x PP 2, ZeRO-1, overlap": (Layout(ep=2, pp=2, zero=True, overlap=True), 4),
-    "TP 2 + SP, ETP 2": (Layout(tp=2, etp=2), 2),
-    "interleaved PP 2, recomputed": (Layout(pp=2, chunks=2, options=RECOMPUTED), 2),
-    "TP 2 + SP, EP 2, ZeRO-1": (Layout(tp=2, ep=2, zero=True), 2),
-    "DP 2, overlap": (Layout(overlap=True), 2),
-    "DP 2 x PP 2, ZeRO-1, overlap": (Layout(pp=2, zero=True, overlap=True), 4),
-    "interleaved PP 2 x DP 2, overlap, recomputed": (Layout(pp=2, chunks=2, overlap=True, options=RECOMPUTED), 4),
-    "interleaved PP 2, ZeRO-1": (Layout(pp=2, chunks=2, zero=True), 2),
-    "EP 2 x PP 2": (Layout(ep=2, pp=2), 4),
-    "EP 2 x PP 2, ZeRO-1": (Layout(ep=2, pp=2, zero=True), 4),
-    "TP 2 + SP": (Layout(tp=2), 2),
-    "TP 2 + SP, ETP 2, ZeRO-1": (Layout(tp=2, etp=2, zero=True), 2),
-    "ETP 2": (Layout(etp=2), 2),
-    "DP 2, ZeRO-1": (Layout(zero=True), 2),
-    "EP 2": (Layout(ep=2), 2),
-    "EP 2, ZeRO-1": (Layout(ep=2, zero=True), 2),
-    "PP 2": (Layout(pp=2), 2),
-    "PP 2, ZeRO-1": (Layout(pp=2, zero=True), 2),
-    "recomputed experts, EP 2": (Layout(ep=2, options=EXPERTS_RECOMPUTED), 2),
-}
-TRAINED = (
-    "2 banks",
-    "2 banks by layer",
-    "tied",
-    "scaled",
-    "map",
-    "locked pool",
-    "opened neighbours",
-    "of another package",
-)
-
-
 @functools.cache
 def one_process() -> dict[str, Any]:
     """Returns the results of each way in one process."""
@@ -247,7 +200,7 @@ BY_DAY = (
 @pytest.mark.parametrize(
     ("layout", "ways"), first_by_day([*BY_DAY, *((layout, TRAINED) for layout in list(LAYOUTS)[1:])], len(BY_DAY))
 )
-def test_a_layout_trains_as_one_process(layout: str, ways: tuple[str, ...]) -> None:
+def test_a_layout_trains_as_one_process(layout: str, ways: list[str]) -> None:
     """Four steps with clipping, each way: by Megatron-Core's data parallelism, optimizer and schedule, which the harness calls by
     name. Losses, norms and copies of what is shared are those of one process."""
     sizes, ranks = LAYOUTS[layout]
@@ -274,18 +227,9 @@ def test_bf16_trains_as_fp32_does_nearly() -> None:
 
 @pytest.mark.night
 @pytest.mark.parametrize("case", ["2 banks", "tied", "map", "locked pool", "of another package"])
-def test_a_checkpoint_of_torch_dist_loads_in_another_layout(case: str, tmp_path: Path) -> None:
-    """Each bank is in it once, and what was combined before loading is combined anew."""
-    expected = run_megatron(saved, 4, Layout(ep=2, pp=2), *WAYS[case], str(tmp_path))[-1]
-    assert len(expected) == 4
-    for layout, ranks in ((Layout(tp=2), 2), (Layout(), 1)):
-        assert run_megatron(loaded, ranks, layout, *WAYS[case], str(tmp_path))[0] == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.night
-@pytest.mark.parametrize("case", ["2 banks", "map", "locked pool"])
 def test_training_goes_on_in_another_layout(case: str, tmp_path: Path) -> None:
-    """Two steps in EP 2 x PP 2, saved with the optimizer, and two in TP 2: the four steps of one process.
+    """Two steps in EP 2 x PP 2, saved with the optimizer, and two in TP 2: the four steps of one process. What was combined before
+    loading is combined anew.
 
     Without the distributed optimizer: Megatron-Core's reader of its state takes Transformer Engine's Adam, not torch's.
     """

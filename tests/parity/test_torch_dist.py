@@ -22,39 +22,20 @@ from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.parallel_state.state import single_process_state
 from tests.harness.megatron_model import VOCABULARY, Layout, Model, batches
-from tests.harness.megatron_saving import LATENTS, continued, converted, saved
+from tests.harness.megatron_saving import continued, converted, saved
 from tests.harness.megatron_training import run_megatron
 from tests.harness.pairs import first_by_day
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config
 from tests.hostile.changes import Bomb
 from tests.unit.convert.memory_source import MemorySource, logits, new_source
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
-DENSE = {"num_moe_experts": None, "moe_ffn_hidden_size": None, "num_query_groups": 2}
-DENSE_FIRST = {"moe_layer_freq": [0, 1, 1, 1]}
-GROUPS = {"moe_router_num_groups": 2, "moe_router_group_topk": 1, "moe_router_topk_scaling_factor": 2.5}
-SIGMOID = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
-DEEPSEEK = {**DENSE_FIRST, **GROUPS, **SIGMOID, "moe_shared_expert_intermediate_size": 24}
-NO_QUERY_LATENT = {"q_lora_rank": None, "rope_type": "rope", "rotary_scaling_factor": 1.0}
-POOL = Model(sharing="combined", sharing_options={"num_expert_banks": 2})
-LOCK = {"pool_lock_step": 1, "pool_lock_anneal_steps": 1}
 #: By name, what Megatron-Core trains, and in which layout of how many ranks.
 CASES: dict[str, tuple[int, Layout, Model]] = {
-    "MoE": (1, Layout(), Model()),
-    "MoE, EP 2 x PP 2": (4, Layout(ep=2, pp=2), Model()),
-    "MoE, TP 2": (2, Layout(tp=2, etp=2), Model()),
-    "MoE, complete experts on TP 2 x EP 2": (2, Layout(tp=2, ep=2), Model()),
-    "dense, tied": (1, Layout(options=DENSE), Model(tied=True)),
-    "dense layers, groups, biases, a shared expert": (1, Layout(options=DEEPSEEK), Model()),
-    "each expert apart": (1, Layout(), Model(metadata={"singleton_local_shards": True})),
-    "latent attention with YaRN": (1, Layout(options=LATENTS), Model(latent=True)),
-    "latent attention, dense layers": (1, Layout(options=LATENTS | NO_QUERY_LATENT | DENSE_FIRST), Model(latent=True)),
-    "a pool": (1, Layout(), POOL),
-    "a pool, EP 2 x PP 2": (4, Layout(ep=2, pp=2), POOL),
-    "a map": (1, Layout(), Model(sharing="own,0,0,own")),
-    "a locked pool": (1, Layout(), Model(sharing="pool", sharing_options=LOCK)),
-    "neighbours": (2, Layout(pp=2), Model(sharing="neighbours", sharing_options={"neighbour_unmask_steps": 4})),
+    name: (ranks, Layout(**sizes), Model(**model))
+    for name, (ranks, sizes, model) in table(__file__, tuples=False)["models"].items()
 }
 BY_DAY = ("dense layers, groups, biases, a shared expert", "latent attention with YaRN", "a pool")
 
@@ -174,12 +155,6 @@ def test_what_cannot_be_read_is_refused(
     with pytest.raises(CheckpointError, match=message) as error:
         MegatronReader(folder)
     assert "\n" not in str(error.value) and not Path("exploded").exists()
-
-
-def test_a_backend_that_is_another_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr", "sharded_backend_version": 1}))
-    with pytest.raises(CheckpointError, match="says sharded_backend 'zarr'; torch_dist is read"):
-        MegatronReader(tmp_path)
 
 
 def test_a_pool_whose_arguments_are_missing_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,17 +19,23 @@ import torch
 import yaml
 
 from megatron_samoe.cli import convert
+from megatron_samoe.config.data import DataConfig
 from megatron_samoe.convert.hf import export
+from megatron_samoe.convert.hf.families.llama import LLAMA
+from megatron_samoe.convert.hf.source import derived_model
+from megatron_samoe.convert.hf.tokenizer_files import imported_tokenizer
 from megatron_samoe.convert.megatron import MegatronReader
 from megatron_samoe.convert.opener import open_folder
-from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.convert.output_folder import require_new
+from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
+from megatron_samoe.errors import CheckpointError, ConfigError
 from tests.harness.megatron_files import write_rank_files
-from tests.harness.program import call
+from tests.harness.pairs import first_by_day
+from tests.harness.program import REPOSITORY, call, flags
 from tests.harness.ranks import run_ranks
 from tests.harness.tables import table
-from tests.harness.tiny import VOCAB_SIZE, tiny_config
-from tests.unit.convert.memory_source import load, new_source
+from tests.harness.tiny import tiny_config
+from tests.unit.convert.memory_source import new_source
 
 TABLE = table(__file__)
 SAMOE = tiny_config("samoe", style="llama", moe_router_topk=2, moe_ffn_hidden_size=48, num_layers=2)
@@ -55,28 +63,6 @@ def assert_refused(result: subprocess.CompletedProcess[str], message: str) -> No
     assert result.stderr.strip().count("\n") == 0
 
 
-def assert_same(a: GlobalTensors, b: GlobalTensors) -> None:
-    theirs, ours = load(a).global_parameters(), load(b).global_parameters()
-    for name in ours:
-        rows = VOCAB_SIZE if name in ("embedding.word.weight", "output.weight") else None
-        assert torch.equal(theirs[name][:rows], ours[name][:rows]), name
-
-
-def test_families_are_found_out(made: SimpleNamespace, tmp_path: Path) -> None:
-    result = run("--load-dir", made.hf, "--save-dir", tmp_path / "a")
-    assert result.returncode == 0 and f"From a Hugging Face folder in {made.hf}." in result.stdout
-    assert f"To a checkpoint of this program in {tmp_path / 'a' / 'iter_0000007'}." in result.stdout
-    assert_same(open_folder(tmp_path / "a").tensors, made.source)
-    result = run("--load-dir", made.megatron, "--save-dir", tmp_path / "b")
-    assert "From a checkpoint of Megatron-LM (format torch)" in result.stdout
-    result = run("--load-dir", tmp_path / "b" / "iter_0000007", "--save-dir", tmp_path / "c", "--to", "torch_dist")
-    assert "Megatron-LM's format torch_dist" in result.stdout
-    assert_same(MegatronReader(tmp_path / "c"), open_folder(tmp_path / "b").tensors)
-    result = run("--load-dir", made.native, "--save-dir", tmp_path / "d", "--hf-model-type", "mixtral")
-    assert "MixtralForCausalLM" in result.stdout and "mixtral was asked for" in result.stdout
-    assert "Its optimizer state (" in result.stdout and "(0 " not in result.stdout
-
-
 @pytest.mark.parametrize(
     ("options", "shown"),
     [
@@ -84,6 +70,8 @@ def test_families_are_found_out(made: SimpleNamespace, tmp_path: Path) -> None:
         (["--fold"], "model.layers.*.block_sparse_moe.experts.*.w1.weight  [48, 32] float32  x 8"),
         (["--to", "hf", "--dtype", "bf16"], "model.layers.*.mlp.router.weight  [4, 32] bfloat16  x 2"),
         (["--to", "torch_dist"], "iter_0000007: "),
+        (["--hf-model-type", "mixtral"], "mixtral was asked for"),
+        (["--to", "hf"], "Its optimizer state (128 B)"),
     ],
 )
 def test_a_dry_run_shows_the_plan_and_writes_nothing(
@@ -140,9 +128,12 @@ TARGETS = [("native", ["--to", "hf"]), ("native", ["--to", "torch_dist"]), ("hf"
 
 
 @pytest.mark.parametrize(("source", "options"), TARGETS)
-def test_no_space_is_noticed_before_writing(
+def test_a_disk_that_takes_nothing_is_noticed_before_writing(
     source: str, options: list[str], made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "file").write_text("")
+    result = run("--load-dir", made.root / source, "--save-dir", tmp_path / "file" / "new", *options)
+    assert result.returncode == 1 and "error: " in result.stderr and "Not a directory" in result.stderr
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=32 << 20))
     result = run("--load-dir", made.root / source, "--save-dir", tmp_path / "new", *options)
@@ -151,13 +142,29 @@ def test_no_space_is_noticed_before_writing(
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".pt", ".distcp")]
 
 
-@pytest.mark.parametrize(("source", "options"), TARGETS)
-def test_a_place_that_cannot_be_written_is_named(
+# The last moment: all is written, and gets its name now.
+DIES_AT_RENAME = """
+import os, signal, sys
+from megatron_samoe.cli import convert
+from megatron_samoe.config.data import DataConfig
+os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+convert.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("source", "options"), first_by_day(TARGETS))
+def test_a_conversion_that_is_killed_leaves_no_model_and_nothing_in_the_way(
     source: str, options: list[str], made: SimpleNamespace, tmp_path: Path
 ) -> None:
-    (tmp_path / "file").write_text("")
-    result = run("--load-dir", made.root / source, "--save-dir", tmp_path / "file" / "new", *options)
-    assert result.returncode == 1 and "error: " in result.stderr and "Not a directory" in result.stderr
+    new = tmp_path / "new"
+    words = [*flags(load_dir=made.root / source, save_dir=new), *options]
+    killed = subprocess.run([sys.executable, "-c", DIES_AT_RENAME, *words], cwd=REPOSITORY, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    left = [p for p in (new.iterdir() if new.exists() else tmp_path.glob(".new*"))]
+    assert left and all(p.name.startswith(".") for p in left)
+    assert_refused(run("--load-dir", new, "--save-dir", tmp_path / "other", "--dry-run"), "")
+    assert run(*words).returncode == 0
+    assert not list(tmp_path.rglob(".*unfinished"))
 
 
 def copied(made: SimpleNamespace, family: str, to: Path) -> Path:
@@ -217,6 +224,16 @@ def test_what_an_export_remembers_counts_only_for_its_own_model(made: SimpleName
         assert (
             run("--load-dir", folder, "--save-dir", tmp_path / content[:9].strip("{").replace('"', "x")).returncode == 0
         )
+
+
+def test_small_things_are_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be written: File name too long"):
+        require_new(tmp_path / ("x" * 300))
+    with pytest.raises(ConfigError, match="num_attention_heads"):
+        derived_model(LLAMA, {"num_attention_heads": 0, "hidden_size": 32})
+    (tmp_path / "tokenizer.json").write_text("junk")
+    _, line = imported_tokenizer(DataConfig(tokenizer_type="ByteTokenizer"), tmp_path, tmp_path / "kept")
+    assert "The folder's tokenizer cannot be used" in line
 
 
 def test_a_missing_tensor_of_ours_is_named(made: SimpleNamespace) -> None:

@@ -193,6 +193,10 @@ def test_folders_that_are_incomplete_are_refused(files: dict[str, str], message:
         (Bomb(Path.touch, Path("exploded")), "A pickle can run any code"),
         ([torch.ones(2)], "more than a mapping of names to tensors"),
         ({"a": torch.ones(2), "step": 3}, "more than a mapping of names to tensors"),
+        ({"a": torch.eye(3).to_sparse()}, "tensors"),
+        ({"a": torch.zeros(1).expand(1 << 30)}, "tensors"),
+        ({"a": torch.empty(3, device="meta")}, "tensors"),
+        ({"a": {"b": torch.ones(2)}}, "tensors"),
     ],
 )
 def test_pickles_are_read_for_plain_tensors_only(

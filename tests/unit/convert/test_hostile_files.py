@@ -226,18 +226,6 @@ def test_archives_that_were_packed_anew_are_not_read_as_garbage(
         HFFolder(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [torch.eye(3).to_sparse(), torch.zeros(1).expand(1 << 30), torch.empty(3, device="meta"), 7, {"b": torch.ones(2)}],
-    ids=["sparse", "expanded", "meta", "number", "nested"],
-)
-def test_what_is_no_plain_tensor_is_refused(value: Any, tmp_path: Path) -> None:
-    torch.save({"a": value}, tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(MegatronSamoeError, match="tensors"):
-        HFFolder(tmp_path)
-
-
 def test_the_sound_ones_are_read(folders: dict[str, Path]) -> None:
     assert inspect.main(["verify", str(folders["native"])]) == 0
     assert HFSource(folders["hf"]).tensors and MegatronReader(folders["megatron"]).tensors

@@ -167,10 +167,11 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a checkpoint of Megatron's"):
         MegatronReader(tmp_path / "nowhere")
     (tmp_path / "c" / "iter_0000003").mkdir(parents=True)
-    (tmp_path / "c" / "iter_0000003" / "metadata.json").write_text("{}")
     (tmp_path / "c" / "latest_checkpointed_iteration.txt").write_text("3")
-    with pytest.raises(CheckpointError, match=r"metadata\.json says sharded_backend None; torch_dist is read"):
-        MegatronReader(tmp_path / "c")
+    for content, said in (("{}", "None"), ('{"sharded_backend": "zarr", "sharded_backend_version": 1}', "'zarr'")):
+        (tmp_path / "c" / "iter_0000003" / "metadata.json").write_text(content)
+        with pytest.raises(CheckpointError, match=rf"metadata\.json says sharded_backend {said}; torch_dist is read"):
+            MegatronReader(tmp_path / "c")
 
 
 def test_what_megatron_cannot_hold_is_refused() -> None:

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.datasets import blends, index_cache, manifest, sample_index
 from megatron_samoe.datasets.build import build_train_valid_test_datasets
-from megatron_samoe.datasets.gpt_dataset import SampleFormat, make_sample
 from megatron_samoe.datasets.loader import DataLoader
 from megatron_samoe.datasets.samplers import PretrainingSampler
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.errors import DataError
 from tests.harness.datasets import preprocessed, random_dataset, write_dataset
 from tests.harness.extension_off import without_extension
+from tests.harness.tables import table
 
 BYTES = ByteTokenizer()
 
@@ -45,40 +45,20 @@ def test_splits_are_disjoint_and_only_what_is_needed_is_built(prefix: str) -> No
     assert first == set(range(32)) and second == set(range(32, 36))
 
 
-def test_samples_are_stacked_alike(prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["compiled", "plain", "from files"])
+def test_samples_are_stacked_alike(way: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = random_dataset(tmp_path / "b", [33] * 30)
     data = DataConfig(data_path=("1", prefix, "2", other), split="1", eod_mask_loss=True, reset_attention_mask=True)
     train, _, _ = build(data, (30, 0, 0))
-    batch = train.get_batch([3, 0, 29])
-    for row, index in enumerate([3, 0, 29]):
-        for key, value in train[index].items():
-            assert torch.equal(batch[key][row], value) and batch[key].shape == (3, 16)
+    expected = [train[index] for index in range(30)]
+    if way == "plain":
+        without_extension(monkeypatch)
+    read = build(replace(data, no_mmap_bin_files=way == "from files"), (30, 0, 0))[0]
+    batch = pickle.loads(pickle.dumps(read)).get_batch(range(30))
+    for index, sample in enumerate(expected):
+        for key, value in sample.items():
+            assert torch.equal(batch[key][index], value) and batch[key].shape == (30, 16)
     assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
-    copy = pickle.loads(pickle.dumps(train))
-    assert torch.equal(copy[7]["tokens"], train[7]["tokens"])
-
-
-def test_compiled_and_plain_reads_agree(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = DataConfig(data_path=(prefix,), split="1")
-    compiled = build(data, (300, 0, 0))[0].get_batch(range(300))["tokens"]
-    with monkeypatch.context() as patch:
-        without_extension(patch)
-        plain = build(data, (300, 0, 0))[0].get_batch(range(300))["tokens"]
-    files = build(DataConfig(data_path=(prefix,), split="1", no_mmap_bin_files=True), (300, 0, 0))[0]
-    assert torch.equal(compiled, plain) and torch.equal(files.get_batch(range(300))["tokens"], plain)
-
-
-@given(st.lists(st.integers(0, 3), min_size=2, max_size=40))
-@settings(deadline=None)
-def test_sample_options(ids: list[int]) -> None:
-    text = torch.tensor(ids)
-    form = SampleFormat(len(ids) - 1, 0, 4, True, True, True)
-    sample = make_sample(text, form)
-    position = document = 0
-    for place, token in enumerate(ids[:-1]):
-        assert int(sample["position_ids"][place]) == position and int(sample["document_ids"][place]) == document
-        assert float(sample["loss_mask"][place]) == float(token != 0)
-        position, document = (0, document + 1) if token == 0 else (position + 1, document)
 
 
 def refused(message: str, data: DataConfig, *args: object) -> None:
@@ -88,21 +68,9 @@ def refused(message: str, data: DataConfig, *args: object) -> None:
 
 
 def test_data_that_cannot_be_used_are_refused_at_the_start(prefix: str, tmp_path: Path) -> None:
-    refused("The nearest existing are", DataConfig(data_path=(prefix.replace("text", "txt"),)))
-    refused("No data", DataConfig())
-    refused("exclude each other", DataConfig(data_path=(prefix,), train_data_path=(prefix,)))
-    refused("has no data: give --valid-data-path", DataConfig(train_data_path=(prefix,)), (1, 1, 0))
-    refused("gives it nothing", DataConfig(data_path=(prefix,), split="100"), (1, 1, 0))
-    refused("is needed but empty", DataConfig(data_path=(prefix,), split="999,1,0"), (1, 1, 0))
-    refused("fewer than one sample", DataConfig(data_path=(prefix,), split="1"), (1, 0, 0), 2000)
-    refused("is not understood", DataConfig(data_path=(prefix,), split="80,-10"))
-    refused("is not understood", DataConfig(data_path=(prefix,), split="1,2,3,4"))
-    refused("gives every split nothing", DataConfig(data_path=(prefix,), split="0,0"))
-    refused("must be a finite number", DataConfig(data_path=("-1", prefix, "3", prefix)))
-    refused("must be a finite number", DataConfig(data_path=("0", prefix, "0", prefix)))
-    refused("must be a finite number", DataConfig(data_path=("nan", prefix, "1", prefix)))
-    refused("mixes weights and prefixes", DataConfig(data_path=("0.5", prefix, prefix)))
-    refused("vocabulary of 200", DataConfig(data_path=(prefix,), split="1", vocab_size=200))
+    for message, values, *more in table(__file__)["refused"]:
+        paths = {name: tuple(word.format(prefix=prefix) for word in values[name]) for name in values if "path" in name}
+        refused(message, DataConfig(**values | paths), *more)
     large = write_dataset(tmp_path / "large", [np.arange(900)])
     refused("token id 899, outside the vocabulary of 257", DataConfig(data_path=(large,), split="1"))
     refused("--vocab-size of 900 or more", DataConfig(data_path=(large,), split="1"))

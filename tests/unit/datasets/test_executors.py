@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 
 from megatron_samoe.cli.preprocess import main
 from megatron_samoe.datasets.preprocess import run
-from megatron_samoe.datasets.preprocess.checksums import combine
 from megatron_samoe.datasets.preprocess.executors import InlineExecutor
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.errors import DataError
@@ -126,10 +124,3 @@ def test_errors_of_worker_processes_are_one_paragraph(
     said = capfd.readouterr().err
     assert said.startswith("error: --languages 'xx' is not known") and "Traceback" not in said
     assert not list(tmp_path.glob("out*"))
-
-
-def test_checksums_of_joined_pieces() -> None:
-    random = np.random.default_rng(0)
-    for first, second in random.integers(0, 5000, (50, 2)).tolist():
-        a, b = random.bytes(first), random.bytes(second)
-        assert combine(zlib.crc32(a), zlib.crc32(b), second) == zlib.crc32(a + b)

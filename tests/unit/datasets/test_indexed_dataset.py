@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings
 
 from megatron_samoe.datasets import index_format
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
@@ -23,23 +22,11 @@ RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_sc
 NUM_MUTATIONS = int(os.environ.get("SAMOE_FUZZ", "300"))
 
 
-@RELAXED
-@given(
-    st.lists(st.lists(st.integers(0, 65535), max_size=9), max_size=9), st.sampled_from([np.uint16, np.int32, np.int64])
-)
-def test_round_trip(tmp_path: Path, documents: list[list[int]], dtype: type) -> None:
-    prefix = write_dataset(tmp_path / "d", documents, dtype)
-    for mmap in (True, False):
-        data = IndexedDataset(prefix, mmap=mmap)
-        assert data.num_documents == len(documents)
-        assert [data.document(i).tolist() for i in range(len(documents))] == documents
-        assert [row.tolist() for row in data[:]] == [tokens for tokens in documents if tokens]
-        data.verify()
-
-
 @pytest.mark.parametrize("mmap", [True, False])
 def test_parts_and_limits(tmp_path: Path, mmap: bool) -> None:
     data = IndexedDataset(write_dataset(tmp_path / "d", [[1, 2, 3], [4, 5]]), mmap=mmap)
+    data.verify()
+    assert [row.tolist() for row in data[:]] == [data.document(i).tolist() for i in (0, 1)] == [[1, 2, 3], [4, 5]]
     assert data.get(0, 1).tolist() == [2, 3] and data.get(1, 0, 1).tolist() == [4] and data[-1].tolist() == [4, 5]
     for index, offset, length in ((2, 0, None), (-3, 0, None), (0, 4, None), (0, 1, 3), (0, -1, 1), (0, 0, -1)):
         with pytest.raises(IndexError):

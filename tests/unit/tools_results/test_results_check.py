@@ -16,10 +16,8 @@ from megatron_samoe.evaluation.study import results_store
 from tests.harness.tables import table
 from tests.unit.tools_results.made_runs import run_of
 from tools.results.measured import wrong_tables
-from tools.results.model_table import losses_table, rates_table
-from tools.results.page_figures import Models, models_of, rewritten, wrong_figures
+from tools.results.page_figures import Models, rewritten, wrong_figures
 from tools.results.registration import Registration, deviations, kept_plan, read_registrations
-from tools.results.verdicts import CLAIMS, losses_on_test
 
 TABLE = table(__file__, tuples=False)
 ROOT = Path(__file__).resolve().parents[3]
@@ -191,45 +189,6 @@ def test_runs_that_are_not_as_registered_are_named_with_what_differs(
     found = deviations([registration], plans, runs)
     assert not problems and bool(found) == (said is not None)
     assert said is None or any(key in text and said in text for text in found)
-
-
-def test_tables_show_what_was_tried_and_no_test_loss_of_a_study_that_is_not_whole(
-    tmp_path: Path, store: Path, registration: Registration
-) -> None:
-    [study] = registration.studies
-    lines, judged = [], []
-    for stage, rates in enumerate(({1.5e-3: 3.6, 3e-3: 3.5, 6e-3: 3.7}, {3e-3: 3.5})):
-        plan = kept_plan(study, registration.data, store, tmp_path / f"planned-{stage}")
-        for run in plan.all_runs():
-            loss = rates.get(run.swept or 3e-3) if plan.is_settled(run) else None
-            key = plan.key_of(run)
-            if loss is not None and not (store / key).exists():
-                worse = 0.1 * (run.variant.name == "frozen")
-                keep(store, plan.config_of(run), registration, loss + worse + run.seed / 1000)
-        plans = {study.stem: kept_plan(study, registration.data, store, tmp_path / f"kept-{stage}")}
-        models = models_of(plans, results_store.read_store(store)[0])
-        found = losses_on_test(plans, models, {})
-        found = replace(found, claims=[claim for claim in CLAIMS if claim.name == "G3"])
-        lines.append(rates_table(plans, models, "muon").splitlines()[2:])
-        judged.append(losses_table(models, found).splitlines()[2:])
-        assert rates_table(plans, models, "adam") == ""
-    (first, _), (frozen, learned) = lines
-    tried = "1.5: 3.7010, 3: 3.6010, 6: 3.8010"
-    assert first.startswith(f"| frozen | {tried} | 3.6010 | "), "seed 1 is the sweep's"
-    assert frozen == f"| frozen | {tried} | 3.6010, 3.6020, 3.6030 | 0.90, 0.25, 1 |"
-    assert learned.startswith("| 2 banks of 32 | 1.5: 3.6010, 3: 3.5010, 6: 3.7010 | 3.5010, 3.5020, 3.5030 | ")
-    better, worse = "| 2 banks of 32 | 1.06 M | 3 | 4,800 | 4.5020 |  |", "| frozen | 1.06 M | 3 | 4,800 | 4.6020 |  |"
-    assert judged == [[], [better, worse]], "of the claim that can be judged"
-
-
-def test_models_under_adamw_have_a_table_of_their_own(tmp_path: Path, store: Path, registration: Registration) -> None:
-    study = ROOT / "examples/studies/second_adamw.yaml"
-    planned = kept_plan(study, registration.data, store, tmp_path / "planned")
-    keep(store, planned.config_of(planned.all_runs()[0]), registration, 3.9)
-    plans = {study.stem: kept_plan(study, registration.data, store, tmp_path / "kept")}
-    models = models_of(plans, results_store.read_store(store)[0])
-    assert rates_table(plans, models, "muon") == ""
-    assert rates_table(plans, models, "adam").startswith("| rates and routing under AdamW |")
 
 
 def test_a_page_that_registers_nothing_is_refused(tmp_path: Path) -> None:
