@@ -22,8 +22,7 @@ from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.parallel_state.state import single_process_state
 from tests.harness.megatron_model import VOCABULARY, Layout, Model, batches
-from tests.harness.megatron_saving import continued, converted, saved
-from tests.harness.megatron_training import run_megatron
+from tests.harness.megatron_training import continued, converted, run_megatron, saved
 from tests.harness.pairs import first_by_day
 from tests.harness.tables import table
 from tests.harness.tiny import tiny_config

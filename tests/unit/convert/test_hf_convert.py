@@ -1,4 +1,5 @@
-"""The conversion tool: plans, progress, memory, and every kind of bad input explained in a paragraph."""
+"""The conversion tool: plans, progress, memory, every kind of bad input explained in a paragraph; and that the class of an export
+follows from what the model computes."""
 
 from __future__ import annotations
 
@@ -23,8 +24,10 @@ from megatron_samoe.config.data import DataConfig
 from megatron_samoe.convert.hf import export
 from megatron_samoe.convert.hf.families.llama import LLAMA
 from megatron_samoe.convert.hf.source import derived_model
+from megatron_samoe.convert.hf.target import choose_target
 from megatron_samoe.convert.hf.tokenizer_files import imported_tokenizer
 from megatron_samoe.convert.megatron import MegatronReader
+from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.convert.output_folder import require_new
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
@@ -34,7 +37,7 @@ from tests.harness.pairs import first_by_day
 from tests.harness.program import REPOSITORY, call, flags
 from tests.harness.ranks import run_ranks
 from tests.harness.tables import table
-from tests.harness.tiny import tiny_config
+from tests.harness.tiny import VOCAB_SIZE, tiny_config
 from tests.unit.convert.memory_source import new_source
 
 TABLE = table(__file__)
@@ -304,3 +307,41 @@ def test_tensors_stream_through_the_memory_of_a_few(tmp_path: Path) -> None:
     # A machine that others load can only add to it: what was too much must be so again.
     if first := excess(tmp_path / "first"):
         assert not first & excess(tmp_path / "again")
+
+
+MOE: dict[str, Any] = {"style": "llama", "moe_router_topk": 2}
+
+
+def model(layout: str, **options: Any) -> NativeModel:
+    return NativeModel(tiny_config(layout, **options), VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(("layout", "options", "family"), TABLE["taken"])
+def test_auto_takes_the_stock_class_that_computes_the_same(layout: str, options: dict[str, Any], family: str) -> None:
+    target = choose_target(model(layout, **options))
+    assert target.family.name == family and not target.fold
+    if layout == "moe":
+        folded = choose_target(model("samoe", **options), fold=True)
+        assert folded.family.name == family and folded.fold
+
+
+def test_a_pool_is_kept_unless_folding_is_asked_for() -> None:
+    kept = choose_target(model("samoe", **MOE))
+    assert kept.family.name == "samoe" and not kept.fold and "keeps what layers share" in kept.why[-1]
+    assert choose_target(model("samoe", **MOE), "samoe", fold=True).fold
+    implied = choose_target(model("samoe", **MOE), "mixtral")
+    assert implied.family.name == "mixtral" and implied.fold and "folded" in implied.why[-1]
+
+
+def test_reasons_name_what_each_class_lacks() -> None:
+    why = choose_target(model("moe", **MOE, moe_layer_freq="2")).why
+    assert why[0] == "not mixtral: --moe-layer-freq 2 (all of its layers are MoE)"
+    assert why[-1] == "qwen2_moe computes the same function" and not any("llama" in line for line in why)
+
+
+@pytest.mark.parametrize(("layout", "options", "wanted", "fold", "message"), TABLE["refused"])
+def test_impossible_targets_are_refused(
+    layout: str, options: dict[str, Any], wanted: str, fold: bool, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose_target(model(layout, **options), wanted, fold)

@@ -1,4 +1,5 @@
-"""Small files that somebody changed, by mistake or on purpose, are read or refused in words: quickly and in little memory."""
+"""Small files that somebody changed, by mistake or on purpose, are read or refused in words: quickly, in little memory, and where their
+contents would fill it by their sizes, before they are read."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ import json
 import pickle
 import random
 import shutil
+import struct
 import tempfile
+import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from hypothesis import example, given, settings
@@ -26,17 +31,22 @@ from megatron_samoe.cli import inspect_checkpoint as inspect
 from megatron_samoe.config.cli import from_mapping, to_mapping
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
-from megatron_samoe.convert.hf.export import native_model
+from megatron_samoe.convert.hf.export import native_model, refuse_other_tensors
 from megatron_samoe.convert.hf.export import plan_export as plan_hf
 from megatron_samoe.convert.hf.export import write_export as write_hf
-from megatron_samoe.convert.hf.folder import HFFolder
-from megatron_samoe.convert.hf.source import HFSource
+from megatron_samoe.convert.hf.folder import MAX_JSON_BYTES, HFFolder, read_json
+from megatron_samoe.convert.hf.safetensors_io import SafetensorsReader
+from megatron_samoe.convert.hf.source import HFSource, family_of
 from megatron_samoe.convert.megatron.arguments import from_arguments
+from megatron_samoe.convert.megatron.rank_files import load_rank_file
 from megatron_samoe.convert.megatron.reader import MegatronReader
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
+from megatron_samoe.dist_checkpointing.saved_tensor import read_saved_tensor, read_saved_tensor_into
+from megatron_samoe.dist_checkpointing.store import refuse_wrong_values
 from megatron_samoe.dist_checkpointing.table_of_contents import METADATA, read_table
-from megatron_samoe.errors import MegatronSamoeError
+from megatron_samoe.errors import CheckpointError, MegatronSamoeError, nearest, readable
 from tests.harness.megatron_files import write_rank_files
 from tests.harness.tiny import tiny_config
 from tests.hostile.changes import ODD, changed, mutate
@@ -190,13 +200,16 @@ def test_any_bytes_as_a_table_of_contents(content: bytes) -> None:
             read_table(folder)
 
 
-def _repacked(path: Path, change: Callable[[str, bytes], tuple[bytes, int]]) -> None:
+def _repacked(path: Path, change: Callable[[str, bytes], tuple[bytes, int]], claims: tuple[str, int] = ("", 0)) -> None:
+    """Packs an archive's entries anew; `claims` are the end of an entry's name, and the size that it is said to have."""
     with zipfile.ZipFile(path) as old:
         entries = [(record.filename, old.read(record)) for record in old.infolist()]
     with zipfile.ZipFile(path, "w") as new:
         for name, content in entries:
             content, packing = change(name, content)
             new.writestr(name, content, compress_type=packing)
+            if claims[1] and name.endswith(claims[0]):
+                new.getinfo(name).file_size = claims[1]
 
 
 @pytest.mark.parametrize(
@@ -230,3 +243,133 @@ def test_the_sound_ones_are_read(folders: dict[str, Path]) -> None:
     assert inspect.main(["verify", str(folders["native"])]) == 0
     assert HFSource(folders["hf"]).tensors and MegatronReader(folders["megatron"]).tensors
     assert isinstance(from_mapping(CheckpointReader(folders["native"]).config, "test"), PretrainConfig)
+
+
+def refused_cheaply(read: Callable[[], object], match: str = "", most_bytes: float = 4e6) -> None:
+    tracemalloc.start()
+    began = time.perf_counter()
+    with pytest.raises(MegatronSamoeError, match=match) as caught:
+        read()
+    assert time.perf_counter() - began < 5.0  # tracemalloc alone makes it several times slower
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < most_bytes and len(str(caught.value)) < 2000 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("num_bytes", [2 << 20, 100 << 20])
+def test_a_header_longer_than_its_tensors_is_not_read(num_bytes: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", num_bytes))
+        file.truncate(8 + num_bytes + 100)
+    refused_cheaply(lambda: SafetensorsReader(path), f"its header has {num_bytes:,} bytes for 100 bytes of tensors")
+
+
+def test_a_header_of_many_empty_entries_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({f"tensor.{i}": torch.empty(0) for i in range(20_000)}, path)
+    refused_cheaply(lambda: SafetensorsReader(path), "is not longer than its tensors")
+    # It may be long where its tensors are.
+    safetensors.torch.save_file({f"tensor.{i}": torch.zeros(40) for i in range(20_000)}, path)
+    assert len(SafetensorsReader(path).tensors) == 20_000
+    safetensors.torch.save_file({"empty": torch.empty(0)}, path)
+    assert len(SafetensorsReader(path).tensors) == 1
+
+
+def test_a_large_config_json_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b'{"model_type": "' + b"x" * MAX_JSON_BYTES + b'"}')
+    refused_cheaply(lambda: read_json(tmp_path / "config.json"), "such a file has at most 16,777,216")
+
+
+def test_a_long_name_is_compared_with_none() -> None:
+    long = "llama" * 1_000_000
+    assert nearest(long, [long]) == ""
+    with pytest.raises(MegatronSamoeError) as caught:
+        family_of({"model_type": long})
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "byteorder", "data/0"])
+@pytest.mark.parametrize("claims", [0, 10**10])
+def test_a_compressed_entry_is_seen_before_anything_is_read(name: str, claims: int, tmp_path: Path) -> None:
+    """64 MB of zeros, or a size that is only claimed."""
+
+    def bomb(entry: str, content: bytes) -> tuple[bytes, int]:
+        if claims or not entry.endswith(name):
+            return content, zipfile.ZIP_STORED
+        return content + bytes(64 << 20), zipfile.ZIP_DEFLATED
+
+    (tmp_path / "config.json").write_text("{}")
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"args": argparse.Namespace(), "model": {"a": torch.ones(3)}}, path)
+    _repacked(path, bomb, (name, claims))
+    assert path.stat().st_size < 1e6
+    refused_cheaply(lambda: HFFolder(tmp_path), "is compressed")
+    path.rename(tmp_path / "model_optim_rng.pt")
+    refused_cheaply(lambda: load_rank_file(tmp_path), "is compressed")
+    path = tmp_path / "model_optim_rng.pt"
+    with pytest.raises(ValueError, match="is compressed"):
+        read_saved_tensor(path, 0, path.stat().st_size)
+    with open(path, "rb", buffering=0) as file, pytest.raises(ValueError, match="is compressed"):
+        read_saved_tensor_into(torch.empty(3), file, 0, path.stat().st_size)
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2J", "b\u202e", "c\n", "d" * 400])
+def test_names_that_no_tensor_has_are_refused_and_shown_escaped(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    safetensors.torch.save_file({name: torch.ones(1)}, tmp_path / "model.safetensors")
+    refused_cheaply(lambda: HFFolder(tmp_path), "is not legal")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({name: torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    refused_cheaply(lambda: HFFolder(tmp_path), "a tensor in it is called")
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    refused_cheaply(lambda: HFFolder(tmp_path), "which is not a file of its folder")
+
+
+def test_a_name_is_readable_whatever_it_holds() -> None:
+    assert readable("layers.0.ö") == "layers.0.ö" and readable("\x1b[31m") == "\\x1b[31m"
+    assert len(readable("x" * 10**6)) < 300
+
+
+def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
+    """As transformers has it: the index may be of an earlier save."""
+    (tmp_path / "config.json").write_text("{}")
+    safetensors.torch.save_file({"new": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"old": "gone.safetensors"}}))
+    assert set(HFFolder(tmp_path).tensors) == {"new"}
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "size"),
+    [
+        *(
+            ("config.yaml", name, size)
+            for size in (10**5, 10**9)
+            for name in (
+                *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
+                *("num_experts", "num_expert_banks", "moe_router_topk"),
+            )
+        ),
+        *(
+            ("config.json", name, 10**9)
+            for name in ("num_hidden_layers", "num_experts", "hidden_size", "vocab_size", "moe_intermediate_size")
+        ),
+    ],
+)
+def test_sizes_that_no_tensor_has(file: str, name: str, size: int, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Refused before a model of that size is built."""
+    folder = Path(shutil.copytree(folders["native" if file == "config.yaml" else "hf"], tmp_path / "iter_0000007"))
+    if file == "config.yaml":
+        forget_digests(folder)
+    config = yaml.safe_load((folder / file).read_text())  # JSON is YAML
+    section = next((part for part in config.values() if isinstance(part, dict) and name in part), config)
+    section[name] = size
+    (folder / file).write_text(json.dumps(config))
+    refused_cheaply(lambda: refuse_other_tensors(open_folder(folder)), most_bytes=100e6)
+
+
+@pytest.mark.parametrize("vocab_size", [10**12, 2**31])
+def test_a_vocabulary_that_no_model_has(vocab_size: int) -> None:
+    with pytest.raises(CheckpointError, match="vocab_size is"):
+        refuse_wrong_values({"vocab_size": vocab_size}, "train_state.json")

@@ -1,4 +1,4 @@
-"""How a run copes with workers that die, standard input, and tokenizers that fail."""
+"""How a run copes with workers that die, standard input, tokenizers that fail, and a Ray cluster."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_samoe.datasets.preprocess import run
 from megatron_samoe.datasets.preprocess.executors import InlineExecutor
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.errors import DataError
-from tests.harness.datasets import content, decoded, jsonl, options
+from tests.harness.datasets import content, decoded, jsonl, options, preprocessed
 
 TEXTS = [f"document {n}" for n in range(40)]
 
@@ -124,3 +124,15 @@ def test_errors_of_worker_processes_are_one_paragraph(
     said = capfd.readouterr().err
     assert said.startswith("error: --languages 'xx' is not known") and "Traceback" not in said
     assert not list(tmp_path.glob("out*"))
+
+
+def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is an extra: pip install 'megatron_samoe[ray]'")
+    texts = [f"document {n}" for n in range(500)]
+    how = {"workers": 2, "chunk_bytes": 2000}
+    by_ray, inline = (preprocessed(tmp_path, name, texts, executor=name, **how) for name in ("ray", "inline"))
+    assert content(by_ray) == content(inline)
+    with pytest.raises(DataError, match="cannot be read"):
+        preprocessed(
+            tmp_path, "x", texts, executor="ray", tokenizer_type="SentencePieceTokenizer", tokenizer_model="none"
+        )
