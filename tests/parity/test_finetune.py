@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from megatron_samoe.convert.opener import open_folder
+from tests.harness.other_programs import with_packages
 from tests.harness.program import REPOSITORY
+from tests.harness.tables import table
 from tests.parity import class_uses
 from tests.parity.hf_models import (
     Native,
@@ -32,25 +34,13 @@ from tests.parity.hf_models import transformers as hf
 
 pytestmark = pytest.mark.parity
 
-LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+TABLE = table(__file__)
 #: Layout, options, and the class that a model is exported to.
-MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "pool": ("samoe", {**LLAMA, "samoe_granularity": "expert"}, "samoe"),
-    "dense": ("dense", {"style": "llama"}, "samoe"),
-    "own_experts": ("moe", LLAMA, "samoe"),
-    "learned_positions": ("samoe", {}, "samoe"),
-    "scaled_set": ("moe", {"expert_sharing": "scaled"}, "samoe"),
-    "stock_llama": ("dense", {"style": "llama"}, "llama"),
-    "stock_mixtral": ("moe", LLAMA, "mixtral"),
-}
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = TABLE["models"]
 #: What stock classes get wrong: Mixtral's balance loss has no gradient where layers are computed again with reentry.
 THEIRS = {("stock_mixtral", "sft_balanced_with_checkpointing_True")}
-#: By day; the others take minutes.
-BY_DAY = {
-    "pool": ("sft_of_single_texts_in_turn", "sft_balanced_in_packed_texts", "lora_on_each_part"),
-    "learned_positions": ("lora_on_each_part",),
-    "scaled_set": ("lora_on_each_part",),
-}
+#: Uses by day; the others take minutes.
+BY_DAY: dict[str, tuple[str, ...]] = TABLE["by day"]
 NEEDS_TRL = "TRL and peft are not installed (extra finetune)"
 
 
@@ -97,11 +87,7 @@ def test_the_oldest_versions(folder_of: Callable[[str], Path], tmp_path: Path) -
     oldest = {name: re.search(rf"{name}>=([0-9.]+)", declared) for name in names}
     wanted = [f"{name}=={found[1]}.*" for name, found in oldest.items() if found]
     assert len(wanted) == len(names)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path / "site")]
-    done = subprocess.run([*pip, *wanted, "datasets"], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"pip cannot install {wanted}: {done.stderr.strip().splitlines()[-1]}")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment = with_packages(tmp_path, [*wanted, "datasets"])
     paths = [str(folder_of(name)) for name in ("pool", "own_experts", "learned_positions", "stock_llama")]
     command = [sys.executable, "-m", "tests.parity.finetune_uses", *paths]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
@@ -174,21 +160,18 @@ def test_a_tokenizer_that_a_folder_did_not_change_stays_the_runs_own(tmp_path: P
     assert back.config.data.tokenizer_type == ours.loaded.config.data.tokenizer_type == "ByteTokenizer"
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"moe_router_score_function": "sigmoid"}, {"moe_router_enable_expert_bias": True}, {"expert_layout": "dense"}],
-)
-def test_routers_that_the_balance_loss_does_not_know_are_refused_it(options: dict[str, Any], tmp_path: Path) -> None:
-    layout = options.pop("expert_layout", "moe")
-    given = {"style": "llama"} if layout == "dense" else {**LLAMA, **options}
-    model = theirs(sent(tmp_path, layout, given, "--hf-model-type", "samoe")[1])
+@pytest.mark.parametrize(("layout", "options"), TABLE["without a balance loss"])
+def test_routers_that_the_balance_loss_does_not_know_are_refused_it(
+    layout: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = theirs(sent(tmp_path, layout, options, "--hf-model-type", "samoe")[1])
     assert not hasattr(model.config, "output_router_logits")  # by which trainers know
     with pytest.raises(ValueError, match="balance loss of transformers, which knows softmax routers"):
         model(input_ids=some_ids(), output_router_logits=True)
 
 
 def test_the_weight_of_the_balance_loss_travels_and_earlier_exports_keep_theirs(tmp_path: Path) -> None:
-    ours, folder = sent(tmp_path, "samoe", {**LLAMA, "moe_aux_loss_coeff": 0.02})
+    ours, folder = sent(tmp_path, "samoe", {**MODELS["pool"][1], "moe_aux_loss_coeff": 0.02})
     assert theirs(folder).config.router_aux_loss_coef == 0.02
     config = json.loads((folder / "config.json").read_text())
     for change in ({}, {"router_aux_loss_coef": None}, {"router_aux_loss_coef": 0.3}):

@@ -5,7 +5,6 @@ that put weights in place around a module's forward: adapters (peft), offloading
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.convert.hf.families.samoe import _RARE_MODEL_ENTRIES, _older_parts
 from megatron_samoe.convert.hf.remote_code.configuration_samoe import DEFAULTS, SamoeConfig
 from megatron_samoe.convert.hf.source import HFSource
+from tests.harness.other_programs import with_packages
 from tests.harness.tables import table
 from tests.parity import class_uses
 from tests.parity.hf_models import sent, some_ids, their_logits, theirs, transformers
@@ -251,14 +251,9 @@ def test_uses_with_every_supported_version(which: str, tmp_path: Path) -> None:
     oldest = re.search(r"transformers>=([\d.]+)", PYPROJECT.read_text())
     assert oldest is not None
     wanted = f"transformers=={oldest[1]}.*" if which == "oldest" else "transformers"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path / "site")]
-    for words in ([wanted], ["--no-deps", "accelerate"]):
-        done = subprocess.run([*install, *words], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"pip cannot install {words[-1]}: {done.stderr.strip().splitlines()[-1]}")
+    environment = with_packages(tmp_path, [wanted], ["--no-deps", "accelerate"])
     folders = {name: str(export(tmp_path, name)) for name in (*MODELS, *STOCK)}
     paths = [folders[name] for model, (*_, stock) in MODELS.items() for name in (model, stock)]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(
         [sys.executable, class_uses.__file__, *paths], capture_output=True, text=True, env=environment
     )

@@ -27,20 +27,8 @@ TABLE = table(__file__, tuples=False)
 VOCABULARY = 99
 SIZES: dict[str, Any] = TABLE["sizes"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = TABLE["models"]
-#: A case of each class whose sizes are drawn; and those whose heads may be of any size.
-DRAWN = (
-    *("llama", "mistral", "qwen2", "qwen3", "gpt2", "neox", "granite", "mixtral", "qwen2_moe", "qwen3_moe"),
-    *("olmoe_clip", "granitemoe", "deepseek_v3_yarn"),
-)
-FREE_HEADS = ("llama", "mistral", "qwen3", "qwen3_moe", "mixtral")
-#: What GPT-2 calls sizes.
-GPT2_NAMES = {
-    "hidden_size": "n_embd",
-    "intermediate_size": "n_inner",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions",
-}
+#: A case of each class whose sizes are drawn; those whose heads may be of any size; what GPT-2 calls sizes.
+DRAWN, FREE_HEADS, GPT2_NAMES = (TABLE[name] for name in ("drawn", "free heads", "names of GPT-2"))
 
 
 def made(case: str, **changes: Any) -> Any:
@@ -136,10 +124,7 @@ def test_a_model_of_drawn_sizes_gives_its_logits_and_comes_back(seed: int, tmp_p
     assert_comes_back(model, root, tmp_path / "back")
 
 
-HAVE_EXPERTS = ("deepseek_v3", "deepseek_v2", "qwen3_moe", "olmoe_clip", "mixtral", "granitemoe")
-
-
-@pytest.mark.parametrize("case", first_by_day(HAVE_EXPERTS, 2))
+@pytest.mark.parametrize("case", first_by_day(TABLE["gradients"], 2))
 def test_gradients_are_theirs(case: str, tmp_path: Path) -> None:
     """Their gradients are saved as weights, and come in under our names and in our order."""
     model = made(case, router_aux_loss_coef=0.0)
@@ -196,19 +181,12 @@ def test_what_ours_cannot_compute_is_refused(case: str, changes: dict[str, Any],
     assert not (tmp_path / "native").exists()
 
 
-OFF = {
-    "qwen2_window": {"use_mrope": False, "qkv_bias": False, "of_a_fork": None},
-    "llama": {"max_sequence_length": 2048, "use_qk_norm": False},
-    "deepseek_v3": {"use_mtp": False},
-}
-
-
-@pytest.mark.parametrize("case", OFF)
+@pytest.mark.parametrize("case", TABLE["switched off"])
 def test_what_published_files_switch_off_or_repeat_changes_nothing(case: str, tmp_path: Path) -> None:
     """The oracle is what transformers makes of the same folder."""
     made(case).save_pretrained(tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **OFF[case]}))
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **TABLE["switched off"][case]}))
     ours = our_logits(converted(tmp_path / "hf", tmp_path / "native"), random_ids())
     torch.testing.assert_close(ours, their_logits(theirs(tmp_path / "hf"), random_ids()), rtol=1e-4, atol=1e-4)
 
@@ -241,11 +219,7 @@ def test_a_gate_that_ours_lacks_is_refused(tmp_path: Path) -> None:
 
 
 #: Cases of imports, a family each, and what makes three layers with experts of them.
-COMPRESSED: dict[str, dict[str, Any]] = {
-    **{case: {} for case in ("mixtral_window", "olmoe_clip", "granitemoe", "qwen3_moe_yarn")},
-    **{case: {"num_hidden_layers": 4} for case in ("deepseek_v2", "deepseek_v3", "deepseek_v3_yarn")},
-    "qwen2_moe": {"num_hidden_layers": 6},
-}
+COMPRESSED: dict[str, dict[str, Any]] = TABLE["compressed"]
 
 
 def test_no_family_with_experts_is_left_out() -> None:

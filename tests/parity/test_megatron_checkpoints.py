@@ -12,9 +12,7 @@ import dataclasses
 import functools
 import re
 import types
-import typing
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +40,6 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state as mpu
-    from megatron.core.activations import squared_relu
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
@@ -180,63 +177,3 @@ def test_what_changes_megatrons_results_changes_the_model_or_is_refused(name: st
         assert f"cannot compute: {next(iter(changed))} is " in str(error)
     else:
         assert after != before
-
-
-def megatrons_results(**options: Any) -> dict[str, Tensor]:
-    """Returns logits of a tiny model in training, and gradients of their mean square and the losses of routing."""
-    own = {"activation_func": torch.nn.functional.silu, **OPTIONS["plain"], **OPTIONS["on a CPU"], **options}
-    if own["activation_func"] is True:
-        own["activation_func"] = squared_relu
-    config = TransformerConfig(**own)
-    model = GPTModel(config, spec_of(config), vocab_size=40, max_sequence_length=16, position_embedding_type="rope")
-    for name, p in model.named_parameters():
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        p.data.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-    torch.manual_seed(1)
-    tokens = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(2))
-    logits = model(tokens, torch.arange(16).expand_as(tokens), causal_mask(16))
-    logits.float().square().mean().backward()
-    return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def another_value(field: dataclasses.Field) -> Any:
-    """Returns a value of an option's type that is not its default; None where we know none."""
-    if isinstance(field.default, (bool, int, float)):
-        return not field.default if isinstance(field.default, bool) else field.default * 2
-    hint = typing.get_type_hints(TransformerConfig)[field.name]
-    kinds = (hint, *typing.get_args(hint))
-    words = [w for kind in kinds if typing.get_origin(kind) is typing.Literal for w in typing.get_args(kind)]
-    numbers = [{bool: True, int: 2, float: 0.5}.get(kind) for kind in kinds]
-    return next((value for value in (*numbers, *words) if value not in (None, field.default)), None)
-
-
-@pytest.mark.night
-def test_megatron_computes_the_same_whatever_the_other_options_are() -> None:
-    """By its own results, where it takes a value by itself on a CPU."""
-    axes = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
-    plain: dict[str, dict[str, Tensor]] = {}
-    wrong, answered = [], 0
-    with megatron_rank(argparse.Namespace(**{f"{axis}_parallel_size": 1 for axis in axes}), 0):
-        for field in FIELDS:
-            name, together = field.name, TOGETHER.get(field.name, {})
-            value = OTHERWISE.get(name, another_value(field))
-            if value is None or name in OPTIONS["read"] or name in OPTIONS["of_the_loop"]:
-                continue
-            before = plain.setdefault(str(together), {}) or megatrons_results(**together)
-            plain[str(together)] = before
-            try:
-                found = megatrons_results(**together | {name: value})
-            except Exception as error:  # it wants other options, a library or a GPU
-                said = repr(error)
-            else:
-                said = "the same" if same(before, found) else "others"
-                answered += 1
-            if (said != "others") if name in OTHERWISE else said == "others":
-                wrong.append(f"{name} = {value}: {said}")
-    assert not wrong and answered > 100
-
-
-def same(before: dict[str, Tensor], found: dict[str, Tensor]) -> bool:
-    return before.keys() == found.keys() and all(
-        t.shape == found[n].shape and torch.allclose(t, found[n], rtol=1e-4, atol=1e-6) for n, t in before.items()
-    )
