@@ -20,6 +20,7 @@ import yaml
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.convert.opener import open_folder
+from megatron_samoe.datasets.train_tokenizer import train_byte_bpe
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.zero_shot.harness_model import harness_model
 from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor
@@ -173,20 +174,12 @@ def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[PretrainConfig, Any]]:
     """A checkpoint by its configuration, and the harness's own class on the exported model."""
-    import tokenizers
     from lm_eval.models.huggingface import HFLM
-    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     folder, seq_length = tmp_path_factory.mktemp("model"), getattr(request, "param", SEQ_LENGTH)
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS), "Question: Answer: yes no True False"] * 50, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    own = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder / "tokenizer.json")}
+    text = [" ".join(WORDS), "Question: Answer: yes no True False"] * 50
+    path, _ = train_byte_bpe(iter(text), 300, str(folder / "tokenizer"))
+    own = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": path}
     sizes = {"seq_length": seq_length, "max_position_embeddings": seq_length}
     config = tiny_config("samoe", style="llama", mock_data=True, save=str(folder / "run"), **own, **sizes)
     run_ranks(save, 1, with_layout(config))

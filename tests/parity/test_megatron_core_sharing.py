@@ -13,6 +13,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -255,14 +256,6 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = "examples/megatron_core/pretrain_pool.py"
 
 
-def _refused(options: dict[str, Any], sharing: str, words: dict[str, Any]) -> str:
-    try:
-        built(Layout(options=options), Model(sharing=sharing, sharing_options=words))
-    except ConfigError as error:
-        return str(error)
-    return "accepted"
-
-
 #: Options of Megatron-Core's model, a way of sharing, its options, and what is said.
 REFUSED: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
     *table(__file__)["refused"],
@@ -271,41 +264,33 @@ REFUSED: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
 
 
 def _all_refusals() -> list[str]:
-    start(Layout())
-    return [_refused(*case[:3]) for case in REFUSED]
-
-
-def _refused_later() -> list[str]:
-    """Returns what is said of a spec without experts, of a model that was built by another spec, and of early gradients."""
+    """Returns what is said of each, of a spec without experts, of a model that was built by another spec, and of early gradients."""
     start(Layout())
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
+    def said(use: Callable[..., object], *words: object) -> str:
+        try:
+            use(*words)
+        except ConfigError as error:
+            return str(error)
+        return "accepted"
+
+    found = [
+        said(built, Layout(options=options), Model(sharing=sharing, sharing_options=words))
+        for options, sharing, words, _ in REFUSED
+    ]
     _, (model,), sharing = built(Layout(), Model(sharing="tied"))
     _, (other,), _ = built(Layout(), Model())
-    wrong = (
-        lambda: sharing.spec(get_gpt_layer_local_spec()),
-        lambda: sharing.attach(other),
-        lambda: sharing.finalize_model_grads([model]),
-    )
-    found = []
-    for use in wrong:
-        try:
-            use()
-        except ConfigError as error:
-            found.append(str(error))
-    return found
+    found += [said(sharing.spec, get_gpt_layer_local_spec()), said(sharing.attach, other)]
+    return [*found, said(sharing.finalize_model_grads, [model])]
 
 
 def test_wrong_use_is_one_sentence() -> None:
-    found = run_megatron(_all_refusals, 1)[0]
-    for (*_, expected), message in zip(REFUSED, found, strict=True):
-        assert expected in message and "\n" not in message, message
-
-
-def test_wrong_use_of_a_model_is_one_sentence() -> None:
-    spec, model, gradients = run_megatron(_refused_later, 1)[0]
-    assert "has no MoE layer: give num_experts" in spec and "build it by ExpertSharing.spec" in model
-    assert "model = 'GPTModel': must be wrapped in Megatron-Core's DistributedDataParallel" in gradients
+    later = ("has no MoE layer: give num_experts", "build it by ExpertSharing.spec")
+    wrapped = "model = 'GPTModel': must be wrapped in Megatron-Core's DistributedDataParallel"
+    expected = [*(said for *_, said in REFUSED), *later, wrapped]
+    for part, message in zip(expected, run_megatron(_all_refusals, 1)[0], strict=True):
+        assert part in message and "\n" not in message, message
 
 
 def test_without_megatron_core_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def test_megatron_core_trains_on_from_one_of_ours(case: str, trained: Trained, t
 @pytest.mark.parametrize(
     "case",
     first_by_day(
-        ["MoE, EP 2 x PP 2", "MoE, complete experts on TP 2 x EP 2", "MoE, TP 2", "latent attention, dense layers"], 2
+        ["MoE, complete experts, TP 2 x PP 2 x EP 2", "MoE, EP 2 x PP 2", "MoE, TP 2", "latent attention, dense layers"]
     ),
 )
 def test_megatrons_own_rank_files_of_one_of_ours_come_back(case: str, trained: Trained, tmp_path: Path) -> None:

@@ -98,16 +98,7 @@ def test_ids_outside_the_vocabulary_stop_the_run(tmp_path: Path, monkeypatch: py
 def test_standard_input(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "--tokenizer-type",
-        "ByteTokenizer",
-        "--workers",
-        "1",
-        "--output-prefix",
-        f"{tmp_path}/out",
-        "--input",
-        "-",
-    ]
+    words = f"--tokenizer-type ByteTokenizer --workers 1 --output-prefix {tmp_path}/out --input -".split()
     assert main(words) == 1 and "needs --input-format" in capsys.readouterr().err
     words += ["--input-format", "jsonl"]
     assert main([*words, "--resume"]) == 1 and "cannot be used with standard input" in capsys.readouterr().err
