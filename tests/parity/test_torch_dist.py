@@ -19,7 +19,7 @@ from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.convert.megatron import MegatronReader, plan_dist_export, write_dist_export
 from megatron_samoe.dist_checkpointing.saving import write_sharded
 from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor
-from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.errors import CheckpointError
 from megatron_samoe.parallel_state.state import single_process_state
 from tests.harness.megatron_model import VOCABULARY, Layout, Model, batches
 from tests.harness.megatron_training import continued, converted, run_megatron, saved
@@ -178,13 +178,3 @@ def test_arguments_are_read_from_an_object_as_newer_versions_keep_them(ours: Pat
     again = MegatronReader(tmp_path)
     assert again.config == reader.config and again.train_state == reader.train_state
     assert all(torch.equal(again.read(name), reader.read(name)) for name in reader.tensors)
-
-
-def test_what_megatron_has_not_is_not_written() -> None:
-    for options, message in (
-        ({"rope_scaling_type": "linear", "rope_scaling_factor": 2.0}, "Megatron has yarn only"),
-        ({"attention_multiplier": 0.5}, "none but YaRN's"),
-        ({"sliding_window": 4}, "not known to Megatron's checkpoints"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            plan_dist_export(new_source(tiny_config("moe", style="llama", **options)))

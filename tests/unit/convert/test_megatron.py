@@ -176,9 +176,13 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
 
 def test_what_megatron_cannot_hold_is_refused() -> None:
     sigmoid = {"moe_router_score_function": "sigmoid", "moe_router_topk": 2, "moe_router_pre_softmax": True}
+    linear = {"rope_scaling_type": "linear", "rope_scaling_factor": 2.0}
     for options, message in (
         ({"moe_shared_expert_intermediate_size": 8}, "shared experts have no bias"),
         (sigmoid, "always normalises"),
+        ({"style": "llama", **linear}, "Megatron has yarn only"),
+        ({"style": "llama", "attention_multiplier": 0.5}, "none but YaRN's"),
+        ({"style": "llama", "sliding_window": 4}, "not known to Megatron's checkpoints"),
     ):
         with pytest.raises(ConfigError, match=message):
             plan_dist_export(new_source(tiny_config("moe", **options)))
