@@ -18,7 +18,7 @@ import statsmodels.formula.api as smf
 from PIL import Image
 from scipy import stats
 
-from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config import OptimizerConfig, PretrainConfig
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study import results_store
@@ -29,7 +29,7 @@ from tests.harness.tables import table
 from tools.results.measured import wrong_tables
 from tools.results.page_figures import Models, rewritten, with_table, wrong_figures
 from tools.results.registration import Registration, deviations, kept_plan, read_registrations
-from tools.results.result_plots import Plot
+from tools.results.result_plots import Plot, course
 from tools.results.scaling import scaling
 from tools.results.verdicts import (
     MANY,
@@ -347,3 +347,12 @@ def test_a_kept_run_is_read_by_its_own_key_alone(tmp_path: Path) -> None:
     assert run.validation["validation_loss"] == pytest.approx(3.5269, abs=1e-4)
     with pytest.raises(CheckpointError, match="not a finished run"):
         results_store.read_kept(tmp_path)
+
+
+def test_a_course_is_of_the_seeds_that_both_have() -> None:
+    config = PretrainConfig(optimizer=OptimizerConfig(lr=3e-3))
+    rows = {"second_regime/moe of 8": {1: 3.5, 2: 3.6}, "second_sharing/scaled": {2: 3.75, 3: 9.0}}
+    models = {
+        name: {seed: replace(run_of(loss), config=config) for seed, loss in row.items()} for name, row in rows.items()
+    }
+    assert course(list(models), models) == {"scaled": {"400": 0.15}}
