@@ -23,7 +23,6 @@ from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study import results_store
 from megatron_samoe.evaluation.study.plan import StudyPlan
-from megatron_samoe.evaluation.study.statistics import common_spread
 from megatron_samoe.planning.accounting import ParameterCount
 from tests.harness.tables import table
 from tools.results.measured import wrong_tables
@@ -36,7 +35,6 @@ from tools.results.verdicts import (
     Claim,
     HeldOut,
     Losses,
-    compressed_losses,
     foreign_originals,
     judge,
     losses_on_test,
@@ -108,26 +106,6 @@ def test_further_seeds_of_a_baseline_count_once_all_of_their_experiment_is_there
     assert found.trained["second_regime/moe of 8"] == ({1: 4.5, 4: 4.6} if is_whole else {1: 4.5})
     lock = [v for v in judge(found) if v.claim.name == "E1, free"]
     assert [list(v.differences) for v in lock] == ([pytest.approx([-0.1, -0.2])] if is_whole else [])
-
-
-def test_models_that_were_compressed_are_judged_by_the_spread_of_trained_ones(tmp_path: Path) -> None:
-    trained = {"second_s/a": {1: 3.5, 2: 3.6, 3: 3.7}, "second_s/b": {1: 3.401, 2: 3.499, 3: 3.6}}
-    for seed in (1, 2, 3):
-        kept = {
-            name: {"test_loss": 3.0 + seed / 10 + more}
-            for name, more in (("healed", 0.015), ("original-longer", 0.0), ("original", 0.005))
-        }
-        (tmp_path / f"seed-{seed}-half.json").write_text(json.dumps(kept | {"matched": {"loss": 3.0}}))
-    derived = compressed_losses(tmp_path)
-    assert sorted(derived) == ["half/healed", "half/original", "half/original-longer"]
-    pairs = (("half/healed", "second_s/a"), ("half/original-longer", "second_s/b"))
-    found = held_out(trained, Claim("G5", pairs, "below", -0.3), derived)
-    less, equal = judge(found)
-    assert less.cells[1:4] == ["half healed", "a", "3"]
-    assert less.mean == pytest.approx(-0.385) and less.is_supported
-    assert equal.mean == pytest.approx(-0.3) and equal.p == pytest.approx(0.5)
-    spread = common_spread({name: list(row.values()) for name, row in trained.items()})
-    assert less.half_width == pytest.approx(spread.half_width(less.differences))
 
 
 def test_an_original_that_the_store_does_not_have_is_named() -> None:
