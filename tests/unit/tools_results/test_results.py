@@ -197,17 +197,7 @@ SPEEDS = """# Speeds
 """
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong", "said"),
-    [
-        ("", "", ""),
-        ("1,144", "1,145", "line 5"),
-        ("0.86x", "0.85x", "line 5: ['1,144', '0.85', '0.8', '0.9'] is ['1,144', '0.86', '0.8', '0.9'] by its file"),
-        ("(92-94)", "(92)", "line 6"),
-        ("| 8, 2 | 980 | 93 % (92-94) |\n", "", "line 3: has 1 rows, and its files 2"),
-        ("| experts, top-k", "| experts", "no table begins with '| experts, top-k'"),
-    ],
-)
+@pytest.mark.parametrize(("right", "wrong", "said"), TABLE["speeds"])
 def test_a_table_of_speeds_is_compared_with_what_a_benchmark_wrote(right: str, wrong: str, said: str) -> None:
     def figures() -> Iterator[list[float]]:
         yield [1144.4, 0.856, 0.80, 0.90]
