@@ -22,7 +22,7 @@ from tests.harness.pairs import first_by_day
 from tests.harness.program import write_corpus
 from tests.harness.tables import table
 from tests.parity.hf_models import converted, our_logits, run, sent, their_logits, theirs, transformers
-from tests.unit.convert.memory_source import gradients
+from tests.unit.convert.memory_source import assert_equal, gradients
 
 pytestmark = pytest.mark.parity
 TABLE = table(__file__, tuples=False)
@@ -61,9 +61,7 @@ def assert_comes_back(model: Any, root: Path, folder: Path) -> None:
     """An import is exported to the same class with the same numbers."""
     again = theirs(converted(root, folder, "--to", "hf", "--hf-model-type", model.config.model_type))
     assert type(again) is type(model)
-    state = again.state_dict()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(state[name].to(tensor.dtype), tensor), name
+    assert_equal(again.state_dict(), model.state_dict(), check_dtype=False)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -168,8 +166,7 @@ def test_an_imported_model_goes_through_megatrons_files_and_back(tmp_path: Path)
     model.save_pretrained(tmp_path / "hf")
     files = converted(tmp_path / "hf", tmp_path / "megatron", "--to", "torch_dist")
     again = theirs(converted(files, tmp_path / "back", "--to", "hf"))
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+    assert_equal(again.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize(("case", "changes", "message"), TABLE["refused"])

@@ -27,7 +27,7 @@ from tests.harness.pairs import first_by_day
 from tests.harness.tables import table
 from tests.harness.tiny import tiny_config
 from tests.hostile.changes import Bomb
-from tests.unit.convert.memory_source import MemorySource, logits, new_source
+from tests.unit.convert.memory_source import MemorySource, assert_equal, logits, new_source, tensors_of
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -112,8 +112,7 @@ def test_megatrons_own_rank_files_of_one_of_ours_come_back(case: str, trained: T
     folder = write_dist_export(plan_dist_export(ours), tmp_path / "ours", 3)
     run_megatron(converted, ranks, layout, kind, str(folder), str(tmp_path / "files"))
     again = MegatronReader(tmp_path / "files")
-    assert again.tensors.keys() == ours.tensors.keys()
-    assert all(torch.equal(again.read(name), tensor) for name, tensor in ours.weights.items())
+    assert_equal(tensors_of(again), tensors_of(ours))
 
 
 @pytest.fixture(scope="module")
@@ -177,4 +176,4 @@ def test_arguments_are_read_from_an_object_as_newer_versions_keep_them(ours: Pat
     (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
     again = MegatronReader(tmp_path)
     assert again.config == reader.config and again.train_state == reader.train_state
-    assert all(torch.equal(again.read(name), reader.read(name)) for name in reader.tensors)
+    assert_equal(tensors_of(again), tensors_of(reader))

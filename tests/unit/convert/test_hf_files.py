@@ -29,7 +29,7 @@ from tests.harness.megatron_files import write_rank_files
 from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 from tests.hostile.changes import Bomb
-from tests.unit.convert.memory_source import new_source
+from tests.unit.convert.memory_source import assert_equal, new_source
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -50,18 +50,14 @@ def write(path: Path, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
-
-
 def test_the_library_reads_what_we_write_and_we_what_it_writes(tmp_path: Path) -> None:
     read = safetensors.torch.load_file(write(tmp_path / "x.safetensors", TENSORS))
-    assert read.keys() == TENSORS.keys() and all(same(read[n], t) for n, t in TENSORS.items())
+    assert_equal(read, TENSORS)
     with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     safetensors.torch.save_file(TENSORS, tmp_path / "y.safetensors", {"format": "pt", "other": "words"})
     reader = SafetensorsReader(tmp_path / "y.safetensors")
-    assert reader.tensors.keys() == TENSORS.keys() and all(same(reader.read(n), t) for n, t in TENSORS.items())
+    assert_equal({name: reader.read(name) for name in reader.tensors}, TENSORS)
 
 
 def test_large_views_are_copied_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +101,7 @@ def test_a_header_is_refused_where_the_library_refuses_it(case: str, tmp_path: P
         assert not case.startswith("sound")
     else:
         reader = SafetensorsReader(path)
-        assert reader.tensors.keys() == expected.keys()
-        assert all(same(reader.read(name), tensor) for name, tensor in expected.items())
+        assert_equal({name: reader.read(name) for name in reader.tensors}, expected)
 
 
 def test_quantized_weights_are_not_read(tmp_path: Path) -> None:
@@ -198,7 +193,7 @@ def test_pickles_are_read_for_plain_tensors_only(
 def test_plain_tensors_of_torch_save_are_read(tmp_path: Path) -> None:
     torch.save(TENSORS, folder_with(tmp_path) / "pytorch_model.bin")
     folder = HFFolder(tmp_path)
-    assert all(same(folder.read(n), t) for n, t in TENSORS.items())
+    assert_equal({name: folder.read(name) for name in folder.tensors}, TENSORS)
     torch.save(TENSORS, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match="save the model anew"):
         HFFolder(tmp_path)
