@@ -30,8 +30,6 @@ transformers.logging.disable_progress_bar()
 VOCABULARY = 257  # bytes and the end of a document
 PROMPT = "The bank of experts"
 VOCABULARIES = ("embedding.word.weight", "output.weight")
-#: --normalization and the rest that OLMoE asks for.
-ONE_HEAD = {"num_attention_heads": 1, "group_query_attention": False, "num_query_groups": 1}
 
 
 def random_source(layout: str, **options: Any) -> MemorySource:
