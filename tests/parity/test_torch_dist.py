@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +102,22 @@ def test_megatron_core_trains_on_from_one_of_ours(case: str, trained: Trained, t
     assert torch.equal(final, ours.weights["final_norm.weight"])
 
 
-@pytest.mark.parametrize(
-    "case",
-    first_by_day(
-        ["MoE, complete experts, TP 2 x PP 2 x EP 2", "MoE, EP 2 x PP 2", "MoE, TP 2", "latent attention, dense layers"]
-    ),
-)
-def test_megatrons_own_rank_files_of_one_of_ours_come_back(case: str, trained: Trained, tmp_path: Path) -> None:
-    ours, (ranks, layout, kind) = ours_like(trained(case)[0]), CASES[case]
+#: A case, and ranks and sizes of the layout whose files Megatron-Core writes of it.
+CONVERTED = [
+    (BY_DAY[0], 4, {"tp": 2, "pp": 2, "ep": 2}),  # complete experts on tensor-parallel ranks
+    (BY_DAY[0], 2, {"tp": 2, "etp": 2}),
+    ("MoE", 4, {"ep": 2, "pp": 2}),
+    ("latent attention, dense layers", 1, {}),
+]
+
+
+@pytest.mark.parametrize(("case", "ranks", "sizes"), first_by_day(CONVERTED))
+def test_megatrons_own_rank_files_of_one_of_ours_come_back(
+    case: str, ranks: int, sizes: dict[str, int], trained: Trained, tmp_path: Path
+) -> None:
+    ours, (_, layout, kind) = ours_like(trained(case)[0]), CASES[case]
     folder = write_dist_export(plan_dist_export(ours), tmp_path / "ours", 3)
-    run_megatron(converted, ranks, layout, kind, str(folder), str(tmp_path / "files"))
+    run_megatron(converted, ranks, replace(layout, **sizes), kind, str(folder), str(tmp_path / "files"))
     again = MegatronReader(tmp_path / "files")
     assert_equal(tensors_of(again), tensors_of(ours))
 
