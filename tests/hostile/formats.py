@@ -14,26 +14,24 @@ from pathlib import Path
 
 import yaml
 
-from megatron_samoe.convert.hf.export import plan_export, write_export
-from megatron_samoe.convert.megatron import plan_dist_export, write_dist_export
-from megatron_samoe.datasets.train_tokenizer import train_byte_bpe, train_sentencepiece
-from tests.harness.megatron_files import write_rank_files
-from tests.harness.program import TINY_MODEL, TINY_RUN, write_corpus
-from tests.harness.serving import save_tiny
-from tests.harness.tiny import tiny_config
 from tests.hostile import changes, corpus_changes
 from tests.hostile.changes import ANY, JSON, TEXT, YAML, Change
-from tests.unit.convert.memory_source import new_source
 
 TEXTS = [f"document {n} {'a' * 40} " + "words and words! " * (n % 3) for n in range(16)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 
 
 def _native(folder: Path) -> None:
+    from tests.harness.serving import save_tiny
+
     save_tiny(folder / "run")
 
 
 def _hugging_face(folder: Path, most_bytes: int = 1 << 30) -> None:
+    from megatron_samoe.convert.hf.export import plan_export, write_export
+    from tests.harness.tiny import tiny_config
+    from tests.unit.convert.memory_source import new_source
+
     source = new_source(tiny_config("moe", num_layers=2, style="llama", moe_router_topk=2))
     write_export(plan_export(source, max_shard_bytes=most_bytes), folder / "hf", lambda _: None)
     _tokenizers(folder / "hf")
@@ -55,15 +53,25 @@ def _pickled(folder: Path) -> None:
 
 
 def _megatron(folder: Path) -> None:
+    from tests.harness.megatron_files import write_rank_files
+    from tests.harness.tiny import tiny_config
+    from tests.unit.convert.memory_source import new_source
+
     source = new_source(tiny_config("moe", num_layers=2, style="llama"))
     write_rank_files(source, folder / "megatron")
 
 
 def _torch_dist(folder: Path) -> None:
+    from megatron_samoe.convert.megatron import plan_dist_export, write_dist_export
+    from tests.harness.tiny import tiny_config
+    from tests.unit.convert.memory_source import new_source
+
     write_dist_export(plan_dist_export(new_source(tiny_config("moe", num_layers=2))), folder / "torch_dist", 7)
 
 
 def _tokenizers(folder: Path) -> None:
+    from megatron_samoe.datasets.train_tokenizer import train_byte_bpe, train_sentencepiece
+
     train_byte_bpe(iter(TEXTS), 300, str(folder / "tokenizer"))
     train_sentencepiece(iter(TEXTS), "bpe", 290, str(folder / "pieces"))
     (folder / "texts.jsonl").write_bytes(LINES)
@@ -85,10 +93,14 @@ def _jsonl(folder: Path) -> None:
 
 
 def _yaml(folder: Path) -> None:
+    from tests.harness.program import TINY_MODEL, TINY_RUN
+
     (folder / "run.yaml").write_text(yaml.safe_dump({**TINY_MODEL, **TINY_RUN, "mock_data": True, "lr": 1e-3}))
 
 
 def _dataset(folder: Path) -> None:
+    from tests.harness.program import write_corpus
+
     write_corpus(folder / "corpus")
 
 
