@@ -1,4 +1,5 @@
-"""Results that check themselves: a page's figures against runs, a store's runs against their keys and their registration."""
+"""Results that check themselves: registered claims are judged by pairs, with one spread, once all of their runs are there; a page's
+figures are compared with runs, and a store's runs with their keys and their registration."""
 
 from __future__ import annotations
 
@@ -6,20 +7,156 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import pandas
 import pytest
+import statsmodels.formula.api as smf
+from PIL import Image
+from scipy import stats
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study import results_store
+from megatron_samoe.evaluation.study.plan import StudyPlan
+from megatron_samoe.evaluation.study.statistics import common_spread
+from megatron_samoe.planning.accounting import ParameterCount
 from tests.harness.tables import table
-from tests.unit.tools_results.made_runs import run_of
 from tools.results.measured import wrong_tables
-from tools.results.model_table import losses_table, rates_table
-from tools.results.page_figures import Models, models_of, rewritten, wrong_figures
+from tools.results.page_figures import Models, rewritten, with_table, wrong_figures
 from tools.results.registration import Registration, deviations, kept_plan, read_registrations
-from tools.results.verdicts import CLAIMS, losses_on_test
+from tools.results.result_plots import Plot
+from tools.results.scaling import scaling
+from tools.results.verdicts import (
+    MANY,
+    Claim,
+    HeldOut,
+    Losses,
+    compressed_losses,
+    foreign_originals,
+    judge,
+    losses_on_test,
+    verdict_table,
+)
+
+SMALL, LARGE = (
+    Claim("G9", tuple((f"second_s/{name}", "second_s/moe") for name in ("good", "same", "lost")), *test)
+    for test in (("below",), ("within", 0.03))
+)
+
+
+def held_out(trained: Losses, claim: Claim, derived: Losses | None = None, **more: object) -> HeldOut:
+    """Returns what is known of the test split where all runs are there."""
+    found = HeldOut(trained, derived or {}, frozenset([*trained, *(derived or {})]), claims=[claim])
+    return replace(found, **more)  # type: ignore[arg-type]
+
+
+def test_claims_are_judged_with_one_spread_and_a_model_that_was_given_up_is_not_better() -> None:
+    losses = {
+        "second_s/moe": [3.50, 3.52, 3.51],
+        "second_s/good": [3.40, 3.425, 3.41],
+        "second_s/same": [3.497, 3.519, 3.509],
+        "second_s/lost": [3.60],
+    }
+    by_model = {name: dict(enumerate(row)) for name, row in losses.items()}
+    rows = [(n, s, x) for n, row in losses.items() for s, x in enumerate(row)]
+    fit = smf.ols("y ~ C(m, Treatment('second_s/moe')) + C(s)", pandas.DataFrame(rows, columns=["m", "s", "y"])).fit()
+    t_of = {name: fit.tvalues[f"C(m, Treatment('second_s/moe'))[T.second_s/{name}]"] for name in ("good", "same")}
+    given_up = frozenset(["second_s/lost"])
+    good, same, lost = judge(held_out(by_model, SMALL, given_up=given_up))
+    assert good.p == pytest.approx(3 * stats.t.cdf(t_of["good"], fit.df_resid)) and good.is_supported
+    assert same.p == pytest.approx(2 * stats.t.cdf(t_of["same"], fit.df_resid)) and not same.is_supported
+    assert (len(lost.differences), lost.p, lost.is_supported) == (1, 1.0, False)
+    bse = fit.bse["C(m, Treatment('second_s/moe'))[T.second_s/good]"]
+    assert good.half_width == pytest.approx(stats.t.ppf(0.975, fit.df_resid) * bse)
+    assert [v.is_supported for v in judge(held_out(by_model, LARGE, given_up=given_up))] == [False, True, False]
+    page = f"Text.\n\n{verdict_table([good, same, lost])}\nMore.\n"
+    assert "| G9 | lost | moe | 1 | +0.1000 ± " in page
+    assert with_table(page.replace("| G9 | same", "| G9 | other"), verdict_table([good, same, lost])) == page
+
+
+def test_a_loss_on_the_test_split_is_not_looked_at_before_all_of_a_claim_is_there() -> None:
+    trained = {f"second_s/{name}": {1: 3.5, 2: 3.6} for name in ("moe", "good", "same", "lost")}
+    found = held_out(trained, SMALL, whole=frozenset(trained) - {"second_s/same"})
+    assert found.opened == {} and not list(judge(found)) and scaling(found) == ("", {})
+    both = replace(found, claims=[SMALL, Claim("G8", (("second_s/good", "second_s/moe"),), "below")])
+    assert list(both.opened) == ["second_s/moe", "second_s/good"] and len(list(judge(both))) == 1
+    waiting = replace(both, claims=[replace(claim, waits_for=("second_s/same",)) for claim in both.claims])
+    assert waiting.opened == {}, "an experiment's models are looked at together"
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_further_seeds_of_a_baseline_count_once_all_of_their_experiment_is_there(is_whole: bool) -> None:
+    def plan_of(*names: str) -> StudyPlan:
+        variants = [SimpleNamespace(name=name) for name in names]
+        runs = [SimpleNamespace(variant=variant) for variant in variants]
+        plan = SimpleNamespace(study=SimpleNamespace(variants=variants), given_up=list, all_runs=lambda: runs)
+        plan.is_finished = lambda run: is_whole or "UniPool" not in run.variant.name
+        return cast(StudyPlan, plan)
+
+    studies = {"second_regime": "moe of 8", "third_own": "moe of 8", "third_lock": "pool, locked, softmax"}
+    studies |= {"third_norm": "moe of 8, norm", "third_unipool": "pool, locked as UniPool"}
+    studies["second_sharing"] = "pool, locked"
+    models = {f"{study}/{name}": {1: run_of(3.5)} for study, name in studies.items()}
+    models["third_own/moe of 8"] = {4: run_of(3.6)}
+    models["third_lock/pool, locked, softmax"] = {1: run_of(3.4), 4: run_of(3.4)}
+    found = losses_on_test({study: plan_of(name) for study, name in studies.items()}, models, {})
+    assert found.trained["second_regime/moe of 8"] == ({1: 4.5, 4: 4.6} if is_whole else {1: 4.5})
+    lock = [v for v in judge(found) if v.claim.name == "E1, free"]
+    assert [list(v.differences) for v in lock] == ([pytest.approx([-0.1, -0.2])] if is_whole else [])
+
+
+def test_models_that_were_compressed_are_judged_by_the_spread_of_trained_ones(tmp_path: Path) -> None:
+    trained = {"second_s/a": {1: 3.5, 2: 3.6, 3: 3.7}, "second_s/b": {1: 3.401, 2: 3.499, 3: 3.6}}
+    for seed in (1, 2, 3):
+        kept = {
+            name: {"test_loss": 3.0 + seed / 10 + more}
+            for name, more in (("healed", 0.015), ("original-longer", 0.0), ("original", 0.005))
+        }
+        (tmp_path / f"seed-{seed}-half.json").write_text(json.dumps(kept | {"matched": {"loss": 3.0}}))
+    derived = compressed_losses(tmp_path)
+    assert sorted(derived) == ["half/healed", "half/original", "half/original-longer"]
+    pairs = (("half/healed", "second_s/a"), ("half/original-longer", "second_s/b"))
+    found = held_out(trained, Claim("G5", pairs, "below", -0.3), derived)
+    less, equal = judge(found)
+    assert less.cells[1:4] == ["half healed", "a", "3"]
+    assert less.mean == pytest.approx(-0.385) and less.is_supported
+    assert equal.mean == pytest.approx(-0.3) and equal.p == pytest.approx(0.5)
+    spread = common_spread({name: list(row.values()) for name, row in trained.items()})
+    assert less.half_width == pytest.approx(spread.half_width(less.differences))
+
+
+def test_an_original_that_the_store_does_not_have_is_named() -> None:
+    trained, derived = {MANY: {1: 3.5, 2: 3.6}}, {"half/original": {1: 3.5, 2: 3.61}, "quarter/original": {1: 3.5}}
+    [said] = foreign_originals(held_out(trained, SMALL, derived))
+    assert "the original of half, seed 2" in said
+
+
+def test_a_plot_is_kept_with_what_it_shows(tmp_path: Path) -> None:
+    def drawn(_: object) -> bytes:
+        Image.new("L", (1, 1)).save(box := BytesIO(), "png")
+        return box.getvalue()
+
+    path, plot = tmp_path / "plot.png", Plot({"dense": 3.7}, drawn)
+    assert not plot.is_in(path)
+    plot.write(path)
+    assert plot.is_in(path) and not replace(plot, shown={"dense": 3.8}).is_in(path)
+
+
+def run_of(loss: float, train: tuple[float, ...] = (4.0, 3.0), entropy: float = 0.9) -> RunSummary:
+    """Returns a run of two logged steps, 300 and 400."""
+    routing = {"least_load_entropy": entropy, "largest_expert_share": 0.25}
+    records: list[dict[str, Any]] = [
+        {"iteration": 300 + 100 * i, "lm_loss": value, **routing, "idle_experts": i} for i, value in enumerate(train)
+    ]
+    records[-1] |= {"validation_loss": loss, "test_loss": loss + 1}
+    count = ParameterCount(total=1_234_567, active=543_210, expert=1_000_000)
+    return RunSummary("", PretrainConfig(), count, records, 0, None, Path(), 0)
+
 
 TABLE = table(__file__, tuples=False)
 ROOT = Path(__file__).resolve().parents[3]
@@ -55,10 +192,6 @@ Others have 1.234.
 
 <!-- figures from others.json -->
 """
-
-
-def test_a_page_with_the_runs_figures_is_right() -> None:
-    assert wrong_figures(PAGE, MODELS) == []
 
 
 @pytest.mark.parametrize(("right", "wrong", "said"), TABLE["differences"])
@@ -174,6 +307,9 @@ def store(tmp_path: Path) -> Path:
         ({"test_data_path": ("other",)}, {}, "--test-data-path ['other']"),
         ({}, {"forced": {}}, "MKL_CBWR=None, registered is AVX2"),
         ({}, {"threads_per_rank": 2}, "2 threads, registered are 1"),
+        ({}, {"commit": "b" * 40}, f"has the commit '{'b' * 40}', registered is '{'a' * 40}'"),
+        ({}, {"patch": "diff"}, "has the patch 'diff', registered is ''"),
+        ({}, {"commit": None}, "has the commit None"),
     ],
 )
 def test_runs_that_are_not_as_registered_are_named_with_what_differs(
@@ -185,51 +321,12 @@ def test_runs_that_are_not_as_registered_are_named_with_what_differs(
     config = planned.config_of(run)
     section = "data" if "test_data_path" in changes else "optimizer"
     config = replace(config, **{section: replace(getattr(config, section), **changes)})
-    key = keep(store, config, registration, **machine)
+    key = keep(store, config, registration, **{"commit": "a" * 40, "patch": "", **machine})
     runs, problems = results_store.read_store(store)
     plans = {study.stem: kept_plan(study, registration.data, store, tmp_path / "kept")}
-    found = deviations([registration], plans, runs)
+    found = deviations([replace(registration, commit="a" * 40)], plans, runs)
     assert not problems and bool(found) == (said is not None)
     assert said is None or any(key in text and said in text for text in found)
-
-
-def test_tables_show_what_was_tried_and_no_test_loss_of_a_study_that_is_not_whole(
-    tmp_path: Path, store: Path, registration: Registration
-) -> None:
-    [study] = registration.studies
-    lines, judged = [], []
-    for stage, rates in enumerate(({1.5e-3: 3.6, 3e-3: 3.5, 6e-3: 3.7}, {3e-3: 3.5})):
-        plan = kept_plan(study, registration.data, store, tmp_path / f"planned-{stage}")
-        for run in plan.all_runs():
-            loss = rates.get(run.swept or 3e-3) if plan.is_settled(run) else None
-            key = plan.key_of(run)
-            if loss is not None and not (store / key).exists():
-                worse = 0.1 * (run.variant.name == "frozen")
-                keep(store, plan.config_of(run), registration, loss + worse + run.seed / 1000)
-        plans = {study.stem: kept_plan(study, registration.data, store, tmp_path / f"kept-{stage}")}
-        models = models_of(plans, results_store.read_store(store)[0])
-        found = losses_on_test(plans, models, {})
-        found = replace(found, claims=[claim for claim in CLAIMS if claim.name == "G3"])
-        lines.append(rates_table(plans, models, "muon").splitlines()[2:])
-        judged.append(losses_table(models, found).splitlines()[2:])
-        assert rates_table(plans, models, "adam") == ""
-    (first, _), (frozen, learned) = lines
-    tried = "1.5: 3.7010, 3: 3.6010, 6: 3.8010"
-    assert first.startswith(f"| frozen | {tried} | 3.6010 | "), "seed 1 is the sweep's"
-    assert frozen == f"| frozen | {tried} | 3.6010, 3.6020, 3.6030 | 0.90, 0.25, 1 |"
-    assert learned.startswith("| 2 banks of 32 | 1.5: 3.6010, 3: 3.5010, 6: 3.7010 | 3.5010, 3.5020, 3.5030 | ")
-    better, worse = "| 2 banks of 32 | 1.06 M | 3 | 4,800 | 4.5020 |  |", "| frozen | 1.06 M | 3 | 4,800 | 4.6020 |  |"
-    assert judged == [[], [better, worse]], "of the claim that can be judged"
-
-
-def test_models_under_adamw_have_a_table_of_their_own(tmp_path: Path, store: Path, registration: Registration) -> None:
-    study = ROOT / "examples/studies/second_adamw.yaml"
-    planned = kept_plan(study, registration.data, store, tmp_path / "planned")
-    keep(store, planned.config_of(planned.all_runs()[0]), registration, 3.9)
-    plans = {study.stem: kept_plan(study, registration.data, store, tmp_path / "kept")}
-    models = models_of(plans, results_store.read_store(store)[0])
-    assert rates_table(plans, models, "muon") == ""
-    assert rates_table(plans, models, "adam").startswith("| rates and routing under AdamW |")
 
 
 def test_a_page_that_registers_nothing_is_refused(tmp_path: Path) -> None:
@@ -242,27 +339,6 @@ def test_a_page_that_registers_nothing_is_refused(tmp_path: Path) -> None:
     page.write_text("```yaml\ntag: x\nstudies: [gone]\ndata: {}\nforced: {}\nthreads_per_rank: 1\n```\n")
     with pytest.raises(ConfigError, match=r"gone.yaml is missing"):
         read_registrations(page, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("machine", "said"),
-    [
-        ({"commit": "a" * 40, "patch": ""}, None),
-        ({"commit": "b" * 40, "patch": ""}, f"has the commit '{'b' * 40}', registered is '{'a' * 40}'"),
-        ({"commit": "a" * 40, "patch": "diff"}, "has the patch 'diff', registered is ''"),
-        ({}, "has the commit None"),
-    ],
-)
-def test_a_run_of_another_commit_than_the_registered_is_named(
-    tmp_path: Path, store: Path, registration: Registration, machine: dict, said: str | None
-) -> None:
-    [study] = registration.studies
-    planned = kept_plan(study, registration.data, store, tmp_path / "planned")
-    keep(store, planned.config_of(planned.all_runs()[0]), registration, **machine)
-    plans = {study.stem: kept_plan(study, registration.data, store, tmp_path / "kept")}
-    runs, _ = results_store.read_store(store)
-    found = deviations([replace(registration, commit="a" * 40)], plans, runs)
-    assert any(said in text for text in found) if said else not found
 
 
 def test_a_kept_run_is_read_by_its_own_key_alone(tmp_path: Path) -> None:
