@@ -73,7 +73,7 @@ def _random_exchanges(transport: Transport, num_exchanges: int) -> str:
         *((f"shm {'0' * world}", "ShmCommunicator") for world in (2, 4, 8)),
         *((f"shm {hosts}", "HostwiseCommunicator") for hosts in ("001", "0101", "0011")),
         *((f"nccl {'0' * world}", "NcclCommunicator") for world in (2, 4)),
-        *((f"nodes {hosts}", "HierarchicalCommunicator") for hosts in ("0011", "001122")),
+        *((f"nodes {hosts}", "HierarchicalCommunicator") for hosts in ("0011", "001122", "000111")),
         ("nodes 001", "NcclCommunicator"),  # whose nodes are not even, as the next ones' are not
         *(
             pytest.param(f"nodes {hosts}", "NcclCommunicator", marks=pytest.mark.night)

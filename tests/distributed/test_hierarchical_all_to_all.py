@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from functools import partial
-from itertools import product
 
 import pytest
 import torch
@@ -14,51 +13,12 @@ import torch.distributed as dist
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.ops import extension
 from megatron_samoe.row_exchange.exchange import with_exchange
-from megatron_samoe.row_exchange.hierarchical_communicator import nodes_problem, plan_two_hops
+from megatron_samoe.row_exchange.hierarchical_communicator import nodes_problem
 from tests.harness import nccl_library
 from tests.harness.exchanges import Transport, claim_host, error_of, world_group
 from tests.harness.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.mark.parametrize("num_nodes, num_local", [(2, 2), (3, 2), (2, 4), (4, 3)])
-def test_the_plan_brings_every_byte_to_its_place(num_nodes: int, num_local: int) -> None:
-    """The plans of all ranks, carried out on bytes that name sender, receiver and place."""
-    generator = torch.Generator().manual_seed(num_nodes)
-    world = num_nodes * num_local
-    bytes_WW = torch.randint(0, 5, (world, world), generator=generator)
-    bytes_WW[torch.rand(world, world, generator=generator) < 0.3] = 0
-    plans, inputs, outputs, staging = [], [], [], []
-    for rank in range(world):
-        node, index = divmod(rank, num_local)
-        here = bytes_WW[node * num_local : (node + 1) * num_local]
-        plan = plan_two_hops(
-            rank, bytes_WW[rank].tolist(), bytes_WW[:, rank].tolist(), here[:, index::num_local].tolist()
-        )
-        plans.append(plan)
-        inputs.append([(rank, to, i) for to in range(world) for i in range(bytes_WW[rank, to])])
-        outputs.append([None] * int(bytes_WW[:, rank].sum()))
-        staging.append([None] * plan.staging_bytes)
-    between_nodes = 0
-    for hop in ("first", "second"):
-        on_the_way: dict[tuple[int, int], list] = {pair: [] for pair in product(range(world), repeat=2)}
-        for rank, plan in enumerate(plans):
-            for peer, staged, start, size in torch.tensor(getattr(plan, f"{hop}_sends")).view(-1, 4).tolist():
-                if size:
-                    on_the_way[rank, peer].append((staging if staged else inputs)[rank][start : start + size])
-                    if peer // num_local != rank // num_local:
-                        between_nodes += 1
-        for rank, plan in enumerate(plans):
-            for peer, staged, start, size in torch.tensor(getattr(plan, f"{hop}_receives")).view(-1, 4).tolist():
-                if size:
-                    message = on_the_way[peer, rank].pop(0)
-                    assert len(message) == size
-                    (staging if staged else outputs)[rank][start : start + size] = message
-        assert not any(on_the_way.values())
-    for rank in range(world):
-        assert outputs[rank] == [(source, rank, i) for source in range(world) for i in range(bytes_WW[source, rank])]
-    assert between_nodes <= world * (num_nodes - 1)
 
 
 def _trouble_in_a_node(transport: Transport) -> tuple[str, float]:

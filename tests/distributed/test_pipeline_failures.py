@@ -6,16 +6,12 @@ import os
 import re
 import signal
 import time
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_samoe.cli.pretrain import main
 from megatron_samoe.config import PretrainConfig
-from megatron_samoe.config.checkpoint import CheckpointConfig
-from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CommunicationError
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.setup import build_setup
@@ -68,16 +64,13 @@ def train_with_trouble(config: PretrainConfig, kind: str, victim: int, at_pass: 
     return {"error": None, "message": "", "seconds": time.monotonic() - started}
 
 
-def troubled(layout: str, world: dict[str, Any], save: Path | None = None) -> PretrainConfig:
-    config = with_options(
+def troubled(layout: str, world: dict[str, Any]) -> PretrainConfig:
+    return with_options(
         with_layout(tiny_config(layout), **world),
         distributed_timeout_minutes=TIMEOUT_S / 60,
         train_iters=3,
         eval_iters=0,
     )
-    if save is None:
-        return config
-    return replace(config, checkpoint=CheckpointConfig(save=str(save), load=str(save), save_interval=1))
 
 
 CASES = {
@@ -113,23 +106,6 @@ def test_the_others_end_in_time_and_say_why(case: str) -> None:
         assert any(map(sentence.search, neighbours)), neighbours
     else:
         assert all("while computing iteration" in r["message"] for i, r in enumerate(results) if i != victim)
-
-
-def finish(config: PretrainConfig) -> int:
-    """Trains on from the last checkpoint and returns the iteration reached."""
-    parallel = initialize_model_parallel(config.parallel)
-    setup = build_setup(config, VOCAB_SIZE, parallel)
-    return Trainer(setup, RandomBatches(setup), []).run().iteration
-
-
-def test_the_last_checkpoint_survives_and_is_trained_on_from(tmp_path: Path) -> None:
-    config = troubled("samoe", {"pp": 2}, save=tmp_path / "checkpoints")
-    # Four micro-batches a step: the sixth pass is in the second step.
-    results = run_ranks(train_with_trouble, 2, config, "kill", 1, 6, may_die=True)
-    assert results[0]["error"] == CommunicationError.__name__ and results[1] == -signal.SIGKILL
-    assert store.whole_iterations(tmp_path / "checkpoints") == [1]
-    roomy = with_options(config, distributed_timeout_minutes=1.0)
-    assert run_ranks(finish, 2, roomy) == [3, 3]
 
 
 BAD_LAYOUTS = TABLE["bad layouts"]

@@ -7,17 +7,14 @@ import os
 import platform
 import resource
 import time
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_samoe.log import logger
-from megatron_samoe.moe.alltoall_dispatcher import expert_major_order
 from megatron_samoe.ops import extension
-from megatron_samoe.ops.permute import invert_index, make_permutation
-from megatron_samoe.row_exchange.all_to_all import Route, dispatch_rows, exchange_counts, return_rows
+from megatron_samoe.row_exchange.all_to_all import exchange_counts
 from megatron_samoe.row_exchange.shm_communicator import create_shm_communicator
 from tests.harness.exchanges import Transport, claim_host, world_group
 from tests.harness.forbidden_calls import MEMFD_CREATE, PIDFD_OPEN, forbid
@@ -86,36 +83,6 @@ def _wrong_mark() -> str:
 
 def test_a_file_that_is_not_the_peers_segment_is_refused():
     assert "is not the peer's segment" in run_ranks(_wrong_mark, 1)[0]
-
-
-def _route_there_and_back(transport: Transport | None) -> tuple[torch.Tensor, ...]:
-    """Output and gradient of an MoE dispatch whose experts scale their rows."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    generator = torch.Generator().manual_seed(rank)
-    x = torch.randn(40, 16, generator=generator, requires_grad=True)
-    ids_TK = torch.randint(-1, 2 * world, (40, 2), generator=generator)
-    permutation = make_permutation(ids_TK, 2 * world)
-    sent_We = permutation.counts_E.view(world, 2)
-    received_We = torch.empty_like(sent_We)
-    dist.all_to_all_single(received_We, sent_We)
-    order_R = expert_major_order(received_We, int(received_We.sum()))
-    route = Route(sent_We.sum(1).tolist(), received_We.sum(1).tolist(), order_R, invert_index(order_R))
-    group = world_group()
-    if transport is not None:
-        group = replace(group, exchange=transport.open())
-    rows_RH = dispatch_rows(x, permutation, route, group)
-    scale_R = torch.arange(1.0, rows_RH.shape[0] + 1)[:, None]
-    y_NH = return_rows(rows_RH * scale_R, route, group)
-    (dx,) = torch.autograd.grad(y_NH, x, torch.ones_like(y_NH).cumsum(0))
-    return rows_RH.detach(), y_NH.detach(), dx
-
-
-@pytest.mark.parametrize("transport", ["shm 000", "shm 001"], indirect=True)
-def test_the_fused_dispatch_equals_its_parts(transport):
-    fused = run_ranks(_route_there_and_back, 3, transport)
-    parts = run_ranks(_route_there_and_back, 3, None)
-    for ours, theirs in zip(fused, parts, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def _stale_reader() -> float:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,6 @@ from megatron_samoe.config import ParallelConfig
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.parallel_state import initialize_model_parallel
-from megatron_samoe.parallel_state.state import Group
 from megatron_samoe.row_exchange.all_to_all import all_to_all_rows
 from megatron_samoe.training import preflight
 from megatron_samoe.training.hang_watch import HangWatch
@@ -123,21 +123,6 @@ def test_spikes_are_reported_skipped_and_resumed(corpus: Path, tmp_path: Path) -
     assert [(r["lm_loss"], r["spike"]) for r in parts] == [(r["lm_loss"], r["spike"]) for r in whole]
 
 
-def _waited(late_rank: int) -> float:
-    rank = dist.get_rank()
-    group = Group("ep", (0, 1), rank, dist.group.WORLD)
-    dist.barrier()
-    time.sleep(0.5 if rank == late_rank else 0.0)
-    all_to_all_rows(torch.ones(2, 4), [1, 1], [1, 1], group)
-    return group.waits.seconds
-
-
-def test_a_wait_for_tokens_is_no_time_of_the_ranks_own() -> None:
-    for late_rank in (0, 1):
-        waited = run_ranks(_waited, 2, late_rank)
-        assert waited[1 - late_rank] > waited[late_rank] + 0.3
-
-
 class Late(Hook):
     """Makes the steps of one rank 0.4 seconds longer, and keeps what was recorded."""
 
@@ -181,23 +166,30 @@ def test_the_console_tells_times_and_ways(corpus: Path, tmp_path: Path) -> None:
     assert "tokens travel through shared memory" in output and "pipeline 1" in output and "over gloo" in output
 
 
-def _wait_clock() -> tuple[float, float]:
-    parallel = initialize_model_parallel(ParallelConfig())
-    before = parallel.dp.waits.seconds
-    if parallel.rank == 0:
-        time.sleep(0.5)
-    parallel.dp.all_reduce(torch.ones(1))
-    return before, parallel.world.waits.seconds
+def _waited(late_rank: int) -> tuple[float, float]:
+    """Returns for how long a rank waited for tokens, and in a sum over ranks, to which one comes late."""
+    parallel = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=2))
+    rows, waits = torch.ones(2, 4), [parallel.world.waits.seconds]
+    for exchange in (lambda: all_to_all_rows(rows, [1, 1], [1, 1], parallel.ep), lambda: parallel.dp.all_reduce(rows)):
+        dist.barrier()
+        time.sleep(0.5 if parallel.rank == late_rank else 0.0)
+        exchange()
+        waits.append(parallel.world.waits.seconds)
+    return waits[1] - waits[0], waits[2] - waits[1]
 
 
-def test_who_waits_is_not_the_slow_one() -> None:
-    (_, slow), (_, waiting) = run_ranks(_wait_clock, 2)
-    assert slow < 0.2 and waiting > 0.3
+@pytest.mark.parametrize("late_rank", [0, 1])
+def test_who_waits_is_not_the_slow_one(late_rank: int) -> None:
+    of_ranks = run_ranks(_waited, 2, late_rank)
+    for late_s, other_s in zip(of_ranks[late_rank], of_ranks[1 - late_rank], strict=True):
+        assert late_s < 0.2 and other_s > late_s + 0.3
 
 
-def _preflight(available: int) -> list[str] | str:
+def _preflight(available: int, ahead_s: float = 0.0) -> list[str] | str:
     parallel = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=2))
     preflight.free_memory_bytes = lambda device: available
+    clock = time.time
+    preflight.time = SimpleNamespace(time=lambda: clock() + ahead_s * parallel.rank, perf_counter=time.perf_counter)
     try:
         return preflight.preflight(tiny_config("samoe", expert_model_parallel_size=2), 64, parallel)
     except ConfigError as error:
@@ -205,10 +197,17 @@ def _preflight(available: int) -> list[str] | str:
 
 
 def test_preflight_refuses_too_little_memory() -> None:
-    assert all(isinstance(found, list) for found in run_ranks(_preflight, 2, 1 << 40))
     for found in run_ranks(_preflight, 2, 1000):
         assert "2 ranks of" in found and found.count("B left") == 1
     assert preflight.free_memory_bytes(torch.device("cpu")) > 0
+
+
+@pytest.mark.parametrize("ahead_s", [1.0, 3600.0])
+def test_preflight_names_a_clock_that_differs(ahead_s: float) -> None:
+    """Of two ranks by half."""
+    said = "the clock of rank 1 is +1800.0 s off the others'"
+    for warnings in run_ranks(_preflight, 2, 1 << 40, ahead_s):
+        assert isinstance(warnings, list) and (said in warnings) == (ahead_s > 2)
 
 
 def test_preflight_names_what_is_slow() -> None:

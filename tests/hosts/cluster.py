@@ -22,7 +22,6 @@ from typing import Any
 
 from tests.harness.program import REPOSITORY, ProgramRun
 from tests.harness.ranks import _context
-from tests.hosts.relay import relay
 
 SHARED = Path("/srv")
 _MOUNT, _UTS, _IPC, _PID, _NET = 0x00020000, 0x04000000, 0x08000000, 0x20000000, 0x40000000  # CLONE_NEW...
@@ -106,13 +105,11 @@ class Host:
         """Pulls the host's network cable, or plugs it in again."""
         self._cluster.switch("ip", "link", "set", f"to-{self.name}", "up" if plugged_in else "down")
 
-    def shape(self, rate: str, burst: str = "32kb") -> None:
-        """Limits what the host sends, and what it receives, to a rate such as 1gbit.
-
-        Args:
-            burst: what an idle link lets through at once, as no real one does: so little that it does not count.
+    def shape(self, rate: str) -> None:
+        """Limits what the host sends, and what it receives, to a rate such as 1gbit. An idle link lets through at once, as no real
+        one does, so little that it does not count.
         """
-        limit = ("root", "tbf", "rate", rate, "burst", burst, "latency", "100ms")
+        limit = ("root", "tbf", "rate", rate, "burst", "32kb", "latency", "100ms")
         self.run("tc", "qdisc", "replace", "dev", "eth0", *limit)
         self._cluster.switch("tc", "qdisc", "replace", "dev", f"to-{self.name}", *limit)
 
@@ -172,7 +169,6 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder, self.shared, self.names = folder, folder / "shared", folder / "names"
         self.hosts: list[Host] = []
-        self._relays: list[Any] = []
 
     def __enter__(self) -> Cluster:
         for root in _CPU_GROUPS:  # of a test that was killed
@@ -190,43 +186,24 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         for host in [*self.hosts, self._switch]:
             host.lose()
-        for relayed in self._relays:
-            relayed.kill()
-            relayed.join(20)
 
     def switch(self, *words: object) -> str:
         """Runs a command where the switch is."""
         return _run("nsenter", "-t", self._switch.pid, "-n", *words)
 
-    def add(self, delay_s: float | None = None, loss: float = 0.0) -> Host:
-        """Adds the next host: host0 is 10.77.0.1, and so on.
-
-        Args:
-            delay_s, loss: of the host's link, each way; not None for a link through a relay, which can both.
-        """
+    def add(self) -> Host:
+        """Adds the next host: host0 is 10.77.0.1, and so on."""
         number = len(self.hosts)
         host = Host(f"host{number}", f"10.77.0.{number + 1}", self)
         self.hosts.append(host)
         port = f"to-{host.name}"
-        if delay_s is None:
-            ends = f"{port} mtu 9000 type veth peer name eth0 mtu 9000 netns {host.pid}"
-            self.switch("ip", "link", "add", *ends.split())
-        else:
-            ready, there = _context.Pipe()
-            relayed = _context.Process(target=relay, args=(there, host.pid, self._switch.pid, port, delay_s, loss))
-            relayed.start()
-            self._relays.append(relayed)
-            assert ready.poll(20) and ready.recv() == "", "the relay does not start"
+        ends = f"{port} mtu 9000 type veth peer name eth0 mtu 9000 netns {host.pid}"
+        self.switch("ip", "link", "add", *ends.split())
         self.switch("ip", "link", "set", port, "master", "bridge", "up")
         for link in (("lo", "up"), ("eth0", "up")):
             host.run("ip", "link", "set", *link)
         host.run("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
         return host
-
-
-def enter(pid: int, spaces: int) -> None:
-    """Takes this process into a process's namespaces."""
-    _checked(_libc.setns(os.pidfd_open(pid), spaces))
 
 
 def _hold(pipe: Connection, name: str, names: str, shared: str) -> None:
@@ -276,7 +253,7 @@ def _enter(host: int, group: str, words: list[str], environment: dict[str, str],
     _die_with_parent()
     if group:
         Path(group, "cgroup.procs").write_text(str(os.getpid()))
-    enter(host, _OF_A_HOST)
+    _checked(_libc.setns(os.pidfd_open(host), _OF_A_HOST))
     pid = os.fork()  # which is in the host's process numbers; this process stays outside
     if pid == 0:
         _die_with_parent()

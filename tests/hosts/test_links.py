@@ -6,8 +6,6 @@ The planner is calibrated by the same hosts over the same link.
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
@@ -21,7 +19,6 @@ from megatron_samoe.planning.layout_cost import step_cost
 from tests.harness.program import arguments, write_corpus
 from tests.hosts.cluster import SHARED, Cluster
 from tests.hosts.job import OPTIONS, Job
-from tests.hosts.overlap import MODELS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.night]
 STEPS, VOCABULARY = 12, 257
@@ -121,16 +118,3 @@ def test_six_layouts(cluster: Cluster) -> None:
 
 def test_four_layouts_of_four_ranks(cluster: Cluster) -> None:
     compare(cluster, 2, WIDER, ACROSS)
-
-
-def test_what_runs_beside_products(cluster: Cluster) -> None:
-    """What docs/cluster.md says of it: SAMOE_HOSTS_ROUNDS=30 on an idle machine."""
-    for host in (cluster.add(), cluster.add(delay_s=0.001)):
-        host.shape("1gbit", "128kb")
-    output = torchrun(cluster, 1, "tests.hosts.overlap", os.environ.get("SAMOE_HOSTS_ROUNDS", "5"))
-    medians = json.loads(re.findall("medians (.*)", output)[0])
-    for name in MODELS:
-        alone, after, beside = (medians[f"{name}, {how}"] for how in ("alone", "after", "beside"))
-        hidden = (after - beside) / (after - alone)
-        print(f"{name}: alone {alone:.3f} s, exchanges after {after:.3f} s, beside {beside:.3f} s: {hidden:.0%} hidden")
-        assert alone < after, f"{name}: exchanges took no time: {medians}"

@@ -51,20 +51,6 @@ def test_members_of_a_group_differ_in_its_axes_only(grid: RankGrid) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(grids(256))
-def test_rank_of_coordinates(grid: RankGrid) -> None:
-    for axes_grid in ("dense", "expert"):
-        axes = grid.axes(axes_grid)
-        for rank in range(grid.world_size):
-            place, stride, again = grid.coordinates(rank, axes_grid), 1, 0
-            for axis, size in axes.items():
-                assert 0 <= place[axis] < size
-                again += place[axis] * stride
-                stride *= size
-            assert again == rank
-
-
-@settings(deadline=None, max_examples=60)
 @given(grids(96))
 def test_wide_groups_are_unions_of_narrow_ones(grid: RankGrid) -> None:
     """A stage is its tensor x context x data ranks, and no group but those that cross stages leaves it."""

@@ -11,17 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.parallel_state import (
     Group,
     RankGrid,
     ShardSpec,
-    single_process_state,
-    tag_of,
 )
 from megatron_samoe.parallel_state.rank_grid import GROUPS
 from megatron_samoe.parallel_state.shard_spec import FlatSlice, gradient_group_name, is_counted_here
-from tests.harness.tiny import VOCAB_SIZE, state_of, tiny_config
+from tests.harness.tiny import state_of
 
 GRIDS = [
     *(RankGrid(1), RankGrid(2, tp=2), RankGrid(4, ep=4), RankGrid(8, tp=2, ep=2), RankGrid(8, tp=2, etp=1, ep=4)),
@@ -102,43 +99,6 @@ def test_gradient_groups_by_name(spec: ShardSpec, group: str) -> None:
 def test_a_spec_without_a_group_is_an_error_of_ours() -> None:
     with pytest.raises(AssertionError, match="no process group"):
         gradient_group_name(ShardSpec("expert", partial=("ep",)))
-
-
-@pytest.mark.parametrize("style", ["gpt3", "llama"])
-@pytest.mark.parametrize("layout", ["dense", "moe", "samoe"])
-def test_every_parameter_of_every_model_has_a_tag_with_a_group(layout: str, style: str) -> None:
-    for granularity in ("layer", "expert") if layout == "samoe" else ("layer",):
-        config = tiny_config(layout, style=style, samoe_granularity=granularity, qk_layernorm=True)
-        if layout != "dense":
-            config = tiny_config(
-                layout,
-                style=style,
-                samoe_granularity=granularity,
-                moe_shared_expert_intermediate_size=16,
-                moe_layer_freq="2",
-            )
-        model = RankModel(config, VOCAB_SIZE, single_process_state("meta"), torch.float32)
-        families = set()
-        for name, parameter in model.global_parameters().items():
-            spec = tag_of(parameter).shard
-            assert gradient_group_name(spec) in GROUPS, name
-            assert all(dim < parameter.dim() for dim, _ in spec.partition), name
-            families.add(spec.family)
-        expected = {"dense": {"dense"}, "moe": {"dense", "expert"}, "samoe": {"dense", "expert", "pool"}}[layout]
-        tied = not config.model.untie_embeddings_and_output_weights
-        assert families == expected | ({"embedding"} if tied else set())
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.sampled_from(GRIDS), st.sampled_from(SPECS), st.lists(st.integers(1, 5), min_size=3, max_size=3))
-def test_global_shape_and_offsets_fit_together(grid: RankGrid, spec: ShardSpec, shape: list[int]) -> None:
-    local = tuple(shape)
-    for rank in range(grid.world_size):
-        state = state_of(grid, rank)
-        whole, offsets = spec.global_shape(local, state), spec.offsets(local, state)
-        for dim in range(3):
-            assert 0 <= offsets[dim] <= whole[dim] - local[dim]
-            assert whole[dim] % local[dim] == 0 and offsets[dim] % local[dim] == 0
 
 
 @settings(deadline=None, max_examples=300)

@@ -1,0 +1,95 @@
+"""Shared experts on several ranks: banks gathered and their gradients summed, copies that drift apart, and coefficients of all experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_samoe.errors import ReplicaDriftError
+from megatron_samoe.moe.sharing.bank_store import BankStore, shard_bank
+from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.parallel_state.parameter_tag import ParameterTag, set_tag
+from megatron_samoe.parallel_state.shard_spec import ShardSpec
+from megatron_samoe.row_exchange.exchange import with_exchange
+from megatron_samoe.training.hooks.moe_diagnostics import gathered_coefficients
+from megatron_samoe.training.hooks.replica_check import check_pool_replicas
+from megatron_samoe.training.setup import build_setup, initial_state
+from megatron_samoe.training.train_step import train_step
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_layout
+
+pytestmark = pytest.mark.distributed
+
+
+def _both_transports() -> list[tuple[bool, torch.Tensor, torch.Tensor]]:
+    state = initialize_model_parallel(with_layout(tiny_config("samoe"), pp=2).parallel)
+    results = []
+    for backend in ("torch", "extension"):
+        there = replace(state, pool_dp=with_exchange(state.pool_dp, state.device, backend=backend))  # type: ignore[arg-type]
+        # 2 banks of 15 numbers, which four holders cannot share evenly.
+        bank = set_tag(nn.Parameter(torch.empty(2, 3, 5)), ParameterTag(ShardSpec("pool")))
+        part = shard_bank(bank, there)
+        store = BankStore(part, there)
+        columns = store.columns(store.group.rank)
+        part.data.copy_(torch.arange(30.0).view(2, 15)[:, columns])
+        part.main_grad = torch.ones_like(part)  # type: ignore[attr-defined]
+        whole = store.unsharded()
+        store.add_gradient(whole * (1 + there.rank))
+        results.append((store.group.exchange is not None, whole, part.main_grad))  # type: ignore[attr-defined]
+    return results
+
+
+def test_banks_arrive_whole_and_their_gradients_summed_over_the_process_group_and_shared_memory() -> None:
+    for rank, ((_, whole, gradient), (through_memory, same, same_gradient)) in enumerate(
+        run_ranks(_both_transports, 4)
+    ):
+        assert through_memory and torch.equal(whole, torch.arange(30.0).view(2, 3, 5)) and torch.equal(same, whole)
+        expected = 1 + 10 * whole.view(2, 15)[:, 4 * rank : min(4 * rank + 4, 15)]
+        assert torch.equal(gradient, expected) and torch.equal(same_gradient, expected)
+
+
+def drift() -> list[str]:
+    """Returns what is said of copies after a step, and once more with one element of the last rank's bank changed."""
+    config = with_layout(tiny_config("samoe", samoe_pool_placement="replicated"), pp=2)
+    setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
+    train_step(setup, initial_state(setup), micro_batches(setup, 0))
+    said = []
+    for change in (0.0, 1e-6):
+        if setup.parallel.rank == 3:
+            with torch.no_grad():
+                setup.model.expert_pool["combined"].bank["w2"].view(-1)[7] += change
+        try:
+            check_pool_replicas(setup, iteration=1)
+            said.append("")
+        except ReplicaDriftError as error:
+            said.append(str(error))
+    return said
+
+
+def test_equal_copies_pass_and_one_that_differs_is_named_by_its_holders() -> None:
+    before, after = zip(*run_ranks(drift, 4), strict=True)
+    assert not any(before)
+    # Ranks 1 and 3 hold the copies of one data-parallel rank, 0 and 2 those of the other, all of the same pool.
+    assert any(after)
+    assert all("w2 differ" in report and "[3]" in report for report in after if report)
+
+
+def gathered(ep: int, options: dict[str, Any]) -> torch.Tensor:
+    config = with_layout(tiny_config(**options, samoe_granularity="expert", samoe_init="uniform"), ep=ep)
+    return gathered_coefficients(build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_expert_banks": 1}, {"layout": "moe", "expert_sharing": "scaled:combined,0,0,combined"}],
+    ids=str,
+)
+def test_two_ranks_show_the_coefficients_of_one_process(options: dict[str, Any]) -> None:
+    alone = gathered(1, options)
+    assert alone.shape[2] == 4 and alone[0].abs().min() > 0
+    for a_L2GP in run_ranks(gathered, 2, 2, options):
+        torch.testing.assert_close(a_L2GP, alone)
