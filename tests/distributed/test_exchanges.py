@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.errors import CommunicationError
-from megatron_samoe.row_exchange.all_to_all import all_to_all_rows
 from tests.harness import nccl_library
 from tests.harness.exchanges import Transport, error_of, through_gloo
 from tests.harness.pairs import first_by_day
@@ -147,23 +145,6 @@ def test_exchanges_in_the_background_keep_their_order(transport: Transport) -> N
     more_threads = on_ranks(_in_the_background, transport)
     if transport.kind == "nccl":
         assert more_threads == [3] * 3  # the watchdog, the bulletin and the library's stream
-
-
-def _gradients(transport: Transport) -> None:
-    rank = dist.get_rank()
-    rows_WW = torch.tensor([[2, 0, 3], [1, 4, 0], [5, 1, 1]])
-    send, receive = rows_WW[rank].tolist(), rows_WW[:, rank].tolist()
-    with transport.open() as communicator:
-        x = torch.randn(sum(send), 4, requires_grad=True)
-        y = all_to_all_rows(x, send, receive, replace(communicator.group, exchange=communicator))
-        dy = torch.randn_like(y)
-        (dx,) = torch.autograd.grad(y, x, dy)
-        assert torch.equal(dx, through_gloo(dy, receive, send))
-
-
-@over("shm 000", "nccl 000")
-def test_the_gradient_takes_the_way_back(transport: Transport) -> None:
-    on_ranks(_gradients, transport)
 
 
 def _held() -> dict[str, int]:

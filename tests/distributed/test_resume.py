@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import shutil
 import signal
 import time
@@ -16,7 +15,6 @@ from megatron_samoe.evaluation.run_summary import read_run
 from tests.harness.pairs import first_by_day
 from tests.harness.program import (
     NOISE,
-    ProgramRun,
     Sabotage,
     arguments,
     assert_same_checkpoint,
@@ -47,12 +45,6 @@ def assert_same_run(run: Path, expected: Path) -> None:
     assert_same_checkpoint(run / "checkpoints" / f"iter_{last:07d}", expected / "checkpoints" / f"iter_{last:07d}")
 
 
-def reached(run: ProgramRun) -> int:
-    """Returns the last iteration that a run has logged, 0 for none."""
-    found = re.findall(r"iteration +(\d+)/", run.output())
-    return int(found[-1]) if found else 0
-
-
 @pytest.mark.parametrize(("num_ranks", "num_kills", "num_iterations"), first_by_day(KILLS))
 def test_run_killed_at_random_points_ends_as_the_run_that_was_not(
     num_ranks: int, num_kills: int, num_iterations: int, corpus: Path, tmp_path: Path
@@ -64,15 +56,14 @@ def test_run_killed_at_random_points_ends_as_the_run_that_was_not(
     at = 0
     for kill in range(num_kills):
         run = start(noisy(corpus, tmp_path / "killed", num_ranks, **options), tmp_path / "out", num_ranks)
-        target = at + draw.randint(1, 2)
-        assert run.wait_until(lambda run=run, target=target: reached(run) >= target), run.output()
+        run.wait_for_step(at + draw.randint(1, 2))
         time.sleep(draw.uniform(0.0, 0.06))
         number, rank = (signal.SIGTERM, signal.SIGKILL)[kill % 2], draw.randrange(num_ranks)
         run.signal(number, rank)
         statuses = run.wait(30)  # the other rank must notice by itself
         if number == signal.SIGTERM:
             assert set(statuses) == {0}, run.output()
-            assert f"exiting after iteration {reached(run)}: signal {signal.SIGTERM:d} received" in run.output()
+            assert f"exiting after iteration {run.reached()}: signal {signal.SIGTERM:d} received" in run.output()
         else:
             assert statuses[rank] == -signal.SIGKILL and 0 not in statuses, (statuses, run.output())
         at = iterations(tmp_path / "killed/checkpoints")[-1] if (tmp_path / "killed/checkpoints").exists() else 0

@@ -1,4 +1,5 @@
-"""What a run says of itself when something goes wrong or slowly: hangs, spikes, stragglers, preflight, profiles, trackers."""
+"""What a run says of itself when something goes wrong or slowly: hangs, spikes, stragglers, preflight, profiles, trackers; and what
+two ranks measure of a machine."""
 
 from __future__ import annotations
 
@@ -24,10 +25,12 @@ from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.row_exchange.all_to_all import all_to_all_rows
+from megatron_samoe.runtime.ranks import state_in_layout
 from megatron_samoe.training import preflight
 from megatron_samoe.training.hang_watch import HangWatch
 from megatron_samoe.training.hook import Hook, Record, Training
 from megatron_samoe.training.hooks import loggers
+from megatron_samoe.training.machine_speed import _Clock, measure
 from megatron_samoe.training.setup import build_setup
 from megatron_samoe.training.state import SpikeHistory
 from megatron_samoe.training.trainer import Trainer
@@ -44,7 +47,7 @@ def test_a_hang_leaves_stacks_and_collectives(corpus: Path, tmp_path: Path) -> N
         data_path=corpus, run_dir=tmp_path / "run", train_iters=100_000, eval_iters=0, distributed_timeout_minutes=0.1
     )
     run = start(args, tmp_path / "out", 2)
-    assert run.wait_until(lambda: "iteration        3/" in run.output()), run.output()
+    run.wait_for_step(3)
     stopped = run.processes[1].pid
     os.kill(stopped, signal.SIGSTOP)
     try:
@@ -283,3 +286,30 @@ def test_trackers_get_numbers_and_losses_by_dataset(monkeypatch: pytest.MonkeyPa
 def test_a_tracker_that_is_not_installed_says_how_it_would_be() -> None:
     with pytest.raises(ConfigError, match=r"--nonesuch-project = 'p': needs nonesuch, .*\[nonesuch\]"):
         loggers.Tracker("nonesuch", "p", None, {})
+
+
+LATE_S, EXCHANGE_S = 0.2, 0.02
+
+
+def measured() -> tuple[dict[str, Any], float, float]:
+    """Returns the figures, the seconds of an exchange to which the second rank comes late, and those of two groups of one rank,
+    of which the second is slower.
+    """
+    parallel = state_in_layout(ParallelConfig(tensor_model_parallel_size=2), torch.device("cpu"))
+
+    def exchange() -> None:
+        parallel.world.barrier()
+        time.sleep(EXCHANGE_S)
+
+    clock = _Clock(parallel, rounds=1)
+    late = clock.exchange_seconds(parallel.world, exchange, lambda: time.sleep(LATE_S * parallel.rank))
+    slower = clock.exchange_seconds(parallel.ep, lambda: time.sleep(EXCHANGE_S * parallel.rank), lambda: None)
+    return measure(parallel, rounds=1, scale=1 / 16), late, slower
+
+
+def test_ranks_agree_on_their_links_and_count_the_slowest_group_but_not_who_comes_late() -> None:
+    (first, late, slower), (second, *_) = run_ranks(measured, 2, more=("megatron_samoe.training.machine_speed",))
+    links = ("intra_bandwidth", "inter_bandwidth", "latency_s")
+    assert [first[name] for name in links] == [second[name] for name in links]
+    assert first["intra_bandwidth"] > 1e6 and first["latency_s"] >= 0 and first["gpus_per_node"] == 2
+    assert EXCHANGE_S <= late < LATE_S / 2 and slower >= EXCHANGE_S
