@@ -1,4 +1,5 @@
-"""Shared experts on several ranks: banks gathered and their gradients summed, copies that drift apart, and coefficients of all experts."""
+"""Shared experts on several ranks: banks gathered and their gradients summed, copies that drift apart, coefficients,
+and what combined experts take."""
 
 from __future__ import annotations
 
@@ -9,16 +10,20 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_samoe.config import PretrainConfig
 from megatron_samoe.errors import ReplicaDriftError
 from megatron_samoe.moe.sharing.bank_store import BankStore, shard_bank
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.parallel_state.parameter_tag import ParameterTag, set_tag
 from megatron_samoe.parallel_state.shard_spec import ShardSpec
+from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.row_exchange.exchange import with_exchange
 from megatron_samoe.training.hooks.moe_diagnostics import gathered_coefficients
 from megatron_samoe.training.hooks.replica_check import check_pool_replicas
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
+from tests.harness.kept_bytes import lent_tensors
+from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_layout
 
@@ -93,3 +98,36 @@ def test_two_ranks_show_the_coefficients_of_one_process(options: dict[str, Any])
     assert alone.shape[2] == 4 and alone[0].abs().min() > 0
     for a_L2GP in run_ranks(gathered, 2, 2, options):
         torch.testing.assert_close(a_L2GP, alone)
+
+
+def folded_bytes(config: PretrainConfig) -> int:
+    """Returns the bytes of combined experts and of their gradients that a rank holds after a step, what tensors share counted once."""
+    setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
+    train_step(setup, initial_state(setup), micro_batches(setup, 0))
+    own = {p.untyped_storage().data_ptr() for p in setup.model.parameters()}
+    own |= {p.main_grad.untyped_storage().data_ptr() for p in setup.buffers.parameters.values()}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in lent_tensors(setup.model.lender)}
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in own)
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    first_by_day(
+        [
+            ({"bf16": True}, {"pp": 2, "ep": 2}),
+            ({"samoe_combine": "layer", "moe_layer_freq": "2"}, {"pp": 2, "ep": 2, "zero": True}),
+            ({"untied_ends": 1, "bf16": True}, {"pp": 2}),
+            ({"layout": "moe", "expert_sharing": "scaled", "num_expert_sets": 2}, {"pp": 2, "zero": True}),
+            ({}, {"pp": 2, "vpp": 1, "zero": True}),
+            ({"samoe_pool_placement": "replicated"}, {"pp": 2, "zero": True}),
+            ({}, {"cp": 2, "comm": "a2a", "pp": 2, "zero": True}),
+        ],
+        3,
+    ),
+)
+def test_a_rank_holds_the_combined_experts_that_were_planned(model: dict[str, Any], sizes: dict[str, Any]) -> None:
+    """tests/unit/planning/test_memory.py compares all else that a rank holds between steps."""
+    config = with_layout(tiny_config(**model), **sizes)
+    for rank, held in enumerate(run_ranks(folded_bytes, 4, config)):
+        planned = rank_memory(config, VOCAB_SIZE, 4, rank)
+        assert held == planned.folded_weights + planned.folded_gradients, rank

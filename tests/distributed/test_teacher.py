@@ -102,11 +102,18 @@ def test_a_student_resumes_in_another_layout(corpus: Path, teacher: Path, tmp_pa
             assert mine.get(key) == (pytest.approx(whole[key], rel=1e-4) if key in whole else None), (key, mine)
 
 
-def test_a_teacher_that_is_missing_or_that_no_rank_can_hold_is_refused(
-    corpus: Path, teacher: Path, tmp_path: Path
-) -> None:
-    """The first before any data is read, the second though the job could train without."""
-    words = taught(tmp_path / "no_data", tmp_path / "run", tmp_path / "nowhere")
-    assert f"--teacher {tmp_path / 'nowhere'} has no checkpoint" in start(words, tmp_path / "out").fail()
-    words = taught(corpus, tmp_path / "run", teacher, expert_model_parallel_size=4, elastic=True)
-    assert "the teacher's --num-experts = 2" in start(words, tmp_path / "out", 4).fail()
+def test_what_cannot_teach_is_told_in_one_paragraph(corpus: Path, teacher: Path, tmp_path: Path) -> None:
+    def refused(num_ranks: int = 1, **options: object) -> str:
+        given = {"teacher": teacher, **options}
+        words = taught(given.pop("corpus", corpus), tmp_path / "run", **given)  # type: ignore[arg-type]
+        return start(words, tmp_path / "out", num_ranks).fail()
+
+    assert "it must be the student's, which has 300" in refused(vocab_size=300)
+    assert "the teacher's --max-position-embeddings = 16" in refused(seq_length=32)
+    nowhere = {"teacher": tmp_path / "nowhere", "corpus": tmp_path / "no_data"}
+    assert f"--teacher {tmp_path / 'nowhere'} has no checkpoint" in refused(**nowhere), "before any data is read"
+    assert "the teacher's --num-experts = 2" in refused(4, expert_model_parallel_size=4, elastic=True)
+    assert "holds no checkpoint of this program, but corpus.bin" in refused(teacher=corpus.parent)
+    assert "at most --train-iters 8" in refused(teacher_until=9)
+    assert "needs --teacher" in refused(teacher=None)
+    assert "the teacher's --num-experts = 2" in refused(4, expert_model_parallel_size=4)
