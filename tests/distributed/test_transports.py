@@ -26,8 +26,6 @@ from tests.harness.exchanges import Transport, claim_host, error_of, world_group
 from tests.harness.forbidden_calls import MEMFD_CREATE, PIDFD_OPEN, forbid
 from tests.harness.ranks import run_ranks
 
-pytestmark = pytest.mark.distributed
-
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built"),
@@ -195,27 +193,29 @@ def test_nodes_that_do_not_fit_are_named():
         assert "equally many" in nodes_problem(hosts)
 
 
-def _chosen(backend: str, by_nodes: bool, hosts: tuple[int, int]) -> str:
-    claim_host(hosts)
-    try:
-        return type(with_exchange(world_group(), torch.device("cpu"), 30.0, backend, by_nodes).exchange).__name__
-    except ConfigError as error:
-        return str(error)
-    finally:
-        dist.barrier()  # a refusal takes no exchange: the other rank may not even have connected
-
-
-@pytest.mark.parametrize(
-    ("backend", "by_nodes", "hosts", "found"),
-    [
-        ("auto", False, (0, 0), "ShmCommunicator"),
-        ("extension", False, (0, 0), "ShmCommunicator"),
-        ("torch", False, (0, 0), "NoneType"),
-        ("auto", False, (0, 1), "NoneType"),
-        ("extension", False, (0, 1), "cannot be had here"),
-        ("extension", True, (0, 0), "needs CUDA"),
-    ],
+CHOICES = (
+    ("auto", False, (0, 0), "ShmCommunicator"),
+    ("extension", False, (0, 0), "ShmCommunicator"),
+    ("torch", False, (0, 0), "NoneType"),
+    ("auto", False, (0, 1), "NoneType"),
+    ("extension", False, (0, 1), "cannot be had here"),
+    ("extension", True, (0, 0), "needs CUDA"),
 )
-@pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
-def test_the_backend_is_the_one_asked_for_or_an_error(backend, by_nodes, hosts, found):
-    assert all(found in each for each in run_ranks(_chosen, 2, backend, by_nodes, hosts))
+
+
+def _chosen() -> list[str]:
+    said = []
+    for backend, by_nodes, hosts, _ in CHOICES:
+        claim_host(hosts)
+        try:
+            group = with_exchange(world_group(), torch.device("cpu"), 30.0, backend, by_nodes)
+            said.append(type(group.exchange).__name__)
+        except ConfigError as error:
+            said.append(str(error))
+        dist.barrier()  # a refusal takes no exchange: the other rank may not even have connected
+    return said
+
+
+def test_the_backend_is_the_one_asked_for_or_an_error():
+    for said in run_ranks(_chosen, 2):
+        assert all(found in each for (*_, found), each in zip(CHOICES, said, strict=True)), said
