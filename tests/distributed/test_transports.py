@@ -3,10 +3,13 @@ them; and which transport is chosen."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import logging
 import os
 import platform
 import resource
+import struct
 import time
 from functools import partial
 
@@ -23,7 +26,6 @@ from megatron_samoe.row_exchange.hierarchical_communicator import nodes_problem
 from megatron_samoe.row_exchange.shm_communicator import create_shm_communicator
 from tests.harness import nccl_library
 from tests.harness.exchanges import Transport, claim_host, error_of, world_group
-from tests.harness.forbidden_calls import MEMFD_CREATE, PIDFD_OPEN, forbid
 from tests.harness.ranks import run_ranks
 
 pytestmark = [
@@ -31,6 +33,34 @@ pytestmark = [
     pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built"),
 ]
 SHM = Transport("shm", (0,) * 8, "")  # for any number of ranks up to eight
+
+
+#: Numbers on x86-64.
+MEMFD_CREATE, PIDFD_OPEN = 319, 434
+_SET_NO_NEW_PRIVS, _SET_SECCOMP, _FILTER = 38, 22, 2
+_LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
+_ALLOW, _ERROR = 0x7FFF0000, 0x00050000
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+
+def forbid(*numbers: int) -> None:
+    """Makes these system calls fail with EPERM in this thread and those that it starts, for the rest of its life, as in a sandbox:
+    through a filter of the kernel (seccomp).
+    """
+    instructions = [struct.pack("HBBI", _LOAD, 0, 0, 0)]
+    for number in numbers:
+        instructions += [
+            struct.pack("HBBI", _JUMP_IF_EQUAL, 0, 1, number),
+            struct.pack("HBBI", _RETURN, 0, 0, _ERROR | errno.EPERM),
+        ]
+    instructions.append(struct.pack("HBBI", _RETURN, 0, 0, _ALLOW))
+    program = _Program(len(instructions), b"".join(instructions))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(_SET_SECCOMP, _FILTER, ctypes.byref(program)):
+        raise OSError(ctypes.get_errno(), "prctl")
 
 
 def _forbidden(number: int) -> tuple[list[bool], list[str]]:
