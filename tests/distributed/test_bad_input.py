@@ -14,7 +14,7 @@ import torch
 
 from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
-from tests.harness.program import Sabotage, arguments, contents, iterations, start, write_corpus
+from tests.harness.program import PRETRAIN, Sabotage, arguments, call, contents, iterations, start, write_corpus
 from tests.harness.tables import table
 from tests.unit.convert.memory_source import MemorySource
 
@@ -42,7 +42,11 @@ def trained(_trained: Path, tmp_path: Path) -> Iterator[Path]:
 
 def refused(tmp_path: Path, num_ranks: int = 1, **options: Any) -> str:
     """Returns the paragraph with which the program refuses a command line."""
-    return start(arguments(**options), tmp_path / "out", num_ranks=num_ranks).fail()
+    if num_ranks > 1:
+        return start(arguments(**options), tmp_path / "out", num_ranks=num_ranks).fail()
+    done = call(PRETRAIN, *arguments(**options))
+    assert done.returncode > 0 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, done
+    return done.stderr
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.distributed
 TABLE = table(__file__)
 
 TIMEOUT_S = 3.0
-HANG_S = 10.0
+HANG_S = 7.0
 #: Time for a loaded machine to notice, beyond the wait that is configured.
 SLACK_S = 6.0
 

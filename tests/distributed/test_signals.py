@@ -74,21 +74,6 @@ def test_signal_before_training_ends_at_once(corpus: Path, tmp_path: Path) -> No
     assert not (tmp_path / "save").exists()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_peer_that_dies_ends_the_others(victim: int, corpus: Path, tmp_path: Path) -> None:
-    """No rank waits for ever for one that is gone, and what was saved stays whole."""
-    args = arguments(data_path=corpus, run_dir=tmp_path / "run", save_interval=2, **LONG)
-    run = start(args, tmp_path / "out", num_ranks=2)
-    run.wait_for_step(3)
-    run.signal(signal.SIGKILL, victim)
-    statuses = run.wait(20)
-    assert statuses[victim] == -signal.SIGKILL and 0 not in statuses
-    last = iterations(tmp_path / "run/checkpoints")[-1]
-    again = arguments(data_path=corpus, run_dir=tmp_path / "run", **{**LONG, "train_iters": last + 1})
-    start(again, tmp_path / "out").succeed()
-    assert [r["iteration"] for r in records(tmp_path / "run/metrics.jsonl")] == list(range(1, last + 2))
-
-
 def test_exit_interval_stops_where_it_divides(corpus: Path, tmp_path: Path) -> None:
     args = arguments(data_path=corpus, run_dir=tmp_path / "run", exit_interval=4, train_iters=10, eval_iters=0)
     for stop in (4, 8):

@@ -16,7 +16,7 @@ from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
 from tests.harness.layout_training import LAYOUTS, assert_same, layout_config, train_each
 from tests.harness.pairs import first_by_day
-from tests.harness.program import NOISE, arguments, records, start
+from tests.harness.program import NOISE, PRETRAIN, arguments, call, records, start
 from tests.harness.ranks import run_ranks
 from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, tiny_config, with_layout, with_options
@@ -106,7 +106,7 @@ def test_what_cannot_teach_is_told_in_one_paragraph(corpus: Path, teacher: Path,
     def refused(num_ranks: int = 1, **options: object) -> str:
         given = {"teacher": teacher, **options}
         words = taught(given.pop("corpus", corpus), tmp_path / "run", **given)  # type: ignore[arg-type]
-        return start(words, tmp_path / "out", num_ranks).fail()
+        return call(PRETRAIN, *words).stderr if num_ranks == 1 else start(words, tmp_path / "out", num_ranks).fail()
 
     assert "it must be the student's, which has 300" in refused(vocab_size=300)
     assert "the teacher's --max-position-embeddings = 16" in refused(seq_length=32)

@@ -1,4 +1,5 @@
-"""What torch, gloo and NCCL say of a rank that is gone is known as that, and nothing else is."""
+"""What torch, gloo and NCCL say of a rank that is gone is known as that, and nothing else is; hosts that do not acknowledge what they
+are sent are found in Linux's table of sockets."""
 
 from __future__ import annotations
 
@@ -12,7 +13,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.parallel_state.backend import UNTYPED_FAILURES, is_communication_failure
+from megatron_samoe.parallel_state.silent_hosts import own_address, silent_hosts, unanswered
 from tests.harness.tables import table
+
+pytestmark = pytest.mark.distributed
 
 MESSAGES: dict[str, tuple[str, ...]] = table(__file__)
 
@@ -48,3 +52,23 @@ def test_the_phrases_are_those_of_the_installed_torch() -> None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             for phrase in expected:
                 assert content.find(re.sub(r"\\d$", "", phrase).encode()) >= 0, f"{phrase!r} is not in {path.name}"
+
+
+HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
+ROW = "   1: 01004D0A:D431 {}:C54F 01 {:08X}:00000000 01:00000014 {:08X}     0        0 123 1 0 20 4 30 10 -1\n"
+FOUR, SIX = "02004D0A", "0000000000000000FFFF000003004D0A"
+
+
+def test_only_unacknowledged_bytes_that_were_sent_again_count() -> None:
+    table = HEAD + ROW.format(FOUR, 500, 4) + ROW.format("09004D0A", 500, 1) + ROW.format("08004D0A", 0, 6)
+    assert unanswered(table) == {"10.77.0.2"}
+    assert unanswered(HEAD + ROW.format(SIX, 1, 3)) == {"10.77.0.3"}
+    assert unanswered(HEAD + ROW.format("00" * 15 + "01", 1, 3)) == {"::100:0"}
+    assert unanswered(HEAD) == set()
+
+
+def test_nobody_is_named_without_a_job(monkeypatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert own_address() == "" and silent_hosts({"192.0.2.200": "far"}) == ""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert own_address() == "127.0.0.1"

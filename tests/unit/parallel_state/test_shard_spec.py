@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from megatron_samoe.parallel_state import (
     RankGrid,
     ShardSpec,
 )
-from megatron_samoe.parallel_state.rank_grid import GROUPS
 from megatron_samoe.parallel_state.shard_spec import FlatSlice, gradient_group_name, is_counted_here
 from tests.harness.tiny import state_of
 
@@ -64,21 +62,6 @@ def test_parts_rebuild_the_whole_and_have_one_owner_each(grid: RankGrid, spec: S
     assert set(owners.values()) == {1}, "each part is written, and counted in norms, exactly once"
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_gradient_group_holds_replicas_with_other_data_or_partial_sums(grid: RankGrid, spec: ShardSpec) -> None:
-    name = gradient_group_name(spec)
-    own_grid = GROUPS[name][0]
-    for ranks in grid.groups(name):
-        states = [state_of(grid, rank) for rank in ranks]
-        assert len({spec.offsets((24, 16, 4), state) for state in states}) == 1, "all hold the same part"
-    # Outside the group there are only the same part's true copies (equal gradients) and other parts.
-    covered = set(GROUPS[name][1]) | {axis for _, axis in spec.partition}
-    rest = {axis for axis, size in grid.axes(own_grid).items() if size > 1} - covered
-    allowed = {"dense": {"tp", "pp"}, "embedding": {"tp"}, "expert": {"pp"}, "pool": set()}[spec.family]
-    assert rest <= allowed
-
-
 @pytest.mark.parametrize(
     ("spec", "group"),
     [
@@ -121,19 +104,3 @@ def test_members_of_a_group_share_a_tensor_out(shape: list[int], size: int) -> N
     assert parts[0].start == 0 and parts[-1].stop == math.prod(shape)
     assert all(left.stop == right.start for left, right in pairwise(parts))
     assert all(part.stop - part.start <= -(-math.prod(shape) // size) for part in parts)
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_sliced_elements_are_counted_once(grid: RankGrid, spec: ShardSpec) -> None:
-    """With ranks of the gradient group holding different runs, each run has one owner among its true copies."""
-    name = gradient_group_name(spec)
-    owners: dict[Any, int] = {}
-    for rank in range(grid.world_size):
-        state = state_of(grid, rank)
-        if name == "embed_dp" and 0 < state.pp.rank < grid.pp - 1:
-            continue  # holds no embedding
-        stage = 0 if "pp" in GROUPS[name][1] else state.pp.rank
-        key = (stage, spec.offsets((24, 16, 4), state), state.group(name).rank)
-        owners[key] = owners.get(key, 0) + is_counted_here(spec, state, is_sliced=True)
-    assert set(owners.values()) == {1}
