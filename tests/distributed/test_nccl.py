@@ -1,5 +1,6 @@
 """The host side of the NCCL exchange, over a library with NCCL's interface that runs on sockets and host memory: which calls
-it makes, which libraries it takes, faults of NCCL's own, and how communicators end."""
+it makes and in which order, which libraries it takes, faults of NCCL's own, how communicators end, and what the device has not
+done yet when the host goes on."""
 
 from __future__ import annotations
 
@@ -9,26 +10,36 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_samoe.errors import CommunicationError
+from megatron_samoe.moe import alltoall_dispatcher
+from megatron_samoe.moe.alltoall_dispatcher import AllToAllDispatcher
+from megatron_samoe.ops import extension
+from megatron_samoe.ops.asynchronous import HostCopy
 from megatron_samoe.row_exchange import bulletin, nccl_communicator
+from megatron_samoe.row_exchange import communicator as communicators
 from megatron_samoe.row_exchange.all_to_all import exchange_counts
 from megatron_samoe.row_exchange.nccl_communicator import nccl_problem
+from megatron_samoe.row_exchange.shm_communicator import create_shm_communicator
 from tests.harness import nccl_library
 from tests.harness.compiled import ROOT, compile_one
 from tests.harness.exchanges import Transport, error_of
+from tests.harness.host_waits import as_if_asynchronous
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
 
-def _even(library: str) -> tuple[int, int]:
+def _even(*libraries: str) -> tuple[int, int]:
+    """Exchanges equal parts, each rank by its own library; returns how often by one call, and sends to the other rank."""
     world, rank = dist.get_world_size(), dist.get_rank()
+    library = libraries[rank]
     with nccl_library.communicator(library) as communicator:
         for columns in (1, 5, 0):
             x = torch.arange(world * 3 * columns).view(world * 3, columns) * (rank + 1)
@@ -43,44 +54,9 @@ def _even(library: str) -> tuple[int, int]:
 
 
 def test_equal_parts_go_through_one_call_where_every_library_has_it(library, tmp_path):
-    assert run_ranks(_even, 2, library) == [(3, 3)] * 2  # and nothing for no columns
+    assert run_ranks(_even, 2, library, library) == [(3, 3)] * 2  # and nothing for no columns
     old = nccl_library.build(tmp_path, "-DFAKE_NCCL_OLD")
-    assert run_ranks(_even, 2, old) == [(0, 3)] * 2
-
-
-def _old_and_new(library: str, old: str) -> tuple[int, int]:
-    return _even(old if dist.get_rank() == 1 else library)
-
-
-def test_one_old_library_is_enough_for_sends_and_receives(library, tmp_path):
-    old = nccl_library.build(tmp_path, "-DFAKE_NCCL_OLD")
-    assert run_ranks(_old_and_new, 2, library, old) == [(0, 3)] * 2
-
-
-def _error_in_the_background(library: str, fault: str) -> list[str]:
-    communicator = nccl_library.communicator(library, 0.7, fault)
-    x = torch.ones(100, 8)
-    messages = []
-    try:
-        pending = [communicator.start(x, [50, 50], [50, 50]) for _ in range(3)]
-    except CommunicationError as error:  # seen before the last has been started
-        return [str(error)]
-    for exchange in pending:
-        try:
-            exchange.wait()
-        except CommunicationError as error:
-            messages.append(str(error))
-    with pytest.raises(CommunicationError):  # nothing that was computed meanwhile is kept
-        communicator.check()
-    return messages
-
-
-@pytest.mark.parametrize("kind", ["error", "hang", "exit"])
-def test_an_exchange_that_fails_in_the_background_fails_where_it_is_waited_for(library, kind):
-    survivor, _ = run_ranks(_error_in_the_background, 2, library, f"1:1:{kind}", may_die=True)
-    assert 1 <= len(survivor) <= 3 and len(set(survivor)) == 1
-    # What the rank sees first: the connection's end, what the other tells, or its own time-out.
-    assert any(text in survivor[0] for text in ("closed the connection", "injected fault", "within 700 ms"))
+    assert run_ranks(_even, 2, library, old) == [(0, 3)] * 2
 
 
 def test_the_device_is_asked_in_the_right_order(library, tmp_path):
@@ -195,30 +171,6 @@ def test_a_process_ends_with_what_it_never_closed(library):
     assert result.returncode == 0
 
 
-def _leaves_within(library: str) -> tuple[str, float]:
-    os.environ["FAKE_NCCL_QUIET"] = "1"
-    communicator, large = nccl_library.communicator(library, 30.0), torch.ones(2, 1 << 20)
-    communicator.exchange(large, [1, 1], [1, 1])
-    message, started = "", time.monotonic()
-    if communicator.group.rank == 1:
-        pending = communicator.start(large, [1, 1], [1, 1])
-        communicator.close()
-        del pending
-    else:
-        time.sleep(12)  # rank 1 waits for it so long at its end, twice
-        started = time.monotonic()
-        message = error_of(lambda: communicator.exchange(large, [1, 1], [1, 1]))
-    seconds = time.monotonic() - started
-    dist.barrier()
-    return message, seconds
-
-
-@pytest.mark.night
-def test_a_rank_that_has_closed_in_an_exchange_is_not_waited_for(library):
-    (message, seconds), _other = run_ranks(_leaves_within, 2, library)
-    assert "rank 1 closed the communicator after exchange 1" in message and seconds < 4
-
-
 _SERVER = "import time, torch.distributed as d; s = d.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)"
 
 
@@ -262,3 +214,124 @@ def _never_connects(library: str) -> tuple[bool, float]:
 def test_a_rank_that_cannot_connect_is_not_waited_for(library):
     for refused, seconds in run_ranks(_never_connects, 2, library):
         assert refused and seconds < 10
+
+
+def _not_there_yet(library: str) -> None:
+    communicator = nccl_library.communicator(library, 30.0, host_waits=False)
+    if dist.get_rank() == 1:
+        dist.barrier()
+    rows = torch.zeros(2, 4)
+    assert communicator.start(torch.ones(2, 4), [1, 1], [1, 1], rows).wait() is rows
+    if dist.get_rank() == 0:
+        assert rows.isnan().all(), "the host does not wait for the other rank, which sends when this one is here"
+        dist.barrier()
+    while not nccl_library.synchronize():
+        pass
+    assert (rows == 1).all()
+
+
+def test_a_host_does_not_wait_for_rows(library):
+    run_ranks(_not_there_yet, 2, library)
+
+
+class _LateCopy(HostCopy):
+    """A copy behind the exchange in the device's order."""
+
+    def wait(self) -> torch.Tensor:
+        while not nccl_library.synchronize():
+            pass
+        return super().wait()
+
+
+def _counts_do_not_come(library: str, in_parts: bool) -> str:
+    communicator = nccl_library.communicator(library, 0.7, host_waits=False)
+    message = ""
+    if dist.get_rank() == 0:
+        group = replace(communicator.group, exchange=communicator)
+        dispatcher = AllToAllDispatcher(4, group, 2 if in_parts else None)
+        x_TH, ids_TK = torch.ones(6, 8), torch.arange(6)[:, None] % 4
+        with as_if_asynchronous(), mock.patch.object(alltoall_dispatcher, "HostCopy", _LateCopy):
+            with pytest.raises(CommunicationError) as caught:
+                dispatcher.dispatch(x_TH, ids_TK).through(lambda rows_RH, _: rows_RH, torch.ones(6, 1))
+        message = str(caught.value)
+    dist.barrier()
+    return message
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_counts_that_an_abort_left_unwritten_are_not_used(library, in_parts):
+    assert "within 700 ms" in run_ranks(_counts_do_not_come, 2, library, in_parts)[0]
+
+
+def _two_communicators(library: str) -> None:
+    """Exchanges of two communicators overlap; if ranks did not take turns alike, they would wait for each other."""
+    first, second = (nccl_library.communicator(library, 1.5) for _ in range(2))
+    x = torch.arange(8.0)[:, None]
+    for i in range(4):
+        pending = [communicator.start(x + i, [4, 4], [4, 4]) for communicator in (first, second, first)]
+        even = second.exchange_evenly(x)
+        for exchange in (pending[2], pending[1], pending[0]):
+            assert exchange.wait().shape == even.shape == (8, 1)
+    dist.barrier()
+
+
+def test_communicators_launch_in_the_programs_order_on_all_ranks(library):
+    run_ranks(_two_communicators, 2, library)
+
+
+def test_a_device_has_one_stream_for_all_exchanges(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: object())
+    stream = nccl_communicator.exchange_stream
+    assert stream(torch.device("cuda", 0)) is stream(torch.device("cuda", 0)) is not stream(torch.device("cuda", 1))
+    stream.cache_clear()
+
+
+def _wait_until_it_fails(communicator: nccl_communicator.NcclCommunicator, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    with pytest.raises(CommunicationError):
+        while time.monotonic() < deadline:
+            communicator.check()
+            time.sleep(0.01)
+
+
+def _another_fails(library: str, kind: str) -> tuple[str, float]:
+    group = nccl_library.communicator(library, 30.0).group
+    waiting = create_shm_communicator(group, 30.0) if kind == "shm" else nccl_library.communicator(library, 30.0)
+    failing = nccl_library.communicator(library, 1.0)
+    result = "", 0.0
+    if dist.get_rank() == 0:
+        failing.start(torch.ones(2, 1), [1, 1], [1, 1])  # nobody waits for it, and the other rank does not come
+        started = time.monotonic()
+        with pytest.raises(CommunicationError) as caught:
+            waiting.exchange(torch.ones(2, 1), [1, 1], [1, 1])
+        result = str(caught.value), time.monotonic() - started
+    _wait_until_it_fails(failing)  # what is made before the other rank hears of it ends with it
+    dist.barrier()
+    later = nccl_library.communicator(library, 30.0)
+    assert later.exchange(torch.ones(2, 1), [1, 1], [1, 1]).sum() == 2
+    return result
+
+
+@pytest.mark.parametrize("kind", ["nccl", "shm"])
+def test_a_time_out_ends_the_waits_of_the_processs_other_communicators(library, kind):
+    message, seconds = run_ranks(_another_fails, 2, library, kind)[0]
+    assert "another exchange of this process failed: rank 0 of 2, exchange 1: the device did not end" in message
+    assert seconds < 8
+
+
+def _of_other_versions(library: str, version: str, build: str) -> tuple[bool, list[str]]:
+    said: list[str] = []
+    communicators.say_once = said.append
+    if dist.get_rank() == 1 and version:
+        os.environ["FAKE_NCCL_VERSION"] = version
+    if dist.get_rank() == 1 and build:
+        extension.build_identity = lambda: {"a compiled extension": build}
+    return nccl_library.communicator(library) is None, said
+
+
+def test_ranks_with_other_versions_are_told_before_they_connect(library):
+    for refused, said in run_ranks(_of_other_versions, 2, library, "22907", ""):
+        assert refused and "rank 0 has NCCL 2.18.1 and rank 1 has 2.29.7; install the same on all hosts" in said[0]
+    for refused, said in run_ranks(_of_other_versions, 2, library, "", "from sources 0123 without CUDA kernels"):
+        assert refused and "rank 0 has a compiled extension from sources " in said[0]
+        assert "and rank 1 has from sources 0123 without CUDA kernels" in said[0]

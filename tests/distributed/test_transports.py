@@ -1,26 +1,31 @@
-"""What only shared memory does: who may have it, rows gathered straight into it, and machines short of memory."""
+"""What only one transport of rows does: who may have shared memory, and machines short of it; hops of NCCL within nodes and between
+them; and which transport is chosen."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import logging
 import os
 import platform
 import resource
+import struct
 import time
-from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.log import logger
-from megatron_samoe.moe.alltoall_dispatcher import expert_major_order
 from megatron_samoe.ops import extension
-from megatron_samoe.ops.permute import invert_index, make_permutation
-from megatron_samoe.row_exchange.all_to_all import Route, dispatch_rows, exchange_counts, return_rows
+from megatron_samoe.row_exchange.all_to_all import exchange_counts
+from megatron_samoe.row_exchange.exchange import with_exchange
+from megatron_samoe.row_exchange.hierarchical_communicator import nodes_problem
 from megatron_samoe.row_exchange.shm_communicator import create_shm_communicator
-from tests.harness.exchanges import Transport, claim_host, world_group
-from tests.harness.forbidden_calls import MEMFD_CREATE, PIDFD_OPEN, forbid
+from tests.harness import nccl_library
+from tests.harness.exchanges import Transport, claim_host, error_of, world_group
 from tests.harness.ranks import run_ranks
 
 pytestmark = [
@@ -28,6 +33,34 @@ pytestmark = [
     pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built"),
 ]
 SHM = Transport("shm", (0,) * 8, "")  # for any number of ranks up to eight
+
+
+#: Numbers on x86-64.
+MEMFD_CREATE, PIDFD_OPEN = 319, 434
+_SET_NO_NEW_PRIVS, _SET_SECCOMP, _FILTER = 38, 22, 2
+_LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
+_ALLOW, _ERROR = 0x7FFF0000, 0x00050000
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+
+def forbid(*numbers: int) -> None:
+    """Makes these system calls fail with EPERM in this thread and those that it starts, for the rest of its life, as in a sandbox:
+    through a filter of the kernel (seccomp).
+    """
+    instructions = [struct.pack("HBBI", _LOAD, 0, 0, 0)]
+    for number in numbers:
+        instructions += [
+            struct.pack("HBBI", _JUMP_IF_EQUAL, 0, 1, number),
+            struct.pack("HBBI", _RETURN, 0, 0, _ERROR | errno.EPERM),
+        ]
+    instructions.append(struct.pack("HBBI", _RETURN, 0, 0, _ALLOW))
+    program = _Program(len(instructions), b"".join(instructions))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(_SET_SECCOMP, _FILTER, ctypes.byref(program)):
+        raise OSError(ctypes.get_errno(), "prctl")
 
 
 def _forbidden(number: int) -> tuple[list[bool], list[str]]:
@@ -88,36 +121,6 @@ def test_a_file_that_is_not_the_peers_segment_is_refused():
     assert "is not the peer's segment" in run_ranks(_wrong_mark, 1)[0]
 
 
-def _route_there_and_back(transport: Transport | None) -> tuple[torch.Tensor, ...]:
-    """Output and gradient of an MoE dispatch whose experts scale their rows."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    generator = torch.Generator().manual_seed(rank)
-    x = torch.randn(40, 16, generator=generator, requires_grad=True)
-    ids_TK = torch.randint(-1, 2 * world, (40, 2), generator=generator)
-    permutation = make_permutation(ids_TK, 2 * world)
-    sent_We = permutation.counts_E.view(world, 2)
-    received_We = torch.empty_like(sent_We)
-    dist.all_to_all_single(received_We, sent_We)
-    order_R = expert_major_order(received_We, int(received_We.sum()))
-    route = Route(sent_We.sum(1).tolist(), received_We.sum(1).tolist(), order_R, invert_index(order_R))
-    group = world_group()
-    if transport is not None:
-        group = replace(group, exchange=transport.open())
-    rows_RH = dispatch_rows(x, permutation, route, group)
-    scale_R = torch.arange(1.0, rows_RH.shape[0] + 1)[:, None]
-    y_NH = return_rows(rows_RH * scale_R, route, group)
-    (dx,) = torch.autograd.grad(y_NH, x, torch.ones_like(y_NH).cumsum(0))
-    return rows_RH.detach(), y_NH.detach(), dx
-
-
-@pytest.mark.parametrize("transport", ["shm 000", "shm 001"], indirect=True)
-def test_the_fused_dispatch_equals_its_parts(transport):
-    fused = run_ranks(_route_there_and_back, 3, transport)
-    parts = run_ranks(_route_there_and_back, 3, None)
-    for ours, theirs in zip(fused, parts, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
 def _stale_reader() -> float:
     """A slow reader: the sender must not write over what it has not read."""
     rank = dist.get_rank()
@@ -176,3 +179,73 @@ def _a_gigabyte() -> tuple[bool, bool]:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_gigabyte(world_size):
     assert run_ranks(_a_gigabyte, world_size, timeout_s=300) == [(True, True)] * world_size
+
+
+def _trouble_in_a_node(transport: Transport) -> tuple[str, float]:
+    os.environ["FAKE_NCCL_QUIET"] = "1"
+    communicator, started = transport.open(), time.monotonic()
+    if dist.get_rank() == 1:
+        communicator._local.abort("out of memory")
+    message = error_of(lambda: communicator.exchange(torch.ones(4, 1), [1] * 4, [1] * 4))
+    seconds = time.monotonic() - started
+    dist.barrier()
+    return message, seconds
+
+
+@pytest.mark.parametrize("transport", ["nodes 0011"], indirect=True)
+def test_trouble_inside_a_node_reaches_the_others(transport):
+    for message, seconds in run_ranks(_trouble_in_a_node, 4, transport):
+        assert "out of memory" in message and seconds < 5
+
+
+def _rows_alone(transport: Transport) -> tuple[int, int]:
+    world, rank, hosts = dist.get_world_size(), dist.get_rank(), transport.hosts
+    with transport.open() as communicator:
+        for _ in range(3):
+            communicator.exchange(torch.ones(world * 2, 3), [2] * world, [2] * world)
+        dist.barrier()
+    count = partial(nccl_library.count, transport.library)
+    sends = [count(f"sends to {peer}") for peer in range(world) if hosts[peer] != hosts[rank]]
+    assert max(sends) == 3
+    return sum(size > 0 for size in sends), count("ncclAlltoAll")
+
+
+@pytest.mark.parametrize("transport", ["nodes 0011"], indirect=True)
+def test_rows_go_to_one_peer_in_every_other_node(transport):
+    """Numbers of rows are the same for all, and go through one call."""
+    assert run_ranks(_rows_alone, 4, transport) == [(1, 0)] * 4
+
+
+def test_nodes_that_do_not_fit_are_named():
+    assert nodes_problem([0, 0, 2, 2]) == nodes_problem([0, 0, 0, 3, 3, 3]) == ""
+    assert "one node" in nodes_problem([0, 0])
+    for hosts in ([0, 1, 1], [0, 0, 1], [0, 1, 0, 1], [0, 0, 2, 2, 0, 0]):
+        assert "equally many" in nodes_problem(hosts)
+
+
+CHOICES = (
+    ("auto", False, (0, 0), "ShmCommunicator"),
+    ("extension", False, (0, 0), "ShmCommunicator"),
+    ("torch", False, (0, 0), "NoneType"),
+    ("auto", False, (0, 1), "NoneType"),
+    ("extension", False, (0, 1), "cannot be had here"),
+    ("extension", True, (0, 0), "needs CUDA"),
+)
+
+
+def _chosen() -> list[str]:
+    said = []
+    for backend, by_nodes, hosts, _ in CHOICES:
+        claim_host(hosts)
+        try:
+            group = with_exchange(world_group(), torch.device("cpu"), 30.0, backend, by_nodes)
+            said.append(type(group.exchange).__name__)
+        except ConfigError as error:
+            said.append(str(error))
+        dist.barrier()  # a refusal takes no exchange: the other rank may not even have connected
+    return said
+
+
+def test_the_backend_is_the_one_asked_for_or_an_error():
+    for said in run_ranks(_chosen, 2):
+        assert all(found in each for (*_, found), each in zip(CHOICES, said, strict=True)), said
