@@ -43,6 +43,7 @@ def test_every_group_partitions_the_world(grid: RankGrid) -> None:
 def test_members_of_a_group_differ_in_its_axes_only(grid: RankGrid) -> None:
     for name, (axes_grid, varying) in GROUPS.items():
         for ranks in grid.groups(name):
+            assert [grid.size_and_rank(name, rank) for rank in ranks] == [(len(ranks), n) for n in range(len(ranks))]
             places = [grid.coordinates(rank, axes_grid) for rank in ranks]
             for axis in grid.axes(axes_grid):
                 if axis not in varying:
