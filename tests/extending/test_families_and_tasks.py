@@ -20,7 +20,7 @@ from tests.extending.starcoder2 import ENTRIES, FAMILY
 from tests.harness.near_package import install
 from tests.harness.pairs import first_by_day
 from tests.harness.program import call
-from tests.unit.evaluation.zero_shot_models import loaded_model
+from tests.unit.inference.tiny_models import loaded_tiny
 
 transformers = pytest.importorskip("transformers", minversion="4.56")
 VOCABULARY = 100
@@ -80,7 +80,7 @@ def logits(checkpoint: Path, ids_BS: torch.Tensor) -> torch.Tensor:
 def test_a_task_of_another_folder_is_scored() -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
     folder = Path(__file__).parent
-    (result,) = LanguageModel(loaded_model()).evaluate(str(folder / "opposites.yaml"), folder)
+    (result,) = LanguageModel(loaded_tiny("samoe")).evaluate(str(folder / "opposites.yaml"), folder)
     assert (result.task, result.num_items, result.best_constant) == ("opposites", 4, 0.5)
     right = [int(max(range(3), key=lambda n: s["filtered_resps"][n][0])) == s["target"] for s in result.samples]
     assert result.metrics["acc"].value == sum(right) / 4
