@@ -309,7 +309,8 @@ def measured() -> tuple[dict[str, Any], float, float]:
 
 def test_ranks_agree_on_their_links_and_count_the_slowest_group_but_not_who_comes_late() -> None:
     (first, late, slower), (second, *_) = run_ranks(measured, 2, more=("megatron_samoe.training.machine_speed",))
-    links = ("intra_bandwidth", "inter_bandwidth", "latency_s")
+    links = ("intra_bandwidth", "inter_bandwidth", "latency_s", "sharded_exchange", "expert_exposed")
     assert [first[name] for name in links] == [second[name] for name in links]
     assert first["intra_bandwidth"] > 1e6 and first["latency_s"] >= 0 and first["gpus_per_node"] == 2
+    assert min(first["sharded_exchange"], first["expert_exposed"]) > 0
     assert EXCHANGE_S <= late < LATE_S / 2 and slower >= EXCHANGE_S

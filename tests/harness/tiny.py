@@ -58,13 +58,13 @@ def with_layout(config: PretrainConfig, **sizes: Any) -> PretrainConfig:
     return replace(config, parallel=parallel)
 
 
-def state_of(grid: RankGrid, rank: int) -> ParallelState:
+def state_of(grid: RankGrid, rank: int, sequence_parallel: bool = False) -> ParallelState:
     """Returns a rank's state without process groups: making weights needs no communication."""
     groups = {}
     for name in GROUPS:
         (ranks,) = (ranks for ranks in grid.groups(name) if rank in ranks)
         groups[name] = Group(name, ranks, ranks.index(rank))
-    return ParallelState(grid, rank, torch.device("cpu"), **groups)
+    return ParallelState(grid, rank, torch.device("cpu"), sequence_parallel=sequence_parallel, **groups)
 
 
 def global_batch(config: PretrainConfig, step: int, batch_size: int = 8) -> dict[str, Tensor]:
