@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_samoe.errors import CheckpointError
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.optimizer.mixed_precision import LossScale
 from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.training import resume as starting
 from megatron_samoe.training.checkpointing import load_run, save_run
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
@@ -139,6 +141,14 @@ def test_a_run_may_go_on_without_its_optimizer_state(tmp_path: Path) -> None:
     weight = setup.model.global_parameters()[name]
     assert torch.equal(weight, trained.model.global_parameters()[name])
     assert torch.equal(setup.optimizer.masters[name].flatten(), weight.float().flatten())
+
+
+def test_a_folder_of_another_model_is_not_saved_to(tmp_path: Path) -> None:
+    saved(tmp_path)
+    for options, is_refused in (({"num_layers": 2}, True), ({"lr": 0.1}, False)):
+        setup = build_setup(with_options(tiny_config(**options), save=str(tmp_path)), VOCAB_SIZE, STATE)
+        with pytest.raises(CheckpointError, match="another --save") if is_refused else nullcontext():
+            starting.resume(setup, initial_state(setup))
 
 
 def test_options_that_make_the_model_may_not_change_and_others_may(tmp_path: Path) -> None:
