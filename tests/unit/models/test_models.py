@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config import PretrainConfig
+from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.parallel_state import ParallelState, single_process_state
 from megatron_samoe.training.setup import build_setup, initial_state
@@ -117,6 +118,15 @@ def test_full_recomputation_keeps_less() -> None:
             setup.model(batch["tokens"], micro_batch_context(setup, initial_state(setup), 0))
         kept.append(total)
     assert kept[1] < kept[0] / 4
+
+
+@pytest.mark.parametrize("layout", ["moe", "samoe"])
+def test_moe_layers_stand_where_the_frequency_says(layout: str) -> None:
+    config = tiny_config(layout, moe_layer_freq="0010")
+    assert [(p.index, p.moe_index) for p in all_layers(config)] == [(0, None), (1, None), (2, 0), (3, None)]
+    (chunk,) = build_model(config, VOCAB_SIZE, single_process_state()).chunks
+    assert [layer.is_moe for layer in chunk.layers.values()] == [False, False, True, False]
+    assert [p.moe_index for p in all_layers(tiny_config("dense"))] == [None] * 4
 
 
 #: The models of the parity table that differ from others in such options, and whether these learn something.

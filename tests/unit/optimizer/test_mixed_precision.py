@@ -37,6 +37,27 @@ def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     return made
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_masters_that_small_steps_move(dtype: torch.dtype) -> None:
+    named = parameters(dtype)
+    buffers = GradBuffers(named, STATE)
+    optimizer = MixedPrecisionOptimizer(buffers, replace(CONFIG, weight_decay=0.0))
+    assert set(optimizer.own_masters()) == {"layers.0.mlp.fc1.weight", "layers.0.mlp.fc1.bias"}
+    weight = named["layers.0.mlp.fc1.weight"]
+    master = optimizer.masters["layers.0.mlp.fc1.weight"]
+    before, begun = weight.detach().clone(), master.clone()
+    for _ in range(3):
+        weight.main_grad.fill_(1.0)
+        optimizer.step(1e-6)
+        assert torch.equal(weight, master.to(dtype))
+    assert torch.equal(weight, before), "three millionths are lost in half precision"
+    torch.testing.assert_close(master, begun - 3e-6, rtol=0, atol=8e-7)
+    assert weight.main_grad.dtype == torch.float32
+    for _ in range(100):
+        optimizer.step(1e-2)
+    assert not torch.equal(weight, before)
+
+
 def test_step_count_decides_the_bias_correction() -> None:
     moved = []
     for steps in (0, 1000):
@@ -144,6 +165,28 @@ def test_a_pattern_that_matches_nothing_is_named() -> None:
     config = replace(CONFIG, lr_mult_patterns=("fc1=2", "fc3=2"))
     with pytest.raises(ConfigError, match=r"--lr-mult-patterns = 'fc3=2': matches no parameter"):
         refuse_idle_patterns(parameters(), config, STATE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_scaling_in_the_step_is_scaling_before_it(engine: str, dtype: torch.dtype) -> None:
+    steps = {}
+    for way in ("within", "before"):
+        named = parameters(dtype)
+        buffers = GradBuffers(named, STATE)
+        optimizer = MixedPrecisionOptimizer(buffers, replace(CONFIG, optimizer_backend=engine))
+        torch.manual_seed(7)
+        for _ in range(3):
+            for buffer in buffers.buffers:
+                buffer.flat.normal_()
+            if way == "before":
+                buffers.scale(0.3)
+            optimizer.step(0.1, *([0.3] if way == "within" else []))
+        steps[way] = {
+            **{n: m.clone() for n, m in optimizer.masters.items()},
+            **{f"{n} weight": p for n, p in named.items()},
+        }
+    assert all(torch.equal(steps["within"][name], value) for name, value in steps["before"].items())
 
 
 def test_small_gradients_of_many_micro_batches_are_not_lost_in_bf16() -> None:

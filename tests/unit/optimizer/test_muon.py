@@ -66,11 +66,24 @@ def test_the_compiled_steps_equal_the_reference(shape: tuple[int, int, int], mon
         muon.extra_scale * update_scale(muon.scale, *shape[1:])
     )
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5)
+    assert not newton_schulz(torch.zeros(shape), 5).any()
     monkeypatch.setattr("megatron_samoe.optimizer.muon.newton_schulz", None)  # none of it was torch's
     assert torch.equal(found, torch.cat([muon.direction(one[None], 1) for one in stack]))
     assert not muon.direction(torch.zeros(shape), 1).any()
     with threads_of_torch(3 if torch.get_num_threads() != 3 else 2):
         assert torch.equal(found, muon.direction(stack, 1))
+
+
+@pytest.mark.parametrize("cached", [1, 70, 1 << 18])
+def test_each_expert_is_a_matrix(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of them are taken at once: one, two on a thread, or all."""
+    monkeypatch.setattr("megatron_samoe.optimizer.muon.CACHED_ELEMENTS", cached)
+    stack = drawn(6, 8, 4)
+    stack[2] *= 1e3
+    muon = Muon()
+    together = muon.direction(stack, 1)
+    for own, whole in zip(together, stack, strict=True):
+        torch.testing.assert_close(own, muon.direction(whole[None], 1)[0], rtol=1e-11, atol=1e-12)
 
 
 def model(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
@@ -154,6 +167,26 @@ def test_matrices_of_hidden_layers_are_muons(layout: str) -> None:
             )
             assert isinstance(group.update, Muon) == (is_hidden and not name.endswith("bias")), name
             assert not isinstance(group.update, Muon) or group.update.splits_qkv == (".qkv." in name)
+
+
+def test_steps_of_all_parameters_are_not_held_at_once() -> None:
+    """A step that is as large as all of them, and then their directions, would need as much memory as the weights twice."""
+    calls = []
+
+    class Recorded(Muon):
+        def accumulate(self, grad: Tensor, moments: Any, step: int) -> Tensor:
+            calls.append(("step", grad.numel()))
+            return super().accumulate(grad, moments, step)
+
+        def direction(self, step: Tensor, num_stacked: int) -> Tensor:
+            calls.append(("direction", step.numel()))
+            return super().direction(step, num_stacked)
+
+    parameters = model()
+    buffers = GradBuffers(parameters, STATE)
+    rules = (ParamRule(r"fc[12]\.weight", update=Recorded()),)
+    MixedPrecisionOptimizer(buffers, CONFIG, rules=rules).step(0.1)
+    assert calls == [("step", 96), ("direction", 96)] * 2
 
 
 def test_muon_on_a_vector_is_refused_by_name() -> None:
