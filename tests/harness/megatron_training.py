@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -75,37 +76,25 @@ class Training:
         return float(total[0] / total[1]), float(norm)
 
 
-def count_calls() -> dict[str, int]:
-    """Returns how often Megatron-Core's own layer, router, dispatcher and data parallelism will have been called."""
+def spies() -> dict[str, Any]:
+    """Returns what counts the calls of Megatron-Core's own layer, router, dispatcher and data parallelism from now on."""
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    calls: dict[str, int] = {}
-
-    def count(kind: Any, name: str) -> None:
-        method, key = getattr(kind, name), f"{kind.__name__}.{name}"
-        calls[key] = 0
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            calls[key] += 1
-            return method(*args, **kwargs)
-
-        setattr(kind, name, counted)
-
-    count(MoELayer, "forward")
-    count(TopKRouter, "routing")
-    count(MoEAlltoAllTokenDispatcher, "token_dispatch")
-    count(DistributedDataParallel, "finish_grad_sync")
-    return calls
+    methods = {MoELayer: "forward", TopKRouter: "routing", MoEAlltoAllTokenDispatcher: "token_dispatch"}
+    return {
+        f"{kind.__name__}.{name}": mock.patch.object(kind, name, autospec=True, side_effect=getattr(kind, name)).start()
+        for kind, name in (methods | {DistributedDataParallel: "finish_grad_sync"}).items()
+    }
 
 
 def train(layout: Layout, cases: list[tuple[str | None, dict[str, Any]]], steps: int = 4) -> list[dict[str, Any]]:
     """Returns for each case losses and norms of a few steps, how far copies of what is shared differ between ranks, and whether
     Megatron-Core's own parts ran."""
     start(layout)
-    results, calls = [], count_calls()
+    results, counted = [], spies()
     for sharing, options in cases:
         training = Training(layout, sharing, options)
         losses, norms = zip(*(training.step(step) for step in range(steps)), strict=True)
@@ -116,10 +105,11 @@ def train(layout: Layout, cases: list[tuple[str | None, dict[str, Any]]], steps:
                 "losses": losses,
                 "norms": norms,
                 "copies": _copies(training.shares),
-                "idle": [part for part, count in calls.items() if not count],
+                "idle": [part for part, spy in counted.items() if not spy.called],
             }
         )
-        calls.update(dict.fromkeys(calls, 0))
+        for spy in counted.values():
+            spy.reset_mock()
     return results
 
 

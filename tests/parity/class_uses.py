@@ -28,10 +28,12 @@ Use = Callable[[Any], tuple[Any, Any]]
 USES: dict[str, Use] = {}
 
 
-def use(function: Use) -> Use:
-    """Registers what returns a result and the expected one."""
-    USES[function.__name__] = function
-    return function
+def registering(uses: dict[str, Use]) -> Callable[[Use], Use]:
+    """Returns what registers a function that returns a result and the expected one."""
+    return lambda function: uses.setdefault(function.__name__, function)
+
+
+use = registering(USES)
 
 
 def load(folder: str | Path, **options: Any) -> Any:

@@ -31,7 +31,7 @@ import transformers
 import trl
 from torch import Tensor
 
-from tests.parity.class_uses import Use, differs, load, outcome
+from tests.parity.class_uses import Use, differs, load, outcome, registering
 
 END, RATE = 256, 100.0
 #: Question and answer, of unequal lengths.
@@ -39,12 +39,7 @@ ROWS = [("What is 2 + 3? ", "5"), ("Say it: ", "a bank of experts"), ("1 + 1 = "
 #: Question, the better answer and the worse one.
 PAIRS = [("2 + 3 = ", "5", "23, or so"), ("Say it. ", "experts", "no"), ("Is it so? ", "yes", "maybe it is")]
 USES: dict[str, Use] = {}
-
-
-def use(function: Use) -> Use:
-    """Registers what returns a result and the expected one."""
-    USES[function.__name__] = function
-    return function
+use = registering(USES)
 
 
 def ids_of(*texts: str) -> list[int]:

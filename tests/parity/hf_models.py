@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_samoe.cli import convert
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
@@ -22,6 +19,7 @@ from megatron_samoe.models.rank_model import build_model, compute_dtype
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import LoadedModel, load_model
+from tests.harness.program import call
 from tests.harness.tiny import tiny_config
 from tests.unit.convert.memory_source import PLAIN_STATE, MemorySource
 
@@ -32,8 +30,6 @@ transformers.logging.disable_progress_bar()
 VOCABULARY = 257  # bytes and the end of a document
 PROMPT = "The bank of experts"
 VOCABULARIES = ("embedding.word.weight", "output.weight")
-#: --normalization and the rest that OLMoE asks for.
-ONE_HEAD = {"num_attention_heads": 1, "group_query_attention": False, "num_query_groups": 1}
 
 
 def random_source(layout: str, **options: Any) -> MemorySource:
@@ -104,10 +100,8 @@ def native(root: Path, source: MemorySource) -> Native:
 
 def run(*arguments: object) -> tuple[int, str, str]:
     """Returns the conversion tool's exit status, output and error output."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = convert.main([str(a) for a in arguments])
-    return status, out.getvalue(), err.getvalue()
+    done = call("megatron_samoe.cli.convert", *map(str, arguments))
+    return done.returncode, done.stdout, done.stderr
 
 
 def converted(load_dir: Path, save_dir: Path, *arguments: object) -> Path:

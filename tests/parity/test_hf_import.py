@@ -4,6 +4,7 @@ with experts is compressed, and leaves as a smaller folder."""
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.convert.hf.families import families
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.fit.compress.options import CompressOptions
 from megatron_samoe.fit.compress.pipeline import Compression
+from megatron_samoe.models.rotary import rotary_tables, scaled_frequencies
 from tests.harness.pairs import first_by_day
 from tests.harness.program import write_corpus
 from tests.harness.tables import table
 from tests.parity.hf_models import converted, our_logits, run, sent, their_logits, theirs, transformers
-from tests.unit.convert.memory_source import gradients
+from tests.unit.convert.memory_source import assert_equal, gradients
 
 pytestmark = pytest.mark.parity
 TABLE = table(__file__, tuples=False)
@@ -58,9 +61,7 @@ def assert_comes_back(model: Any, root: Path, folder: Path) -> None:
     """An import is exported to the same class with the same numbers."""
     again = theirs(converted(root, folder, "--to", "hf", "--hf-model-type", model.config.model_type))
     assert type(again) is type(model)
-    state = again.state_dict()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(state[name].to(tensor.dtype), tensor), name
+    assert_equal(again.state_dict(), model.state_dict(), check_dtype=False)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -165,8 +166,7 @@ def test_an_imported_model_goes_through_megatrons_files_and_back(tmp_path: Path)
     model.save_pretrained(tmp_path / "hf")
     files = converted(tmp_path / "hf", tmp_path / "megatron", "--to", "torch_dist")
     again = theirs(converted(files, tmp_path / "back", "--to", "hf"))
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+    assert_equal(again.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize(("case", "changes", "message"), TABLE["refused"])
@@ -245,3 +245,26 @@ def test_a_folder_becomes_a_smaller_folder(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(their_logits(small, ids_BS), expected, rtol=1e-4, atol=1e-4)
     assert (expected - their_logits(model, ids_BS)).abs().max() > 1e-3  # it is another model than the original
     assert small.num_parameters() < model.num_parameters()
+
+
+@pytest.mark.parametrize("case", TABLE["stretched"])
+@pytest.mark.parametrize(("head_dim", "base"), [(128, 500000.0), (64, 10000.0), (8, 1e6)])
+def test_frequencies_are_those_of_transformers(case: str, head_dim: int, base: float) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    (ours, other), kind = TABLE["stretched"][case], case.split()[0]
+    sizes = {"hidden_size": 4 * head_dim, "num_attention_heads": 4}
+    rope = {"rope_type": kind, "rope_theta": base, **other}
+    config = transformers.LlamaConfig(**sizes, max_position_embeddings=65536, rope_parameters=rope)
+    model = ModelConfig(**sizes, position_embedding_type="rope", rotary_base=base, rope_scaling_type=kind, **ours)
+    expected, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    found, own_factor = scaled_frequencies(model)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert own_factor == pytest.approx(factor)
+
+
+def test_a_factor_of_yarn_is_on_both_tables() -> None:
+    yarn = {"rope_scaling_type": "yarn", "rope_scaling_factor": math.e, "rope_original_max_positions": 64}
+    model = ModelConfig(hidden_size=32, num_attention_heads=4, position_embedding_type="rope", **yarn)
+    cos, sin = rotary_tables(model, torch.arange(100)[None], torch.float32)
+    torch.testing.assert_close(cos.square() + sin.square(), torch.full_like(cos, 1.1**2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +28,10 @@ PLAIN_STATE = {
     "loss_scale": {"value": 1.0, "good_steps": 0, "growth_interval": 0},
     "optimizer_steps": 7,
 }
+
+
+#: Holds tensors, or mappings of them, against others bit for bit.
+assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 @dataclass
@@ -58,6 +63,11 @@ def new_source(
         weights[name] = (parameter.detach() + noise.to(parameter.dtype)).to(parameter.dtype)
     weights["optimizer.exp_avg.final_norm.weight"] = torch.ones(config.model.hidden_size)
     return MemorySource(weights, to_mapping(config), dict(PLAIN_STATE))
+
+
+def tensors_of(source: GlobalTensors, without: tuple[str, ...] = ("optimizer.", "training.")) -> dict[str, Tensor]:
+    """Returns the tensors of a source, but those whose names begin so."""
+    return {name: source.read(name) for name in source.tensors if not name.startswith(without)}
 
 
 def load(source: GlobalTensors, dtype: torch.dtype = torch.float32) -> RankModel:

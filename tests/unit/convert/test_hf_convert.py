@@ -66,17 +66,7 @@ def assert_refused(result: subprocess.CompletedProcess[str], message: str) -> No
     assert result.stderr.strip().count("\n") == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "shown"),
-    [
-        (["--to", "hf"], "model.expert_pool.bank.gate_up_proj  [8, 96, 32] float32"),
-        (["--fold"], "model.layers.*.block_sparse_moe.experts.*.w1.weight  [48, 32] float32  x 8"),
-        (["--to", "hf", "--dtype", "bf16"], "model.layers.*.mlp.router.weight  [4, 32] bfloat16  x 2"),
-        (["--to", "torch_dist"], "iter_0000007: "),
-        (["--hf-model-type", "mixtral"], "mixtral was asked for"),
-        (["--to", "hf"], "Its optimizer state (128 B)"),
-    ],
-)
+@pytest.mark.parametrize(("options", "shown"), TABLE["dry runs"])
 def test_a_dry_run_shows_the_plan_and_writes_nothing(
     options: list[str], shown: str, made: SimpleNamespace, tmp_path: Path
 ) -> None:

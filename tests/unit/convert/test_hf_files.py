@@ -26,9 +26,10 @@ from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor, write_checkpoint
 from megatron_samoe.errors import CheckpointError
 from tests.harness.megatron_files import write_rank_files
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 from tests.hostile.changes import Bomb
-from tests.unit.convert.memory_source import new_source
+from tests.unit.convert.memory_source import assert_equal, new_source
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -49,21 +50,14 @@ def write(path: Path, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
-
-
-def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
+def test_the_library_reads_what_we_write_and_we_what_it_writes(tmp_path: Path) -> None:
     read = safetensors.torch.load_file(write(tmp_path / "x.safetensors", TENSORS))
-    assert read.keys() == TENSORS.keys() and all(same(read[n], t) for n, t in TENSORS.items())
+    assert_equal(read, TENSORS)
     with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
-
-
-def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
-    safetensors.torch.save_file(TENSORS, tmp_path / "x.safetensors", {"format": "pt", "other": "words"})
-    reader = SafetensorsReader(tmp_path / "x.safetensors")
-    assert reader.tensors.keys() == TENSORS.keys() and all(same(reader.read(n), t) for n, t in TENSORS.items())
+    safetensors.torch.save_file(TENSORS, tmp_path / "y.safetensors", {"format": "pt", "other": "words"})
+    reader = SafetensorsReader(tmp_path / "y.safetensors")
+    assert_equal({name: reader.read(name) for name in reader.tensors}, TENSORS)
 
 
 def test_large_views_are_copied_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,37 +86,13 @@ def entry(begin: int, end: int, shape: object = (2,), kind: object = "F32") -> d
     return {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
 
 
-A, B = json.dumps(entry(0, 8)), json.dumps(entry(8, 16))
-HEADERS = {
-    "sound": {"a": entry(0, 8), "b": entry(8, 16)},
-    "sound, in another order": {"b": entry(8, 16), "a": entry(0, 8)},
-    "sound, with metadata": {"__metadata__": {"format": "pt"}, "a": entry(0, 16, (2, 2))},
-    "an empty tensor": {"z": entry(0, 0, (0, 3)), "a": entry(0, 16, (4,))},
-    "no JSON": b"not json",
-    "a list": [1, 2],
-    "no offsets": {"a": {"dtype": "F32", "shape": [4]}},
-    "a size below 0": {"a": entry(0, 16, (-4,))},
-    "a size that is text": {"a": entry(0, 16, ("4",))},
-    "a fraction": {"a": entry(0, 16, (4.0,))},
-    "sizes that overflow": {"a": entry(0, 16, (2**63, 2))},
-    "three offsets": {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8, 16]}},
-    "fewer bytes than elements": {"a": entry(0, 16, (2,))},
-    "beyond the end": {"a": entry(0, 8), "b": entry(8, 24, (4,))},
-    "bytes of no tensor": {"a": entry(0, 8)},
-    "a hole": {"a": entry(0, 4, (1,)), "b": entry(8, 16)},
-    "overlapping": {"a": entry(0, 12, (3,)), "b": entry(4, 16, (3,))},
-    "the same bytes": {"a": entry(0, 16, (4,)), "b": entry(0, 16, (4,))},
-    "a name twice": f'{{"a": {A}, "a": {B}}}'.encode(),
-    "a name twice, backwards": f'{{"a": {B}, "a": {A}}}'.encode(),
-    "a field twice": b'{"a": {"dtype": "F32", "dtype": "I32", "shape": [4], "data_offsets": [0, 16]}}',
-    "metadata that is a number": {"__metadata__": {"step": 1}, "a": entry(0, 16, (4,))},
-    "an unknown type": {"a": entry(0, 16, (4,), "F99")},
-}
+#: Headers as they are in a file, for 16 bytes of tensors.
+HEADERS: dict[str, str] = table(__file__)["headers"]
 
 
 @pytest.mark.parametrize("case", HEADERS)
 def test_a_header_is_refused_where_the_library_refuses_it(case: str, tmp_path: Path) -> None:
-    path = with_header(tmp_path / "x.safetensors", HEADERS[case], bytes(range(16)))
+    path = with_header(tmp_path / "x.safetensors", HEADERS[case].encode(), bytes(range(16)))
     try:
         expected = safetensors.torch.load_file(path)
     except safetensors.SafetensorError:
@@ -131,8 +101,7 @@ def test_a_header_is_refused_where_the_library_refuses_it(case: str, tmp_path: P
         assert not case.startswith("sound")
     else:
         reader = SafetensorsReader(path)
-        assert reader.tensors.keys() == expected.keys()
-        assert all(same(reader.read(name), tensor) for name, tensor in expected.items())
+        assert_equal({name: reader.read(name) for name in reader.tensors}, expected)
 
 
 def test_quantized_weights_are_not_read(tmp_path: Path) -> None:
@@ -224,7 +193,7 @@ def test_pickles_are_read_for_plain_tensors_only(
 def test_plain_tensors_of_torch_save_are_read(tmp_path: Path) -> None:
     torch.save(TENSORS, folder_with(tmp_path) / "pytorch_model.bin")
     folder = HFFolder(tmp_path)
-    assert all(same(folder.read(n), t) for n, t in TENSORS.items())
+    assert_equal({name: folder.read(name) for name in folder.tensors}, TENSORS)
     torch.save(TENSORS, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match="save the model anew"):
         HFFolder(tmp_path)

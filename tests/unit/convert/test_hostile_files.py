@@ -48,6 +48,7 @@ from megatron_samoe.dist_checkpointing.store import refuse_wrong_values
 from megatron_samoe.dist_checkpointing.table_of_contents import METADATA, read_table
 from megatron_samoe.errors import CheckpointError, MegatronSamoeError, nearest, readable
 from tests.harness.megatron_files import write_rank_files
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config
 from tests.hostile.changes import ODD, changed, mutate
 from tests.unit.convert.memory_source import new_source
@@ -147,16 +148,9 @@ def damaged_table(table: Metadata, rng: random.Random) -> Metadata:
     return variant
 
 
+TABLE = table(__file__)
 #: The least share of variants that must be refused.
-LEAST = {
-    "configuration": 0.3,
-    "training state": 0.3,
-    "config.yaml": 0.4,
-    "config.json": 0.3,
-    "Megatron's arguments": 0.2,
-    "table of contents": 0.75,
-    "rank file": 0.5,
-}
+LEAST: dict[str, float] = TABLE["least refused"]
 
 
 def damaged_bytes(content: bytes, rng: random.Random) -> bytes:
@@ -342,20 +336,7 @@ def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file", "name", "size"),
-    [
-        *(
-            ("config.yaml", name, size)
-            for size in (10**5, 10**9)
-            for name in (
-                *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
-                *("num_experts", "num_expert_banks", "moe_router_topk"),
-            )
-        ),
-        *(
-            ("config.json", name, 10**9)
-            for name in ("num_hidden_layers", "num_experts", "hidden_size", "vocab_size", "moe_intermediate_size")
-        ),
-    ],
+    [(file, name, size) for file, (sizes, names) in TABLE["sizes"].items() for size in sizes for name in names],
 )
 def test_sizes_that_no_tensor_has(file: str, name: str, size: int, folders: dict[str, Path], tmp_path: Path) -> None:
     """Refused before a model of that size is built."""

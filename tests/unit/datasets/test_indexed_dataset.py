@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
 
 from megatron_samoe.datasets import index_format
 from megatron_samoe.datasets.blended_dataset import BlendedDataset, blend_indices
@@ -20,18 +19,14 @@ from megatron_samoe.datasets.mapped_file import MappedFile, require_whole
 from megatron_samoe.errors import DataError
 from tests.harness.datasets import write_dataset
 from tests.harness.extension_off import without_extension
-from tests.hostile.changes import mutate
-
-RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-# Mutations tried per kind of file; 10000 with SAMOE_FUZZ=10000.
-NUM_MUTATIONS = int(os.environ.get("SAMOE_FUZZ", "300"))
 
 
 @pytest.mark.parametrize("mmap", [True, False])
 def test_parts_and_limits(tmp_path: Path, mmap: bool) -> None:
-    data = IndexedDataset(write_dataset(tmp_path / "d", [[1, 2, 3], [4, 5]]), mmap=mmap)
+    data = IndexedDataset(write_dataset(tmp_path / "d", [[1, 2, 3], [], [4, 5]]), mmap=mmap)
     data.verify()
-    assert [row.tolist() for row in data[:]] == [data.document(i).tolist() for i in (0, 1)] == [[1, 2, 3], [4, 5]]
+    assert [data.document(i).tolist() for i in range(data.num_documents)] == [[1, 2, 3], [], [4, 5]]
+    assert [row.tolist() for row in data[:]] == [[1, 2, 3], [4, 5]]
     assert data.get(0, 1).tolist() == [2, 3] and data.get(1, 0, 1).tolist() == [4] and data[-1].tolist() == [4, 5]
     for index, offset, length in ((2, 0, None), (-3, 0, None), (0, 4, None), (0, 1, 3), (0, -1, 1), (0, 0, -1)):
         with pytest.raises(IndexError):
@@ -104,26 +99,6 @@ def test_missing_datasets_name_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "wiki_text_document.idx").unlink()
     with pytest.raises(DataError, match="repair"):
         IndexedDataset(str(tmp_path / "wiki_text_document"))
-
-
-def test_mutated_datasets_give_an_error_or_an_answer(tmp_path: Path) -> None:
-    """No crash and no large allocation whatever the bytes: reads stay inside what the files hold."""
-    prefix = write_dataset(tmp_path / "d", [[1, 2, 3], [], [4], [5, 6, 7, 8, 9]])
-    good = {suffix: Path(prefix + suffix).read_bytes() for suffix in (".bin", ".idx")}
-    random, outcomes = np.random.default_rng(1), {"error": 0, "answer": 0}
-    for number in range(NUM_MUTATIONS):
-        changed = ".idx" if number % 4 else ".bin"
-        for suffix, content in good.items():
-            Path(prefix + suffix).write_bytes(mutate(content, random) if suffix == changed else content)
-        try:
-            data = IndexedDataset(prefix)
-            data.verify()
-            total = sum(len(data.document(i)) for i in range(data.num_documents))
-            assert total * data.dtype.itemsize <= len(data) * data.bin_reader.num_bytes
-            outcomes["answer"] += 1
-        except DataError:
-            outcomes["error"] += 1
-    assert min(outcomes.values()) > 0, outcomes
 
 
 def test_index_of_many_rows_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

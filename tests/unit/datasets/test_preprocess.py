@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_samoe.cli.preprocess import main
 from megatron_samoe.datasets import manifest
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset
 from megatron_samoe.datasets.inspect import verify
@@ -200,7 +199,7 @@ def test_bad_lines_are_named_by_file_and_line(tmp_path: Path, line: bytes, reaso
         run.preprocess(options(tmp_path, "a.jsonl", "b.jsonl", chunk_bytes=chunk_bytes))
     assert not list(tmp_path.glob("out*.bin")), "no output after a failure"
     report = run.preprocess(options(tmp_path, "a.jsonl", "b.jsonl", chunk_bytes=chunk_bytes, on_bad_input="skip"))
-    assert decoded(tmp_path / "out_text_document") == TEXTS * 9
+    assert decoded(tmp_path / "out_text_document") == TEXTS * 9 and "2 bad lines" in report.describe()
     assert [line for _, line, _ in report.totals.first_bad] == [len(TEXTS) * 3 + 2, len(TEXTS) * 6 + 3]
     saved = json.loads((tmp_path / "out.bad_input.json").read_text())
     assert saved["count"] == 2 and reason in saved["first"][0]["reason"]
@@ -241,16 +240,6 @@ def test_inputs_and_options_that_do_not_fit(tmp_path: Path) -> None:
             run.preprocess(replace(options(tmp_path, "corpus.jsonl"), **values))  # type: ignore[arg-type]
         assert message in str(caught.value)
     assert not list(tmp_path.glob("out*"))
-
-
-def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "in.jsonl").write_bytes(jsonl(["a"]) + b"broken\n")
-    words = ["--input", str(tmp_path / "in.jsonl"), "--output-prefix", str(tmp_path / "out"), "--executor", "inline"]
-    words += ["--tokenizer-type", "ByteTokenizer", "--quiet"]
-    assert main(words) == 1
-    assert "in.jsonl:2: not JSON" in capsys.readouterr().err
-    assert main([*words, "--on-bad-input", "skip"]) == 0
-    assert "1 bad lines" in capsys.readouterr().out
 
 
 def test_output_does_not_depend_on_workers_or_chunks(tmp_path: Path) -> None:

@@ -156,17 +156,11 @@ def test_optimizers_are_compared_by_whole_steps_and_alone(tmp_path: Path) -> Non
 @pytest.mark.night
 @needs_extension
 @pytest.mark.distributed
-def test_ranks_are_compared_with_what_sends_nothing(tmp_path: Path) -> None:
+def test_ranks_are_compared_with_what_sends_nothing_and_exchanges_in_one_run(tmp_path: Path) -> None:
     sizes = "--tokens 64 --hidden-size 16 --ffn-hidden-size 32 --num-experts 4"
     (row,) = saved(tmp_path, f"expert-parallel {sizes}")["rows"]
     ratio = row["alone ms"] / row["expert parallel ms"]
     assert row["ranks"] == 2 and row["expert parallel / alone"] == pytest.approx(ratio, rel=0.05)
-
-
-@pytest.mark.night
-@needs_extension
-@pytest.mark.distributed
-def test_exchanges_are_compared_in_one_run(tmp_path: Path) -> None:
     (row,) = saved(tmp_path, "all-to-all --ranks 2 --megabytes 0.0625 --uneven")["rows"]
     assert row["rings / gloo"] == pytest.approx(row["gloo"] / row["rings"], rel=0.05)
     assert row["rings / copy"] == pytest.approx(row["copy"] / row["rings"], abs=0.02)

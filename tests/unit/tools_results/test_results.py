@@ -18,25 +18,23 @@ import statsmodels.formula.api as smf
 from PIL import Image
 from scipy import stats
 
-from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config import OptimizerConfig, PretrainConfig
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study import results_store
 from megatron_samoe.evaluation.study.plan import StudyPlan
-from megatron_samoe.evaluation.study.statistics import common_spread
 from megatron_samoe.planning.accounting import ParameterCount
 from tests.harness.tables import table
 from tools.results.measured import wrong_tables
 from tools.results.page_figures import Models, rewritten, with_table, wrong_figures
 from tools.results.registration import Registration, deviations, kept_plan, read_registrations
-from tools.results.result_plots import Plot
+from tools.results.result_plots import Plot, course
 from tools.results.scaling import scaling
 from tools.results.verdicts import (
     MANY,
     Claim,
     HeldOut,
     Losses,
-    compressed_losses,
     foreign_originals,
     judge,
     losses_on_test,
@@ -108,26 +106,6 @@ def test_further_seeds_of_a_baseline_count_once_all_of_their_experiment_is_there
     assert found.trained["second_regime/moe of 8"] == ({1: 4.5, 4: 4.6} if is_whole else {1: 4.5})
     lock = [v for v in judge(found) if v.claim.name == "E1, free"]
     assert [list(v.differences) for v in lock] == ([pytest.approx([-0.1, -0.2])] if is_whole else [])
-
-
-def test_models_that_were_compressed_are_judged_by_the_spread_of_trained_ones(tmp_path: Path) -> None:
-    trained = {"second_s/a": {1: 3.5, 2: 3.6, 3: 3.7}, "second_s/b": {1: 3.401, 2: 3.499, 3: 3.6}}
-    for seed in (1, 2, 3):
-        kept = {
-            name: {"test_loss": 3.0 + seed / 10 + more}
-            for name, more in (("healed", 0.015), ("original-longer", 0.0), ("original", 0.005))
-        }
-        (tmp_path / f"seed-{seed}-half.json").write_text(json.dumps(kept | {"matched": {"loss": 3.0}}))
-    derived = compressed_losses(tmp_path)
-    assert sorted(derived) == ["half/healed", "half/original", "half/original-longer"]
-    pairs = (("half/healed", "second_s/a"), ("half/original-longer", "second_s/b"))
-    found = held_out(trained, Claim("G5", pairs, "below", -0.3), derived)
-    less, equal = judge(found)
-    assert less.cells[1:4] == ["half healed", "a", "3"]
-    assert less.mean == pytest.approx(-0.385) and less.is_supported
-    assert equal.mean == pytest.approx(-0.3) and equal.p == pytest.approx(0.5)
-    spread = common_spread({name: list(row.values()) for name, row in trained.items()})
-    assert less.half_width == pytest.approx(spread.half_width(less.differences))
 
 
 def test_an_original_that_the_store_does_not_have_is_named() -> None:
@@ -219,17 +197,7 @@ SPEEDS = """# Speeds
 """
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong", "said"),
-    [
-        ("", "", ""),
-        ("1,144", "1,145", "line 5"),
-        ("0.86x", "0.85x", "line 5: ['1,144', '0.85', '0.8', '0.9'] is ['1,144', '0.86', '0.8', '0.9'] by its file"),
-        ("(92-94)", "(92)", "line 6"),
-        ("| 8, 2 | 980 | 93 % (92-94) |\n", "", "line 3: has 1 rows, and its files 2"),
-        ("| experts, top-k", "| experts", "no table begins with '| experts, top-k'"),
-    ],
-)
+@pytest.mark.parametrize(("right", "wrong", "said"), TABLE["speeds"])
 def test_a_table_of_speeds_is_compared_with_what_a_benchmark_wrote(right: str, wrong: str, said: str) -> None:
     def figures() -> Iterator[list[float]]:
         yield [1144.4, 0.856, 0.80, 0.90]
@@ -347,3 +315,12 @@ def test_a_kept_run_is_read_by_its_own_key_alone(tmp_path: Path) -> None:
     assert run.validation["validation_loss"] == pytest.approx(3.5269, abs=1e-4)
     with pytest.raises(CheckpointError, match="not a finished run"):
         results_store.read_kept(tmp_path)
+
+
+def test_a_course_is_of_the_seeds_that_both_have() -> None:
+    config = PretrainConfig(optimizer=OptimizerConfig(lr=3e-3))
+    rows = {"second_regime/moe of 8": {1: 3.5, 2: 3.6}, "second_sharing/scaled": {2: 3.75, 3: 9.0}}
+    models = {
+        name: {seed: replace(run_of(loss), config=config) for seed, loss in row.items()} for name, row in rows.items()
+    }
+    assert course(list(models), models) == {"scaled": {"400": 0.15}}
