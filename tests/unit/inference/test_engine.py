@@ -70,14 +70,14 @@ def test_prompts_longer_than_a_step_are_scored_beside_others() -> None:
     told: dict[int, list] = {number: [] for number in range(4)}
     grown = [list(ids) for ids in prompts]
     failed = 0
-    while engine.has_work:
+    for _ in range(20):
         try:
             for event in engine.step():
                 grown[event.request_id].append(event.token_id)
                 told[event.request_id] += [*event.prompt_scores, event.score]
         except RuntimeError:
             failed += 1
-    assert failed == 1
+    assert not engine.has_work and failed == 1
     model = LanguageModel(loaded)
     for number, ids in enumerate(grown):
         expected = model.logits(ids[:-1]).double().log_softmax(-1)

@@ -109,6 +109,13 @@ def test_seeds_repeat_and_choices_differ(client: Client) -> None:
     assert texts(client.complete(prompts, seed=5, n=2, **ask)) == alone and len(set(alone)) == 6
 
 
+def test_stop_texts_end_an_answer_without_them(client: Client, loaded: LoadedModel) -> None:
+    whole = greedy_text(loaded, "Hello", 20)
+    stop = whole[4:6]
+    choice = client.complete("Hello", max_tokens=20, temperature=0, stop=stop).json["choices"][0]
+    assert choice["text"] == whole[: whole.index(stop)] and choice["finish_reason"] == "stop"
+
+
 def test_models_health_and_metrics(client: Client) -> None:
     (model,) = client.ask("GET", "/v1/models").json["data"]
     assert model["id"] == "tiny" and model["object"] == "model" and model["max_model_len"] == CONTEXT

@@ -122,6 +122,21 @@ def resume(folder: Path, **options: Any) -> tuple[TrainSetup, TrainState]:
     return setup, load_run(setup, state, store.iteration_dir(folder, 2))
 
 
+def test_a_resumed_run_in_bf16_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    options = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "layout": "dense", "bf16": True}
+    pairs = [saved(tmp_path, **options), resume(tmp_path, **options)]
+    ends = []
+    for setup, state in pairs:
+        assert state.iteration == 2 and setup.optimizer.num_steps == 2
+        results = []
+        for _ in range(3):
+            result, state = train_step(setup, state, micro_batches(setup, state.iteration))
+            results.append((result.lm_loss, result.grad_norm))
+        ends.append((results, state.plain(), {n: p.detach() for n, p in setup.model.global_parameters().items()}))
+    assert ends[0][:2] == ends[1][:2]
+    assert all(torch.equal(p, ends[1][2][n]) for n, p in ends[0][2].items())
+
+
 def test_finetuning_takes_weights_only(tmp_path: Path) -> None:
     trained, _ = saved(tmp_path)
     setup, state = resume(tmp_path, finetune=True)
