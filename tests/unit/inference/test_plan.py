@@ -74,6 +74,7 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(dtype: str) -> None:
         alone = run(loaded, "folded", dtype)
     with threads(3):
         assert torch.equal(run(loaded, "folded", dtype), alone)
+        assert torch.equal(run(loaded, "folded", dtype, blocks=True), alone)
     single = [[(slot, i, 1)] for slot, count in ((0, 36), (1, 5), (2, 19)) for i in range(count)]
     one_by_one = run(loaded, "folded", dtype, steps=single)
     order = [(slot, first + i) for step in STEPS for slot, first, n in step for i in range(n)]

@@ -95,6 +95,20 @@ def test_long_rows_on_two_threads(way, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("inputs", [384, 515, 1100, 4096])
+def test_few_tokens_of_long_rows(kind, inputs):
+    """One to nine tokens, which read weights as a stream or as tiles: right, and of the same bits in every number."""
+    weight, x = stored(normal(1, 70, inputs) * inputs**-0.5, kind), normal(2, 9, inputs)
+    exact = (x.double() @ weight.dequantized().double().t()).float()
+    with cpu_products.using(fp32_tokens=2**62, bf16_tokens=2**62):
+        together = decode.linear(x, weight, None, torch.empty(9, 70))
+        torch.testing.assert_close(together, exact, **TOLERANCE)
+        for first, last in ((0, 1), (1, 3), (3, 6), (5, 9), (2, 7)):
+            some = decode.linear(x[first:last], weight, None, torch.empty(last - first, 70))
+            assert torch.equal(some, together[first:last])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_number_that_is_not_finite_shows(kind, bad):
     x = normal(1, 3, 70)

@@ -244,7 +244,7 @@ void attend(const DecodeAttention& a, const Block& block, int64_t g, const Atten
 }
 
 template <typename C>
-void run(Member& member, const DecodeAttention& a) {
+void run(Member& member, const DecodeAttention& a, const PackedRows* packed) {
   static thread_local ThreadMemory memory;
   int64_t longest = 0;
   for (int64_t t = 0; t < a.num_tokens; ++t) longest = a.positions_T[t] > longest ? a.positions_T[t] : longest;
@@ -267,7 +267,7 @@ void run(Member& member, const DecodeAttention& a) {
   };
   const int64_t num_chunks = (num_tasks + chunk - 1) / chunk;
   ask_for(member.next_task(num_chunks, 1) * chunk);
-  const bool is_alone = each_is_alone(a);
+  const bool is_alone = each_is_alone(a), packs = packed != nullptr && packed->takes_parts(attention_part(a));
   if (!is_alone) {
     member.own(a.num_tokens * a.kv_heads, [&](int64_t i) { prepare<C>(a, i / a.kv_heads, i % a.kv_heads); });
     member.wait();
@@ -279,6 +279,9 @@ void run(Member& member, const DecodeAttention& a) {
       ask_for(i + 1 < end ? i + 1 : after * chunk);
       if (is_alone) prepare<C>(a, block.first, i % a.kv_heads);
       attend<C>(a, block, i % a.kv_heads, work);
+      if (!packs) continue;
+      const int64_t size = attention_part(a);
+      for (int64_t t = block.first; t < block.first + block.count; ++t) packed->pack_part(t, i % a.kv_heads * size, size);
     }
   };
   member.tasks(num_chunks, attend_chunk, 0, 1);  // sequences are of different lengths
@@ -286,16 +289,16 @@ void run(Member& member, const DecodeAttention& a) {
 
 }  // namespace
 
-void attention_tasks(Member& member, const DecodeAttention& a) {
+void attention_tasks(Member& member, const DecodeAttention& a, const PackedRows* packed) {
   if (a.cache_is_bf16) {
-    run<uint16_t>(member, a);
+    run<uint16_t>(member, a, packed);
   } else {
-    run<float>(member, a);
+    run<float>(member, a, packed);
   }
 }
 
 void decode_attention(const DecodeAttention& a) {
-  run_team(a.num_threads, [&](Member& member) { attention_tasks(member, a); });
+  run_team(a.num_threads, [&](Member& member) { attention_tasks(member, a, nullptr); });
 }
 
 }  // namespace SAMOE_ISA

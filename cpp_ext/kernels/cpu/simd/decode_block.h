@@ -1,7 +1,7 @@
 // Blocks of a product: rows of x by rows of weights of any type, where the results go, and what is read after them.
 #pragma once
 
-#include "decode_tile.h"
+#include "decode_stream.h"
 
 namespace samoe {
 namespace cpu {
@@ -41,17 +41,12 @@ struct Following {
   int64_t bytes = 0;
 };
 
-// Up to kRowBlock packed rows of x with rows first .. last - 1 of w.
+// Rows of x by rows first .. last - 1 of w, in tiles of up to `tile_rows`, of which the first one asks for weights ahead.
 template <typename W>
-static void multiply_block(const char* const* x, int64_t num_rows, const W* w, int64_t inputs, int64_t first,
-                           int64_t last, const DecodeOut& out, Following following, bool by_digits) {
-  v4 sums[kTileRows];
-  const int64_t tile_bytes = kTileOuts * inputs * static_cast<int64_t>(sizeof(W));
-  const int64_t tile_rows = by_digits ? kDigitRows : (sizeof(W) == 2 ? kPairRows : kTileRows);
-  const bool streams = num_rows <= (sizeof(W) == 4 ? 2 : 1);
-  const char* const begin = reinterpret_cast<const char*>(w + first * inputs);
-  Ahead ahead{begin + (streams ? kAheadBytes : ahead_bytes(tile_bytes)), reinterpret_cast<const char*>(w + last * inputs),
-              static_cast<const char*>(following.data), following.bytes};
+SAMOE_INLINE void multiply_part(const char* const* x, int64_t num_rows, int64_t tile_rows, const W* w, int64_t inputs,
+                                int64_t first, int64_t last, const DecodeOut& out, Ahead& ahead, bool streams,
+                                bool by_digits) {
+  v4 sums[kMostRows] = {};
   Ahead nothing{nullptr, nullptr, nullptr, 0};
   for (int64_t n = first; n < last; n += kTileOuts) {
     const int64_t num_outs = last - n < kTileOuts ? last - n : kTileOuts;
@@ -65,6 +60,30 @@ static void multiply_block(const char* const* x, int64_t num_rows, const W* w, i
       multiply_rows(count, x + m, rows, inputs, wanted, streams, by_digits, sums);
       for (int64_t j = 0; j < count; ++j) put(out, m + j, n, num_outs, sums[j]);
     }
+  }
+}
+
+// Up to kRowBlock packed rows of x with rows first .. last - 1 of w: rows of x that the first cache holds at a time. While
+// the first ones are multiplied, w comes from memory; for the others it is in the second cache.
+template <typename W>
+static void multiply_block(const char* const* x, int64_t num_rows, const W* w, int64_t inputs, int64_t first,
+                           int64_t last, const DecodeOut& out, Following following, bool by_digits) {
+  const int64_t tile_rows = by_digits ? kDigitRows : (sizeof(W) == 2 ? kPairRows : kTileRows);
+  const int64_t num_tiles = (num_rows + tile_rows - 1) / tile_rows, tile_bytes = inputs * (by_digits ? 3 : 4) * tile_rows;
+  const int64_t most = tile_bytes > kPartBytes ? 1 : kPartBytes / tile_bytes, num_parts = (num_tiles + most - 1) / most;
+  const int64_t row_bytes = inputs * static_cast<int64_t>(sizeof(W));
+  const char* const begin = reinterpret_cast<const char*>(w + first * inputs);
+  for (int64_t part = 0; part < num_parts; ++part) {
+    const int64_t m = num_rows * (num_tiles * part / num_parts) / num_tiles;
+    const int64_t count = num_rows * (num_tiles * (part + 1) / num_parts) / num_tiles - m;
+    const bool streams = part == 0 && count <= stream_rows<W>(by_digits);
+    Ahead ahead{nullptr, nullptr, nullptr, 0};
+    if (part == 0)
+      ahead = {begin + ahead_bytes(row_bytes, streams), begin + (last - first) * row_bytes,
+               static_cast<const char*>(following.data), following.bytes};
+    DecodeOut some = out;
+    some.rows += m;
+    multiply_part(x + m, count, streams ? count : tile_rows, w, inputs, first, last, some, ahead, streams, by_digits);
   }
 }
 
@@ -88,8 +107,16 @@ SAMOE_INLINE void multiply(const char* const* x, int64_t num_rows, const Matrix&
 
 // What is asked for ahead from row `row` of a stack of matrices on.
 SAMOE_INLINE Following start_of(const Matrix& w, int64_t row, int64_t inputs) {
-  const int64_t size = w.type == WeightType::f32 ? 4 : (w.type == WeightType::bf16 ? 2 : 1);
-  return {static_cast<const char*>(w.data) + row * inputs * size, ahead_bytes(kTileOuts * inputs * size)};
+  const int64_t row_bytes = inputs * (w.type == WeightType::f32 ? 4 : (w.type == WeightType::bf16 ? 2 : 1));
+  const int64_t by_stream = ahead_bytes(row_bytes, true), by_tiles = ahead_bytes(row_bytes, false);
+  return {static_cast<const char*>(w.data) + row * row_bytes, by_stream < by_tiles ? by_tiles : by_stream};
+}
+
+// Asks for what a product begins with, before something else is waited for.
+SAMOE_INLINE void ask_for(const Following& following) {
+  const char* data = static_cast<const char*>(following.data);
+  const int64_t bytes = following.bytes < 2 * kAheadBytes ? following.bytes : 2 * kAheadBytes;
+  for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(data + i, 0, 3);
 }
 
 // One row normalised, times weight, plus bias. The mean square is taken around the mean unless rms.

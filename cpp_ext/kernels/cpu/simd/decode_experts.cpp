@@ -74,7 +74,7 @@ struct Work {
     return start_of(a.w2, a.index2_E[hits.experts[task / tasks2]] * a.hidden + task % tasks2 * kTaskOuts, a.ffn);
   }
 
-  void first_product(int64_t task, const PackedRows& tokens, Following following, float* up) const {
+  void first_product(int64_t task, const PackedRows& tokens, const PackedRows& packed, Following following, float* up) const {
     const int64_t u = task / tasks1, expert = hits.experts[u], row = a.index1_E[expert] * width;
     const int64_t first = task % tasks1 * kTaskOuts, last = first + kTaskOuts < a.ffn ? first + kTaskOuts : a.ffn;
     const float factor = a.factor1_E == nullptr ? 1.0f : a.factor1_E[expert];
@@ -97,7 +97,10 @@ struct Work {
         multiply(x, rows, a.w1, row + a.ffn, a.hidden, first, last, {ups, first, nullptr, up_bias, false, factor},
                  following);
       }
-      for (int64_t m = 0; m < rows; ++m) activate(h[m] + first, a.gated ? ups[m] : nullptr, last - first);
+      for (int64_t m = 0; m < rows; ++m) {
+        activate(h[m] + first, a.gated ? ups[m] : nullptr, last - first);
+        if (packed.takes_parts(kTaskOuts)) packed.pack_part(hits.slots[begin + m], first, last - first);
+      }
     }
   }
 
@@ -146,12 +149,12 @@ void experts_tasks(Member& member, const DecodeExperts& a, const PackedRows& tok
   const Work work(a, hits);
   const PackedRows slots(a.h_NF, a.ffn, a.w2.type, memory);
   float* up = thread_floats(kRowBlock * kTaskOuts);
-  const auto first = [&](int64_t task, int64_t after) { work.first_product(task, tokens, work.start(after), up); };
+  const auto first = [&](int64_t task, int64_t after) { work.first_product(task, tokens, slots, work.start(after), up); };
   // Experts of many rows are bound by their products, so that one can take several times as long as another.
   const int64_t most = hits.most_rows() > kTileRows ? 1 : Member::kAnyNumber;
   member.tasks(work.num1, first, work.num - work.num1, most);
   member.wait();
-  if (slots.packed != nullptr) {
+  if (slots.packed != nullptr && !slots.takes_parts(kTaskOuts)) {
     member.own(hits.starts[hits.num], [&](int64_t i) { slots.pack(hits.slots[i]); });
     member.wait();
   }

@@ -40,6 +40,12 @@ void linear_tasks(Member& member, const DecodeLinear& a, const PackedRows& rows)
   });
 }
 
+void ask_for_linear(const Member& member, const DecodeLinear& a) {
+  const int64_t step = task_outs(a.outputs, member.size()), num_tasks = (a.outputs + step - 1) / step;
+  const int64_t task = member.next_task(num_tasks, Member::kAnyNumber);
+  if (task < num_tasks) ask_for(start_of(a.w_NK, task * step, a.inputs));
+}
+
 void decode_linear(const DecodeLinear& a) {
   static thread_local ThreadMemory memory;
   const PackedRows rows(a.x_TK, a.inputs, a.w_NK.type, memory.bytes(a.num_tokens * packed_bytes(a.w_NK.type, a.inputs)));

@@ -187,6 +187,11 @@ struct PackedRows {
     if (type == WeightType::i8) pack_digits(source + row * inputs, inputs, out);
 #endif
   }
+  // Whether parts of a row that begin at a multiple of `size` can be packed by those who compute them.
+  bool takes_parts(int64_t size) const { return packed != nullptr && type == WeightType::bf16 && size % (2 * kLanes) == 0; }
+  void pack_part(int64_t row, int64_t first, int64_t count) const {
+    pack_pairs(source + row * inputs + first, count, reinterpret_cast<float*>(packed + row * row_bytes) + first);
+  }
   const char* row(int64_t index) const {
     return packed != nullptr ? packed + index * row_bytes : reinterpret_cast<const char*>(source + index * inputs);
   }

@@ -41,21 +41,24 @@ DecodeLayer with_tokens(const DecodeStep& step, const DecodeLayer& layer) {
 void run_layer(Member& member, const DecodeLayer& a, const PackedMemory& memory) {
   const int64_t num_tokens = a.qkv.num_tokens;
   const PackedRows normed(a.qkv.x_TK, a.qkv.inputs, a.qkv.w_NK.type, memory.rows);
+  ask_for_linear(member, a.qkv);
   norm_own(member, a.attention_norm);
   pack_own(member, normed, num_tokens);
   member.wait();
   linear_tasks(member, a.qkv, normed);
   member.wait();
-  attention_tasks(member, a.attention);
-  member.wait();
   const PackedRows attended(a.output.x_TK, a.output.inputs, a.output.w_NK.type, memory.inner);
-  if (attended.packed != nullptr) {
+  attention_tasks(member, a.attention, &attended);
+  ask_for_linear(member, a.output);
+  member.wait();
+  if (attended.packed != nullptr && !attended.takes_parts(attention_part(a.attention))) {
     pack_own(member, attended, num_tokens);
     member.wait();
   }
   linear_tasks(member, a.output, attended);
   member.wait();
 
+  if (a.router.outputs > 0) ask_for_linear(member, a.router);
   norm_own(member, a.mlp_norm);
   const PackedRows tokens(a.experts.x_TH, a.experts.hidden, a.experts.w1.type, memory.rows);
   pack_own(member, tokens, num_tokens);
@@ -105,6 +108,7 @@ void decode_step(const DecodeStep& a) {
     DecodeLinear head = a.head;
     norm.num_tokens = head.num_tokens = a.num_rows;
     const PackedRows rows(head.x_TK, head.inputs, head.w_NK.type, memory.rows);
+    ask_for_linear(member, head);
     norm_own(member, norm);
     pack_own(member, rows, a.num_rows);
     member.wait();

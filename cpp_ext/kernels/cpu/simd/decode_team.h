@@ -158,10 +158,12 @@ SAMOE_INLINE void pack_own(const Member& member, const PackedRows& rows, int64_t
 
 // A member's own rows of a norm.
 void norm_own(const Member& member, const DecodeNorm& a);
-// A member's tasks of a linear layer, whose rows all members see packed.
+// A member's tasks of a linear layer, whose rows all members see packed; and, before them, the first weights that they read.
 void linear_tasks(Member& member, const DecodeLinear& a, const PackedRows& rows);
-// Attention, between two waits.
-void attention_tasks(Member& member, const DecodeAttention& a);
+void ask_for_linear(const Member& member, const DecodeLinear& a);
+// Attention, between two waits. Results are packed where rows take the parts that `attention_part` says.
+void attention_tasks(Member& member, const DecodeAttention& a, const PackedRows* packed);
+SAMOE_INLINE int64_t attention_part(const DecodeAttention& a) { return a.queries_per_kv * a.head_dim; }
 // A member's tasks of the chosen experts' two products, with a wait in between; the tokens are seen packed. `memory` holds
 // `expert_memory_bytes`.
 void experts_tasks(Member& member, const DecodeExperts& a, const PackedRows& tokens, void* memory);

@@ -1,10 +1,10 @@
-// Products of few rows of x with rows of weights, as they lie: lanes along the summed dim.
+// Products of few rows of x with rows of weights, as they lie: lanes along the summed dim. Streams are in decode_stream.h.
 //
 // One accumulator per (row of x, row of w), filled in the order of k and folded in a fixed tree. So a result does not
-// depend on how many rows of x share the call, and weights need no packing: they are used where they were loaded. With one
-// row of x (two in fp32) they are read row after row, as one stream, which is what comes from memory fastest; more rows of x are
-// multiplied with four rows of w at a time, which loads the least. Rows of x are packed once a call instead, into the form
-// that weights of a type are cheapest to multiply with (decode_rows.h).
+// depend on how many rows of x share the call, and weights need no packing: they are used where they were loaded. With few
+// rows of x they are read one row after another, or two side by side, as one stream, which is what comes from memory fastest;
+// more rows of x are multiplied with four rows of w at a time, which loads the least. Rows of x are packed once a call instead,
+// into the form that weights of a type are cheapest to multiply with (decode_rows.h).
 #pragma once
 
 #include <cstdlib>
@@ -26,10 +26,14 @@ constexpr int kTileRows = 2;
 #endif
 constexpr int kPairRows = kTileRows < 4 ? kTileRows : 4;  // for bf16: two registers of a weight
 constexpr int kDigitRows = 2;                              // for digits: three sums
+constexpr int kStreamRows = 4;                             // of x that a stream takes, in bf16
+constexpr int kMostRows = kTileRows < kStreamRows ? kStreamRows : kTileRows;
 constexpr int kTileOuts = 4;
 constexpr int64_t kRowBlock = 96;  // rows of x that stay in the second-level cache
+constexpr int64_t kPartBytes = 24 << 10;  // of rows of x, half of the first-level cache
 constexpr int64_t kTaskOuts = 32;  // rows of w that one task takes
 constexpr int64_t kLineBytes = 64;
+constexpr int64_t kPieceBytes = 1 << 10;  // of a row, for which a stream finds out once what to ask for
 constexpr int64_t kAheadBytes = 8 << 10;  // at 40 GB/s a thread: what comes in 0.2 us, memory's latency under load
 
 // a * b + c, always contracted or never: left to the compiler, the last bit would depend on the code around it.
@@ -92,70 +96,24 @@ struct Ahead {
     next += bytes;
   }
 
-  // Asks for the next line of a stream.
-  SAMOE_ALWAYS void line() {
+  // The next `bytes`, for a stream to ask for line by line; where nothing follows, what it reads itself.
+  SAMOE_ALWAYS const char* take(int64_t bytes, const void* reads) {
     if (next >= end) {
-      if (then == nullptr) return;
+      if (then == nullptr) return static_cast<const char*>(reads);
       next = then;
       end = then + then_bytes;
       then = nullptr;
     }
-    __builtin_prefetch(next, 0, 3);
-    next += kLineBytes;
+    next += bytes;
+    return next - bytes;
   }
 };
 
-// How far ahead of their use weights of four rows are asked for.
-SAMOE_INLINE int64_t ahead_bytes(int64_t tile_bytes) { return tile_bytes < kAheadBytes ? kAheadBytes : tile_bytes; }
-
-// sums[m] = x[m] . w[n], n = 0 .. 3, for few rows of x and 4 rows of w, read one after the other.
-template <int M, typename W>
-SAMOE_INLINE void stream(const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
-  constexpr int64_t kSize = sizeof(W);
-  vf folded[M][kTileOuts];
-  const float* rows[M];
-  for (int m = 0; m < M; ++m) rows[m] = reinterpret_cast<const float*>(x[m]);
-  Ahead wanted = ahead;
-  for (int n = 0; n < kTileOuts; ++n) {
-    vf acc[M] = {};
-    int64_t k = 0;
-    for (; k + kLanes <= inputs; k += kLanes) {
-      if (kLanes * kSize >= kLineBytes || k * kSize % kLineBytes == 0) wanted.line();
-      const vf weight = load(w[n] + k);
-#pragma GCC unroll 2
-      for (int m = 0; m < M; ++m) acc[m] = fused(load(rows[m] + k), weight, acc[m]);
-    }
-    if (k < inputs) {
-      const vf weight = load_part(w[n] + k, inputs - k);
-      for (int m = 0; m < M; ++m) acc[m] = fused(load_part(rows[m] + k, inputs - k), weight, acc[m]);
-    }
-    for (int m = 0; m < M; ++m) folded[m][n] = acc[m];
-  }
-  ahead = wanted;
-  for (int m = 0; m < M; ++m) sums[m] = sum_of_four(folded[m][0], folded[m][1], folded[m][2], folded[m][3]);
-}
-
-// The same for bf16 and one row of x. Two rows of w at a time: a sum waits for itself twice a line.
-template <int M>
-SAMOE_INLINE void stream(const char* const* x, const uint16_t* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
-  static_assert(M == 1, "more rows are tiles");
-  vf acc[kTileOuts] = {};
-  const float* row = reinterpret_cast<const float*>(x[0]);
-  Ahead wanted = ahead;
-#pragma GCC unroll 2
-  for (int n = 0; n < kTileOuts; n += 2) {
-    for (int64_t k = 0; k < inputs; k += 2 * kLanes) {
-      if (4 * kLanes >= kLineBytes || 2 * k % kLineBytes == 0) wanted.line(), wanted.line();
-      const vu pair = load_pairs(w[n] + k, inputs - k), other = load_pairs(w[n + 1] + k, inputs - k);
-      const vf even = load(row + k), odd = load(row + k + kLanes);
-      acc[n] = fused(even, (vf)(pair << 16), acc[n]);
-      acc[n + 1] = fused(even, (vf)(other << 16), acc[n + 1]);
-      acc[n] = fused(odd, (vf)(pair & 0xffff0000u), acc[n]);
-      acc[n + 1] = fused(odd, (vf)(other & 0xffff0000u), acc[n + 1]);
-    }
-  }
-  ahead = wanted;
-  sums[0] = sum_of_four(acc[0], acc[1], acc[2], acc[3]);
+// How far ahead of their use weights are asked for: by tiles a tile at least, by streams pairs of rows, so that what they ask
+// for ends with their last row and goes on with the first one that follows.
+SAMOE_INLINE int64_t ahead_bytes(int64_t row_bytes, bool streams) {
+  if (!streams) return kTileOuts * row_bytes < kAheadBytes ? kAheadBytes : kTileOuts * row_bytes;
+  return (kAheadBytes + 2 * row_bytes - 1) / (2 * row_bytes) * (2 * row_bytes);
 }
 
 // sums[m] = x[m] . w[n], n = 0 .. 3, for M rows of x and 4 rows of w, of which the last ones may be repeated.
@@ -223,7 +181,8 @@ SAMOE_INLINE void tile(const char* const* x, const uint16_t* const* w, int64_t i
 }
 
 template <typename W>
-static __attribute__((noinline)) void tile_of(int64_t num_rows, const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
+static __attribute__((noinline)) void tile_of(int64_t num_rows, const char* const* x, const W* const* w, int64_t inputs,
+                                              Ahead& ahead, v4* sums) {
   switch (num_rows) {
     case 1: return tile<1>(x, w, inputs, ahead, sums);
     case 2: return tile<2>(x, w, inputs, ahead, sums);
@@ -294,55 +253,6 @@ SAMOE_VNNI static void digit_tile(const char* const* x, const int8_t* const* w, 
     memcpy(&unit, x[m], sizeof unit);
     sums[m] = sum_of_four(whole[0], whole[1], whole[2], whole[3]) * unit;
   }
-}
-#endif
-
-#if defined(__AVX512F__)
-// The same by one row of digits, row after row of w.
-SAMOE_VNNI static void digit_stream(const char* x, const int8_t* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
-  const __m512i offset = _mm512_set1_epi8(-128);
-  vf whole[kTileOuts];
-  Ahead wanted = ahead;
-  for (int n = 0; n < kTileOuts; ++n) {
-    __m512i sum[3];
-#pragma GCC unroll 3
-    for (int d = 0; d < 3; ++d) sum[d] = _mm512_loadu_si512(x + 64 * (d + 1));
-    for (int64_t k = 0; k < inputs; k += kLineBytes) {
-      wanted.line();
-      const int64_t left = inputs - k;
-      const __m512i bytes = left >= kLineBytes ? _mm512_loadu_si512(w[n] + k)
-                                               : _mm512_maskz_loadu_epi8((1ull << left) - 1, w[n] + k);
-      const __m512i weight = _mm512_xor_si512(bytes, offset);
-#pragma GCC unroll 3
-      for (int d = 0; d < 3; ++d) sum[d] = _mm512_dpbusd_epi32(sum[d], weight, _mm512_loadu_si512(x + 256 + 3 * k + 64 * d));
-    }
-    whole[n] = fused((vf)_mm512_cvtepi32_ps(sum[2]), splat(65536.0f),
-                     fused((vf)_mm512_cvtepi32_ps(sum[1]), splat(256.0f), (vf)_mm512_cvtepi32_ps(sum[0])));
-  }
-  ahead = wanted;
-  float unit;
-  memcpy(&unit, x, sizeof unit);
-  sums[0] = sum_of_four(whole[0], whole[1], whole[2], whole[3]) * unit;
-}
-#endif
-
-// Up to kTileRows rows of x by 4 rows of w, as a stream or as a tile.
-template <typename W>
-SAMOE_INLINE void multiply_rows(int64_t num_rows, const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead,
-                                bool streams, bool, v4* sums) {
-  if (!streams) return tile_of(num_rows, x, w, inputs, ahead, sums);
-  if constexpr (sizeof(W) == 4) {
-    if (num_rows == 2) return stream<2>(x, w, inputs, ahead, sums);
-  }
-  stream<1>(x, w, inputs, ahead, sums);
-}
-#if defined(__AVX512F__)
-SAMOE_INLINE void multiply_rows(int64_t num_rows, const char* const* x, const int8_t* const* w, int64_t inputs,
-                                Ahead& ahead, bool streams, bool by_digits, v4* sums) {
-  if (!by_digits) return multiply_rows<int8_t>(num_rows, x, w, inputs, ahead, streams, by_digits, sums);
-  if (streams) return digit_stream(x[0], w, inputs, ahead, sums);
-  if (num_rows == 1) return digit_tile<1>(x, w, inputs, ahead, sums);
-  digit_tile<2>(x, w, inputs, ahead, sums);
 }
 #endif
 
