@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_samoe.config import MoEConfig
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.convert.fold import fold_shared
-from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing import loading, store
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.fit.surgery.pool import pool_moe
 from megatron_samoe.fit.surgery.select import select_samoe
@@ -66,7 +66,7 @@ def logits_in(layout: dict[str, Any], folders: list[Path]) -> list[Tensor]:
     for folder in folders:
         config = with_layout(from_mapping(store.read_config(folder), ""), **layout)
         setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
-        store.load_checkpoint(folder, model_state(setup.model), setup.parallel)
+        loading.load_checkpoint(folder, model_state(setup.model), setup.parallel)
         results.append(logits_of(setup))
     return results
 

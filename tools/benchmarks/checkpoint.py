@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from megatron_samoe.config import CheckpointConfig
-from megatron_samoe.dist_checkpointing import saving, store
+from megatron_samoe.dist_checkpointing import loading, saving, store
 from megatron_samoe.dist_checkpointing.sharded_state import replicated
+from megatron_samoe.dist_checkpointing.store import Problems
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.parallel_state import single_process_state
 from tools.benchmarks.harness import Rows, Run, TableBenchmark, Variants, forget, in_turn, ratios_of_rounds, seconds_of
@@ -95,9 +96,13 @@ def _ways(folder: Path, count: int, num_bytes: int) -> Variants:
 
     def load() -> None:
         """Looks for the newest checkpoint, verifies its digests, and fills the state, as a resumed run does."""
-        found = store.find_checkpoint(config, lambda d: store.damaged_files(d, parallel))
-        assert found is not None
-        store.load_checkpoint(found, state, parallel)
+
+        def load_found(problems_of: Problems) -> None:
+            found = store.find_checkpoint(config, problems_of)
+            assert found is not None
+            loading.load_checkpoint(found, state, parallel)
+
+        loading.load_newest(load_found, parallel)
 
     def from_disk(read: Run) -> float:
         forget(folder)
