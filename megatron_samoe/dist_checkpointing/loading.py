@@ -284,8 +284,9 @@ class _FileReading:
             with self._noting(part):
                 if part.stored.start + part.stored.length > size:
                     raise EOFError("the file ends within it")
-                if part.stored.start >= end:
-                    found = self._target(file, part)
+                if part.stored.start < end:
+                    raise ValueError("it begins within another part")
+                found = self._target(file, part)
             if found is not None:
                 yield found
                 end = found.offset + found.memory.nbytes

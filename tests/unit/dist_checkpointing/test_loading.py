@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_samoe.config import CheckpointConfig, PretrainConfig
 from megatron_samoe.dist_checkpointing import digests, loading, saving, store
 from megatron_samoe.dist_checkpointing.loading import DamagedFilesError
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated
+from megatron_samoe.dist_checkpointing.table_of_contents import read_table
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
@@ -205,6 +207,16 @@ def test_a_file_without_a_digest_is_not_loaded(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(loading, "read_train_state", lambda directory: content)
     with pytest.raises(DamagedFilesError, match=r"__0_0\.distcp has no digest in train_state\.json"):
         loading.load_checkpoint(path, wanted(), STATE)
+
+
+def test_parts_that_share_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, 3)
+    table = read_table(path)
+    shared = {**table.tensors, "large.1": table.tensors["large.0"]}
+    monkeypatch.setattr(loading, "read_table", lambda directory: replace(table, tensors=shared))
+    state = {name: replicated(torch.zeros(ROWS, COLUMNS), STATE) for name in ("large.0", "large.1")}
+    with pytest.raises(CheckpointError, match=r"large\.[01] cannot be read \(it begins within another part\)"):
+        loading.load_checkpoint(path, state, STATE)
 
 
 def test_each_file_is_digested_by_one_rank_that_wants_it_and_the_work_is_even() -> None:
