@@ -6,13 +6,15 @@ so through `run`. A library that imports the package is not changed.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import importlib
 import os
 import signal
 import sys
-from types import ModuleType, TracebackType
+from collections.abc import Iterator
+from types import TracebackType
 from typing import NoReturn
 
 #: Turns that a thread of libgomp waits for the others before it sleeps, where nobody chose (OMP_WAIT_POLICY or
@@ -51,15 +53,18 @@ def die_with_torchrun() -> None:
 def run(module: str) -> NoReturn:
     """Runs main() of a module as the program, and leaves with what it returns."""
     prepare()
-    sys.exit(imported(module).main())
+    with importing():
+        program = importlib.import_module(module)
+    sys.exit(program.main())
 
 
-def imported(module: str) -> ModuleType:
-    """Returns a module of a program. What imports make stays, torch's hundred thousands of objects too, so Python is not to look
-    for garbage among them, now or later: that takes a sixth of a short program's time."""
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """A time in which a program imports its modules. What they make stays, torch's hundred thousands of objects too, so Python
+    is not to look for garbage among them, now or later: that takes a third of a short program's time."""
     gc.disable()
     try:
-        return importlib.import_module(module)
+        yield
     finally:
         gc.freeze()
         gc.enable()

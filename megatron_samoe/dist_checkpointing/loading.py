@@ -184,7 +184,7 @@ class _WantedPart:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a rank knows of a checkpoint before it reads tensors.
+    """A rank's knowledge of a checkpoint before it reads tensors.
 
     Attributes:
         wanted: by file the stored parts that overlap this rank's, in the order of the file.
@@ -252,7 +252,7 @@ class _FileReading:
         self._others: list[_WantedPart] = []
 
     def run(self) -> str:
-        """Reads the file, and returns what is wrong with it as a whole, empty where nothing is."""
+        """Reads the file, and returns what is wrong with all of it, empty where nothing is."""
         if not self.path.is_file():
             return f"{self.path.name} is missing"
         try:
