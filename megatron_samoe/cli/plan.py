@@ -98,8 +98,11 @@ class Plan(HandsOn):
         if self.json:
             print(as_json(shown, cluster))
         else:
-            memory_gb = cluster.memory_bytes / 1e9
-            print(f"{len(layouts)} layouts fit {cluster.world_size} ranks of {memory_gb:g} GB; the fastest:\n")
+            machine = (
+                f"{self.gpu}, --gpu or --calibration name others" if self.calibration is None else str(self.calibration)
+            )
+            ranks = f"{cluster.world_size} ranks of {cluster.memory_bytes / 1e9:g} GB ({machine})"
+            print(f"{len(layouts)} layouts fit {ranks}; the fastest:\n")
             print(layouts_table(shown, cluster))
             print("\n" + best_in_detail(layouts[0], vocab_size, cluster))
         if self.plot is not None:

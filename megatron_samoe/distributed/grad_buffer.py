@@ -140,7 +140,7 @@ class GradBuffer:
     def gather_weights(self) -> None:
         """Gathers the shards of weights that other ranks have updated."""
         if self.weights is not None and self.group is not None:
-            self.weights.copy_(self.group.all_gather(self.own(self.weights).clone()))
+            self.group.all_gather(self.own(self.weights).clone(), self.weights)
 
     def own(self, flat: Tensor) -> Tensor:
         """Returns this rank's shard of a flat tensor of the buffer's size, as a view."""

@@ -88,7 +88,8 @@ def _of_the_source(task: Task, path: str, *words: str) -> tuple[int, list[str]]:
 
 def tests(task: Task) -> Iterator[Row]:
     """The tests for GPUs: ops, decoding, training steps and NCCL against the CPU's reference implementations."""
-    status, lines = _of_the_source(task, "tests/gpu", "pytest", "-q", "-rfE", "-p", "no:cacheprovider")
+    words = ("pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-m", "gpu", "tests/unit/ops")
+    status, lines = _of_the_source(task, "tests/gpu", *words)
     counts = next((line for line in lines[::-1] if " in " in line), "nothing")
     yield {"what": "tests", "predicted": "no failure", "measured": counts, "holds": not status and "passed" in counts}
     for line in lines:

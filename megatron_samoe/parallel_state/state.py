@@ -148,12 +148,16 @@ class Group:
                 dist.broadcast(tensor, src=self.ranks[0], group=self.handle)
         return tensor
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Returns [size * n, ...]: the members' equally shaped [n, ...] tensors along the first dim, in group order."""
+    def all_gather(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        """Returns [size * n, ...]: the members' equally shaped [n, ...] tensors along the first dim, in group order.
+
+        Args:
+            out: contiguous, of that shape and no part of `tensor`; filled by a group of several members.
+        """
         if self.size == 1:
             return tensor
         tensor = tensor.contiguous()
-        gathered = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
+        gathered = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:])) if out is None else out
         with self.waits:
             _all_gather(gathered, tensor, group=self.handle)
         return gathered

@@ -35,7 +35,9 @@ class Cluster:
         step_s: further seconds of a step, whatever its size.
         link_efficiency: share of the links' bandwidth that exchanges reach.
         tensor_exposed, expert_exposed: share of the exchanges between tensor- and expert-parallel ranks that no product
-            hides.
+            hides; below 1 also where experts' rows have a faster way than collectives have.
+        sharded_exchange: time of a reduce-scatter and an all-gather over that of an all-reduce of as many bytes: 1 in rings
+            of NCCL, 2 with gloo, whose reduce-scatter sums everything everywhere.
         gradient_bytes: bytes of a gradient's element as data-parallel ranks sum it.
         gathers_ahead: weights of sharded optimizers are gathered during the first micro-batch's forward pass.
         sends_once: a token goes once to each rank, and once to each node, that has experts for it (DeepEP).
@@ -67,6 +69,7 @@ class Cluster:
     link_efficiency: float = 1.0
     tensor_exposed: float = 1.0
     expert_exposed: float = 1.0
+    sharded_exchange: float = 1.0
     gradient_bytes: float = 4.0
     gathers_ahead: bool = False
     sends_once: bool = False

@@ -189,7 +189,8 @@ def _tensor_exchanges(cost: Cost, config: PretrainConfig, links: Links, number: 
         return
     complete = group_tokens(config) * config.model.hidden_size * compute_dtype(config).itemsize
     seconds, sent = links.gather("tp", complete)
-    cost.add("tensor", 2 * number * seconds * links.cluster.tensor_exposed, 2 * number * sent)
+    kind = links.cluster.sharded_exchange if config.parallel.sequence_parallel else 1.0
+    cost.add("tensor", 2 * number * seconds * kind * links.cluster.tensor_exposed, 2 * number * sent)
 
 
 def _context_exchanges(cost: Cost, config: PretrainConfig, trace: Trace, links: Links, count: int, again: bool) -> None:
@@ -272,7 +273,7 @@ def _exchanges(planned: PlannedModel, links: Links) -> tuple[Mapping[str, tuple[
     updated = 0.0
     for stage in planned.stages.distinct:
         rank = planned.first_rank_of(stage)
-        moved: dict[tuple[str, str], float] = {}
+        moved: dict[tuple[str, str, bool], float] = {}
         elements = 0.0
         for p in planned.parameters(rank):
             if not p.is_trained:
@@ -281,20 +282,21 @@ def _exchanges(planned: PlannedModel, links: Links) -> tuple[Mapping[str, tuple[
             size = links.grid.size_and_rank(group, rank)[0]
             is_shared = zero and size > 1
             elements += p.shard_numel / size if is_sliced or is_shared else p.shard_numel
-            kind = ("pool" if p.tag.shard.family == "pool" else "gradients", group)
+            kind = ("pool" if p.tag.shard.family == "pool" else "gradients", group, is_shared)
             if not is_sliced:
                 # Gradients are summed, or each rank updates a slice and weights are gathered.
                 summed = links.cluster.gradient_bytes
                 more = p.shard_numel * (summed + p.element_bytes if is_shared else 2 * summed)
                 moved[kind] = moved.get(kind, 0.0) + more
         for group, sent in planned.lending_costs(rank).sent.items():
-            moved["pool", group] = moved.get(("pool", group), 0.0) + sent
+            moved["pool", group, False] = moved.get(("pool", group, False), 0.0) + sent
         times: dict[str, tuple[float, float]] = {}
-        for (what, group), sent in moved.items():
+        for (what, group, is_shared), sent in moved.items():
             # A buffer holds many tensors, so that none has a latency of its own.
             size = links.grid.size_and_rank(group, rank)[0]
             passed, (seconds, before) = sent * (size - 1) / size, times.get(what, (0.0, 0.0))
-            times[what] = (seconds + passed / links.bandwidth(group), before + passed)
+            as_long = links.cluster.sharded_exchange if is_shared else 1.0
+            times[what] = (seconds + as_long * passed / links.bandwidth(group), before + passed)
         if sum(t for t, _ in times.values()) >= sum(t for t, _ in worst.values()):
             worst = times
         updated = max(updated, elements)

@@ -215,9 +215,9 @@ def _held(
     if first.tag.slice is None and zero and size > 1:
         shard = -(-own // size)
         weights, gradients = shard * size * element, shard * size * FP32_BYTES
-        # Of one buffer the reduced slice, or later the updated slice with all members' slices.
+        # Of one buffer the reduced slice; later the updated one, which is no larger.
         part = min(1.0, max(bucket, *(p.largest for p in buffer)) / max(own, 1))
-        exchange = int(part * max(shard * FP32_BYTES, shard * element + weights))
+        exchange = int(part * shard * FP32_BYTES)
         own = max(0, min(shard, own - shard * size_and_rank[1]))
     key = (first.tag.gradient_group, element, first.tag if first.tag.slice is not None else None)
     by_muon = own * min(matrices.get(key, 0) / max(sum(p.numel for p in buffer), 1), 1.0)

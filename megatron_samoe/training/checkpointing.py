@@ -265,9 +265,13 @@ def _take_other_precision(setup: TrainSetup, tensors: dict[str, list[ShardedTens
 
 
 def check_same_model(
-    setup: TrainSetup, saved_config: Mapping[str, Any], saved_state: Mapping[str, Any], directory: Path
+    setup: TrainSetup,
+    saved_config: Mapping[str, Any],
+    saved_state: Mapping[str, Any],
+    directory: Path,
+    advice: str = "Give --use-checkpoint-args to take its options, or another --run-dir.",
 ) -> None:
-    """Raises CheckpointError naming the options in which a checkpoint's model differs from the run's."""
+    """Raises CheckpointError naming the options in which a checkpoint's model differs from the run's, with advice."""
     current = to_mapping(setup.config)
     differences = [
         f"{name} is {saved_config[group][name]!r} there and {current[group][name]!r} here"
@@ -285,10 +289,7 @@ def check_same_model(
     if parts != saved_parts:
         differences.append(f"parts from outside the package are {saved_parts or 'none'} there, {parts or 'none'} here")
     if differences:
-        raise CheckpointError(
-            f"The checkpoint in {directory} is of another model: {'; '.join(differences)}. "
-            "Give --use-checkpoint-args to take its options, or another --run-dir."
-        )
+        raise CheckpointError(f"The checkpoint in {directory} is of another model: {'; '.join(differences)}. {advice}")
 
 
 def check_same_course(setup: TrainSetup, saved_config: Mapping[str, Any], directory: Path) -> None:

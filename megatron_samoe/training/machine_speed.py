@@ -19,11 +19,14 @@ from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.parallel_state import backend, launcher
+from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.parallel_state.state import Group, ParallelState, single_process_state
-from megatron_samoe.planning.cluster import Cluster
+from megatron_samoe.planning.cluster import Cluster, Links
 from megatron_samoe.planning.gpus import ATTENTION_WIDTH, measured_dtype
 from megatron_samoe.planning.layer_work import Product
 from megatron_samoe.planning.layout_cost import step_cost
+from megatron_samoe.row_exchange.all_to_all import all_to_all_rows
+from megatron_samoe.row_exchange.exchange import with_exchange
 from megatron_samoe.runtime.free_memory import free_memory_bytes
 from megatron_samoe.runtime.ranks import join_ranks, prepare_device
 from megatron_samoe.training.machine import num_cores
@@ -41,8 +44,10 @@ _MESSAGES = (1 << 16, 1 << 20, 1 << 23, 1 << 26)
 #: Bytes of the weights that products run through in turn: no cache holds them, as none holds a model's.
 _WEIGHTS = {"cpu": 1 << 28, "cuda": 1 << 30}
 _MOST_PRODUCTS = 256
-#: Exchanges that are timed for each round of other work.
-_EXCHANGES = 6
+#: Exchanges that are timed for each round of other work, and the products before each: as many as a layer has between two.
+_EXCHANGES, _PRODUCTS_BETWEEN = 6, 4
+#: Bytes of experts' rows that a rank exchanges.
+_ROWS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 def measure(parallel: ParallelState, rounds: int = 7, scale: float = 1.0) -> dict[str, Any]:
@@ -65,10 +70,12 @@ def measure(parallel: ParallelState, rounds: int = 7, scale: float = 1.0) -> dic
     found["fp32_share"] = 1.0 if measured_dtype(device) == torch.float32 else Cluster.fp32_share
     found["attention_width"] = ATTENTION_WIDTH if device.type == "cuda" else 0
     found |= _links(clock, parallel, scale)
+    if parallel.world.size > 1:
+        found["expert_exposed"] = _rows_exchange(clock, parallel, found, scale)
     found["launches_ahead"] = device.type == "cuda"
     found["ranks_per_processor"] = _ranks_per_processor(parallel)
     rows = parallel.world.all_gather_object(found)
-    larger_is_slower = ("latency_s", "product_traffic", "ranks_per_processor")
+    larger_is_slower = ("latency_s", "product_traffic", "ranks_per_processor", "sharded_exchange", "expert_exposed")
     found = {name: (max if name in larger_is_slower else min)(row[name] for row in rows) for name in found}
     return found | _layers(
         clock, device, Cluster(**{"world_size": 1, "intra_bandwidth": 1e12, "inter_bandwidth": 1e12, **found}), scale
@@ -182,26 +189,54 @@ def _links(clock: _Clock, parallel: ParallelState, scale: float) -> dict[str, An
     found: dict[str, Any] = {}
     for field, group in (("inter_bandwidth", parallel.dp), ("intra_bandwidth", parallel.tp)):
         if group.size > 1:
-            found[field], found["latency_s"] = _all_reduce_speed(clock, group, parallel.device, scale)
+            found[field], found["latency_s"], found["sharded_exchange"] = _all_reduce_speed(
+                clock, group, parallel.device, scale
+            )
     for field, other in (("inter_bandwidth", "intra_bandwidth"), ("intra_bandwidth", "inter_bandwidth")):
         if other in found:
             found.setdefault(field, found[other])
     return found
 
 
-def _all_reduce_speed(clock: _Clock, group: Group, device: torch.device, scale: float) -> tuple[float, float]:
-    """Returns (bytes per second, seconds of a hop): the line that fits a group's all-reduces of several sizes best."""
-    rows, hops = [], (group.size - 1).bit_length()  # a row: bytes sent and hops, both over the seconds taken
+def _products_between(device: torch.device, scale: float) -> Callable[[], None]:
+    """Returns the products that are computed before each exchange that is timed."""
     side = max(1, int(_SIDE[device.type] * scale / 2))
-    matrix = torch.ones(side, side, device=device, dtype=measured_dtype(device))
+    weights = torch.ones(_PRODUCTS_BETWEEN, side, side, device=device, dtype=measured_dtype(device))
+    return partial(_multiply, weights[0], weights)
+
+
+def _all_reduce_speed(clock: _Clock, group: Group, device: torch.device, scale: float) -> tuple[float, float, float]:
+    """Returns (bytes per second, seconds of a hop): the line that fits a group's all-reduces of several sizes best; and
+    how many times as long the last one takes as a reduce-scatter and an all-gather.
+    """
+    rows, hops = [], (group.size - 1).bit_length()  # a row: bytes sent and hops, both over the seconds taken
+    before = _products_between(device, scale)
     for size in _MESSAGES:
-        x = torch.zeros(size // 4, device=device)
-        seconds = clock.exchange_seconds(group, partial(group.all_reduce, x), partial(torch.mm, matrix, matrix))
+        x = torch.zeros(size // 4 // group.size * group.size, device=device)
+        seconds = clock.exchange_seconds(group, partial(group.all_reduce, x), before)
         rows.append((2 * size * (group.size - 1) / group.size / seconds, 2 * hops / seconds))
         if seconds > MOST_S / 8:  # a larger one would say no more
             break
+    part = torch.zeros(len(x) // group.size, device=device)
+    sharded = clock.exchange_seconds(
+        group, lambda: (group.wait(group.start_reduce_scatter(part, x)), group.all_gather(part, x)), before
+    )
     per_byte, latency = _line(rows)
-    return 1 / per_byte, latency
+    return 1 / per_byte, latency, sharded / seconds
+
+
+def _rows_exchange(clock: _Clock, parallel: ParallelState, found: dict[str, Any], scale: float) -> float:
+    """Returns how many times as long all ranks take to exchange rows, by the way that experts' tokens go, as `Links` says."""
+    device, size = parallel.device, parallel.world.size
+    group = with_exchange(parallel.world, device, timeout_s=60.0)
+    rows = max(1, int(_ROWS[device.type] * scale) // 1024 // size)
+    x = torch.zeros(rows * size, 256, device=device)
+    splits = [rows] * size
+    seconds = clock.exchange_seconds(
+        group, lambda: all_to_all_rows(x, splits, splits, group), _products_between(device, scale)
+    )
+    links = Links(RankGrid(size, ep=size), Cluster(**{"world_size": size, "flops": 1.0, **found}))
+    return seconds / links.all_to_all("ep", float(x.nbytes))[0]
 
 
 def _layers(clock: _Clock, device: torch.device, cluster: Cluster, scale: float) -> dict[str, Any]:

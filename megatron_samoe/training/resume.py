@@ -15,7 +15,7 @@ from megatron_samoe.dist_checkpointing.teacher import teacher_of
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.runtime.kernels import Kernels
-from megatron_samoe.training.checkpointing import find_run, load_run
+from megatron_samoe.training.checkpointing import check_same_model, find_run, load_run
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import BF16_PRODUCTS, CUDA_KERNELS, PLAIN_KEYS, TrainState
 from megatron_samoe.training.teacher import load_teacher
@@ -94,11 +94,12 @@ def resume(setup: TrainSetup, fresh: TrainState) -> tuple[TrainSetup, TrainState
         fresh: state of a run that has not begun.
 
     Raises:
-        CheckpointError: a checkpoint is damaged, or of another model.
+        CheckpointError: a checkpoint is damaged, or of another model; or --save holds checkpoints of another one.
     """
     checkpoint, training = setup.config.checkpoint, setup.config.training
     if not training.skip_train:
         _remark_on_saving(checkpoint)
+        _keep_others(setup)
 
     def load(problems_of: store.Problems) -> TrainState | None:
         found = find_run(setup, problems_of)
@@ -125,3 +126,17 @@ def _remark_on_saving(checkpoint: CheckpointConfig) -> None:
             f"replace its checkpoints. To continue from there, give --load {checkpoint.save} --pretrained-checkpoint "
             f"{checkpoint.load} instead of --load and --finetune."
         )
+
+
+def _keep_others(setup: TrainSetup) -> None:
+    """Raises CheckpointError where the folder to save in holds checkpoints of another model, which would be replaced or taken
+    for this run's.
+    """
+    checkpoint = setup.config.checkpoint
+    if checkpoint.save is None or checkpoint.save == checkpoint.load:  # what is loaded is compared then
+        return
+    for iteration in store.whole_iterations(checkpoint.save)[-1:]:
+        directory = store.iteration_dir(checkpoint.save, iteration)
+        saved = store.read_train_state(directory, (*PLAIN_KEYS, "vocab_size"))
+        advice = "Give another --save or --run-dir."
+        check_same_model(setup, store.read_config(directory), saved, directory, advice)

@@ -1,4 +1,5 @@
-"""What sequences bring besides tokens (documents, positions, masked labels) is split with them; and they are evaluated."""
+"""Ranks that each hold a part of every sequence: attention in a ring against its reference; what sequences bring besides tokens
+(documents, positions, masked labels) is split with them; and they are evaluated."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_samoe.config import PretrainConfig
+from megatron_samoe.config import ParallelConfig, PretrainConfig
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.attention import AttentionInputs
@@ -18,13 +19,18 @@ from megatron_samoe.models.blueprint import ModelParts
 from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.models.rank_model import RankModel, build_model
 from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.ops import reference
+from megatron_samoe.ops.attention import ScoreRule
 from megatron_samoe.parallel_state import RankGrid, initialize_model_parallel
 from megatron_samoe.parallel_state.state import planned_state
+from megatron_samoe.parallel_state.token_share import whole_sequences
 from megatron_samoe.planning.description import PlannedModel
+from megatron_samoe.tensor_parallel.ring_attention import ring_attention
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
 from tests.harness.kept_bytes import kept_by_autograd
+from tests.harness.largest_tensor import LargestTensor
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout
@@ -94,25 +100,30 @@ def test_documents_positions_and_masks_are_split_with_sequences(layout: str) -> 
             torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-9, atol=1e-11 * max(scale, 1e-3))
 
 
-def kept(config: PretrainConfig) -> int:
-    model = build_model(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
-    return kept_by_autograd(model, config)
-
-
 ROTARY, GROUPED = {"position_embedding_type": "rope"}, {"group_query_attention": True, "num_query_groups": 2}
+KEPT: list[dict[str, Any]] = [
+    {},
+    {"layout": "moe"},
+    ROTARY,
+    GROUPED,
+    {**ROTARY, **GROUPED, "clip_qkv": 0.1},
+]
+
+
+def kept(configs: list[PretrainConfig]) -> list[int]:
+    models = [build_model(config, VOCAB_SIZE, initialize_model_parallel(config.parallel)) for config in configs]
+    return [kept_by_autograd(model, config) for model, config in zip(models, configs, strict=True)]
 
 
 @pytest.mark.parametrize("comm", ["p2p", "a2a"])
-@pytest.mark.parametrize(
-    "options", [{}, {"layout": "moe"}, ROTARY, GROUPED, {**ROTARY, **GROUPED, "clip_qkv": 0.1}], ids=str
-)
-def test_a_layer_keeps_what_it_says(options: dict[str, Any], comm: str) -> None:
-    given = {"layout": "dense", "hidden_size": 64, "seq_length": 64, "ffn_hidden_size": 192, **options}
-    config = with_layout(tiny_config(**given), cp=2, comm=comm)
-    batch = config.training.micro_batch_size
-    expected = PlannedModel(config, VOCAB_SIZE, 2).description.trace(all_layers(config)[0], batch)
-    for found in run_ranks(kept, 2, config):
-        assert found == pytest.approx(expected.kept_bytes, rel=0.05)
+def test_a_layer_keeps_what_it_says(comm: str) -> None:
+    common = {"layout": "dense", "hidden_size": 64, "seq_length": 64, "ffn_hidden_size": 192}
+    configs = [with_layout(tiny_config(**{**common, **options}), cp=2, comm=comm) for options in KEPT]
+    for of_rank in run_ranks(kept, 2, configs):
+        for config, found in zip(configs, of_rank, strict=True):
+            planned = PlannedModel(config, VOCAB_SIZE, 2).description
+            expected = planned.trace(all_layers(config)[0], config.training.micro_batch_size).kept_bytes
+            assert found == pytest.approx(expected, rel=0.05), config.model
 
 
 class OtherAttention(torch.nn.Module):
@@ -137,3 +148,64 @@ def test_a_mask_from_outside_is_refused() -> None:
     inputs = AttentionInputs(mask_B1SS=torch.ones(1, 1, 8, 8, dtype=torch.bool, device="meta"))
     with pytest.raises(ConfigError, match="--context-parallel-size = 2: must be 1 with attention that brings a mask"):
         attention.core(q, q, q, inputs, ForwardContext(1))
+
+
+def inputs(length: int, heads: int, groups: int, dtype: torch.dtype) -> list[Tensor]:
+    """Returns queries, keys, values and gradients of the result, of whole sequences."""
+    generator = torch.Generator().manual_seed(length)
+    shapes = ((2, heads, length, 6), (2, groups, length, 6), (2, groups, length, 6), (2, heads, length, 6))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def attend(length: int, heads: int, groups: int, scale: float | None, dtype: torch.dtype) -> list[Tensor] | None:
+    """Returns result and gradients of whole sequences on the first rank."""
+    size = dist.get_world_size()
+    state = initialize_model_parallel(ParallelConfig(context_parallel_size=size))
+    *parts, dy = (state.token_share.of_sequences(t, 2) for t in inputs(length, heads, groups, dtype))
+    own = [t.requires_grad_() for t in parts]
+    y = ring_attention(*own, state.cp, scale)
+    found = []
+    for t in (y, *torch.autograd.grad(y, own, dy)):
+        of_ranks = state.cp.all_gather(t.detach().transpose(1, 2).contiguous()[None])
+        found.append(whole_sequences(of_ranks, size).transpose(1, 2))
+    return found if state.rank == 0 else None
+
+
+def attend_all(cases: list[tuple[Any, ...]]) -> list[list[Tensor] | None]:
+    return [attend(*case) for case in cases]
+
+
+CASES = [
+    (24, 4, 4, None, torch.float64),
+    (24, 4, 2, 0.7, torch.float64),
+    (48, 6, 1, None, torch.float64),
+    (24, 4, 2, None, torch.float32),
+    (24, 4, 2, 0.7, torch.bfloat16),
+]
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-2}
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_ring_is_the_twin_with_all_gradients(size: int) -> None:
+    for case, found in zip(CASES, run_ranks(attend_all, size, CASES)[0], strict=True):
+        length, heads, groups, scale, dtype = case
+        q, k, v, dy = (t.double() for t in inputs(length, heads, groups, dtype))
+        wanted = [t.requires_grad_() for t in (q, k, v)]
+        expected = reference.attention(q, k, v, ScoreRule(scale=scale))
+        rtol = TOLERANCES[dtype]
+        for got, right in zip(found, (expected, *torch.autograd.grad(expected, wanted, dy)), strict=True):
+            assert got.dtype == dtype
+            torch.testing.assert_close(got.double(), right, rtol=rtol, atol=rtol, msg=lambda m, c=case: f"{c}: {m}")
+
+
+def largest_of(length: int) -> int:
+    state = initialize_model_parallel(ParallelConfig(context_parallel_size=2))
+    q, k, v = (torch.randn(1, 1, length // 2, 8, requires_grad=True) for _ in range(3))
+    with LargestTensor() as largest:
+        ring_attention(q, k, v, state.cp).sum().backward()
+    return largest.elements
+
+
+def test_no_tensor_is_as_large_as_a_sequence_squared() -> None:
+    length = 1024
+    assert max(run_ranks(largest_of, 2, length)) <= 16 * length < length**2 / 32

@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.errors import CommunicationError
-from megatron_samoe.row_exchange.all_to_all import all_to_all_rows
 from tests.harness import nccl_library
 from tests.harness.exchanges import Transport, error_of, through_gloo
 from tests.harness.pairs import first_by_day
@@ -73,7 +71,7 @@ def _random_exchanges(transport: Transport, num_exchanges: int) -> str:
         *((f"shm {'0' * world}", "ShmCommunicator") for world in (2, 4, 8)),
         *((f"shm {hosts}", "HostwiseCommunicator") for hosts in ("001", "0101", "0011")),
         *((f"nccl {'0' * world}", "NcclCommunicator") for world in (2, 4)),
-        *((f"nodes {hosts}", "HierarchicalCommunicator") for hosts in ("0011", "001122")),
+        *((f"nodes {hosts}", "HierarchicalCommunicator") for hosts in ("0011", "001122", "000111")),
         ("nodes 001", "NcclCommunicator"),  # whose nodes are not even, as the next ones' are not
         *(
             pytest.param(f"nodes {hosts}", "NcclCommunicator", marks=pytest.mark.night)
@@ -147,23 +145,6 @@ def test_exchanges_in_the_background_keep_their_order(transport: Transport) -> N
     more_threads = on_ranks(_in_the_background, transport)
     if transport.kind == "nccl":
         assert more_threads == [3] * 3  # the watchdog, the bulletin and the library's stream
-
-
-def _gradients(transport: Transport) -> None:
-    rank = dist.get_rank()
-    rows_WW = torch.tensor([[2, 0, 3], [1, 4, 0], [5, 1, 1]])
-    send, receive = rows_WW[rank].tolist(), rows_WW[:, rank].tolist()
-    with transport.open() as communicator:
-        x = torch.randn(sum(send), 4, requires_grad=True)
-        y = all_to_all_rows(x, send, receive, replace(communicator.group, exchange=communicator))
-        dy = torch.randn_like(y)
-        (dx,) = torch.autograd.grad(y, x, dy)
-        assert torch.equal(dx, through_gloo(dy, receive, send))
-
-
-@over("shm 000", "nccl 000")
-def test_the_gradient_takes_the_way_back(transport: Transport) -> None:
-    on_ranks(_gradients, transport)
 
 
 def _held() -> dict[str, int]:
@@ -270,22 +251,18 @@ def _one_aborts(transport: Transport) -> tuple[str, float]:
     return found
 
 
-def _one_closes(transport: Transport) -> tuple[str, float]:
-    communicator = _open_quietly(transport, 30.0)
-    found = "", 0.0
-    if dist.get_rank() == 1:
-        communicator.close()
-    else:
+def _one_closes(transport: Transport, timeout_s: float = 30.0) -> tuple[str, float]:
+    communicator, found = _open_quietly(transport, timeout_s), ("", 0.0)
+    if dist.get_rank() != 1:
         found = _failed(communicator)
+    elif timeout_s == 30.0:
+        communicator.close()
     dist.barrier()
     return found
 
 
 def _one_is_silent(transport: Transport) -> tuple[str, float]:
-    communicator = _open_quietly(transport, 2.0)
-    found = ("", 0.0) if dist.get_rank() == 1 else _failed(communicator)
-    dist.barrier()
-    return found
+    return _one_closes(transport, timeout_s=2.0)
 
 
 def _one_expects_more(transport: Transport) -> tuple[str, float]:
@@ -304,12 +281,10 @@ def _one_expects_more(transport: Transport) -> tuple[str, float]:
 #: What goes wrong, over which transports, and what ranks but 1 and rank 1 hear; "" for a rank that hears nothing.
 TROUBLE: list[tuple[Any, str, str, str]] = [
     (_one_aborts, "shm 000", "loss is not a number", "loss is not a number"),
-    (_one_aborts, "nccl 00", "exchange 2: rank 1 gave up: loss is not a number", "loss is not a number"),
     (_one_aborts, "nccl 0000", "exchange 2: rank 1 gave up: loss is not a number", "loss is not a number"),
     (_one_closes, "shm 00", "closed the communicator: 0 of 4 bytes", ""),
     (_one_closes, "nccl 0000", "exchange 2: rank 1 closed the communicator after exchange 1", ""),
     (_one_is_silent, "shm 00", "nothing came from rank 1", ""),
-    (_one_is_silent, "nccl 00", "in exchange 2 these ranks are missing: 1 (last in 1)", ""),
     (_one_is_silent, "nccl 0000", "in exchange 2 these ranks are missing: 1 (last in 1)", ""),
     (_one_expects_more, "shm 00", "gave up", "where 48 were expected: the ranks disagree about the splits"),
     (_one_expects_more, "nccl 00", "closed the connection", "sent 16 bytes, expected 48"),

@@ -14,8 +14,9 @@ import pytest
 
 from megatron_samoe.cli import preprocess as command
 from megatron_samoe.cli import train_tokenizer
+from megatron_samoe.cli.command import module_of
 from tests.harness.pairs import first_by_day
-from tests.harness.program import REPOSITORY, arguments, start
+from tests.harness.program import REPOSITORY, arguments, call, start
 
 pytestmark = pytest.mark.distributed
 
@@ -40,10 +41,15 @@ def dataset_words(text: Path, tokenizer: Path, prefix: Path) -> list[str]:
     ).split()
 
 
-def run_tool(name: str, *words: object) -> subprocess.CompletedProcess:
-    command_line = [sys.executable, f"tools/{name}.py", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command_line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+def succeed(command: str, *words: object) -> str:
+    """Returns what a command prints, which succeeds."""
+    done = call(module_of(command), *map(str, words))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def generated(folder: Path, *words: object) -> str:
+    return succeed("generate", "--load", folder, *words)
 
 
 @pytest.mark.night
@@ -65,32 +71,22 @@ def test_a_run_can_be_moved_and_keeps_its_tokenizer(
     away.parent.mkdir()
     shutil.move(home / "run", away)
     greedy = ("--prompt", "Emma was", "--max-new-tokens", "4", "--temperature", "0", "--num-threads", "1")
-    texts = set()
-    for load in (away, away / "checkpoints", away / "checkpoints/iter_0000002"):
-        done = run_tool("generate", "--load", load, *greedy)
-        assert done.returncode == 0, done.stderr
-        texts.add(done.stdout)
-    given = run_tool("generate", "--load", away, *greedy, "--tokenizer-model", tmp_path / "another.json")
-    assert {given.stdout} == texts
+    there = generated(away, *greedy)
+    assert there == generated(away, *greedy, "--tokenizer-model", tmp_path / "another.json")
     # It goes on from there, with the options that it was trained with.
     places = {"data_path": str(home / "data_text_document"), "run_dir": str(away)}
     onward = arguments(model=False, **places, use_checkpoint_args=True, train_iters=3, eval_iters=0)
     start(onward, tmp_path / "out", cwd=tmp_path).succeed()
     assert (away / "checkpoints/iter_0000003/tokenizer/tokenizer_model.json").exists()
     # Conversions and edits carry it on.
-    assert run_tool("edit_checkpoint", "fold", "--load-dir", away, "--save-dir", tmp_path / "folded").returncode == 0
-    folded = run_tool("generate", "--load", tmp_path / "folded", *greedy)
-    assert folded.returncode == 0, folded.stderr
-    done = run_tool("convert_checkpoint", "--load-dir", away, "--to", "hf", "--save-dir", tmp_path / "hf")
-    assert done.returncode == 0 and (tmp_path / "hf/tokenizer.json").exists(), done.stderr
+    succeed("edit", "fold", "--load-dir", away, "--save-dir", tmp_path / "folded")
+    generated(tmp_path / "folded", *greedy)
+    succeed("convert", "--load-dir", away, "--to", "hf", "--save-dir", tmp_path / "hf")
+    assert (tmp_path / "hf/tokenizer.json").exists()
     # A checkpoint without it says what to do.
     shutil.rmtree(away / "checkpoints/iter_0000003/tokenizer")
-    lost = run_tool("generate", "--load", away / "checkpoints/iter_0000003", *greedy)
-    assert (
-        lost.returncode != 0
-        and "Traceback" not in lost.stderr
-        and "tokenizer/tokenizer_model.json is missing" in lost.stderr
-    )
+    lost = call(module_of("generate"), "--load", str(away / "checkpoints/iter_0000003"), *greedy)
+    assert lost.returncode != 0 and "tokenizer/tokenizer_model.json is missing" in lost.stderr
 
 
 def test_what_is_there_is_not_replaced_unasked(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -152,8 +148,6 @@ def test_an_idle_pipeline_is_remarked_upon(tmp_path: Path) -> None:
     dense = {"expert_layout": "dense", "num_experts": None, "num_expert_banks": None}
     sizes = {"num_layers": 4, "pipeline_model_parallel_size": 4, "micro_batch_size": 8, "num_threads": None}
     model = arguments(mock_data=True, **dense, **sizes)
-    planned = run_tool("plan_layout", "--world-size", 4, *model)
-    assert planned.returncode == 0, planned.stderr
-    assert "warning: ranks stand idle for " in planned.stdout
+    assert "warning: ranks stand idle for " in succeed("plan", "--world-size", 4, *model)
     trained = start([*model, "--train-iters", "1", "--eval-iters", "0"], tmp_path, num_ranks=4).succeed()
     assert "the pipeline is idle for 75% of a step" in trained

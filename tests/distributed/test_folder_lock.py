@@ -13,22 +13,16 @@ import pytest
 from megatron_samoe.dist_checkpointing import folder_lock
 from megatron_samoe.errors import CheckpointError
 from tests.harness.pairs import first_by_day
-from tests.harness.program import ProgramRun, arguments, start
+from tests.harness.program import arguments, start
 
 pytestmark = pytest.mark.distributed
 
 
-def running(corpus: Path, tmp_path: Path) -> ProgramRun:
-    args = arguments(data_path=corpus, run_dir=tmp_path / "run", train_iters=100_000, eval_iters=0)
-    run = start(args, tmp_path / "holder")
-    assert run.wait_until(lambda: "iteration        3/" in run.output()), run.output()
-    return run
-
-
 @pytest.mark.parametrize("num_ranks", first_by_day([2, 1]))
 def test_a_second_run_is_told_who_holds_the_folder(num_ranks: int, corpus: Path, tmp_path: Path) -> None:
-    holder = running(corpus, tmp_path)
-    args = arguments(data_path=corpus, run_dir=tmp_path / "run", train_iters=5, eval_iters=0)
+    args = arguments(data_path=corpus, run_dir=tmp_path / "run", train_iters=100_000, eval_iters=0)
+    holder = start(args, tmp_path / "holder")
+    holder.wait_for_step(3)
     message = start(args, tmp_path / "second", num_ranks=num_ranks).fail()
     assert f"{tmp_path / 'run/checkpoints'} is in use by another run (process {holder.processes[0].pid} on " in message
     assert "since 20" in message and "--save or --run-dir" in message

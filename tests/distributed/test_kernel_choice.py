@@ -1,4 +1,6 @@
-"""CUDA kernels of a run over ranks: CPU tensors stand for a GPU's, and verdicts are given."""
+"""CUDA kernels and host waits of a run over ranks: CPU tensors stand for a GPU's. Verdicts on kernels are given; waits are counted as
+in tests/unit/moe.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,12 @@ from megatron_samoe.ops.extension import TRAINING_KERNELS
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.runtime import kernels
 from tests.harness.host_waits import as_if_asynchronous
+from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import tiny_config, with_layout
+from tests.harness.wait_figures import Figures, figures
+
+pytestmark = pytest.mark.distributed
 
 FLAGS = (
     "--mock-data --num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --lr 1e-3 "
@@ -93,3 +99,21 @@ def test_a_run_records_how_it_multiplies_and_keeps_it(tmp_path: Path, monkeypatc
         monkeypatch.delenv(cpu_products.VARIABLE, raising=False)
         cpu_products.use()
     assert store.read_train_state(tmp_path / "checkpoints" / "iter_0000002")["bf16_products"] == "fp32"
+
+
+def on_rank(world: int, cases: list[tuple[str, str, dict[str, Any]]]) -> list[Figures]:
+    return [figures(way, style, world=world, **options) for way, style, options in cases]
+
+
+@pytest.mark.parametrize("world", first_by_day([2, 4]))
+def test_a_layer_waits_once_for_the_sizes_of_messages(world: int) -> None:
+    """A rank's own are 4 / world of the four micro-batches of a step."""
+    capacity: dict[str, Any] = {"moe_expert_capacity_factor": 1.0}
+    ways = ("moe", "samoe", "samoe layer", "tied", "pool")
+    cases = [(way, "gelu", capacity if i % 2 else {}) for i, way in enumerate(ways)]
+    cases += [(way, "swiglu", {} if i % 2 else capacity) for i, way in enumerate(ways)]
+    cases += [("moe", "swiglu", {"moe_shared_expert_intermediate_size": 16})]
+    cases += [("samoe", "gelu", {"moe_dispatch_chunks": 2, "samoe_combine": "step"})] if world == 2 else []
+    for found in run_ranks(on_rank, world, world, cases):
+        for case, each in zip(cases, found, strict=True):
+            assert each.totals == (1, 0, 4 * (4 // world) + 1), (case, each)

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_samoe.tensor_parallel import cross_entropy
 from tests.harness.covering import COVERING, FACTORS, Cell, kept_cells, options_of
-from tests.harness.layout_training import LAYOUTS, MODELS, assert_same, is_legal, options_in, train_each
+from tests.harness.layout_training import LAYOUTS, MODELS, assert_same, is_legal, options_in, train, train_each
 from tests.harness.ranks import RankFailure, run_ranks
+from tests.harness.tiny import tiny_config
 
 pytestmark = pytest.mark.distributed
 
@@ -100,6 +102,17 @@ def test_layout_equals_one_process_in_double_precision(cell: Cell) -> None:
 def test_eight_ranks_equal_one_process(model: str) -> None:
     models = tuple(hashable(MODELS[name]) for name in MODELS_OF_EIGHT)
     check(EIGHT, torch.float32, hashable(MODELS[model]), models, models)
+
+
+def test_a_loss_without_kept_logits_trains_as_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process. Layouts train "sinks and cap" without them."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 1000)  # some ten tokens
+    for model in ("samoe step", "sinks and cap"):  # whose output matrix is tied to the embedding's, and is not
+        options = {**MODELS[model], "init_method_std": 0.2, "logits_scaling": 2.5}
+        kept, fused = (
+            train(tiny_config(**options | {"fused_linear_cross_entropy": fused}), steps=3) for fused in (False, True)
+        )
+        assert_same(fused, kept, rtol=1e-5)
 
 
 @pytest.mark.night

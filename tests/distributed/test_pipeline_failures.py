@@ -6,18 +6,19 @@ import os
 import re
 import signal
 import time
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from megatron_samoe.cli.pretrain import main
 from megatron_samoe.config import PretrainConfig
-from megatron_samoe.config.checkpoint import CheckpointConfig
-from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CommunicationError
 from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.parallel_state.backend import is_communication_failure
 from megatron_samoe.training.setup import build_setup
 from megatron_samoe.training.trainer import Trainer
 from tests.harness.pairs import first_by_day
@@ -26,10 +27,11 @@ from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, RandomBatches, tiny_config, with_layout, with_options
 
 pytestmark = pytest.mark.distributed
+
 TABLE = table(__file__)
 
 TIMEOUT_S = 3.0
-HANG_S = 10.0
+HANG_S = 7.0
 #: Time for a loaded machine to notice, beyond the wait that is configured.
 SLACK_S = 6.0
 
@@ -68,16 +70,13 @@ def train_with_trouble(config: PretrainConfig, kind: str, victim: int, at_pass: 
     return {"error": None, "message": "", "seconds": time.monotonic() - started}
 
 
-def troubled(layout: str, world: dict[str, Any], save: Path | None = None) -> PretrainConfig:
-    config = with_options(
+def troubled(layout: str, world: dict[str, Any]) -> PretrainConfig:
+    return with_options(
         with_layout(tiny_config(layout), **world),
         distributed_timeout_minutes=TIMEOUT_S / 60,
         train_iters=3,
         eval_iters=0,
     )
-    if save is None:
-        return config
-    return replace(config, checkpoint=CheckpointConfig(save=str(save), load=str(save), save_interval=1))
 
 
 CASES = {
@@ -115,23 +114,6 @@ def test_the_others_end_in_time_and_say_why(case: str) -> None:
         assert all("while computing iteration" in r["message"] for i, r in enumerate(results) if i != victim)
 
 
-def finish(config: PretrainConfig) -> int:
-    """Trains on from the last checkpoint and returns the iteration reached."""
-    parallel = initialize_model_parallel(config.parallel)
-    setup = build_setup(config, VOCAB_SIZE, parallel)
-    return Trainer(setup, RandomBatches(setup), []).run().iteration
-
-
-def test_the_last_checkpoint_survives_and_is_trained_on_from(tmp_path: Path) -> None:
-    config = troubled("samoe", {"pp": 2}, save=tmp_path / "checkpoints")
-    # Four micro-batches a step: the sixth pass is in the second step.
-    results = run_ranks(train_with_trouble, 2, config, "kill", 1, 6, may_die=True)
-    assert results[0]["error"] == CommunicationError.__name__ and results[1] == -signal.SIGKILL
-    assert store.whole_iterations(tmp_path / "checkpoints") == [1]
-    roomy = with_options(config, distributed_timeout_minutes=1.0)
-    assert run_ranks(finish, 2, roomy) == [3, 3]
-
-
 BAD_LAYOUTS = TABLE["bad layouts"]
 
 
@@ -147,3 +129,50 @@ def test_a_bad_layout_is_refused_by_a_rank_that_is_alone(
     message = capsys.readouterr().err
     assert status == 2 and field in message, message
     assert all(part in message for part in nearest), message
+
+
+LIMIT = timedelta(milliseconds=500)
+
+
+def operations(group: dist.ProcessGroup) -> dict[str, Callable[[], object]]:
+    """Returns what a layout asks of gloo, each as a call that waits."""
+    numbers, many = torch.ones(4), torch.ones(1 << 20)
+    return {
+        "all_reduce": lambda: dist.all_reduce(numbers, group=group),
+        "all_to_all": lambda: dist.all_to_all_single(torch.empty(4), numbers, group=group),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(torch.empty(2), numbers, group=group),
+        "all_gather": lambda: dist.all_gather_into_tensor(torch.empty(8), numbers, group=group),
+        "send": lambda: dist.send(many, 1, group=group),
+        "isend": lambda: dist.isend(many, 1, group=group).wait(),  # type: ignore[union-attr]
+        "recv": lambda: dist.recv(numbers, 1, group=group),
+        "objects": lambda: dist.all_gather_object([None, None], 1, group=group),
+        "barrier": lambda: dist.barrier(group=group),
+    }
+
+
+def without_a_peer(first: str, fate: str) -> list[tuple[str, bool, str]]:
+    """Returns what operations, `first` before all, raise on rank 0, and whether it is known; rank 1 meets its fate."""
+    group = dist.new_group([0, 1], timeout=LIMIT)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        if fate == "stopped":
+            time.sleep(3)
+        os._exit(7)
+    calls = operations(group)
+    pending = dist.irecv(torch.ones(4), 1, group=group)  # as a pipeline stage has one under way
+    said = []
+    for name in (first, *calls, "pending"):
+        try:
+            pending.wait() if name == "pending" else calls[name]()  # type: ignore[union-attr]
+        except RuntimeError as error:
+            said.append((name, is_communication_failure(error), str(error)))
+    return said
+
+
+@pytest.mark.parametrize(("first", "fate"), [("all_reduce", "stopped"), ("send", "stopped"), ("all_to_all", "lost")])
+def test_what_waiting_ranks_hear_is_known(first: str, fate: str) -> None:
+    said, left = run_ranks(without_a_peer, 2, first, fate, may_die=True)
+    assert left == 7 and len(said) == 11, said
+    assert all(known for _, known, _ in said), [message for _, known, message in said if not known]
+    if fate == "stopped":
+        assert any(message == "Application timeout caused pair closure" for *_, message in said), said

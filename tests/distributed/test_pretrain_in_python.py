@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 import megatron_samoe
 from megatron_samoe.config import CheckpointConfig, PretrainConfig
 from megatron_samoe.config.cli import parse_pretrain_args
-from megatron_samoe.errors import CheckpointError, ConfigError, ConfigErrors, MegatronSamoeError
+from megatron_samoe.errors import CheckpointError, ConfigError, ConfigErrors
 from megatron_samoe.training.hook import Hook, Training
 from megatron_samoe.training.train_step import StepResult
 from tests.harness.program import (
@@ -110,47 +109,22 @@ def test_a_notebooks_interrupt_returns_what_there_is(corpus: Path, tmp_path: Pat
     assert iterations(tmp_path / "checkpoints") == [2] and signal.getsignal(signal.SIGINT) == before
 
 
-def test_a_thread_may_train(corpus: Path) -> None:
-    made: list[Any] = []
-    given = options(data_path=str(corpus), train_iters=1)
-    thread = threading.Thread(target=lambda: made.append(megatron_samoe.pretrain(given)))
-    thread.start()
-    thread.join()
-    assert len(made[0].records) == 1 and made[0].folder is None
+WRONG: list[tuple[Any, str]] = [
+    ({"num_layer": 2}, "num_layer = 2: unknown option in the configuration. Did you mean 'num_layers'"),
+    ({"num_layers": "two"}, "num_layers = 'two': must be of type int"),
+    ({**TINY_MODEL, "hidden_size": 15}, "num_attention_heads = 2: must divide hidden_size 15, or give "),
+    (options(num_experts=8, expert_layout="dense"), "num_experts = 8: needs expert_layout moe or samoe"),
+    (options(mock_data=True, keep_last=2), "keep_last = 2: needs save or run_dir"),
+    (options(mock_data=True, **NOWHERE), "load nowhere has no checkpoint."),
+    (PretrainConfig(checkpoint=CheckpointConfig(keep_last=2)), "keep_last = 2: needs save or run_dir"),
+]
 
 
-@pytest.mark.parametrize(
-    ("given", "kind", "said"),
-    [
-        (
-            {"num_layer": 2},
-            ConfigError,
-            r"num_layer = 2: unknown option in the configuration. Did you mean 'num_layers'",
-        ),
-        ({"num_layers": "two"}, ConfigError, r"num_layers = 'two': must be of type int"),
-        (
-            {**TINY_MODEL, "hidden_size": 15},
-            ConfigError,
-            r"num_attention_heads = 2: must divide hidden_size 15, or give ",
-        ),
-        (
-            options(num_experts=8, expert_layout="dense"),
-            ConfigErrors,
-            r"num_experts = 8: needs expert_layout moe or samoe",
-        ),
-        (options(mock_data=True, keep_last=2), ConfigErrors, r"^keep_last = 2: needs save or run_dir$"),
-        (options(mock_data=True, **NOWHERE), CheckpointError, r"^load nowhere has no checkpoint\.$"),
-        (
-            PretrainConfig(checkpoint=CheckpointConfig(keep_last=2)),
-            ConfigErrors,
-            r"keep_last = 2: needs save or run_dir",
-        ),
-    ],
-)
-def test_what_is_wrong_is_said_in_pythons_words(given: Any, kind: type[MegatronSamoeError], said: str) -> None:
-    with pytest.raises(kind, match=said) as found:
+@pytest.mark.parametrize(("given", "said"), WRONG)
+def test_what_is_wrong_is_said_in_pythons_words(given: Any, said: str) -> None:
+    with pytest.raises(CheckpointError if "nowhere" in said else ConfigError) as found:
         megatron_samoe.pretrain(given)
-    assert "--" not in str(found.value)
+    assert said in str(found.value) and "--" not in str(found.value)
     if isinstance(found.value, ConfigErrors):
         assert not any("--" in str(error) for error in found.value.errors)
 

@@ -1,7 +1,7 @@
-"""Saved under one layout, loaded under any other: the same state to the last bit, the same logits, the same training.
+"""Saved under one layout, loaded under any other: the same state to the last bit, the same training.
 
 A sample of pairs by day; at night all ordered pairs of 13 layouts for every model and precision (936 loads). -s shows the
-largest differences seen.
+largest difference of losses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from megatron_samoe.training.checkpointing import find_run, load_run, model_stat
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.state import TrainState
 from megatron_samoe.training.train_step import train_step
-from tests.harness.layout_logits import logits_of
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tables import table
@@ -39,7 +38,7 @@ WAYS: dict[str, dict[str, Any]] = TABLE["ways"]
 STEPS_BEFORE, STEPS_AFTER = 2, 3
 #: Relative difference of losses: sums over ranks are rounded in other orders, in bf16 after 8 bits.
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
-LOGIT_TOLERANCE = 1e-6
+MOMENTS = ("optimizer.exp_avg", "optimizer.momentum")
 
 
 def configuration(model: str, precision: str, layout: str, folder: Path) -> PretrainConfig:
@@ -65,9 +64,8 @@ def begin(config: PretrainConfig) -> dict[str, Any]:
     _, state = train(setup, initial_state(setup), STEPS_BEFORE)
     save_run(setup, state)
     saved = gather_global(sharded_run(setup), setup.parallel)
-    logits = logits_of(setup)
     losses, state = train(setup, state, STEPS_AFTER)
-    return {"saved": saved, "logits": logits, "losses": losses, "plain": state.plain()}
+    return {"saved": saved, "losses": losses, "plain": state.plain()}
 
 
 def go_on_from_each(configs: list[PretrainConfig]) -> list[dict[str, Any]]:
@@ -83,9 +81,8 @@ def go_on_from_each(configs: list[PretrainConfig]) -> list[dict[str, Any]]:
                     part.local.fill_(float("nan"))
         state = load_run(setup, initial_state(setup), found)
         loaded = gather_global(sharded_run(setup), setup.parallel)
-        logits = logits_of(setup)
         losses, state = train(setup, state, STEPS_AFTER)
-        results.append({"saved": loaded, "logits": logits, "losses": losses, "plain": state.plain()})
+        results.append({"saved": loaded, "losses": losses, "plain": state.plain()})
     return results if setup.parallel.rank == 0 else []
 
 
@@ -96,7 +93,7 @@ def matrix(
     for layout in saves:
         config = configuration(model, precision, layout, folder / layout)
         firsts[layout] = run_ranks(begin, LAYOUTS[layout][0], config)[0]
-    worst_loss = worst_logit = 0.0
+    worst_loss = 0.0
     for layout in loads:
         others = [saved_by for saved_by in saves if (saved_by == layout) == is_exact]
         configs = [configuration(model, precision, layout, folder / saved_by) for saved_by in others]
@@ -105,19 +102,14 @@ def matrix(
             first, what = firsts[saved_by], f"{model} {precision}: saved by {saved_by!r}, loaded by {layout!r}"
             assert result["saved"].keys() == first["saved"].keys(), what
             assert not is_exact or result["losses"] == first["losses"], what
-            assert sum(name.startswith("optimizer.exp_avg") for name in result["saved"]) > 40, what
+            assert sum(name.startswith(MOMENTS) for name in result["saved"]) > 40, what
             for name, tensor in first["saved"].items():
                 assert torch.equal(result["saved"][name], tensor), f"{what}: {name}"
-            worst_logit = max(worst_logit, float((result["logits"] - first["logits"]).abs().max()))
             pairs = zip(result["losses"], first["losses"], strict=True)
             worst_loss = max([worst_loss, *(abs(a - b) / b for a, b in pairs)])
-            torch.testing.assert_close(result["logits"], first["logits"], rtol=0, atol=LOGIT_TOLERANCE, msg=what)
             assert result["losses"] == pytest.approx(first["losses"], rel=LOSS_TOLERANCE[precision]), what
             assert result["plain"] == first["plain"], what
-    print(
-        f"{model} {precision}: {len(saves)} saved, {len(loads)} loaded; largest difference of logits "
-        f"{worst_logit:.1e}, of losses {worst_loss:.1e} (relative)"
-    )
+    print(f"{model} {precision}: {len(saves)} saved, {len(loads)} loaded; losses differ by at most {worst_loss:.1e}")
 
 
 CASES = [(model, precision) for model in MODELS for precision in LOSS_TOLERANCE]
@@ -136,14 +128,11 @@ def test_every_layout_goes_on_from_every_other(model: str, precision: str, tmp_p
     matrix(model, precision, list(LAYOUTS), list(LAYOUTS), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("saved_by", "loaded_by"), first_by_day([("cp2 ep2 zero", "one process"), ("one process", "cp2 ep2 zero")])
-)
-def test_a_run_goes_on_with_sequences_split_or_whole(saved_by: str, loaded_by: str, tmp_path: Path) -> None:
-    matrix("moe", "fp32", [saved_by], [loaded_by], tmp_path)
+def test_a_run_with_split_sequences_goes_on_with_whole_ones(tmp_path: Path) -> None:
+    matrix("moe", "fp32", ["cp2 ep2 zero"], ["one process"], tmp_path)
 
 
-@pytest.mark.parametrize("model", first_by_day(WAYS))
+@pytest.mark.parametrize("model", first_by_day(WAYS, 2))
 def test_each_way_of_sharing_goes_on(model: str, tmp_path: Path) -> None:
     """In another layout, and bit for bit in its own."""
     names, case = [n for n in LAYOUTS if n != "dp4 zero overlap"], list(WAYS).index(model)

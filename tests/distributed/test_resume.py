@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import shutil
 import signal
 import time
@@ -16,7 +15,6 @@ from megatron_samoe.evaluation.run_summary import read_run
 from tests.harness.pairs import first_by_day
 from tests.harness.program import (
     NOISE,
-    ProgramRun,
     Sabotage,
     arguments,
     assert_same_checkpoint,
@@ -26,7 +24,6 @@ from tests.harness.program import (
     losses,
     records,
     start,
-    start_command,
     write_corpus,
 )
 
@@ -48,12 +45,6 @@ def assert_same_run(run: Path, expected: Path) -> None:
     assert_same_checkpoint(run / "checkpoints" / f"iter_{last:07d}", expected / "checkpoints" / f"iter_{last:07d}")
 
 
-def reached(run: ProgramRun) -> int:
-    """Returns the last iteration that a run has logged, 0 for none."""
-    found = re.findall(r"iteration +(\d+)/", run.output())
-    return int(found[-1]) if found else 0
-
-
 @pytest.mark.parametrize(("num_ranks", "num_kills", "num_iterations"), first_by_day(KILLS))
 def test_run_killed_at_random_points_ends_as_the_run_that_was_not(
     num_ranks: int, num_kills: int, num_iterations: int, corpus: Path, tmp_path: Path
@@ -65,15 +56,14 @@ def test_run_killed_at_random_points_ends_as_the_run_that_was_not(
     at = 0
     for kill in range(num_kills):
         run = start(noisy(corpus, tmp_path / "killed", num_ranks, **options), tmp_path / "out", num_ranks)
-        target = at + draw.randint(1, 2)
-        assert run.wait_until(lambda run=run, target=target: reached(run) >= target), run.output()
+        run.wait_for_step(at + draw.randint(1, 2))
         time.sleep(draw.uniform(0.0, 0.06))
         number, rank = (signal.SIGTERM, signal.SIGKILL)[kill % 2], draw.randrange(num_ranks)
         run.signal(number, rank)
         statuses = run.wait(30)  # the other rank must notice by itself
         if number == signal.SIGTERM:
             assert set(statuses) == {0}, run.output()
-            assert f"exiting after iteration {reached(run)}: signal {signal.SIGTERM:d} received" in run.output()
+            assert f"exiting after iteration {run.reached()}: signal {signal.SIGTERM:d} received" in run.output()
         else:
             assert statuses[rank] == -signal.SIGKILL and 0 not in statuses, (statuses, run.output())
         at = iterations(tmp_path / "killed/checkpoints")[-1] if (tmp_path / "killed/checkpoints").exists() else 0
@@ -116,24 +106,6 @@ def test_kill_at_any_file_operation_of_saving_loses_nothing(
         }
 
 
-@pytest.mark.night
-def test_run_under_torchrun_leaves_at_sigterm_and_resumes(corpus: Path, tmp_path: Path) -> None:
-    options = {"train_iters": 400, "save_interval": 100, "log_interval": 1, "lr_decay_iters": 400}
-    run = start_command(noisy(corpus, tmp_path / "run", 2, **options), tmp_path / "out", num_ranks=2)
-    assert run.wait_until(lambda: reached(run) >= 3), run.output()
-    run.signal(signal.SIGTERM)
-    run.wait(60)  # torchrun's own status after a signal is not ours
-    stopped = iterations(tmp_path / "run/checkpoints")
-    assert len(stopped) == 1 and f"exiting after iteration {stopped[0]}: signal 15 received" in run.output(), (
-        run.output()
-    )
-    end = stopped[0] + 2
-    again = noisy(corpus, tmp_path / "run", 2, **options, exit_interval=end)
-    start(again, tmp_path / "out", num_ranks=2).succeed()
-    start(noisy(corpus, tmp_path / "whole", 2, **options, exit_interval=end), tmp_path / "out", num_ranks=2).succeed()
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
-
-
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the run folder of six steps with checkpoints after 2, 4 and 6."""
@@ -148,14 +120,7 @@ def test_checkpoint_args_replace_the_model_options(corpus: Path, trained: Path, 
     output = start(args, tmp_path / "out").succeed()
     assert "15,528 parameters" in output and "loaded" in output
     assert [r["iteration"] for r in records(tmp_path / "metrics.jsonl")] == [7]
-
-
-def test_flags_win_over_checkpoint_args(corpus: Path, trained: Path, tmp_path: Path) -> None:
-    args = arguments(
-        model=False, data_path=corpus, load=trained / "checkpoints", use_checkpoint_args=True, hidden_size=32
-    )
-    paragraph = start(args, tmp_path / "out").fail()
-    assert "hidden_size is 16 there and 32 here" in paragraph
+    assert "hidden_size is 16 there and 32 here" in start([*args, "--hidden-size", "32"], tmp_path / "out").fail()
 
 
 def test_finetune_takes_weights_and_starts_at_zero(corpus: Path, trained: Path, tmp_path: Path) -> None:
@@ -182,12 +147,9 @@ def test_pretrained_checkpoint_is_where_a_run_starts_and_not_where_it_starts_aga
     places = {"load": trained / "checkpoints", "save": tmp_path / "tuned", "metrics_file": tmp_path / "m"}
     start(arguments(**given, **places, finetune=True), tmp_path / "out").succeed()
     assert records(tmp_path / "run/metrics.jsonl") == records(tmp_path / "m")
-
-
-def test_pretrained_checkpoint_that_is_none(corpus: Path, tmp_path: Path) -> None:
-    args = arguments(data_path=corpus, pretrained_checkpoint=tmp_path / "absent", run_dir=tmp_path / "run")
-    assert start(args, tmp_path / "out").fail() == f"--pretrained-checkpoint {tmp_path / 'absent'} has no checkpoint."
-    assert not (tmp_path / "run").exists()
+    none = arguments(data_path=corpus, pretrained_checkpoint=tmp_path / "absent", run_dir=tmp_path / "other")
+    assert start(none, tmp_path / "out").fail() == f"--pretrained-checkpoint {tmp_path / 'absent'} has no checkpoint."
+    assert not (tmp_path / "other").exists()
 
 
 def test_finetune_that_begins_again_is_warned_of(corpus: Path, trained: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""What a run says of itself when something goes wrong or slowly: hangs, spikes, stragglers, preflight, profiles, trackers."""
+"""What a run says of itself when something goes wrong or slowly: hangs, spikes, stragglers, preflight, profiles, trackers; and what
+two ranks measure of a machine."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,12 +24,13 @@ from megatron_samoe.config import ParallelConfig
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.parallel_state import initialize_model_parallel
-from megatron_samoe.parallel_state.state import Group
 from megatron_samoe.row_exchange.all_to_all import all_to_all_rows
+from megatron_samoe.runtime.ranks import state_in_layout
 from megatron_samoe.training import preflight
 from megatron_samoe.training.hang_watch import HangWatch
 from megatron_samoe.training.hook import Hook, Record, Training
 from megatron_samoe.training.hooks import loggers
+from megatron_samoe.training.machine_speed import _Clock, measure
 from megatron_samoe.training.setup import build_setup
 from megatron_samoe.training.state import SpikeHistory
 from megatron_samoe.training.trainer import Trainer
@@ -44,7 +47,7 @@ def test_a_hang_leaves_stacks_and_collectives(corpus: Path, tmp_path: Path) -> N
         data_path=corpus, run_dir=tmp_path / "run", train_iters=100_000, eval_iters=0, distributed_timeout_minutes=0.1
     )
     run = start(args, tmp_path / "out", 2)
-    assert run.wait_until(lambda: "iteration        3/" in run.output()), run.output()
+    run.wait_for_step(3)
     stopped = run.processes[1].pid
     os.kill(stopped, signal.SIGSTOP)
     try:
@@ -123,21 +126,6 @@ def test_spikes_are_reported_skipped_and_resumed(corpus: Path, tmp_path: Path) -
     assert [(r["lm_loss"], r["spike"]) for r in parts] == [(r["lm_loss"], r["spike"]) for r in whole]
 
 
-def _waited(late_rank: int) -> float:
-    rank = dist.get_rank()
-    group = Group("ep", (0, 1), rank, dist.group.WORLD)
-    dist.barrier()
-    time.sleep(0.5 if rank == late_rank else 0.0)
-    all_to_all_rows(torch.ones(2, 4), [1, 1], [1, 1], group)
-    return group.waits.seconds
-
-
-def test_a_wait_for_tokens_is_no_time_of_the_ranks_own() -> None:
-    for late_rank in (0, 1):
-        waited = run_ranks(_waited, 2, late_rank)
-        assert waited[1 - late_rank] > waited[late_rank] + 0.3
-
-
 class Late(Hook):
     """Makes the steps of one rank 0.4 seconds longer, and keeps what was recorded."""
 
@@ -181,23 +169,30 @@ def test_the_console_tells_times_and_ways(corpus: Path, tmp_path: Path) -> None:
     assert "tokens travel through shared memory" in output and "pipeline 1" in output and "over gloo" in output
 
 
-def _wait_clock() -> tuple[float, float]:
-    parallel = initialize_model_parallel(ParallelConfig())
-    before = parallel.dp.waits.seconds
-    if parallel.rank == 0:
-        time.sleep(0.5)
-    parallel.dp.all_reduce(torch.ones(1))
-    return before, parallel.world.waits.seconds
+def _waited(late_rank: int) -> tuple[float, float]:
+    """Returns for how long a rank waited for tokens, and in a sum over ranks, to which one comes late."""
+    parallel = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=2))
+    rows, waits = torch.ones(2, 4), [parallel.world.waits.seconds]
+    for exchange in (lambda: all_to_all_rows(rows, [1, 1], [1, 1], parallel.ep), lambda: parallel.dp.all_reduce(rows)):
+        dist.barrier()
+        time.sleep(0.5 if parallel.rank == late_rank else 0.0)
+        exchange()
+        waits.append(parallel.world.waits.seconds)
+    return waits[1] - waits[0], waits[2] - waits[1]
 
 
-def test_who_waits_is_not_the_slow_one() -> None:
-    (_, slow), (_, waiting) = run_ranks(_wait_clock, 2)
-    assert slow < 0.2 and waiting > 0.3
+@pytest.mark.parametrize("late_rank", [0, 1])
+def test_who_waits_is_not_the_slow_one(late_rank: int) -> None:
+    of_ranks = run_ranks(_waited, 2, late_rank)
+    for late_s, other_s in zip(of_ranks[late_rank], of_ranks[1 - late_rank], strict=True):
+        assert late_s < 0.2 and other_s > late_s + 0.3
 
 
-def _preflight(available: int) -> list[str] | str:
+def _preflight(available: int, ahead_s: float = 0.0) -> list[str] | str:
     parallel = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=2))
     preflight.free_memory_bytes = lambda device: available
+    clock = time.time
+    preflight.time = SimpleNamespace(time=lambda: clock() + ahead_s * parallel.rank, perf_counter=time.perf_counter)
     try:
         return preflight.preflight(tiny_config("samoe", expert_model_parallel_size=2), 64, parallel)
     except ConfigError as error:
@@ -205,10 +200,17 @@ def _preflight(available: int) -> list[str] | str:
 
 
 def test_preflight_refuses_too_little_memory() -> None:
-    assert all(isinstance(found, list) for found in run_ranks(_preflight, 2, 1 << 40))
     for found in run_ranks(_preflight, 2, 1000):
         assert "2 ranks of" in found and found.count("B left") == 1
     assert preflight.free_memory_bytes(torch.device("cpu")) > 0
+
+
+@pytest.mark.parametrize("ahead_s", [1.0, 3600.0])
+def test_preflight_names_a_clock_that_differs(ahead_s: float) -> None:
+    """Of two ranks by half."""
+    said = "the clock of rank 1 is +1800.0 s off the others'"
+    for warnings in run_ranks(_preflight, 2, 1 << 40, ahead_s):
+        assert isinstance(warnings, list) and (said in warnings) == (ahead_s > 2)
 
 
 def test_preflight_names_what_is_slow() -> None:
@@ -284,3 +286,31 @@ def test_trackers_get_numbers_and_losses_by_dataset(monkeypatch: pytest.MonkeyPa
 def test_a_tracker_that_is_not_installed_says_how_it_would_be() -> None:
     with pytest.raises(ConfigError, match=r"--nonesuch-project = 'p': needs nonesuch, .*\[nonesuch\]"):
         loggers.Tracker("nonesuch", "p", None, {})
+
+
+LATE_S, EXCHANGE_S = 0.2, 0.02
+
+
+def measured() -> tuple[dict[str, Any], float, float]:
+    """Returns the figures, the seconds of an exchange to which the second rank comes late, and those of two groups of one rank,
+    of which the second is slower.
+    """
+    parallel = state_in_layout(ParallelConfig(tensor_model_parallel_size=2), torch.device("cpu"))
+
+    def exchange() -> None:
+        parallel.world.barrier()
+        time.sleep(EXCHANGE_S)
+
+    clock = _Clock(parallel, rounds=1)
+    late = clock.exchange_seconds(parallel.world, exchange, lambda: time.sleep(LATE_S * parallel.rank))
+    slower = clock.exchange_seconds(parallel.ep, lambda: time.sleep(EXCHANGE_S * parallel.rank), lambda: None)
+    return measure(parallel, rounds=1, scale=1 / 16), late, slower
+
+
+def test_ranks_agree_on_their_links_and_count_the_slowest_group_but_not_who_comes_late() -> None:
+    (first, late, slower), (second, *_) = run_ranks(measured, 2, more=("megatron_samoe.training.machine_speed",))
+    links = ("intra_bandwidth", "inter_bandwidth", "latency_s", "sharded_exchange", "expert_exposed")
+    assert [first[name] for name in links] == [second[name] for name in links]
+    assert first["intra_bandwidth"] > 1e6 and first["latency_s"] >= 0 and first["gpus_per_node"] == 2
+    assert min(first["sharded_exchange"], first["expert_exposed"]) > 0
+    assert EXCHANGE_S <= late < LATE_S / 2 and slower >= EXCHANGE_S

@@ -1,7 +1,9 @@
-"""What docs/extending.md says: parts from outside the package train in every layout as in one process."""
+"""What docs/extending.md says: parts from outside the package train in every layout as in one process; its op against the reference."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -19,7 +21,14 @@ from tests.extending.even_scores import EvenScores
 from tests.extending.expert_choice import ExpertChoiceRouter
 from tests.extending.low_rank import LowRankSharing
 from tests.extending.orthogonal_sgd import rules
-from tests.extending.own_op import SqrtSoftplusRouter
+from tests.extending.own_op import (
+    COMPILERS,
+    SOURCE,
+    SqrtSoftplusRouter,
+    reference,
+    sqrt_softplus,
+    sqrt_softplus_backward,
+)
 from tests.extending.sliding_window import SlidingWindowAttention
 from tests.harness.layout_training import train
 from tests.harness.pairs import first_by_day
@@ -97,10 +106,32 @@ def test_an_extension_has_an_effect(case: str) -> None:
     assert results_of("one process")[case]["losses"][-1] != pytest.approx(own["losses"][-1], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted(p for p in Path(__file__).parent.iterdir() if p.is_file() and not p.name.startswith(("test_", "__"))),
-    ids=lambda path: path.stem,
-)
-def test_an_example_is_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 90, path
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(0, 4), (3, 5), (1000,)])
+def test_the_kernel_is_its_twin_with_its_gradient(shape: tuple[int, ...]) -> None:
+    x = (torch.randn(shape) * 30).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    weight = torch.randn(shape)
+    torch.testing.assert_close(sqrt_softplus(x).double(), reference(exact), rtol=1e-5, atol=0)
+    (dx,) = torch.autograd.grad((sqrt_softplus(x) * weight).sum(), x)
+    (expected,) = torch.autograd.grad((reference(exact) * weight).sum(), exact)
+    torch.testing.assert_close(dx.double(), expected, rtol=1e-5, atol=0)
+
+
+@needs_compiler
+def test_torch_finds_nothing_wrong_with_it() -> None:
+    x = torch.randn(4, 6)
+    torch.library.opcheck(sqrt_softplus, (x.requires_grad_(),))
+    torch.library.opcheck(sqrt_softplus, (x.detach().t(),))
+    torch.library.opcheck(sqrt_softplus_backward, (x.detach(), torch.randn(4, 6)))
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_the_same_source_compiles_for_cuda(tmp_path: Path) -> None:
+    built = tmp_path / "kernels.so"
+    subprocess.run([*COMPILERS["cuda"], "-O3", "-shared", "-o", built, SOURCE], check=True)
+    symbols = subprocess.run(["nm", "-D", built], check=True, capture_output=True, text=True).stdout
+    assert " T forward" in symbols and " T backward" in symbols

@@ -17,25 +17,17 @@ from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import load_model
 from tests.extending.starcoder2 import ENTRIES, FAMILY
+from tests.harness.near_package import install
 from tests.harness.pairs import first_by_day
 from tests.harness.program import call
-from tests.unit.evaluation.zero_shot_models import loaded_model
+from tests.unit.inference.tiny_models import loaded_tiny
 
 transformers = pytest.importorskip("transformers", minversion="4.56")
 VOCABULARY = 100
 
 
-def package(folder: Path, value: str = "tests.extending.starcoder2:FAMILY") -> Path:
-    """Makes what pip leaves of an installed package that names a family."""
-    info = folder / "outside-0.1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text(f"[{families.GROUP}]\nstarcoder2 = {value}\n")
-    return folder
-
-
 @pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+def prepended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
     """Yields what lets Python find a folder's packages until the test ends."""
 
     def found(folder: Path) -> None:
@@ -52,7 +44,7 @@ def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("tied", first_by_day([True, False]))
 def test_a_family_of_another_package_goes_in_and_out(
-    tmp_path: Path, tied: bool, install: Callable[[Path], None]
+    tmp_path: Path, tied: bool, prepended: Callable[[Path], None]
 ) -> None:
     torch.manual_seed(1)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2}
@@ -65,7 +57,7 @@ def test_a_family_of_another_package_goes_in_and_out(
     model.save_pretrained(tmp_path / "theirs")
     unknown = convert("--load-dir", tmp_path / "theirs", "--save-dir", tmp_path / "no")
     assert unknown.returncode == 2 and "starcoder2" in unknown.stderr and "is not a family" in unknown.stderr
-    install(package(tmp_path / "installed"))
+    prepended(install(tmp_path / "installed", families.GROUP, "starcoder2", "tests.extending.starcoder2:FAMILY"))
     for source, target, way in (("theirs", "ours", "native"), ("ours", "back", "hf")):
         done = convert("--load-dir", tmp_path / source, "--save-dir", tmp_path / target, "--to", way)
         assert done.returncode == 0, done.stderr
@@ -88,7 +80,7 @@ def logits(checkpoint: Path, ids_BS: torch.Tensor) -> torch.Tensor:
 def test_a_task_of_another_folder_is_scored() -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
     folder = Path(__file__).parent
-    (result,) = LanguageModel(loaded_model()).evaluate(str(folder / "opposites.yaml"), folder)
+    (result,) = LanguageModel(loaded_tiny("samoe")).evaluate(str(folder / "opposites.yaml"), folder)
     assert (result.task, result.num_items, result.best_constant) == ("opposites", 4, 0.5)
     right = [int(max(range(3), key=lambda n: s["filtered_resps"][n][0])) == s["target"] for s in result.samples]
     assert result.metrics["acc"].value == sum(right) / 4
@@ -105,9 +97,9 @@ def test_a_task_of_another_folder_is_scored() -> None:
     ),
 )
 def test_a_wrong_entry_point_is_named(
-    tmp_path: Path, value: str, problem: str, install: Callable[[Path], None]
+    tmp_path: Path, value: str, problem: str, prepended: Callable[[Path], None]
 ) -> None:
-    install(package(tmp_path, value))
+    prepended(install(tmp_path, families.GROUP, "starcoder2", value))
     with pytest.raises(ConfigError, match=problem) as caught:
         families.families()
     assert caught.value.field == "megatron_samoe.hf_families: starcoder2 of outside"

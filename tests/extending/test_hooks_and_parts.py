@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ from megatron_samoe.runtime.load import load_model
 from megatron_samoe.training import hook
 from megatron_samoe.training.hook import Hook, Record, Training
 from megatron_samoe.training.hooks.loggers import ConsoleLog
-from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.setup import Extensions, build_setup
 from megatron_samoe.training.train_step import StepResult
 from megatron_samoe.training.trainer import Trainer
@@ -36,32 +35,32 @@ from tests.harness.tiny import VOCAB_SIZE, RandomBatches, tiny_config, with_layo
 pytestmark = pytest.mark.distributed
 
 
+def noted(point: str) -> Callable[..., None]:
+    """Returns a method that writes down where a run is."""
+
+    def note(witness: Witness, run: Training, *_: object) -> None:
+        witness.seen.append((point, run.state.iteration))
+
+    return note
+
+
 class Witness(Hook):
     """Writes down what it is told, and what it can see then."""
+
+    start, pre_step, backward_done = noted("start"), noted("pre_step"), noted("backward_done")
+    post_step, checkpoint_saved, close = noted("post_step"), noted("checkpoint_saved"), noted("close")
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, int]] = []
         self.records: list[Record] = []
 
-    def start(self, run: Training) -> None:
-        self.seen.append(("start", run.state.iteration))
-
-    def pre_step(self, run: Training, batches: Sequence[Batch]) -> None:
-        self.seen.append(("pre_step", run.state.iteration))
-
     def wants_gradients(self, run: Training) -> bool:
         return run.state.iteration == 1
-
-    def backward_done(self, run: Training) -> None:
-        self.seen.append(("backward_done", run.state.iteration))
 
     def pre_optim_step(self, run: Training, grad_norm: float) -> None:
         # A collective: every rank is here at the same time.
         assert run.setup.parallel.world.all_gather_object(grad_norm) == [grad_norm] * run.setup.parallel.world_size
         self.seen.append(("pre_optim_step", run.state.iteration))
-
-    def post_step(self, run: Training, result: StepResult) -> None:
-        self.seen.append(("post_step", run.state.iteration))
 
     def wants_record(self, run: Training) -> bool:
         return run.state.iteration == 1
@@ -71,12 +70,6 @@ class Witness(Hook):
 
     def record(self, run: Training, record: Record) -> None:
         self.records.append(record)
-
-    def checkpoint_saved(self, run: Training, path: Path) -> None:
-        self.seen.append(("checkpoint_saved", run.state.iteration))
-
-    def close(self, run: Training) -> None:
-        self.seen.append(("close", run.state.iteration))
 
 
 class FirstRank(Witness):

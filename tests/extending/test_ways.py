@@ -31,7 +31,7 @@ from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.training.hooks.moe_diagnostics import gathered_coefficients
 from megatron_samoe.training.setup import build_setup
 from tests.extending.near_banks import WINDOW
-from tests.harness.near_package import near_installed  # noqa: F401
+from tests.harness.near_package import install, near_installed  # noqa: F401
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 from tests.parity.hf_models import converted, native, random_source, some_ids, their_logits, theirs
 from tests.unit.inference.tiny_models import forward_logits, loaded_tiny, step_logits
@@ -96,17 +96,7 @@ def test_one_whose_experts_are_no_mixtures_trains_and_is_not_decoded(
 ) -> None:
     model = ["--num-layers", "2", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16"]
     experts = ["--num-experts", "4", "--expert-sharing", "low_rank", "--num-expert-banks", "2"]
-    run = [
-        "--mock-data",
-        "--tokenizer-type",
-        "ByteTokenizer",
-        "--micro-batch-size",
-        "2",
-        "--train-iters",
-        "3",
-        "--lr",
-        "0.1",
-    ]
+    run = "--mock-data --tokenizer-type ByteTokenizer --micro-batch-size 2 --train-iters 3 --lr 0.1".split()
     logs = ["--log-interval", "1", "--moe-per-layer-logging", "--run-dir", str(tmp_path)]
     assert pretrain_main([*model, *experts, *run, *logs]) == 0
     assert generate_main(["--load", str(tmp_path), "--prompt", "a"]) != 0
@@ -124,13 +114,6 @@ def test_coefficients_of_mixtures_are_logged_after_layers_that_are_not() -> None
         torch.testing.assert_close(found[layer], expected * (layer > 1), atol=1e-6, rtol=0)
 
 
-def entry(folder: Path, name: str, value: str) -> None:
-    info = folder / f"{name}-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
-    (info / "entry_points.txt").write_text(f"[{GROUP}]\nthis = {value}\n")
-
-
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
@@ -142,8 +125,7 @@ def entry(folder: Path, name: str, value: str) -> None:
 def test_a_wrong_entry_point_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, problem: str
 ) -> None:
-    entry(tmp_path, "wrong", value)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(install(tmp_path, GROUP, "this", value))
     with pytest.raises(ConfigError, match=rf"{GROUP}: .*{problem}"):
         ways()
 

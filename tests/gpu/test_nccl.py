@@ -18,6 +18,8 @@ from megatron_samoe.row_exchange.nccl_communicator import NcclCommunicator, Open
 from tests.harness import nccl_library
 from tests.harness.ranks import run_ranks
 
+pytestmark = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
+
 
 @pytest.fixture
 def library(device: str, tmp_path: Path) -> str:

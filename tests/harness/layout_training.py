@@ -37,7 +37,7 @@ def train(
     dtype: torch.dtype = torch.float32,
     steps: int = 5,
     device: torch.device | str = "cpu",
-    exchange: Literal["torch", "extension"] = "torch",
+    exchange: Literal["auto", "torch", "extension"] = "torch",
     extensions: Extensions | None = None,
 ) -> dict[str, Any]:
     """Returns the losses and norms of a few steps, with a teacher the divergences from it, the first step's gradients, the
@@ -90,13 +90,16 @@ def train(
 
 
 def train_each(configs: list[PretrainConfig], dtype: torch.dtype, steps: int) -> list[dict[str, Any]] | None:
-    """Trains one model after the other on the same processes, two steps more where a schedule of routing ends by then; the
-    first rank has the results.
+    """Trains one model after the other on the same processes, over the transport of rows that each names, two steps more
+    where a schedule of routing ends by then; the first rank has the results.
 
     Ranks call it here: a module of tests would make its cases anew in each of them.
     """
     scheduled = [c.moe.pool_lock_step is not None or bool(c.moe.neighbour_unmask_steps) for c in configs]
-    results = [train(c, dtype, 5 if more else steps) for c, more in zip(configs, scheduled, strict=True)]
+    results = [
+        train(c, dtype, 5 if more else steps, exchange=c.parallel.moe_all_to_all_backend)
+        for c, more in zip(configs, scheduled, strict=True)
+    ]
     return results if not dist.is_initialized() or dist.get_rank() == 0 else None
 
 
@@ -105,7 +108,10 @@ def _close_groups(parallel: ParallelState, channel: PipelineChannel | None) -> N
     if not dist.is_initialized():
         return
     dist.barrier()
-    handles = {getattr(parallel, name).handle for name in GROUPS} | set(channel.groups.values() if channel else ())
+    groups = [getattr(parallel, name) for name in GROUPS]
+    for exchange in (group.exchange for group in groups if group.exchange is not None):
+        exchange.close()
+    handles = {group.handle for group in groups} | set(channel.groups.values() if channel else ())
     for handle in handles - {None, dist.group.WORLD}:
         dist.destroy_process_group(handle)
 

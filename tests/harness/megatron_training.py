@@ -1,15 +1,18 @@
-"""Steps of a small model by Megatron-Core's own layers, data parallelism, optimizer and schedule, with shared experts."""
+"""Steps and checkpoints of a small model by Megatron-Core's own layers, data parallelism, optimizer and schedule, with shared experts."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import functools
+import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from tests.harness.megatron_faults import FAULTS
-from tests.harness.megatron_model import Layout, Model, batches, built, fill, run, start
+from tests.harness.megatron_model import LENGTH, Layout, Model, batches, built, fill, run, start
 from tests.harness.ranks import run_ranks
 
 #: `run_ranks` on ranks that need not import Megatron-Core, which takes five seconds.
@@ -25,13 +28,9 @@ run_megatron = functools.partial(
 
 
 class Training:
-    """A model with Megatron-Core's data parallelism, optimizer and schedule.
+    """A model with Megatron-Core's data parallelism, optimizer and schedule."""
 
-    Args:
-        fault: the name of a fault of `FAULTS` that is planted.
-    """
-
-    def __init__(self, layout: Layout, sharing: str | None, options: dict[str, Any], fault: str | None = None):
+    def __init__(self, layout: Layout, sharing: str | None, options: dict[str, Any]):
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -43,8 +42,6 @@ class Training:
         self.layout = layout
         config, chunks, self.shares = built(layout, Model(sharing=sharing, sharing_options=options))
         fill(chunks)
-        if fault is not None:
-            FAULTS[fault](self.shares)
         gathers = layout.overlap and layout.zero
         common = {"use_distributed_optimizer": layout.zero, "overlap_param_gather": gathers}
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=layout.overlap, **common)
@@ -104,17 +101,13 @@ def count_calls() -> dict[str, int]:
     return calls
 
 
-#: A way of sharing with its options, and a fault that is planted.
-Case = tuple[str | None, dict[str, Any], str | None]
-
-
-def train(layout: Layout, cases: list[Case], steps: int = 4) -> list[dict[str, Any]]:
+def train(layout: Layout, cases: list[tuple[str | None, dict[str, Any]]], steps: int = 4) -> list[dict[str, Any]]:
     """Returns for each case losses and norms of a few steps, how far copies of what is shared differ between ranks, and whether
     Megatron-Core's own parts ran."""
     start(layout)
     results, calls = [], count_calls()
-    for sharing, options, fault in cases:
-        training = Training(layout, sharing, options, fault)
+    for sharing, options in cases:
+        training = Training(layout, sharing, options)
         losses, norms = zip(*(training.step(step) for step in range(steps)), strict=True)
         for chunk in training.model if layout.zero and layout.overlap else ():
             chunk.start_param_sync(force_sync=True)  # weights that else arrive in the next step
@@ -141,35 +134,6 @@ def _copies(shares: Any) -> dict[str, float]:
     same = [held for other, held in everywhere if other == place]
     first = {name: next(held[name] for held in same if name in held) for name in own}
     return {name: float((parameter - first[name]).abs().max()) for name, parameter in own.items()}
-
-
-def saved(layout: Layout, sharing: str, options: dict[str, Any], folder: str) -> list[float]:
-    """Saves the model of a layout by Megatron-Core's dist_checkpointing; returns its losses of a batch."""
-    from megatron.core import dist_checkpointing
-
-    start(layout)
-    _, chunks, _ = built(layout, Model(sharing=sharing, sharing_options=options))
-    fill(chunks)
-    dist_checkpointing.save(chunks[0].sharded_state_dict(), folder)
-    return _losses(chunks[0])
-
-
-def loaded(layout: Layout, sharing: str, options: dict[str, Any], folder: str) -> list[float]:
-    """Loads it in another layout, over a model of other values that it has used; returns the same losses."""
-    from megatron.core import dist_checkpointing
-
-    start(layout)
-    _, chunks, _ = built(layout, Model(sharing=sharing, sharing_options={**options, "seed": 7}))
-    fill(chunks)
-    _losses(chunks[0])
-    chunks[0].load_state_dict(dist_checkpointing.load(chunks[0].sharded_state_dict(), folder))
-    return _losses(chunks[0])
-
-
-@torch.no_grad()
-def _losses(model: Any) -> list[float]:
-    """Returns the mean loss of each micro-batch, on the last stage."""
-    return [float(out.float().mean()) for out in run([model], batches(9), forward_only=True)]
 
 
 def _state(training: Training, is_loading: bool) -> dict[str, Any]:
@@ -204,3 +168,104 @@ def trained_on(layout: Layout, sharing: str, options: dict[str, Any], folder: st
     training.optimizer.load_state_dict(content["optimizer"])
     losses, norms = zip(*(training.step(step) for step in (2, 3)), strict=True)
     return {"losses": list(losses), "norms": list(norms)}
+
+
+#: Names of arguments of Megatron-LM's where they are not those of Megatron-Core's fields.
+_ARGUMENTS = {"num_moe_experts": "num_experts", "gated_linear_unit": "swiglu", "layernorm_epsilon": "norm_epsilon"}
+
+
+def _built(layout: Layout, kind: Model) -> tuple[Any, Any, Any]:
+    """Returns the configuration, this rank's model of one chunk, and what shares its experts."""
+    config, (model,), shares = built(layout, kind)
+    return config, model, shares
+
+
+def _arguments(config: Any, kind: Model) -> argparse.Namespace:
+    """Returns what Megatron-LM's training program keeps of its command line."""
+    plain = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    plain = {_ARGUMENTS.get(name, name): value for name, value in plain.items() if not callable(value)}
+    plain |= kind.sharing_options
+    plain |= {
+        "position_embedding_type": "rope",
+        "group_query_attention": config.num_query_groups != config.num_attention_heads,
+        "seq_length": LENGTH,
+        "max_position_embeddings": LENGTH,
+        "untie_embeddings_and_output_weights": not kind.tied,
+        "vocab_size": kind.vocabulary,
+        "make_vocab_size_divisible_by": 8,
+        "expert_sharing": kind.sharing,
+    }
+    return argparse.Namespace(**{"rotary_base": 10000, "rotary_percent": 1.0, **plain})
+
+
+def _trained(config: Any, model: Any, shares: Any, steps: int) -> tuple[Any, list[float]]:
+    """Trains a model; returns its optimizer and the losses of the last stage."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-2, weight_decay=0.0), [wrapped])
+    config.finalize_model_grads_func = finalize_model_grads if shares is None else shares.finalize_model_grads
+    if shares is not None:
+        shares.follow(optimizer)
+    losses = []
+    for step in range(steps):
+        wrapped.zero_grad_buffer()
+        optimizer.zero_grad()
+        found = run([wrapped], batches(step))
+        optimizer.step()
+        losses += [float(torch.stack(found).mean())] if found else []
+    if shares is not None:
+        shares.forget()
+    return optimizer, losses
+
+
+def saved(layout: Layout, kind: Model, folder: str, steps: int = 2) -> Tensor | None:
+    """Trains a model and saves it with its arguments and its optimizer; returns the last stage's logits [T, V] of `batches(9)`."""
+    start(layout)
+    from megatron.core import dist_checkpointing
+
+    config, model, shares = _built(layout, kind)
+    fill([model])
+    optimizer, _ = _trained(config, model, shares, steps)
+    weights = model.sharded_state_dict(metadata=kind.metadata)
+    state = {"args": _arguments(config, kind), "iteration": steps, "checkpoint_version": 3.0, "model": weights}
+    if kind.metadata is None and not kind.latent and shares is None:
+        state["optimizer"] = optimizer.sharded_state_dict(weights)
+    os.makedirs(folder, exist_ok=True)
+    dist_checkpointing.save(state, folder)
+    with torch.no_grad():
+        logits = run([model.eval()], batches(9), forward_only=True, labels=False)
+    return torch.cat(logits).flatten(0, 1) if logits else None
+
+
+def converted(layout: Layout, kind: Model, folder: str, made: str) -> None:
+    """Loads a checkpoint of ours by Megatron-Core and saves this rank's file of the format `torch`, as Megatron-LM's
+    --ckpt-convert-format does: what the model's `state_dict_for_save_checkpoint` returns, with its arguments."""
+    start(layout)
+    from megatron.core import dist_checkpointing, parallel_state
+
+    config, model, _ = _built(layout, kind)
+    model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, folder)["model"])
+    ranks = [getattr(parallel_state, f"get_{axis}_model_parallel_rank")() for axis in ("tensor", "pipeline", "expert")]
+    name = f"mp_rank_{ranks[0]:02d}" + "".join(
+        f"_{rank:03d}" for rank, size in zip(ranks[1:], (layout.pp, layout.ep), strict=True) if size > 1
+    )
+    state = {"args": _arguments(config, kind), "iteration": 3, "checkpoint_version": 3.0}
+    state["args"].padded_vocab_size = kind.vocabulary
+    os.makedirs(os.path.join(made, name), exist_ok=True)
+    torch.save(
+        {**state, "model": model.state_dict_for_save_checkpoint()}, os.path.join(made, name, "model_optim_rng.pt")
+    )
+
+
+def continued(layout: Layout, kind: Model, folder: str, steps: int = 2) -> tuple[dict[str, Tensor], list[float]]:
+    """Loads a checkpoint by Megatron-Core, and trains on; returns this rank's weights as loaded, and losses of the last stage."""
+    start(layout)
+    from megatron.core import dist_checkpointing
+
+    config, model, shares = _built(layout, kind)
+    loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=kind.metadata)}, folder)
+    model.load_state_dict(loaded["model"])
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return weights, _trained(config, model, shares, steps)[1]

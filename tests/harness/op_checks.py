@@ -1,10 +1,12 @@
-"""Ops against references that no run compares at its start: cross-entropy, experts, AdamW; see `runtime.reference_checks`."""
+"""Ops against references that no run compares at its start: cross-entropy, experts, AdamW; see `runtime.reference_checks`. Random parts
+of layers for inference's ops."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from torch import Tensor
 from megatron_samoe.ops import reference
 from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw
 from megatron_samoe.ops.cross_entropy import cross_entropy_backward, cross_entropy_parts
+from megatron_samoe.ops.decode import stored
+from megatron_samoe.ops.decode_parts import PAGE, AttentionLayer, ExpertStack, Norm
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
 
 Device = torch.device | str
@@ -186,3 +190,58 @@ def check_adamw(
             torch.testing.assert_close(
                 getattr(run, moment).cpu(), optimizer.state[p][moment], rtol=10 * tolerance, atol=tolerance
             )
+
+
+T = TypeVar("T")
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_norm(size: int, rms: bool, bias: bool) -> Norm:
+    return Norm(1 + 0.1 * normal(1, size), normal(2, size) if bias else None, 1e-5, rms)
+
+
+def make_experts(hidden: int, ffn: int, matrices: int, experts: int, kind: str, gated: bool, bias: bool) -> ExpertStack:
+    up = (2, ffn) if gated else (ffn,)
+    generator = torch.Generator().manual_seed(5)
+    return ExpertStack(
+        stored(normal(3, matrices, *up, hidden) * hidden**-0.5, kind),
+        stored(normal(4, matrices, hidden, ffn) * ffn**-0.5, kind),
+        normal(5, matrices, *up) if bias else None,
+        normal(6, matrices, hidden) if bias else None,
+        gated,
+        torch.randint(matrices, (experts,), generator=generator),
+        torch.randint(matrices, (experts,), generator=generator),
+        *((normal(7, experts), normal(8, experts)) if gated else ()),
+    )
+
+
+def make_attention(
+    hidden: int, groups: int, queries: int, head_dim: int, kind: str, style: str, cache: torch.dtype, pages: int
+) -> AttentionLayer:
+    gpt = style == "gpt"
+    head_norm = make_norm(head_dim, not gpt, gpt)
+    return AttentionLayer(
+        make_norm(hidden, not gpt, gpt),
+        stored(normal(7, groups, queries + 2, head_dim, hidden) * hidden**-0.5, kind),
+        normal(8, groups, queries + 2, head_dim) if gpt else None,
+        None if style == "plain" else (head_norm, head_norm),
+        stored(normal(9, hidden, groups * queries * head_dim) * hidden**-0.5, kind),
+        normal(10, hidden) if gpt else None,
+        torch.zeros(pages, groups, head_dim, PAGE, dtype=cache),
+        torch.zeros(pages, groups, PAGE, head_dim, dtype=cache),
+    )
+
+
+def moved(value: T, device: torch.device | str) -> T:
+    """Returns a copy of a value, its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, tuple):
+        return tuple(moved(part, device) for part in value)  # type: ignore[return-value]
+    if hasattr(value, "__dataclass_fields__"):
+        parts: dict[str, Any] = {f.name: moved(getattr(value, f.name), device) for f in fields(value)}  # type: ignore[arg-type]
+        return replace(value, **parts)  # type: ignore[type-var]
+    return value

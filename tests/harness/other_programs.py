@@ -7,8 +7,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.harness.program import REPOSITORY
 
@@ -79,3 +82,17 @@ def _answers(python: str, program: str, path: Path, given: dict[str, Any]) -> li
     assert line is not None, done.stderr[-3000:]
     found: list[Any] = json.loads(line[2:])
     return found
+
+
+def with_packages(folder: Path, *installs: Sequence[str]) -> dict[str, str]:
+    """Returns an environment in which Python has packages that pip has just installed; skips a test where it cannot.
+
+    Args:
+        installs: words of each call of pip.
+    """
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder / "site")]
+    for words in installs:
+        done = subprocess.run([*pip, *words], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"pip cannot install {' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")
+    return {**os.environ, "PYTHONPATH": str(folder / "site"), "HF_MODULES_CACHE": str(folder / "modules")}

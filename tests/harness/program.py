@@ -112,6 +112,14 @@ class ProgramRun:
         self._give_up(f"nothing of what was waited for within {timeout_s} s")
         return False
 
+    def reached(self) -> int:
+        """Returns the last iteration that was logged, 0 for none."""
+        return max(map(int, re.findall(r"iteration +(\d+)/", self.output())), default=0)
+
+    def wait_for_step(self, step: int) -> None:
+        """Waits until an iteration is logged."""
+        assert self.wait_until(lambda: self.reached() >= step), self.output()
+
     def wait(self, timeout_s: float = 60.0) -> tuple[int, ...]:
         """Returns the exit status of each rank, negative for a signal.
 
@@ -151,26 +159,16 @@ class ProgramRun:
         raise AssertionError(f"{problem}:\n{self.output()}")
 
 
-class _Command:
+class _Command(subprocess.Popen):
     """A subprocess with the methods of multiprocessing's processes."""
-
-    def __init__(self, words: Sequence[str], output: Path, environment: dict[str, str]):
-        with open(output, "wb") as file:
-            self._popen = subprocess.Popen(
-                words, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY
-            )
-        self.pid = self._popen.pid
 
     @property
     def exitcode(self) -> int | None:
-        return self._popen.poll()
+        return self.poll()
 
     def join(self, timeout_s: float) -> None:
         with suppress(subprocess.TimeoutExpired):
-            self._popen.wait(timeout_s)
-
-    def kill(self) -> None:
-        self._popen.kill()
+            self.wait(timeout_s)
 
 
 @dataclass(frozen=True)
@@ -272,7 +270,10 @@ def start_command(
     output = folder / f"output-{len(list(folder.glob('output-*'))):03d}.txt"
     torchrun = [] if num_ranks is None else ["torch.distributed.run", *launcher, f"--nproc-per-node={num_ranks}", "-m"]
     words = [sys.executable, "-m", *torchrun, "megatron_samoe.cli.pretrain", *args]
-    return ProgramRun([_Command(words, output, {**os.environ, "OMP_NUM_THREADS": "1", **environment})], [output])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    with open(output, "wb") as file:
+        command = _Command(words, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY)
+    return ProgramRun([command], [output])
 
 
 def _run_main(

@@ -8,13 +8,12 @@ torch itself takes. It names each call before it makes it, so that of a process 
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import math
 import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +57,16 @@ def _wrong_tensors(good: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
     }.items()
     for dim, size in enumerate(shape):
         for new in {0, size - 1, size + 1, 2 * size} - {-1}:
-            yield (
-                f"of {new} in dim {dim}",
-                lambda dim=dim, new=new: good.new_zeros([*shape[:dim], new, *shape[dim + 1 :]]),
-            )
+            yield f"of {new} in dim {dim}", partial(good.new_zeros, [*shape[:dim], new, *shape[dim + 1 :]])
         for huge in HUGE:
-            yield (
-                f"repeated to {huge} in dim {dim}",
-                lambda dim=dim, huge=huge: good.new_zeros(()).expand([*shape[:dim], huge, *shape[dim + 1 :]]),
-            )
-        for other in range(len(shape)):
-            if other != dim:
-                yield (
-                    f"transposed in {dim} and {other}",
-                    lambda dim=dim, other=other: good.transpose(dim, other).clone().transpose(dim, other),
-                )
-                for huge in HUGE:
-                    sizes = [0 if d == dim else huge if d == other else n for d, n in enumerate(shape)]
-                    yield f"of {sizes}", lambda sizes=sizes: good.new_empty(sizes)
+            sizes = [*shape[:dim], huge, *shape[dim + 1 :]]
+            yield f"repeated to {huge} in dim {dim}", lambda sizes=sizes: good.new_zeros(()).expand(sizes)
+        for other in {*range(len(shape))} - {dim}:
+            swapped = good.transpose(dim, other)
+            yield f"transposed in {dim} and {other}", lambda t=swapped, d=dim, o=other: t.clone().transpose(d, o)
+            for huge in HUGE:
+                sizes = [0 if d == dim else huge if d == other else n for d, n in enumerate(shape)]
+                yield f"of {sizes}", partial(good.new_empty, sizes)
     if shape:
         yield "repeated to overflow", lambda: good.new_zeros(()).expand([1 << 32] * max(2, len(shape)))
     if good.dtype in (torch.int64, torch.int32) and good.numel():
@@ -84,23 +75,16 @@ def _wrong_tensors(good: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
             if bounds.min <= value <= bounds.max:
                 yield f"full of {value}", lambda value=value: torch.full_like(good, value)
                 for place in {0, good.numel() - 1}:
-                    yield f"with {value} at {place}", lambda value=value, place=place: _with_entry(good, place, value)
-
-
-def _with_entry(good: Tensor, place: int, value: int) -> Tensor:
-    changed = good.clone()
-    changed.view(-1)[place] = value
-    return changed
+                    changed = good.flatten().index_fill(0, torch.tensor(place), value).view(shape)
+                    yield f"with {value} at {place}", changed.clone
 
 
 def _wrong_integers(good: list[int]) -> Iterator[tuple[str, Callable[[], Any]]]:
     total, most = sum(good), (1 << 63) - 1
     for value in INTEGERS:
         for place in range(len(good)):
-            yield (
-                f"with {value} at {place}",
-                lambda value=value, place=place: [*good[:place], value, *good[place + 1 :]],
-            )
+            changed = [*good[:place], value, *good[place + 1 :]]
+            yield f"with {value} at {place}", lambda changed=changed: changed
         yield f"full of {value}", lambda value=value: [value] * len(good)
     sums_in_64_bits = [most, most, total + 2, *[0] * (len(good) - 3)]
     for wrong in ([], [*good, 0], sums_in_64_bits, [-1] * (len(good) or 1)):
@@ -157,20 +141,11 @@ def calls() -> Iterator[tuple[str, str, str, Callable[[], Arguments]]]:
         schema = getattr(ops, op).default._schema
         for way, build in enumerate(builders):
             yield op, f"way {way}: as it should be", "", build
-            sizes = inspect.signature(build).parameters
-            letters = [name for name in sizes if len(name) == 1]
-            for one in letters:
-                for size in (0, 1):
-                    yield (
-                        op,
-                        f"way {way}: {one} = {size}",
-                        "",
-                        lambda build=build, one=one, size=size: build(**{one: size}),
-                    )
-                for other, huge in itertools.product(letters, (0, *HUGE)):
-                    if other != one:
-                        changed = {one: 0, other: huge}
-                        yield op, f"way {way}: {changed}", "", lambda build=build, changed=changed: build(**changed)
+            for one in build.sizes:
+                changes = [{one: 0}, {one: 1}]
+                changes += [{one: 0, o: huge} for o in build.sizes for huge in (0, *HUGE) if o != one]
+                for changed in changes:
+                    yield op, f"way {way}: {changed}", "", partial(build, **changed)
             good = build()
             close_all()
             for place, argument in enumerate(schema.arguments):

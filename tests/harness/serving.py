@@ -9,11 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_samoe.config import CheckpointConfig, DataConfig
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import Request, TokenEvent
@@ -34,12 +33,9 @@ CONTEXT = 64
 
 def save_tiny(folder: Path, experts: str = "samoe", **options: Any) -> Path:
     """Saves a model of random weights over bytes and returns its folder of checkpoints."""
-    given = {"style": "llama", "num_layers": 2, "seq_length": CONTEXT, **SHARP, **options}
-    config = replace(
-        tiny_config(experts, **given),
-        data=DataConfig(mock_data=True, tokenizer_type="ByteTokenizer"),
-        checkpoint=CheckpointConfig(save=str(folder)),
-    )
+    data = {"mock_data": True, "tokenizer_type": "ByteTokenizer", "save": str(folder)}
+    sizes = {"style": "llama", "num_layers": 2, "seq_length": CONTEXT, **SHARP}
+    config = tiny_config(experts, **{**sizes, **data, **options})
     setup = build_setup(config, 257, single_process_state())
     save_run(setup, initial_state(setup))
     return folder
@@ -58,14 +54,6 @@ class SlowEngine(Engine):
     def step(self) -> list[TokenEvent]:
         time.sleep(self.step_s)
         return super().step()
-
-
-def read_to_end(connection: socket.socket) -> bytes:
-    """Returns all that comes until the other side closes."""
-    content = b""
-    while piece := connection.recv(4096):
-        content += piece
-    return content
 
 
 def greedy_text(loaded: LoadedModel, prompt: str, max_tokens: int, stop: tuple[str, ...] = ()) -> str:

@@ -96,7 +96,11 @@ def device_without_storage(rows_for_each_rank_and_expert: int) -> Iterator[None]
         mock.patch.object(AllToAllDispatcher, "awaited", table),
         mock.patch.object(all_to_all, "_exchange", _exchange),
         mock.patch.object(Group, "all_reduce", lambda group, x, *_: x),
-        mock.patch.object(Group, "all_gather", lambda group, x: x if group.size == 1 else torch.cat([x] * group.size)),
+        mock.patch.object(
+            Group,
+            "all_gather",
+            lambda group, x, out=None: x if group.size == 1 else torch.cat([x] * group.size) if out is None else out,
+        ),
         mock.patch.object(Group, "reduce_scatter", _reduce_scatter),
         mock.patch.object(Group, "start_reduce_scatter", lambda group, part, x: None),
         mock.patch.object(Group, "all_gather_object", lambda group, value: [value] * group.size),

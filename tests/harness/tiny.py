@@ -50,21 +50,21 @@ def with_options(config: PretrainConfig, **options: Any) -> PretrainConfig:
 
 def with_layout(config: PretrainConfig, **sizes: Any) -> PretrainConfig:
     """Returns the configuration with a parallel layout: tp, cp, comm (of cp), pp, vpp (layers per virtual stage), ep, etp, sp, zero,
-    of which a dense model leaves out ep and etp; and the placement of a pool, if it has one."""
-    unused = {"pool"} if config.moe.expert_layout != "dense" else {"pool", "ep", "etp"}
+    of which a dense model leaves out ep and etp; the parts and the transport of tokens; and the placement of a pool, if it has one."""
+    unused = {"pool"} if config.moe.expert_layout != "dense" else {"pool", "ep", "etp", "chunks", "rows"}
     parallel = ParallelConfig(**{SHORT_NAMES[k]: v for k, v in sizes.items() if k not in unused})
     if config.moe.shares_experts and "pool" in sizes:
         config = with_options(config, samoe_pool_placement=sizes["pool"])
     return replace(config, parallel=parallel)
 
 
-def state_of(grid: RankGrid, rank: int) -> ParallelState:
+def state_of(grid: RankGrid, rank: int, sequence_parallel: bool = False) -> ParallelState:
     """Returns a rank's state without process groups: making weights needs no communication."""
     groups = {}
     for name in GROUPS:
         (ranks,) = (ranks for ranks in grid.groups(name) if rank in ranks)
         groups[name] = Group(name, ranks, ranks.index(rank))
-    return ParallelState(grid, rank, torch.device("cpu"), **groups)
+    return ParallelState(grid, rank, torch.device("cpu"), sequence_parallel=sequence_parallel, **groups)
 
 
 def global_batch(config: PretrainConfig, step: int, batch_size: int = 8) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,6 @@ def _spec(**parts: Any) -> Change:
     return of_bytes(new)
 
 
-def _growing(kind: str, pattern: Mapping[str, str]) -> dict[str, Any]:
-    return {"type": "Sequence", kind: [{"type": "Replace", "pattern": pattern, "content": "a" * 30}] * 12}
-
-
 def _split(expression: str) -> dict[str, Any]:
     return {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": expression}}
 
@@ -33,16 +29,9 @@ _ADDED = {"id": 0, "content": "", "special": True} | dict.fromkeys(
     ("single_word", "lstrip", "rstrip", "normalized"), False
 )
 _PADDING = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None}
+#: What multiplies a text, never ends or lies of its size is in tests/unit/datasets/test_tokenizer.py.
 TOKENIZER: dict[str, Change] = {
-    "a normalizer that multiplies": _spec(normalizer=_growing("normalizers", {"String": "a"})),
-    "a normalizer that makes text of nothing": _spec(normalizer=_growing("normalizers", {"Regex": ""})),
-    "a decoder that multiplies": _spec(decoder=_growing("decoders", {"String": "a"})),
-    "a prefix of 50 MB": _spec(normalizer={"type": "Prepend", "prepend": "a" * (50 << 20)}),
-    "an expression without end": _spec(pre_tokenizer=_split("(a+)+$|(a|aa)+b")),
     "a large expression": _spec(pre_tokenizer=_split("((a{1,999}){1,999}){1,999}")),
-    "a character map that lies": _spec(
-        normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w" + "A" * 400}
-    ),
     "an id far away": _spec(added_tokens=[{**_ADDED, "content": "<|endoftext|>", "id": 2**32 - 1}]),
     "a token without letters": _spec(added_tokens=[_ADDED]),
     "no vocabulary": _spec(model={"vocab": {}, "merges": []}),

@@ -1,4 +1,4 @@
-"""Hosts on one machine: each has its own name, network, process numbers, shared memory, temporary folder and cores.
+"""Hosts on one machine: each has its own name, network, process numbers, shared memory and temporary folder.
 
 A host is a process that holds its namespaces open. It ends with the pipe from the test, however the test ends, and
 Linux then ends every process of the host and takes its network away. Nothing is added to the machine's own network:
@@ -22,14 +22,10 @@ from typing import Any
 
 from tests.harness.program import REPOSITORY, ProgramRun
 from tests.harness.ranks import _context
-from tests.hosts.relay import relay
 
 SHARED = Path("/srv")
 _MOUNT, _UTS, _IPC, _PID, _NET = 0x00020000, 0x04000000, 0x08000000, 0x20000000, 0x40000000  # CLONE_NEW...
 _OF_A_HOST = _MOUNT | _UTS | _IPC | _PID | _NET
-#: Where a host's share of the processor is set: cgroups of the first version, and of the second.
-_CPU_GROUPS = (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup"))
-_PREFIX = "samoe-host-"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -74,7 +70,6 @@ class Host:
     def __init__(self, name: str, address: str, cluster: Cluster):
         self.name, self.address, self._cluster = name, address, cluster
         self.folder, self.services = cluster.folder / name, set[int]()
-        self._group = ""  # of processors, where they are limited
         (self.folder / "tmp").mkdir(parents=True)
         self._pipe, there = _context.Pipe()
         self._process = _context.Process(target=_hold, args=(there, name, str(cluster.names), str(cluster.shared)))
@@ -84,17 +79,13 @@ class Host:
         self.pid = self._pipe.recv()
         assert isinstance(self.pid, int), self.pid
 
-    def start(self, words: Sequence[str], warm: bool = True, **environment: str) -> ProgramRun:
-        """Starts a command on the host.
-
-        Args:
-            warm: torchrun, and what it starts, are forks of a process that has everything imported: a second, not ten.
+    def start(self, words: Sequence[str], **environment: str) -> ProgramRun:
+        """Starts torchrun on the host. It, and what it starts, are forks of a process that has everything imported: a second, not
+        ten.
         """
         output = self.folder / f"output-{len(list(self.folder.glob('output-*'))):03d}.txt"
         environment = {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder / "tmp"), **environment}
-        process = _context.Process(
-            target=_enter, args=(self.pid, self._group, list(words), environment, str(output), warm)
-        )
+        process = _context.Process(target=_enter, args=(self.pid, list(words), environment, str(output)))
         process.start()
         return ProgramRun([process], [output])
 
@@ -106,13 +97,11 @@ class Host:
         """Pulls the host's network cable, or plugs it in again."""
         self._cluster.switch("ip", "link", "set", f"to-{self.name}", "up" if plugged_in else "down")
 
-    def shape(self, rate: str, burst: str = "32kb") -> None:
-        """Limits what the host sends, and what it receives, to a rate such as 1gbit.
-
-        Args:
-            burst: what an idle link lets through at once, as no real one does: so little that it does not count.
+    def shape(self, rate: str) -> None:
+        """Limits what the host sends, and what it receives, to a rate such as 1gbit. An idle link lets through at once, as no real
+        one does, so little that it does not count.
         """
-        limit = ("root", "tbf", "rate", rate, "burst", burst, "latency", "100ms")
+        limit = ("root", "tbf", "rate", rate, "burst", "32kb", "latency", "100ms")
         self.run("tc", "qdisc", "replace", "dev", "eth0", *limit)
         self._cluster.switch("tc", "qdisc", "replace", "dev", f"to-{self.name}", *limit)
 
@@ -123,24 +112,6 @@ class Host:
     def listening(self) -> set[str]:
         """Returns where the host listens, as ss writes it: address:port."""
         return {line.split()[3] for line in self.run("ss", "-Hltn").splitlines()}
-
-    def cores(self, share: float) -> str:
-        """Limits the host to a share of one core; returns why that cannot be done, or an empty string."""
-        period = round(max(1e4, 1e3 / share))  # microseconds; long ones would let whole steps pass at full speed
-        for root in _CPU_GROUPS:
-            group, first = root / f"{_PREFIX}{os.getpid()}-{self.name}", root == _CPU_GROUPS[0]
-            with suppress(OSError):
-                group.mkdir(exist_ok=True)
-                if first:
-                    (group / "cpu.cfs_period_us").write_text(str(period))
-                    (group / "cpu.cfs_quota_us").write_text(str(round(period * share)))
-                else:
-                    (group / "cpu.max").write_text(f"{round(period * share)} {period}")
-                for pid in self.processes():
-                    (group / "cgroup.procs").write_text(str(pid))
-                self._group = str(group)
-                return ""
-        return "no control group of processors can be made"
 
     def processes(self) -> list[int]:
         """Returns the processes of the host besides its first, as the machine counts."""
@@ -157,9 +128,6 @@ class Host:
             self.cable(False)
         self._pipe.close()
         self._process.join(20)
-        for root in _CPU_GROUPS:
-            with suppress(OSError):
-                (root / f"{_PREFIX}{os.getpid()}-{self.name}").rmdir()
 
 
 class Cluster:
@@ -172,13 +140,8 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder, self.shared, self.names = folder, folder / "shared", folder / "names"
         self.hosts: list[Host] = []
-        self._relays: list[Any] = []
 
     def __enter__(self) -> Cluster:
-        for root in _CPU_GROUPS:  # of a test that was killed
-            for group in root.glob(f"{_PREFIX}*"):
-                if not Path(f"/proc/{group.name.removeprefix(_PREFIX).partition('-')[0]}").exists():
-                    group.rmdir()
         self.shared.mkdir(parents=True)
         addresses = [f"10.77.0.{number + 1} host{number}" for number in range(16)]
         self.names.write_text("\n".join(["127.0.0.1 localhost", *addresses]) + "\n")
@@ -190,43 +153,24 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         for host in [*self.hosts, self._switch]:
             host.lose()
-        for relayed in self._relays:
-            relayed.kill()
-            relayed.join(20)
 
     def switch(self, *words: object) -> str:
         """Runs a command where the switch is."""
         return _run("nsenter", "-t", self._switch.pid, "-n", *words)
 
-    def add(self, delay_s: float | None = None, loss: float = 0.0) -> Host:
-        """Adds the next host: host0 is 10.77.0.1, and so on.
-
-        Args:
-            delay_s, loss: of the host's link, each way; not None for a link through a relay, which can both.
-        """
+    def add(self) -> Host:
+        """Adds the next host: host0 is 10.77.0.1, and so on."""
         number = len(self.hosts)
         host = Host(f"host{number}", f"10.77.0.{number + 1}", self)
         self.hosts.append(host)
         port = f"to-{host.name}"
-        if delay_s is None:
-            ends = f"{port} mtu 9000 type veth peer name eth0 mtu 9000 netns {host.pid}"
-            self.switch("ip", "link", "add", *ends.split())
-        else:
-            ready, there = _context.Pipe()
-            relayed = _context.Process(target=relay, args=(there, host.pid, self._switch.pid, port, delay_s, loss))
-            relayed.start()
-            self._relays.append(relayed)
-            assert ready.poll(20) and ready.recv() == "", "the relay does not start"
+        ends = f"{port} mtu 9000 type veth peer name eth0 mtu 9000 netns {host.pid}"
+        self.switch("ip", "link", "add", *ends.split())
         self.switch("ip", "link", "set", port, "master", "bridge", "up")
         for link in (("lo", "up"), ("eth0", "up")):
             host.run("ip", "link", "set", *link)
         host.run("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
         return host
-
-
-def enter(pid: int, spaces: int) -> None:
-    """Takes this process into a process's namespaces."""
-    _checked(_libc.setns(os.pidfd_open(pid), spaces))
 
 
 def _hold(pipe: Connection, name: str, names: str, shared: str) -> None:
@@ -271,32 +215,28 @@ def _die_with_parent() -> None:
     _libc.prctl(set_parent_death_signal, int(signal.SIGKILL))
 
 
-def _enter(host: int, group: str, words: list[str], environment: dict[str, str], output: str, warm: bool) -> None:
+def _enter(host: int, words: list[str], environment: dict[str, str], output: str) -> None:
     """Runs a command on a host, passes SIGTERM on to it, and ends as it does."""
     _die_with_parent()
-    if group:
-        Path(group, "cgroup.procs").write_text(str(os.getpid()))
-    enter(host, _OF_A_HOST)
+    _checked(_libc.setns(os.pidfd_open(host), _OF_A_HOST))
     pid = os.fork()  # which is in the host's process numbers; this process stays outside
     if pid == 0:
         _die_with_parent()
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        _become(words, environment, handle, warm)
+        _become(words, environment, handle)
     signal.signal(signal.SIGTERM, lambda number, _: os.kill(pid, number))
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     os._exit(code if code >= 0 else 128 - code)
 
 
-def _become(words: list[str], environment: dict[str, str], handle: int, warm: bool) -> None:
+def _become(words: list[str], environment: dict[str, str], handle: int) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.environ.update(environment)
     os.chdir(REPOSITORY)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
-    if not warm:
-        os.execvp(words[0], words)
     sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
     status: Any = 1
     try:
@@ -339,7 +279,7 @@ class _Fork:
         if self.pid == 0:
             os.setsid()
             os.environ.clear()
-            _become(words, environment, 1, warm=True)
+            _become(words, environment, 1)
 
     def poll(self) -> int | None:
         if self.returncode is None:

@@ -49,7 +49,6 @@ class Job:
 
     Args:
         num_ranks: of each host.
-        warm: see Host.start.
         hosts: the first one has the store; all of the cluster if not given.
         conf: of torchrun's rendezvous, besides the script's.
         start: whether its agents are started at once.
@@ -60,13 +59,12 @@ class Job:
         self,
         cluster: Cluster,
         num_ranks: int = 1,
-        warm: bool = True,
         hosts: Sequence[Host] = (),
         conf: str = QUICK,
         start: bool = True,
         **options: Any,
     ):
-        self.cluster, self._warm, hosts = cluster, warm, hosts or cluster.hosts
+        self.cluster, hosts = cluster, hosts or cluster.hosts
         flags = arguments(data_path=SHARED / "data" / "corpus", **{**OPTIONS, **options})
         words = slurm_words(cluster.folder, hosts, num_ranks, flags)
         words[words.index("--rdzv-conf") + 1] += f",{conf}"
@@ -75,19 +73,9 @@ class Job:
         for host in hosts if start else ():
             self.start(host)
 
-    def start(self, host: Host, *flags: str, agent: Sequence[str] = (), **environment: str) -> ProgramRun:
-        """Starts the job's agent on a host.
-
-        Args:
-            flags, agent: of the program, and of torchrun, on this host alone.
-        """
-        module = self._words.index("-m")
-        run = host.start(
-            [*self._words[:module], *agent, *self._words[module:], *flags],
-            self._warm,
-            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
-            **environment,
-        )
+    def start(self, host: Host, *flags: str, **environment: str) -> ProgramRun:
+        """Starts the job's agent on a host, with flags of the program on this host alone."""
+        run = host.start([*self._words, *flags], TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", **environment)
         self.agents[host.name] = run
         return run
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.program import arguments, iterations, losses, start
+from tests.harness.program import arguments, losses, start
 from tests.hosts.cluster import Cluster
 from tests.hosts.job import OPTIONS, QUICK, Job
 
@@ -88,19 +88,3 @@ def test_a_rank_that_is_told_to_leave(cluster: Cluster, undisturbed: list[float]
     output = job.succeed(90)
     assert job.losses() == pytest.approx(undisturbed, rel=1e-5) and repeated(job) == 0, output
     assert output.count("2 of 2 ranks work") == 2 and "signal 15 received by rank 1 (host1)" in output, output
-
-
-@night
-def test_a_rank_that_is_told_to_leave_a_job_that_tries_once(cluster: Cluster) -> None:
-    hosts = [cluster.add(), cluster.add()]
-    job = Job(cluster, 2, start=False, expert_model_parallel_size=2, distributed_timeout_minutes=0.2)
-    runs = [job.start(host, agent=["--max-restarts", "0"]) for host in hosts]
-    job.wait_for_step(5)
-    os.kill(max(hosts[1].processes()), signal.SIGTERM)
-    assert all(run.wait(60) != (0,) for run in runs) and not any(host.processes() for host in hosts)
-    saved = iterations(cluster.shared / "run" / "checkpoints")
-    assert saved == [job.step()], "the last step is saved"
-    assert "SIGTERM came to rank 3 (host1): all ranks leave. The newest complete checkpoint is" in runs[1].output(), (
-        job.output()
-    )
-    assert "error: SIGTERM came to rank 3 (host1) and not to this rank" in runs[0].output(), job.output()

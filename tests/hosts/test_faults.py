@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
@@ -98,50 +96,6 @@ def test_a_cut_in_the_middle_of_a_save(cluster: Cluster, undisturbed: list[float
     job.wait_for("lost another rank")
     second.cable(True)
     assert_as_if_nothing_had_been(job, undisturbed, range(12))
-
-
-@night
-def test_two_packets_in_a_hundred_are_lost(cluster: Cluster, undisturbed: list[float]) -> None:
-    cluster.add()
-    cluster.add(delay_s=0.001, loss=0.02)
-    job = Job(cluster, **OPTIONS)
-    job.wait_for_step(STEPS, 300)
-    assert_as_if_nothing_had_been(job, undisturbed)
-
-
-@night
-def test_a_host_at_a_tenth_of_its_speed_is_named(cluster: Cluster, undisturbed: list[float]) -> None:
-    """Beside much other work the first host has less than a core, too, and the second more than a tenth of that."""
-    _, second = cluster.add(), cluster.add()
-    if missing := second.cores(0.1):
-        pytest.skip(missing)
-    job = Job(cluster, preflight=True, **{**OPTIONS, "distributed_timeout_minutes": 1.0})
-    job.wait_for_step(STEPS, 300)
-    assert_as_if_nothing_had_been(job, undisturbed)
-    least, most = map(float, re.findall(r"preflight: (\S+) GFLOP/s to (\S+) GFLOP/s per rank", job.output())[0])
-    print(f"{least:.0f} to {most:.0f} GFLOP/s")
-    assert least > 0.6 * most - 1 or re.search(r"preflight: rank 1 \(host1\) has .* GFLOP/s", job.output()), (
-        job.output()
-    )
-    slowest = [json.loads(line)["slowest_rank"] for line in (cluster.shared / "run/metrics.jsonl").open()]
-    print(f"rank 1 was the slowest in {slowest.count(1)} of {STEPS} steps")
-    assert slowest.count(1) > 0.8 * STEPS, slowest
-
-
-@night
-@pytest.mark.parametrize("hours", [0.0012, 1.0])
-def test_clocks_that_differ(hours: float, cluster: Cluster, undisturbed: list[float]) -> None:
-    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
-    if library is None:
-        pytest.skip("libfaketime is not installed")
-    hosts = cluster.add(), cluster.add()
-    job = Job(cluster, start=False, warm=False, preflight=True, **OPTIONS)
-    job.start(hosts[0])
-    seconds = 3600 * hours
-    job.start(hosts[1], LD_PRELOAD=str(library), FAKETIME=f"+{seconds:.1f}s", FAKETIME_DONT_FAKE_MONOTONIC="1")
-    job.wait_for_step(STEPS, 300)
-    assert_as_if_nothing_had_been(job, undisturbed)
-    assert re.search(rf"preflight: the clock of rank 1 \(host1\) is \+{seconds / 2:.0f}", job.output()), job.output()
 
 
 def test_gloo_on_an_interface_that_leads_nowhere(cluster: Cluster) -> None:

@@ -20,7 +20,7 @@ from tests.hosts.cluster import Cluster
 from tests.hosts.job import STEPS, Job
 
 pytestmark = [pytest.mark.distributed, pytest.mark.night]
-FAULTS = ("cable out", "rank killed", "rank told to leave", "rank paused", "host lost", "host slow")
+FAULTS = ("cable out", "rank killed", "rank told to leave", "rank paused", "host lost")
 SIGNALS = {"rank killed": signal.SIGKILL, "rank told to leave": signal.SIGTERM, "rank paused": signal.SIGSTOP}
 
 
@@ -59,8 +59,6 @@ class Operator:
             self.job.agents.pop(host.name)
             self.places[number] = self.cluster.add()
             self.job.start(self.places[number])
-        elif what == "host slow":
-            host.cores(0.2)
         elif ranks:
             os.kill(ranks[-1], SIGNALS[what])
             if what == "rank paused":

@@ -1,7 +1,8 @@
-"""What an option changes of a model's numbers, by the formula of its documentation."""
+"""What an option changes of a model: its numbers, by the formula of its documentation, and shapes of weights, by hand (`shapes.yaml`)."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,13 @@ from torch import Tensor
 
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.training.checkpointing import model_state
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, global_batch, micro_batches, tiny_config
+
+SHAPES = table(str(Path(__file__).with_name("shapes.py")))
 
 
 def setup(layout: str = "dense", **options: Any) -> TrainSetup:
@@ -87,3 +92,13 @@ def test_an_expert_of_a_locked_pool_is_one_layers() -> None:
     assert result.routing is not None
     users_E = (result.routing.counts_LE > 0).sum(0)
     assert users_E.max() == 1, result.routing.counts_LE
+
+
+@pytest.mark.parametrize("option", SHAPES)
+def test_a_weight_has_the_shape_that_an_option_says(option: str) -> None:
+    value, others, weight, shape = SHAPES[option]
+    config = tiny_config(**{"layout": "dense", **others, option: value})
+    model = build_setup(config, VOCAB_SIZE, single_process_state()).model
+    shapes = {name: tuple(parts[0].global_shape) for name, parts in model_state(model).items()}
+    assert shapes.get(weight) == shape, shapes
+    assert max(int(name.split(".")[1]) for name in shapes if name.startswith("layers.")) == config.model.num_layers - 1

@@ -255,16 +255,6 @@ def dpo_against_the_base_under_lora(model: Any) -> tuple[Any, Any]:
     return torch.tensor([found, first, float(found < 0.9 * first)]), torch.tensor([expected, math.log(2), 1.0])
 
 
-@use
-def lora_where_nothing_is(model: Any) -> tuple[Any, Any]:
-    """One sentence of peft's says so."""
-    try:
-        peft.get_peft_model(new(model), lora(target_modules=["no_such_layer"]))
-    except ValueError as error:
-        return "no_such_layer" in str(error) and "not found in the base model" in str(error), True
-    return None, "a refusal"
-
-
 def versions() -> str:
     libraries = (torch, transformers, trl, peft, accelerate, datasets)
     return ", ".join(f"{library.__name__} {library.__version__}" for library in libraries)

@@ -62,6 +62,19 @@ def random_source(layout: str, **options: Any) -> MemorySource:
     return MemorySource(weights, to_mapping(config), {**PLAIN_STATE, "vocab_size": VOCABULARY})
 
 
+def loaded(root: Path) -> LoadedModel:
+    """Returns one of our checkpoints as users load it."""
+    return load_model(open_folder(root), single_process_state())
+
+
+@torch.no_grad()
+def our_logits(model: LoadedModel | Path, ids_BS: Tensor) -> Tensor:
+    """Returns logits [B, S, V] of a model, or of that of a folder."""
+    rank_model = (loaded(model) if isinstance(model, Path) else model).model
+    result, _ = rank_model(ids_BS, ForwardContext(batch_size=len(ids_BS), training=False))
+    return result.view(*ids_BS.shape, -1)[..., : rank_model.vocab_size]
+
+
 @dataclass
 class Native:
     """One of our checkpoints, and what it computes."""
@@ -70,11 +83,9 @@ class Native:
     source: MemorySource
     loaded: LoadedModel
 
-    @torch.no_grad()
     def logits(self, ids_BS: Tensor) -> Tensor:
         """Returns logits [B, S, V]."""
-        result, _ = self.loaded.model(ids_BS, ForwardContext(batch_size=len(ids_BS), training=False))
-        return result.view(*ids_BS.shape, -1)[..., :VOCABULARY]
+        return our_logits(self.loaded, ids_BS)
 
     def greedy(self, length: int) -> list[int]:
         """Returns the ids that follow the prompt."""
@@ -88,7 +99,7 @@ class Native:
 def native(root: Path, source: MemorySource) -> Native:
     """Returns a source as a checkpoint on disk, loaded as users load it."""
     write_checkpoint(root, 7, source)
-    return Native(root, source, load_model(open_folder(root), single_process_state()))
+    return Native(root, source, loaded(root))
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -104,6 +115,12 @@ def converted(load_dir: Path, save_dir: Path, *arguments: object) -> Path:
     status, _, err = run("--load-dir", load_dir, "--save-dir", save_dir, *arguments)
     assert status == 0, err
     return save_dir
+
+
+def sent(folder: Path, layout: str, options: dict[str, Any], *words: object) -> tuple[Native, Path]:
+    """Returns a random model below a folder, and its export there, for which `words` are of the conversion."""
+    ours = native(folder / "native", random_source(layout, **options))
+    return ours, converted(ours.root, folder / "hf", "--to", "hf", *words)
 
 
 def theirs(folder: Path, **options: Any) -> Any:
@@ -141,8 +158,7 @@ def exported(
         tolerance: of a logit.
         length: tokens of greedy text, which must be the same; 0 for a model that our engine does not know.
     """
-    ours = native(folder / "native", random_source(layout, **options))
-    export = converted(ours.root, folder / "hf", *words)
+    ours, export = sent(folder, layout, options, *words)
     model, ids_BS = theirs(export), some_ids()
     assert (their_logits(model, ids_BS) - ours.logits(ids_BS)).abs().max() < tolerance
     if length:

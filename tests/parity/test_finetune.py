@@ -16,44 +16,45 @@ import pytest
 import torch
 
 from megatron_samoe.convert.opener import open_folder
-from megatron_samoe.datasets.tokenizer import tokenizer_of
-from tests.harness.program import REPOSITORY, call, flags, write_corpus
+from tests.harness.other_programs import with_packages
+from tests.harness.program import REPOSITORY
+from tests.harness.tables import table
 from tests.parity import class_uses
-from tests.parity.hf_models import Native, converted, native, random_source, some_ids, their_logits, theirs
+from tests.parity.hf_models import (
+    Native,
+    converted,
+    loaded,
+    our_logits,
+    sent,
+    some_ids,
+    their_logits,
+    theirs,
+)
 from tests.parity.hf_models import transformers as hf
 
 pytestmark = pytest.mark.parity
 
-LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+TABLE = table(__file__)
 #: Layout, options, and the class that a model is exported to.
-MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "pool": ("samoe", {**LLAMA, "samoe_granularity": "expert"}, "samoe"),
-    "dense": ("dense", {"style": "llama"}, "samoe"),
-    "own_experts": ("moe", LLAMA, "samoe"),
-    "learned_positions": ("samoe", {}, "samoe"),
-    "scaled_set": ("moe", {"expert_sharing": "scaled"}, "samoe"),
-    "stock_llama": ("dense", {"style": "llama"}, "llama"),
-    "stock_mixtral": ("moe", LLAMA, "mixtral"),
-}
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = TABLE["models"]
 #: What stock classes get wrong: Mixtral's balance loss has no gradient where layers are computed again with reentry.
 THEIRS = {("stock_mixtral", "sft_balanced_with_checkpointing_True")}
-#: By day; the others take minutes.
-BY_DAY = ("sft_of_single_texts_in_turn", "sft_balanced_in_packed_texts")
+#: Uses by day; the others take minutes.
+BY_DAY: dict[str, tuple[str, ...]] = TABLE["by day"]
 NEEDS_TRL = "TRL and peft are not installed (extra finetune)"
 
 
 def export(root: Path, name: str) -> tuple[Native, Path]:
     """Returns a model, and the folder of its export."""
     layout, options, target = MODELS[name]
-    ours = native(root / f"{name}.ours", random_source(layout, **options))
-    return ours, converted(ours.root, root / name, "--to", "hf", "--hf-model-type", target)
+    return sent(root, layout, options, "--hf-model-type", target)
 
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Returns what gives a model's export."""
     root = tmp_path_factory.mktemp("finetune")
-    return functools.cache(lambda name: export(root, name)[1])
+    return functools.cache(lambda name: export(root / name, name)[1])
 
 
 def held(folder: Path, name: str, uses: Any) -> None:
@@ -62,11 +63,12 @@ def held(folder: Path, name: str, uses: Any) -> None:
     assert not {which: fault for which, fault in wrong.items() if fault is not None}
 
 
-def test_a_pool_is_tuned(folder_of: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("name", BY_DAY)
+def test_some_uses(name: str, folder_of: Callable[[str], Path]) -> None:
     pytest.importorskip("trl", reason=NEEDS_TRL)
     from tests.parity.finetune_uses import USES
 
-    held(folder_of("pool"), "pool", {name: USES[name] for name in BY_DAY})
+    held(folder_of(name), name, {use: USES[use] for use in BY_DAY[name]})
 
 
 @pytest.mark.night
@@ -85,11 +87,7 @@ def test_the_oldest_versions(folder_of: Callable[[str], Path], tmp_path: Path) -
     oldest = {name: re.search(rf"{name}>=([0-9.]+)", declared) for name in names}
     wanted = [f"{name}=={found[1]}.*" for name, found in oldest.items() if found]
     assert len(wanted) == len(names)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path / "site")]
-    done = subprocess.run([*pip, *wanted, "datasets"], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"pip cannot install {wanted}: {done.stderr.strip().splitlines()[-1]}")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment = with_packages(tmp_path, [*wanted, "datasets"])
     paths = [str(folder_of(name)) for name in ("pool", "own_experts", "learned_positions", "stock_llama")]
     command = [sys.executable, "-m", "tests.parity.finetune_uses", *paths]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
@@ -124,11 +122,11 @@ def test_a_token_that_was_added_comes_back(name: str, same_folder: bool, tmp_pat
     ids_BS = torch.cat((some_ids(), torch.full((2, 1), 257)), 1)
     expected = their_logits(model, ids_BS)
 
-    ours = native_of(converted(tuned, tmp_path / "back"))
-    words = ours.loaded.tokenizer
+    back = converted(tuned, tmp_path / "back")
+    words = loaded(back).tokenizer
     assert words.encode("ab<|end|>") == [97, 98, 257] and words.decode([257]) == "<|end|>"
-    assert (native_logits(ours, ids_BS) - expected).abs().max() < 1e-4
-    again = converted(ours.root, tmp_path / "again", "--to", "hf", "--hf-model-type", MODELS[name][2])
+    assert (our_logits(back, ids_BS) - expected).abs().max() < 1e-4
+    again = converted(back, tmp_path / "again", "--to", "hf", "--hf-model-type", MODELS[name][2])
     assert (their_logits(theirs(again), ids_BS) - expected).abs().max() < 1e-5
     assert hf.AutoTokenizer.from_pretrained(again, trust_remote_code=True)("ab<|end|>").input_ids == [97, 98, 257]
     assert content(again / "tokenizer.json") == content(tuned / "tokenizer.json")
@@ -147,53 +145,33 @@ def test_how_a_model_talks_comes_back(tmp_path: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     back = converted(folder, tmp_path / "back")
-    assert native_of(back).loaded.tokenizer.encode("a<|endoftext|>") == [97, 256]
+    assert loaded(back).tokenizer.encode("a<|endoftext|>") == [97, 256]
     again = converted(back, tmp_path / "again", "--to", "hf", "--hf-model-type", "samoe")
     assert (again / "chat_template.jinja").read_text() == tokenizer.chat_template
     for name in ("generation_config.json", "tokenizer_config.json"):
         assert content(again / name) == content(folder / name)
 
 
-def native_of(root: Path) -> Native:
-    from megatron_samoe.parallel_state.state import single_process_state
-    from megatron_samoe.runtime.load import load_model
-
-    return Native(root, None, load_model(open_folder(root), single_process_state()))  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def native_logits(ours: Native, ids_BS: torch.Tensor) -> torch.Tensor:
-    from megatron_samoe.moe.types import ForwardContext
-
-    result, _ = ours.loaded.model(ids_BS, ForwardContext(batch_size=len(ids_BS), training=False))
-    return result.view(*ids_BS.shape, -1)[..., :258]
-
-
 def test_a_tokenizer_that_a_folder_did_not_change_stays_the_runs_own(tmp_path: Path) -> None:
     """A class saves it anew in other words, with the same tokens."""
     ours, folder = export(tmp_path, "pool")
     hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=True).save_pretrained(folder)
-    back = native_of(converted(folder, tmp_path / "back"))
-    assert back.loaded.config.data.tokenizer_type == ours.loaded.config.data.tokenizer_type == "ByteTokenizer"
+    back = loaded(converted(folder, tmp_path / "back"))
+    assert back.config.data.tokenizer_type == ours.loaded.config.data.tokenizer_type == "ByteTokenizer"
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"moe_router_score_function": "sigmoid"}, {"moe_router_enable_expert_bias": True}, {"expert_layout": "dense"}],
-)
-def test_routers_that_the_balance_loss_does_not_know_are_refused_it(options: dict[str, Any], tmp_path: Path) -> None:
-    layout = options.pop("expert_layout", "moe")
-    given = {"style": "llama"} if layout == "dense" else {**LLAMA, **options}
-    ours = native(tmp_path / "ours", random_source(layout, **given))
-    model = theirs(converted(ours.root, tmp_path / "hf", "--to", "hf", "--hf-model-type", "samoe"))
+@pytest.mark.parametrize(("layout", "options"), TABLE["without a balance loss"])
+def test_routers_that_the_balance_loss_does_not_know_are_refused_it(
+    layout: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = theirs(sent(tmp_path, layout, options, "--hf-model-type", "samoe")[1])
     assert not hasattr(model.config, "output_router_logits")  # by which trainers know
     with pytest.raises(ValueError, match="balance loss of transformers, which knows softmax routers"):
         model(input_ids=some_ids(), output_router_logits=True)
 
 
 def test_the_weight_of_the_balance_loss_travels_and_earlier_exports_keep_theirs(tmp_path: Path) -> None:
-    source = random_source("samoe", **LLAMA, moe_aux_loss_coeff=0.02)
-    folder = converted(native(tmp_path / "ours", source).root, tmp_path / "hf", "--to", "hf")
+    ours, folder = sent(tmp_path, "samoe", {**MODELS["pool"][1], "moe_aux_loss_coeff": 0.02})
     assert theirs(folder).config.router_aux_loss_coef == 0.02
     config = json.loads((folder / "config.json").read_text())
     for change in ({}, {"router_aux_loss_coef": None}, {"router_aux_loss_coef": 0.3}):
@@ -201,39 +179,5 @@ def test_the_weight_of_the_balance_loss_travels_and_earlier_exports_keep_theirs(
         (folder / "config.json").write_text(json.dumps(given))
         back = open_folder(converted(folder, tmp_path / f"back{len(list(tmp_path.iterdir()))}")).tensors.config
         assert back["moe"]["moe_aux_loss_coeff"] == (change.get("router_aux_loss_coef") or 0.02)
-        remembers_all = back["training"] == source.config["training"]
+        remembers_all = back["training"] == ours.source.config["training"]
         assert remembers_all == (change.get("router_aux_loss_coef") is None)
-
-
-@pytest.mark.night
-@pytest.mark.parametrize("name", ["pool", "own_experts"])
-def test_the_example_and_what_follows(name: str, tmp_path: Path) -> None:
-    """A run's model is exported, tuned, merged, imported, and then generates, is evaluated and compressed."""
-    pytest.importorskip("trl", reason=NEEDS_TRL)
-    _, folder = export(tmp_path, name)
-    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
-    text.write_text("It was the very best of all days for a walk. " * 400)
-    other.write_text("He said no, and she said nothing at all. " * 400)
-    words = [sys.executable, str(REPOSITORY / "examples/finetune/answers.py"), str(folder), str(tmp_path / "tuned")]
-    words += ["--books", str(text), str(other), *flags(steps=3, questions=4)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = re.findall(r"(before|after): loss ([\d.]+) on the answers of 4 new questions", done.stdout)
-    assert [when for when, _ in found] == ["before", "after"] and float(found[1][1]) < float(found[0][1])
-
-    back = converted(tmp_path / "tuned", tmp_path / "back")
-    ids_BS = some_ids()
-    ours = native_of(back)
-    expected = their_logits(theirs(tmp_path / "tuned"), ids_BS)
-    assert (native_logits(ours, ids_BS)[..., :257] - expected).abs().max() < 1e-4
-    assert tokenizer_of(ours.loaded.config.data).eod == 256
-    uses = {"generate": flags(prompt="It was", max_new_tokens=4), "evaluate": flags(corpus=text)}
-    for command, options in uses.items():
-        ran = call(f"megatron_samoe.cli.{command}", "--load", str(back), *options)
-        assert ran.returncode == 0, ran.stderr[-2000:]
-    if name == "own_experts":
-        write_corpus(tmp_path / "data")
-        folders = flags(load_dir=back, save_dir=tmp_path / "small", data_path=tmp_path / "data")
-        options = flags(calibration_tokens=512, judge_tokens=256, num_expert_banks=2)
-        ran = call("megatron_samoe.cli.compress", *folders, *options)
-        assert ran.returncode == 0, ran.stderr[-2000:]

@@ -1,9 +1,14 @@
 """What programs rely on holds for our own class: those that rebuild transformers' models, as vLLM's Transformers back end, and those
-that put weights in place around a module's forward: adapters (peft), offloading (accelerate)."""
+that put weights in place around a module's forward: adapters (peft), offloading (accelerate). And uses of it in transformers, as
+`class_uses` lists them: by day with the installed version, at night with the oldest and the newest that this package supports."""
 
 from __future__ import annotations
 
 import inspect
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +21,24 @@ from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.convert.hf.families.samoe import _RARE_MODEL_ENTRIES, _older_parts
 from megatron_samoe.convert.hf.remote_code.configuration_samoe import DEFAULTS, SamoeConfig
 from megatron_samoe.convert.hf.source import HFSource
-from megatron_samoe.convert.opener import open_folder
-from tests.parity.hf_models import converted, native, random_source, some_ids, their_logits, theirs, transformers
+from tests.harness.other_programs import with_packages
+from tests.harness.tables import table
+from tests.parity import class_uses
+from tests.parity.hf_models import sent, some_ids, their_logits, theirs, transformers
 
 pytestmark = pytest.mark.parity
+TABLE = table(__file__)
 
-LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
-#: Those with experts that vLLM computes, and others.
-PACKED: dict[str, dict[str, Any]] = {
-    "own": LLAMA,
-    "tied": {**LLAMA, "expert_sharing": "0,0,1,1"},
-    "scaled": {**LLAMA, "expert_sharing": "scaled"},
-    "relu": {**LLAMA, "expert_sharing": "tied", "moe_router_score_function": "relu"},
-}
-UNLIKE: dict[str, dict[str, Any]] = {
-    "gelu": {"expert_sharing": "tied"},
-    "gelu_without_bias": {"disable_bias_linear": True},
-    "biases": {**LLAMA, "disable_bias_linear": False, "expert_sharing": "scaled"},
-    "numbers_by_layer": {**LLAMA, "num_experts": (2, 2, 4, 8)},
-}
-#: Those whose layers share experts, in every form of their parameters.
-SHARED: dict[str, tuple[str, dict[str, Any]]] = {
-    "banks": ("samoe", {**LLAMA, "samoe_granularity": "expert"}),
-    "banks_with_biases": ("samoe", {}),
-    "set_with_biases": ("moe", {"expert_sharing": "scaled"}),
-}
+#: Models whose experts vLLM computes, others, and those whose layers share experts, in every form of their parameters.
+PACKED, UNLIKE, SHARED = TABLE["packed"], TABLE["unlike"], TABLE["shared"]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An export of each case."""
     root, made = tmp_path_factory.mktemp("conventions"), {}
-    own = {name: ("moe", options) for name, options in {**PACKED, **UNLIKE}.items()}
-    for name, (layout, options) in {**own, **SHARED, "combined": ("samoe", LLAMA)}.items():
-        ours = native(root / name / "native", random_source(layout, **options))
-        made[name] = converted(ours.root, root / name / "hf", "--to", "hf", "--hf-model-type", "samoe")
+    for name, (layout, options) in (PACKED | UNLIKE | SHARED | TABLE["other"]).items():
+        _, made[name] = sent(root / name, layout, options, "--hf-model-type", "samoe")
     return made
 
 
@@ -214,81 +202,62 @@ def test_forwards_have_the_names_that_others_pass(folders: dict[str, Path]) -> N
     assert inspect.Parameter.VAR_KEYWORD in kinds
 
 
-@pytest.mark.parametrize("case", ["tied", "gelu", "combined"])
-def test_a_folder_with_the_names_of_version_0_1_is_read(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["tied", "gelu", "combined", "banks_with_biases"])
+def test_folders_of_earlier_versions_are_read(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """With the names of version 0.1; or with banks of a dim for banks and one for experts."""
     source = HFSource(folders[case])
-    older = {part.name: part.take(source.read(part.native)).contiguous() for part in _older_parts(source.native)}
-    folder = tmp_path / "older"
-    folder.mkdir()
-    for path in folders[case].iterdir():
-        if path.suffix == ".json":
-            (folder / path.name).write_bytes(path.read_bytes())
-    save_file(older, folder / "model.safetensors")
-    assert not set(load_file(folder / "model.safetensors")) & set(source.folder.tensors) - {"lm_head.weight"}
-    reader = open_folder(converted(folder, tmp_path / "back")).tensors
+    if case == "banks_with_biases":
+        stored = load_file(folders[case] / "model.safetensors").items()
+        older = {name: t.unflatten(0, (2, -1)) if ".bank." in name else t for name, t in stored}
+    else:
+        older = {part.name: part.take(source.read(part.native)).contiguous() for part in _older_parts(source.native)}
+        assert not set(older) & set(source.folder.tensors) - {"lm_head.weight"}
+    for path in folders[case].glob("*.json"):
+        shutil.copy(path, tmp_path)
+    save_file(older, tmp_path / "model.safetensors")
+    again = HFSource(tmp_path)
     for name in source.native.tensors:
-        assert torch.equal(reader.read(name), source.read(name)), name
-
-
-def expert_parameters(model: Any) -> list[str]:
-    return [name for name, _ in model.named_parameters() if "expert_pool" in name and not name.endswith("bias")]
+        assert torch.equal(again.read(name), source.read(name)), name
 
 
 @pytest.mark.parametrize("case", SHARED)
-def test_weights_are_used_within_their_modules_forward_alone(case: str, folders: dict[str, Path]) -> None:
-    """As accelerate keeps them on disk: at other times they are on meta, and arguments are moved to a module's device."""
-    model, ids_BS = theirs(folders[case]), some_ids()
-    expected = their_logits(model, ids_BS)
-
-    def offload(module: nn.Module) -> None:
-        kept = dict(module.named_parameters(recurse=False))
-
-        def fetch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            assert not any(isinstance(value, nn.Module) for value in (*args, *kwargs.values()))
-            module._parameters.update(kept)
-
-        def drop(module: nn.Module, *_: Any) -> None:
-            module._parameters.update({name: nn.Parameter(p.to("meta"), False) for name, p in kept.items()})
-
-        drop(module)
-        module.register_forward_pre_hook(fetch, with_kwargs=True)
-        module.register_forward_hook(drop)
-
-    for module in model.modules():
-        if dict(module.named_parameters(recurse=False)) and not isinstance(module, nn.Embedding):
-            offload(module)
-    assert all(model.get_parameter(name).is_meta for name in expert_parameters(model))
-    assert torch.equal(their_logits(model, ids_BS), expected)
+def test_what_layers_share_can_be_kept_on_disk(case: str, folders: dict[str, Path]) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed (extra finetune)")
+    assert class_uses.outcome(class_uses.on_disk, theirs(folders[case])) is None
 
 
-@pytest.mark.parametrize("case", SHARED)
-def test_lora_of_what_layers_share(case: str, folders: dict[str, Path]) -> None:
-    """Each parameter of experts has the three dims that adapters know; with peft an adapter counts, trains and is merged."""
-    model, ids_BS = theirs(folders[case]), some_ids()
-    names = expert_parameters(model)
-    assert len(names) == 2 and all(model.get_parameter(name).dim() == 3 for name in names)
-    peft = pytest.importorskip("peft")
-    expected = their_logits(model, ids_BS)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[], target_parameters=names))
-    assert torch.equal(their_logits(adapted, ids_BS), expected)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.2)
-    adapted(input_ids=ids_BS, labels=ids_BS).loss.backward()
-    assert all(p.grad is not None and p.grad.any() for n, p in adapted.named_parameters() if "lora_" in n)
-    changed = their_logits(adapted, ids_BS)
-    assert (changed - expected).abs().max() > 0.1
-    torch.testing.assert_close(their_logits(adapted.merge_and_unload(), ids_BS), changed, rtol=1e-4, atol=1e-4)
+#: Stock classes, which say what a version of transformers can do; models of our class, each with one of these.
+STOCK: dict[str, dict[str, Any]] = TABLE["stock"]
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = TABLE["uses"]
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
-def test_banks_of_earlier_exports_are_read(folders: dict[str, Path], tmp_path: Path) -> None:
-    """They have a dim for banks and one for experts."""
-    tensors = load_file(folders["banks_with_biases"] / "model.safetensors")
-    for name in [name for name in tensors if ".bank." in name]:
-        tensors[name] = tensors[name].unflatten(0, (2, -1))
-    for name in ("config.json", "megatron_samoe.json"):
-        (tmp_path / name).write_bytes((folders["banks_with_biases"] / name).read_bytes())
-    save_file(tensors, tmp_path / "model.safetensors")
-    older, newer = HFSource(tmp_path), HFSource(folders["banks_with_biases"])
-    for name in newer.native.tensors:
-        assert torch.equal(older.read(name), newer.read(name)), name
+def export(root: Path, name: str) -> Path:
+    """Returns the folder of a model, exported with its own class or a stock one."""
+    layout, options, _ = MODELS.get(name, ("dense", {"style": "llama", **STOCK.get(name, {})}, ""))
+    words = ("--hf-model-type", "samoe") if name in MODELS else ()
+    return sent(root / name, layout, options, *words)[1]
+
+
+def test_uses_with_the_installed_version(tmp_path: Path) -> None:
+    """A model with most of what can go wrong: windows in some layers, a pool, biases of routers."""
+    folders = [str(export(tmp_path, name)) for name in ("some_windows", "stock_window")]
+    assert not list(class_uses.faults(*folders))
+
+
+@pytest.mark.night
+@pytest.mark.parametrize("which", ["oldest", "newest"])
+def test_uses_with_every_supported_version(which: str, tmp_path: Path) -> None:
+    oldest = re.search(r"transformers>=([\d.]+)", PYPROJECT.read_text())
+    assert oldest is not None
+    wanted = f"transformers=={oldest[1]}.*" if which == "oldest" else "transformers"
+    environment = with_packages(tmp_path, [wanted], ["--no-deps", "accelerate"])
+    folders = {name: str(export(tmp_path, name)) for name in (*MODELS, *STOCK)}
+    paths = [folders[name] for model, (*_, stock) in MODELS.items() for name in (model, stock)]
+    done = subprocess.run(
+        [sys.executable, class_uses.__file__, *paths], capture_output=True, text=True, env=environment
+    )
+    print(done.stdout)
+    assert done.returncode == 0 and "on_disk" not in done.stdout, done.stdout + done.stderr[-2000:]
+    if which == "oldest":
+        assert f"transformers {oldest[1]}." in done.stdout

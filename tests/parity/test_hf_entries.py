@@ -22,13 +22,11 @@ from megatron_samoe.convert.hf.families.reading import rope_of
 from megatron_samoe.convert.hf.source import HFSource, derived_model
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.errors import CheckpointError, ConfigError
-from megatron_samoe.models.rank_model import RankModel, compute_dtype
-from megatron_samoe.moe.types import ForwardContext
-from megatron_samoe.parallel_state.state import single_process_state
 from tests.harness.pairs import first_by_day
 from tests.harness.tables import table
 from tests.parity.hf_models import their_logits, transformers
 from tests.parity.test_hf_import import CASES, SIZES, made, random_ids
+from tests.unit.convert.memory_source import logits
 
 if not hasattr(transformers, "PreTrainedConfig"):
     pytest.skip("the tables are those of transformers 5", allow_module_level=True)
@@ -183,16 +181,6 @@ def test_every_other_name_of_transformers_is_known() -> None:
         assert {o: n for o, n in turned.items() if o not in unread} == dict(family.entries.other_names), name
 
 
-def our_logits(source: HFSource, ids_BS: torch.Tensor) -> torch.Tensor:
-    """Returns logits [B, S, V] of a model that is put together in memory."""
-    native = source.native
-    model = RankModel(native.config, native.vocab_size, single_process_state(), compute_dtype(native.config))
-    for name, parameter in model.global_parameters().items():
-        parameter.data.copy_(source.read(name))
-    result, _ = model(ids_BS, ForwardContext(batch_size=len(ids_BS), training=False))
-    return result.view(*ids_BS.shape, -1)[..., : native.vocab_size]
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of models, filled as tests ask for them."""
@@ -220,7 +208,8 @@ def compared(folder: Path, config: dict[str, Any]) -> str:
     except TypeError:  # as with Mixtral's YaRN where head_dim is null
         return "not built"
     expected = their_logits(theirs, random_ids())
-    torch.testing.assert_close(our_logits(source, random_ids()), expected, rtol=1e-4, atol=1e-4)
+    ours = logits(source, tokens=random_ids()).view_as(expected)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     return "same"
 
 

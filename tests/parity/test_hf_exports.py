@@ -23,6 +23,7 @@ from tests.parity.hf_models import (
     native,
     random_source,
     run,
+    sent,
     some_ids,
     their_logits,
     theirs,
@@ -62,7 +63,7 @@ def assert_same_tensors(reader: Any, expected: dict[str, torch.Tensor]) -> None:
 def test_an_export_gives_our_logits_and_text_and_comes_back(case: str, tmp_path: Path) -> None:
     layout, options, architecture, *other = CASES[case]
     asked, computed = other[0] if other else ("auto", architecture)
-    words, length = ("--to", "hf", "--hf-model-type", asked), 0 if case == "relu" else 30
+    words, length = ("--hf-model-type", asked), 0 if case == "relu" else 30
     ours, folder, model = exported(layout, options, tmp_path, *words, tolerance=1e-4, length=length)
     assert type(model).__name__ == computed
     if other:
@@ -93,7 +94,7 @@ def assert_named_as_vllm_looks_for_them(case: str, ours: Any, model: Any) -> Non
 @pytest.mark.parametrize("case", first_by_day(SHARED, 12))
 def test_folding_by_hand_and_on_export_agree(case: str, tmp_path: Path) -> None:
     layout, options, *_ = CASES[case]
-    words = ("--to", "hf", "--hf-model-type", "samoe")
+    words = ("--hf-model-type", "samoe")
     ours, folder, kept = exported(layout, options, tmp_path, *words, tolerance=1e-4, length=0)
     folded = theirs(converted(ours.root, tmp_path / "folded", "--hf-model-type", "samoe", "--fold"))
     by_hand = kept.fold_pool()
@@ -113,16 +114,6 @@ def test_folded_experts_go_into_stock_classes(
     assert type(model).__name__ == architecture
 
 
-def test_routers_that_no_stock_class_has_are_refused_by_name(tmp_path: Path) -> None:
-    options = {**CASES["bias_groups_scaling"][1], "moe_residual_mlp": True, "expert_sharing": "tied"}
-    ours = native(tmp_path / "native", random_source("moe", **options))
-    status, _, error = run("--load-dir", ours.root, "--save-dir", tmp_path / "hf", "--hf-model-type", "mixtral")
-    assert status != 0 and not (tmp_path / "hf").exists()
-    for name in ("enable-expert-bias", "num-groups", "topk-scaling-factor"):
-        assert f"--moe-router-{name}" in error
-    assert "--moe-residual-mlp" in error and error.rstrip().endswith("These classes do: samoe")
-
-
 @pytest.mark.parametrize("case", sorted(CHANGING))
 def test_candidates_that_change_are_not_folded(case: str, tmp_path: Path) -> None:
     ours = native(tmp_path / "native", random_source("moe", **CASES[case][1]))
@@ -133,7 +124,7 @@ def test_candidates_that_change_are_not_folded(case: str, tmp_path: Path) -> Non
 
 def test_a_clean_process_loads_the_class_without_this_package(tmp_path: Path) -> None:
     layout, options, _ = CASES["mixed"]
-    ours, folder, _ = exported(layout, options, tmp_path, "--to", "hf", tolerance=1e-4, length=0)
+    ours, folder, _ = exported(layout, options, tmp_path, tolerance=1e-4, length=0)
     ids_BS = some_ids(1, 12)
     program = (
         "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
@@ -147,8 +138,7 @@ def test_a_clean_process_loads_the_class_without_this_package(tmp_path: Path) ->
 
 
 def test_a_map_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    ours = native(tmp_path / "native", random_source("moe", **CASES["tied"][1]))
-    folder = converted(ours.root, tmp_path / "hf", "--to", "hf")
+    _, folder = sent(tmp_path, "moe", CASES["tied"][1])
     config = json.loads((folder / "config.json").read_text())
     (folder / "megatron_samoe.json").unlink()
     for entry in ("0,0", "0,0,0,banana", 7):
@@ -159,22 +149,19 @@ def test_a_map_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["dense", "moe"])
 def test_bf16_checkpoints_come_back_bit_for_bit(layout: str, tmp_path: Path) -> None:
-    source = random_source(layout, **(MOE if layout == "moe" else LLAMA), bf16=True)
-    root = native(tmp_path / "native", source).root
-    folder = converted(root, tmp_path / "hf", "--to", "hf", "--max-shard-size", "60KB")
+    options = {**(MOE if layout == "moe" else LLAMA), "bf16": True}
+    ours, folder = sent(tmp_path, layout, options, "--max-shard-size", "60KB")
     assert (folder / "model.safetensors.index.json").is_file()
     model = theirs(folder)
     assert model.dtype == torch.bfloat16 and model.config.eos_token_id == 256
-    assert_same_tensors(open_folder(converted(folder, tmp_path / "back")).tensors, source.weights)
+    assert_same_tensors(open_folder(converted(folder, tmp_path / "back")).tensors, ours.source.weights)
 
 
 def test_another_precision_is_that_of_rounding(tmp_path: Path) -> None:
-    source = random_source("moe", **MOE)
-    root = native(tmp_path / "native", source).root
-    folder = converted(root, tmp_path / "hf", "--to", "hf", "--dtype", "bf16")
+    ours, folder = sent(tmp_path, "moe", MOE, "--dtype", "bf16")
     state = theirs(folder).state_dict()
     assert all(t.dtype == torch.bfloat16 for t in state.values())
-    expected = source.weights["layers.1.attention.output.weight"].bfloat16()
+    expected = ours.source.weights["layers.1.attention.output.weight"].bfloat16()
     assert torch.equal(state["model.layers.1.self_attn.o_proj.weight"], expected)
     reader = open_folder(converted(folder, tmp_path / "back", "--dtype", "fp32")).tensors
     assert torch.equal(reader.read("layers.1.attention.output.weight"), expected.float())
@@ -182,8 +169,7 @@ def test_another_precision_is_that_of_rounding(tmp_path: Path) -> None:
 
 
 def test_the_folder_is_complete(tmp_path: Path) -> None:
-    ours = native(tmp_path / "native", random_source("moe", **MOE))
-    folder = converted(ours.root, tmp_path / "hf", "--to", "hf")
+    ours, folder = sent(tmp_path, "moe", MOE)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer(PROMPT).input_ids == ours.prompt and tokenizer.decode(ours.prompt) == PROMPT
     assert tokenizer.eos_token_id == 256 and tokenizer.model_max_length == 64
@@ -196,8 +182,7 @@ def test_the_folder_is_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", TABLE["balanced"])
 def test_transformers_balances_a_layer_as_we_train_it(case: str, tmp_path: Path) -> None:
     """transformers sums over the chosen experts, of which ours is the mean, and over layers it averages first."""
-    source = random_source("moe", num_layers=1, **TABLE["balanced"][case])
-    folder = converted(native(tmp_path / "native", source).root, tmp_path / "hf", "--to", "hf")
+    ours, folder = sent(tmp_path, "moe", {"num_layers": 1, **TABLE["balanced"][case]})
     model, ids_BS = theirs(folder), some_ids(1, 65)
     batch = {"tokens": ids_BS[:, :-1], "labels": ids_BS[:, 1:], "loss_mask": torch.ones(1, ids_BS.shape[1] - 1)}
     on, off = (model(batch["tokens"], labels=batch["labels"], output_router_logits=flag) for flag in (True, False))
@@ -207,5 +192,5 @@ def test_transformers_balances_a_layer_as_we_train_it(case: str, tmp_path: Path)
     assert len(expected) == 1
     (folder / "megatron_samoe.json").unlink()  # or an import would take what it remembers
     read = open_folder(converted(folder, tmp_path / "back")).tensors
-    for ours in (source, read):
-        torch.testing.assert_close(router_gradients(ours, batch), expected, rtol=1e-3, atol=1e-5)
+    for source in (ours.source, read):
+        torch.testing.assert_close(router_gradients(source, batch), expected, rtol=1e-3, atol=1e-5)

@@ -1,4 +1,5 @@
-"""Models made and saved by transformers give the same logits here, whatever their class, file format and shards."""
+"""Models made and saved by transformers give the same logits here, whatever their class, file format and shards; and every family
+with experts is compressed, and leaves as a smaller folder."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ import torch
 
 from megatron_samoe.convert.hf.families import families
 from megatron_samoe.convert.opener import open_folder
-from megatron_samoe.moe.types import ForwardContext
-from megatron_samoe.parallel_state.state import single_process_state
-from megatron_samoe.runtime.load import load_model
+from megatron_samoe.fit.compress.options import CompressOptions
+from megatron_samoe.fit.compress.pipeline import Compression
 from tests.harness.pairs import first_by_day
+from tests.harness.program import write_corpus
 from tests.harness.tables import table
-from tests.parity.hf_models import converted, native, random_source, run, their_logits, theirs, transformers
+from tests.parity.hf_models import converted, our_logits, run, sent, their_logits, theirs, transformers
 from tests.unit.convert.memory_source import gradients
 
 pytestmark = pytest.mark.parity
@@ -26,20 +27,8 @@ TABLE = table(__file__, tuples=False)
 VOCABULARY = 99
 SIZES: dict[str, Any] = TABLE["sizes"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = TABLE["models"]
-#: A case of each class whose sizes are drawn; and those whose heads may be of any size.
-DRAWN = (
-    *("llama", "mistral", "qwen2", "qwen3", "gpt2", "neox", "granite", "mixtral", "qwen2_moe", "qwen3_moe"),
-    *("olmoe_clip", "granitemoe", "deepseek_v3_yarn"),
-)
-FREE_HEADS = ("llama", "mistral", "qwen3", "qwen3_moe", "mixtral")
-#: What GPT-2 calls sizes.
-GPT2_NAMES = {
-    "hidden_size": "n_embd",
-    "intermediate_size": "n_inner",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions",
-}
+#: A case of each class whose sizes are drawn; those whose heads may be of any size; what GPT-2 calls sizes.
+DRAWN, FREE_HEADS, GPT2_NAMES = (TABLE[name] for name in ("drawn", "free heads", "names of GPT-2"))
 
 
 def made(case: str, **changes: Any) -> Any:
@@ -59,14 +48,6 @@ def made(case: str, **changes: Any) -> Any:
             if buffer_name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.2)
     return model
-
-
-def our_logits(root: Path, ids_BS: torch.Tensor) -> torch.Tensor:
-    """Returns logits [B, S, V] of an imported checkpoint."""
-    model = load_model(open_folder(root), single_process_state()).model
-    with torch.no_grad():
-        result, _ = model(ids_BS, ForwardContext(batch_size=len(ids_BS), training=False))
-    return result.view(*ids_BS.shape, -1)[..., : model.vocab_size]
 
 
 def random_ids() -> torch.Tensor:
@@ -143,10 +124,7 @@ def test_a_model_of_drawn_sizes_gives_its_logits_and_comes_back(seed: int, tmp_p
     assert_comes_back(model, root, tmp_path / "back")
 
 
-HAVE_EXPERTS = ("deepseek_v3", "deepseek_v2", "qwen3_moe", "olmoe_clip", "mixtral", "granitemoe")
-
-
-@pytest.mark.parametrize("case", first_by_day(HAVE_EXPERTS, 2))
+@pytest.mark.parametrize("case", first_by_day(TABLE["gradients"], 2))
 def test_gradients_are_theirs(case: str, tmp_path: Path) -> None:
     """Their gradients are saved as weights, and come in under our names and in our order."""
     model = made(case, router_aux_loss_coef=0.0)
@@ -203,30 +181,14 @@ def test_what_ours_cannot_compute_is_refused(case: str, changes: dict[str, Any],
     assert not (tmp_path / "native").exists()
 
 
-OFF = {
-    "qwen2_window": {"use_mrope": False, "qkv_bias": False, "of_a_fork": None},
-    "llama": {"max_sequence_length": 2048, "use_qk_norm": False},
-    "deepseek_v3": {"use_mtp": False},
-}
-
-
-@pytest.mark.parametrize("case", OFF)
+@pytest.mark.parametrize("case", TABLE["switched off"])
 def test_what_published_files_switch_off_or_repeat_changes_nothing(case: str, tmp_path: Path) -> None:
     """The oracle is what transformers makes of the same folder."""
     made(case).save_pretrained(tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **OFF[case]}))
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **TABLE["switched off"][case]}))
     ours = our_logits(converted(tmp_path / "hf", tmp_path / "native"), random_ids())
     torch.testing.assert_close(ours, their_logits(theirs(tmp_path / "hf"), random_ids()), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("entry", [{"of_a_fork": True}, {"of_a_fork": 0.5}, {"of_a_fork": "x"}])
-def test_what_nobody_knows_and_is_on_is_refused(entry: dict[str, Any], tmp_path: Path) -> None:
-    made("llama").save_pretrained(tmp_path / "hf")
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **entry}))
-    status, _, err = run("--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "native")
-    assert status == 2 and "of_a_fork" in err and "remove it if it changes nothing" in err
 
 
 @pytest.mark.parametrize("has_model", [True, False])
@@ -245,7 +207,7 @@ def test_an_adapter_is_not_passed_over(has_model: bool, tmp_path: Path) -> None:
 def test_a_gate_that_ours_lacks_is_refused(tmp_path: Path) -> None:
     """A model without gates, exported, given gates by others, and imported as what it was."""
     options = {"style": "llama", "moe_router_topk": 2, "moe_shared_expert_intermediate_size": 20}
-    folder = converted(native(tmp_path / "ours", random_source("moe", **options)).root, tmp_path / "hf", "--to", "hf")
+    _, folder = sent(tmp_path, "moe", options)
     model = theirs(folder)
     torch.nn.init.normal_(model.model.layers[1].mlp.shared_expert_gate.weight)
     model.save_pretrained(folder)
@@ -256,8 +218,30 @@ def test_a_gate_that_ours_lacks_is_refused(tmp_path: Path) -> None:
     torch.testing.assert_close(our_logits(root, random_ids()), their_logits(model, random_ids()), rtol=1e-4, atol=1e-4)
 
 
-def test_another_class_is_refused_by_name(tmp_path: Path) -> None:
-    config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    transformers.BertModel(config).save_pretrained(tmp_path / "hf")
-    status, _, err = run("--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "native")
-    assert status == 2 and "model_type = 'bert'" in err and "llama, mistral, qwen2, qwen3, gpt2" in err
+#: Cases of imports, a family each, and what makes three layers with experts of them.
+COMPRESSED: dict[str, dict[str, Any]] = TABLE["compressed"]
+
+
+def test_no_family_with_experts_is_left_out() -> None:
+    words = ("moe", "deepseek", "mixtral")
+    has_experts = {family.name for family in families() if any(word in family.name for word in words)}
+    assert has_experts - {"samoe"} == {made(case).config.model_type for case in COMPRESSED}
+
+
+@pytest.mark.parametrize("case", first_by_day(COMPRESSED, 3))
+def test_a_folder_becomes_a_smaller_folder(case: str, tmp_path: Path) -> None:
+    options = COMPRESSED[case]
+    model = made(case, **options)
+    model.save_pretrained(tmp_path / "hf")
+    root = converted(tmp_path / "hf", tmp_path / "native")
+    write_corpus(tmp_path / "text", vocab_size=VOCABULARY)
+    sizes = {"calibration_tokens": 1024, "judge_tokens": 128, "num_samples": 16, "num_banks": 2}
+    compression = Compression(CompressOptions(str(root), str(tmp_path / "out"), str(tmp_path / "text"), **sizes))
+    fitted = compression.fitted().directory
+    folder = converted(fitted, tmp_path / "small", "--to", "hf")
+    small, ids_BS = theirs(folder), random_ids()
+    assert type(small).__name__ == "SamoeForCausalLM" and small.model.expert_pool is not None
+    expected = our_logits(fitted, ids_BS)
+    torch.testing.assert_close(their_logits(small, ids_BS), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - their_logits(model, ids_BS)).abs().max() > 1e-3  # it is another model than the original
+    assert small.num_parameters() < model.num_parameters()

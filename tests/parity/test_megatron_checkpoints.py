@@ -12,9 +12,7 @@ import dataclasses
 import functools
 import re
 import types
-import typing
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from megatron_samoe.convert.megatron.rank_files import FILE_NAME
 from megatron_samoe.convert.megatron.stored import canonical
 from megatron_samoe.errors import CheckpointError
 from tests.harness.megatron_files import write_rank_files
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
 from tests.unit.convert.memory_source import MemorySource, logits, new_source, router_gradients
 
@@ -41,7 +40,6 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state as mpu
-    from megatron.core.activations import squared_relu
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
@@ -52,6 +50,7 @@ with warnings.catch_warnings():
 
 #: What is known of the options of megatron-core's configuration.
 OPTIONS = yaml.safe_load(Path(__file__).with_name("megatron_options.yaml").read_text())
+TABLE = table(__file__)
 OTHERWISE, TOGETHER, ARGUMENTS = OPTIONS["otherwise"], OPTIONS["together"], OPTIONS["arguments"]
 INHERITED = {f.name for f in dataclasses.fields(ModelParallelConfig)}
 FIELDS = [f for f in dataclasses.fields(TransformerConfig) if f.name not in INHERITED]
@@ -115,23 +114,11 @@ def causal_mask(length: int) -> Tensor:
     return torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
 
 
-CASES = [
-    ("dense", {"style": "gpt3"}),
-    ("dense", {"style": "llama", "qk_layernorm": True, "add_qkv_bias": True}),
-    ("moe", {"style": "gpt3", "moe_router_topk": 2, "moe_layer_freq": "0101"}),
-    ("moe", {"style": "llama", "moe_shared_expert_intermediate_size": 24, "moe_ffn_hidden_size": 16}),
-    ("moe", {"style": "llama", "moe_shared_expert_intermediate_size": 24, "moe_shared_expert_gate": True}),
-    ("moe", {"style": "llama", "moe_router_topk": 2, "moe_router_pre_softmax": True, "rotary_base": 500.0}),
-    ("moe", {"style": "llama", "moe_router_topk": 2, "moe_router_score_function": "sigmoid"}),
-    ("samoe", {"style": "llama", "rotary_percent": 0.5}),
-]
-
-
 def export(source: MemorySource, root: Path, *sizes: int) -> Path:
     return write_rank_files(source, root, *sizes, fused=False, iteration=1)
 
 
-@pytest.mark.parametrize(("layout", "options"), CASES)
+@pytest.mark.parametrize(("layout", "options"), TABLE["models"])
 @torch.no_grad()
 def test_megatron_computes_our_logits(layout: str, options: dict, tmp_path: Path) -> None:
     config = tiny_config(layout, **options)
@@ -146,16 +133,7 @@ def test_megatron_computes_our_logits(layout: str, options: dict, tmp_path: Path
     torch.testing.assert_close(theirs[..., :VOCAB_SIZE].flatten(0, 1), logits(source), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("sequences", "options"),
-    [
-        (3, {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.3, "moe_layer_freq": "0111"}),
-        (2, {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.3, "moe_router_pre_softmax": True}),
-        (2, {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.4, "moe_aux_loss_group_size": 2}),
-        (2, {"moe_router_load_balancing_type": "none", "moe_z_loss_coeff": 0.02}),
-        (2, {"moe_aux_loss_coeff": 0.7, "moe_z_loss_coeff": 0.03, "moe_router_score_function": "sigmoid"}),
-    ],
-)
+@pytest.mark.parametrize(("sequences", "options"), TABLE["routers"])
 def test_megatron_trains_routers_as_we_do(sequences: int, options: dict, tmp_path: Path) -> None:
     """Balance and z-loss of the arguments, as Megatron computes them: in a model of ours and in one that is read."""
     source = new_source(tiny_config("moe", style="llama", moe_router_topk=2, **options))
@@ -171,31 +149,6 @@ def test_megatron_trains_routers_as_we_do(sequences: int, options: dict, tmp_pat
     theirs = [p.grad for name, p in model.named_parameters() if name.endswith("router.weight")]
     for ours in (source, MegatronReader(tmp_path)):
         torch.testing.assert_close(router_gradients(ours, batch), theirs, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize(("layout", "options"), [CASES[0], CASES[2], CASES[3]])
-def test_every_rank_loads_its_file_strictly(layout: str, options: dict, sizes: tuple, tmp_path: Path) -> None:
-    if layout == "dense" and sizes[2] > 1:
-        sizes = (*sizes[:2], 1)
-    folder = export(new_source(tiny_config(layout, **options)), tmp_path, *sizes)
-    tp, pp, ep = sizes
-    args = torch.load(next(folder.rglob(FILE_NAME)), weights_only=False)["args"]
-    for rank in range(tp * pp * ep):
-        with megatron_rank(args, rank):
-            own = [
-                ("", mpu.get_tensor_model_parallel_rank(), 2, True),
-                ("_", mpu.get_pipeline_model_parallel_rank(), 3, pp > 1),
-                ("_", mpu.get_expert_model_parallel_rank(), 3, ep > 1),
-            ]
-            name = "mp_rank_" + "".join(f"{mark}{number:0{width}d}" for mark, number, width, shown in own if shown)
-            content = torch.load(folder / name / FILE_NAME, weights_only=False)
-            model = megatron_model(content["args"])
-            model.load_state_dict(content["model"], strict=True)
-            state = model.state_dict_for_save_checkpoint()
-        # Entries of fp8's state are None here, and Megatron loads strictly without them.
-        weights = [{key for key in keys if not key.endswith("_extra_state")} for keys in (state, content["model"])]
-        assert weights[0] == weights[1]
 
 
 def test_names_of_transformer_engine_are_megatrons_own_translation() -> None:
@@ -224,63 +177,3 @@ def test_what_changes_megatrons_results_changes_the_model_or_is_refused(name: st
         assert f"cannot compute: {next(iter(changed))} is " in str(error)
     else:
         assert after != before
-
-
-def megatrons_results(**options: Any) -> dict[str, Tensor]:
-    """Returns logits of a tiny model in training, and gradients of their mean square and the losses of routing."""
-    own = {"activation_func": torch.nn.functional.silu, **OPTIONS["plain"], **OPTIONS["on a CPU"], **options}
-    if own["activation_func"] is True:
-        own["activation_func"] = squared_relu
-    config = TransformerConfig(**own)
-    model = GPTModel(config, spec_of(config), vocab_size=40, max_sequence_length=16, position_embedding_type="rope")
-    for name, p in model.named_parameters():
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        p.data.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-    torch.manual_seed(1)
-    tokens = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(2))
-    logits = model(tokens, torch.arange(16).expand_as(tokens), causal_mask(16))
-    logits.float().square().mean().backward()
-    return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def another_value(field: dataclasses.Field) -> Any:
-    """Returns a value of an option's type that is not its default; None where we know none."""
-    if isinstance(field.default, (bool, int, float)):
-        return not field.default if isinstance(field.default, bool) else field.default * 2
-    hint = typing.get_type_hints(TransformerConfig)[field.name]
-    kinds = (hint, *typing.get_args(hint))
-    words = [w for kind in kinds if typing.get_origin(kind) is typing.Literal for w in typing.get_args(kind)]
-    numbers = [{bool: True, int: 2, float: 0.5}.get(kind) for kind in kinds]
-    return next((value for value in (*numbers, *words) if value not in (None, field.default)), None)
-
-
-@pytest.mark.night
-def test_megatron_computes_the_same_whatever_the_other_options_are() -> None:
-    """By its own results, where it takes a value by itself on a CPU."""
-    axes = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
-    plain: dict[str, dict[str, Tensor]] = {}
-    wrong, answered = [], 0
-    with megatron_rank(argparse.Namespace(**{f"{axis}_parallel_size": 1 for axis in axes}), 0):
-        for field in FIELDS:
-            name, together = field.name, TOGETHER.get(field.name, {})
-            value = OTHERWISE.get(name, another_value(field))
-            if value is None or name in OPTIONS["read"] or name in OPTIONS["of_the_loop"]:
-                continue
-            before = plain.setdefault(str(together), {}) or megatrons_results(**together)
-            plain[str(together)] = before
-            try:
-                found = megatrons_results(**together | {name: value})
-            except Exception as error:  # it wants other options, a library or a GPU
-                said = repr(error)
-            else:
-                said = "the same" if same(before, found) else "others"
-                answered += 1
-            if (said != "others") if name in OTHERWISE else said == "others":
-                wrong.append(f"{name} = {value}: {said}")
-    assert not wrong and answered > 100
-
-
-def same(before: dict[str, Tensor], found: dict[str, Tensor]) -> bool:
-    return before.keys() == found.keys() and all(
-        t.shape == found[n].shape and torch.allclose(t, found[n], rtol=1e-4, atol=1e-6) for n, t in before.items()
-    )

@@ -1,28 +1,41 @@
 """Experts that layers of Megatron-Core's own model share: its results are ours, its gradients follow from its own experts', and
-every layout trains as one process does."""
+every layout trains as one process does; what the plug-in refuses; and the example, which learns a text."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import importlib
+import io
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_samoe.config.cli import from_mapping, to_mapping
 from megatron_samoe.convert.fold import fold_shared
+from megatron_samoe.convert.megatron import MegatronReader
 from megatron_samoe.convert.megatron.rank_files import FILE_NAME
+from megatron_samoe.errors import ConfigError, DataError
 from megatron_samoe.models.rank_model import stored_name
-from tests.harness.megatron_faults import FAULTS
+from tests.harness.datasets import write_dataset
 from tests.harness.megatron_files import write_rank_files
-from tests.harness.megatron_model import Layout
-from tests.harness.megatron_training import loaded, run_megatron, saved, saved_midway, train, trained_on
+from tests.harness.megatron_model import Layout, Model, built, start
+from tests.harness.megatron_training import run_megatron, saved_midway, train, trained_on
 from tests.harness.near_package import near_installed  # noqa: F401
 from tests.harness.pairs import first_by_day
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
 from tests.parity.test_megatron_checkpoints import (
     causal_mask,
@@ -35,26 +48,14 @@ from tests.unit.convert.memory_source import MemorySource, logits, new_source
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
-BANKS = {"num_expert_banks": 2}
+TABLE = table(__file__)
 #: Options with which experts are opened or closed.
 CHANGES = {"pool_lock_step", "pool_lock_anneal_steps", "neighbour_unmask_steps"}
-WAYS: dict[str, tuple[str, dict[str, Any]]] = {
-    "own": ("own", {}),
-    "2 banks": ("combined", BANKS),
-    "2 banks by layer": ("combined", {**BANKS, "samoe_combine": "layer"}),
-    "8 banks of each expert": ("combined", {"num_expert_banks": 8, "samoe_granularity": "expert"}),
-    "softmax": ("combined", {**BANKS, "samoe_normalization": "softmax"}),
-    "l2": ("combined", {**BANKS, "samoe_normalization": "l2"}),
-    "tied": ("tied", {}),
-    "two sets": ("tied", {"num_expert_sets": 2}),
-    "scaled": ("scaled", {}),
-    "map": ("own,0,0,own", {}),
-    "pool": ("pool", {}),
-    "locked pool": ("pool", {"pool_lock_step": 2, "pool_lock_anneal_steps": 2}),
-    "neighbours": ("neighbours", {}),
-    "opened neighbours": ("neighbours", {"neighbour_unmask_steps": 2}),
-    "of another package": ("near", {"num_expert_banks": 3}),
-}
+#: Ways of sharing with their options.
+WAYS: dict[str, tuple[str, dict[str, Any]]] = TABLE["ways"]
+TRAINED: list[str] = TABLE["trained"]
+#: Layouts with the number of their ranks.
+LAYOUTS = {name: (Layout(**sizes), ranks) for name, (ranks, sizes) in TABLE["layouts"].items()}
 
 
 def shared_source(way: str, options: dict[str, Any]) -> tuple[MemorySource, MemorySource, dict[int, Tensor]]:
@@ -194,65 +195,11 @@ def test_its_loss_and_gradients_are_those_of_megatrons_own_experts(case: str, tm
     assert len(shared) >= 2
 
 
-EXPERTS_RECOMPUTED = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
-RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-#: Layouts with the number of their ranks.
-LAYOUTS: dict[str, tuple[Layout, int]] = {
-    "EP 2 x PP 2, ZeRO-1, overlap": (Layout(ep=2, pp=2, zero=True, overlap=True), 4),
-    "TP 2 + SP, ETP 2": (Layout(tp=2, etp=2), 2),
-    "interleaved PP 2, recomputed": (Layout(pp=2, chunks=2, options=RECOMPUTED), 2),
-    "TP 2 + SP, EP 2, ZeRO-1": (Layout(tp=2, ep=2, zero=True), 2),
-    "DP 2, overlap": (Layout(overlap=True), 2),
-    "DP 2 x PP 2, ZeRO-1, overlap": (Layout(pp=2, zero=True, overlap=True), 4),
-    "interleaved PP 2 x DP 2, overlap, recomputed": (Layout(pp=2, chunks=2, overlap=True, options=RECOMPUTED), 4),
-    "interleaved PP 2, ZeRO-1": (Layout(pp=2, chunks=2, zero=True), 2),
-    "EP 2 x PP 2": (Layout(ep=2, pp=2), 4),
-    "EP 2 x PP 2, ZeRO-1": (Layout(ep=2, pp=2, zero=True), 4),
-    "TP 2 + SP": (Layout(tp=2), 2),
-    "TP 2 + SP, ETP 2, ZeRO-1": (Layout(tp=2, etp=2, zero=True), 2),
-    "ETP 2": (Layout(etp=2), 2),
-    "DP 2, ZeRO-1": (Layout(zero=True), 2),
-    "EP 2": (Layout(ep=2), 2),
-    "EP 2, ZeRO-1": (Layout(ep=2, zero=True), 2),
-    "PP 2": (Layout(pp=2), 2),
-    "PP 2, ZeRO-1": (Layout(pp=2, zero=True), 2),
-    "recomputed experts, EP 2": (Layout(ep=2, options=EXPERTS_RECOMPUTED), 2),
-}
-TRAINED = (
-    "2 banks",
-    "2 banks by layer",
-    "tied",
-    "scaled",
-    "map",
-    "locked pool",
-    "opened neighbours",
-    "of another package",
-)
-
-
 @functools.cache
 def one_process() -> dict[str, Any]:
     """Returns the results of each way in one process."""
-    (found,) = run_megatron(train, 1, Layout(), [(*WAYS[case], None) for case in TRAINED])
+    (found,) = run_megatron(train, 1, Layout(), [WAYS[case] for case in TRAINED])
     return dict(zip(TRAINED, found, strict=True))
-
-
-def differences(layout: str, cases: dict[str, str | None]) -> dict[str, list[str]]:
-    """Returns for each way, and a fault that is planted in it, what differs on some rank from one process."""
-    sizes, ranks = LAYOUTS[layout]
-    wrong: dict[str, list[str]] = {}
-    results = run_megatron(train, ranks, sizes, [(*WAYS[case], fault) for case, fault in cases.items()])
-    for found in results:
-        for case, result in zip(cases, found, strict=True):
-            expected = one_process()[case]
-            wrong.setdefault(case, []).extend(
-                f"{name} {result[name]}, not {expected[name]}"
-                for name in ("losses", "norms")
-                if result[name] != pytest.approx(expected[name], rel=2e-6)
-            )
-            wrong[case] += [f"{part} did not run" for part in result["idle"]]
-            wrong[case] += [f"copies of {name} differ by {by}" for name, by in result["copies"].items() if by]
-    return wrong
 
 
 #: By day each axis, and each way of sharing in two layouts.
@@ -266,18 +213,15 @@ BY_DAY = (
 @pytest.mark.parametrize(
     ("layout", "ways"), first_by_day([*BY_DAY, *((layout, TRAINED) for layout in list(LAYOUTS)[1:])], len(BY_DAY))
 )
-def test_a_layout_trains_as_one_process(layout: str, ways: tuple[str, ...]) -> None:
+def test_a_layout_trains_as_one_process(layout: str, ways: list[str]) -> None:
     """Four steps with clipping, each way: by Megatron-Core's data parallelism, optimizer and schedule, which the harness calls by
     name. Losses, norms and copies of what is shared are those of one process."""
-    assert differences(layout, dict.fromkeys(ways)) == {way: [] for way in ways}
-
-
-@pytest.mark.night
-@pytest.mark.parametrize("layout", ["EP 2 x PP 2", "EP 2 x PP 2, ZeRO-1, overlap"])
-@pytest.mark.parametrize("fault", FAULTS)
-def test_what_a_plug_in_could_do_wrong_is_seen(fault: str, layout: str) -> None:
-    case = "locked pool" if "lock" in fault else "2 banks"
-    assert differences(layout, {case: fault})[case]
+    sizes, ranks = LAYOUTS[layout]
+    for found in run_megatron(train, ranks, sizes, [WAYS[way] for way in ways]):
+        for way, result in zip(ways, found, strict=True):
+            for name in ("losses", "norms"):
+                assert result[name] == pytest.approx(one_process()[way][name], rel=2e-6), (way, name)
+            assert not any(result["copies"].values()) and not result["idle"], way
 
 
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
@@ -286,9 +230,8 @@ BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bf
 @pytest.mark.night
 def test_bf16_trains_as_fp32_does_nearly() -> None:
     """Adam's masters are Megatron-Core's; a step of bf16 is 2^-8 of a weight."""
-    cases = [(*WAYS[case], None) for case in TRAINED]
     layout = Layout(ep=2, pp=2, zero=True, overlap=True, options=BF16)
-    for found in run_megatron(train, 4, layout, cases):
+    for found in run_megatron(train, 4, layout, [WAYS[case] for case in TRAINED]):
         for case, result in zip(TRAINED, found, strict=True):
             assert result["losses"] == pytest.approx(one_process()[case]["losses"], rel=2e-3), case
             assert result["norms"] == pytest.approx(one_process()[case]["norms"], rel=2e-2), case
@@ -297,18 +240,9 @@ def test_bf16_trains_as_fp32_does_nearly() -> None:
 
 @pytest.mark.night
 @pytest.mark.parametrize("case", ["2 banks", "tied", "map", "locked pool", "of another package"])
-def test_a_checkpoint_of_torch_dist_loads_in_another_layout(case: str, tmp_path: Path) -> None:
-    """Each bank is in it once, and what was combined before loading is combined anew."""
-    expected = run_megatron(saved, 4, Layout(ep=2, pp=2), *WAYS[case], str(tmp_path))[-1]
-    assert len(expected) == 4
-    for layout, ranks in ((Layout(tp=2), 2), (Layout(), 1)):
-        assert run_megatron(loaded, ranks, layout, *WAYS[case], str(tmp_path))[0] == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.night
-@pytest.mark.parametrize("case", ["2 banks", "map", "locked pool"])
 def test_training_goes_on_in_another_layout(case: str, tmp_path: Path) -> None:
-    """Two steps in EP 2 x PP 2, saved with the optimizer, and two in TP 2: the four steps of one process.
+    """Two steps in EP 2 x PP 2, saved with the optimizer, and two in TP 2: the four steps of one process. What was combined before
+    loading is combined anew.
 
     Without the distributed optimizer: Megatron-Core's reader of its state takes Transformer Engine's Adam, not torch's.
     """
@@ -316,3 +250,89 @@ def test_training_goes_on_in_another_layout(case: str, tmp_path: Path) -> None:
     for found in run_megatron(trained_on, 2, Layout(tp=2), *WAYS[case], str(tmp_path)):
         for name, values in found.items():
             assert values == pytest.approx(one_process()[case][name][2:], rel=2e-6), name
+
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = "examples/megatron_core/pretrain_pool.py"
+
+
+#: Options of Megatron-Core's model, a way of sharing, its options, and what is said.
+REFUSED: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
+    *table(__file__)["refused"],
+    ({"activation_func": torch.nn.functional.relu}, "tied", {}, "activation_func = 'relu': must be gated SiLU"),
+]
+
+
+def _all_refusals() -> list[str]:
+    """Returns what is said of each, of a spec without experts, of a model that was built by another spec, and of early gradients."""
+    start(Layout())
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    def said(use: Callable[..., object], *words: object) -> str:
+        try:
+            use(*words)
+        except ConfigError as error:
+            return str(error)
+        return "accepted"
+
+    found = [
+        said(built, Layout(options=options), Model(sharing=sharing, sharing_options=words))
+        for options, sharing, words, _ in REFUSED
+    ]
+    _, (model,), sharing = built(Layout(), Model(sharing="tied"))
+    _, (other,), _ = built(Layout(), Model())
+    found += [said(sharing.spec, get_gpt_layer_local_spec()), said(sharing.attach, other)]
+    return [*found, said(sharing.finalize_model_grads, [model])]
+
+
+def test_wrong_use_is_one_sentence() -> None:
+    later = ("has no MoE layer: give num_experts", "build it by ExpertSharing.spec")
+    wrapped = "model = 'GPTModel': must be wrapped in Megatron-Core's DistributedDataParallel"
+    expected = [*(said for *_, said in REFUSED), *later, wrapped]
+    for part, message in zip(expected, run_megatron(_all_refusals, 1)[0], strict=True):
+        assert part in message and "\n" not in message, message
+
+
+def test_without_megatron_core_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    for name in [name for name in sys.modules if name.startswith("megatron_samoe.plugins.megatron_core")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(DataError, match=r"needs the package megatron: .*megatron-core"):
+        importlib.import_module("megatron_samoe.plugins.megatron_core")
+
+
+def _example(words: tuple[str, ...]) -> str:
+    """Runs a program as torchrun's only rank; returns what it prints."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    sys.argv, said = [*words], io.StringIO()
+    with contextlib.redirect_stdout(said):
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    return said.getvalue()
+
+
+def _under_torchrun(ranks: int, words: tuple[str, ...]) -> str:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [*torchrun, "tests/harness/run_on_cpu.py", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+FOUR = ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--use-distributed-optimizer")
+#: Ranks, and words of the example's command line.
+EXAMPLES = [(1, ("--train-iters", "10")), (4, FOUR), (2, ("--expert-sharing", "none"))]
+
+
+@pytest.mark.parametrize(("ranks", "words"), first_by_day(EXAMPLES))
+def test_the_example_learns_a_text(ranks: int, words: tuple[str, ...], tmp_path: Path) -> None:
+    """Bytes that repeat, by Megatron-Core's data set: the loss begins at that of a guess and falls."""
+    write_dataset(tmp_path / "corpus", [[*b"one two three four " * 40, 256]] * 40)
+    given = {"--train-iters": 20, "--seq-length": 32, "--data-path": tmp_path / "corpus", "--save": tmp_path / "saved"}
+    words = (EXAMPLE, *(str(word) for pair in given.items() for word in pair), *words)
+    said = run_megatron(_example, 1, words)[0] if ranks == 1 else _under_torchrun(ranks, words)
+    losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+),", said, re.MULTILINE)]
+    assert losses[0] == pytest.approx(np.log(257), abs=0.2) and losses[-1] < losses[0] - 1
+    ids = torch.tensor(list(b"one two three four " * 2)[:33])
+    ours = logits(MegatronReader(tmp_path / "saved"), tokens=ids[None, :-1])[:, :257]
+    assert float(torch.nn.functional.cross_entropy(ours, ids[1:])) == pytest.approx(losses[-1], abs=0.5)

@@ -221,28 +221,22 @@ def test_a_blend_per_split_and_whole_epochs(tmp_path: Path) -> None:
         assert_same_samples(mine, yours)
 
 
-@pytest.mark.parametrize("options", [(True, False, False), (False, False, True), (True, False, True)])
-def test_end_of_document_options(tmp_path: Path, options: tuple[bool, bool, bool]) -> None:
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("options", [(True, False), (False, True), (True, True)])
+def test_end_of_document_options(tmp_path: Path, options: tuple[bool, bool], resets: bool) -> None:
+    """Document ids describe Megatron's attention mask."""
     prefix = make_dataset(tmp_path / "data", [3, 1, 9, 2, 30, 1, 1, 5, 14, 40])
-    names = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
-    flags = dict(zip(names, options, strict=True))
-    theirs = their_datasets({"seed": 1, "seq_length": 12, "blend": ([prefix], None), "split": "1", **flags}, [8] * 3)
+    flags = dict(zip(("reset_position_ids", "eod_mask_loss"), options, strict=True)) | {"reset_attention_mask": resets}
+    usual = {"seed": 1, "seq_length": 12, "blend": ([prefix], None), "split": "1", "create_attention_mask": True}
+    theirs = their_datasets({**usual, **flags}, [8] * 3)[0]
     data = DataConfig(data_path=(prefix,), split="1", **flags)
-    ours = build_train_valid_test_datasets(data, (8, 0, 0), 12, 1, ByteTokenizer())
-    assert_same_samples(ours[0], theirs[0])
-
-
-def test_document_ids_describe_their_attention_mask(tmp_path: Path) -> None:
-    prefix = make_dataset(tmp_path / "data", [3, 1, 9, 2, 30, 1, 1, 5, 14, 40])
-    masks = {"reset_attention_mask": True, "create_attention_mask": True}
-    theirs = their_datasets({"seed": 1, "seq_length": 12, "blend": ([prefix], None), "split": "1", **masks}, [8] * 3)
-    data = DataConfig(data_path=(prefix,), split="1", reset_attention_mask=True)
-    ours = build_train_valid_test_datasets(data, (8, 0, 0), 12, 1, ByteTokenizer())
-    for index in range(len(ours[0])):
-        ids = ours[0][index].get("document_ids")
-        assert ids is not None and ids.dtype == torch.int32
-        allowed = (ids[:, None] == ids[None, :]) & torch.ones(12, 12, dtype=torch.bool).tril()
-        assert torch.equal(~allowed, theirs[0][index]["attention_mask"][0])
+    ours = build_train_valid_test_datasets(data, (8, 0, 0), 12, 1, ByteTokenizer())[0]
+    assert_same_samples(ours, theirs)
+    for index in range(len(ours)):
+        ids = ours[index].get("document_ids")
+        assert (ids is not None) == resets and (ids is None or ids.dtype == torch.int32)
+        same = torch.ones(12, 12, dtype=torch.bool) if ids is None else ids[:, None] == ids[None, :]
+        assert torch.equal(~(same & torch.ones_like(same).tril()), theirs[index]["attention_mask"][0])
 
 
 @RELAXED

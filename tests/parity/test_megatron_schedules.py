@@ -19,6 +19,7 @@ from megatron_samoe.optimizer.schedule import rate_of_step
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_options
 
 pytestmark = pytest.mark.parity
@@ -78,21 +79,7 @@ def test_batches_grow_as_megatrons(start: int, increment: int, increments: int, 
         assert batch_size_after(config, 1, consumed) == theirs.get_current_running_global_batch_size(), consumed
 
 
-#: Options, which parameters they freeze, and factors on rate and weight decay of those whose name holds a word.
-TRAINED: list[tuple[dict[str, Any], str, dict[str, float], dict[str, float]]] = [
-    ({"clip_grad": 0.0}, "", {}, {}),
-    ({"clip_grad": 2.0}, "", {}, {}),
-    ({"lr_mult_patterns": (r"\.attention\.=0",)}, ".attention.", {}, {}),
-    ({"lr_mult_patterns": ("embedding=0", r"\.moe\.=0.25")}, "embedding", {".moe.": 0.25}, {}),
-    ({"samoe_freeze_coefficients": True}, ".combination", {}, {}),
-    ({"weight_decay_mult_patterns": ("qkv=3", "router=0")}, "", {}, {".qkv.": 3.0, ".router.": 0.0}),
-    ({"samoe_bank_lr_mult": 0.5, "samoe_coefficient_lr_mult": 4.0}, "", {"expert_pool.": 0.5, ".combination": 4.0}, {}),
-    ({"moe_expert_lr_mult": 3.0, "moe_output_lr_mult": 0.5}, "", {"expert_pool.": 3.0, ".w2": 0.5}, {}),
-    ({"moe_router_lr_mult": 0.125, "adam_beta1": 0.7, "adam_eps": 1e-3}, "", {".router.": 0.125}, {}),
-]
-
-
-@pytest.mark.parametrize(("options", "frozen", "rates", "decays"), TRAINED)
+@pytest.mark.parametrize(("options", "frozen", "rates", "decays"), table(__file__)["trained"])
 def test_a_runs_steps_are_those_of_torch_under_megatrons_scheduler(
     options: dict[str, Any], frozen: str, rates: dict[str, float], decays: dict[str, float]
 ) -> None:

@@ -15,69 +15,32 @@ import pytest
 import torch
 from torch import Tensor
 
-import megatron_samoe
-from megatron_samoe.cli.program import read
-from megatron_samoe.cli.serve import Serve
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.convert.megatron import MegatronReader, plan_dist_export, write_dist_export
-from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.dist_checkpointing.saving import write_sharded
 from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor
 from megatron_samoe.errors import CheckpointError, ConfigError
-from megatron_samoe.inference.engine import Engine
-from megatron_samoe.models.rank_model import build_model
-from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from tests.harness.megatron_model import VOCABULARY, Layout, Model, batches
-from tests.harness.megatron_saving import LATENTS, continued, converted, saved
-from tests.harness.megatron_training import run_megatron
-from tests.harness.program import call, flags, write_corpus
+from tests.harness.megatron_training import continued, converted, run_megatron, saved
+from tests.harness.pairs import first_by_day
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config
 from tests.hostile.changes import Bomb
-from tests.unit.convert.memory_source import MemorySource, new_source
+from tests.unit.convert.memory_source import MemorySource, logits, new_source
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
-DENSE = {"num_moe_experts": None, "moe_ffn_hidden_size": None, "num_query_groups": 2}
-DENSE_FIRST = {"moe_layer_freq": [0, 1, 1, 1]}
-GROUPS = {"moe_router_num_groups": 2, "moe_router_group_topk": 1, "moe_router_topk_scaling_factor": 2.5}
-SIGMOID = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
-DEEPSEEK = {**DENSE_FIRST, **GROUPS, **SIGMOID, "moe_shared_expert_intermediate_size": 24}
-NO_QUERY_LATENT = {"q_lora_rank": None, "rope_type": "rope", "rotary_scaling_factor": 1.0}
-POOL = Model(sharing="combined", sharing_options={"num_expert_banks": 2})
-LOCK = {"pool_lock_step": 1, "pool_lock_anneal_steps": 1}
 #: By name, what Megatron-Core trains, and in which layout of how many ranks.
 CASES: dict[str, tuple[int, Layout, Model]] = {
-    "MoE": (1, Layout(), Model()),
-    "MoE, EP 2 x PP 2": (4, Layout(ep=2, pp=2), Model()),
-    "dense, tied": (1, Layout(options=DENSE), Model(tied=True)),
-    "dense layers, groups, biases, a shared expert": (1, Layout(options=DEEPSEEK), Model()),
-    "each expert apart": (1, Layout(), Model(metadata={"singleton_local_shards": True})),
-    "latent attention with YaRN": (1, Layout(options=LATENTS), Model(latent=True)),
-    "latent attention, dense layers": (1, Layout(options=LATENTS | NO_QUERY_LATENT | DENSE_FIRST), Model(latent=True)),
-    "a pool": (1, Layout(), POOL),
-    "a pool, EP 2 x PP 2": (4, Layout(ep=2, pp=2), POOL),
-    "a map": (1, Layout(), Model(sharing="own,0,0,own")),
-    "a locked pool": (1, Layout(), Model(sharing="pool", sharing_options=LOCK)),
-    "neighbours": (2, Layout(pp=2), Model(sharing="neighbours", sharing_options={"neighbour_unmask_steps": 4})),
+    name: (ranks, Layout(**sizes), Model(**model))
+    for name, (ranks, sizes, model) in table(__file__, tuples=False)["models"].items()
 }
 BY_DAY = ("dense layers, groups, biases, a shared expert", "latent attention with YaRN", "a pool")
 
 
 def by_day(*names: str) -> list[Any]:
     return [pytest.param(name, marks=() if name in BY_DAY else pytest.mark.night) for name in names]
-
-
-def logits(source: GlobalTensors, ids: Tensor) -> Tensor:
-    """Returns our logits [T, V] of ids [B, S]."""
-    model = build_model(
-        from_mapping(source.config, "test"), source.train_state["vocab_size"], single_process_state(), torch.float32
-    )
-    for name, parameter in model.global_parameters().items():
-        parameter.data.copy_(source.read(name))
-    model.eval().begin_step()
-    with torch.no_grad():
-        return model(ids, ForwardContext(batch_size=len(ids), training=False))[0][:, :VOCABULARY]
 
 
 def asked(step: int) -> tuple[Tensor, Tensor]:
@@ -105,7 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def test_what_megatron_core_trained_computes_the_same_here(case: str, trained: Trained) -> None:
     (folder, theirs), kind = trained(case), CASES[case][2]
     reader = MegatronReader(folder)
-    torch.testing.assert_close(logits(reader, asked(9)[0]), theirs[:, :VOCABULARY], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(reader, tokens=asked(9)[0]), theirs[:, :VOCABULARY], rtol=1e-5, atol=1e-5)
     config = from_mapping(reader.config, "test")
     assert config.moe.sharing == (kind.sharing or "own") and reader.train_state["iteration"] == 2
     has_optimizer = kind.metadata is None and not kind.latent and kind.sharing is None
@@ -132,14 +95,17 @@ def test_megatron_core_trains_on_from_one_of_ours(case: str, trained: Trained, t
     folder = write_dist_export(plan_dist_export(ours), tmp_path / "ours", 3)
     weights, losses = run_megatron(continued, ranks, layout, kind, str(folder))[-1]
     tokens, labels = asked(0)
-    expected = torch.nn.functional.cross_entropy(logits(ours, tokens), labels.flatten())
+    expected = torch.nn.functional.cross_entropy(logits(ours, tokens=tokens), labels.flatten())
     assert losses[0] == pytest.approx(float(expected), rel=1e-5) and len(losses) == 2
     final = next(weight for name, weight in weights.items() if name.endswith("final_layernorm.weight"))
     assert torch.equal(final, ours.weights["final_norm.weight"])
 
 
 @pytest.mark.parametrize(
-    "case", ["MoE, EP 2 x PP 2", pytest.param("latent attention, dense layers", marks=pytest.mark.night)]
+    "case",
+    first_by_day(
+        ["MoE, complete experts, TP 2 x PP 2 x EP 2", "MoE, EP 2 x PP 2", "MoE, TP 2", "latent attention, dense layers"]
+    ),
 )
 def test_megatrons_own_rank_files_of_one_of_ours_come_back(case: str, trained: Trained, tmp_path: Path) -> None:
     ours, (ranks, layout, kind) = ours_like(trained(case)[0]), CASES[case]
@@ -148,37 +114,6 @@ def test_megatrons_own_rank_files_of_one_of_ours_come_back(case: str, trained: T
     again = MegatronReader(tmp_path / "files")
     assert again.tensors.keys() == ours.tensors.keys()
     assert all(torch.equal(again.read(name), tensor) for name, tensor in ours.weights.items())
-
-
-@pytest.mark.night
-def test_one_that_megatron_core_trained_is_exported_compressed_evaluated_and_served(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    kind = Model(vocabulary=264)
-    theirs = run_megatron(saved, 4, Layout(ep=2, pp=2), kind, str(tmp_path / "theirs"))[-1]
-
-    def done(program: str, *words: object) -> str:
-        found = call(f"megatron_samoe.cli.{program}", *map(str, words))
-        assert found.returncode == 0, found.stderr
-        return found.stdout
-
-    print(done("convert", "--load-dir", tmp_path / "theirs", "--save-dir", tmp_path / "hf", "--to", "hf"))
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    with torch.no_grad():
-        found = model(asked(9)[0]).logits.flatten(0, 1)
-    torch.testing.assert_close(found[:, :264], theirs[:, :264], rtol=1e-5, atol=1e-5)
-    write_corpus(tmp_path / "text", vocab_size=256)
-    (tmp_path / "text.txt").write_text("one two three four five six seven eight\n" * 20)
-    for folder in ("theirs", "hf"):
-        folders = flags(load_dir=tmp_path / folder, save_dir=tmp_path / f"small-{folder}", data_path=tmp_path / "text")
-        done("compress", *folders, *flags(budget=0.5, calibration_tokens=512, judge_tokens=128, num_samples=16))
-        verdicts = json.loads((tmp_path / f"small-{folder}" / "verdicts.json").read_text())
-        assert verdicts["verdicts"]
-        assert "perplexity" in done("evaluate", "--load", tmp_path / folder, "--corpus", tmp_path / "text.txt")
-        served = read(Serve, ["--load", str(tmp_path / folder)])
-        engine = Engine(
-            served.model.loaded(single_process_state(), str(tmp_path / folder), None), **vars(served.engine)
-        )
-        assert engine.summary and megatron_samoe.load(tmp_path / folder).generate("one", 4)
 
 
 @pytest.fixture(scope="module")
@@ -219,12 +154,6 @@ def test_what_cannot_be_read_is_refused(
     with pytest.raises(CheckpointError, match=message) as error:
         MegatronReader(folder)
     assert "\n" not in str(error.value) and not Path("exploded").exists()
-
-
-def test_a_backend_that_is_another_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr", "sharded_backend_version": 1}))
-    with pytest.raises(CheckpointError, match="says sharded_backend 'zarr'; torch_dist is read"):
-        MegatronReader(tmp_path)
 
 
 def test_a_pool_whose_arguments_are_missing_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from megatron_samoe.optimizer.param_groups import ParamRule, default_rules
 from megatron_samoe.training.setup import Extensions
 from tests.search.__main__ import main, search
 from tests.search.case import BASE, LEFT_OUT, VALUES, Case, draw, drawn_options, grown, values_of
-from tests.search.trial import Verdict, shrunk, try_case
+from tests.search.trial import try_case
 
 
 def test_every_option_is_drawn_or_left_out_for_a_reason() -> None:
@@ -46,62 +46,9 @@ def test_an_option_brings_what_it_needs(name: str) -> None:
     assert any(case is not None and name in case.options for case in found)
 
 
-def test_a_refusal_is_counted_by_its_reason_and_repaired() -> None:
-    refused: Counter[str] = Counter()
-    case = grown(Case(2), "sequence_parallel", random.Random(1), refused)
-    assert case is not None and case.options["tensor_model_parallel_size"] == 2
-    assert refused["--sequence-parallel needs --tensor-model-parallel-size above N"] >= 1
-
-
-def test_what_is_left_out_takes_along_what_needs_it() -> None:
-    case = Case(
-        2, "fp32", {"multi_latent_attention": True, "q_lora_rank": 8, "position_embedding_type": "rope", "lr": 0.1}
-    )
-    assert case.without("multi_latent_attention").options == {"position_embedding_type": "rope", "lr": 0.1}
-
-
 def forgets_the_world(config: OptimizerConfig) -> tuple[ParamRule, ...]:
     """A fault: several ranks learn at another rate than one."""
     return (*default_rules(config), *((ParamRule("", lr_mult=1.5),) if dist.is_initialized() else ()))
-
-
-def breaks_on_several_ranks(config: OptimizerConfig) -> tuple[ParamRule, ...]:
-    """Another: an exception where one option has one value."""
-    if dist.is_initialized() and config.adam_beta1 == 0.5:
-        raise ZeroDivisionError("planted")
-    return default_rules(config)
-
-
-def test_a_failing_case_shrinks_to_what_it_needs() -> None:
-    needed = {
-        "expert_layout": "moe",
-        "expert_sharing": "tied",
-        "sequence_parallel": True,
-        "tensor_model_parallel_size": 2,
-    }
-    idle = {
-        "swiglu": True,
-        "lr": 1e-2,
-        "use_distributed_optimizer": True,
-        "moe_router_topk": 1,
-        "samoe_bank_lr_mult": 0.5,
-    }
-    tried = []
-
-    def still_fails(case: Case) -> bool:
-        tried.append(case)
-        return not case.problems() and {"expert_sharing", "sequence_parallel"} <= case.options.keys()
-
-    assert shrunk(Case(8, "fp64", {**idle, **needed}), still_fails) == Case(2, "fp64", needed)
-    assert len(tried) < 40
-
-
-@pytest.mark.distributed
-def test_an_exception_is_a_fault_of_its_class() -> None:
-    trial = partial(try_case, extensions=Extensions(rules=breaks_on_several_ranks))
-    verdict = trial(Case(2, "fp32", {"adam_beta1": 0.5}))
-    assert verdict.outcome == "ZeroDivisionError" and verdict.is_fault and "Traceback" in verdict.words
-    assert trial(Case(2)) == Verdict("agrees")
 
 
 @pytest.mark.distributed
@@ -124,27 +71,3 @@ def test_a_search_prints_the_command_that_repeats_a_fault(capsys: pytest.Capture
     command = next(line for line in shown.splitlines() if line.startswith("  python -m tests.search"))
     assert main(shlex.split(command)[3:]) == 0, "it repeats the case, without what was planted"
     assert capsys.readouterr().out.startswith("agrees")
-
-
-def test_a_fault_that_does_not_repeat_is_shown_as_it_was_and_not_shrunk(capsys: pytest.CaptureFixture[str]) -> None:
-    verdicts = iter([Verdict("a rank hung", "after 120 s"), Verdict("agrees")])
-    [fault] = search(1e-6, 1, 2, lambda _: next(verdicts))
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"a rank hung, once in two trials: after 120 s\n  {fault.command}\n")
-    assert "1 cases: 1 a rank hung, once in two trials" in shown
-
-
-@pytest.mark.parametrize(
-    ("spec", "said"),
-    [
-        ('{"ranks": 2, "swigloo": true}', "Did you mean 'swiglu'?"),
-        ('{"ranks": 3}', "--global-batch-size = 8: must be a multiple"),
-        ('{"swiglu": true}', "must be JSON such as"),
-        ("ranks", "must be JSON such as"),
-        ('{"ranks": 0}', "must have a number of ranks"),
-    ],
-)
-def test_a_wrong_command_is_refused(spec: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--replay", spec])
-    assert said in capsys.readouterr().err

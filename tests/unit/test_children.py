@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_samoe import children
+from tests.harness.serving import wait_for
 
 ROOT = Path(children.__file__).parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's end")
@@ -26,13 +25,6 @@ program = "trap 'touch ended; exit' TERM; touch ready; while :; do sleep 0.02; d
 children.start(["sh", "-c", program])
 sys.stdin.readline()
 """
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @linux

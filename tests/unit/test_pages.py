@@ -35,6 +35,8 @@ def test_a_user_tries_two_models_and_opens_a_report(tmp_path: Path) -> None:
             see_texts_stream(page, (samoe, dense))
             see_experts(page, samoe)
             go_on_with_the_other_model_and_stop(page, running)
+            policy = running.client.ask("GET", "/").headers["content-security-policy"]
+            assert "default-src 'none'" in policy and "unsafe" not in policy
         open_report(page, tmp_path)
 
 

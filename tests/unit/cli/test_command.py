@@ -1,10 +1,13 @@
-"""One command reaches every program, and says so in a line where there is none of that name."""
+"""One command reaches every program, and says so in a line where there is none of that name; and what is so before torch is loaded."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,10 +78,10 @@ def test_completion_knows_commands_and_their_flags() -> None:
 
 
 #: results_check.py looks at this repository's own pages, and is not a command.
-PROGRAMS = sorted(path for path in (ROOT / "tools").glob("*.py") if path.stem not in ("results_check", "__init__"))
+TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if path.stem not in ("results_check", "__init__"))
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
 def test_files_of_tools_are_one_line_programs(path: Path) -> None:
     text = path.read_text()
     module = text.rpartition('run("')[2].partition('"')[0]
@@ -94,3 +97,43 @@ def test_help_may_be_cut_by_head() -> None:
 def test_a_wrong_value_comes_with_the_options_help() -> None:
     done = run("pretrain", "--num-layers", "x")
     assert done.returncode == 2 and "Number of transformer layers." in done.stderr + done.stdout
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+PROGRAMS = ("-m megatron_samoe pretrain", "-m megatron_samoe.cli.pretrain", "tools/evaluate.py")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc and prctl")
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_rank_dies_with_a_torchrun_that_is_killed_while_torch_is_loaded(program: str, tmp_path: Path) -> None:
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        f"import os, pathlib, time\npathlib.Path({str(tmp_path / 'loading')!r}).touch()\ntime.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}
+    # A shell stands for torchrun: a parent that waits for its rank.
+    command = f"{sys.executable} {program} --mock-data 2>/dev/null & echo $!; wait"
+    launcher = subprocess.Popen(["sh", "-c", command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    rank = int(launcher.stdout.readline())
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "loading").exists():
+            assert launcher.poll() is None and time.monotonic() < deadline, "the rank did not come to load torch"
+            time.sleep(0.01)
+        launcher.kill()
+        while is_running(rank):
+            assert time.monotonic() < deadline, "a rank outlives its launcher"
+            time.sleep(0.01)
+    finally:
+        launcher.kill()
+        launcher.wait()
+        if is_running(rank):
+            os.kill(rank, signal.SIGKILL)

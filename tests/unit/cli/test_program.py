@@ -11,6 +11,9 @@ import tyro
 
 from megatron_samoe.cli.program import Group, program, read
 from megatron_samoe.errors import ConfigError
+from tests.harness.tables import table
+
+TABLE = table(__file__)
 
 
 @dataclass(frozen=True)
@@ -63,21 +66,7 @@ def test_words_become_fields() -> None:
     assert read(Cook, ["soup", "--salt", "-1e3"]).salt == -1000.0
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("", "food: a command is missing. There are cook, more."),
-        ("cok", "food: cok is not known. Did you mean 'cook'? There are cook, more."),
-        ("cook soup --slat 2", "food cook: --slat is not known. Did you mean '--salt'?"),
-        ("cook soup --salt much", "food cook: --salt: 'much' is not a number"),
-        ("cook soup --width 1.5", "food cook: --width: '1.5' is not a whole number"),
-        ("cook soup --heat hot", "invalid choice 'hot' for argument '--heat'. Expected one of ('low', 'high')."),
-        ("cook soup --guests", "food cook: --guests needs a value."),
-        ("cook soup --pan", "Missing value for argument '--pan'"),
-        ("cook soup more", "food cook: more has no meaning here."),
-        ("cook", "food cook: needs MEAL what to cook (required)"),
-    ],
-)
+@pytest.mark.parametrize(("words", "said"), TABLE["wrong"])
 def test_what_is_wrong_is_said_in_one_line(words: str, said: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
         read(COMMANDS, words.split(), "food")

@@ -1,4 +1,4 @@
-"""Flags, YAML files and checkpoints fill the same configuration."""
+"""Flags, YAML files and checkpoints fill the same configuration; those of earlier versions keep their meaning."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.cli import foreign_flags, from_mapping, parse, parse_pretrain_args, read_yaml, to_mapping
 from megatron_samoe.config.derived import parse_moe_layer_freq
 from megatron_samoe.config.option import all_options, flag
+from megatron_samoe.config.saved import upgrade
 from megatron_samoe.errors import ConfigError, ConfigErrors
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_options
+
+TABLE = table(__file__)
 
 #: Options with their groups.
 OPTIONS = [(group, name) for group, name, *_ in all_options(PretrainConfig())]
@@ -26,18 +30,6 @@ def write(folder: Path, content: str) -> str:
     path = folder / "run.yaml"
     path.write_text(content)
     return str(path)
-
-
-def test_flags_are_megatrons() -> None:
-    words = "--num-layers 3 --tensor-model-parallel-size 2 --swiglu --data-path 0.3 a 0.7 b --expert-layout samoe "
-    words += "--samoe-init block --moe-expert-capacity-factor 1.25 --lr-decay-style WSD --save here --bf16"
-    config = parse_pretrain_args(words.split())
-    assert config.model.num_layers == 3 and config.model.swiglu
-    assert config.parallel.tensor_model_parallel_size == 2
-    assert config.data.data_path == ("0.3", "a", "0.7", "b")
-    assert config.moe.expert_layout == "samoe" and config.moe.samoe_init == "block"
-    assert config.moe.moe_expert_capacity_factor == 1.25
-    assert config.optimizer.lr_decay_style == "WSD" and config.checkpoint.save == "here" and config.training.bf16
 
 
 def test_no_two_groups_share_a_flag() -> None:
@@ -52,15 +44,7 @@ def test_help_has_a_line_for_every_option(capsys: pytest.CaptureFixture[str]) ->
     assert not [name for _, name in OPTIONS if flag(name) not in shown]
 
 
-@pytest.mark.parametrize(
-    ("wrong", "right"),
-    [
-        ("--hiden-size", "--hidden-size"),
-        ("--num-expert", "--num-experts"),
-        ("--confg", "--config"),
-        ("--no-swigloo", "--no-swiglu"),
-    ],
-)
+@pytest.mark.parametrize(("wrong", "right"), TABLE["misspelt"])
 def test_misspelt_flag_is_refused_with_the_nearest(wrong: str, right: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{wrong} is not known\. Did you mean '{right}'\?$"):
         parse_pretrain_args([wrong, "16"])
@@ -95,20 +79,7 @@ def test_flags_override_yaml(tmp_path: Path) -> None:
     assert config.data.data_path == ("0.5", "a", "1", "b") and config.data.split == "100"
 
 
-@pytest.mark.parametrize(
-    ("content", "field", "said"),
-    [
-        ("hiden_size: 5", "hiden_size", "Did you mean 'hidden_size'?"),
-        ("model: {num_layer: 5}", "model.num_layer", "Did you mean 'num_layers'?"),
-        ("model: {lr: 5}", "model.lr", "unknown option"),
-        ("modle: {num_layers: 5}", "modle", "Did you mean 'model'?"),
-        ("hidden_size: 64.0", "hidden_size", "must be of type int"),
-        ("num_layers:", "num_layers", "must be of type int"),
-        ("lr_decay_style: cosin", "lr_decay_style", "Did you mean 'cosine'?"),
-        ("- a", "--config", "must hold a mapping of option to value, not list"),
-        ("a: [", "--config", "is not YAML"),
-    ],
-)
+@pytest.mark.parametrize(("content", "field", "said"), TABLE["wrong files"])
 def test_wrong_yaml_is_refused(content: str, field: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         parse_pretrain_args(["--config", write(tmp_path, content)])
@@ -156,7 +127,7 @@ def options() -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(options())
 def test_configuration_survives_yaml(changes: dict[str, Any]) -> None:
     config = with_options(PretrainConfig(), **changes)
@@ -217,3 +188,28 @@ def test_no_foreign_name_is_one_of_ours() -> None:
     assert len({*renamed, *always_so, *missing}) == len(renamed) + len(always_so) + len(missing)
     for text in (*always_so.values(), *missing.values()):
         assert set(re.findall(r"--[a-z0-9-]+", text)) <= ours, text
+
+
+def saved_before(**options: Any) -> dict[str, Any]:
+    """A configuration as version 0.1 wrote it: whole, without the options that came later."""
+    mapping = to_mapping(tiny_config("moe", **options))
+    for name in ("moe_scale_output_init", "moe_router_init_method_std", "moe_aux_loss_group_size"):
+        del mapping["moe"][name]
+    return mapping
+
+
+@pytest.mark.parametrize(("options", "width"), TABLE["widths"])
+def test_experts_of_older_models_stay_as_wide_as_the_dense_mlp(options: dict[str, Any], width: int) -> None:
+    assert from_mapping(upgrade(saved_before(**options)), "test").expert_ffn_size == width
+
+
+def test_what_this_version_saved_is_not_touched() -> None:
+    mapping = to_mapping(tiny_config("moe", moe_router_topk=2))
+    assert upgrade(mapping) is mapping and from_mapping(mapping, "test").expert_ffn_size == 64
+
+
+@pytest.mark.parametrize(
+    "damage", [{"moe": None}, {"model": []}, {"model": {"hidden_size": "wide", "swiglu": True}}, {}]
+)
+def test_damaged_configurations_pass_through(damage: dict[str, Any]) -> None:
+    upgrade({**saved_before(moe_router_topk=2), **damage})

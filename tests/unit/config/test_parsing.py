@@ -1,18 +1,20 @@
-"""Any text whatever gives plain values or one line of error, in little time and memory."""
+"""Any text whatever gives plain values or one line of error, in little time and memory, whose figures round to no nothing."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_samoe.errors import ConfigError, shown
+from megatron_samoe.errors import ConfigError, in_units, shown
 from megatron_samoe.parsing import MAX_YAML_CHARACTERS, _document, _FastLoader, _Loader, parse_json, parse_yaml
 
 BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -78,7 +80,7 @@ def test_the_fast_loader_reads_what_the_other_one_reads(text: str) -> None:
 
 @given(SCRAPS)
 @example(BOMB)
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 def test_any_yaml_is_read_or_refused(text: str) -> None:
     try:
         parse_yaml(text)
@@ -87,7 +89,7 @@ def test_any_yaml_is_read_or_refused(text: str) -> None:
 
 
 @given(st.text(alphabet='[]{}:,"\\u0189dDeE+-. ntfaINay\n') | PLAIN.map(json.dumps))
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=700, deadline=None)
 def test_any_json_is_read_or_refused(text: str) -> None:
     try:
         parse_json(text)
@@ -166,3 +168,27 @@ def test_a_fault_has_its_line_and_no_made_up_file() -> None:
     assert "<unicode string>" not in str(caught.value)
     with pytest.raises(ValueError, match="the key 'a' is there twice, at line 3, column 1"):
         parse_yaml("a: 1\nb: 2\na: 3\n")
+
+
+PACKAGE = Path(__file__).resolve().parents[3] / "megatron_samoe"
+POWERS = {"": 0, "k": 3, "M": 6, "G": 9, "T": 12}
+
+
+@pytest.mark.parametrize("exponent", range(-3, 14))
+@pytest.mark.parametrize("digits", [1.0, 1.234, 5.55, 9.994, 9.999])
+def test_a_figure_is_what_it_was_to_three_digits(digits: float, exponent: int) -> None:
+    value = digits * 10.0**exponent
+    number, _, unit = in_units(value, "B/s").partition(" ")
+    assert float(number) * 10 ** POWERS[unit.removesuffix("B/s")] == pytest.approx(value, rel=5e-3)
+    assert "e" not in number
+
+
+def test_no_message_has_a_fixed_unit_and_a_fixed_number_of_decimals() -> None:
+    """The checks of a GPU, whose figures are those of GPUs, apart."""
+    fixed = re.compile(r"\.\df\} ?[kMGT](i?B|FLOP)")
+    found = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if "gpu_check" not in path.parts and fixed.search(path.read_text())
+    }
+    assert not found

@@ -20,7 +20,10 @@ from megatron_samoe.config.option import all_options
 from megatron_samoe.config.rules import Rule, Table, layout, model, moe, run
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError, ConfigErrors
+from tests.harness.tables import table
 from tests.harness.tiny import with_options
+
+TABLE = table(__file__)
 
 #: Modules of rules.
 KINDS = (layout, model, moe, run)
@@ -28,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SOURCES = "\n".join(path.read_text() for path in (ROOT / "megatron_samoe").rglob("*.py"))
 EXAMPLES = {"megatron_samoe/cli/quickstart_data/config.yaml": 1, "examples/configs/samoe_tiny.yaml": 2}
 VALID = with_options(PretrainConfig(), mock_data=True)
-TABLE = yaml.safe_load(Path(__file__).with_name("refusals.yaml").read_text())
+REFUSALS = yaml.safe_load(Path(__file__).with_name("refusals.yaml").read_text())
 
 
 def row_of(options: dict[str, Any], world_size: int = 1) -> tuple[dict[str, Any], int]:
@@ -36,9 +39,9 @@ def row_of(options: dict[str, Any], world_size: int = 1) -> tuple[dict[str, Any]
     return {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}, world_size
 
 
-LEGAL = [row_of(*row) for row in TABLE.pop("legal")]
+LEGAL = [row_of(*row) for row in REFUSALS.pop("legal")]
 #: Options, world size, the flag that is named, a part of what is allowed.
-BROKEN = [(*row_of(*row), flag, allowed) for flag, rows in TABLE.items() for allowed, *row in rows]
+BROKEN = [(*row_of(*row), flag, allowed) for flag, rows in REFUSALS.items() for allowed, *row in rows]
 
 
 def errors_of(options: dict[str, Any], world_size: int) -> list[ConfigError]:
@@ -149,19 +152,7 @@ def test_a_text_that_several_tables_read_is_refused_once_and_numbers_out_of_rang
     assert [error.field for error in problems] == ["--tensor-model-parallel-size", "--fp16"]
 
 
-@pytest.mark.parametrize(
-    ("text", "num_layers", "expected"),
-    [
-        ("1", 3, "111"),
-        ("2", 5, "10101"),
-        ("0101", 4, "0101"),
-        ("([0, 1, 1])*2", 6, "011011"),
-        ("([0]*3+[1]*2)", 5, "00011"),
-        ("[0]+[1]*2", 3, "011"),
-        ("10", 10, "1000000000"),
-        ("10", 2, "10"),
-    ],
-)
+@pytest.mark.parametrize(("text", "num_layers", "expected"), TABLE["layer patterns"])
 def test_moe_layer_freq(text: str, num_layers: int, expected: str) -> None:
     assert "".join(str(int(b)) for b in derived.parse_moe_layer_freq(text, num_layers)) == expected
 
@@ -174,17 +165,7 @@ def test_wrong_moe_layer_freq_is_refused(text: str) -> None:
         derived.parse_moe_layer_freq(text, 4)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("EttL", (2,)),
-        ("Et*3|t*4|t*4|t*3L", (3, 4, 4, 3)),
-        ("Et, (tt|)*2 tL", (3, 2, 1)),
-        ("E||tL", (0, 0, 1)),
-        ("E(t*2|)*3L", (2, 2, 2, 0)),
-        ("EL", (0,)),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), TABLE["stage layouts"])
 def test_stage_layout(text: str, expected: tuple[int, ...]) -> None:
     assert derived.parse_stage_layout(text) == expected
 
@@ -195,10 +176,3 @@ def test_stage_layout(text: str, expected: tuple[int, ...]) -> None:
 def test_wrong_stage_layout_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--pipeline-model-parallel-layout"):
         derived.parse_stage_layout(text)
-
-
-def test_batch_and_data_parallel_sizes() -> None:
-    config = with_options(VALID, tensor_model_parallel_size=2, micro_batch_size=3)
-    assert derived.data_parallel_size(config, 8) == 4
-    assert derived.global_batch_size(config, 8) == 12
-    assert derived.global_batch_size(with_options(config, global_batch_size=24), 8) == 24

@@ -63,7 +63,7 @@ def new_source(
 def load(source: GlobalTensors, dtype: torch.dtype = torch.float32) -> RankModel:
     """Returns the source's model; every parameter is read, and nothing is left over."""
     config = from_mapping(source.config, "test")
-    model = build_model(config, VOCAB_SIZE, single_process_state(), dtype)
+    model = build_model(config, source.train_state["vocab_size"], single_process_state(), dtype)
     parameters = model.global_parameters()
     held = {name for name in source.tensors if not name.startswith(("optimizer.", "training."))}
     assert held == set(parameters)
@@ -75,12 +75,11 @@ def load(source: GlobalTensors, dtype: torch.dtype = torch.float32) -> RankModel
 
 
 @torch.no_grad()
-def logits(source: GlobalTensors, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Returns logits [T, V] of a batch of random tokens, without padding."""
+def logits(source: GlobalTensors, dtype: torch.dtype = torch.float32, tokens: Tensor | None = None) -> Tensor:
+    """Returns logits [T, V] of tokens [B, S], or else of a batch of random ones, without padding."""
     model = load(source, dtype)
     model.begin_step()
-    batch = global_batch(model.config, 0)
-    tokens = batch["tokens"]
+    tokens = global_batch(model.config, 0)["tokens"] if tokens is None else tokens
     context = ForwardContext(batch_size=len(tokens), training=False)
     result, _ = model(tokens, context)
     return result[:, : model.vocab_size]

@@ -1,11 +1,14 @@
-"""The conversion tool: plans, progress, memory, and every kind of bad input explained in a paragraph."""
+"""The conversion tool: plans, progress, memory, every kind of bad input explained in a paragraph; and that the class of an export
+follows from what the model computes."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,18 +20,25 @@ import torch
 import yaml
 
 from megatron_samoe.cli import convert
+from megatron_samoe.config.data import DataConfig
 from megatron_samoe.convert.hf import export
+from megatron_samoe.convert.hf.families.llama import LLAMA
+from megatron_samoe.convert.hf.source import derived_model
+from megatron_samoe.convert.hf.target import choose_target
+from megatron_samoe.convert.hf.tokenizer_files import imported_tokenizer
 from megatron_samoe.convert.megatron import MegatronReader
+from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.convert.opener import open_folder
-from megatron_samoe.convert.read_ahead import ReadAhead
-from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.convert.output_folder import require_new
+from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
+from megatron_samoe.errors import CheckpointError, ConfigError
 from tests.harness.megatron_files import write_rank_files
-from tests.harness.program import call
+from tests.harness.pairs import first_by_day
+from tests.harness.program import REPOSITORY, call, flags
 from tests.harness.ranks import run_ranks
 from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
-from tests.unit.convert.memory_source import load, new_source
+from tests.unit.convert.memory_source import new_source
 
 TABLE = table(__file__)
 SAMOE = tiny_config("samoe", style="llama", moe_router_topk=2, moe_ffn_hidden_size=48, num_layers=2)
@@ -56,28 +66,6 @@ def assert_refused(result: subprocess.CompletedProcess[str], message: str) -> No
     assert result.stderr.strip().count("\n") == 0
 
 
-def assert_same(a: GlobalTensors, b: GlobalTensors) -> None:
-    theirs, ours = load(a).global_parameters(), load(b).global_parameters()
-    for name in ours:
-        rows = VOCAB_SIZE if name in ("embedding.word.weight", "output.weight") else None
-        assert torch.equal(theirs[name][:rows], ours[name][:rows]), name
-
-
-def test_families_are_found_out(made: SimpleNamespace, tmp_path: Path) -> None:
-    result = run("--load-dir", made.hf, "--save-dir", tmp_path / "a")
-    assert result.returncode == 0 and f"From a Hugging Face folder in {made.hf}." in result.stdout
-    assert f"To a checkpoint of this program in {tmp_path / 'a' / 'iter_0000007'}." in result.stdout
-    assert_same(open_folder(tmp_path / "a").tensors, made.source)
-    result = run("--load-dir", made.megatron, "--save-dir", tmp_path / "b")
-    assert "From a checkpoint of Megatron-LM (format torch)" in result.stdout
-    result = run("--load-dir", tmp_path / "b" / "iter_0000007", "--save-dir", tmp_path / "c", "--to", "torch_dist")
-    assert "Megatron-LM's format torch_dist" in result.stdout
-    assert_same(MegatronReader(tmp_path / "c"), open_folder(tmp_path / "b").tensors)
-    result = run("--load-dir", made.native, "--save-dir", tmp_path / "d", "--hf-model-type", "mixtral")
-    assert "MixtralForCausalLM" in result.stdout and "mixtral was asked for" in result.stdout
-    assert "Its optimizer state (" in result.stdout and "(0 " not in result.stdout
-
-
 @pytest.mark.parametrize(
     ("options", "shown"),
     [
@@ -85,6 +73,8 @@ def test_families_are_found_out(made: SimpleNamespace, tmp_path: Path) -> None:
         (["--fold"], "model.layers.*.block_sparse_moe.experts.*.w1.weight  [48, 32] float32  x 8"),
         (["--to", "hf", "--dtype", "bf16"], "model.layers.*.mlp.router.weight  [4, 32] bfloat16  x 2"),
         (["--to", "torch_dist"], "iter_0000007: "),
+        (["--hf-model-type", "mixtral"], "mixtral was asked for"),
+        (["--to", "hf"], "Its optimizer state (128 B)"),
     ],
 )
 def test_a_dry_run_shows_the_plan_and_writes_nothing(
@@ -141,9 +131,12 @@ TARGETS = [("native", ["--to", "hf"]), ("native", ["--to", "torch_dist"]), ("hf"
 
 
 @pytest.mark.parametrize(("source", "options"), TARGETS)
-def test_no_space_is_noticed_before_writing(
+def test_a_disk_that_takes_nothing_is_noticed_before_writing(
     source: str, options: list[str], made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "file").write_text("")
+    result = run("--load-dir", made.root / source, "--save-dir", tmp_path / "file" / "new", *options)
+    assert result.returncode == 1 and "error: " in result.stderr and "Not a directory" in result.stderr
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=32 << 20))
     result = run("--load-dir", made.root / source, "--save-dir", tmp_path / "new", *options)
@@ -152,13 +145,29 @@ def test_no_space_is_noticed_before_writing(
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".pt", ".distcp")]
 
 
-@pytest.mark.parametrize(("source", "options"), TARGETS)
-def test_a_place_that_cannot_be_written_is_named(
+# The last moment: all is written, and gets its name now.
+DIES_AT_RENAME = """
+import os, signal, sys
+from megatron_samoe.cli import convert
+from megatron_samoe.config.data import DataConfig
+os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+convert.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("source", "options"), first_by_day(TARGETS))
+def test_a_conversion_that_is_killed_leaves_no_model_and_nothing_in_the_way(
     source: str, options: list[str], made: SimpleNamespace, tmp_path: Path
 ) -> None:
-    (tmp_path / "file").write_text("")
-    result = run("--load-dir", made.root / source, "--save-dir", tmp_path / "file" / "new", *options)
-    assert result.returncode == 1 and "error: " in result.stderr and "Not a directory" in result.stderr
+    new = tmp_path / "new"
+    words = [*flags(load_dir=made.root / source, save_dir=new), *options]
+    killed = subprocess.run([sys.executable, "-c", DIES_AT_RENAME, *words], cwd=REPOSITORY, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    left = [p for p in (new.iterdir() if new.exists() else tmp_path.glob(".new*"))]
+    assert left and all(p.name.startswith(".") for p in left)
+    assert_refused(run("--load-dir", new, "--save-dir", tmp_path / "other", "--dry-run"), "")
+    assert run(*words).returncode == 0
+    assert not list(tmp_path.rglob(".*unfinished"))
 
 
 def copied(made: SimpleNamespace, family: str, to: Path) -> Path:
@@ -220,6 +229,16 @@ def test_what_an_export_remembers_counts_only_for_its_own_model(made: SimpleName
         )
 
 
+def test_small_things_are_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be written: File name too long"):
+        require_new(tmp_path / ("x" * 300))
+    with pytest.raises(ConfigError, match="num_attention_heads"):
+        derived_model(LLAMA, {"num_attention_heads": 0, "hidden_size": 32})
+    (tmp_path / "tokenizer.json").write_text("junk")
+    _, line = imported_tokenizer(DataConfig(tokenizer_type="ByteTokenizer"), tmp_path, tmp_path / "kept")
+    assert "The folder's tokenizer cannot be used" in line
+
+
 def test_a_missing_tensor_of_ours_is_named(made: SimpleNamespace) -> None:
     source = new_source(SAMOE)
     del source.weights["layers.1.moe.router.weight"]
@@ -240,29 +259,6 @@ def test_other_precisions_keep_what_training_keeps(made: SimpleNamespace, tmp_pa
     assert run(*words).returncode == 0
     files = MegatronReader(tmp_path / "megatron")
     assert files.tensors["layers.0.attention.qkv.weight"].dtype == torch.bfloat16
-
-
-def test_reading_ahead_gives_each_tensor_once_and_its_errors() -> None:
-    source = new_source(SAMOE)
-    names, asked = list(source.weights), []
-
-    class Counted:
-        config, train_state, tensors = source.config, source.train_state, source.tensors
-        attachments: dict[str, bytes] = {}  # noqa: RUF012
-
-        def read(self, name: str) -> torch.Tensor:
-            asked.append(name)
-            return source.read(name)
-
-    with ReadAhead(Counted(), names) as ahead:
-        assert all(torch.equal(ahead.read(name), source.weights[name]) for name in names)
-        assert asked == names
-        # In another order too, at the price of reading for nothing.
-        assert all(torch.equal(ahead.read(name), source.weights[name]) for name in reversed(names))
-        with pytest.raises(KeyError, match="nothing"):
-            ahead.read("nothing")
-    with pytest.raises(RuntimeError, match="shutdown"):
-        ahead.read(names[0])
 
 
 #: Conversions of many tensors: from, to, and how.
@@ -311,3 +307,41 @@ def test_tensors_stream_through_the_memory_of_a_few(tmp_path: Path) -> None:
     # A machine that others load can only add to it: what was too much must be so again.
     if first := excess(tmp_path / "first"):
         assert not first & excess(tmp_path / "again")
+
+
+MOE: dict[str, Any] = {"style": "llama", "moe_router_topk": 2}
+
+
+def model(layout: str, **options: Any) -> NativeModel:
+    return NativeModel(tiny_config(layout, **options), VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(("layout", "options", "family"), TABLE["taken"])
+def test_auto_takes_the_stock_class_that_computes_the_same(layout: str, options: dict[str, Any], family: str) -> None:
+    target = choose_target(model(layout, **options))
+    assert target.family.name == family and not target.fold
+    if layout == "moe":
+        folded = choose_target(model("samoe", **options), fold=True)
+        assert folded.family.name == family and folded.fold
+
+
+def test_a_pool_is_kept_unless_folding_is_asked_for() -> None:
+    kept = choose_target(model("samoe", **MOE))
+    assert kept.family.name == "samoe" and not kept.fold and "keeps what layers share" in kept.why[-1]
+    assert choose_target(model("samoe", **MOE), "samoe", fold=True).fold
+    implied = choose_target(model("samoe", **MOE), "mixtral")
+    assert implied.family.name == "mixtral" and implied.fold and "folded" in implied.why[-1]
+
+
+def test_reasons_name_what_each_class_lacks() -> None:
+    why = choose_target(model("moe", **MOE, moe_layer_freq="2")).why
+    assert why[0] == "not mixtral: --moe-layer-freq 2 (all of its layers are MoE)"
+    assert why[-1] == "qwen2_moe computes the same function" and not any("llama" in line for line in why)
+
+
+@pytest.mark.parametrize(("layout", "options", "wanted", "fold", "message"), TABLE["refused"])
+def test_impossible_targets_are_refused(
+    layout: str, options: dict[str, Any], wanted: str, fold: bool, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose_target(model(layout, **options), wanted, fold)

@@ -1,4 +1,5 @@
-"""Small files that somebody changed, by mistake or on purpose, are read or refused in words: quickly and in little memory."""
+"""Small files that somebody changed, by mistake or on purpose, are read or refused in words: quickly, in little memory, and where their
+contents would fill it by their sizes, before they are read."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import json
 import pickle
 import random
 import shutil
+import struct
 import tempfile
 import time
 import tracemalloc
@@ -16,10 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -27,20 +31,25 @@ from megatron_samoe.cli import inspect_checkpoint as inspect
 from megatron_samoe.config.cli import from_mapping, to_mapping
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
-from megatron_samoe.convert.hf.export import native_model
+from megatron_samoe.convert.hf.export import native_model, refuse_other_tensors
 from megatron_samoe.convert.hf.export import plan_export as plan_hf
 from megatron_samoe.convert.hf.export import write_export as write_hf
-from megatron_samoe.convert.hf.folder import HFFolder
-from megatron_samoe.convert.hf.source import HFSource
+from megatron_samoe.convert.hf.folder import MAX_JSON_BYTES, HFFolder, read_json
+from megatron_samoe.convert.hf.safetensors_io import SafetensorsReader
+from megatron_samoe.convert.hf.source import HFSource, family_of
 from megatron_samoe.convert.megatron.arguments import from_arguments
+from megatron_samoe.convert.megatron.rank_files import load_rank_file
 from megatron_samoe.convert.megatron.reader import MegatronReader
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
+from megatron_samoe.dist_checkpointing.saved_tensor import find_saved_bytes, read_saved_tensor
+from megatron_samoe.dist_checkpointing.store import refuse_wrong_values
 from megatron_samoe.dist_checkpointing.table_of_contents import METADATA, read_table
-from megatron_samoe.errors import MegatronSamoeError
+from megatron_samoe.errors import CheckpointError, MegatronSamoeError, nearest, readable
 from tests.harness.megatron_files import write_rank_files
 from tests.harness.tiny import tiny_config
-from tests.hostile.changes import ODD, changed
+from tests.hostile.changes import ODD, changed, mutate
 from tests.unit.convert.memory_source import new_source
 
 SEEDS = pytest.mark.parametrize("seeds", [range(300), pytest.param(range(300, 3000), marks=pytest.mark.night)], ids=str)
@@ -81,6 +90,7 @@ def read_by_kind(folders: dict[str, Path]) -> dict[str, tuple[Any, Callable[[Any
     arguments = MegatronReader(folders["megatron"]).arguments
     plain = {k: v for k, v in arguments.items() if isinstance(v, (int, float, str, list, bool, type(None)))}
     config = yaml.safe_load((native / store.CONFIG).read_text())
+    (rank_path,) = folders["megatron"].rglob("model_optim_rng.pt")
 
     def training_state(variant: Any) -> None:
         write_state(native, variant)
@@ -104,12 +114,19 @@ def read_by_kind(folders: dict[str, Path]) -> dict[str, tuple[Any, Callable[[Any
     def megatrons_arguments(variant: Any) -> None:
         from_arguments(argparse.Namespace(**{str(k): v for k, v in variant.items()}), "test")
 
+    def rank_file(variant: bytes) -> None:
+        rank_path.write_bytes(variant)
+        reader = MegatronReader(folders["megatron"])
+        for name in reader.tensors:
+            reader.read(name)
+
     return {
         "configuration": (to_mapping(tiny_config("samoe")), lambda variant: validate(from_mapping(variant, "test"), 2)),
         "training state": (_without_digest(native), training_state),
         "config.yaml": ({name: config[name] for name in ("model", "moe", "data")}, config_yaml),
         "config.json": (json.loads((hf / "config.json").read_text()), config_json),
         "Megatron's arguments": (plain, megatrons_arguments),
+        "rank file": (rank_path.read_bytes(), rank_file),
         "table of contents": (pickle.loads((native / METADATA).read_bytes()), table_of_contents),
     }
 
@@ -138,7 +155,19 @@ LEAST = {
     "config.json": 0.3,
     "Megatron's arguments": 0.2,
     "table of contents": 0.75,
+    "rank file": 0.5,
 }
+
+
+def damaged_bytes(content: bytes, rng: random.Random) -> bytes:
+    """Returns an archive's bytes with some of them changed: three times of four in its first entry, which is unpickled."""
+    end = content.index(b"PK\x03\x04", 4)
+    begin, end = (0, len(content)) if rng.random() < 0.25 else (0, end)
+    return content[:begin] + mutate(content[begin:end], np.random.default_rng(rng.getrandbits(32))) + content[end:]
+
+
+#: What makes a variant of contents that are not of mappings and lists.
+DAMAGE = {Metadata: damaged_table, bytes: damaged_bytes}
 
 
 @SEEDS
@@ -148,7 +177,7 @@ def test_what_was_changed_is_read_or_refused_in_words(
 ) -> None:
     copies = {name: Path(shutil.copytree(path, tmp_path / name / path.name)) for name, path in folders.items()}
     value, read = read_by_kind(copies)[kind]
-    change, refused = damaged_table if isinstance(value, Metadata) else changed, 0
+    change, refused = DAMAGE.get(type(value), changed), 0
     for seed in seeds:
         variant = change(value, random.Random(seed))
         try:
@@ -162,6 +191,7 @@ def test_what_was_changed_is_read_or_refused_in_words(
 
 
 @given(st.binary(max_size=60))
+@example(bytes.fromhex("5d72000000042e"))  # asks for a gigabyte
 @settings(max_examples=500, deadline=None)
 def test_any_bytes_as_a_table_of_contents(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -170,66 +200,16 @@ def test_any_bytes_as_a_table_of_contents(content: bytes) -> None:
             read_table(folder)
 
 
-def test_nine_bytes_do_not_take_a_gigabyte(tmp_path: Path) -> None:
-    (tmp_path / METADATA).write_bytes(bytes.fromhex("80025d72000000042e"))
-    began = time.perf_counter()
-    with pytest.raises(MegatronSamoeError, match="numbers more values than it has bytes"):
-        read_table(tmp_path)
-    assert time.perf_counter() - began < 1.0
-
-
-@pytest.mark.parametrize(
-    ("group", "name"),
-    [
-        *(("model", name) for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")),
-        *(("moe", name) for name in ("num_experts", "num_expert_banks", "moe_router_topk")),
-    ],
-)
-@pytest.mark.parametrize("size", [10**5, 10**9])
-def test_sizes_that_no_tensor_has(group: str, name: str, size: int, folders: dict[str, Path], tmp_path: Path) -> None:
-    """Refused before a model of that size is built."""
-    folder = shutil.copytree(folders["native"], tmp_path / "iter_0000007")
-    forget_digests(folder)
-    config = yaml.safe_load((folder / store.CONFIG).read_text())
-    config[group][name] = size
-    (folder / store.CONFIG).write_text(yaml.safe_dump(config))
-    _assert_refused_cheaply(lambda: inspect.main(["verify", str(folder)]))
-
-
-@pytest.mark.parametrize(
-    "name", ["num_hidden_layers", "num_experts", "hidden_size", "vocab_size", "moe_intermediate_size"]
-)
-def test_sizes_in_a_config_json_that_no_tensor_has(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = shutil.copytree(folders["hf"], tmp_path / "hf")
-    config = json.loads((folder / "config.json").read_text())
-    config[name] = 10**9
-    (folder / "config.json").write_text(json.dumps(config))
-
-    def read() -> int:
-        with pytest.raises(MegatronSamoeError):
-            HFSource(folder)
-        return 1
-
-    _assert_refused_cheaply(read)
-
-
-def _assert_refused_cheaply(read: Callable[[], int]) -> None:
-    tracemalloc.start()
-    began = time.perf_counter()
-    assert read() != 0
-    # tracemalloc alone makes it several times slower.
-    assert time.perf_counter() - began < 5.0
-    assert tracemalloc.get_traced_memory()[1] < 100e6
-    tracemalloc.stop()
-
-
-def _repacked(path: Path, change: Callable[[str, bytes], tuple[bytes, int]]) -> None:
+def _repacked(path: Path, change: Callable[[str, bytes], tuple[bytes, int]], claims: tuple[str, int] = ("", 0)) -> None:
+    """Packs an archive's entries anew; `claims` are the end of an entry's name, and the size that it is said to have."""
     with zipfile.ZipFile(path) as old:
         entries = [(record.filename, old.read(record)) for record in old.infolist()]
     with zipfile.ZipFile(path, "w") as new:
         for name, content in entries:
             content, packing = change(name, content)
             new.writestr(name, content, compress_type=packing)
+            if claims[1] and name.endswith(claims[0]):
+                new.getinfo(name).file_size = claims[1]
 
 
 @pytest.mark.parametrize(
@@ -259,19 +239,137 @@ def test_archives_that_were_packed_anew_are_not_read_as_garbage(
         HFFolder(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [torch.eye(3).to_sparse(), torch.zeros(1).expand(1 << 30), torch.empty(3, device="meta"), 7, {"b": torch.ones(2)}],
-    ids=["sparse", "expanded", "meta", "number", "nested"],
-)
-def test_what_is_no_plain_tensor_is_refused(value: Any, tmp_path: Path) -> None:
-    torch.save({"a": value}, tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(MegatronSamoeError, match="tensors"):
-        HFFolder(tmp_path)
-
-
 def test_the_sound_ones_are_read(folders: dict[str, Path]) -> None:
     assert inspect.main(["verify", str(folders["native"])]) == 0
     assert HFSource(folders["hf"]).tensors and MegatronReader(folders["megatron"]).tensors
     assert isinstance(from_mapping(CheckpointReader(folders["native"]).config, "test"), PretrainConfig)
+
+
+def refused_cheaply(read: Callable[[], object], match: str = "", most_bytes: float = 4e6) -> None:
+    tracemalloc.start()
+    began = time.perf_counter()
+    with pytest.raises(MegatronSamoeError, match=match) as caught:
+        read()
+    assert time.perf_counter() - began < 5.0  # tracemalloc alone makes it several times slower
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < most_bytes and len(str(caught.value)) < 2000 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("num_bytes", [2 << 20, 100 << 20])
+def test_a_header_longer_than_its_tensors_is_not_read(num_bytes: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", num_bytes))
+        file.truncate(8 + num_bytes + 100)
+    refused_cheaply(lambda: SafetensorsReader(path), f"its header has {num_bytes:,} bytes for 100 bytes of tensors")
+
+
+def test_a_header_of_many_empty_entries_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({f"tensor.{i}": torch.empty(0) for i in range(20_000)}, path)
+    refused_cheaply(lambda: SafetensorsReader(path), "is not longer than its tensors")
+    # It may be long where its tensors are.
+    safetensors.torch.save_file({f"tensor.{i}": torch.zeros(40) for i in range(20_000)}, path)
+    assert len(SafetensorsReader(path).tensors) == 20_000
+    safetensors.torch.save_file({"empty": torch.empty(0)}, path)
+    assert len(SafetensorsReader(path).tensors) == 1
+
+
+def test_a_large_config_json_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b'{"model_type": "' + b"x" * MAX_JSON_BYTES + b'"}')
+    refused_cheaply(lambda: read_json(tmp_path / "config.json"), "such a file has at most 16,777,216")
+
+
+def test_a_long_name_is_compared_with_none() -> None:
+    long = "llama" * 1_000_000
+    assert nearest(long, [long]) == ""
+    with pytest.raises(MegatronSamoeError) as caught:
+        family_of({"model_type": long})
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "byteorder", "data/0"])
+@pytest.mark.parametrize("claims", [0, 10**10])
+def test_a_compressed_entry_is_seen_before_anything_is_read(name: str, claims: int, tmp_path: Path) -> None:
+    """64 MB of zeros, or a size that is only claimed."""
+
+    def bomb(entry: str, content: bytes) -> tuple[bytes, int]:
+        if claims or not entry.endswith(name):
+            return content, zipfile.ZIP_STORED
+        return content + bytes(64 << 20), zipfile.ZIP_DEFLATED
+
+    (tmp_path / "config.json").write_text("{}")
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"args": argparse.Namespace(), "model": {"a": torch.ones(3)}}, path)
+    _repacked(path, bomb, (name, claims))
+    assert path.stat().st_size < 1e6
+    refused_cheaply(lambda: HFFolder(tmp_path), "is compressed")
+    path.rename(tmp_path / "model_optim_rng.pt")
+    refused_cheaply(lambda: load_rank_file(tmp_path), "is compressed")
+    path = tmp_path / "model_optim_rng.pt"
+    with pytest.raises(ValueError, match="is compressed"):
+        read_saved_tensor(path, 0, path.stat().st_size)
+    with open(path, "rb", buffering=0) as file, pytest.raises(ValueError, match="is compressed"):
+        find_saved_bytes(file, 0, path.stat().st_size)
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2J", "b\u202e", "c\n", "d" * 400])
+def test_names_that_no_tensor_has_are_refused_and_shown_escaped(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    safetensors.torch.save_file({name: torch.ones(1)}, tmp_path / "model.safetensors")
+    refused_cheaply(lambda: HFFolder(tmp_path), "is not legal")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({name: torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    refused_cheaply(lambda: HFFolder(tmp_path), "a tensor in it is called")
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    refused_cheaply(lambda: HFFolder(tmp_path), "which is not a file of its folder")
+
+
+def test_a_name_is_readable_whatever_it_holds() -> None:
+    assert readable("layers.0.ö") == "layers.0.ö" and readable("\x1b[31m") == "\\x1b[31m"
+    assert len(readable("x" * 10**6)) < 300
+
+
+def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
+    """As transformers has it: the index may be of an earlier save."""
+    (tmp_path / "config.json").write_text("{}")
+    safetensors.torch.save_file({"new": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"old": "gone.safetensors"}}))
+    assert set(HFFolder(tmp_path).tensors) == {"new"}
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "size"),
+    [
+        *(
+            ("config.yaml", name, size)
+            for size in (10**5, 10**9)
+            for name in (
+                *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
+                *("num_experts", "num_expert_banks", "moe_router_topk"),
+            )
+        ),
+        *(
+            ("config.json", name, 10**9)
+            for name in ("num_hidden_layers", "num_experts", "hidden_size", "vocab_size", "moe_intermediate_size")
+        ),
+    ],
+)
+def test_sizes_that_no_tensor_has(file: str, name: str, size: int, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Refused before a model of that size is built."""
+    folder = Path(shutil.copytree(folders["native" if file == "config.yaml" else "hf"], tmp_path / "iter_0000007"))
+    if file == "config.yaml":
+        forget_digests(folder)
+    config = yaml.safe_load((folder / file).read_text())  # JSON is YAML
+    section = next((part for part in config.values() if isinstance(part, dict) and name in part), config)
+    section[name] = size
+    (folder / file).write_text(json.dumps(config))
+    refused_cheaply(lambda: refuse_other_tensors(open_folder(folder)), most_bytes=100e6)
+
+
+@pytest.mark.parametrize("vocab_size", [10**12, 2**31])
+def test_a_vocabulary_that_no_model_has(vocab_size: int) -> None:
+    with pytest.raises(CheckpointError, match="vocab_size is"):
+        refuse_wrong_values({"vocab_size": vocab_size}, "train_state.json")

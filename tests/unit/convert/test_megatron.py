@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 import types
-import zipfile
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -23,7 +22,7 @@ from megatron_samoe.convert.megatron.rank_files import FILE_NAME
 from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
 from tests.harness.megatron_files import write_rank_files
 from tests.harness.tiny import tiny_config
-from tests.hostile.changes import Bomb, mutate
+from tests.hostile.changes import Bomb
 from tests.unit.convert.memory_source import logits, new_source
 
 
@@ -35,20 +34,32 @@ def assert_same_model(actual: Any, expected: Any) -> None:
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize(
-    ("layout", "options"),
-    [
-        ("dense", {"style": "gpt3"}),
-        ("dense", {"style": "llama", "qk_layernorm": True}),
-        ("moe", {"style": "gpt3", "moe_layer_freq": "0101", "moe_router_topk": 2}),
-        ("moe", {"style": "llama", "moe_shared_expert_intermediate_size": 24, "moe_ffn_hidden_size": 16}),
-        ("samoe", {"style": "llama"}),
-    ],
-)
-def test_round_trips_are_bitwise(layout: str, options: dict, sizes: tuple[int, int, int], tmp_path: Path) -> None:
+MODELS = [
+    ("dense", {"style": "gpt3"}),
+    ("dense", {"style": "llama", "qk_layernorm": True}),
+    ("moe", {"style": "gpt3", "moe_layer_freq": "0101", "moe_router_topk": 2}),
+    ("moe", {"style": "llama", "moe_shared_expert_intermediate_size": 24, "moe_ffn_hidden_size": 16}),
+    ("samoe", {"style": "llama"}),
+]
+SIZES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)]
+#: Models, sizes of layouts, and other ways to write a rank's file: names, chunks of layers, complete experts on tensor-parallel ranks.
+CASES: list[Any] = [(*model, sizes, {}) for model in MODELS for sizes in SIZES]
+CASES += [
+    ("moe", {"style": "llama", "moe_layer_freq": "0111"}, (2, 2, 2), way)
+    for way in ({"fused": False}, {"experts": "legacy_grouped"})
+]
+CASES += [(layout, {"num_layers": 8}, (1, 2, 1), {"chunks": 2}) for layout in ("dense", "moe")]
+CASES += [("moe", {"style": "llama", "num_layers": 2}, (2, 1, 2), {"etp": 1})]
+
+
+@pytest.mark.parametrize(("layout", "options", "sizes", "way"), CASES, ids=str)
+def test_round_trips_are_bitwise(
+    layout: str, options: dict, sizes: tuple[int, int, int], way: dict, tmp_path: Path
+) -> None:
     source = new_source(tiny_config(layout, **options))
-    write_rank_files(source, tmp_path, *sizes[: 2 if layout == "dense" else 3])
+    folder = write_rank_files(source, tmp_path, *sizes[: 2 if layout == "dense" else 3], **way)
+    if "etp" in way:
+        assert sorted(p.name for p in folder.iterdir()) == ["mp_rank_00_000", "mp_rank_01_001"]
     reader = MegatronReader(tmp_path)
     expected = fold_shared(source) if layout == "samoe" else source
     assert_same_model(reader, expected)
@@ -57,13 +68,6 @@ def test_round_trips_are_bitwise(layout: str, options: dict, sizes: tuple[int, i
         assert from_mapping(reader.config, "").moe == from_mapping(expected.config, "").moe
     assert reader.train_state["vocab_size"] == source.train_state["vocab_size"] and reader.train_state["iteration"] == 7
     torch.testing.assert_close(logits(reader), logits(source), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("names", [{"fused": False}, {"experts": "legacy_grouped"}], ids=str)
-def test_other_names_of_experts_and_norms_are_read(names: dict, tmp_path: Path) -> None:
-    source = new_source(tiny_config("moe", style="llama", moe_layer_freq="0111"))
-    write_rank_files(source, tmp_path, 2, 2, 2, **names)
-    assert_same_model(MegatronReader(tmp_path), source)
 
 
 def test_a_release_is_found_by_megatrons_tracker(tmp_path: Path) -> None:
@@ -79,21 +83,6 @@ def rewrite(folder: Path, change: Any) -> None:
         content = torch.load(path, weights_only=False)
         change(content)
         torch.save(content, path)
-
-
-@pytest.mark.parametrize("layout", ["dense", "moe"])
-def test_interleaved_chunks_are_read_in_order(layout: str, tmp_path: Path) -> None:
-    source = new_source(tiny_config(layout, num_layers=8))
-    write_rank_files(source, tmp_path, 1, 2, 1, chunks=2)
-    assert_same_model(MegatronReader(tmp_path), source)
-
-
-def test_complete_experts_on_tensor_parallel_ranks(tmp_path: Path) -> None:
-    """Expert-tensor size 1 with tensor-parallel size 2: two ranks, (tp 0, ep 0) and (tp 1, ep 1), hold everything."""
-    source = new_source(tiny_config("moe", style="llama", num_layers=2))
-    folder = write_rank_files(source, tmp_path, 2, 1, 2, etp=1)
-    assert sorted(p.name for p in folder.iterdir()) == ["mp_rank_00_000", "mp_rank_01_001"]
-    assert_same_model(MegatronReader(tmp_path), source)
 
 
 def test_optimizer_and_random_state_of_megatron_are_passed_over(tmp_path: Path, monkeypatch: Any) -> None:
@@ -126,6 +115,7 @@ def test_optimizer_and_random_state_of_megatron_are_passed_over(tmp_path: Path, 
         (lambda c: delattr(c["args"], "num_layers"), "keeps no argument num_layers"),
         (lambda c: setattr(c["args"], "use_rope_scaling", True), "use_rope_scaling is True"),
         (lambda c: setattr(c["args"], "squared_relu", True), "squared_relu is True"),
+        (lambda c: setattr(c["args"], "bias_gelu_fusion", False), "bias_gelu_fusion is False .exact GELU"),
         (lambda c: setattr(c["args"], "hidden_size", 64), "its arguments say"),
         (lambda c: c["model"].pop("decoder.final_layernorm.weight"), "has no tensor decoder.final_layernorm.weight"),
         (lambda c: c["model"].update({"mtp.layers.0.weight": torch.ones(1)}), "lacks: mtp.layers.0.weight"),
@@ -141,16 +131,27 @@ def test_files_of_another_kind_are_refused(change: Any, message: str, tmp_path: 
 
 @pytest.mark.parametrize(
     ("sizes", "name", "value", "message"),
-    [((4, 1, 1), "num_attention_heads", 6, "its arguments say"), ((1, 1, 4), "num_experts", 2, "2 experts on 4")],
+    [
+        ((4, 1, 1), "num_attention_heads", 6, "its arguments say"),
+        ((1, 1, 4), "num_experts", 2, "2 experts on 4"),
+        *(
+            ((1, 1, 1), name, value, "mp_rank_00")
+            for name, value in (
+                ("num_layers", 10**9),
+                ("num_query_groups", 3),
+                ("moe_router_topk", 99),
+                ("num_experts", 0),
+                ("hidden_size", "x"),
+            )
+        ),
+    ],
 )
-def test_sizes_that_the_ranks_do_not_divide_are_refused(
-    sizes: tuple[int, ...], name: str, value: int, message: str, tmp_path: Path
+def test_arguments_that_the_ranks_tensors_do_not_fit_are_refused(
+    sizes: tuple[int, ...], name: str, value: object, message: str, tmp_path: Path
 ) -> None:
-    folder = write_rank_files(
-        new_source(tiny_config("moe", style="llama", group_query_attention=False)), tmp_path, *sizes
-    )
-    rewrite(folder, lambda content: setattr(content["args"], name, value))
-    with pytest.raises(CheckpointError, match=message):
+    config = tiny_config("moe", style="llama", **({"group_query_attention": False} if sizes != (1, 1, 1) else {}))
+    rewrite(write_rank_files(new_source(config), tmp_path, *sizes), lambda c: setattr(c["args"], name, value))
+    with pytest.raises(MegatronSamoeError, match=message):
         MegatronReader(tmp_path)
 
 
@@ -170,50 +171,22 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a checkpoint of Megatron's"):
         MegatronReader(tmp_path / "nowhere")
     (tmp_path / "c" / "iter_0000003").mkdir(parents=True)
-    (tmp_path / "c" / "iter_0000003" / "metadata.json").write_text("{}")
     (tmp_path / "c" / "latest_checkpointed_iteration.txt").write_text("3")
-    with pytest.raises(CheckpointError, match=r"metadata\.json says sharded_backend None; torch_dist is read"):
-        MegatronReader(tmp_path / "c")
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"num_layers": 10**9}, {"num_query_groups": 3}, {"moe_router_topk": 99}, {"num_experts": 0}, {"hidden_size": "x"}],
-)
-def test_a_wrong_argument_is_refused_by_the_file_that_has_it(wrong: dict[str, object], tmp_path: Path) -> None:
-    path = write_rank_files(new_source(tiny_config("moe", style="llama")), tmp_path) / "mp_rank_00" / FILE_NAME
-    content = torch.load(path, weights_only=False)
-    torch.save({**content, "args": argparse.Namespace(**{**vars(content["args"]), **wrong})}, path)
-    with pytest.raises(MegatronSamoeError, match="mp_rank_00"):
-        MegatronReader(tmp_path)
-
-
-def test_mutated_files_are_read_or_refused_in_words(tmp_path: Path) -> None:
-    path = write_rank_files(new_source(tiny_config("dense", num_layers=2)), tmp_path) / "mp_rank_00" / FILE_NAME
-    good, generator, refused = path.read_bytes(), np.random.default_rng(0), 0
-    with zipfile.ZipFile(path) as archive:
-        table = archive.getinfo("model_optim_rng/data.pkl")
-    end = table.header_offset + table.file_size
-    for trial in range(80):
-        # Of every four, one is changed anywhere, and the others in what is unpickled.
-        begin, until = (0, len(good)) if trial % 4 == 0 else (table.header_offset, end)
-        content = good[:begin] + mutate(good[begin:until], generator) + good[until:]
-        path.write_bytes(content)
-        try:
-            reader = MegatronReader(tmp_path)
-            for name in reader.tensors:
-                reader.read(name)
-        except (CheckpointError, ConfigError) as error:
-            refused += 1
-            assert "\n" not in str(error)
-    assert refused > 40
+    for content, said in (("{}", "None"), ('{"sharded_backend": "zarr", "sharded_backend_version": 1}', "'zarr'")):
+        (tmp_path / "c" / "iter_0000003" / "metadata.json").write_text(content)
+        with pytest.raises(CheckpointError, match=rf"metadata\.json says sharded_backend {said}; torch_dist is read"):
+            MegatronReader(tmp_path / "c")
 
 
 def test_what_megatron_cannot_hold_is_refused() -> None:
     sigmoid = {"moe_router_score_function": "sigmoid", "moe_router_topk": 2, "moe_router_pre_softmax": True}
+    linear = {"rope_scaling_type": "linear", "rope_scaling_factor": 2.0}
     for options, message in (
         ({"moe_shared_expert_intermediate_size": 8}, "shared experts have no bias"),
         (sigmoid, "always normalises"),
+        ({"style": "llama", **linear}, "Megatron has yarn only"),
+        ({"style": "llama", "attention_multiplier": 0.5}, "none but YaRN's"),
+        ({"style": "llama", "sliding_window": 4}, "not known to Megatron's checkpoints"),
     ):
         with pytest.raises(ConfigError, match=message):
             plan_dist_export(new_source(tiny_config("moe", **options)))

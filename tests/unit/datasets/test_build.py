@@ -1,10 +1,12 @@
-"""From a configuration to datasets: errors at the start, caches, samplers, the loader."""
+"""From a configuration to datasets: errors at the start, caches, samplers, the loader, resumption and reads ahead."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -18,13 +20,13 @@ from hypothesis import strategies as st
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.datasets import blends, index_cache, manifest, sample_index
 from megatron_samoe.datasets.build import build_train_valid_test_datasets
-from megatron_samoe.datasets.gpt_dataset import SampleFormat, make_sample
 from megatron_samoe.datasets.loader import DataLoader
-from megatron_samoe.datasets.samplers import PretrainingSampler
+from megatron_samoe.datasets.samplers import PretrainingRandomSampler, PretrainingSampler
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.errors import DataError
 from tests.harness.datasets import preprocessed, random_dataset, write_dataset
 from tests.harness.extension_off import without_extension
+from tests.harness.tables import table
 
 BYTES = ByteTokenizer()
 
@@ -45,40 +47,20 @@ def test_splits_are_disjoint_and_only_what_is_needed_is_built(prefix: str) -> No
     assert first == set(range(32)) and second == set(range(32, 36))
 
 
-def test_samples_are_stacked_alike(prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["compiled", "plain", "from files"])
+def test_samples_are_stacked_alike(way: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = random_dataset(tmp_path / "b", [33] * 30)
     data = DataConfig(data_path=("1", prefix, "2", other), split="1", eod_mask_loss=True, reset_attention_mask=True)
     train, _, _ = build(data, (30, 0, 0))
-    batch = train.get_batch([3, 0, 29])
-    for row, index in enumerate([3, 0, 29]):
-        for key, value in train[index].items():
-            assert torch.equal(batch[key][row], value) and batch[key].shape == (3, 16)
+    expected = [train[index] for index in range(30)]
+    if way == "plain":
+        without_extension(monkeypatch)
+    read = build(replace(data, no_mmap_bin_files=way == "from files"), (30, 0, 0))[0]
+    batch = pickle.loads(pickle.dumps(read)).get_batch(range(30))
+    for index, sample in enumerate(expected):
+        for key, value in sample.items():
+            assert torch.equal(batch[key][index], value) and batch[key].shape == (30, 16)
     assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
-    copy = pickle.loads(pickle.dumps(train))
-    assert torch.equal(copy[7]["tokens"], train[7]["tokens"])
-
-
-def test_compiled_and_plain_reads_agree(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = DataConfig(data_path=(prefix,), split="1")
-    compiled = build(data, (300, 0, 0))[0].get_batch(range(300))["tokens"]
-    with monkeypatch.context() as patch:
-        without_extension(patch)
-        plain = build(data, (300, 0, 0))[0].get_batch(range(300))["tokens"]
-    files = build(DataConfig(data_path=(prefix,), split="1", no_mmap_bin_files=True), (300, 0, 0))[0]
-    assert torch.equal(compiled, plain) and torch.equal(files.get_batch(range(300))["tokens"], plain)
-
-
-@given(st.lists(st.integers(0, 3), min_size=2, max_size=40))
-@settings(deadline=None)
-def test_sample_options(ids: list[int]) -> None:
-    text = torch.tensor(ids)
-    form = SampleFormat(len(ids) - 1, 0, 4, True, True, True)
-    sample = make_sample(text, form)
-    position = document = 0
-    for place, token in enumerate(ids[:-1]):
-        assert int(sample["position_ids"][place]) == position and int(sample["document_ids"][place]) == document
-        assert float(sample["loss_mask"][place]) == float(token != 0)
-        position, document = (0, document + 1) if token == 0 else (position + 1, document)
 
 
 def refused(message: str, data: DataConfig, *args: object) -> None:
@@ -88,21 +70,9 @@ def refused(message: str, data: DataConfig, *args: object) -> None:
 
 
 def test_data_that_cannot_be_used_are_refused_at_the_start(prefix: str, tmp_path: Path) -> None:
-    refused("The nearest existing are", DataConfig(data_path=(prefix.replace("text", "txt"),)))
-    refused("No data", DataConfig())
-    refused("exclude each other", DataConfig(data_path=(prefix,), train_data_path=(prefix,)))
-    refused("has no data: give --valid-data-path", DataConfig(train_data_path=(prefix,)), (1, 1, 0))
-    refused("gives it nothing", DataConfig(data_path=(prefix,), split="100"), (1, 1, 0))
-    refused("is needed but empty", DataConfig(data_path=(prefix,), split="999,1,0"), (1, 1, 0))
-    refused("fewer than one sample", DataConfig(data_path=(prefix,), split="1"), (1, 0, 0), 2000)
-    refused("is not understood", DataConfig(data_path=(prefix,), split="80,-10"))
-    refused("is not understood", DataConfig(data_path=(prefix,), split="1,2,3,4"))
-    refused("gives every split nothing", DataConfig(data_path=(prefix,), split="0,0"))
-    refused("must be a finite number", DataConfig(data_path=("-1", prefix, "3", prefix)))
-    refused("must be a finite number", DataConfig(data_path=("0", prefix, "0", prefix)))
-    refused("must be a finite number", DataConfig(data_path=("nan", prefix, "1", prefix)))
-    refused("mixes weights and prefixes", DataConfig(data_path=("0.5", prefix, prefix)))
-    refused("vocabulary of 200", DataConfig(data_path=(prefix,), split="1", vocab_size=200))
+    for message, values, *more in table(__file__)["refused"]:
+        paths = {name: tuple(word.format(prefix=prefix) for word in values[name]) for name in values if "path" in name}
+        refused(message, DataConfig(**values | paths), *more)
     large = write_dataset(tmp_path / "large", [np.arange(900)])
     refused("token id 899, outside the vocabulary of 257", DataConfig(data_path=(large,), split="1"))
     refused("--vocab-size of 900 or more", DataConfig(data_path=(large,), split="1"))
@@ -294,3 +264,91 @@ def test_damaged_lengths_are_refused_by_both_bodies(monkeypatch: pytest.MonkeyPa
             without_extension(monkeypatch)
         with pytest.raises(DataError, match="negative length"):
             sample_index.build_sample_index(lengths, documents, 4, 2)
+
+
+SIZES = st.tuples(st.integers(1, 4), st.integers(1, 5))
+
+
+@given(total=st.integers(1, 200), consumed=st.integers(0, 199), sizes=SIZES)
+@settings(deadline=None)
+def test_single_sampler(total: int, consumed: int, sizes: tuple[int, int]) -> None:
+    micro, ranks = sizes
+    if consumed >= total:
+        with pytest.raises(DataError, match="consumed"):
+            PretrainingSampler(total, consumed, micro, 0, ranks)
+        return
+    samplers = [PretrainingSampler(total, consumed, micro, rank, ranks) for rank in range(ranks)]
+    streams = [list(sampler) for sampler in samplers]
+    assert {len(stream) for stream in streams} == {len(samplers[0])}
+    read = [i for step in zip(*streams, strict=True) for part in step for i in part]
+    assert read == list(range(consumed, consumed + len(read))) and total - consumed - len(read) < micro * ranks
+
+
+def _take(iterator: Iterator[list[int]], count: int) -> list[int]:
+    read: list[int] = []
+    while len(read) < count:
+        read.extend(next(iterator))
+    return read[:count]
+
+
+@given(total=st.integers(1, 60), consumed=st.integers(0, 150), sizes=SIZES, seed=st.integers(0, 9))
+@settings(deadline=None)
+def test_cyclic_sampler_does_not_depend_on_the_ranks(
+    total: int, consumed: int, sizes: tuple[int, int], seed: int
+) -> None:
+    micro, ranks = sizes
+    whole = _take(iter(PretrainingRandomSampler(total, 0, 1, 0, 1, seed)), consumed + 40)
+    streams = [iter(PretrainingRandomSampler(total, consumed, micro, rank, ranks, seed)) for rank in range(ranks)]
+    resumed = [i for _ in range(40 // (micro * ranks)) for stream in streams for i in next(stream)]
+    assert resumed == whole[consumed : consumed + len(resumed)]
+
+
+@given(total=st.integers(1, 60), seed=st.integers(0, 2**32 - 1))
+@settings(deadline=None)
+def test_each_epoch_of_a_cyclic_sampler_has_an_order_of_its_own(total: int, seed: int) -> None:
+    orders = []
+    for number in (seed, (seed + 1) % 2**32):
+        read = _take(iter(PretrainingRandomSampler(total, 0, 3, 0, 1, number)), 3 * total)
+        epochs = [tuple(read[start : start + total]) for start in range(0, 3 * total, total)]
+        assert all(sorted(epoch) == list(range(total)) for epoch in epochs), "each sample once"
+        orders += [tuple(range(total)), *epochs]
+    assert total < 20 or len(set(orders)) == 7, "of two seeds, and of no seed"
+
+
+def test_samplers_refuse_nonsense() -> None:
+    for arguments in ((10, 0, 1, 2, 2), (10, 0, 0, 0, 1), (10, -1, 1, 0, 1)):
+        with pytest.raises(DataError):
+            PretrainingSampler(*arguments)
+
+
+class _Slow:
+    def __init__(self, fail_at: int = -1):
+        self.reads, self.fail_at = 0, fail_at
+
+    def get_batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        time.sleep(0.01)
+        self.reads += 1
+        if self.fail_at in indices:
+            raise DataError("damaged")
+        return {"tokens": torch.tensor(indices)}
+
+
+def test_the_loader_reads_ahead_a_little_and_stops_when_left() -> None:
+    slow = _Slow()
+    iterator = iter(DataLoader(slow, PretrainingSampler(1000, 0, 1, 0, 1), num_workers=2))
+    next(iterator)
+    deadline = time.monotonic() + 20
+    while slow.reads < 5 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert slow.reads == 5, "one batch was taken, and two per thread are ready"
+    next(iterator)
+    iterator.close()  # type: ignore[attr-defined]
+    time.sleep(0.1)
+    assert slow.reads <= 7
+
+
+def test_an_error_of_a_read_comes_where_the_batch_is_due() -> None:
+    iterator = iter(DataLoader(_Slow(fail_at=2), PretrainingSampler(10, 0, 1, 0, 1), num_workers=1))
+    assert [int(next(iterator)["tokens"]) for _ in range(2)] == [0, 1]
+    with pytest.raises(DataError, match="damaged"):
+        next(iterator)

@@ -15,28 +15,12 @@ from megatron_samoe.datasets.chat_prompt import chat_prompt
 from megatron_samoe.datasets.chat_template import Chat, chat_files, read_chat
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.errors import ConfigError, DataError
+from tests.harness.tables import table
 
 HELLO = [{"role": "user", "content": "Hello"}]
+TABLE = table(__file__, tuples=False)
 #: Templates, and what the sentence says of them.
-HARMFUL = {
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}": "unsafe",
-    "{{ messages.__init__.__globals__ }}": "unsafe",
-    "{{ raise_exception.__globals__['json'].codecs.sys.modules }}": "unsafe",
-    "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}": "unsafe",
-    "{{ messages.append(1) }}": "unsafe",
-    "{% include '/etc/passwd' %}": "no loader",
-    "{{ '%20000000000d' % 1 }}": "MemoryError",
-    "{{ 'a' * 10**10 }}": "MemoryError",
-    "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}": "MemoryError",
-    "{{ 'ab' * 3000000 }}": "4,194,304 are allowed",
-    "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}": "recursion",
-    "{{ raise_exception('Only one message.') }}": "fails: Only one message.",
-    "{{ x.y.z }}": "'x' is undefined",
-    "{% for m in messages %}": "",
-    "{{ messages | nothing }}": "No filter named 'nothing'",
-    "{{ strftime_now(7) }}": "",
-    "{{ 1 / 0 }}": "division by zero",
-}
+HARMFUL: dict[str, str] = TABLE["harmful"]
 
 
 @pytest.mark.parametrize("template", HARMFUL)
@@ -80,37 +64,16 @@ def test_the_process_of_templates_may_die_between_two_of_them() -> None:
     assert Chat("b").render(HELLO) == "b"
 
 
-def test_any_text_comes_back_from_a_template() -> None:
-    said = "é中🚀\u2028\x85\r\n\x1b[2J\0\t{{ 7 }}"
-    assert Chat("{{ messages[0].content }}").render([{"role": "user", "content": said}]) == said
-
-
 @pytest.mark.parametrize("messages", ["Hello", [], None])
 def test_what_is_no_list_of_messages_is_named(messages: object) -> None:
     with pytest.raises(ConfigError, match="must be a list"):
         chat_prompt(ByteTokenizer(), messages)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("message", "part"),
-    [
-        ("Hello", 'each must have a "role"'),
-        ({"role": "user", "content": "x", "tool_calls": []}, 'each must have a "role"'),
-        ({"role": "robot", "content": "x"}, "a role must be one of system, user, assistant"),
-        ({"content": "x"}, "a role must be one of"),
-        ({"role": "user"}, "a content must be a text"),
-        ({"role": "user", "content": ["x"]}, "a content must be a text"),
-        ({"role": "user", "content": "x", "name": 7}, "a name must be a text"),
-    ],
-)
+@pytest.mark.parametrize(("message", "part"), TABLE["messages"])
 def test_messages_that_are_none_are_named(message: Any, part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         chat_prompt(ByteTokenizer(), [message])
-
-
-def test_a_base_model_has_no_template() -> None:
-    with pytest.raises(ConfigError, match="it is a base model, which continues texts"):
-        chat_prompt(ByteTokenizer(), HELLO)
 
 
 def test_bytes_know_their_control_token_from_its_text() -> None:

@@ -1,8 +1,7 @@
-"""How a run copes with workers that die, standard input, and tokenizers that fail."""
+"""How a run copes with workers that die, standard input, tokenizers that fail, and a Ray cluster."""
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,10 @@ import pytest
 
 from megatron_samoe.cli.preprocess import main
 from megatron_samoe.datasets.preprocess import run
-from megatron_samoe.datasets.preprocess.checksums import combine
 from megatron_samoe.datasets.preprocess.executors import InlineExecutor
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.errors import DataError
-from tests.harness.datasets import content, decoded, jsonl, options
+from tests.harness.datasets import content, decoded, jsonl, options, preprocessed
 
 TEXTS = [f"document {n}" for n in range(40)]
 
@@ -100,16 +98,7 @@ def test_ids_outside_the_vocabulary_stop_the_run(tmp_path: Path, monkeypatch: py
 def test_standard_input(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "--tokenizer-type",
-        "ByteTokenizer",
-        "--workers",
-        "1",
-        "--output-prefix",
-        f"{tmp_path}/out",
-        "--input",
-        "-",
-    ]
+    words = f"--tokenizer-type ByteTokenizer --workers 1 --output-prefix {tmp_path}/out --input -".split()
     assert main(words) == 1 and "needs --input-format" in capsys.readouterr().err
     words += ["--input-format", "jsonl"]
     assert main([*words, "--resume"]) == 1 and "cannot be used with standard input" in capsys.readouterr().err
@@ -128,8 +117,13 @@ def test_errors_of_worker_processes_are_one_paragraph(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_checksums_of_joined_pieces() -> None:
-    random = np.random.default_rng(0)
-    for first, second in random.integers(0, 5000, (50, 2)).tolist():
-        a, b = random.bytes(first), random.bytes(second)
-        assert combine(zlib.crc32(a), zlib.crc32(b), second) == zlib.crc32(a + b)
+def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is an extra: pip install 'megatron_samoe[ray]'")
+    texts = [f"document {n}" for n in range(500)]
+    how = {"workers": 2, "chunk_bytes": 2000}
+    by_ray, inline = (preprocessed(tmp_path, name, texts, executor=name, **how) for name in ("ray", "inline"))
+    assert content(by_ray) == content(inline)
+    with pytest.raises(DataError, match="cannot be read"):
+        preprocessed(
+            tmp_path, "x", texts, executor="ray", tokenizer_type="SentencePieceTokenizer", tokenizer_model="none"
+        )

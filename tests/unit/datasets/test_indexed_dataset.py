@@ -1,21 +1,25 @@
-"""The indexed format: round trips, damaged files, readers."""
+"""The indexed format: damaged files, readers, and files that are cut short under them, which is an error and not the end of the process."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings
 
 from megatron_samoe.datasets import index_format
+from megatron_samoe.datasets.blended_dataset import BlendedDataset, blend_indices
+from megatron_samoe.datasets.gpt_dataset import GPTDataset, SampleFormat
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron_samoe.datasets.mapped_file import MappedFile, require_whole
 from megatron_samoe.errors import DataError
 from tests.harness.datasets import write_dataset
+from tests.harness.extension_off import without_extension
 from tests.hostile.changes import mutate
 
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -23,23 +27,11 @@ RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_sc
 NUM_MUTATIONS = int(os.environ.get("SAMOE_FUZZ", "300"))
 
 
-@RELAXED
-@given(
-    st.lists(st.lists(st.integers(0, 65535), max_size=9), max_size=9), st.sampled_from([np.uint16, np.int32, np.int64])
-)
-def test_round_trip(tmp_path: Path, documents: list[list[int]], dtype: type) -> None:
-    prefix = write_dataset(tmp_path / "d", documents, dtype)
-    for mmap in (True, False):
-        data = IndexedDataset(prefix, mmap=mmap)
-        assert data.num_documents == len(documents)
-        assert [data.document(i).tolist() for i in range(len(documents))] == documents
-        assert [row.tolist() for row in data[:]] == [tokens for tokens in documents if tokens]
-        data.verify()
-
-
 @pytest.mark.parametrize("mmap", [True, False])
 def test_parts_and_limits(tmp_path: Path, mmap: bool) -> None:
     data = IndexedDataset(write_dataset(tmp_path / "d", [[1, 2, 3], [4, 5]]), mmap=mmap)
+    data.verify()
+    assert [row.tolist() for row in data[:]] == [data.document(i).tolist() for i in (0, 1)] == [[1, 2, 3], [4, 5]]
     assert data.get(0, 1).tolist() == [2, 3] and data.get(1, 0, 1).tolist() == [4] and data[-1].tolist() == [4, 5]
     for index, offset, length in ((2, 0, None), (-3, 0, None), (0, 4, None), (0, 1, 3), (0, -1, 1), (0, 0, -1)):
         with pytest.raises(IndexError):
@@ -142,3 +134,81 @@ def test_index_of_many_rows_is_written_in_pieces(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "whole.idx").read_bytes() == (tmp_path / "pieces.idx").read_bytes()
     (tmp_path / "pieces.bin").write_bytes(bytes(2 * int(lengths.sum())))
     IndexedDataset(str(tmp_path / "pieces")).verify()
+
+
+FORMAT = SampleFormat(seq_length=64, eod=0, vocab_size=1000)
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> str:
+    """A dataset of some pages: what is left of a page that a cut ends in can still be read."""
+    return write_dataset(tmp_path / "d", [np.arange(10) + 1] * 4000)
+
+
+def samples(prefix: str, cache: Path) -> GPTDataset:
+    data = IndexedDataset(prefix)
+    return GPTDataset(data, 0, len(data), 2000, 1, FORMAT, str(cache))
+
+
+def blended(prefix: str, cache: Path) -> BlendedDataset:
+    parts = [samples(prefix, cache / "parts") for _ in range(2)]
+    return BlendedDataset(parts, blend_indices([1.0, 1.0], None, 4000, str(cache)))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("victim", ["d.bin", "d.idx", "cache/*.index"])
+def test_samples_of_a_file_that_was_cut(
+    prefix: str, tmp_path: Path, victim: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        without_extension(monkeypatch)
+    data = samples(prefix, tmp_path / "cache")
+    data.get_batch(range(4))
+    (path,) = tmp_path.glob(victim)
+    os.truncate(path, 4096)
+    with pytest.raises(
+        DataError, match=rf"{path.name} was cut short while it was in use: it had \d+ bytes .* has 4096"
+    ):
+        data.get_batch(range(2000))
+
+
+READS: dict[str, Callable[[IndexedDataset], object]] = {
+    "one": lambda data: data[3999],
+    "part": lambda data: data.get(3999, 2, 3),
+    "several": lambda data: data[3990:],
+    "document": lambda data: data.document(3999),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize("mmap", [True, False])
+def test_sequences_of_a_file_that_was_cut(prefix: str, read: str, suffix: str, mmap: bool) -> None:
+    data = IndexedDataset(prefix, mmap=mmap)
+    READS[read](data)
+    os.truncate(prefix + suffix, 100)
+    said = "was cut short" if mmap or suffix == ".idx" else "ended at byte .*: it was truncated while in use"
+    with pytest.raises(DataError, match=f"d{suffix} {said}"):
+        READS[read](data)
+
+
+def test_a_blend_whose_order_was_cut(prefix: str, tmp_path: Path) -> None:
+    data = blended(prefix, tmp_path / "cache")
+    data.get_batch([0, 1])
+    (path,) = (tmp_path / "cache").glob("*.index")
+    os.truncate(path, 4096)
+    for read in (data.get_batch, lambda indices: data[indices[0]]):
+        with pytest.raises(DataError, match="was cut short"):
+            read([3999])
+
+
+def test_a_file_that_grows_or_goes_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100))
+    with path.open("rb") as file:
+        array = np.frombuffer(MappedFile.of(file, "file"), np.uint8)[10:].view(np.uint16).reshape(3, -1)
+    with path.open("ab") as file:
+        file.write(bytes(10))
+    require_whole(array, np.zeros(3), np.zeros(3)[1:])
+    path.unlink()
+    require_whole(array)

@@ -1,22 +1,25 @@
-"""The preprocessor ended at any point, and gone on with: the same bytes, and nothing of others overwritten."""
+"""The preprocessor ended at any point, by a full disk too, and gone on with: the same bytes, and nothing of others overwritten."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_samoe.cli.preprocess import main
 from megatron_samoe.datasets.preprocess import journal, run
 from megatron_samoe.datasets.preprocess.executors import InlineExecutor
 from megatron_samoe.errors import DataError
-from tests.harness.datasets import jsonl, kill_9, options, seconds_of
+from tests.harness.datasets import content, jsonl, kill_9, options, seconds_of
 from tests.unit.datasets.test_preprocess import TEXTS
 
 #: Kills of the preprocessor by signal.
@@ -124,3 +127,53 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
         time.sleep(0.005)
     os.kill(_children(process.pid)[0], signal.SIGKILL)
     assert process.wait(timeout=60) == 0 and outputs(tmp_path) == wanted
+
+
+SMALL_BYTES = 128 << 10
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """Yields a folder with little room, and what gives it more: a file system, or where none can be mounted a limit of our own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_BYTES}", "tmpfs", str(disk)]
+    if os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0:
+        yield disk, lambda: subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True) and None
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+        return
+    real = os.pwrite
+
+    def limited(file: int, data: memoryview, offset: int) -> int:
+        if offset + len(data) > SMALL_BYTES:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", limited)
+        yield disk, patch.undo
+
+
+def words(text: Path, output: Path, *more: str) -> list[str]:
+    separate = ["--document-separator", "blank-line", "--append-eod", "--tokenizer-type", "ByteTokenizer"]
+    how = ["--executor", "inline", "--chunk-kb", "8", "--quiet"]
+    return ["--input", str(text), "--output-prefix", str(output), *separate, *how, *more]
+
+
+def test_a_full_disk_names_resume_which_then_goes_on(
+    small_disk: tuple[Path, Callable[[], None]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk, make_room = small_disk
+    text = tmp_path / "novel.txt"
+    text.write_text("".join(f"Chapter {number}\n{'It was a fine day. ' * 40}\n\n" for number in range(300)))
+    assert main(words(text, disk / "out")) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: The output cannot be written to {disk}: No space left on device. Make room, and")
+    assert "--resume" in said and "Traceback" not in said
+    make_room()
+    done_before = (disk / "out_text_document.bin.partial").stat().st_size
+    assert done_before > 0 and not (disk / "out_text_document.bin").exists()
+    assert main(words(text, disk / "out", "--resume")) == 0
+    assert main(words(text, tmp_path / "whole")) == 0
+    assert content(disk / "out_text_document") == content(tmp_path / "whole_text_document")
+    assert not list(disk.glob("*partial")) + list(disk.glob("*journal"))

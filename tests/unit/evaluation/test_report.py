@@ -29,7 +29,6 @@ from megatron_samoe.evaluation.report_tables import (
 )
 from megatron_samoe.evaluation.run_groups import RunGroup, group_runs, mean_sd
 from megatron_samoe.evaluation.run_summary import RunSummary, perplexity_text, read_run
-from tests.harness.browser import browser, needs_browser
 from tests.harness.serving import save_tiny
 
 
@@ -335,22 +334,43 @@ def test_texts_are_escaped_and_the_page_is_alone(runs_dir: Path, tmp_path: Path)
     assert (tmp_path / "loss_curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.night
-@needs_browser
-def test_the_page_in_a_browser(runs_dir: Path, tmp_path: Path, capsys: Any) -> None:
+def run(folder: Path, layout: str, experts: bool = False, **options: object) -> RunSummary:
+    save_tiny(folder / "checkpoints", layout, **options)
+    record: dict[str, Any] = {"iteration": 4, "consumed_tokens": 400, "lm_loss": 2.5, "validation_loss": 2.5}
+    if experts:
+        record |= {"expert_load": [[0.25] * 4] * 2, "expert_grad_norm": [[1.0] * 4] * 2}
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    return read_run(folder)
+
+
+def test_what_was_not_measured_names_the_flag(tmp_path: Path) -> None:
+    moe = run(tmp_path / "moe", "moe")
+    page = page_of(tmp_path, [moe])
+    lacking = page[page.index("Expert load per layer") :]
+    assert "No run was made with --moe-per-layer-logging, which measures them." in lacking
+    assert "Zero-shot tasks. megatron-samoe evaluate --json FILE measures them" in page
+    assert "Learned combinations" not in page, "a MoE has none, whatever is measured"
+    page = page_of(tmp_path, [moe, run(tmp_path / "samoe", "samoe")])
+    assert "Learned combinations" in page
+    assert "--moe-per-layer-logging" not in page_of(tmp_path, [run(tmp_path / "dense", "dense")])
+    measured = page_of(tmp_path, [run(tmp_path / "measured", "moe", experts=True)])
+    assert "--moe-per-layer-logging" not in measured and 'id="expert_load"' in measured
+
+
+def test_optimizer_and_rate_stand_beside_the_loss(tmp_path: Path) -> None:
+    runs = [run(tmp_path / "adam", "moe", lr=3e-4), run(tmp_path / "muon", "moe", optimizer="muon", lr=0.002)]
+    derived = replace(run(tmp_path / "derived", "moe"), records=[{"iteration": 4, "validation_loss": 2.5}])
+    head, *rows = results_table(group_runs([*runs, derived]))
+    assert [row[head.index("optimizer, rate")] for row in rows] == ["adam, 0.0003", "muon, 0.002", "-"]
+
+
+def test_a_page_of_all_that_was_measured(runs_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    """tests/unit/test_pages.py opens one in a browser."""
     (tmp_path / "decode.json").write_text(json.dumps(decode_rows(runs_dir)))
     (tmp_path / "zs.json").write_text(json.dumps(zero_shot_file(runs_dir / "moe/seed-1/checkpoints", (0.6, 0.7))))
     flags = ["--decode", str(tmp_path / "decode.json"), "--zero-shot", str(tmp_path / "zs.json")]
     output = tmp_path / "report" / "r.html"
     assert report_command.main([*map(str, folders(runs_dir)), *flags, "--output", str(output)]) == 0
-    with browser() as page:
-        page.resize(1400, 900)
-        page.open(output.as_uri())
-        assert page.run("return [...document.querySelectorAll('div.wide')].every(d => d.scrollWidth <= d.clientWidth)")
-        page.resize(380, 800)
-        page.open(output.as_uri())
-        assert page.run("return document.documentElement.scrollWidth") <= 380
-        assert page.run("return [...document.images].every(i => i.complete && i.naturalWidth > 100)")
-        assert page.run("return document.images.length") == 9 and page.complaints() == []
-        targets = page.run("return [...document.querySelectorAll('nav a')].map(a => !!document.querySelector(a.hash))")
-        assert len(targets) == 12 and all(targets)
+    page = output.read_text()
+    targets = re.findall(r'href="#([^"]+)"', page[page.index("<nav") : page.index("</nav")])
+    assert page.count("<img ") == 9 and len(targets) == 12 and all(f'id="{name}"' in page for name in targets)

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from megatron_samoe.cli.report import main as report_main
 from megatron_samoe.cli.study import main
@@ -20,7 +19,7 @@ from megatron_samoe.dist_checkpointing.folder_lock import folder_lock
 from megatron_samoe.evaluation.study.definition import read_study
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.runner import StudyRunner
-from tests.unit.evaluation.test_study import OPTIONS, STUDY, write_atomically, write_study
+from tests.unit.evaluation.test_study import STUDY, TABLE, write_atomically, write_study
 
 
 def program(study: Path, *words: str) -> list[str]:
@@ -207,18 +206,7 @@ def test_a_part_is_some_runs_and_all_that_they_need(tmp_path: Path) -> None:
     assert plan.chosen(None) == plan.all_runs()
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--shard 3/2", "--shard = '3/2': must be a part and the number of parts"),
-        ("--shard all", "--shard = 'all': must be a part and the number of parts"),
-        ("--shard 1/2 --run own-experts/seed-1", "--shard = '1/2': excludes --run"),
-        (
-            "--run own-expert/seed-1",
-            "names no run of the study; --dry-run shows them. Did you mean 'own-experts/seed-1'?",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("words", "said"), TABLE["wrong parts"])
 def test_a_wrong_part_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str], words: str, said: str) -> None:
     assert main([str(write_study(tmp_path)), "--output-dir", str(tmp_path / "runs"), *words.split()]) == 2
     assert said in capfd.readouterr().err
@@ -240,16 +228,3 @@ def test_parts_are_all_runs_once(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert len(whole) == 6 and set(whole) == {*first, *second, *third}
     assert first == ["own-experts/seed-1", "own-experts/seed-2"] and second == ["one-pool/seed-1", "one-pool/seed-2"]
     assert third == [name for name in whole if "pool" in name], "what is edited is made first"
-
-
-@pytest.mark.night
-def test_two_programs_share_a_study(tmp_path: Path) -> None:
-    """Each with one run at a time: the second does not wait for what the first makes."""
-    study = write_study(tmp_path, seeds=[1, 2], derived=None)
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**OPTIONS, "train_iters": 30}))
-    command = program(study, "--output-dir", str(tmp_path / "runs"))
-    programs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [program.communicate(timeout=240)[0] for program in programs]
-    assert [program.returncode for program in programs] == [0, 0], said
-    made = [text.count(": validation loss") for text in said]
-    assert sum(made) == 4 and min(made) >= 1, said

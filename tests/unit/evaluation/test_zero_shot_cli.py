@@ -1,16 +1,13 @@
-"""The evaluate program as a user drives it: tables, JSON, samples, checkpoints, comparisons, refusals, torchrun."""
+"""The evaluate program as a user drives it: tables, JSON, samples, checkpoints, comparisons, refusals, several ranks."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 import shutil
 import socket
-import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,48 +16,35 @@ import pytest
 import torch
 
 from megatron_samoe.cli.evaluate import DATA_VARIABLE, main
-from megatron_samoe.config import CheckpointConfig, DataConfig, PretrainConfig
 from megatron_samoe.language_model import load
-from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
-from tests.harness.ranks import run_ranks
+from tests.harness.program import call, start
 from tests.harness.tables import table
-from tests.harness.tiny import tiny_config, with_layout
+from tests.harness.tiny import tiny_config
 from tests.unit.evaluation.test_zero_shot_tasks import PLAIN
 from tests.unit.evaluation.zero_shot_data import FORMS, lines, write
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
 TABLE = table(__file__, tuples=False)
-ROOT = Path(__file__).resolve().parents[3]
-Run = Callable[..., str]
-
-
-def save_series(config: PretrainConfig, iterations: tuple[int, ...], seed: int) -> None:
-    setup = build_setup(config, 257, initialize_model_parallel(config.parallel))
-    state = initial_state(setup)
-    generator = torch.Generator().manual_seed(seed)
-    for iteration in iterations:
-        with torch.no_grad():
-            for parameter in setup.model.global_parameters().values():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        save_run(setup, replace(state, iteration=iteration))
+PROGRAM = "megatron_samoe.cli.evaluate"
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two folders, of three checkpoints and of one."""
-    folders = []
-    for experts, iterations, seed in (("samoe", (10, 20, 30), 1), ("moe", (30,), 2)):
-        folder = tmp_path_factory.mktemp(experts)
-        config = replace(
-            tiny_config(experts, seq_length=32),
-            checkpoint=CheckpointConfig(save=str(folder)),
-            data=DataConfig(mock_data=True, tokenizer_type="ByteTokenizer"),
-        )
-        run_ranks(save_series, 1, with_layout(config), iterations, seed)
-        folders.append(folder)
-    return folders[0], folders[1]
+    folders = tmp_path_factory.mktemp("samoe"), tmp_path_factory.mktemp("moe")
+    data = {"mock_data": True, "tokenizer_type": "ByteTokenizer", "seq_length": 32}
+    for folder, iterations, seed in zip(folders, ((10, 20, 30), (30,)), (1, 2), strict=True):
+        config = tiny_config("samoe" if seed == 1 else "moe", save=str(folder), **data)
+        setup, generator = build_setup(config, 257, single_process_state()), torch.Generator().manual_seed(seed)
+        for iteration in iterations:
+            with torch.no_grad():
+                for parameter in setup.model.global_parameters().values():
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            save_run(setup, replace(initial_state(setup), iteration=iteration))
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -74,21 +58,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+@pytest.fixture(autouse=True)
+def _no_data_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
 
-    def call(*words: object, status: int = 0) -> str:
-        logging.getLogger("megatron_samoe").handlers.clear()  # else it would write to an earlier test's output
-        found = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        assert found == status, captured
-        if status:
-            assert captured.err.startswith("error: ") and "Traceback" not in captured.err
-            return captured.err
-        return captured.out
 
-    return call
+def run(*words: object, status: int = 0) -> str:
+    """Returns what the program says, or what it refuses with."""
+    logging.getLogger("megatron_samoe").handlers.clear()  # else it would write to an earlier test's output
+    done = call(PROGRAM, *map(str, words))
+    assert done.returncode == status, done
+    assert not status or (done.stderr.startswith("error: ") and "Traceback" not in done.stderr)
+    return done.stderr if status else done.stdout
 
 
 @pytest.fixture
@@ -105,7 +86,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_all_tasks_of_a_folder(run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+def test_all_tasks_of_a_folder(checkpoints: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
     out = run("--load", checkpoints[0], "--data-dir", data, "--json", tmp_path / "r.json", "--samples", tmp_path / "s")
     (found,) = json.loads((tmp_path / "r.json").read_text())["runs"]
     assert found["name"] == "iter_0000030" and found["seq_length"] == 32 and found["limit"] is None
@@ -127,9 +108,7 @@ def test_all_tasks_of_a_folder(run: Run, checkpoints: tuple[Path, Path], data: P
     assert again[0].metrics["acc"].value == pytest.approx(accuracy)
 
 
-def test_a_group_and_examples_before_each_item(
-    run: Run, checkpoints: tuple[Path, Path], tmp_path: Path, data: Path
-) -> None:
+def test_a_group_and_examples_before_each_item(checkpoints: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
     data_files = {"data_files": {"test": "boolq_val.jsonl"}}
     fields = {"doc_to_text": "{{question}}", "doc_to_target": "{{label|int}}", "target_delimiter": " "}
     task = {**PLAIN, "task": "odd", "dataset_kwargs": data_files, **fields}
@@ -146,7 +125,7 @@ def test_a_group_and_examples_before_each_item(
     assert first["arguments"][0][0].count("is ") == 3
 
 
-def test_checkpoints_and_comparison(run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+def test_checkpoints_and_comparison(checkpoints: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
     one = ("--data-dir", data, "--tasks", "boolq,multirc", "--json", tmp_path / "r.json")
     accuracies = []
     for step in (20, 30):
@@ -157,6 +136,7 @@ def test_checkpoints_and_comparison(run: Run, checkpoints: tuple[Path, Path], da
     content = json.loads((tmp_path / "r.json").read_text())
     assert [r["name"] for r in content["runs"]] == ["iter_0000020", "iter_0000030", "iter_0000030"]
     over = next(v for v in content["variation"] if v["task"] == "boolq")
+    assert (over["low"], over["high"]) == (min(accuracies), max(accuracies))
     assert over["values"] == accuracies and over["mean"] == pytest.approx(sum(accuracies) / 2)
     assert over["sd"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / math.sqrt(2))
     assert over["stderr"] == pytest.approx(math.sqrt(accuracies[1] * (1 - accuracies[1]) / 29))
@@ -170,7 +150,7 @@ def test_checkpoints_and_comparison(run: Run, checkpoints: tuple[Path, Path], da
 
 
 def test_results_are_kept_when_a_later_checkpoint_fails(
-    run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path
+    checkpoints: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(checkpoints[0], tmp_path / "damaged")
     (weights,) = (tmp_path / "damaged/iter_0000030").glob("*.distcp")
@@ -181,7 +161,7 @@ def test_results_are_kept_when_a_later_checkpoint_fails(
     assert (tmp_path / "samples/0_iter_0000020/boolq.jsonl").is_file()
 
 
-def test_perplexity_alone_needs_no_data_folder(run: Run, checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+def test_perplexity_alone_needs_no_data_folder(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("words to measure, several")
     words = ("--load", checkpoints[1], "--corpus", tmp_path / "a.txt")
     found = []
@@ -193,9 +173,7 @@ def test_perplexity_alone_needs_no_data_folder(run: Run, checkpoints: tuple[Path
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
-def test_without_the_harness(
-    run: Run, checkpoints: tuple[Path, Path], data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_harness(checkpoints: tuple[Path, Path], data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.setitem(sys.modules, name, None)
     error = run("--load", checkpoints[0], "--data-dir", data, "--tasks", "boolq", status=1)
@@ -218,14 +196,12 @@ def test_misspelt_and_former_flags_are_told(words: str, message: str, capsys: py
     assert message in capsys.readouterr().err
 
 
-def test_list_tasks(run: Run) -> None:
+def test_list_tasks() -> None:
     assert len(run("--list-tasks").splitlines()) == 18 + 1
 
 
 @pytest.mark.parametrize("words, message", TABLE["refused"])
-def test_refusals(
-    words: list[str], message: str, run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path
-) -> None:
+def test_refusals(words: list[str], message: str, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("words")
     names: dict[str, Any] = {"LOAD": checkpoints[0], "DATA": data, "TEXT": tmp_path / "text.txt"}
     status = 1 if "absent" in message or "[10" in message or "only 3" in message else 2
@@ -234,26 +210,14 @@ def test_refusals(
 
 @pytest.mark.night
 @pytest.mark.distributed
-def test_torchrun(run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
-    """The command line over two pipeline stages, over several checkpoints, says what one process says."""
-    words = (
-        f"--load {checkpoints[0]} --data-dir {data} --tasks boolq,lambada_openai,triviaqa --checkpoints LAST:2".split()
-    )
-    expected = run(*words, "--json", tmp_path / "1.json")
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2 tools/evaluate.py"
-    command = [
-        sys.executable,
-        *torchrun.split(),
-        *words,
-        "--pipeline-model-parallel-size",
-        "2",
-        "--json",
-        str(tmp_path / "2.json"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == expected, "the first rank alone speaks"
+def test_two_stages(checkpoints: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+    """The program over two pipeline stages, over several checkpoints, says what one process says."""
+    tasks = "--tasks boolq,lambada_openai,triviaqa --checkpoints LAST:2".split()
+    words = ["--load", str(checkpoints[0]), "--data-dir", str(data), *tasks, "--json"]
+    expected = run(*words, tmp_path / "1.json")
+    stages = [*words, str(tmp_path / "2.json"), "--pipeline-model-parallel-size", "2"]
+    said = start(stages, tmp_path / "out", 2, program=PROGRAM).succeed(120)
+    assert said.count(expected) == 1 and said.count("boolq ") == expected.count("boolq "), "the first rank alone speaks"
     one, two = (json.loads((tmp_path / name).read_text())["runs"] for name in ("1.json", "2.json"))
     for a, b in zip(one, two, strict=True):
         for first, second in zip(a["results"], b["results"], strict=True):

@@ -1,24 +1,24 @@
-"""A model's scores against the plainest computation: one row at a time, softmax in double precision."""
+"""A model's scores where lm-evaluation-harness has none to compare with (`tests/parity/test_lm_eval.py`), and in every layout."""
 
 from __future__ import annotations
 
 import math
 import random
 import string
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_samoe.config import CheckpointConfig, DataConfig, PretrainConfig
+from megatron_samoe.config import PretrainConfig
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.datasets.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from megatron_samoe.datasets.train_tokenizer import train_byte_bpe
 from megatron_samoe.errors import DataError
 from megatron_samoe.evaluation.zero_shot.data_files import Document
-from megatron_samoe.evaluation.zero_shot.encode import encode_pair, encode_prompt, rolling_queries, split_pair
+from megatron_samoe.evaluation.zero_shot.encode import encode_pair, encode_prompt, split_pair
 from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor
 from megatron_samoe.evaluation.zero_shot.results import evaluate_corpus
 from megatron_samoe.moe.types import ForwardContext
@@ -30,7 +30,7 @@ from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_layout
-from tests.unit.evaluation.zero_shot_models import loaded_model, plain_log_probs
+from tests.unit.inference.tiny_models import forward_logits, loaded_tiny
 
 SEQ_LENGTH = 16
 TABLE = table(__file__)
@@ -38,33 +38,14 @@ PAIRS: list[tuple[str, str]] = list(TABLE["pairs"])
 LAYOUTS: tuple[tuple[int, dict[str, Any], int | None], ...] = TABLE["layouts"]
 
 
-def plain_score(loaded: LoadedModel, context: str, continuation: str) -> tuple[float, bool]:
-    """Returns what a pair that fits scores: bytes are tokens, so nothing of the package's encoding is needed."""
-    stripped = context.rstrip()
-    continuation = context[len(stripped) :] + continuation
-    before, after = list(stripped.encode()) or [256], list(continuation.encode())
-    assert len(after) <= SEQ_LENGTH
-    tokens = [*before, *after][-SEQ_LENGTH - 1 :]
-    rows = plain_log_probs(loaded, tokens[:-1])[-len(after) :]
-    return sum(float(row[token]) for row, token in zip(rows, after, strict=True)), rows.argmax(-1).tolist() == after
+@cache
+def loaded_model(experts: str = "samoe", **options: Any) -> LoadedModel:
+    return loaded_tiny(experts, style="llama", seq_length=SEQ_LENGTH, **options)
 
 
-@pytest.mark.parametrize("experts, style", [("samoe", "llama"), ("moe", "gpt3"), ("dense", "gpt3")])
-def test_scores_are_those_of_one_row_at_a_time(experts: str, style: str) -> None:
-    loaded = loaded_model(experts, style)
-    # A prompt after which this untrained model writes two characters, not broken bytes.
-    prompts = [f"The cat {letter}" for letter in string.printable.strip()]
-    written = ModelPredictor(loaded).generate(prompts, (), 2)
-    prompt, greedy = next((p, t) for p, (t, _) in zip(prompts, written, strict=True) if t.isascii() and len(t) == 2)
-    other = "a" if greedy[1] != "a" else "b"
-    pairs = [pair for pair in PAIRS if len(pair[1]) <= SEQ_LENGTH] + [(prompt, greedy), (prompt, greedy[0] + other)]
-    scores = ModelPredictor(loaded).score_pairs(pairs)
-    for pair, score in zip(pairs, scores, strict=True):
-        loglikelihood, is_greedy = plain_score(loaded, *pair)
-        assert score.loglikelihood == pytest.approx(loglikelihood, rel=1e-5)
-        assert score.is_greedy == is_greedy
-    assert [score.is_greedy for score in scores[-2:]] == [True, False]
-    assert [score.cut_tokens for score in scores[5:7]] == [37 + 4 - 17, 37 + 12 - 17]
+def plain_log_probs(loaded: LoadedModel, tokens: list[int]) -> torch.Tensor:
+    """Returns log-probabilities [S, V] of one sequence by itself."""
+    return forward_logits(loaded, tokens).double().log_softmax(-1)
 
 
 @pytest.mark.parametrize("experts", ["samoe", "moe"])
@@ -81,6 +62,16 @@ def test_no_batch_size_or_order_changes_a_score(experts: str) -> None:
     assert expected[0] == expected[-1], "equal rows are computed once"
 
 
+def test_a_continuation_is_greedy_where_the_model_would_write_it() -> None:
+    predictor = ModelPredictor(loaded_model())
+    # A prompt after which this untrained model writes two characters, not broken bytes.
+    prompts = [f"The cat {letter}" for letter in string.printable.strip()]
+    written = [text for text, _ in predictor.generate(prompts, (), 2)]
+    prompt, greedy = next((p, t) for p, t in zip(prompts, written, strict=True) if t.isascii() and len(t) == 2)
+    other = greedy[0] + ("a" if greedy[1] != "a" else "b")
+    assert [score.is_greedy for score in predictor.score_pairs([(prompt, greedy), (prompt, other)])] == [True, False]
+
+
 def test_no_token_is_dropped_in_evaluation() -> None:
     free = loaded_model("moe")
     tight = loaded_model("moe", moe_expert_capacity_factor=0.25)
@@ -90,18 +81,6 @@ def test_no_token_is_dropped_in_evaluation() -> None:
     _, training = tight.model(tokens, context, chunk=0)
     assert sum(int(stats.sums["dropped"]) for stats in training) > 0
     assert ModelPredictor(tight).score_pairs(PAIRS) == ModelPredictor(free).score_pairs(PAIRS)
-
-
-def test_windows_predict_every_token_once_with_the_context_that_fits() -> None:
-    for count in (1, 15, 16, 17, 32, 45):
-        ids = list(range(1, count + 1))
-        queries = rolling_queries(ids, 0, SEQ_LENGTH)
-        assert [label for query in queries for label in query.labels] == ids
-        stream = [0, *ids]
-        for query in queries:
-            end = query.labels[-1]
-            assert list(query.tokens) == stream[max(0, end - SEQ_LENGTH) : end], "the row ends before its last label"
-            assert len(query.tokens) <= SEQ_LENGTH
 
 
 def test_a_continuation_longer_than_the_model_is_scored_in_windows() -> None:
@@ -168,24 +147,6 @@ def test_what_does_not_fit() -> None:
         encode_prompt(tokenizer, "0", 5, 5)
 
 
-def test_generation_is_greedy_and_stops() -> None:
-    loaded = loaded_model()
-    predictor = ModelPredictor(loaded)
-    grown = list(b"The cat")
-    for _ in range(9):
-        grown.append(int(plain_log_probs(loaded, grown)[-1].argmax()))
-    assert 256 not in grown, "the model does not end a document here"
-    whole = bytes(grown[7:])
-    ((text, cut),) = predictor.generate(["The cat"], (), 9)
-    assert text == whole.decode(errors="replace") and cut == 0
-    stop = text[4:6]
-    place = text.find(stop)
-    prompts = ["A longer prompt than that", "The cat", "x"]
-    together = predictor.generate(prompts, (stop,), 9)
-    assert together[1] == (text[:place], 0) and together[0][1] == len(prompts[0]) - 7
-    assert together == [predictor.generate([prompt], (stop,), 9)[0] for prompt in prompts]
-
-
 def save(config: PretrainConfig) -> None:
     setup = build_setup(config, 257, initialize_model_parallel(config.parallel))
     with torch.no_grad():
@@ -210,11 +171,8 @@ def answers(folder: str, config: PretrainConfig, batch_size: int | None) -> tupl
 def test_every_layout_gives_every_rank_the_same_answers(
     tmp_path: Path, experts: str, layouts: tuple[tuple[int, dict[str, Any], int | None], ...]
 ) -> None:
-    config = replace(
-        tiny_config(experts, style="llama", moe_expert_capacity_factor=0.5),
-        data=DataConfig(mock_data=True, tokenizer_type="ByteTokenizer"),
-        checkpoint=CheckpointConfig(save=str(tmp_path)),
-    )
+    options = {"mock_data": True, "tokenizer_type": "ByteTokenizer", "save": str(tmp_path)}
+    config = tiny_config(experts, style="llama", moe_expert_capacity_factor=0.5, **options)
     run_ranks(save, 2, with_layout(config, ep=2))
     expected = run_ranks(answers, 1, str(tmp_path), with_layout(config), None)[0]
     assert len(set(expected[0])) == len(PAIRS) - 1 and max(expected[0]) - min(expected[0]) > 10

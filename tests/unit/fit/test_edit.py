@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from megatron_samoe.cli import edit
-from megatron_samoe.convert.hf.export import differences
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.parallel_state.state import single_process_state
@@ -29,7 +28,7 @@ def run_edit(capsys: pytest.CaptureFixture, words: str, load: Path, save: Path) 
 
 
 def test_the_tool_goes_all_the_way_round(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    options = {"expert_layout": "dense", "num_experts": None, "num_expert_banks": None}
+    options = {"expert_layout": "dense", "num_experts": None, "num_expert_banks": None, "num_layers": 4}
     first = {"run_dir": tmp_path / "dense", "train_iters": 2, "eval_interval": 2, **options}
     start(arguments(mock_data=True, split=None, **first), tmp_path).succeed()
     dense = tmp_path / "dense/checkpoints"
@@ -40,31 +39,28 @@ def test_the_tool_goes_all_the_way_round(tmp_path: Path, capsys: pytest.CaptureF
     status, output = run_edit(capsys, upcycle, dense, tmp_path / "moe")
     assert status == 0 and "tensors of optimizer state are dropped" in output
     assert contents(dense) == before
-    steps = {"pooled": "pool --num-expert-banks 2", "selected": "select --scale one", "folded": "fold"}
-    for source, name in zip(("moe", *steps), steps, strict=False):
-        status, output = run_edit(capsys, steps[name], tmp_path / source, tmp_path / name)
-        assert status == 0, output
-    for name in ("moe", *steps):
-        root = tmp_path / name
-        assert load_model(open_folder(root), single_process_state()).config.moe.expert_layout in ("moe", "samoe")
-        given = {"run_dir": tmp_path / "run" / name, "pretrained_checkpoint": root, "use_checkpoint_args": True}
+    steps = {
+        "pooled": ("moe", "pool --num-expert-banks 2"),
+        "selected": ("pooled", "select --scale one"),
+        "folded": ("selected", "fold"),
+        "scaled": ("moe", "tie --expert-sharing scaled --num-expert-sets 2 --sets-from 1,2"),
+        "tied": ("scaled", "select --to tied --scale one"),
+        "student": ("tied", "student --keep-layers 0,1,3"),
+        "thin": ("student", "fold"),
+    }
+    for name, (source, words) in steps.items():
+        status, output = run_edit(capsys, words, tmp_path / source, tmp_path / name)
+        assert status == 0 and f"{words.split()[0]}: " in output, output
+        model = load_model(open_folder(tmp_path / name), single_process_state())
+        assert model.config.model.num_layers == (3 if name in ("student", "thin") else 4)
+    for name in ("pooled", "thin"):
+        given = {
+            "run_dir": tmp_path / "run" / name,
+            "pretrained_checkpoint": tmp_path / name,
+            "use_checkpoint_args": True,
+        }
         train = arguments(model=False, mock_data=True, split=None, train_iters=1, eval_interval=1, **given)
         start(train, tmp_path / "output").succeed()
-
-
-def test_the_tool_ties_selects_and_thins(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    write_checkpoint(tmp_path / "moe", 7, new_source(tiny_config("moe")))
-    steps = {
-        "scaled": "tie --expert-sharing scaled --num-expert-sets 2 --sets-from 1,2",
-        "tied": "select --to tied --scale one",
-        "student": "student --keep-layers 0,1,3",
-        "folded": "fold",
-    }
-    for source, name in zip(("moe", *steps), steps, strict=False):
-        status, output = run_edit(capsys, steps[name], tmp_path / source, tmp_path / name)
-        assert status == 0 and f"{steps[name].split()[0]}: " in output, output
-    folded = open_folder(tmp_path / "folded").tensors
-    assert folded.config["model"]["num_layers"] == 3 and differences(folded) == []
 
 
 @pytest.mark.parametrize("layout", ["dense", "moe"])

@@ -16,7 +16,6 @@ from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.hf.export import differences
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
-from megatron_samoe.fit.matching_by_weights import match_to_mean
 from megatron_samoe.fit.surgery.pool import SetOptions, pool_moe, tie_layers
 from megatron_samoe.fit.surgery.select import tie_selected
 from megatron_samoe.fit.surgery.student import keep_layers
@@ -100,15 +99,6 @@ def test_experts_under_other_numbers_are_found_before_tying() -> None:
         assert_same(tied, folded, 1e-4)
 
 
-def test_groups_of_experts_keep_their_members() -> None:
-    generator = torch.Generator().manual_seed(2)
-    weights = torch.randn(3, 6, 50, generator=generator, dtype=torch.float64)
-    order_LE = match_to_mean([torch.einsum("len,mfn->lemf", weights, weights)], num_groups=2)
-    group_LGE = (order_LE // 3).view(3, 2, 3)
-    assert (group_LGE == group_LGE[:, :, :1]).all() and (order_LE.sort(1).values == torch.arange(6)).all()
-    assert (group_LGE[:, 0] != group_LGE[:, 1]).all()
-
-
 @pytest.mark.parametrize("sets_from", [None, (1, 3)])
 @pytest.mark.parametrize("prefix", ["", "scaled:"])
 def test_tying_loses_what_is_reported(prefix: str, sets_from: tuple[int, ...] | None) -> None:
@@ -142,11 +132,6 @@ def test_pooling_by_a_map_leaves_other_layers_alone() -> None:
     assert_same(pooled, source)
     with pytest.raises(ConfigError, match="number of MoE layers that combine them, 4"):
         pool_moe(source, 5, sharing="own,combined*4,own")
-
-
-def test_a_model_that_shares_is_pooled_anew() -> None:
-    samoe = new_source(tiny_config("samoe"))
-    assert_same(pool_moe(samoe, 2), samoe, 1e-3)
 
 
 def one_hot(source: MemorySource, rows: dict[int, list[list[float]]]) -> MemorySource:
@@ -209,20 +194,7 @@ def test_factors_on_w2_move_into_routing_where_it_can_hold_them() -> None:
     assert moe_of(dropped).expert_sharing == "0*4" and moe_of(dropped).moe_router_topk_scaling_factor is None
 
 
-@pytest.mark.parametrize(
-    ("options", "layers", "sharing"),
-    [
-        ({"expert_sharing": "0,1,1,2"}, (0, 2), None),
-        ({"expert_sharing": "0,1,1,0"}, (1, 2, 3), "0*2,own"),
-        ({"expert_sharing": "scaled:0,1,1,0"}, (2, 3), "scaled:0,1"),
-        ({"expert_sharing": "own,combined*3"}, (0, 1, 3), "own,combined*2"),
-        ({"expert_sharing": "pool", **NORM}, (1, 3), "0*2"),
-        ({"expert_sharing": "neighbours"}, (0, 1), "0*2"),
-        ({"num_experts": (2, 2, 4, 4), "moe_residual_mlp": True}, (1, 2), None),
-        ({"moe_layer_freq": "0101"}, (0, 2), None),
-        ({"moe_layer_freq": "0111", "expert_sharing": "0,0,1"}, (0, 1, 2), "0*2"),
-    ],
-)
+@pytest.mark.parametrize(("options", "layers", "sharing"), TABLE["students"])
 def test_students_compute_with_the_layers_they_keep(
     options: dict[str, Any], layers: tuple[int, ...], sharing: str | None
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,7 @@ import torch
 from megatron_samoe.config import MoEConfig
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.convert.fold import fold_shared
-from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
-from megatron_samoe.errors import CheckpointError
-from megatron_samoe.fit.bank_fit import fit_banks
+from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.fit.matching_by_weights import match_experts
 from megatron_samoe.fit.surgery.pool import pool_moe
 from megatron_samoe.fit.surgery.select import select_samoe
@@ -175,30 +172,6 @@ def test_projections_with_coefficients_of_their_own_are_matched_together(seed: i
     assert torch.equal(found_LE, found_LE[:1].expand(8, -1))
 
 
-def test_the_pool_of_any_moe_loses_what_is_reported() -> None:
-    moe = new_source(tiny_config("moe", num_layers=6))
-    pooled = pool_moe(moe, 2)
-    again = fold_shared(pooled)
-    for layer in range(6):
-        place = f"layers.{layer}.moe."
-        order = torch.cdist(again.read(f"{place}router.weight"), moe.weights[f"{place}router.weight"]).argmin(1)
-        before = torch.cat([moe.weights[f"{place}experts.{kind}"][order].flatten() for kind in ("w2", "b2")])
-        after = torch.cat([again.read(f"{place}experts.{kind}").flatten() for kind in ("w2", "b2")])
-        reported = float(pooled.report[2 + layer].split()[3])
-        assert reported == pytest.approx(float((before - after).norm() / before.norm()), rel=0.02, abs=1e-6)
-    assert sum(float(pooled.report[2 + layer].split()[3]) > 0.1 for layer in range(6)) >= 4
-
-
-def test_no_other_banks_lose_less() -> None:
-    torch.manual_seed(0)
-    weights = torch.randn(5, 40, dtype=torch.float64)
-    fit = fit_banks((weights @ weights.T)[None], 2)
-    lost = fit.lost_LG.sum()
-    banks = torch.einsum("pl,ln->pn", fit.banks[:, 0], weights)
-    assert (weights - fit.coefficients_LGP[:, 0] @ banks).square().sum() == pytest.approx(float(lost))
-    assert lost == pytest.approx(float(torch.linalg.svdvals(weights)[2:].square().sum()))
-
-
 @pytest.mark.parametrize("scale", ["keep", "one"])
 @pytest.mark.parametrize("granularity", ["layer", "expert"])
 def test_selecting_changes_weights_least_and_as_reported(scale: str, granularity: str) -> None:
@@ -219,26 +192,3 @@ def test_selecting_changes_weights_least_and_as_reported(scale: str, granularity
             other = source.read("expert_pool.bank.w2")[bank]
             factor = float(source.read(f"layers.{layer}.moe.combination")[1, 0, bank]) if scale == "keep" else 1.0
             assert change <= float((old - factor * other).norm() / old.norm()) * 1.02
-
-
-def test_selecting_what_is_one_hot_already_changes_nothing() -> None:
-    source = new_source(tiny_config("samoe"))
-    for layer in range(4):
-        source.weights[f"layers.{layer}.moe.combination"] = torch.eye(2)[layer % 2].expand(2, 1, 2).clone()
-    for scale in ("keep", "one"):
-        selected = select_samoe(source, scale)
-        assert all(
-            torch.equal(selected.read(name), source.read(name)) for name in source.weights if "optim" not in name
-        )
-
-
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    edited = fold_shared(new_source(tiny_config("samoe")))
-
-    def broken() -> torch.Tensor:
-        raise OSError(28, "No space left on device")
-
-    edited.add("layers.3.moe.experts.b2", (4, 32), torch.float32, broken)
-    with pytest.raises(CheckpointError, match="No space left"):
-        write_checkpoint(tmp_path, 7, edited)
-    assert not [p for p in tmp_path.iterdir() if p.is_dir()]

@@ -78,3 +78,12 @@ def test_on_the_fly_reads_every_bank_and_the_cache_grows_with_the_context() -> N
     model = make_decode_model(loaded_tiny("samoe").model, "folded", "fp32", 1)
     page = sum(layer.attention.keys.nbytes + layer.attention.values.nbytes for layer in model.layers)
     assert step_bytes(config, VOCAB, 2, PAGE / 2, "folded", "fp32").cache == page
+
+
+def test_only_the_window_is_read() -> None:
+    long = {"seq_length": 512, "max_position_embeddings": 512}
+    read = {
+        window: step_bytes(tiny_config("dense", sliding_window=window, **long), VOCAB, 4, 400.0, "folded", "fp32").cache
+        for window in (None, 100)
+    }
+    assert read[100] == read[None] / 4

@@ -14,6 +14,9 @@ from megatron_samoe.cli import generate
 from megatron_samoe.language_model import LanguageModel
 from tests.harness.sampling import assert_drawn_from, their_probabilities
 from tests.harness.serving import load_tiny, save_tiny
+from tests.harness.tables import table
+
+TABLE = table(__file__, tuples=False)
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +28,11 @@ class Run:
     """Runs the program in this process."""
 
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-        self._folder, self._capsys, self._patch = folder, capsys, monkeypatch
+        self.folder, self._capsys, self._patch = folder, capsys, monkeypatch
 
     def __call__(self, *arguments: object, stdin: str = "", status: int = 0) -> str:
         self._patch.setattr(sys, "stdin", io.StringIO(stdin))
-        words = ["--load", str(self._folder), "--num-threads", "1", *map(str, arguments)]
+        words = ["--load", str(self.folder), "--num-threads", "1", *map(str, arguments)]
         assert generate.main(words) == status
         out, err = self._capsys.readouterr()
         return out if status == 0 else err
@@ -111,8 +114,9 @@ def test_stop_texts_end_the_result(run: Run) -> None:
     assert result["finish_reason"] == "stop" and result["text"] == whole[: whole.index(stop)]
 
 
-@pytest.mark.parametrize("serving", ["folded", "on-the-fly", "selected"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    ("serving", "dtype"), [("folded", "fp32"), ("on-the-fly", "bf16"), ("selected", "int8"), ("on-the-fly", "fp32")]
+)
 def test_every_way_and_precision(run: Run, serving: str, dtype: str) -> None:
     result = run.json("--prompt", "Emma was", *GREEDY, "--serving", serving, "--dtype", dtype)[0]
     assert result["finish_reason"] and result["ids"]
@@ -120,41 +124,14 @@ def test_every_way_and_precision(run: Run, serving: str, dtype: str) -> None:
         assert result == run.json("--prompt", "Emma was", *GREEDY)[0]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "stdin", "message"),
-    [
-        (("--prompt", "x" * 65), "", "error: prompt = '65 tokens': may have 64 tokens, the model's context"),
-        (("--prompt", ""), "", "error: prompt = '': must hold at least one token"),
-        ((), "fine\n" + "y" * 70 + "\n", "error: standard input, line 2: prompt = '70 tokens'"),
-        ((), "\n \n", "error: standard input holds no prompt."),
-        (("--prompt", "x", "--top-p", 0), "", "error: top_p = 0.0: must be above 0 and at most 1"),
-        (("--prompt", "x", "--temperature", "nan"), "", "error: temperature = nan"),
-        (("--prompt", "x", "--cache-experts", 1), "", "error: cache_experts = 1: must be 2 or more"),
-        (("--prompt", "x", "--max-tokens", 16, "--max-new-tokens", 40), "", "error: max_new_tokens = 40: prompt and"),
-        (("--prompts-file", "missing.txt"), "", "error: missing.txt cannot be read: No such file or directory."),
-        (("--prompt", "x", "--num-threads", 0), "", "error: --num-threads = 0: must be 1 or more"),
-    ],
-)
-def test_bad_input_is_one_paragraph(run: Run, arguments: tuple[object, ...], stdin: str, message: str) -> None:
-    error = run(*arguments, stdin=stdin, status=1 if "standard input holds" in message or "cannot be" in message else 2)
-    assert error.startswith(message) and len(error.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"prompt_ids": [3, 257]}', "line 1: prompt = 'token 257 at position 1': must be whole numbers from 0 to 256"),
-        ('{"prompt_ids": [3, "a"]}', "line 1: prompt = \"token 'a' at position 1\""),
-        ('{"prompt_ids": []}', "line 1: prompt = '': must hold at least one token"),
-        ('{"text": "x"}', 'line 1: must be a JSON object with a text "prompt"'),
-        ("not JSON", "but is not JSON"),
-    ],
-)
-def test_bad_lines_are_named(run: Run, tmp_path: Path, line: str, message: str) -> None:
+@pytest.mark.parametrize(("words", "stdin", "prompts", "status", "said"), TABLE["refused"])
+def test_bad_input_is_one_paragraph(
+    run: Run, tmp_path: Path, words: list[str], stdin: str, prompts: str, status: int, said: str
+) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_text(line + "\n")
-    status = 1 if "JSON" in message else 2
-    assert message in run("--prompts-file", path, status=status)
+    path.write_text(prompts)
+    error = run(*(words or ["--prompts-file", path] * bool(prompts)), stdin=stdin, status=status)
+    assert error.startswith("error: ") and said.format(path) in error and len(error.strip().splitlines()) == 1
 
 
 def test_a_wrong_prompt_does_not_end_a_conversation(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,20 +139,10 @@ def test_a_wrong_prompt_does_not_end_a_conversation(run: Run, capsys: pytest.Cap
     assert out == run("--prompt", "Emma was", *GREEDY)
 
 
-def test_ways_that_a_checkpoint_lacks_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = save_tiny(tmp_path, "moe")
-    words = ["--load", str(folder), "--prompt", "x", "--num-threads", "1", "--serving", "on-the-fly"]
-    assert generate.main(words) == 2
-    assert "a moe model without a shared pool of experts; its only way is folded" in capsys.readouterr().err
-
-
-def test_text_that_is_no_utf8_is_refused(run: Run, tmp_path: Path) -> None:
-    message = "must be UTF-8 text, and is not at character 4"
-    assert message in run("--prompt", "bad \udcff", status=2)
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "bad \\ud800"}\n')
-    said = run("--prompts-file", path, status=1)
-    assert f"{path}, line 1: must be" in said and "holds half of a character" in said
+def test_ways_that_a_checkpoint_lacks_are_refused(tmp_path: Path, run: Run) -> None:
+    run.folder = save_tiny(tmp_path, "moe")
+    said = run("--prompt", "x", "--serving", "on-the-fly", status=2)
+    assert "a moe model without a shared pool of experts; its only way is folded" in said
 
 
 def test_prompts_one_by_one_have_the_seeds_of_prompts_together(run: Run) -> None:

@@ -15,16 +15,13 @@ from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.decode_parts import Places
 from megatron_samoe.runtime.load import LoadedModel
-from tests.unit.inference.test_runners import IDS, MODELS, make, tables
+from tests.unit.inference.test_runners import IDS, TABLE, make, tables
 from tests.unit.inference.tiny_models import VOCAB, loaded_tiny, step_logits
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 # A gated shared expert has no plan: it is weighed between blocks.
-WAYS = [
-    *((name, "folded") for name in MODELS if name != "gate"),
-    ("samoe gpt3", "selected"),
-    ("samoe llama", "selected"),
-]
+PLANNED = [name for name in TABLE["models"] if name != "gate"]
+WAYS = [*((name, "folded") for name in PLANNED), ("samoe gpt3", "selected"), ("samoe llama", "selected")]
 #: (slot, first position, tokens) of steps: a prompt, single tokens, both.
 STEPS = [[(0, 0, 20)], [(1, 0, 3), (2, 0, 18)], [(2, 18, 1), (0, 20, 1), (1, 3, 1)], [(0, 21, 15), (1, 4, 1)]]
 

@@ -1,20 +1,19 @@
-"""Logits of every runner equal the training forward's, with and without a cache, in every batch and way of serving."""
+"""Logits of every runner equal the training forward's, with and without a cache, in every batch, way of serving and attention."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.inference.decode_layers import make_decode_model
+from megatron_samoe.inference.decode_layers import make_decode_model, options_of_training_alone
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.kv_cache import PageTable, pages_for
 from megatron_samoe.inference.rank_runner import RankRunner, convert_weights
-from megatron_samoe.inference.request import Request
-from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.inference.serving import Serving, choose_serving, needed_bytes
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.inference.weight_memory import ask_for_huge_pages
@@ -23,10 +22,11 @@ from megatron_samoe.runtime.free_memory import free_in_control_groups
 from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.extension_off import without_extension
 from tests.harness.tables import table
+from tests.harness.tiny import tiny_config
 from tests.unit.inference.tiny_models import VOCAB, forward_logits, loaded_tiny, step_logits
 
 TABLE = table(__file__)
-MODELS = TABLE["models"]
+MODELS = TABLE["models"] | TABLE["attention"]
 WAYS: list[tuple[str, Serving]] = [
     *((name, "folded") for name in MODELS),
     *((name, "on-the-fly") for name in MODELS if name.startswith("samoe")),
@@ -72,20 +72,32 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) ->
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * scale)
 
 
-@pytest.fixture(params=["compiled", "twins"])
-def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if request.param == "twins":
-        without_extension(monkeypatch)
-    return
+def beyond_the_ops(layout: str, options: dict[str, Any]) -> bool:
+    """Returns whether the training model alone decodes a model."""
+    return bool(options_of_training_alone(tiny_config(layout, **options).model))
 
 
-@pytest.mark.parametrize(("name", "serving"), WAYS)
-def test_logits_equal_the_training_forward_at_every_position(name: str, serving: Serving, ops: None) -> None:
+@pytest.mark.parametrize(
+    ("name", "serving", "kind"),
+    [
+        (name, serving, kind)
+        for name, serving in WAYS
+        for kind in ("compiled", "twins", "ranks")
+        if kind == "ranks" or not beyond_the_ops(*MODELS[name])
+    ],
+)
+def test_logits_equal_the_training_forward_at_every_position(
+    name: str, serving: Serving, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = make(name, serving)
+    if kind == "twins":
+        without_extension(monkeypatch)
     expected = [forward_logits(loaded, ids) for ids in IDS]
     assert expected[0].std() > 0.1
     pages = tables([len(ids) for ids in IDS])
-    runner = single(loaded, serving, pages.num_pages)
+    runner = (
+        RankRunner(loaded, pages.num_pages, serving) if kind == "ranks" else single(loaded, serving, pages.num_pages)
+    )
     # Whole prompts without a cache; then with one: a part alone, other batches of parts, single tokens.
     for slot in (0, 1, 2):
         close(step_logits(runner, pages, [(slot, 0, IDS[slot])])[0], expected[slot])
@@ -100,21 +112,9 @@ def test_logits_equal_the_training_forward_at_every_position(name: str, serving:
         got = step_logits(runner, pages, [(slot, first, IDS[slot][first : first + n]) for slot, first, n in step])
         for (slot, first, n), logits in zip(step, got, strict=True):
             close(logits, expected[slot][first : first + n])
-    if serving == "on-the-fly":
+    if serving == "on-the-fly" and isinstance(runner, SingleRunner):
         cache = runner.expert_cache
         assert cache is not None and cache.num_hits > 0 and cache.num_misses > 4
-
-
-@pytest.mark.parametrize(
-    ("name", "serving"), [("moe", "folded"), ("samoe gpt3", "on-the-fly"), ("samoe gpt3", "selected")]
-)
-def test_the_rank_runner_serves_the_same_ways(name: str, serving: Serving) -> None:
-    loaded = make(name, serving)
-    expected = forward_logits(loaded, IDS[0])
-    pages = tables([len(IDS[0])])
-    runner = RankRunner(loaded, pages.num_pages, serving)
-    close(step_logits(runner, pages, [(0, 0, IDS[0][:30])])[0], expected[:30])
-    close(step_logits(runner, pages, [(0, 30, IDS[0][30:])])[0], expected[30:])
 
 
 SMALL = ("dense gpt3", "tied", "scaled", "pool", "pyramid residual")
@@ -163,27 +163,6 @@ def test_weights_convert_and_pools_stay() -> None:
     assert 0 < (got - expected).square().mean().sqrt() < 0.05 * expected.std()
     with pytest.raises(ConfigError, match="dtype = 'int8': fp32 or bf16"):
         convert_weights(loaded.model, "int8")
-
-
-def greedy(engine: Engine, prompts: list[list[int]], new: int = 12) -> list[list[int]]:
-    options = SamplingOptions(new, temperature=0.0, ignore_eod=True)
-    ids = [engine.submit(Request(prompt, options)) for prompt in prompts]
-    made: dict[int, list[int]] = {i: [] for i in ids}
-    while engine.has_work:
-        for event in engine.step():
-            made[event.request_id].append(event.token_id)
-    return [made[i] for i in ids]
-
-
-@pytest.mark.parametrize(
-    ("name", "serving"), [("dense llama", "folded"), ("moe", "folded"), ("samoe gpt3", "on-the-fly")]
-)
-def test_a_request_gets_the_same_tokens_in_any_company(name: str, serving: Serving) -> None:
-    loaded = make(name, serving)
-    alone = [greedy(Engine(loaded, max_batch=1, serving=serving), [ids])[0] for ids in IDS]
-    assert [len(tokens) for tokens in alone] == [12, 12, 12]
-    crowd = Engine(loaded, max_batch=3, serving=serving, max_step_tokens=7)
-    assert greedy(crowd, [*IDS, *IDS[::-1]]) == [*alone, *alone[::-1]]
 
 
 def test_auto_takes_selected_then_folded_then_on_the_fly() -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.inference.engine import Engine
@@ -24,18 +25,10 @@ from tests.harness.serving import (
     SlowEngine,
     check_error,
     greedy_text,
-    read_to_end,
     serving,
     texts,
     wait_for,
 )
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_greedy_answers_are_the_engines(client: Client, loaded: LoadedModel, stream: bool) -> None:
-    prompts = ["Hello", "x", "A longer prompt, with a comma"]
-    answer = client.complete(prompts, max_tokens=20, temperature=0, stream=stream, ignore_eos=False)
-    assert texts(answer) == [greedy_text(loaded, p, 20) for p in prompts]
 
 
 def test_the_shape_of_an_answer(client: Client) -> None:
@@ -116,13 +109,6 @@ def test_seeds_repeat_and_choices_differ(client: Client) -> None:
     assert texts(client.complete(prompts, seed=5, n=2, **ask)) == alone and len(set(alone)) == 6
 
 
-def test_stop_texts_end_an_answer_without_them(client: Client, loaded: LoadedModel) -> None:
-    whole = greedy_text(loaded, "Hello", 20)
-    stop = whole[4:6]
-    choice = client.complete("Hello", max_tokens=20, temperature=0, stop=stop).json["choices"][0]
-    assert choice["text"] == whole[: whole.index(stop)] and choice["finish_reason"] == "stop"
-
-
 def test_models_health_and_metrics(client: Client) -> None:
     (model,) = client.ask("GET", "/v1/models").json["data"]
     assert model["id"] == "tiny" and model["object"] == "model" and model["max_model_len"] == CONTEXT
@@ -136,14 +122,9 @@ def test_models_health_and_metrics(client: Client) -> None:
     assert client.metric('http_requests_total{route="/health",status="200"}') >= 1
     assert client.metric("engine_step_seconds_count") > 0
     assert client.metric("running_choices") == client.metric("waiting_choices") == 0
-
-
-def test_the_metrics_are_prometheus_format(client: Client) -> None:
-    from prometheus_client.parser import text_string_to_metric_families
-
-    answer = client.ask("GET", "/metrics")
-    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-    families = {family.name for family in text_string_to_metric_families(answer.content.decode())}
+    metrics = client.ask("GET", "/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
+    families = {family.name for family in text_string_to_metric_families(metrics.content.decode())}
     assert {"megatron_samoe_choices", "megatron_samoe_time_to_first_token_seconds"} <= families
 
 
@@ -151,7 +132,6 @@ def test_refusals_have_a_status_and_a_message(client: Client) -> None:
     ask = client.ask
     check_error(ask("POST", "/v1/completions", b"{nonsense"), 400, "not JSON", code="invalid_json")
     check_error(client.complete("x" * 64), 400, "context has 64 tokens", code="context_length_exceeded")
-    check_error(client.complete("x", max_token=1), 400, "Did you mean", param="max_token")
     check_error(client.complete("x", n=7), 400, "at most 6", param="n")
     check_error(client.complete("x", model="gpt-4"), 404, "not served", code="model_not_found")
     check_error(ask("GET", "/v1/chats"), 404, "There is no", code="not_found")
@@ -178,7 +158,7 @@ def test_a_body_over_the_limit_is_413_and_the_client_hears_it(client: Client) ->
 def test_a_head_without_a_host(client: Client) -> None:
     with socket.create_connection((client.host, client.port), timeout=20) as connection:
         connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
-        assert read_to_end(connection).startswith(b"HTTP/1.1 200 OK")
+        assert connection.makefile("rb").read().startswith(b"HTTP/1.1 200 OK")
 
 
 #: JSON, or nearly so, that is right in no field: Python or a conversion refuses it, or it is too large for one.

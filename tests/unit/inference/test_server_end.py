@@ -20,7 +20,6 @@ from tests.harness.serving import (
     check_error,
     greedy_text,
     load_tiny,
-    read_to_end,
     save_tiny,
     serving,
     texts,
@@ -116,7 +115,7 @@ def test_the_first_engine_that_fails_ends_all_models(loaded: LoadedModel, dense:
         engine.broken = True
         check_error(whole.result(), 500, "engine has failed", type="server_error")
         assert streamed.result().events[-1]["error"]["code"] == "engine_failed"
-        content = read_to_end(slow)
+        content = slow.makefile("rb").read()
         assert b"engine_failed" in content and b"[DONE]" not in content
         assert running.join() == 1
         left = [t for t in threading.enumerate() if t.name == "engine" and t not in before]

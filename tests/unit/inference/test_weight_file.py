@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_samoe.errors import DataError
-from megatron_samoe.inference import Engine, Request, SamplingOptions, weight_memory
+from megatron_samoe.inference import Engine, weight_memory
 from megatron_samoe.inference.weight_memory import keep_in_file
-from tests.unit.inference.tiny_models import loaded_tiny
+from tests.unit.inference.tiny_models import generated, loaded_tiny
 
 
 def mapped_files() -> str:
@@ -37,11 +37,7 @@ def test_text_is_the_same(tmp_path: Path, serving: str) -> None:
     texts = []
     for folder in (None, tmp_path):
         engine = Engine(loaded_tiny("samoe", style="llama", moe_router_topk=2), serving=serving, weights_folder=folder)
-        engine.submit(Request((1, 2, 3), SamplingOptions(8, temperature=0.0, ignore_eod=True)))
-        tokens = []
-        while engine.has_work:
-            tokens += [event.token_id for event in engine.step()]
-        texts.append(tokens)
+        texts.append(generated(engine, [(1, 2, 3)], 8))
     assert texts[0] == texts[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.datasets.tokenizer import build_tokenizer
+from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.kv_cache import PageTable, Span, StepBatch, make_batch
+from megatron_samoe.inference.request import Request
+from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
@@ -56,3 +60,13 @@ def step_logits(runner: Any, pages: PageTable, parts: list[tuple[int, int, list[
     tokens = [token for *_, ids in parts for token in ids]
     batch: StepBatch = make_batch(spans, tokens, pages.table, range(len(tokens)), runner.device)
     return list(runner.run(batch).clone().split([len(ids) for *_, ids in parts]))
+
+
+def generated(engine: Engine, prompts: Sequence[Sequence[int]], count: int, **options: Any) -> list[list[int]]:
+    """Returns the tokens that an engine makes of prompts, the likeliest ones unless a temperature is given."""
+    sampling = SamplingOptions(count, **{"temperature": 0.0, "seed": 5, "ignore_eod": True, **options})
+    found: dict[int, list[int]] = {engine.submit(Request(p, sampling)): [] for p in prompts}
+    while engine.has_work:
+        for event in engine.step():
+            found[event.request_id].append(event.token_id)
+    return list(found.values())

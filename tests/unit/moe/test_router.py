@@ -1,10 +1,9 @@
-"""Routing against formulas and slow loops: weights, jitter, capacity, auxiliary losses."""
+"""Routing against formulas and slow loops: weights, jitter, capacity, auxiliary losses, and the order in which rows reach experts."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from megatron_samoe.config import MoEConfig
-from megatron_samoe.moe.balance import AuxiliaryLosses, attach_loss, balance_sum, entropy_sum
+from megatron_samoe.moe.alltoall_dispatcher import expert_major_order
+from megatron_samoe.moe.balance import AuxiliaryLosses
 from megatron_samoe.moe.capacity import drop_over_capacity, expert_capacity
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.router import Router, Routing
 from megatron_samoe.moe.types import ForwardContext, MoELayerSpec
-from megatron_samoe.ops.topk_gate import GateResult
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.tensor_parallel.random import SampleRandom
 
@@ -138,14 +137,6 @@ def test_only_training_drops(policy: Any) -> None:
     assert limited.ids_TK.tolist() == drop_slowly(free.ids_TK.tolist(), free.probs_TK.tolist(), capacity, policy)
 
 
-def test_dropping_does_not_depend_on_how_sequences_are_batched() -> None:
-    config = replace(QUIET, moe_expert_capacity_factor=0.7)
-    router, x = make_router(config), inputs()
-    whole = router(x, training_context()).ids_TK
-    alone = [router(x[b * S : (b + 1) * S], ForwardContext(batch_size=1, training=True)).ids_TK for b in range(B)]
-    assert torch.equal(whole, torch.cat(alone))
-
-
 def distribution(router: Router, x: Tensor) -> Tensor:
     logits = x @ router.weight.T
     if router.config.moe_router_score_function == "softmax":
@@ -187,41 +178,6 @@ def test_balance_loss_over_groups_of_sequences(kind: Any, group: int | None, fun
     torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(1, 6), st.integers(1, 5), st.data())
-def test_groups_that_lie_on_several_ranks_count_all_their_sequences(
-    batch: int, ranks: int, data: st.DataObject
-) -> None:
-    group = data.draw(st.sampled_from([n for n in range(1, batch * ranks + 1) if batch * ranks % n == 0]))
-    counts_BE = torch.randint(0, 9, (ranks * batch, E), generator=torch.Generator().manual_seed(batch))
-    gates = []
-    for own_BE in counts_BE.split(batch):
-        scores_BE = torch.rand(batch, E, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-        ids_TK = torch.zeros(batch * S, 1, dtype=torch.int64)
-        gates.append(GateResult(torch.zeros(batch * S, 1), ids_TK, own_BE, scores_BE, torch.zeros(())))
-    sums_GE = counts_BE.view(-1, group, E).sum(1)
-    for rank, gate in enumerate(gates):
-        # A stand-in for the collective that all ranks enter with their own rows.
-        dp = SimpleNamespace(rank=rank, size=ranks, all_reduce=lambda t: t.copy_(counts_BE))
-        shares_BE = torch.stack([sums_GE[(rank * batch + b) // group] for b in range(batch)]).double() / (group * S)
-        expected = (shares_BE.double() * gate.score_sum_GE).sum() * E / S
-        torch.testing.assert_close(balance_sum(gate, gate.ids_TK.shape[1], group, dp), expected, rtol=1e-12, atol=0)
-
-
-def test_an_entropy_has_the_gradient_of_its_formula_where_its_group_lies_on_several_ranks() -> None:
-    scores_BE = torch.rand(8, E, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    share_GE = scores_BE.view(2, 4, E).sum(1) / scores_BE.view(2, 4, E).sum((1, 2))[:, None]
-    losses_G = (torch.distributions.Categorical(share_GE).entropy() - math.log(3)).square()
-    (wanted,) = torch.autograd.grad(4 * losses_G.sum(), scores_BE)
-    for rank, own_BE in enumerate(scores_BE.detach().split(2)):
-        own_BE = own_BE.clone().requires_grad_()
-        dp = SimpleNamespace(rank=rank, size=4, all_reduce=lambda t: t.copy_(scores_BE.detach()))
-        found = entropy_sum(own_BE, 3.0, 4, dp)
-        torch.testing.assert_close(found, 2 * losses_G[rank // 2], rtol=1e-12, atol=0)
-        (gradient,) = torch.autograd.grad(found, own_BE)
-        torch.testing.assert_close(gradient, wanted[2 * rank : 2 * rank + 2], rtol=1e-12, atol=1e-14)
-
-
 def test_z_loss() -> None:
     config = replace(QUIET, moe_z_loss_coeff=0.2)
     router, x = make_router(config), inputs()
@@ -247,19 +203,12 @@ def test_losses_of_two_kinds_add_up_and_none_costs_nothing() -> None:
     assert make_router(replace(QUIET, moe_aux_loss_coeff=0.5))(inputs(), EVALUATION).auxiliary_loss is None
 
 
-def test_even_scores_make_a_balance_loss_of_one() -> None:
-    router = make_router(replace(QUIET, moe_aux_loss_coeff=1.0))
-    with torch.no_grad():
-        router.weight.zero_()
-    loss = router(inputs(), training_context(tokens_per_step=T)).auxiliary_loss
-    torch.testing.assert_close(loss, torch.tensor(1.0, dtype=torch.float64), rtol=1e-6, atol=0)
-
-
-def test_an_attached_loss_gets_the_gradient_of_a_term_of_the_training_loss() -> None:
-    x = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    y = attach_loss(x * 2, (w * w).sum(), 8.0)
-    assert torch.equal(y, x * 2), "the forward value does not change"
-    (y.sum() * 3).backward()
-    torch.testing.assert_close(x.grad, torch.full((4,), 6.0, dtype=torch.float64))
-    torch.testing.assert_close(w.grad, 8.0 * 2 * w.detach()), "whatever the gradient of y is"
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 5), st.integers(1, 5), st.data())
+def test_expert_major_order_sorts_arrivals_by_expert_then_sender(world: int, e: int, data: st.DataObject) -> None:
+    counts = [[data.draw(st.integers(0, 4)) for _ in range(e)] for _ in range(world)]
+    arrivals = [
+        (expert, sender, i) for sender in range(world) for expert in range(e) for i in range(counts[sender][expert])
+    ]
+    order = expert_major_order(torch.tensor(counts), len(arrivals))
+    assert [arrivals[i] for i in order.tolist()] == sorted(arrivals)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw, serves
+from tests.harness.devices import CPU, GPU, on
 from tests.harness.extension_off import without_extension
 from tests.harness.op_checks import RATES, adamw_runs, check_adamw, set_gradients, threads_of_torch
 
@@ -15,33 +16,30 @@ SIZES = [0, 1, 7, 16, 513, 40_000]
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 
 
-def steps(runs: list[AdamWRun], number: int) -> None:
-    for step in range(1, number + 1):
-        set_gradients(runs, step)
-        adamw(runs, RATES, step)
-
-
+@on(CPU, GPU)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-13)], ids=str)
-def test_steps_equal_torchs(dtype: torch.dtype, tolerance: float) -> None:
-    check_adamw(SIZES, dtype, tolerance)
+def test_steps_equal_torchs(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    check_adamw(SIZES, dtype, tolerance, device=device)
 
 
 @needs_library
-def test_the_twin_and_any_number_of_threads_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_threads_gives_the_same_bits() -> None:
     results: list[list[Tensor]] = []
     for threads in (1, 2, 3):
         with threads_of_torch(threads):
             runs = adamw_runs(SIZES, torch.float32, bf16_weights=True)
-            steps(runs, 3)
+            for step in range(1, 4):
+                set_gradients(runs, step)
+                adamw(runs, RATES, step)
             results.append([run.master for run in runs])
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_steps_without_the_extension_equal_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     without_extension(monkeypatch)
-    twins = adamw_runs(SIZES, torch.float32, bf16_weights=True)
-    assert not serves(twins)
-    steps(twins, 3)
-    for ours, twin in zip(results[0], twins, strict=True):
-        torch.testing.assert_close(ours, twin.master, rtol=2e-6, atol=2e-6)
+    assert not serves(adamw_runs(SIZES, torch.float32, bf16_weights=True))
+    check_adamw(SIZES, torch.float32, 2e-6)
 
 
 @needs_library
@@ -84,16 +82,14 @@ def test_numbers_that_are_none_stay_seen() -> None:
 def test_wrong_tensors_are_refused() -> None:
     op = torch.ops.megatron_samoe.adamw
     numbers = (0.1, 0.9, 0.95, 1e-8, 0.0, 1, 1.0)
-    m = [torch.zeros(4)]
-    with pytest.raises(RuntimeError, match="differ in length"):
-        op(m, [], [], m, m, *numbers)
-    with pytest.raises(RuntimeError, match=r"grads\[0\] is BFloat16"):
-        op(m, [], [torch.zeros(4).bfloat16()], m, m, *numbers)
-    with pytest.raises(RuntimeError, match=r"exp_avgs\[0\] has 3 elements"):
-        op(m, [], m, [torch.zeros(3)], m, *numbers)
-    with pytest.raises(RuntimeError, match=r"weights\[0\] is Half"):
-        op(m, [torch.zeros(4).half()], m, m, m, *numbers)
-    with pytest.raises(RuntimeError, match="contiguous"):
-        op(m, [], [torch.zeros(8)[::2]], m, m, *numbers)
-    with pytest.raises(RuntimeError, match="the first is 1"):
-        op(m, [], m, m, m, 0.1, 0.9, 0.95, 1e-8, 0.0, 0, 1.0)
+    m, half, three = [torch.zeros(4)], [torch.zeros(4).half()], [torch.zeros(3)]
+    for said, masters, weights, grads, first, last in (
+        ("differ in length", m, [], [], m, numbers),
+        (r"grads\[0\] is BFloat16", m, [], [torch.zeros(4).bfloat16()], m, numbers),
+        (r"exp_avgs\[0\] has 3 elements", m, [], m, three, numbers),
+        (r"weights\[0\] is Half", m, half, m, m, numbers),
+        ("contiguous", m, [], [torch.zeros(8)[::2]], m, numbers),
+        ("the first is 1", m, [], m, m, (0.1, 0.9, 0.95, 1e-8, 0.0, 0, 1.0)),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            op(masters, weights, grads, first, m, *last)

@@ -8,14 +8,22 @@ from hypothesis import strategies as st
 from megatron_samoe.ops import combine_chunks, reference
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.runtime.reference_checks import check_combine, combine_inputs
+from tests.harness.devices import BEHIND_HOST, CPU, DEVICES, GPU, on
 from tests.harness.host_waits import as_if_asynchronous
 from tests.harness.op_checks import threads_of_torch
 
 
-@pytest.mark.parametrize("num_elements", [0, 1, 7, 257, 1024, 17_000])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (12, 1, 4), (3, 2, 8), (5, 3, 2), (1, 2, 11), (2, 1, 20)])
-def test_equals_the_twin(shape, num_elements):
-    check_combine(*combine_inputs(*shape, num_elements))
+@on(*DEVICES)
+@pytest.mark.parametrize("num_elements", [0, 1, 7, 257, 1024, 4100])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (12, 1, 4), (3, 2, 8), (5, 3, 2), (1, 2, 19), (20, 1, 2)])
+def test_equals_the_reference(device, shape, num_elements):
+    check_combine(*combine_inputs(*shape, num_elements), device)
+
+
+@on(CPU, GPU)
+@pytest.mark.parametrize("shape", [(6, 2, 4, 400_003), (6, 2, 4, 400_016)])
+def test_large_results_written_past_the_cache(device, shape):
+    check_combine(*combine_inputs(*shape), device)
 
 
 @given(
@@ -34,67 +42,48 @@ def test_equals_the_twin_for_any_shape(num_layers, num_groups, num_banks, num_el
     check_combine(coefficients_LGP, banks_PGN, dW_LGN)
 
 
-@pytest.mark.parametrize("chunk", [1, 900, 1 << 24])
-@pytest.mark.parametrize("num_elements", [0, 1, 7, 512, 1024, 3_700])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (12, 1, 4), (3, 2, 8), (5, 7, 2), (2, 1, 20)])
-def test_the_fallback_equals_the_twin(shape, num_elements, chunk, monkeypatch):
+@pytest.mark.parametrize("chunk", [1, 900])
+@pytest.mark.parametrize("num_elements", [0, 1, 512, 3_700])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (12, 1, 4), (5, 7, 2), (2, 1, 20)])
+def test_the_fallback_goes_by_chunks(shape, num_elements, chunk, monkeypatch):
     monkeypatch.setattr(combine_chunks, "_CHUNK_ELEMENTS", chunk)
     with as_if_asynchronous():
         check_combine(*combine_inputs(*shape, num_elements))
 
 
-def test_the_fallback_takes_strided_tensors_and_sums_in_double():
-    with as_if_asynchronous():
-        test_strided_banks_outputs_and_gradients()
-        test_coefficient_gradient_is_summed_in_double()
-        test_one_hot_coefficients_copy_their_bank()
-
-
-def test_large_results_written_past_the_cache():
-    check_combine(*combine_inputs(6, 2, 4, 400_003))
-    check_combine(*combine_inputs(6, 2, 4, 400_016))
-
-
-def test_strided_banks_outputs_and_gradients():
-    coefficients_LGP, banks_PGN, dW_LGN = combine_inputs(3, 4, 5, 48)
-    wide_banks = torch.zeros(5, 4, 100)
-    wide_banks[:, :, 20:68] = banks_PGN
-    strided_banks = wide_banks[:, :, 20:68]
-    swapped_banks = banks_PGN.transpose(0, 1).contiguous().transpose(0, 1)
-    expected = combine_banks(coefficients_LGP, banks_PGN)
-    out_GLN = torch.full((4, 3, 48), 7.0)
-    for banks in (strided_banks, swapped_banks):
-        assert torch.equal(combine_banks(coefficients_LGP, banks), expected)
+@on(*DEVICES)
+@pytest.mark.parametrize("start", [20, 21])
+def test_strided_banks_outputs_and_gradients(device, start):
+    inputs = combine_inputs(3, 4, 5, 48)
+    exact = reference.combine_banks(*inputs[:2], torch.float32)
+    exact_dbanks, exact_dcoefficients = reference.combine_banks_backward(*inputs)
+    coefficients_LGP, banks_PGN, dW_LGN = (t.to(device) for t in inputs)
+    wide_banks, wide_gradient = torch.zeros(5, 4, 100, device=device), torch.zeros(5, 4, 100, device=device)
+    strided_banks, gradient = (t[:, :, start : start + 48] for t in (wide_banks, wide_gradient))
+    strided_banks.copy_(banks_PGN)
+    out_GLN = torch.full((4, 3, 48), 7.0, device=device)
+    for banks in (strided_banks, banks_PGN.transpose(0, 1).contiguous().transpose(0, 1)):
+        torch.testing.assert_close(combine_banks(coefficients_LGP, banks).cpu(), exact, rtol=1e-5, atol=1e-5)
         returned = combine_banks(coefficients_LGP, banks, out_LGN=out_GLN.transpose(0, 1))
-        assert returned.data_ptr() == out_GLN.data_ptr() and torch.equal(out_GLN.transpose(0, 1), expected)
-    dbanks_PGN = torch.zeros_like(banks_PGN)
-    dcoefficients = combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN, dbanks_PGN)
-    wide_gradient = torch.zeros(5, 4, 100)
-    again = combine_banks_backward(
-        coefficients_LGP, strided_banks, dW_LGN.transpose(0, 1).contiguous().transpose(0, 1), wide_gradient[:, :, 20:68]
-    )
-    torch.testing.assert_close(again, dcoefficients)
-    torch.testing.assert_close(wide_gradient[:, :, 20:68], dbanks_PGN)
-    assert wide_gradient[:, :, :20].abs().sum() == 0 and wide_gradient[:, :, 68:].abs().sum() == 0
+        assert returned.data_ptr() == out_GLN.data_ptr()
+        torch.testing.assert_close(returned.cpu(), exact, rtol=1e-5, atol=1e-5)
+    strided_dW = dW_LGN.transpose(0, 1).contiguous().transpose(0, 1)
+    dcoefficients = combine_banks_backward(coefficients_LGP, strided_banks, strided_dW, gradient)
+    torch.testing.assert_close(dcoefficients.cpu(), exact_dcoefficients, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient.cpu(), exact_dbanks, rtol=1e-5, atol=1e-5)
+    gradient.zero_()
+    assert not wide_gradient.any(), "nothing is written beside it"
 
 
-def test_one_hot_coefficients_copy_their_bank():
-    _, banks_PGN, _ = combine_inputs(1, 3, 4, 100)
-    coefficients_LGP = torch.eye(4)[[2, 0, 3]][:, None, :].expand(3, 3, 4).contiguous()
-    assert torch.equal(combine_banks(coefficients_LGP, banks_PGN), banks_PGN[[2, 0, 3]])
-    assert torch.equal(combine_banks(torch.zeros(3, 3, 4), banks_PGN), torch.zeros(3, 3, 100))
-
-
-def test_coefficient_gradient_is_summed_in_double():
-    num_elements = 1 << 20
-    coefficients_LGP, banks_PGN, dW_LGN = combine_inputs(2, 1, 2, num_elements)
-    banks_PGN = banks_PGN.abs()
-    dcoefficients = combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN.abs(), torch.zeros_like(banks_PGN))
-    exact = torch.einsum("lgn,pgn->lgp", dW_LGN.abs().double(), banks_PGN.double())
+@on(CPU, BEHIND_HOST, GPU)
+def test_coefficient_gradient_is_summed_in_double(device):
+    coefficients_LGP, banks_PGN, dW_LGN = (t.abs().to(device) for t in combine_inputs(2, 1, 2, 1 << 20))
+    dcoefficients = combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN, torch.zeros_like(banks_PGN))
+    exact = torch.einsum("lgn,pgn->lgp", dW_LGN.double(), banks_PGN.double())
     torch.testing.assert_close(dcoefficients.double(), exact, rtol=2e-7, atol=0)
 
 
-def test_the_gradients_are_those_of_autograd_in_double():
+def test_the_references_gradients_are_those_of_autograd():
     coefficients_LGP, banks_PGN, dW_LGN = combine_inputs(3, 2, 4, 5, dtype=torch.float64)
     a, t = coefficients_LGP.clone().requires_grad_(), banks_PGN.clone().requires_grad_()
     reference.combine_banks(a, t, torch.float64).backward(dW_LGN)
@@ -118,13 +107,13 @@ def test_the_result_does_not_depend_on_threads():
 
 def test_bad_shapes_are_named():
     coefficients_LGP, banks_PGN, dW_LGN = combine_inputs(3, 2, 4, 5)
-    with pytest.raises(ValueError, match=r"\[4, 2, N\] fits"):
-        combine_banks(coefficients_LGP, banks_PGN[:3])
-    with pytest.raises(ValueError, match="out_LGN"):
-        combine_banks(coefficients_LGP, banks_PGN, out_LGN=torch.empty(3, 2, 6))
-    with pytest.raises(ValueError, match="out_dtype"):
-        combine_banks(coefficients_LGP, banks_PGN, out_LGN=torch.empty(3, 2, 5), out_dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="dW_LGN"):
-        combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN[:2], torch.zeros_like(banks_PGN))
-    with pytest.raises(ValueError, match="dbanks_PGN"):
-        combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN, torch.zeros(4, 2, 6))
+    short, wide = dW_LGN[:2], torch.empty(3, 2, 6)
+    for said, call in (
+        (r"\[4, 2, N\] fits", lambda: combine_banks(coefficients_LGP, banks_PGN[:3])),
+        ("out_LGN", lambda: combine_banks(coefficients_LGP, banks_PGN, out_LGN=wide)),
+        ("out_dtype", lambda: combine_banks(coefficients_LGP, banks_PGN, out_LGN=dW_LGN, out_dtype=torch.bfloat16)),
+        ("dW_LGN", lambda: combine_banks_backward(coefficients_LGP, banks_PGN, short, torch.zeros_like(banks_PGN))),
+        ("dbanks_PGN", lambda: combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN, torch.zeros(4, 2, 6))),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()

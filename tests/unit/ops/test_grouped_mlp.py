@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_samoe.ops import cpu_products, extension
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
+from megatron_samoe.runtime.reference_checks import check_swiglu
+from tests.harness.devices import CPU, EMULATED, GPU, on
 from tests.harness.extension_off import without_extension
 from tests.harness.op_checks import (
     check_grouped_mlp,
@@ -37,29 +37,35 @@ def bf16_products(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 CASES = [([3, 5, 2], 7, 4), ([0, 6, 0, 1], 8, 5), ([0, 0], 3, 2), ([1], 1, 1), ([17, 0, 33], 16, 24)]
+CASES += [([0, 513, 0], 64, 128), (routed_rows(513, 8, 33, seed=1), 48, 64)]
 
 
+@on(CPU, GPU)
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES, ids=str)
 @pytest.mark.parametrize("main_grads", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize(("rows", "F", "H"), CASES)
 def test_output_and_gradients_equal_autograds(
-    rows: list[int], F: int, H: int, activation: str, bias: bool, main_grads: bool, dtype: torch.dtype, tolerance: float
+    rows: list[int],
+    F: int,
+    H: int,
+    activation: str,
+    bias: bool,
+    main_grads: bool,
+    dtype: torch.dtype,
+    tolerance: float,
+    device: str,
 ) -> None:
     torch.manual_seed(0)
-    check_grouped_mlp(rows, F, H, activation, bias, dtype, tolerance, main_grads)
+    check_grouped_mlp(rows, F, H, activation, bias, dtype, tolerance, main_grads, device)
 
 
-SIZES = st.integers(1, 9)
-ROWS = st.lists(st.integers(0, 9), min_size=1, max_size=6)
-
-
-@settings(deadline=None, max_examples=40)
-@given(ROWS, SIZES, SIZES, st.sampled_from(["gelu", "swiglu"]), st.booleans(), st.booleans())
-def test_any_shape(rows: list[int], F: int, H: int, activation: str, bias: bool, main_grads: bool) -> None:
-    torch.manual_seed(1)
-    check_grouped_mlp(rows, F, H, activation, bias, torch.float64, 1e-11, main_grads)
+@on(CPU, EMULATED, GPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_rows, width", [(0, 5), (1, 1), (7, 24), (33, 256), (9, 77)])
+def test_swiglu(device: str, num_rows: int, width: int, dtype: torch.dtype) -> None:
+    check_swiglu(num_rows, width, dtype, device)
 
 
 def test_main_gradients_are_filled_even_if_the_input_needs_none() -> None:
@@ -208,25 +214,23 @@ def test_wrong_tensors_are_refused_before_anything_runs() -> None:
         op(x, rows, w1, w2, b1, None, False, True)
 
     call()
-    with pytest.raises(RuntimeError, match="sums to 4, x has 5 rows"):
-        call(rows=(2, 2))
-    with pytest.raises(RuntimeError, match="-1 rows"):
-        call(rows=(6, -1))
-    with pytest.raises(RuntimeError, match="w1 is BFloat16"):
-        call(w1=w1.bfloat16())
-    with pytest.raises(RuntimeError, match="x is Double"):
-        call(x=x.double())
-    with pytest.raises(RuntimeError, match="for rows of 3"):
-        call(w2=torch.randn(2, 3, 5))
-    with pytest.raises(RuntimeError, match="need a width"):
-        call(w1=torch.randn(2, 0, 3), w2=torch.randn(2, 3, 0), b1=torch.randn(2, 0))
-    with pytest.raises(RuntimeError, match="w2 is not contiguous"):
-        call(w2=w2.transpose(1, 2).contiguous().transpose(1, 2))
-    with pytest.raises(RuntimeError, match="b1 is"):
-        call(b1=torch.randn(2, 3))
-    backward = torch.ops.megatron_samoe.grouped_mlp_backward
-    hidden = torch.randn(5, 4)
-    with pytest.raises(RuntimeError, match="dw1 is BFloat16, not Float"):
-        backward(x, x, hidden, (2, 3), w1, w2, None, False, w1.bfloat16(), w2, None, None)
-    with pytest.raises(RuntimeError, match="hidden is"):
-        backward(x, x, hidden[:, :3].contiguous(), (2, 3), w1, w2, None, False, w1, w2, None, None)
+    wrong: dict[str, dict[str, Any]] = {
+        "sums to 4, x has 5 rows": {"rows": (2, 2)},
+        "-1 rows": {"rows": (6, -1)},
+        "w1 is BFloat16": {"w1": w1.bfloat16()},
+        "x is Double": {"x": x.double()},
+        "for rows of 3": {"w2": torch.randn(2, 3, 5)},
+        "need a width": {"w1": torch.randn(2, 0, 3), "w2": torch.randn(2, 3, 0), "b1": torch.randn(2, 0)},
+        "w2 is not contiguous": {"w2": w2.transpose(1, 2).contiguous().transpose(1, 2)},
+        "b1 is": {"b1": torch.randn(2, 3)},
+    }
+    for said, arguments in wrong.items():
+        with pytest.raises(RuntimeError, match=said):
+            call(**arguments)
+    backward, hidden = torch.ops.megatron_samoe.grouped_mlp_backward, torch.randn(5, 4)
+    for said, h, dw1 in (
+        ("dw1 is BFloat16, not Float", hidden, w1.bfloat16()),
+        ("hidden is", hidden[:, :3].contiguous(), w1),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            backward(x, x, h, (2, 3), w1, w2, None, False, dw1, w2, None, None)

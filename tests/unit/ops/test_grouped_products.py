@@ -20,8 +20,7 @@ from megatron_samoe.ops import asynchronous, grouped_products
 from megatron_samoe.ops.asynchronous import taken_for_gpu
 from megatron_samoe.ops.grouped_mlp import grouped_mlp
 from megatron_samoe.ops.grouped_products import ExpertRows, use_grouped_mm
-from megatron_samoe.ops.permute import gather_rows, make_permutation, unpermute
-from megatron_samoe.runtime.reference_checks import check_rows, random_ids
+from megatron_samoe.ops.permute import make_permutation, unpermute
 from tests.harness.host_waits import as_if_asynchronous
 from tests.harness.op_checks import check_grouped_mlp, expert_weights, grouped_mlp_reference, routed_rows
 
@@ -61,44 +60,6 @@ def test_rows_that_nobody_counts_are_the_last_experts(grouped: bool) -> None:
     x = torch.randn(20, 16)
     y = grouped_mlp(x, torch.tensor([4, 5, 3]), weights, "gelu")
     torch.testing.assert_close(y, grouped_mlp_reference(x, [4, 5, 11], weights, "gelu"), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("num_experts", [1, 3, 40])
-def test_blocks_have_a_place_for_every_row(num_experts: int) -> None:
-    generator = torch.Generator().manual_seed(num_experts)
-    for total in (1, 15, 300, 5000):
-        ids = torch.randint(0, num_experts, (total,), generator=generator)
-        ids[: total // 2] = num_experts // 2
-        counts = torch.bincount(ids, minlength=num_experts)
-        blocks = ExpertRows(counts, total).blocks
-        positions = blocks.position_of_row_R
-        assert torch.equal(blocks.row_of_position.flatten()[positions], torch.arange(total, dtype=torch.int32))
-        assert blocks.is_filled.flatten()[positions].all() and blocks.is_filled.sum() == total
-        expert_of_position = blocks.expert_of_block_b[:, None].expand_as(blocks.is_filled).flatten()
-        assert torch.equal(expert_of_position[positions], torch.arange(num_experts).repeat_interleave(counts))
-
-
-@pytest.mark.parametrize("drop", [False, True])
-@pytest.mark.parametrize(("num_tokens", "topk", "num_experts"), [(1, 1, 1), (7, 2, 3), (40, 3, 8), (0, 2, 4)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_equal_the_twins(num_tokens: int, topk: int, num_experts: int, drop: bool, dtype: torch.dtype) -> None:
-    with as_if_asynchronous():
-        check_rows(random_ids(num_tokens, topk, num_experts, drop, 3), num_experts, 12, dtype)
-
-
-def test_all_slots_may_be_dropped() -> None:
-    with as_if_asynchronous():
-        check_rows(torch.full((5, 2), -1), 3, 4, torch.float32)
-
-
-def test_a_bijective_gather_goes_back_by_its_inverse() -> None:
-    index_R = torch.tensor([2, 0, 1])
-    x = torch.randn(3, 4, requires_grad=True)
-    dy = torch.randn(3, 4)
-    with as_if_asynchronous():
-        y = gather_rows(x, index_R)
-        (dx,) = torch.autograd.grad(y, x, dy)
-    assert torch.equal(y, x[index_R]) and torch.equal(dx[index_R], dy)
 
 
 def test_a_token_sums_its_rows_in_the_order_of_its_choices() -> None:

@@ -6,22 +6,35 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
 
 from megatron_samoe.ops import extension, reference
 from megatron_samoe.ops.topk_gate import expert_choice, threshold_gate, topk_gate
 from megatron_samoe.runtime.reference_checks import check_gate
+from tests.harness.devices import CPU, EMULATED, GPU, on
 from tests.harness.op_checks import threads_of_torch
 
 FLAVOURS = list(itertools.product(("softmax", "sigmoid"), (False, True)))
 
 
+@on(CPU, EMULATED, GPU)
 @pytest.mark.parametrize("score_function, pre_softmax", FLAVOURS)
-@pytest.mark.parametrize("num_tokens", [0, 1, 7, 513])
-@pytest.mark.parametrize("topk, num_experts", [(1, 1), (1, 5), (2, 8), (2, 64), (8, 33), (3, 3)])
-def test_equals_the_twin(num_tokens, topk, num_experts, score_function, pre_softmax):
+@pytest.mark.parametrize(
+    "num_tokens, topk, num_experts, num_sequences",
+    [
+        (0, 2, 8, 1),
+        (1, 1, 1, 1),
+        (1, 1, 5, 1),
+        (7, 8, 33, 7),
+        (7, 40, 300, 1),
+        (66, 2, 64, 3),
+        (513, 3, 3, 1),
+        (513, 8, 33, 1),
+    ],
+)
+def test_equals_the_reference(device, num_tokens, topk, num_experts, num_sequences, score_function, pre_softmax):
     logits_TE = torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(num_tokens + topk)) * 3
-    check_gate(logits_TE, topk, score_function, pre_softmax, 1)
+    for logits in (logits_TE, logits_TE.round()):  # of which many are equal
+        check_gate(logits, topk, score_function, pre_softmax, num_sequences, device)
 
 
 @given(
@@ -61,15 +74,6 @@ def test_weights_of_a_choice_by_another_key_do_not_vanish():
 def test_ties_go_to_the_lowest_expert():
     logits_TE = torch.tensor([[0.0, 1.0, 1.0, -0.0, 1.0], [0.0, -0.0, 0.0, -0.0, 0.0]])
     assert topk_gate(logits_TE, 3).ids_TK.tolist() == [[1, 2, 4], [0, 1, 2]]
-
-
-def test_counts_and_sums_belong_to_the_group():
-    logits_TE = torch.full((4, 3), -5.0)
-    logits_TE[0, 2] = logits_TE[1, 2] = logits_TE[2, 0] = logits_TE[3, 1] = 5.0
-    result = topk_gate(logits_TE, 1, pre_softmax=True, num_sequences=2)
-    assert result.counts_GE.tolist() == [[0, 0, 2], [1, 1, 0]]
-    torch.testing.assert_close(result.score_sum_GE.sum(dim=1), torch.tensor([2.0, 2.0]))
-    assert result.probs_TK.min() > 0.99
 
 
 @pytest.mark.parametrize("score_function, pre_softmax", FLAVOURS)
@@ -121,17 +125,6 @@ def test_nan_logits_are_seen_and_do_no_harm(score_function, pre_softmax):
     assert not logits_TE.grad[0].isnan().any()
 
 
-@pytest.mark.parametrize("score_function, pre_softmax", FLAVOURS)
-def test_gradcheck_of_the_twin(score_function, pre_softmax):
-    logits_TE = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
-
-    def function(x_TE):
-        result = topk_gate(x_TE, 2, score_function, pre_softmax, 3)
-        return result.probs_TK, result.score_sum_GE, result.z_sum
-
-    assert torch.autograd.gradcheck(function, logits_TE)
-
-
 def test_only_some_outputs_have_gradients():
     logits_TE = torch.randn(9, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
     for select in (lambda r: r.probs_TK.sum(), lambda r: r.score_sum_GE[0, 1], lambda r: r.z_sum):
@@ -140,23 +133,6 @@ def test_only_some_outputs_have_gradients():
         twin = reference.topk_gate(logits_TE, 2, False, False, 1)
         expected = torch.autograd.grad(select(type(result)(*twin)), logits_TE)[0]
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_under_recompute(use_reentrant):
-    logits_TE = torch.randn(20, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
-
-    def function(x_TE):
-        result = topk_gate(x_TE, 2)
-        return result.probs_TK, result.z_sum
-
-    probs_TK, z_sum = checkpoint(function, logits_TE, use_reentrant=use_reentrant)
-    (probs_TK.square().sum() + z_sum).backward()
-    result = topk_gate(logits_TE.detach().requires_grad_(), 2)
-    expected = logits_TE.detach().clone().requires_grad_()
-    result = topk_gate(expected, 2)
-    (result.probs_TK.square().sum() + result.z_sum).backward()
-    assert torch.equal(logits_TE.grad, expected.grad)
 
 
 def test_the_result_does_not_depend_on_threads():

@@ -1,4 +1,5 @@
-"""What an op cannot take is an error of the op that is given it, forward and backward, and ends no process.
+"""What an op cannot take is an error of the op that is given it, forward and backward, and ends no process; and torch's own checks of what
+ops say of themselves (schema, aliasing, shapes without storage), on real arguments.
 
 An index that names nothing is refused on a CPU; a CUDA kernel stops at it by an assertion, in the emulation as on a
 device. Other arguments are refused before anything runs.
@@ -8,8 +9,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_samoe.ops import decode, extension
+from megatron_samoe.ops import extension, schemas
 from megatron_samoe.ops.asynchronous import taken_for_gpu
-from megatron_samoe.ops.decode_parts import Places
 from megatron_samoe.ops.grouped_mlp import grouped_mlp
 from megatron_samoe.ops.permute import gather_rows, make_permutation
-from megatron_samoe.ops.topk_gate import ChoiceRule, described
+from megatron_samoe.ops.topk_gate import described
+from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange import all_to_all
+from megatron_samoe.row_exchange.all_to_all import all_to_all_rows
 from tests.harness import emulated_cuda
 from tests.harness.op_checks import expert_weights
-from tests.unit.ops.test_decode import Routing, make_attention, make_experts, make_norm, normal
+from tests.harness.tables import table
+from tests.harness.well_formed_calls import CALLS
 
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 FAR = (1 << 40, -(1 << 40), (1 << 63) - 1, -(1 << 63))
@@ -35,84 +37,45 @@ def _i(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
-def _ops() -> Any:
-    """Returns the compiled ops, or what is in their place."""
-    return torch.ops.megatron_samoe
+TABLE = table(__file__)
+#: Least index and the end of indices, by op and argument; least and most of integers.
+INDICES: dict[str, tuple[int, int]] = TABLE["indices"]
+TAKEN: dict[str, tuple[int, int]] = TABLE["integers"]
 
 
-def _gate_backward(sigmoid: bool, pre_softmax: bool) -> Callable[[Tensor], Any]:
-    f = torch.ones
-    gradients = f(3, 2), f(1, 4), f(())
-    return lambda ids: _ops().topk_gate_backward(
-        f(3, 4), f(3), f(3, 2), ids.view(3, 2), *gradients, sigmoid, pre_softmax, 1
-    )
-
-
-def _unpermute_backward(slots: Tensor, rows: Tensor) -> Any:
-    f = torch.ones
-    return _ops().unpermute_backward(f(2, 2), f(4, 2), f(2, 2), slots, rows.view(2, 2))
-
-
-def _attention(places: Places) -> Any:
-    layer = make_attention(8, 1, 1, 4, "fp32", "rope", torch.float32, 2)
-    return decode.attention_block(normal(1, 2, 8), layer, places, torch.empty(4096))
-
-
-def _experts(index1: Tensor, index2: Tensor) -> Any:
-    stack = replace(make_experts(8, 6, 2, 2, "fp32", True, False), index1_E=index1, index2_E=index2)
-    routing = Routing(normal(3, 2, 8), ChoiceRule(2))
-    return decode.mlp_block(normal(1, 2, 8), make_norm(8, True, False), routing, stack, torch.empty(4096))
-
-
-#: Each index of each op: a call, its entries when all is well, and what they lie between.
-_ZEROS = _i(0, 0, dtype=torch.int32)
-INDICES: dict[str, tuple[Callable[[Tensor], Any], Tensor, int, int]] = {
-    **{
-        f"topk_gate_backward, sigmoid {s}, pre-softmax {p}": (_gate_backward(s, p), _i(0, 1, 2, 3, 3, 0), 0, 4)
-        for s in (False, True)
-        for p in (False, True)
-    },
-    "make_permutation": (lambda i: _ops().make_permutation(i.view(2, 2), 3), _i(0, 2, -1, 1), -1, 3),
-    "permute": (lambda i: _ops().permute(torch.ones(4, 2), i, 1), _i(3, 0), 0, 4),
-    "permute, top-2": (lambda i: _ops().permute(torch.ones(4, 2), i, 2), _i(7, 0), 0, 8),
-    "unpermute": (lambda i: _ops().unpermute(torch.ones(4, 2), None, i.view(2, 2)), _i(3, -1, 0, 1), -1, 4),
-    "unpermute_backward, rows": (lambda i: _unpermute_backward(_i(0, 1, 2, 3), i), _i(0, 1, 2, -1), -1, 4),
-    "unpermute_backward, slots": (lambda i: _unpermute_backward(i, _i(0, 1, 2, 3)), _i(0, 1, 2, 3), 0, 4),
-    "decoding, first weights": (lambda i: _experts(i, _i(0, 1)), _i(0, 1), 0, 2),
-    "decoding, second weights": (lambda i: _experts(_i(0, 1), i), _i(0, 1), 0, 2),
-    "decoding, positions": (lambda i: _attention(Places(i.int(), _ZEROS, _ZEROS[None, :1])), _i(0, 1), 0, 16),
-    "decoding, slots": (lambda i: _attention(Places(_i(0, 1).int(), i.int(), _ZEROS[None, :1])), _i(0, 0), 0, 1),
-    "decoding, pages": (lambda i: _attention(Places(_i(0, 1).int(), _ZEROS, i.int()[None])), _i(0, 1), 0, 2),
-}
-
-
-def _check(name: str, said: str) -> None:
-    call, good, low, end = INDICES[name]
-    call(good)
-    far = [value if "decoding" not in name or "weights" in name else int(_i(value).int()) for value in FAR]
-    for bad in (low - 1, end, *far):
-        if low <= bad < end or (bad < 0 and "weights" in name):  # an expert that is left out
-            continue
-        for place in {0, len(good) - 1}:
-            index = good.clone()
-            index[place] = bad
-            if name == "decoding, pages" and place:
-                continue  # a page that no token comes to
-            with pytest.raises(RuntimeError, match=said):
-                call(index)
-    call(good)
+def _check(name: str, ops: Any, said: str) -> None:
+    (op, argument), (low, end) = name.split(), INDICES[name]
+    names = [a.name for a in getattr(torch.ops.megatron_samoe, op).default._schema.arguments]
+    call = getattr(ops, op)
+    for build in CALLS[op]:
+        call(*build())
+        arguments = build()
+        index = arguments[names.index(argument)]
+        holds = torch.iinfo(index.dtype)
+        for bad in (low - 1, end, holds.min, holds.max, 1 << 40, -(1 << 40)):
+            if low <= bad < end or not holds.min <= bad <= holds.max:
+                continue
+            for place in {0, index.numel() - 1}:
+                before = index.view(-1)[place].clone()
+                index.view(-1)[place] = bad
+                with pytest.raises(RuntimeError, match=said):
+                    call(*arguments)
+                index.view(-1)[place] = before
+        call(*build())
 
 
 @needs_library
 @pytest.mark.parametrize("name", INDICES)
 def test_a_cpus_op_refuses_it(name: str) -> None:
-    _check(name, r"outside|expert| of \d")
+    assert extension.load()
+    _check(name, torch.ops.megatron_samoe, r"outside|expert| of \d")
 
 
-@pytest.mark.parametrize("name", [name for name in INDICES if not name.startswith("decoding")])
-def test_a_kernel_stops_at_it(name: str, emulated: Any) -> None:
+@needs_library
+@pytest.mark.parametrize("name", [name for name in INDICES if not name.startswith("decode")])
+def test_a_kernel_stops_at_it(name: str, library: Any) -> None:
     """Decoding's bindings look at indices themselves where tensors lie on a CPU, so no kernel of theirs meets a wrong one."""
-    _check(name, r"a CUDA kernel failed.*device-side assert")
+    _check(name, library, r"a CUDA kernel failed.*device-side assert")
 
 
 @needs_library
@@ -143,41 +106,6 @@ def test_rows_of_experts_are_all_rows(rows: list[int]) -> None:
         weights = expert_weights(len(rows), 24, 16, "gelu", True, dtype)
         with pytest.raises((ValueError, RuntimeError), match="rows"):
             grouped_mlp(torch.ones(5, 16, dtype=dtype), rows, weights, "gelu")
-
-
-MOST = (1 << 63) - 1
-#: Least and most of each integer of the calls in tests/harness/raw_calls.py, whose tensors have the sizes given there.
-#: Of others no number that is tried would do.
-TAKEN: dict[str, tuple[int, int]] = {
-    "topk_gate topk": (1, 4),
-    "topk_gate num_groups": (1, 6),
-    "make_permutation num_experts": (1, 1 << 20),
-    "permute topk": (1, MOST // 3),
-    "cross_entropy_parts first_id": (0, MOST - 20),
-    "cross_entropy_backward first_id": (0, MOST - 20),
-    "adamw step": (1, MOST),
-    "decode_route num_groups": (0, 4),
-    "decode_route group_topk": (1, 2),
-    "decode_moe_block topk": (1, 2),
-    "decode_plan max_logits": (0, MOST),
-    "decode_plan_mlp num_groups": (0, 2),
-    "decode_plan_mlp group_topk": (1, 1),
-    "decode_plan_mlp topk": (1, 2),
-    "decode_plan_close plan": (-MOST - 1, MOST),
-    "newton_schulz num_steps": (0, 1000),
-    "newton_schulz steps_at_once": (1, 1000),
-    "set_products fp32_tokens": (-MOST - 1, MOST),
-    "set_products bf16_tokens": (-MOST - 1, MOST),
-    "build_sample_index seq_length": (1, 4),
-    "gather_samples dtype_code": (1, 8),
-    "shuffle_legacy position": (0, 624),
-    "all_to_all_finish exchange": (-MOST - 1, MOST),
-    "all_to_all_close handle": (-MOST - 1, MOST),
-    "shm_create rank": (0, 0),
-    "shm_create world": (1, 1),
-    "shm_create spins": (0, (1 << 31) - 1),
-    "shm_stage_rows divisor": (1, MOST // 3),
-}
 
 
 def _raw_calls(*library: Path) -> list[list[str]]:
@@ -226,3 +154,37 @@ def test_no_argument_ends_a_process_or_fills_memory() -> None:
 def test_no_argument_of_a_gpus_ops_does(library_file: Path) -> None:
     """By the bindings that share their checks with those of CPUs, and the emulated kernels."""
     assert _check_raw_calls(library_file) == {"decode_route"}, "a GPU chooses by logits alone"
+
+
+NAMES = list(schemas.SCHEMAS)
+
+
+@needs_library
+@pytest.mark.parametrize("name", NAMES[1 : NAMES.index("decode_linear")])
+def test_a_training_op_is_what_it_says(name: str) -> None:
+    # How many rows a permutation has is in the data, so its fake result cannot be compared.
+    checks = ("test_schema",) if name == "make_permutation" else ("test_schema", "test_faketensor")
+    for build in CALLS[name]:
+        torch.library.opcheck(getattr(torch.ops.megatron_samoe, name).default, build(), test_utils=checks)
+
+
+@pytest.mark.parametrize("name", emulated_cuda.TRAINING_OPS)
+def test_a_gpus_op_writes_what_its_schema_says(name: str, library: Any) -> None:
+    torch.library.opcheck(getattr(library, name).default, CALLS[name][0](), test_utils=("test_schema",))
+
+
+class _Echo:
+    """An exchange with ranks that send what they get."""
+
+    def exchange(self, x: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        return x.clone()
+
+
+@needs_library
+def test_the_exchange_of_rows_is_what_it_says() -> None:
+    group = Group("ep", (0, 1), 0, exchange=_Echo())  # type: ignore[arg-type]
+    x = torch.randn(5, 3, requires_grad=True)
+    all_to_all_rows(x, [2, 3], [2, 3], group)  # registers the op
+    arguments = (x, [2, 3], [2, 3], all_to_all._key(group))
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.megatron_samoe.all_to_all_rows.default, arguments, test_utils=checks)

@@ -1,23 +1,25 @@
-"""AdamW's master weights, bias correction, groups, loss scale."""
+"""AdamW's master weights, bias correction, groups and loss scale; norms of gradients; learning rates."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_samoe.config import OptimizerConfig, TrainingConfig
-from megatron_samoe.distributed.finalize_model_grads import finalize_model_grads
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.optimizer.clip_grads import global_grad_norm
 from megatron_samoe.optimizer.mixed_precision import LossScale, MixedPrecisionOptimizer
-from megatron_samoe.optimizer.param_groups import ParamRule, build_param_groups, refuse_idle_patterns
+from megatron_samoe.optimizer.param_groups import build_param_groups, refuse_idle_patterns
+from megatron_samoe.optimizer.schedule import learning_rate
 from megatron_samoe.parallel_state import ParameterTag, set_tag, single_process_state
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 
@@ -33,27 +35,6 @@ def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
         own = torch.float32 if name.endswith("combination") else dtype
         made[name] = set_tag(nn.Parameter(torch.randn(shape, generator=generator).to(own)), ParameterTag())
     return made
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_has_masters_that_small_steps_move(dtype: torch.dtype) -> None:
-    named = parameters(dtype)
-    buffers = GradBuffers(named, STATE)
-    optimizer = MixedPrecisionOptimizer(buffers, replace(CONFIG, weight_decay=0.0))
-    assert set(optimizer.own_masters()) == {"layers.0.mlp.fc1.weight", "layers.0.mlp.fc1.bias"}
-    weight = named["layers.0.mlp.fc1.weight"]
-    master = optimizer.masters["layers.0.mlp.fc1.weight"]
-    before, begun = weight.detach().clone(), master.clone()
-    for _ in range(3):
-        weight.main_grad.fill_(1.0)
-        optimizer.step(1e-6)
-        assert torch.equal(weight, master.to(dtype))
-    assert torch.equal(weight, before), "three millionths are lost in half precision"
-    torch.testing.assert_close(master, begun - 3e-6, rtol=0, atol=8e-7)
-    assert weight.main_grad.dtype == torch.float32
-    for _ in range(100):
-        optimizer.step(1e-2)
-    assert not torch.equal(weight, before)
 
 
 def test_step_count_decides_the_bias_correction() -> None:
@@ -119,16 +100,6 @@ def test_matrices_decay_and_nothing_else(options: dict[str, Any]) -> None:
             assert group.lr_mult == expected, name
 
 
-def test_factors_of_all_rules_that_match_multiply() -> None:
-    rules = (ParamRule("fc1", lr_mult=2.0), ParamRule("bias", weight_decay_mult=0.0, lr_mult=3.0))
-    groups = build_param_groups(parameters(), CONFIG, rules)
-    assert {g.names: (g.lr_mult, g.weight_decay) for g in groups} == {
-        ("layers.0.mlp.fc1.weight",): (2.0, 0.3),
-        ("layers.0.mlp.fc1.bias",): (6.0, 0.0),
-        ("layers.0.moe.combination",): (1.0, 0.3),
-    }
-
-
 def test_ranks_with_other_layers_have_groups_in_the_same_order() -> None:
     """They exchange what they share group by group."""
     shared = ["expert_pool.bank.w1", "expert_pool.bank.w2"]
@@ -175,52 +146,6 @@ def test_a_pattern_that_matches_nothing_is_named() -> None:
         refuse_idle_patterns(parameters(), config, STATE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("engine", ["auto", "torch"])
-def test_scaling_in_the_step_is_scaling_before_it(engine: str, dtype: torch.dtype) -> None:
-    steps = {}
-    for way in ("within", "before"):
-        named = parameters(dtype)
-        buffers = GradBuffers(named, STATE)
-        optimizer = MixedPrecisionOptimizer(buffers, replace(CONFIG, optimizer_backend=engine))
-        torch.manual_seed(7)
-        for _ in range(3):
-            for buffer in buffers.buffers:
-                buffer.flat.normal_()
-            if way == "before":
-                buffers.scale(0.3)
-            optimizer.step(0.1, *([0.3] if way == "within" else []))
-        steps[way] = {
-            **{n: m.clone() for n, m in optimizer.masters.items()},
-            **{f"{n} weight": p for n, p in named.items()},
-        }
-    assert all(torch.equal(steps["within"][name], value) for name, value in steps["before"].items())
-
-
-def test_gradients_are_collected_scaled_and_cleared() -> None:
-    class Pool:
-        finished = 0
-
-        def finish_step(self) -> None:
-            self.finished += 1
-
-    named: dict[str, Any] = parameters(torch.bfloat16)
-    named["frozen"] = set_tag(nn.Parameter(torch.ones(2), requires_grad=False), ParameterTag())
-    buffers = GradBuffers(named, STATE)
-    assert "frozen" not in buffers.parameters
-    buffers.zero()
-    for _ in range(3):
-        sum(p.float().sum() for p in buffers.parameters.values()).backward()
-    pool = Pool()
-    finalize_model_grads(pool, buffers, 2.0)
-    assert pool.finished == 1
-    for p in buffers.parameters.values():
-        assert p.grad is None and p.main_grad.dtype == torch.float32
-        assert torch.equal(p.main_grad, torch.full(p.shape, 1.5))
-    buffers.zero()
-    assert all(not p.main_grad.any() for p in buffers.parameters.values())
-
-
 def test_small_gradients_of_many_micro_batches_are_not_lost_in_bf16() -> None:
     named = {"w": set_tag(nn.Parameter(torch.ones(1, dtype=torch.bfloat16)), ParameterTag())}
     GradBuffers(named, STATE).zero()
@@ -244,3 +169,49 @@ def test_fixed_and_absent_loss_scales_never_change() -> None:
     fixed = LossScale.of(TrainingConfig(fp16=True, loss_scale=128.0))
     assert fixed.after(True).after(False) == fixed and fixed.value == 128.0
     assert LossScale.of(TrainingConfig(bf16=True)).value == 1.0
+
+
+def norm(parts: list[Tensor]) -> float:
+    pieces: Any = [SimpleNamespace(grad=part, counts=True) for part in parts]  # what the norm reads of them
+    return global_grad_norm(pieces, STATE).item()
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(3,)], [(4096,)], [(4097,), (0,), (5, 7)], [(4095,), (8192,)], [(1 << 24,)], [(2000, 1001)]]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_is_exact_at_any_size(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    parts = [torch.randn(shape, generator=generator, dtype=dtype) * 1e-3 for shape in shapes]
+    exact = np.sqrt(sum(float(np.square(part.numpy().astype(np.float64)).sum()) for part in parts))
+    assert norm(parts) == pytest.approx(exact, rel=2e-8 if dtype == torch.float32 and parts[0].numel() > 1e6 else 2e-7)
+
+
+def test_it_does_not_depend_on_how_the_gradient_is_cut() -> None:
+    """As layouts cut it."""
+    grad = torch.randn(1 << 22, generator=torch.Generator().manual_seed(2))
+    norms = [norm(list(grad.split(size))) for size in (1 << 22, 1 << 20, 1_000_003, 4096, 777)]
+    assert max(norms) / min(norms) - 1 < 1e-7
+
+
+def test_it_says_what_is_not_finite() -> None:
+    for bad in (float("nan"), float("inf")):
+        grad = torch.ones(9000)
+        grad[8999] = bad
+        assert not np.isfinite(norm([grad]))
+
+
+def rates(train_iters: int, iterations: list[int], **options: Any) -> list[float]:
+    config = OptimizerConfig(lr=1.0, min_lr=0.2, **options)
+    return [learning_rate(config, train_iters, i) for i in iterations]
+
+
+def test_warm_up_is_linear_and_ends_at_the_highest_rate() -> None:
+    assert rates(100, [0, 1, 3], lr_warmup_iters=4) == pytest.approx([0.25, 0.5, 1.0])
+    assert rates(100, [4], lr_warmup_iters=4) == pytest.approx([1.0])
+    assert rates(100, [0, 9, 10], lr_warmup_fraction=0.1, lr_decay_style="constant") == pytest.approx([0.1, 1.0, 1.0])
+
+
+def test_lengths_that_are_not_given() -> None:
+    assert rates(100, [89, 90, 95], lr_decay_style="WSD") == pytest.approx([1.0, 1.0, 0.6]), "a tenth of the steps"
+    assert rates(100, [99, 100], lr_decay_style="linear") == pytest.approx([0.208, 0.2]), "to the last step"

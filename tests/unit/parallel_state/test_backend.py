@@ -19,9 +19,13 @@ import torch.distributed as dist
 
 from megatron_samoe.config import ParallelConfig
 from megatron_samoe.errors import CommunicationError, ConfigError
-from megatron_samoe.parallel_state import backend, launcher
+from megatron_samoe.parallel_state import backend, initialize_model_parallel, launcher
 from megatron_samoe.parallel_state.meeting import Meeting
 from megatron_samoe.parallel_state.rank_store import join_store, serve_store
+from megatron_samoe.training.setup import build_setup, initial_state
+from megatron_samoe.training.train_step import train_step
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_layout
 
 
 def join() -> None:
@@ -182,3 +186,24 @@ def test_the_ranks_store_listens_at_its_address_alone(monkeypatch: pytest.Monkey
         serve_store("127.0.0.1", port)
     with pytest.raises(OSError):
         serve_store("192.0.2.77", port)
+
+
+def train_a_step() -> None:
+    config = with_layout(tiny_config("dense"), zero=True)
+    setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
+    train_step(setup, initial_state(setup), micro_batches(setup, 0))
+
+
+def threads_at_the_end() -> list[str]:
+    """Lets everything go after a step, ends the process groups, and returns gloo's threads that are left."""
+    train_a_step()
+    backend.leave_distributed()
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_no_thread_of_the_process_groups_meets_the_end_of_the_interpreter() -> None:
+    """One that then wants the interpreter's lock aborts the process: a job that succeeded ends in SIGABRT."""
+    assert run_ranks(threads_at_the_end, 2) == [[], []]

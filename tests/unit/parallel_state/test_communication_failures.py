@@ -1,4 +1,5 @@
-"""What torch, gloo and NCCL say of a rank that is gone is known as that, and nothing else is."""
+"""What torch, gloo and NCCL say of a rank that is gone is known as that, and nothing else is; hosts that do not acknowledge what they
+are sent are found in Linux's table of sockets."""
 
 from __future__ import annotations
 
@@ -12,48 +13,20 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.parallel_state.backend import UNTYPED_FAILURES, is_communication_failure
+from megatron_samoe.parallel_state.silent_hosts import own_address, silent_hosts, unanswered
+from tests.harness.tables import table
 
-#: As their sources put them together, with what a run fills in.
-SAID = (
-    "Application timeout caused pair closure",
-    "[/src/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1000ms for recv operation to complete",
-    "[/src/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:26015. This is typically ...",
-    "[enforce fail at /src/gloo/gloo/transport/tcp/pair.cc:456] op.preamble.length <= op.nbytes. 1000 vs 4.",
-    "Gloo connectFullMesh failed with [/src/gloo/gloo/transport/tcp/pair.cc:144] timed out connecting",
-    "[Rank 0]: Rank 1 failed to pass monitoredBarrier in 1000 ms",
-    "Wait timeout",
-    "Timeout waiting for key: x after 200 ms",
-    "Operation timed out!",
-    "Detected mismatch between collectives on ranks. Rank 0 is running collective: ...",
-    "NCCL Error 6: remote process exited or there was a network error",
-    "NCCL Error 2: unhandled system error (run with NCCL_DEBUG=INFO for details)",
-    "NCCL timeout when waiting for nonblocking call to become successful.",
-)
-OTHERS = (
-    "mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)",
-    "CUDA error: out of memory",
-    "CUDA out of memory. Tried to allocate 2.00 GiB.",
-    "The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 0",
-    "DataLoader timed out after 5 seconds",
-    "NCCL only supports CUDA tensors, but got a tensor on cpu",
-    "Split sizes doesn't match total dim 0 size",
-    "index 5 is out of bounds for dimension 0 with size 5",
-)
+pytestmark = pytest.mark.distributed
+
+MESSAGES: dict[str, tuple[str, ...]] = table(__file__)
 
 
-@pytest.mark.parametrize("message", SAID)
-def test_a_failure_of_communication_is_known(message: str) -> None:
-    assert is_communication_failure(RuntimeError(message))
-
-
-@pytest.mark.parametrize("message", OTHERS)
-def test_another_error_is_none(message: str) -> None:
-    assert not is_communication_failure(RuntimeError(message))
-
-
-def test_nccl_says_the_rest_with_a_type() -> None:
-    for kind in (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError):
-        assert is_communication_failure(kind("anything"))
+def test_a_failure_of_communication_is_known_and_another_error_is_none() -> None:
+    for kind, messages in MESSAGES.items():
+        for message in messages:
+            assert is_communication_failure(RuntimeError(message)) == (kind == "said"), message
+    for error in (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError):  # NCCL says the rest with a type
+        assert is_communication_failure(error("anything"))
 
 
 @pytest.mark.parametrize("kind", ["hash", "tcp"])
@@ -79,3 +52,23 @@ def test_the_phrases_are_those_of_the_installed_torch() -> None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             for phrase in expected:
                 assert content.find(re.sub(r"\\d$", "", phrase).encode()) >= 0, f"{phrase!r} is not in {path.name}"
+
+
+HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
+ROW = "   1: 01004D0A:D431 {}:C54F 01 {:08X}:00000000 01:00000014 {:08X}     0        0 123 1 0 20 4 30 10 -1\n"
+FOUR, SIX = "02004D0A", "0000000000000000FFFF000003004D0A"
+
+
+def test_only_unacknowledged_bytes_that_were_sent_again_count() -> None:
+    table = HEAD + ROW.format(FOUR, 500, 4) + ROW.format("09004D0A", 500, 1) + ROW.format("08004D0A", 0, 6)
+    assert unanswered(table) == {"10.77.0.2"}
+    assert unanswered(HEAD + ROW.format(SIX, 1, 3)) == {"10.77.0.3"}
+    assert unanswered(HEAD + ROW.format("00" * 15 + "01", 1, 3)) == {"::100:0"}
+    assert unanswered(HEAD) == set()
+
+
+def test_nobody_is_named_without_a_job(monkeypatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert own_address() == "" and silent_hosts({"192.0.2.200": "far"}) == ""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert own_address() == "127.0.0.1"

@@ -1,13 +1,19 @@
-"""Groups of ranks, up to worlds of 4096."""
+"""Groups of ranks, up to worlds of 4096; and the split of sequences over context-parallel ranks: nothing is lost, order comes back,
+and the work is even."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_samoe.errors import DataError
 from megatron_samoe.parallel_state import RankGrid
 from megatron_samoe.parallel_state.rank_grid import GROUPS
+from megatron_samoe.parallel_state.token_share import TokenShare, whole_sequences
+
+pytestmark = pytest.mark.distributed
 
 
 def sizes_of(product: int) -> st.SearchStrategy[int]:
@@ -36,32 +42,6 @@ def test_every_group_partitions_the_world(grid: RankGrid) -> None:
             assert {len(ranks) for ranks in groups} == {grid.size_and_rank(name, groups[0][0])[0]}, name
         assert all(list(ranks) == sorted(ranks) for ranks in groups), "members are in the order of their ranks"
         assert [ranks[0] for ranks in groups] == sorted(ranks[0] for ranks in groups)
-
-
-@settings(deadline=None, max_examples=60)
-@given(grids(256))
-def test_members_of_a_group_differ_in_its_axes_only(grid: RankGrid) -> None:
-    for name, (axes_grid, varying) in GROUPS.items():
-        for ranks in grid.groups(name):
-            places = [grid.coordinates(rank, axes_grid) for rank in ranks]
-            for axis in grid.axes(axes_grid):
-                if axis not in varying:
-                    assert len({place[axis] for place in places}) == 1
-            assert len({tuple(place[axis] for axis in varying) for place in places}) == len(ranks)
-
-
-@settings(deadline=None, max_examples=60)
-@given(grids(256))
-def test_rank_of_coordinates(grid: RankGrid) -> None:
-    for axes_grid in ("dense", "expert"):
-        axes = grid.axes(axes_grid)
-        for rank in range(grid.world_size):
-            place, stride, again = grid.coordinates(rank, axes_grid), 1, 0
-            for axis, size in axes.items():
-                assert 0 <= place[axis] < size
-                again += place[axis] * stride
-                stride *= size
-            assert again == rank
 
 
 @settings(deadline=None, max_examples=60)
@@ -119,3 +99,42 @@ def test_tied_embeddings_are_shared_by_the_first_and_the_last_stage_alone(grid: 
         outer = {0, grid.pp - 1}
         assert stages == outer or (len(stages) == 1 and not stages & outer)
         assert len(ranks) == grid.cp * grid.dp * len(stages)
+
+
+SIZES = st.integers(1, 8)
+
+
+@given(cp=SIZES, tokens=st.integers(1, 4), batch=st.integers(1, 3))
+def test_parts_make_the_whole_in_order(cp: int, tokens: int, batch: int) -> None:
+    whole = torch.arange(batch * 2 * cp * tokens * 3).view(batch, -1, 3)
+    parts = torch.stack([TokenShare((rank, cp)).of_sequences(whole) for rank in range(cp)])
+    assert parts.shape == (cp, batch, 2 * tokens, 3)
+    assert torch.equal(whole_sequences(parts, cp), whole)
+
+
+@given(cp=SIZES, tokens=st.integers(1, 3))
+def test_spans_are_the_places_of_chunks(cp: int, tokens: int) -> None:
+    whole = torch.arange(2 * cp * tokens)
+    for rank in range(cp):
+        share = TokenShare((rank, cp))
+        own = torch.cat([whole[start:stop] for start, stop in share.spans(len(whole))])
+        assert torch.equal(own, share.of_sequences(whole, 0))
+
+
+@given(cp=SIZES, tokens=st.integers(1, 5))
+def test_the_queries_of_every_rank_meet_as_many_keys(cp: int, tokens: int) -> None:
+    positions = torch.arange(2 * cp * tokens)[None]
+    scores = {int((TokenShare((rank, cp)).of_sequences(positions) + 1).sum()) for rank in range(cp)}
+    assert len(scores) == 1
+
+
+def test_chunks_by_hand() -> None:
+    assert [TokenShare((rank, 3)).chunks for rank in range(3)] == [(0, 5), (1, 4), (2, 3)]
+    assert TokenShare((1, 2)).of_sequences(torch.arange(8), 0).tolist() == [2, 3, 4, 5]
+
+
+def test_a_sequence_that_cannot_be_cut_is_refused() -> None:
+    with pytest.raises(
+        DataError, match="A sequence of 10 tokens cannot be cut into 2 x --context-parallel-size 2 chunks"
+    ):
+        TokenShare((0, 2)).of_sequences(torch.zeros(1, 10))

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.parallel_state import (
     Group,
     RankGrid,
     ShardSpec,
-    single_process_state,
-    tag_of,
 )
-from megatron_samoe.parallel_state.rank_grid import GROUPS
 from megatron_samoe.parallel_state.shard_spec import FlatSlice, gradient_group_name, is_counted_here
-from tests.harness.tiny import VOCAB_SIZE, state_of, tiny_config
+from tests.harness.tiny import state_of
 
 GRIDS = [
     *(RankGrid(1), RankGrid(2, tp=2), RankGrid(4, ep=4), RankGrid(8, tp=2, ep=2), RankGrid(8, tp=2, etp=1, ep=4)),
@@ -67,21 +62,6 @@ def test_parts_rebuild_the_whole_and_have_one_owner_each(grid: RankGrid, spec: S
     assert set(owners.values()) == {1}, "each part is written, and counted in norms, exactly once"
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_gradient_group_holds_replicas_with_other_data_or_partial_sums(grid: RankGrid, spec: ShardSpec) -> None:
-    name = gradient_group_name(spec)
-    own_grid = GROUPS[name][0]
-    for ranks in grid.groups(name):
-        states = [state_of(grid, rank) for rank in ranks]
-        assert len({spec.offsets((24, 16, 4), state) for state in states}) == 1, "all hold the same part"
-    # Outside the group there are only the same part's true copies (equal gradients) and other parts.
-    covered = set(GROUPS[name][1]) | {axis for _, axis in spec.partition}
-    rest = {axis for axis, size in grid.axes(own_grid).items() if size > 1} - covered
-    allowed = {"dense": {"tp", "pp"}, "embedding": {"tp"}, "expert": {"pp"}, "pool": set()}[spec.family]
-    assert rest <= allowed
-
-
 @pytest.mark.parametrize(
     ("spec", "group"),
     [
@@ -104,43 +84,6 @@ def test_a_spec_without_a_group_is_an_error_of_ours() -> None:
         gradient_group_name(ShardSpec("expert", partial=("ep",)))
 
 
-@pytest.mark.parametrize("style", ["gpt3", "llama"])
-@pytest.mark.parametrize("layout", ["dense", "moe", "samoe"])
-def test_every_parameter_of_every_model_has_a_tag_with_a_group(layout: str, style: str) -> None:
-    for granularity in ("layer", "expert") if layout == "samoe" else ("layer",):
-        config = tiny_config(layout, style=style, samoe_granularity=granularity, qk_layernorm=True)
-        if layout != "dense":
-            config = tiny_config(
-                layout,
-                style=style,
-                samoe_granularity=granularity,
-                moe_shared_expert_intermediate_size=16,
-                moe_layer_freq="2",
-            )
-        model = RankModel(config, VOCAB_SIZE, single_process_state("meta"), torch.float32)
-        families = set()
-        for name, parameter in model.global_parameters().items():
-            spec = tag_of(parameter).shard
-            assert gradient_group_name(spec) in GROUPS, name
-            assert all(dim < parameter.dim() for dim, _ in spec.partition), name
-            families.add(spec.family)
-        expected = {"dense": {"dense"}, "moe": {"dense", "expert"}, "samoe": {"dense", "expert", "pool"}}[layout]
-        tied = not config.model.untie_embeddings_and_output_weights
-        assert families == expected | ({"embedding"} if tied else set())
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.sampled_from(GRIDS), st.sampled_from(SPECS), st.lists(st.integers(1, 5), min_size=3, max_size=3))
-def test_global_shape_and_offsets_fit_together(grid: RankGrid, spec: ShardSpec, shape: list[int]) -> None:
-    local = tuple(shape)
-    for rank in range(grid.world_size):
-        state = state_of(grid, rank)
-        whole, offsets = spec.global_shape(local, state), spec.offsets(local, state)
-        for dim in range(3):
-            assert 0 <= offsets[dim] <= whole[dim] - local[dim]
-            assert whole[dim] % local[dim] == 0 and offsets[dim] % local[dim] == 0
-
-
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.integers(1, 5), max_size=4), st.data())
 def test_boxes_make_up_a_run_of_elements(shape: list[int], data: st.DataObject) -> None:
@@ -161,19 +104,3 @@ def test_members_of_a_group_share_a_tensor_out(shape: list[int], size: int) -> N
     assert parts[0].start == 0 and parts[-1].stop == math.prod(shape)
     assert all(left.stop == right.start for left, right in pairwise(parts))
     assert all(part.stop - part.start <= -(-math.prod(shape) // size) for part in parts)
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_sliced_elements_are_counted_once(grid: RankGrid, spec: ShardSpec) -> None:
-    """With ranks of the gradient group holding different runs, each run has one owner among its true copies."""
-    name = gradient_group_name(spec)
-    owners: dict[Any, int] = {}
-    for rank in range(grid.world_size):
-        state = state_of(grid, rank)
-        if name == "embed_dp" and 0 < state.pp.rank < grid.pp - 1:
-            continue  # holds no embedding
-        stage = 0 if "pp" in GROUPS[name][1] else state.pp.rank
-        key = (stage, spec.offsets((24, 16, 4), state), state.group(name).rank)
-        owners[key] = owners.get(key, 0) + is_counted_here(spec, state, is_sliced=True)
-    assert set(owners.values()) == {1}

@@ -79,19 +79,10 @@ def finish_times(plans: list[Plan], chunks: int, forward_s: int = 1, backward_s:
 def test_every_micro_batch_passes_every_stage_forwards_and_backwards_once(case: tuple[str, int, int, int]) -> None:
     _, _, chunks, micro_batches = case
     expected = {Action(kind, c, m) for kind in "FB" for c in range(chunks) for m in range(micro_batches)}  # type: ignore[arg-type]
-    for plan in all_plans(*case):
+    plans = all_plans(*case)
+    for plan in plans:
         assert set(plan) == expected and len(plan) == len(expected)
-
-
-@settings(deadline=None, max_examples=150)
-@given(schedules())
-def test_all_ranks_finish(case: tuple[str, int, int, int]) -> None:
-    finish_times(all_plans(*case), case[2])
-
-
-@pytest.mark.parametrize(("pp", "chunks", "micro_batches"), [(1024, 1, 64), (256, 1, 600), (128, 3, 256)])
-def test_long_pipelines_finish(pp: int, chunks: int, micro_batches: int) -> None:
-    finish_times(all_plans("1f1b", pp, chunks, micro_batches), chunks)
+    finish_times(plans, chunks)
 
 
 @settings(deadline=None, max_examples=150)
@@ -167,19 +158,13 @@ def test_a_pass_without_gradients_finishes_too(pp: int, chunks: int, micro_batch
     finish_times([plan] * pp, chunks)
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=12), st.booleans())
-def test_stage_layouts_are_read_back(counts: list[int], abbreviated: bool) -> None:
-    stages = [f"t*{n}" if abbreviated and n > 1 else "t" * n for n in counts]
-    assert parse_stage_layout("E" + "|".join(stages) + "L") == tuple(counts)
-
-
 @pytest.mark.parametrize(
     ("text", "counts"),
     [
         ("Et*3|t*4|t*4|t*3L", (3, 4, 4, 3)),
         ("E,t,t|t L", (2, 1)),
         ("E(tt|)*2tL", (2, 2, 1)),
+        ("E|tt|t*5|tL", (0, 2, 5, 1)),
         ("Et|(t|)*6L", (1, 1, 1, 1, 1, 1, 1, 0)),
         ("E((t|)*2t|)*2tL", (1, 1, 1, 1, 1, 1, 1)),
     ],

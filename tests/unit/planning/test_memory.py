@@ -13,17 +13,15 @@ from megatron_samoe.config import PretrainConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.models.rank_model import RankModel, build_model, compute_dtype
-from megatron_samoe.ops import attention
 from megatron_samoe.optimizer.mixed_precision import MixedPrecisionOptimizer
-from megatron_samoe.parallel_state import Group, ParallelState, RankGrid, single_process_state
-from megatron_samoe.parallel_state.rank_grid import GROUPS
+from megatron_samoe.parallel_state import ParallelState, RankGrid, single_process_state
 from megatron_samoe.pipeline_parallel.schedule_plan import make_plan, max_in_flight
 from megatron_samoe.planning.activation_memory import activation_bytes, passes_in_flight
 from megatron_samoe.planning.description import PlannedModel, unsharded_model
 from megatron_samoe.planning.memory import largest_rank_memory, rank_memory
 from tests.harness.kept_bytes import kept_by_autograd
 from tests.harness.tables import table
-from tests.harness.tiny import tiny_config, with_layout, with_options
+from tests.harness.tiny import state_of, tiny_config, with_layout, with_options
 
 TABLE = table(__file__)
 
@@ -31,16 +29,7 @@ TABLE = table(__file__)
 def states_of(config: PretrainConfig, world_size: int) -> list[ParallelState]:
     """Returns all ranks' states, without any process group."""
     grid = RankGrid.of(config.parallel, world_size)
-    by_name = {name: grid.groups(name) for name in GROUPS}
-    states = []
-    for rank in range(world_size):
-        groups = {}
-        for name, all_ranks in by_name.items():
-            (ranks,) = (ranks for ranks in all_ranks if rank in ranks)
-            groups[name] = Group(name, ranks, ranks.index(rank))
-        sequence_parallel = config.parallel.sequence_parallel and grid.tp > 1
-        states.append(ParallelState(grid, rank, torch.device("cpu"), sequence_parallel=sequence_parallel, **groups))
-    return states
+    return [state_of(grid, rank, config.parallel.sequence_parallel and grid.tp > 1) for rank in range(world_size)]
 
 
 def storage_bytes(tensors: list[torch.Tensor]) -> int:
@@ -96,25 +85,6 @@ def test_an_exchange_of_banks_takes_what_the_largest_of_their_tensors_needs() ->
     assert rank_memory(config, 103, 2, 0).exchange == 4 * (4 * largest + 8 * largest)
 
 
-@st.composite
-def placed(draw: st.DrawFn) -> tuple[RankGrid, int]:
-    sizes = st.integers(1, 4)
-    tp, pp = draw(sizes), draw(sizes)
-    etp = draw(st.sampled_from([1, tp]))
-    cp, ep, more = draw(sizes), draw(sizes), draw(sizes)
-    world = tp * cp * pp * etp * ep * more  # divides over both grids
-    return RankGrid(world, tp=tp, pp=pp, ep=ep, etp=etp, cp=cp), draw(st.integers(0, world - 1))
-
-
-@settings(deadline=None, max_examples=60)
-@given(placed())
-def test_places_in_groups_equal_the_listed_ones(placed: tuple[RankGrid, int]) -> None:
-    grid, rank = placed
-    for name in GROUPS:
-        (ranks,) = (ranks for ranks in grid.groups(name) if rank in ranks)
-        assert grid.size_and_rank(name, rank) == (len(ranks), ranks.index(rank)), name
-
-
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 16), st.integers(1, 4), st.integers(1, 12), st.sampled_from(["1f1b", "gpipe"]), st.data())
 def test_passes_in_flight_are_those_of_the_plan(
@@ -136,16 +106,6 @@ def test_the_largest_rank_needs_no_less_than_any() -> None:
     assert most.total == max(rank_memory(config, 103, 8, r).total for r in range(8))
 
 
-def test_sharding_divides_optimizer_state_and_the_pool() -> None:
-    config = with_options(tiny_config("samoe", bf16=True), samoe_pool_placement="replicated")
-    alone, shared = (rank_memory(with_layout(config, zero=zero), 103, 8) for zero in (False, True))
-    assert shared.optimizer == pytest.approx(alone.optimizer / 8, rel=0.01)
-    assert shared.weights == pytest.approx(alone.weights, rel=0.01)
-    sharded = rank_memory(with_options(with_layout(config), samoe_pool_placement="sharded"), 103, 8)
-    banks, runs = (m.expert - m.folded_weights - m.folded_gradients for m in (alone, sharded))
-    assert runs == pytest.approx(banks / 8, rel=0.01)
-
-
 def layer_bytes(config: PretrainConfig) -> int:
     """Returns what the planner says that the first layer keeps."""
     training = config.training
@@ -154,65 +114,24 @@ def layer_bytes(config: PretrainConfig) -> int:
     return unsharded_model(config, 103).description.trace(place, training.micro_batch_size, selective).kept_bytes
 
 
+#: Options of a layer's experts and attention.
+LAYERS: dict[str, dict[str, Any]] = TABLE["layers"]
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("style", ["gpt3", "llama"])
-@pytest.mark.parametrize("layout", ["dense", "moe", "samoe", "residual", "gate"])
-def test_layer_activations_are_what_autograd_keeps(layout: str, style: str, dtype: str) -> None:
-    beside: dict[str, dict[str, Any]] = {
-        "residual": {"layout": "moe", "moe_residual_mlp": True},
-        "gate": {"layout": "moe", "moe_shared_expert_intermediate_size": 48, "moe_shared_expert_gate": True},
-    }
-    options = beside.get(layout, {"layout": layout})
-    config = tiny_config(
-        **options, style=style, hidden_size=64, seq_length=64, ffn_hidden_size=192, bf16=dtype == "bf16"
-    )
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layer_activations_are_what_autograd_keeps(layer: str, style: str, dtype: str) -> None:
+    sizes = {"style": style, "hidden_size": 64, "seq_length": 64, "ffn_hidden_size": 192, "bf16": dtype == "bf16"}
+    config = tiny_config(**{**sizes, **LAYERS[layer]})
     model = build_model(config, 103, single_process_state())
     expected = layer_bytes(config)
-    if style == "llama":
+    if config.model.normalization == "RMSNorm":
         # On a CPU torch composes RMSNorm: it keeps an fp32 product, and for bf16 an fp32 copy in place of the input.
-        tokens_by_hidden = config.training.micro_batch_size * config.model.seq_length * config.model.hidden_size
-        expected += 2 * tokens_by_hidden * (4 if dtype == "fp32" else 4 + 2)
+        tokens, model_config = config.training.micro_batch_size * config.model.seq_length, config.model
+        latent = model_config.kv_lora_rank if model_config.multi_latent_attention else 0
+        expected += tokens * (2 * model_config.hidden_size + latent) * (4 if dtype == "fp32" else 4 + 2)
     assert kept_by_autograd(model, config) == pytest.approx(expected, rel=0.05)
-
-
-@pytest.mark.parametrize("block", [32, 512])
-@pytest.mark.parametrize("options", [
-    {"sliding_window": 9}, {"softmax_type": "learnable"}, {"attn_logit_softcapping": 1.0, "sliding_window": 9},
-    {"qk_layernorm": True, "qk_layernorm_scope": "all"}, {"clip_qkv": 0.1, "attention_multiplier": 0.1},
-    {"clip_qkv": 0.1, "qk_layernorm": True}, {"clip_qkv": 0.1, "qk_layernorm": True, "position_embedding_type": "none"},
-    {"clip_qkv": 0.1, "position_embedding_type": "none"}, {"clip_qkv": 0.1, "group_query_attention": False, "num_query_groups": 1},
-    {"use_parallel_residual": True}, {"residual_multiplier": 0.3, "embedding_multiplier": 2.0, "logits_scaling": 2.0},
-    {"swiglu": False, "exact_gelu": True, "attention_bias": True},
-])  # fmt: skip
-def test_what_scores_have_besides_is_not_kept(
-    options: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "BLOCK", block)
-    config = tiny_config("dense", style="llama", hidden_size=64, seq_length=64, ffn_hidden_size=192, **options)
-    expected = layer_bytes(config)
-    tokens = config.training.micro_batch_size * config.model.seq_length
-    expected += 2 * tokens * config.model.hidden_size * 4  # torch composes RMSNorm on a CPU, as above
-    if config.model.qk_layernorm:
-        expected += tokens * (config.model.hidden_size * 3 // 2) * 4
-    assert kept_by_autograd(build_model(config, 103, single_process_state()), config) == pytest.approx(
-        expected, rel=0.025
-    )
-
-
-@pytest.mark.parametrize("recompute", [None, "selective"])
-@pytest.mark.parametrize("q_rank", [None, 24])
-def test_latent_attention_keeps_what_it_says(q_rank: int | None, recompute: Any) -> None:
-    config = tiny_config(
-        "dense", style="llama", group_query_attention=False, num_query_groups=1, hidden_size=64, seq_length=64,
-        multi_latent_attention=True, q_lora_rank=q_rank, kv_lora_rank=32, qk_head_dim=16, qk_pos_emb_head_dim=8, v_head_dim=16,
-        recompute_granularity=recompute,
-    )  # fmt: skip
-    tokens = config.training.micro_batch_size * config.model.seq_length
-    norms = 2 * config.model.hidden_size + (q_rank or 0) + 32
-    expected = layer_bytes(config) + tokens * norms * 4  # torch composes RMSNorm on a CPU, as above
-    assert kept_by_autograd(build_model(config, 103, single_process_state()), config) == pytest.approx(
-        expected, rel=0.05
-    )
 
 
 def test_recomputing_keeps_layer_inputs_alone() -> None:

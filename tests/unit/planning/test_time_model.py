@@ -119,6 +119,22 @@ def test_gradients_in_16_bits_and_weights_that_are_gathered_ahead() -> None:
     assert after - ahead == pytest.approx(batches / 3), "a forward pass is a third of a micro-batch"
 
 
+def test_only_sharded_exchanges_take_longer_where_they_were_measured_so() -> None:
+    slow = replace(SLOW, world_size=2, gpus_per_node=1, inter_bandwidth=1e3)
+    for part, options, factor in (
+        ("gradients", {"use_distributed_optimizer": True}, 2.5),
+        ("gradients", {}, 1.0),
+        ("tensor", {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 2.5),
+        ("tensor", {"tensor_model_parallel_size": 2}, 1.0),
+    ):
+        ring, gloo = (
+            step_cost(tiny_config("dense", **options), 103, replace(slow, sharded_exchange=times))
+            for times in (1.0, 2.5)
+        )
+        assert gloo.seconds[part] == pytest.approx(factor * ring.seconds[part]) and ring.seconds[part] > 0
+        assert gloo.sent_bytes == ring.sent_bytes
+
+
 def test_an_unknown_gpu_is_refused_in_a_sentence() -> None:
     assert all(gpu_cluster(name, 8).flops == gpu.flops for name, gpu in GPUS.items())
     with pytest.raises(ConfigError, match=r"--gpu = 'V100': must be one of H100"):

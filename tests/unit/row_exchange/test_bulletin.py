@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,45 +16,39 @@ from megatron_samoe.row_exchange import bulletin
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 
 
-class CountingStore:
-    """A store that counts requests. `has_extended_api` of the store behind it says whether one may read several keys."""
-
-    def __init__(self, store: HashStore, requests: Counter[str]):
-        self._store, self._requests = store, requests
-
-    def has_extended_api(self) -> bool:
-        return True
-
-    def __getattr__(self, name: str):
-        self._requests[name] += 1
-        return getattr(self._store, name)
-
-
 class Job:
     """The boards of a group, over one store; `position` is what each rank's communicator says of itself."""
 
     def __init__(self, size: int, monkeypatch: pytest.MonkeyPatch):
-        self.requests: Counter[str] = Counter()
+        self.stores: list[Mock] = []
         self.position = [(1, -1, "")] * size
         self.aborted: dict[int, str] = {}
         store = HashStore()
-        monkeypatch.setattr(
-            bulletin, "_connection", lambda _, prefix: CountingStore(PrefixStore(prefix, store), self.requests)
-        )
+
+        def connection(_handle: object, prefix: str) -> Mock:
+            """A store that counts requests, and says that one may read several keys."""
+            counted = Mock(wraps=PrefixStore(prefix, store), has_extended_api=lambda: True)
+            self.stores.append(counted)
+            return counted
+
+        monkeypatch.setattr(bulletin, "_connection", connection)
         ops = torch.ops.megatron_samoe
         monkeypatch.setattr(ops, "nccl_position", lambda rank: self.position[rank])
         monkeypatch.setattr(ops, "all_to_all_abort", self.aborted.__setitem__)
         handle = SimpleNamespace()  # of the process group, which only _connection asks
         self.boards = [bulletin._Board(Group("ep", range(size), rank, handle), "x", rank) for rank in range(size)]
 
+    def requests(self) -> int:
+        return sum(len(store.method_calls) for store in self.stores)
+
     def look(self) -> int:
         """All ranks look once; returns the largest number of requests of one of them."""
         most = 0
         for rank, board in enumerate(self.boards):
             if rank not in self.aborted:
-                before = self.requests.total()
+                before = self.requests()
                 board.look()
-                most = max(most, self.requests.total() - before)
+                most = max(most, self.requests() - before)
         return most
 
 

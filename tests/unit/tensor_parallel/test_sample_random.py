@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megatron_samoe.parallel_state.token_share import TokenShare
-from megatron_samoe.tensor_parallel.random import SampleRandom, derived_seed, recompute
+from megatron_samoe.tensor_parallel.random import SampleRandom, derived_seed
 
 CPU = torch.device("cpu")
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.integers(0, 1000), min_size=1, max_size=6, unique=True), st.data())
-def test_mask_of_a_sample_does_not_depend_on_its_batch(samples: list[int], data: st.DataObject) -> None:
-    cut = data.draw(st.integers(0, len(samples)))
-    x = torch.ones(len(samples) * 3, 5)
-    whole = SampleRandom(1, 2, tuple(samples)).dropout(x, 0.4, 3, "here")
-    parts = [
-        SampleRandom(1, 2, tuple(group)).dropout(x[: len(group) * 3], 0.4, 3, "here")
-        for group in (samples[:cut], samples[cut:])
-        if group
-    ]
-    assert torch.equal(whole, torch.cat(parts))
 
 
 @pytest.mark.parametrize("block", [1, 3, 8, 2048])
@@ -52,53 +36,20 @@ def test_mask_depends_on_seed_iteration_sample_layer_and_site() -> None:
     assert torch.equal(draws[0], SampleRandom(1, 2, (3,)).uniform((64,), CPU, 4, "a"))
 
 
-def test_drawing_leaves_torchs_generator_alone() -> None:
-    before = torch.get_rng_state()
-    SampleRandom(1, 2, (3, 4)).dropout(torch.ones(8, 4), 0.5, 0, "x")
+def test_draws_are_uniform_and_leave_torchs_generator_alone() -> None:
+    before, random = torch.get_rng_state(), SampleRandom(0, 0, tuple(range(50)))
+    draws = random.uniform((2000,), CPU, 0, "x")
+    assert draws.dtype == torch.float32 and 0 <= draws.min() and draws.max() < 1
+    assert ((torch.histc(draws, bins=20, min=0, max=1) - 5000).abs() < 400).all()
+    x = torch.ones(50 * 40, 50)
+    y = random.dropout(x, 0.3, 0, "x")
+    assert abs((y == 0).double().mean().item() - 0.3) < 0.01
+    torch.testing.assert_close(y.unique(), torch.tensor([0.0, 1 / 0.7]))
+    assert random.dropout(x, 0.0, 0, "x") is x
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
-    x = torch.ones(200 * 10, 50)
-    y = SampleRandom(0, 0, tuple(range(200))).dropout(x, 0.3, 0, "x")
-    assert abs((y == 0).double().mean().item() - 0.3) < 0.01
-    assert abs(y.mean().item() - 1.0) < 0.02
-    torch.testing.assert_close(y.max(), torch.tensor(1 / 0.7))
-    assert SampleRandom(0, 0, (0,)).dropout(x, 0.0, 0, "x") is x
-
-
-def test_draws_are_uniform() -> None:
-    draws = SampleRandom(0, 0, tuple(range(50))).uniform((2000,), CPU, 0, "x")
-    assert draws.dtype == torch.float32 and 0 <= draws.min() and draws.max() < 1
-    counts = torch.histc(draws, bins=20, min=0, max=1)
-    assert ((counts - 5000).abs() < 400).all()
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers() | st.text(max_size=3), max_size=4))
-def test_seed_is_in_range_and_repeatable(parts: list[int | str]) -> None:
-    assert derived_seed(*parts) == derived_seed(*parts)
-    assert 0 <= derived_seed(*parts) < 2**63
-
-
-def test_seed_is_the_same_in_every_process() -> None:
-    """Python's own hash() of strings would differ; these numbers must stay, or resumed runs change their noise."""
+def test_a_seed_is_the_same_in_every_process() -> None:
+    """Python's own hash() of strings would differ, and resumed runs change their noise."""
     assert derived_seed(1234, "layers.0.mlp.fc1.weight") == derived_seed("1234/layers.0.mlp.fc1.weight")
     assert derived_seed(0, 0, 0, 0, "attention0") != derived_seed(0, 0, 0, 0, "attention1")
-
-
-def test_recomputation_meets_the_same_mask_and_gives_the_same_gradient() -> None:
-    random = SampleRandom(0, 0, (0, 1))
-    weight = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
-    runs = []
-
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        runs.append(1)
-        return random.dropout((x @ weight).tanh(), 0.5, 0, "x")
-
-    x = torch.randn(6, 4, dtype=torch.float64)
-    gradients = []
-    for run in (lambda: layer(x), lambda: recompute(layer, x)):
-        (gradient,) = torch.autograd.grad(run().square().sum(), weight)
-        gradients.append(gradient)
-    assert torch.equal(*gradients) and len(runs) == 3

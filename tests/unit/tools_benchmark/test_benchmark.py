@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from tests.harness import program
 from tools.benchmarks import contestants, dispatch, harness, roofline
 from tools.benchmarks.decode import Decode
 from tools.benchmarks.layer import LayerShape, MoELayerBenchmark
+from tools.benchmarks.memory import reader
 
 needs_extension = pytest.mark.skipif(not extension.load(), reason="compares the compiled extension")
 
@@ -211,3 +213,16 @@ def test_llama_cpp_is_given_a_file_of_the_precision(tmp_path: Path) -> None:
         (theirs,) = (one for one in made.contestants(dtype, checkpoints) if one.name == "llama.cpp")  # type: ignore[arg-type]
         sizes.append(Path(theirs.spec["file"]).stat().st_size)
     assert 1.5 < sizes[0] / sizes[1] < 2
+
+
+def test_every_word_is_read_once_per_way() -> None:
+    read = reader()
+    words = np.zeros(8 * (4 * 3 * 5 + 1), np.uint64)
+    start = -words.ctypes.data // 8 % 8  # the program reads lines
+    lines = words[start : start + 8 * 4 * 3 * 5]
+    for asks in (0, 1):
+        for num_threads in (1, 3):
+            for place in range(len(lines)):
+                lines[place] = 1 << place % 64
+                assert read(lines.ctypes.data, lines.nbytes, num_threads, asks) == 1 << place % 64
+                lines[place] = 0

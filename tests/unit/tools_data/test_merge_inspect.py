@@ -182,15 +182,6 @@ def test_repair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path(prefix + ".idx").read_bytes() == wanted
 
 
-@pytest.mark.parametrize("tool", ["preprocess_data", "merge_datasets", "inspect_dataset", "train_tokenizer"])
-def test_tools_start_alone_and_name_the_nearest_flag(tool: str) -> None:
-    command = [sys.executable, str(ROOT / f"tools/{tool}.py")]
-    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd="/")
-    assert shown.returncode == 0 and "usage" in shown.stdout
-    wrong = subprocess.run([*command, "--hepl"], capture_output=True, text=True, cwd="/")
-    assert wrong.returncode == 2 and "Did you mean '--help'" in wrong.stderr and "Traceback" not in wrong.stderr
-
-
 def test_the_slurm_array_and_a_merge_give_the_bytes_of_one_run(tmp_path: Path) -> None:
     """Runs the example's tasks one after another, as Slurm would."""
     tokenizer = tmp_path / "t"

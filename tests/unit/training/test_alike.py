@@ -1,13 +1,16 @@
-"""What hosts of a job must have alike."""
+"""What hosts of a job must have alike, and that all see what the others write to --save."""
 
 from __future__ import annotations
 
 import socket
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +20,12 @@ from torch.distributed import HashStore
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.datasets.preprocess.run import preprocess
-from megatron_samoe.errors import ConfigErrors, HostDiffersError, HostRefusedError, MegatronSamoeError
+from megatron_samoe.dist_checkpointing.folder_lock import NAME
+from megatron_samoe.errors import ConfigError, ConfigErrors, HostDiffersError, HostRefusedError, MegatronSamoeError
+from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.meeting import Meeting
 from megatron_samoe.training.machine import alike_facts
+from megatron_samoe.training.save_folder import _refuse_unshared
 from tests.harness.program import write_corpus
 from tests.harness.tiny import tiny_config
 
@@ -87,29 +93,35 @@ def test_data_that_another_program_wrote_differ_by_its_checksum(tmp_path: Path) 
     assert found[0] != found[1] and found[1].endswith(f"CRC-32 {crc:08x}"), found
 
 
-def compared(
-    ranks: Sequence[Mapping[str, str]], members: Sequence[int], monkeypatch: pytest.MonkeyPatch
-) -> dict[int, MegatronSamoeError]:
-    """Lets ranks, each on a host of its own, meet and compare what they have; returns what they raise."""
-    raised: dict[int, MegatronSamoeError] = {}
-    store, host = HashStore(), threading.local()
+def on_hosts(monkeypatch: pytest.MonkeyPatch, number: int, run: Callable[[int], object]) -> dict[int, Any]:
+    """Runs a function for ranks, each on a host of its own; returns what they raise."""
+    host = threading.local()
     monkeypatch.setattr(socket, "gethostname", lambda: host.name)
 
-    def one(rank: int) -> None:
+    def one(rank: int) -> MegatronSamoeError | None:
         host.name = f"host{rank}"
+        try:
+            run(rank)
+        except MegatronSamoeError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(number) as threads:
+        return {rank: error for rank, error in enumerate(threads.map(one, range(number), timeout=20)) if error}
+
+
+def compared(
+    ranks: Sequence[Mapping[str, str]], members: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> dict[int, Any]:
+    """Lets ranks meet and compare what they have; returns what they raise."""
+    store = HashStore()
+
+    def meet(rank: int) -> None:
         meeting = Meeting(store, rank, len(ranks), rank in members)
         meeting.join(10)
-        try:
-            meeting.compare(ranks[rank])
-        except MegatronSamoeError as error:
-            raised[rank] = error
+        meeting.compare(ranks[rank])
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(ranks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    return raised
+    return on_hosts(monkeypatch, len(ranks), meet)
 
 
 def test_all_ranks_hear_which_host_differs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,3 +159,46 @@ def test_members_that_have_changed_end_the_job(monkeypatch: pytest.MonkeyPatch) 
     """Nobody can say which of them is as the job began."""
     raised = compared([{"x": "1"}, {"x": "2"}, {"x": "1"}], [0, 1], monkeypatch)
     assert {type(error) for error in raised.values()} == {ConfigErrors} and len(raised) == 3
+
+
+USUAL, OTHER = "usual", "other"
+
+
+def apart(folders: list[str], members: list[int], root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
+    """Returns what ranks raise that have one of two folders at --save."""
+    for folder in (USUAL, OTHER):
+        (root / folder).mkdir()
+    (root / folders[0] / NAME).write_text("rank 0")
+    values, barrier = [None] * len(folders), threading.Barrier(len(folders), timeout=10)
+
+    def own_rank() -> int:
+        return int(socket.gethostname().removeprefix("host"))
+
+    def gather(value: Any) -> list[Any]:
+        values[own_rank()] = value
+        barrier.wait()
+        gathered = list(values)
+        barrier.wait()
+        return gathered
+
+    monkeypatch.setattr(launcher, "is_member", lambda: own_rank() in members)
+    parallel: Any = SimpleNamespace(world=SimpleNamespace(all_gather_object=gather))
+    return on_hosts(
+        monkeypatch, len(folders), lambda rank: _refuse_unshared(root / folders[rank], parallel, 0.0, elastic=True)
+    )
+
+
+@pytest.mark.parametrize("spare", [0, 2])
+def test_a_spare_without_the_folder_is_refused(spare: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is the first rank, whose files the others do not see."""
+    folders = [OTHER if rank == spare else USUAL for rank in range(3)]
+    found = apart(folders, [rank for rank in range(3) if rank != spare], tmp_path, monkeypatch)
+    assert len(found) == 3
+    for rank, error in found.items():
+        assert isinstance(error, HostDiffersError if rank == spare else HostRefusedError)
+        assert "must be a folder that all hosts share" in str(error) and f"host{spare}" in str(error)
+
+
+def test_hosts_that_begin_apart_end_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = apart([USUAL, OTHER], [], tmp_path, monkeypatch)
+    assert [type(error) for error in found.values()] == [ConfigError] * 2

@@ -1,8 +1,9 @@
-"""Batches that grow, and runs that are as long as their samples: by hand, resumed, and over ranks."""
+"""Batches that grow, and runs that are as long as their samples, from where they begin: by hand, resumed, and over ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_samoe.config.derived import (
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.batches import build_run_data
+from megatron_samoe.training.resume import Start
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
 from tests.harness.program import assert_same_checkpoint
@@ -111,3 +113,17 @@ def test_a_run_goes_on_for_its_samples_with_batches_of_another_size(tmp_path: Pa
     assert main([*flags, "--global-batch-size", "4", "--exit-interval", "5"]) == 0
     assert main([*flags, "--global-batch-size", "8"]) == 0
     assert (tmp_path / "checkpoints/iter_0000007").is_dir(), "two steps of 8 are whole batches of the 20 samples left"
+
+
+def test_steps_of_samples_count_from_where_the_run_begins() -> None:
+    asked = with_options(PretrainConfig(), train_samples=40, global_batch_size=4, pretrained_checkpoint="a", load="b")
+    fresh = Start(asked.checkpoint).settle(asked, 1)
+    assert fresh == with_options(asked, train_iters=10)
+    # Batches of another size have made 5 steps of 20 samples before.
+    assert Start(asked.checkpoint, 5, 20).settle(asked, 1).training.train_iters == 5 + 5
+
+
+def test_what_a_first_start_loads_is_told_by_its_beginning() -> None:
+    asked = with_options(PretrainConfig(), pretrained_checkpoint="a", load="b")
+    first = replace(asked.checkpoint, load="a", finetune=True)
+    assert Start(first).settle(asked, 1) == replace(asked, checkpoint=first)

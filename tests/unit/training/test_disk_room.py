@@ -17,7 +17,10 @@ from megatron_samoe.training.checkpointing import run_state
 from megatron_samoe.training.save_folder import most_checkpoints
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.trainer import Trainer
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, RandomBatches, tiny_config
+
+TABLE = table(__file__)
 
 
 def train(folder: Path, **options: object) -> int:
@@ -109,17 +112,6 @@ def test_both_numbers_are_said_before_the_first_step(
     assert "3 checkpoints, the most that this run will hold, take" in said and "--keep-last keeps fewer" in said
 
 
-@pytest.mark.parametrize(
-    ("options", "iteration", "most"),
-    [
-        ({}, 0, 1),
-        ({"save_interval": 10}, 0, 11),
-        ({"save_interval": 10}, 95, 2),
-        ({"save_interval": 10, "keep_last": 2}, 0, 3),
-        ({"save_interval": 10, "keep_last": 20}, 0, 11),
-        ({"save_interval": 10, "save_retain_interval": 50}, 0, 4),
-        ({"save_interval": 10, "save_retain_interval": 50, "keep_last": 3}, 50, 5),
-    ],
-)
+@pytest.mark.parametrize(("options", "iteration", "most"), TABLE["most"])
 def test_the_most_checkpoints_that_a_run_holds(options: dict[str, int], iteration: int, most: int) -> None:
     assert most_checkpoints(CheckpointConfig(save="x", **options), iteration, 105) == most  # type: ignore[arg-type]

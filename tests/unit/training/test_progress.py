@@ -1,7 +1,8 @@
-"""What a run records of its progress while its batches grow: samples, tokens, speeds and use of the GPUs, by hand."""
+"""What a run records: its progress while batches grow (samples, tokens, speeds, use of the GPUs, by hand), and its machine."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -16,6 +17,8 @@ from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.training import metrics, train_step
 from megatron_samoe.training.hook import Hook, Record, Training
+from megatron_samoe.training.hooks.loggers import MetricsFile
+from megatron_samoe.training.machine import machine_facts
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
 from megatron_samoe.training.trainer import Trainer
@@ -99,3 +102,36 @@ def test_a_bar_shows_the_share_of_the_corpus(tmp_path: Path) -> None:
     ended = call(PRETRAIN, *arguments(**data, seq_length=64, eval_iters=0, log_progress=True))
     assert ended.returncode == 0, ended.stderr
     assert re.findall(r"epoch=([0-9.]+)", ended.stderr)[-1:] == [f"{6 * 8 * 64 / (0.9 * 40 * 150):.2f}"]
+
+
+def run_at(iteration: int) -> Any:
+    setup = SimpleNamespace(parallel=single_process_state())
+    return SimpleNamespace(setup=setup, state=SimpleNamespace(iteration=iteration))
+
+
+def test_the_machine_is_written_beside_the_metrics(tmp_path: Path) -> None:
+    facts = machine_facts(single_process_state())
+    hook = MetricsFile(str(tmp_path / "run" / "metrics.jsonl"))
+    hook.start(run_at(0))
+    hook.close(run_at(0))
+    found = json.loads((tmp_path / "run" / "machine.json").read_text())
+    assert found == facts and found["device"] == "cpu" and found["ranks"] == 1 and found["device_name"]
+    assert found["layout"] == {"tensor": 1, "context": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "data": 1}
+
+
+def test_an_evaluation_of_a_killed_run_has_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1}\n{"iterat')
+    hook = MetricsFile(str(path), trains=False)
+    hook.start(run_at(1))
+    hook.evaluated(run_at(1), {"iteration": 1, "validation_loss": 2.0})
+    hook.close(run_at(1))
+    assert path.read_text() == '{"iteration": 1}\n{"iteration": 1, "validation_loss": 2.0}\n'
+
+
+def test_an_evaluation_alone_leaves_what_training_wrote(tmp_path: Path) -> None:
+    (tmp_path / "machine.json").write_text("{}")
+    hook = MetricsFile(str(tmp_path / "metrics.jsonl"), trains=False)
+    hook.start(run_at(0))
+    hook.close(run_at(0))
+    assert (tmp_path / "machine.json").read_text() == "{}"

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config import ModelConfig, MoEConfig, OptimizerConfig, PretrainConfig, TrainingConfig
-from megatron_samoe.moe import balance
-from megatron_samoe.ops.topk_gate import GateResult
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.router_health import RouterHealth
 from megatron_samoe.training.setup import build_setup, initial_state
@@ -75,24 +73,3 @@ def faults(found: list[RouterHealth], topk: int) -> list[str]:
 @pytest.mark.parametrize(("layout", "topk"), first_by_day([("samoe", 2), ("moe", 1), ("moe", 2), ("samoe", 1)]))
 def test_loads_even_out_and_stay_even(layout: str, topk: int) -> None:
     assert not faults(healths(layout, moe_router_topk=topk), topk)
-
-
-class LaggedBalance:
-    """Switch's loss with each expert's load of the step before, as this program once had it."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.loads: dict[int, Tensor] = {}
-
-    def __call__(self, gate: GateResult, *_: Any) -> Tensor:
-        layer, self.calls = self.calls % LAYERS, self.calls + 1
-        now_E = gate.counts_GE.sum(0) / gate.counts_GE.sum()
-        before_E, self.loads[layer] = self.loads.get(layer, torch.full_like(now_E, 1 / len(now_E))), now_E
-        return len(now_E) * (before_E * gate.score_sum_GE.sum(0)).sum() / LENGTH
-
-
-@pytest.mark.night
-@pytest.mark.parametrize("topk", [1, 2])
-def test_loads_of_the_step_before_make_routers_swing(topk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(balance, "balance_sum", LaggedBalance())
-    assert faults(healths("moe", moe_router_topk=topk), topk)

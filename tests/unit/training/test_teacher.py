@@ -20,7 +20,6 @@ from megatron_samoe.config.derived import parse_stage_layout
 from megatron_samoe.config.teacher import on_ranks_of
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.teacher import find_teacher
-from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
 from megatron_samoe.log import logger
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state import single_process_state
@@ -40,10 +39,8 @@ from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.teacher import load_teacher
 from megatron_samoe.training.train_step import StepTime, compute_gradients, train_step
 from megatron_samoe.training.trainer import Trainer
-from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, RandomBatches, micro_batches, tiny_config, with_layout, with_options
 
-TABLE = table(__file__)
 STATE = single_process_state()
 NOISE: dict[str, Any] = {"hidden_dropout": 0.3, "moe_input_jitter_eps": 0.1, "moe_expert_capacity_factor": 0.5}
 TEACHER = tiny_config("moe", num_layers=3, hidden_size=40, num_experts=6, init_method_std=0.2, mock_data=True, **NOISE)
@@ -172,18 +169,6 @@ def test_the_teacher_leaves_inside_a_run_and_resumes_are_exact(teacher: Path, tm
     assert_same(parts, whole)
 
 
-@pytest.mark.night
-def test_steps_after_the_teacher_are_plain_ones(teacher: Path, tmp_path: Path) -> None:
-    config = student(teacher, teacher_until=3)
-    whole, _ = run(config, tmp_path / "whole")
-    run(config, tmp_path / "parts", exit_interval=3)
-    plain, witness = run(config, tmp_path / "parts", teacher=None, teacher_until=None)
-    assert not any(witness.taught.values())
-    assert_same(plain, whole)
-    untaught, _ = run(config, tmp_path / "untaught", teacher=None, teacher_until=None)
-    assert any(not torch.equal(untaught[name], whole[name]) for name in whole), "the teacher taught something"
-
-
 def test_a_run_without_an_end_of_teaching_is_taught_to_its_last_step(teacher: Path, tmp_path: Path) -> None:
     _, witness = run(student(teacher), tmp_path / "run")
     assert all(witness.taught.values()) and None not in witness.kl.values()
@@ -206,38 +191,6 @@ def test_mfu_counts_forward_passes_of_the_teacher(teacher: Path, monkeypatch: py
             metrics.make_record(s, state, result, timed, None)["mfu"] for s in (among, replace(among, teacher=None))
         ]
         assert counts[0] - counts[1] == pytest.approx(more * 8 * 16 / 2.0 / (1e9 * world_size))
-
-
-@pytest.mark.parametrize(("vocab_size", "options", "sizes", "named"), TABLE["refused"])
-def test_a_model_that_cannot_teach_is_refused(
-    vocab_size: int, options: dict[str, Any], sizes: dict[str, Any], named: str, teacher: Path
-) -> None:
-    config = with_layout(student(teacher, **options), **sizes)
-    with pytest.raises(ConfigError) as caught:
-        find_teacher(str(teacher)).on_ranks_of(config, vocab_size, 8)
-    assert named in str(caught.value)
-
-
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    setup = build_setup(student(tmp_path / "none"), VOCAB_SIZE, STATE)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").write_text("no checkpoint")
-    for folder, said in (
-        ("none", "none has no checkpoint"),
-        ("other", "other holds no checkpoint of this program, but notes.txt"),
-        ("other/notes.txt", "notes.txt is a file"),
-    ):
-        with pytest.raises(CheckpointError, match=f"--teacher .*{said}"):
-            load_teacher(student(tmp_path / folder), setup.model)
-
-
-def test_a_damaged_teacher_is_refused(teacher: Path, tmp_path: Path) -> None:
-    shutil.copytree(teacher, tmp_path / "damaged")
-    file = next((tmp_path / "damaged").rglob("*.distcp"))
-    file.write_bytes(file.read_bytes()[:-3] + b"abc")
-    setup = build_setup(student(tmp_path / "damaged"), VOCAB_SIZE, STATE)
-    with pytest.raises(MegatronSamoeError, match="differs from what was written"):
-        load_teacher(setup.config, setup.model)
 
 
 def test_layers_are_spread_over_the_students_stages() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.optimizer.mixed_precision import LossScale
 from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.training import resume as starting
 from megatron_samoe.training.checkpointing import load_run, save_run
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
@@ -31,24 +31,6 @@ STATE = single_process_state()
 def start(dtype: torch.dtype | None = None, **options: Any) -> tuple[TrainSetup, TrainState]:
     setup = build_setup(tiny_config(**options), VOCAB_SIZE, STATE, dtype)
     return setup, initial_state(setup)
-
-
-def test_loss_and_gradient_are_those_of_the_mean_over_predicted_tokens() -> None:
-    setup, state = start(torch.float64, layout="dense", eod_mask_loss=True)
-    batches = micro_batches(setup, 0)
-    for number, batch in enumerate(batches):
-        batch["loss_mask"] = (torch.rand(2, 16, generator=torch.Generator().manual_seed(number)) < 0.3).float()
-    tokens, labels, mask = (torch.cat([b[name] for b in batches]) for name in ("tokens", "labels", "loss_mask"))
-    logits, _ = setup.model(tokens, ForwardContext(8))
-    losses = F.cross_entropy(logits, labels.flatten(), reduction="none")
-    expected = (losses * mask.flatten()).sum() / mask.sum()
-    weights = list(setup.buffers.parameters.values())
-    gradients = torch.autograd.grad(expected, weights)
-    loss, num_tokens, _, routing = compute_gradients(setup, state, batches)
-    assert num_tokens == int(mask.sum()) and routing is None
-    assert loss == pytest.approx(expected.item(), rel=1e-12)
-    for p, gradient in zip(weights, gradients, strict=True):
-        torch.testing.assert_close(p.main_grad, gradient, rtol=1e-10, atol=1e-13)
 
 
 def test_a_batch_without_predicted_tokens_changes_nothing_but_decay() -> None:
@@ -140,21 +122,6 @@ def resume(folder: Path, **options: Any) -> tuple[TrainSetup, TrainState]:
     return setup, load_run(setup, state, store.iteration_dir(folder, 2))
 
 
-def test_a_resumed_run_in_bf16_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    options = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "layout": "dense", "bf16": True}
-    pairs = [saved(tmp_path, **options), resume(tmp_path, **options)]
-    ends = []
-    for setup, state in pairs:
-        assert state.iteration == 2 and setup.optimizer.num_steps == 2
-        results = []
-        for _ in range(3):
-            result, state = train_step(setup, state, micro_batches(setup, state.iteration))
-            results.append((result.lm_loss, result.grad_norm))
-        ends.append((results, state.plain(), {n: p.detach() for n, p in setup.model.global_parameters().items()}))
-    assert ends[0][:2] == ends[1][:2]
-    assert all(torch.equal(p, ends[1][2][n]) for n, p in ends[0][2].items())
-
-
 def test_finetuning_takes_weights_only(tmp_path: Path) -> None:
     trained, _ = saved(tmp_path)
     setup, state = resume(tmp_path, finetune=True)
@@ -176,32 +143,15 @@ def test_a_run_may_go_on_without_its_optimizer_state(tmp_path: Path) -> None:
     assert torch.equal(setup.optimizer.masters[name].flatten(), weight.float().flatten())
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"num_layers": 2}, "num_layers is 4 there and 2 here"),
-        ({"layout": "moe"}, "expert_layout is 'samoe' there and 'moe' here"),
-        ({"num_experts": 8, "swiglu": True}, "num_experts is 4 there and 8 here"),
-        ({"samoe_normalization": "l2"}, "samoe_normalization is 'none' there and 'l2' here"),
-    ],
-)
-def test_checkpoint_of_another_model_is_refused_with_the_difference(
-    options: dict[str, Any], said: str, tmp_path: Path
-) -> None:
+def test_a_folder_of_another_model_is_not_saved_to(tmp_path: Path) -> None:
     saved(tmp_path)
-    with pytest.raises(CheckpointError, match="is of another model") as raised:
-        resume(tmp_path, **options)
-    assert said in str(raised.value) and "--use-checkpoint-args" in str(raised.value)
+    for options, is_refused in (({"num_layers": 2}, True), ({"lr": 0.1}, False)):
+        setup = build_setup(with_options(tiny_config(**options), save=str(tmp_path)), VOCAB_SIZE, STATE)
+        with pytest.raises(CheckpointError, match="another --save") if is_refused else nullcontext():
+            starting.resume(setup, initial_state(setup))
 
 
-def test_checkpoint_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    saved(tmp_path)
-    setup = build_setup(with_options(tiny_config(), load=str(tmp_path)), VOCAB_SIZE + 1, STATE)
-    with pytest.raises(CheckpointError, match="the vocabulary has 103 entries there, 104 here"):
-        load_run(setup, initial_state(setup), store.iteration_dir(tmp_path, 2))
-
-
-def test_options_that_do_not_make_the_model_may_change(tmp_path: Path) -> None:
+def test_options_that_make_the_model_may_not_change_and_others_may(tmp_path: Path) -> None:
     saved(tmp_path)
     routing = {
         "moe_router_load_balancing_type": "seq_aux_loss",
@@ -210,12 +160,5 @@ def test_options_that_do_not_make_the_model_may_change(tmp_path: Path) -> None:
     }
     others = {"samoe_combine": "layer", "hidden_dropout": 0.1, "micro_batch_size": 4, "lr": 0.1}
     assert resume(tmp_path, **routing, **others)[1].iteration == 2
-
-
-def test_description_of_a_checkpoint_is_complete(tmp_path: Path) -> None:
-    setup, state = saved(tmp_path)
-    found = store.iteration_dir(tmp_path, 2)
-    assert store.read_config(found) == to_mapping(setup.config)
-    description = json.loads((found / store.TRAIN_STATE).read_text())
-    assert description["vocab_size"] == VOCAB_SIZE and description["optimizer_steps"] == 2
-    assert TrainState.from_plain(description, state.expert_fractions_LE) == state
+    with pytest.raises(CheckpointError, match="samoe_normalization is 'none' there and 'l2' here"):
+        resume(tmp_path, samoe_normalization="l2")
