@@ -36,7 +36,7 @@ class Cluster:
         link_efficiency: share of the links' bandwidth that exchanges reach.
         tensor_exposed, expert_exposed: share of the exchanges between tensor- and expert-parallel ranks that no product
             hides; below 1 also where experts' rows have a faster way than collectives have.
-        sharded_exchange: time of a reduce-scatter and an all-gather over that of an all-reduce of as many bytes: 1 in rings
+        sharded_exchange: time of a reduce-scatter and an all-gather over that of an all-reduce of the same bytes: 1 in rings
             of NCCL, 2 with gloo, whose reduce-scatter sums everything everywhere.
         gradient_bytes: bytes of a gradient's element as data-parallel ranks sum it.
         gathers_ahead: weights of sharded optimizers are gathered during the first micro-batch's forward pass.

@@ -215,7 +215,7 @@ def _held(
     if first.tag.slice is None and zero and size > 1:
         shard = -(-own // size)
         weights, gradients = shard * size * element, shard * size * FP32_BYTES
-        # Of one buffer the reduced slice; later the updated one, which is no larger.
+        # Of one buffer the reduced slice; the updated one comes later and takes at most as much.
         part = min(1.0, max(bucket, *(p.largest for p in buffer)) / max(own, 1))
         exchange = int(part * shard * FP32_BYTES)
         own = max(0, min(shard, own - shard * size_and_rank[1]))

@@ -44,7 +44,7 @@ _MESSAGES = (1 << 16, 1 << 20, 1 << 23, 1 << 26)
 #: Bytes of the weights that products run through in turn: no cache holds them, as none holds a model's.
 _WEIGHTS = {"cpu": 1 << 28, "cuda": 1 << 30}
 _MOST_PRODUCTS = 256
-#: Exchanges that are timed for each round of other work, and the products before each: as many as a layer has between two.
+#: Exchanges that are timed for each round of other work, and the products before each: the number that a layer has between two.
 _EXCHANGES, _PRODUCTS_BETWEEN = 6, 4
 #: Bytes of experts' rows that a rank exchanges.
 _ROWS = {"cpu": 1 << 20, "cuda": 1 << 26}
