@@ -187,15 +187,18 @@ def test_the_other_ranks_leave_when_the_first_dies(checkpoints: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--host 0.0.0.0", r"--host = '0\.0\.0\.0': lets others use the server"),
-        ("--beside FOLDER", "--served-model-name = 'tiny': would name two models"),
-        ("--beside FOLDER --served-model-name a", r"gives 1 name\(s\) to 2 model\(s\)"),
-        ("--beside FOLDER --served-model-name a --served-model-name b --ckpt-step 1", "is for one model"),
-        ("--beside nowhere/none", "none"),
+        ("", r"--host = '198\.51\.100\.1': lets others use the server"),
+        ("--no-api-key --beside FOLDER", "--served-model-name = 'tiny': would name two models"),
+        ("--no-api-key --beside FOLDER --served-model-name a", r"gives 1 name\(s\) to 2 model\(s\)"),
+        ("--no-api-key --beside FOLDER --served-model-name a b --ckpt-step 1", "is for one model"),
+        ("--no-api-key --beside nowhere/none", "none"),
+        ("--no-api-key", "cannot be listened at"),
     ],
 )
 def test_what_cannot_be_served_is_said_in_a_sentence(words: str, said: str, checkpoints: Path) -> None:
-    done = call(PROGRAM, "--load", str(checkpoints), *words.replace("FOLDER", str(checkpoints)).split())
+    """At an address of another machine, so that what is not refused ends as well."""
+    given = ["--load", str(checkpoints), "--host", "198.51.100.1", *words.replace("FOLDER", str(checkpoints)).split()]
+    done = call(PROGRAM, *given)
     assert done.returncode in (1, 2) and re.search(said, done.stderr) and "Traceback" not in done.stderr, done
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 from statsmodels.stats import contingency_tables
 
 from megatron_samoe.errors import CheckpointError, ConfigError
@@ -17,7 +18,7 @@ from megatron_samoe.evaluation.zero_shot.metrics import MetricResult, means, of_
 from megatron_samoe.evaluation.zero_shot.results import TaskResult, result_record
 from megatron_samoe.evaluation.zero_shot.statistics import bootstrap_stderr, mcnemar, paired_bootstrap
 from megatron_samoe.evaluation.zero_shot.tables import metric_line, notes, result_table, variation_table
-from megatron_samoe.evaluation.zero_shot.variation import choose_iterations, variations
+from megatron_samoe.evaluation.zero_shot.variation import choose_iterations, compare, variations
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,11 @@ def test_paired_bootstrap_uses_pairs() -> None:
     assert better.p_value < 0.01
     same = paired_bootstrap(units[0], units[0], ratio)
     assert (same.value, same.low, same.high, same.p_value) == (0, 0, 0, 1)
+    # With 5 that are worse, too, the normal distribution is close.
+    second[np.flatnonzero(first)[:5]] = False
+    some, error = paired_bootstrap(units[0], means(second).x_UV, ratio), math.sqrt(17 - 7**2 / 400) / 400
+    assert (some.low, some.high) == pytest.approx((7 / 400 - 1.96 * error, 7 / 400 + 1.96 * error), abs=0.1 * error)
+    assert some.p_value == pytest.approx(2 * norm.sf(7 / 400 / error), rel=0.2)
     # Not paired, 12 of 400 would be within one standard error (0.035).
     other = paired_bootstrap(units[0], units[1][generator.permutation(400)], ratio)
     assert other.p_value > 0.1
@@ -83,6 +89,17 @@ def test_paired_bootstrap_uses_pairs() -> None:
 
 def result(task: str, right: list[int], **facts: float) -> TaskResult:
     return TaskResult(task, len(right), {"acc": means(right)}, **facts)  # type: ignore[arg-type]
+
+
+def test_variation_and_comparison_of_results() -> None:
+    runs = [[result("boolq", right)] for right in ([1, 1, 1, 0], [1, 1, 0, 0])]
+    (variation,) = variations(runs)
+    assert variation.values == (0.75, 0.5) and variation.stderr == pytest.approx(math.sqrt(0.25 / 3))
+    assert (variation.mean, variation.low, variation.high) == (0.625, 0.5, 0.75)
+    assert variation.sd == pytest.approx(0.125 * math.sqrt(2)) and math.isnan(variations(runs[:1])[0].sd)
+    (comparison,) = compare(*runs)
+    assert comparison.difference.value == -0.25 and comparison.mcnemar is not None
+    assert (comparison.mcnemar.only_first, comparison.mcnemar.only_second, comparison.mcnemar.p_value) == (1, 0, 1)
 
 
 def test_tables_say_everything_once_and_have_no_empty_column() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,17 +75,3 @@ def test_any_cut_of_any_text_gives_the_same(
     if stopped:
         # No later than its last letter was whole: a token more is taken only within the next letter.
         assert up_to_stop(taken, stops) == expected
-
-
-@pytest.mark.parametrize("stops", [("€",), ("中😀",), ("a€b",), ("😁", "€b中")])
-def test_a_stop_of_bytes_that_come_one_by_one(stops: tuple[str, ...]) -> None:
-    text = "xa€b中😀y"
-    for places in (range(100), range(0, 100, 2), range(1, 100, 3)):
-        given_out, stopped, _ = streamed(text, places, stops)
-        assert "".join(given_out) == up_to_stop(text, stops) and stopped
-        assert not any("\ufffd" in piece for piece in given_out)
-
-
-def test_of_two_stops_the_one_that_is_whole_first_counts() -> None:
-    for places in ((), (1,), (2,), (1, 2)):
-        assert "".join(streamed("abc", places, ("abc", "b"))[0]) == "a"

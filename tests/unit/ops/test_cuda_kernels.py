@@ -35,7 +35,7 @@ def test_results_do_not_depend_on_the_order_of_threads(order: str) -> None:
     command = [sys.executable, "-m", "pytest", *options, str(Path(__file__).parent)]
     environment = {**os.environ, "SAMOE_EMULATED_ORDER": order}
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-2000:]
+    assert result.returncode == 0, result.stdout[-2000:]
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,10 @@ def test_every_group_partitions_the_world(grid: RankGrid) -> None:
         groups = grid.groups(name)
         assert sorted(rank for ranks in groups for rank in ranks) == list(range(grid.world_size)), name
         if name != "embed_dp":
-            assert {len(ranks) for ranks in groups} == {grid.size_and_rank(name, groups[0][0])[0]}, name
+            assert len({len(ranks) for ranks in groups}) == 1, name
+        for ranks in (groups[0], groups[len(groups) // 2], groups[-1]):
+            numbers = [(len(ranks), number) for number in range(len(ranks))]
+            assert [grid.size_and_rank(name, rank) for rank in ranks] == numbers, name
         assert all(list(ranks) == sorted(ranks) for ranks in groups), "members are in the order of their ranks"
         assert [ranks[0] for ranks in groups] == sorted(ranks[0] for ranks in groups)
 
