@@ -59,7 +59,7 @@ class Target:
 
     offset: int
     memory: memoryview
-    filled: Callable[[], None]
+    filled: Callable[[], None] = lambda: None
 
 
 def digest_of(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import mmap
 import operator
 import os
 from collections import Counter, defaultdict
@@ -167,6 +168,25 @@ class _WantedPart:
         """Bytes of the overlaps, as they are stored."""
         return sum(target.numel() for target, _ in self.copies) * self.parted.dtype.itemsize
 
+    def runs(self) -> list[tuple[int, Tensor]]:
+        """Returns each overlap with the number of its first element, in order, if all are runs of the stored elements that can be
+        read to where they belong; else nothing."""
+        runs, end = [], 0
+        steps = torch.empty(self.stored.sizes, device="meta").stride()
+        for target, box in self.copies:
+            first = sum(axis.start * step for axis, step in zip(box, steps, strict=True))
+            last = sum((axis.stop - 1) * step for axis, step in zip(box, steps, strict=True))
+            fits = target.dtype == self.parted.dtype and target.is_contiguous() and target.device.type == "cpu"
+            if not fits or last - first + 1 != target.numel():
+                return []
+            runs.append((first, target))
+        runs.sort(key=lambda run: run[0])
+        for first, target in runs:
+            if first < end:
+                return []
+            end = first + target.numel()
+        return runs
+
     def memory(self) -> Tensor:
         """Returns memory for the stored part: this rank's own if it fits, since a copy between needs its size once more."""
         for target, _ in self.copies:
@@ -280,31 +300,37 @@ class _FileReading:
         """Yields where bytes of the file go, in its order."""
         end, size = 0, os.fstat(file.fileno()).st_size
         for part in self.parts:
-            found = None
+            if part.stored.length > SMALL_BYTES:
+                # Its table of contents is its last page: asked for alone, it would wait behind all that is read ahead.
+                tail = part.stored.start + part.stored.length - mmap.PAGESIZE
+                os.posix_fadvise(file.fileno(), tail, mmap.PAGESIZE, os.POSIX_FADV_WILLNEED)
+        for part in self.parts:
+            found: list[Target] = []
             with self._noting(part):
                 if part.stored.start + part.stored.length > size:
                     raise EOFError("the file ends within it")
                 if part.stored.start < end:
                     raise ValueError("it begins within another part")
-                found = self._target(file, part)
-            if found is not None:
-                yield found
-                end = found.offset + found.memory.nbytes
+                found = self._targets_of(file, part)
+            for target in found:
+                yield target
+                end = target.offset + target.memory.nbytes
 
-    def _target(self, file: io.FileIO, part: _WantedPart) -> Target | None:
-        """Returns the memory that a part goes to; None for one that is to be read later."""
+    def _targets_of(self, file: io.FileIO, part: _WantedPart) -> list[Target]:
+        """Returns the memory that a part goes to; none for one that is to be read later."""
         stored = part.stored
         if stored.length <= SMALL_BYTES:
             content = bytearray(stored.length)
-            return Target(stored.start, memoryview(content), partial(self._take_small, part, content))
+            return [Target(stored.start, memoryview(content), partial(self._take_small, part, content))]
         saved = find_saved_bytes(file, stored.start, stored.length)
         if saved is None:
             self._others.append(part)
-            return None
+            return []
         _refuse_other(self.path, part.name, saved, part.parted, stored)
+        if runs := part.runs():
+            return [Target(saved.offset + first * saved.dtype.itemsize, _bytes_of(run)) for first, run in runs]
         memory = part.memory()
-        elements = memoryview(memory.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        return Target(saved.offset, elements, partial(self._take, part, memory))
+        return [Target(saved.offset, _bytes_of(memory), partial(self._take, part, memory))]
 
     def _take(self, part: _WantedPart, saved: Tensor) -> None:
         with self._noting(part):
@@ -325,6 +351,10 @@ class _FileReading:
             self.unread.append(str(error))
         except Exception as error:  # torch raises several kinds for damaged files
             self.unread.append(_cannot_read(self.path, part.name, error))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def read_part(directory: Path, name: str, parted: PartedTensor, part: StoredPart) -> Tensor:

@@ -113,7 +113,7 @@ def diagnose(load: str, batches: int, data: DataConfig | None = None, ckpt_step:
     """
     checkpoint = CheckpointConfig(load=load, ckpt_step=ckpt_step, exit_on_missing_checkpoint=True, no_load_optim=True)
 
-    def load(problems_of: store.Problems) -> tuple[Path, TrainSetup, TrainState]:
+    def load_found(problems_of: store.Problems) -> tuple[Path, TrainSetup, TrainState]:
         directory = store.find_checkpoint(checkpoint, problems_of)
         assert directory is not None
         config = _config(from_mapping(store.read_config(directory), str(directory)), checkpoint, data)
@@ -122,7 +122,7 @@ def diagnose(load: str, batches: int, data: DataConfig | None = None, ckpt_step:
         setup = build_setup(config, saved["vocab_size"], single_process_state())
         return directory, setup, load_run(setup, initial_state(setup), directory)
 
-    directory, setup, state = load_newest(load, single_process_state())
+    directory, setup, state = load_newest(load_found, single_process_state())
     iteration, consumed = state.iteration, state.consumed_samples
     tokenizer = tokenizer_of(with_carried(setup.config.data, directory, only_missing=True))
     run_data = build_run_data(setup.config, tokenizer, setup.parallel, (iteration, consumed))
