@@ -301,7 +301,7 @@ class _FileReading:
         end, size = 0, os.fstat(file.fileno()).st_size
         for part in self.parts:
             if part.stored.length > SMALL_BYTES:
-                # Its table of contents is its last page: asked for alone, it would wait behind all that is read ahead.
+                # Its table of contents is its last page: asked for by itself, it would wait behind all that is read ahead.
                 tail = part.stored.start + part.stored.length - mmap.PAGESIZE
                 os.posix_fadvise(file.fileno(), tail, mmap.PAGESIZE, os.POSIX_FADV_WILLNEED)
         for part in self.parts:
