@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile
 # Without it, each of some hundred interpreters would compile torch and the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: gpu-check docs wheels install quickstart test test-unit test-distributed test-all mutants sanitize lint results-check check-python clean
+.PHONY: gpu-check docs wheels install extension package quickstart test test-unit test-distributed test-all mutants sanitize lint results-check check-python clean
 
 install: $(VENV)/.installed
 
@@ -24,21 +24,28 @@ check-python:
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || echo "note: no C++ compiler, so the slower pure-Python path is used: apt-get install g++ brings one"
 
 # The extension is compiled against the environment's torch, so torch comes first and the build is not isolated. It is
-# compiled outside pip, which would hide how far it is; pip finds the objects there.
+# compiled outside pip, which would hide how far it is, while pip fetches what else is needed.
+EXTRAS := serve
 $(VENV)/.installed: $(SOURCES) | check-python
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installation 1/3: torch"
+	@echo "installation 1/2: torch"
 	@$(PIP) --upgrade pip
 	@$(PIP) "torch>=2.11,<3" numpy "setuptools>=77" wheel
-	@echo "installation 2/3: the compiled extension"
-	@$(BIN)/python setup.py --quiet build_ext --inplace >/dev/null
-	@echo "installation 3/3: the package, what it needs, and what serving needs"
-	@$(PIP) --no-build-isolation --editable ".[serve]"
+	@echo "installation 2/2: the compiled extension, the package, and what it needs with [$(EXTRAS)]"
+	@$(MAKE) --no-print-directory -j2 EXTRAS=$(EXTRAS) extension package
 	@$(BIN)/python -c 'from megatron_samoe.ops import extension; print("compiled extension:", "yes" if extension.available() else "no, the pure-Python path is used")'
-	@touch $@
+	@echo $(EXTRAS) >$@
 
+extension:
+	@$(BIN)/python setup.py --quiet build_ext --inplace >/dev/null
+
+package:
+	@MEGATRON_SAMOE_BUILD=none $(PIP) --no-build-isolation --editable ".[$(EXTRAS)]"
+
+# From nothing, what tests need is fetched with the rest.
+$(VENV)/.installed-tests: EXTRAS := serve,test,dev
 $(VENV)/.installed-tests: $(VENV)/.installed
-	$(PIP) --no-build-isolation --editable ".[test,dev]"
+	@grep --quiet test $< || $(MAKE) --no-print-directory EXTRAS=test,dev package
 	@touch $@
 
 quickstart: install

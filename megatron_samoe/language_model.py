@@ -18,10 +18,11 @@ from typing_extensions import TypedDict, Unpack
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.convert.edited_model import EditedModel
-from megatron_samoe.convert.opener import PYTHON, open_folder, open_verified
+from megatron_samoe.convert.opener import PYTHON, load_from, open_folder
 from megatron_samoe.convert.target import plan_hf
 from megatron_samoe.datasets.chat_prompt import chat_prompt
 from megatron_samoe.datasets.tokenizer import Tokenizer
+from megatron_samoe.dist_checkpointing.opened import Opened
 from megatron_samoe.errors import ConfigError, nearest
 from megatron_samoe.evaluation.zero_shot.data_files import Document
 from megatron_samoe.evaluation.zero_shot.harness_model import harness_model
@@ -61,8 +62,11 @@ def load(
         ConfigError: the model does not fit one process.
     """
     state = single_process_state(device)
-    opened = open_verified(path, state, step, PYTHON)
-    return LanguageModel(load_model(opened, state, tokenizer_model=tokenizer_model, dtype=dtype))
+
+    def load_opened(opened: Opened) -> LoadedModel:
+        return load_model(opened, state, tokenizer_model=tokenizer_model, dtype=dtype)
+
+    return LanguageModel(load_from(path, load_opened, state, step, PYTHON))
 
 
 @dataclass(frozen=True)

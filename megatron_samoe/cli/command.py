@@ -93,7 +93,9 @@ def main() -> int:
         importlib.import_module("megatron_samoe.config.cli").parse_pretrain_args(["--help"])
     if name in LOADING and sys.stderr.isatty() and "RANK" not in os.environ:
         print(f"megatron-samoe {name}: loading torch, which takes seconds", file=sys.stderr, flush=True)
-    status: int = importlib.import_module(module_of(name)).main()
+    with start.importing():
+        program = importlib.import_module(module_of(name))
+    status: int = program.main()
     return status
 
 

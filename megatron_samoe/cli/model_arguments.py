@@ -11,7 +11,8 @@ import tyro
 
 from megatron_samoe.cli.program import Commands, Count, Number, Program, Words, main_of, read
 from megatron_samoe.config.parallel import ParallelConfig
-from megatron_samoe.convert.opener import open_verified
+from megatron_samoe.convert.opener import load_from
+from megatron_samoe.dist_checkpointing.opened import Opened
 from megatron_samoe.dist_checkpointing.store import LoadWords
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.inference.serving import Precision, Serving
@@ -60,10 +61,12 @@ class ModelOptions(LayoutOptions, _CheckpointOptions):
         """Returns the model of --load at --ckpt-step, or that of another folder at an iteration."""
         if folder is None:
             folder, step = self.load, self.ckpt_step
-        opened = open_verified(folder, parallel, step, LoadWords())
-        return load_model(
-            opened, parallel, self.layout(), combine, self.tokenizer_model if folder == self.load else None
-        )
+        tokenizer_model = self.tokenizer_model if folder == self.load else None
+
+        def load(opened: Opened) -> LoadedModel:
+            return load_model(opened, parallel, self.layout(), combine, tokenizer_model)
+
+        return load_from(folder, load, parallel, step, LoadWords())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,13 +35,11 @@ from megatron_samoe.dist_checkpointing.global_tensors import (
     StoredTensor,
 )
 from megatron_samoe.dist_checkpointing.saved_tensor import is_plain
-from megatron_samoe.dist_checkpointing.store import LoadWords
+from megatron_samoe.dist_checkpointing.store import LoadWords, Problems
 from megatron_samoe.errors import CheckpointError, ConfigError, in_units, shown
 
 #: Entry points by which installed packages add formats.
 GROUP = "megatron_samoe.formats"
-#: Returns what is wrong with the files of a checkpoint.
-Problems = Callable[[Path], list[str]]
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.convert.edited_model import source_config
-from megatron_samoe.convert.formats import HF, NATIVE, Format, Problems, formats
+from megatron_samoe.convert.formats import HF, NATIVE, Format, formats
 from megatron_samoe.convert.hf.folder import ADAPTER, WeightFile
 from megatron_samoe.convert.hf.tokenizer_files import TOKENIZER, imported_tokenizer
 from megatron_samoe.datasets.carried_tokenizer import read_files, with_carried
 from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.loading import Loaded, load_newest
 from megatron_samoe.dist_checkpointing.opened import Opened, ReadTensors
-from megatron_samoe.dist_checkpointing.store import LoadWords
+from megatron_samoe.dist_checkpointing.store import LoadWords, Problems
 from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError, nearest, readable
 from megatron_samoe.parallel_state.state import ParallelState
 
@@ -71,11 +72,16 @@ def open_folder(
     return Opened(found.name, found.described, directory, tensors, data, model, notes)
 
 
-def open_verified(
-    path: str | Path, parallel: ParallelState, step: int | None = None, words: LoadWords = LOAD_DIR
-) -> Opened:
-    """Returns the model of a folder whose files have their digests; all ranks call it together. See `open_folder`."""
-    return open_folder(path, step, words, problems_of=lambda directory: store.damaged_files(directory, parallel))
+def load_from(
+    path: str | Path,
+    load: Callable[[Opened], Loaded],
+    parallel: ParallelState,
+    step: int | None = None,
+    words: LoadWords = LOAD_DIR,
+) -> Loaded:
+    """Returns what `load` makes of the model of a folder, by its `load_into`, or of an older checkpoint there, where files
+    are damaged; all ranks call it together. See `open_folder`."""
+    return load_newest(lambda problems_of: load(open_folder(path, step, words, problems_of=problems_of)), parallel)
 
 
 def format_of(path: str | Path, words: LoadWords = LOAD_DIR) -> Format:

@@ -1,18 +1,23 @@
-"""Digests of a checkpoint's files."""
+"""Digests of a checkpoint's files, and the reading of parts of a file while it is digested."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
+#: Of a file that is digested: a block is still in the processor's cache when it is digested.
 BLOCK_BYTES = 4 << 20
-NUM_READERS = 4
+BLOCKS_AHEAD = 2
 
 
 def new_digest(like: str = "") -> Any:
@@ -43,26 +48,71 @@ class _Blake3:
         return self.PREFIX + self._hasher.hexdigest()
 
 
-def digest_of(path: Path, like: str = "") -> str:
-    """Returns a file's digest, of the same kind as `like`. Several blocks are read at a time, since a disk serves one
-    reader at a fraction of its speed, while those before them are digested."""
+@dataclass(frozen=True)
+class Target:
+    """Memory for a part of a file.
+
+    Attributes:
+        offset: where the part begins in the file.
+        filled: called when the memory has the part.
+    """
+
+    offset: int
+    memory: memoryview
+    filled: Callable[[], None] = lambda: None
+
+
+def digest_of(
+    path: Path, like: str = "", targets: Callable[[io.FileIO], Iterator[Target]] = lambda file: iter(())
+) -> str:
+    """Returns a file's digest, of the same kind as `like`, and fills targets with the bytes that were digested.
+
+    Each byte is read once, by one thread, while another digests the block before it.
+
+    Args:
+        targets: returns them for the open file, in its order and without overlaps. Each is asked for when the file is read
+            up to the one before. Those beyond the file's end are not filled.
+    """
     digest = new_digest(like)
-    pending: deque[Future[memoryview]] = deque()
-    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(NUM_READERS) as readers:
-        size = os.fstat(file.fileno()).st_size
-        blocks = [bytearray(min(size, BLOCK_BYTES)) for _ in range(NUM_READERS)]
-        for number, offset in enumerate(range(0, size, BLOCK_BYTES)):
-            if number >= NUM_READERS:
-                digest.update(pending.popleft().result())
-            pending.append(readers.submit(_filled, blocks[number % NUM_READERS], file.fileno(), offset))
-        for block in pending:
-            digest.update(block.result())
+    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
+        # In the file's order the system reads far ahead, in requests as large as the disk takes.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        blocks = _blocks(file.fileno(), targets(file))
+        pending = deque(reader.submit(next, blocks, None) for _ in range(BLOCKS_AHEAD))
+        while (block := pending.popleft().result()) is not None:
+            pending.append(reader.submit(next, blocks, None))
+            digest.update(block)
     return digest.hexdigest()
 
 
-def _filled(block: bytearray, fd: int, offset: int) -> memoryview:
-    """Returns what a file has from an offset on, as much as fits into the block."""
-    view, size = memoryview(block), 0
-    while size < len(view) and (count := os.preadv(fd, [view[size:]], offset + size)):
+def _blocks(fd: int, targets: Iterator[Target]) -> Iterator[memoryview]:
+    """Reads a file and yields its bytes in order: those of targets in their memory, all else in memory that is used again."""
+    size, position = os.fstat(fd).st_size, 0
+    spare = cycle([memoryview(bytearray(min(size, BLOCK_BYTES))) for _ in range(BLOCKS_AHEAD + 1)])
+    while position < size:
+        target = next(targets, None)
+        start = size if target is None else target.offset
+        while position < start:
+            block = read_up_to(next(spare)[: start - position], fd, position)
+            if not block:
+                return
+            yield block
+            position += len(block)
+        if target is None:
+            return
+        end = start + len(target.memory)
+        while position < end:
+            block = read_up_to(target.memory[position - start :][:BLOCK_BYTES], fd, position)
+            if not block:
+                return
+            yield block
+            position += len(block)
+        target.filled()
+
+
+def read_up_to(memory: memoryview, fd: int, offset: int) -> memoryview:
+    """Returns what a file has from an offset on, as much as fits into the memory."""
+    size = 0
+    while size < len(memory) and (count := os.preadv(fd, [memory[size:]], offset + size)):
         size += count
-    return view[:size]
+    return memory[:size]

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.dist_checkpointing import saving, store
+from megatron_samoe.dist_checkpointing.loading import read_part
 from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
-from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor, read_part
+from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor
 from megatron_samoe.dist_checkpointing.table_of_contents import METADATA, read_table
 from megatron_samoe.errors import CheckpointError, shown
 from megatron_samoe.parallel_state.state import single_process_state

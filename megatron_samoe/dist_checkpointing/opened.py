@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from megatron_samoe.config.data import DataConfig
-from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor
+from megatron_samoe.dist_checkpointing.loading import load_checkpoint
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedState
 from megatron_samoe.parallel_state.state import ParallelState
 
@@ -42,10 +42,10 @@ class Opened:
         """Fills this rank's parts of tensors; all ranks call it together.
 
         Raises:
-            CheckpointError: a tensor is missing or has another shape, or a file is damaged.
+            CheckpointError: a tensor is missing or has another shape, or a file is damaged; see `load_checkpoint`.
         """
         if isinstance(self.tensors, CheckpointReader):
-            store.load_checkpoint(self.directory, state, parallel)
+            load_checkpoint(self.directory, state, parallel)
             return
         for name, parts in state.items():
             tensor = self.tensors.read(name)

@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,24 +62,15 @@ class Window(io.RawIOBase):
         return count
 
 
-def read_saved_tensor(path: Path, start: int, length: int, verifies: bool = True) -> Tensor:
-    """Returns the tensor that torch.save wrote to a part of a file, on the CPU.
-
-    Args:
-        verifies: compares its bytes with their checksum, at some 1 GB/s.
+def read_saved_tensor(path: Path, start: int, length: int) -> Tensor:
+    """Returns the tensor that torch.save wrote to a part of a file, on the CPU, whose bytes have their checksum.
 
     Raises:
         Exception: of several kinds: the file cannot be read, or the part is not what was written.
     """
     with open(path, "rb") as file:
         window = Window(file, start, length)
-        refuse_packed(window)  # type: ignore[arg-type]
-        window.seek(0)
-        tensor = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
-        if not is_plain(tensor):
-            raise ValueError("it is not a plain tensor")
-        if not verifies:
-            return tensor
+        tensor = saved_tensor_in(window)  # type: ignore[arg-type]
         window.seek(0)
         with zipfile.ZipFile(window) as archive:  # type: ignore[arg-type]
             for record in archive.infolist():
@@ -89,44 +81,59 @@ def read_saved_tensor(path: Path, start: int, length: int, verifies: bool = True
     return tensor
 
 
-def read_saved_tensor_into(target: Tensor, file: io.FileIO, start: int, length: int) -> bool:
-    """Fills a tensor with the one that torch.save wrote to a part of a file, without an intermediate copy.
+def saved_tensor_in(file: BinaryIO) -> Tensor:
+    """Returns the tensor of a file that torch.save wrote, on the CPU.
 
-    Returns False, with nothing done, where the target has other sizes or another type, is not contiguous, or is not in
-    CPU memory.
+    Raises:
+        Exception: of several kinds: the file is not what was written.
+    """
+    refuse_packed(file)
+    file.seek(0)
+    tensor = torch.load(file, map_location="cpu", weights_only=True)
+    if not is_plain(tensor):
+        raise ValueError("it is not a plain tensor")
+    return tensor
 
-    Args:
-        file: unbuffered.
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """The elements of a tensor in a file, in order, as this machine has them in memory.
+
+    Attributes:
+        offset: of the first element in the file.
+    """
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def find_saved_bytes(file: BinaryIO, start: int, length: int) -> SavedBytes | None:
+    """Returns where the elements are of a tensor that torch.save wrote to a part of a file; None where they are in another
+    order or of another machine.
 
     Raises:
         Exception: of several kinds: the file cannot be read, or the part is not what was written.
     """
-    window = Window(file, start, length)  # type: ignore[arg-type]
+    window = Window(file, start, length)
     refuse_packed(window)  # type: ignore[arg-type]
     window.seek(0)
     saved = torch.load(window, map_location="meta", weights_only=True)  # type: ignore[arg-type]
-    fits = saved.dtype == target.dtype and saved.shape == target.shape and target.device.type == "cpu"
-    if not (fits and saved.is_contiguous() and target.is_contiguous()):
-        return False
     window.seek(0)
     with zipfile.ZipFile(window) as archive:  # type: ignore[arg-type]
         records = {r.filename.partition("/")[2]: r for r in archive.infolist()}
         record, order = records["data/0"], records.get("byteorder")
         foreign = order is not None and archive.read(order) != sys.byteorder.encode()
-    if foreign or record.compress_type != zipfile.ZIP_STORED or record.file_size != target.nbytes:
-        return False
+    if foreign or not saved.is_contiguous() or record.file_size != saved.nbytes:
+        return None
     window.seek(record.header_offset)
     header = bytearray(LOCAL_HEADER.size)
     window.readinto(header)
     *_, name_bytes, extra_bytes = LOCAL_HEADER.unpack(header)
-    file.seek(start + record.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes)
-    left = memoryview(target.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    while left:
-        count = file.readinto(left)
-        if not count:
-            raise EOFError("the file ends within a tensor")
-        left = left[count:]
-    return True
+    offset = record.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes
+    if offset + saved.nbytes > length:
+        raise EOFError("the file ends within a tensor")
+    return SavedBytes(start + offset, tuple(saved.shape), saved.dtype)
 
 
 def is_plain(value: object) -> bool:

@@ -1,29 +1,21 @@
-"""A rank's tensors as parts of global tensors, and the reading of such parts from checkpoints of any layout.
+"""A rank's tensors as parts of global tensors.
 
 A checkpoint knows only global names, shapes and offsets. Saving writes each part once, from its first replica
-(`file_storage`). Loading reads whatever overlaps this rank's parts, so the layout that saved does not matter.
+(`file_storage`). Loading (`loading`) reads whatever overlaps this rank's parts, so the layout that saved does not matter.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_samoe.dist_checkpointing.saved_tensor import read_saved_tensor, read_saved_tensor_into
-from megatron_samoe.dist_checkpointing.table_of_contents import PartedTensor, StoredPart, TableOfContents, read_table
-from megatron_samoe.errors import CheckpointError, some
+from megatron_samoe.dist_checkpointing.table_of_contents import read_table
 from megatron_samoe.parallel_state.shard_spec import FlatSlice, ShardSpec, is_counted_here
 from megatron_samoe.parallel_state.state import ParallelState
-
-#: Threads that read: most of the time goes into copies of what verifying has left in memory.
-READERS = 2
 
 
 @dataclass(frozen=True)
@@ -121,94 +113,3 @@ def stored_names(directory: str) -> set[str]:
     """Returns the names of all tensors and objects in a checkpoint folder."""
     table = read_table(directory)
     return {*table.tensors, *table.objects}
-
-
-def read_sharded(state: ShardedState, directory: str, parallel: ParallelState) -> None:
-    """Fills a state's local parts from a folder; all ranks call it together.
-
-    Raises:
-        CheckpointError: tensors are missing or have other shapes, or files are damaged; the same on all ranks.
-    """
-    problem = None
-    try:
-        _read(state, directory)
-    except CheckpointError as error:
-        problem = str(error)
-    except Exception as error:  # torch raises several kinds for damaged files
-        problem = f"The checkpoint in {directory} cannot be read: {str(error) or type(error).__name__}."
-    problems = [found for found in parallel.world.all_gather_object(problem) if found is not None]
-    if problems:
-        raise CheckpointError(problems[0], collective=True)
-
-
-def _read(state: ShardedState, directory: str) -> None:
-    table = read_table(directory)
-    check_tensors(state, table)
-    wanted = [(n, table.tensors[n], part, parts) for n, parts in state.items() for part in table.tensors[n].parts]
-    with ThreadPoolExecutor(READERS) as readers:
-        for _ in readers.map(lambda job: _fill(Path(directory), *job), wanted):
-            pass
-
-
-def check_tensors(state: ShardedState, table: TableOfContents) -> None:
-    """Raises CheckpointError naming tensors that the checkpoint lacks or has in another shape."""
-    missing = [name for name in state if name not in table.tensors]
-    if missing:
-        raise CheckpointError(
-            f"The checkpoint has no tensor {some(missing)}: it is of a model with other layers, experts or options "
-            "(compare its config.yaml)."
-        )
-    shaped = [
-        f"{name} is {list(table.tensors[name].shape)} in the checkpoint and {list(t.global_shape)} in the model"
-        for name, parts in state.items()
-        for t in parts[:1]
-        if table.tensors[name].shape != t.global_shape
-    ]
-    if shaped:
-        raise CheckpointError(f"The checkpoint does not fit the model: {some(shaped)}.")
-
-
-def _fill(directory: Path, name: str, parted: PartedTensor, stored: StoredPart, parts: Sequence[ShardedTensor]) -> None:
-    """Copies a stored part of a tensor to where this rank's parts overlap it. It is read at most once, and straight to its
-    place where that has its size: a copy between would need its memory twice."""
-    saved: Tensor | None = None
-    for part in parts:
-        starts = tuple(map(max, part.offsets, stored.offsets))
-        ends = tuple(map(min, _ends(part), _ends(stored)))
-        if any(start >= end for start, end in zip(starts, ends, strict=True)):
-            continue
-        target = part.local.detach()[_box(starts, ends, part.offsets)]
-        if saved is None and target.shape == stored.sizes:
-            with open(directory / stored.file, "rb", buffering=0) as file:
-                if read_saved_tensor_into(target, file, stored.start, stored.length):
-                    continue
-        if saved is None:
-            saved = read_part(directory, name, parted, stored, verifies=False)
-        target.copy_(saved[_box(starts, ends, stored.offsets)])
-
-
-def _ends(part: ShardedTensor | StoredPart) -> tuple[int, ...]:
-    return tuple(map(operator.add, part.offsets, part.sizes))
-
-
-def _box(starts: Sequence[int], ends: Sequence[int], base: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(start - b, end - b) for start, end, b in zip(starts, ends, base, strict=True))
-
-
-def read_part(directory: Path, name: str, parted: PartedTensor, part: StoredPart, verifies: bool = True) -> Tensor:
-    """Returns a stored part of a tensor; see `read_saved_tensor`.
-
-    Raises:
-        CheckpointError: its file is damaged.
-    """
-    path = directory / part.file
-    try:
-        tensor = read_saved_tensor(path, part.start, part.length, verifies)
-    except Exception as error:  # torch raises several kinds for damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged: {name} cannot be read ({reason}).") from None
-    if tensor.shape != part.sizes or tensor.dtype != parted.dtype:
-        raise CheckpointError(
-            f"{path} is damaged: {name} is {list(tensor.shape)} {tensor.dtype} in place of {list(part.sizes)} {parted.dtype}."
-        )
-    return tensor

@@ -22,12 +22,14 @@ from typing import Any
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.saved import upgrade
 from megatron_samoe.dist_checkpointing.digests import digest_of, new_digest
-from megatron_samoe.dist_checkpointing.sharded_state import ShardedState, read_sharded
 from megatron_samoe.dist_checkpointing.table_of_contents import MAX_METADATA_BYTES
 from megatron_samoe.errors import CheckpointError, shown, some
 from megatron_samoe.log import say_once
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.parsing import finite_float, parse_json, parse_yaml, read_file, read_text
+
+#: Returns what is wrong with the files of a checkpoint.
+Problems = Callable[[Path], list[str]]
 
 LATEST = "latest_checkpointed_iteration.txt"
 CONFIG, TRAIN_STATE = "config.yaml", "train_state.json"
@@ -123,15 +125,15 @@ def refuse_without_checkpoint(folder: str, flag: str) -> None:
 
 
 def find_checkpoint(
-    config: CheckpointConfig, problems_of: Callable[[Path], list[str]] = lambda _: [], words: LoadWords = LoadWords()
+    config: CheckpointConfig, problems_of: Problems = lambda _: [], words: LoadWords = LoadWords()
 ) -> Path | None:
     """Returns the folder that --load and --ckpt-step name; None where --load has no checkpoint.
 
     A damaged checkpoint is skipped for the next older one, with a warning, unless --ckpt-step asks for it.
 
     Args:
-        problems_of: returns what is wrong with the files of a checkpoint; if not given, only its description is
-            checked.
+        problems_of: returns what is wrong with the files of a checkpoint (`loading.load_newest` gives one); if not given,
+            only its description is checked.
         words: what the user calls --load and --ckpt-step.
 
     Raises:
@@ -180,7 +182,7 @@ def _in_order_of_choice(config: CheckpointConfig, iterations: list[int]) -> list
     return [i for i in reversed(iterations) if i <= newest]
 
 
-def _damage(directory: Path, problems_of: Callable[[Path], list[str]]) -> str:
+def _damage(directory: Path, problems_of: Problems) -> str:
     """Returns a sentence on what is wrong with a checkpoint, empty where nothing is."""
     try:
         read_config(directory)
@@ -354,19 +356,18 @@ def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     return content
 
 
-def load_checkpoint(directory: Path, state: ShardedState, parallel: ParallelState) -> None:
-    """Fills a state's tensors from a checkpoint folder; all ranks call it together.
-
-    Raises:
-        CheckpointError: a file is unreadable, or a tensor is missing or has another shape.
-    """
-    read_sharded(state, str(directory), parallel)
+def is_tensor_file(name: str) -> bool:
+    """Returns whether a file of a checkpoint holds tensors."""
+    return name.endswith(".distcp")
 
 
-def damaged_files(directory: Path, parallel: ParallelState) -> list[str]:
+def damaged_files(directory: Path, parallel: ParallelState, with_tensors: bool = True) -> list[str]:
     """Returns a line for each file of a checkpoint that differs from what was written, the same on all ranks.
 
     All ranks call it together; each reads its share of the files.
+
+    Args:
+        with_tensors: compare the files of tensors too, which loading does anyway; else these must be there.
     """
     digests = read_train_state(directory)["digests"]
     bad = []
@@ -374,7 +375,9 @@ def damaged_files(directory: Path, parallel: ParallelState) -> list[str]:
         path = directory / name
         if not path.is_file():
             bad.append(f"{name} is missing")
-        elif not name.endswith(".distcp") and path.stat().st_size > MAX_METADATA_BYTES:
+        elif is_tensor_file(name) and not with_tensors:
+            continue
+        elif not is_tensor_file(name) and path.stat().st_size > MAX_METADATA_BYTES:
             bad.append(f"{name} is larger than what was written")
         elif digest_of(path, digests[name]) != digests[name]:
             bad.append(f"{name} differs from what was written")

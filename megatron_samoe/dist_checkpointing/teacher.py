@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ class SavedTeacher:
         return on_ranks_of(student, self.trained, world_size)
 
 
-def find_teacher(folder: str, problems_of: Callable[[Path], list[str]] = lambda _: []) -> SavedTeacher:
+def find_teacher(folder: str, problems_of: store.Problems = lambda _: []) -> SavedTeacher:
     """Returns the newest whole checkpoint in the folder of a run, of checkpoints, or of one checkpoint.
 
     Args:

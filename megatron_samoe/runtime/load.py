@@ -21,7 +21,7 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.opened import Opened
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
 from megatron_samoe.errors import CheckpointError, ConfigError, DataError
-from megatron_samoe.models.rank_model import RankModel, build_model
+from megatron_samoe.models.rank_model import RankModel, compute_dtype
 from megatron_samoe.parallel_state.parameter_tag import tag_of
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.pipeline_parallel.p2p_communication import open_channel
@@ -75,7 +75,9 @@ def load_model(
     if "vocab_size" not in train_state:
         raise CheckpointError(f"{directory} does not say its vocab_size.", collective=True)
     store.refuse_parts(train_state, str(directory))
-    model = build_model(config, train_state["vocab_size"], parallel)
+    # Values that are overwritten need not be drawn, nor their spread be found out.
+    unscaled = replace(config, moe=replace(config.moe, moe_scale_output_init=False))
+    model = RankModel(unscaled, train_state["vocab_size"], parallel, compute_dtype(config))
     tensors = {n: sharded(p, tag_of(p).shard, parallel, tag_of(p).slice) for n, p in model.global_parameters().items()}
     opened.load_into(tensors, parallel)
     model.eval().requires_grad_(False)

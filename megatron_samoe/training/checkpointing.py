@@ -12,6 +12,7 @@ from megatron_samoe.config.cli import CHECKPOINT_GROUPS, to_mapping
 from megatron_samoe.config.option import all_options, flag
 from megatron_samoe.config.training import DistillationConfig, OptimizerConfig, TrainingConfig
 from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.loading import load_checkpoint
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver, save_checkpoint
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated, sharded, stored_names
 from megatron_samoe.errors import CheckpointError
@@ -89,13 +90,16 @@ def save_run(
         done(save_checkpoint(*what, setup.parallel, setup.attachments))
 
 
-def find_run(setup: TrainSetup) -> Path | None:
+def find_run(setup: TrainSetup, problems_of: store.Problems = lambda _: []) -> Path | None:
     """Returns the checkpoint to load: the newest complete one, or that of --ckpt-step; all ranks call it together.
+
+    Args:
+        problems_of: as in `store.find_checkpoint`.
 
     Raises:
         CheckpointError: as `store.find_checkpoint`.
     """
-    found = store.find_checkpoint(setup.config.checkpoint, lambda d: store.damaged_files(d, setup.parallel))
+    found = store.find_checkpoint(setup.config.checkpoint, problems_of)
     names = {None if path is None else path.name for path in setup.parallel.world.all_gather_object(found)}
     if len(names) > 1:
         raise CheckpointError(
@@ -118,18 +122,10 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
     checkpoint = setup.config.checkpoint
     saved, saved_config = store.read_train_state(directory, (*PLAIN_KEYS, "vocab_size")), store.read_config(directory)
     check_same_model(setup, saved_config, saved, directory)
-    if not (checkpoint.finetune or setup.config.training.skip_train):
+    continues = not (checkpoint.finetune or setup.config.training.skip_train)
+    if continues:
         check_same_course(setup, saved_config, directory)
-        _remark_on_rate(setup, saved_config, saved, directory)
-        _remark_on_router(setup, saved_config, directory)
-        _remark_on_teacher(setup, saved_config, saved["iteration"], directory)
-        before = (saved_config.get("training") or {}).get("global_batch_size")
-        if before != setup.batch_size and saved["consumed_samples"] != saved["iteration"] * setup.batch_size:
-            logger.info(
-                f"{saved['iteration']} steps took {saved['consumed_samples']} samples in the run so far; from here on a step "
-                f"takes {setup.batch_size} (--global-batch-size)"
-            )
-    with_optimizer = not (checkpoint.finetune or checkpoint.no_load_optim or setup.config.training.skip_train)
+    with_optimizer = continues and not checkpoint.no_load_optim
     if with_optimizer and "optimizer_steps" not in saved:
         raise CheckpointError(f"{directory} has no optimizer state; give --no-load-optim or --finetune to go without.")
     tensors, stored = model_state(setup.model), stored_names(str(directory))
@@ -137,19 +133,17 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
     fractions = None if state.expert_fractions_LE is None else state.expert_fractions_LE.clone()
     if fractions is not None and not checkpoint.finetune:
         tensors[EXPERT_FRACTIONS] = replicated(fractions, setup.parallel)
-    other_precision: dict[str, list[ShardedTensor]] = {}
     if with_optimizer:
-        own = optimizer_state(setup)
-        other_precision = _of_other_precision(setup, own, stored)
-        tensors |= own
-    store.load_checkpoint(directory, tensors, setup.parallel)
-    if setup.parallel.world.all_gather_object(bool(other_precision)).count(True):
-        store.load_checkpoint(directory, other_precision, setup.parallel)
+        tensors |= optimizer_state(setup)
+        _take_other_precision(setup, tensors, stored)
+    load_checkpoint(directory, tensors, setup.parallel)
     setup.buffers.gather_weights()  # where weights came from master weights, each rank has filled its own run
     if with_optimizer:
         setup.optimizer.set_num_steps(saved["optimizer_steps"])
     else:
         setup.optimizer.refresh_masters()
+    if continues:
+        _remark_on_course(setup, saved_config, saved, directory)
     logger.info(f"loaded {directory}" + (" (weights only)" if checkpoint.finetune else ""))
     if checkpoint.finetune:
         return state
@@ -157,6 +151,21 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
     if not setup.config.training.fp16 or math.isclose(loaded.loss_scale.value, 1.0):
         loaded = replace(loaded, loss_scale=state.loss_scale)
     return loaded
+
+
+def _remark_on_course(
+    setup: TrainSetup, saved_config: Mapping[str, Any], saved: Mapping[str, Any], directory: Path
+) -> None:
+    """Says so where training continues otherwise than it went so far."""
+    _remark_on_rate(setup, saved_config, saved, directory)
+    _remark_on_router(setup, saved_config, directory)
+    _remark_on_teacher(setup, saved_config, saved["iteration"], directory)
+    before = (saved_config.get("training") or {}).get("global_batch_size")
+    if before != setup.batch_size and saved["consumed_samples"] != saved["iteration"] * setup.batch_size:
+        logger.info(
+            f"{saved['iteration']} steps took {saved['consumed_samples']} samples in the run so far; from here on a step "
+            f"takes {setup.batch_size} (--global-batch-size)"
+        )
 
 
 def _changes(setup: TrainSetup, before: Mapping[str, Any], group: str, names: Iterable[str]) -> list[str]:
@@ -225,32 +234,34 @@ def _refuse_unexpected(
         )
 
 
-def _of_other_precision(
-    setup: TrainSetup, own: dict[str, list[ShardedTensor]], stored: set[str]
-) -> dict[str, list[ShardedTensor]]:
-    """Returns what a checkpoint of another precision gives under other names, and takes these out of `own`.
+def _take_other_precision(setup: TrainSetup, tensors: dict[str, list[ShardedTensor]], stored: set[str]) -> None:
+    """Changes which tensors are loaded to those that a checkpoint of another precision has under other names.
 
     Master weights that an fp32 run did not save are its weights; fp32 weights of a bf16 run are its master weights.
 
     Raises:
         CheckpointError: optimizer state of a parameter is not there at all.
     """
-    other = {}
     for name, piece in setup.optimizer.pieces.items():
         master = f"optimizer.master.{name}"
-        if master in own and master not in stored:
-            other[name] = own.pop(master)
-        elif master not in own and master in stored:
-            other[master] = sharded(piece.weight, piece.tag.shard, setup.parallel, piece.slice, piece.counts)
+        if master in tensors and master not in stored:
+            tensors[name] = [*tensors.get(name, []), *tensors.pop(master)]
+        elif master not in tensors and master in stored:
+            # Its memory is the weight's, which has fewer digits in the checkpoint.
+            tensors.pop(name, None)
+            tensors[master] = sharded(piece.weight, piece.tag.shard, setup.parallel, piece.slice, piece.counts)
     missing = sorted(
-        {name.split(".", 2)[2] for name in own if name not in stored and not name.startswith("optimizer.master.")}
+        {
+            name.split(".", 2)[2]
+            for name in tensors
+            if name.startswith("optimizer.") and not name.startswith("optimizer.master.") and name not in stored
+        }
     )
     if missing:
         raise CheckpointError(
             f"The checkpoint has no optimizer state of {', '.join(missing[:3])}{' and others' if missing[3:] else ''}: "
             "were these frozen there, or trained with another optimizer? Give --no-load-optim to begin with fresh optimizer state."
         )
-    return other
 
 
 def check_same_model(

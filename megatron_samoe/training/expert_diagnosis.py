@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from megatron_samoe.config.training import DistillationConfig, LoggingConfig
 from megatron_samoe.datasets.carried_tokenizer import with_carried
 from megatron_samoe.datasets.tokenizer import tokenizer_of
 from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.loading import load_newest
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.moe.router import Routing
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
@@ -36,6 +38,7 @@ from megatron_samoe.training.checkpointing import load_run
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
+from megatron_samoe.training.state import TrainState
 from megatron_samoe.training.train_step import compute_gradients
 
 #: Ranks of matrices that what layers want is measured by.
@@ -109,17 +112,20 @@ def diagnose(load: str, batches: int, data: DataConfig | None = None, ckpt_step:
         ConfigError: it is a dense model.
     """
     checkpoint = CheckpointConfig(load=load, ckpt_step=ckpt_step, exit_on_missing_checkpoint=True, no_load_optim=True)
-    parallel = single_process_state()
-    directory = store.find_checkpoint(checkpoint, lambda d: store.damaged_files(d, parallel))
-    assert directory is not None
-    config = _config(from_mapping(store.read_config(directory), str(directory)), checkpoint, data)
-    train_state = store.read_train_state(directory, ("vocab_size", "iteration", "consumed_samples"))
-    iteration, consumed = train_state["iteration"], train_state["consumed_samples"]
-    config = replace(config, training=replace(config.training, train_iters=iteration + batches))
-    tokenizer = tokenizer_of(with_carried(config.data, directory, only_missing=True))
-    setup = build_setup(config, train_state["vocab_size"], parallel)
-    state = load_run(setup, initial_state(setup), directory)
-    run_data = build_run_data(config, tokenizer, parallel, (iteration, consumed))
+
+    def load_found(problems_of: store.Problems) -> tuple[Path, TrainSetup, TrainState]:
+        directory = store.find_checkpoint(checkpoint, problems_of)
+        assert directory is not None
+        config = _config(from_mapping(store.read_config(directory), str(directory)), checkpoint, data)
+        saved = store.read_train_state(directory, ("vocab_size", "iteration"))
+        config = replace(config, training=replace(config.training, train_iters=saved["iteration"] + batches))
+        setup = build_setup(config, saved["vocab_size"], single_process_state())
+        return directory, setup, load_run(setup, initial_state(setup), directory)
+
+    directory, setup, state = load_newest(load_found, single_process_state())
+    iteration, consumed = state.iteration, state.consumed_samples
+    tokenizer = tokenizer_of(with_carried(setup.config.data, directory, only_missing=True))
+    run_data = build_run_data(setup.config, tokenizer, setup.parallel, (iteration, consumed))
     steps = list(islice(run_data.train_batches(consumed), batches))
     micro_batches = [micro_batch for step in steps for micro_batch in step]
     mixtures, routes = _comparable_mixtures(setup), _Routes(setup)

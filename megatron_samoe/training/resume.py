@@ -10,6 +10,7 @@ from megatron_samoe.config.derived import with_train_iters
 from megatron_samoe.config.elastic import fit_to_ranks
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.loading import load_newest
 from megatron_samoe.dist_checkpointing.teacher import teacher_of
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import ParallelState
@@ -85,12 +86,12 @@ def is_taught(config: PretrainConfig, iteration: int) -> bool:
     return not ends and config.distillation.teaches_after(iteration)
 
 
-def resume(setup: TrainSetup, state: TrainState) -> tuple[TrainSetup, TrainState]:
+def resume(setup: TrainSetup, fresh: TrainState) -> tuple[TrainSetup, TrainState]:
     """Returns a set-up, and the state of its run, that resume the checkpoint, if any; with the teacher of the
     next step, if it has one. All ranks call it together.
 
     Args:
-        state: that of a run that has not begun.
+        fresh: state of a run that has not begun.
 
     Raises:
         CheckpointError: a checkpoint is damaged, or of another model; or --save holds checkpoints of another one.
@@ -99,10 +100,14 @@ def resume(setup: TrainSetup, state: TrainState) -> tuple[TrainSetup, TrainState
     if not training.skip_train:
         _remark_on_saving(checkpoint)
         _keep_others(setup)
-    found = find_run(setup)
-    if found is not None:
-        state = load_run(setup, state, found)
-    elif checkpoint.load:
+
+    def load(problems_of: store.Problems) -> TrainState | None:
+        found = find_run(setup, problems_of)
+        return None if found is None else load_run(setup, fresh, found)
+
+    loaded = load_newest(load, setup.parallel)
+    state = fresh if loaded is None else loaded
+    if loaded is None and checkpoint.load:
         logger.info(f"no checkpoint in {checkpoint.load}: starting from the beginning")
     if is_taught(setup.config, state.iteration):
         setup = replace(setup, teacher=load_teacher(setup.config, setup.model))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.loading import load_checkpoint, load_newest
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, sharded
 from megatron_samoe.dist_checkpointing.teacher import SavedTeacher, find_teacher
 from megatron_samoe.log import logger
@@ -86,12 +87,17 @@ def load_teacher(config: PretrainConfig, student: RankModel) -> Teacher:
         CheckpointError: the checkpoint is missing or damaged, or has parts that this program does not know.
         ConfigError: it cannot teach this student: see `SavedTeacher.on_ranks_of`.
     """
-    options, parallel = config.distillation, student.state
-    assert options.teacher is not None
-    saved = find_teacher(options.teacher, lambda directory: store.damaged_files(directory, parallel))
-    settled = saved.on_ranks_of(config, student.vocab_size, parallel.world_size)
-    model = RankModel(settled, student.vocab_size, parallel, student.dtype, _parts(saved, student.parts))
-    store.load_checkpoint(saved.directory, _tensors_to_load(model, saved), parallel)
+    options, parallel, folder = config.distillation, student.state, config.distillation.teacher
+    assert folder is not None
+
+    def load(problems_of: store.Problems) -> tuple[SavedTeacher, RankModel]:
+        saved = find_teacher(folder, problems_of)
+        settled = saved.on_ranks_of(config, student.vocab_size, parallel.world_size)
+        model = RankModel(settled, student.vocab_size, parallel, student.dtype, _parts(saved, student.parts))
+        load_checkpoint(saved.directory, _tensors_to_load(model, saved), parallel)
+        return saved, model
+
+    saved, model = load_newest(load, parallel)
     model.eval().requires_grad_(False)
     with torch.no_grad():
         model.begin_step()

@@ -24,7 +24,7 @@ from megatron_samoe.config.validate import validate, without_idle_options
 from megatron_samoe.convert.edited_model import EditedModel
 from megatron_samoe.convert.gguf import export as gguf
 from megatron_samoe.convert.hf.export import plan_export, write_export
-from megatron_samoe.convert.opener import open_verified
+from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.models.rank_model import build_model
@@ -101,7 +101,7 @@ def started(contestants: Sequence[Contestant]) -> Iterator[list[Worker]]:
 @functools.cache
 def opened(checkpoint: Path) -> GlobalTensors:
     """Returns the newest whole iteration of a checkpoint."""
-    return open_verified(checkpoint, single_process_state()).tensors
+    return open_folder(checkpoint).tensors
 
 
 @functools.cache

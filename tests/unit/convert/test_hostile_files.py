@@ -43,7 +43,7 @@ from megatron_samoe.convert.megatron.reader import MegatronReader
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
-from megatron_samoe.dist_checkpointing.saved_tensor import read_saved_tensor, read_saved_tensor_into
+from megatron_samoe.dist_checkpointing.saved_tensor import find_saved_bytes, read_saved_tensor
 from megatron_samoe.dist_checkpointing.store import refuse_wrong_values
 from megatron_samoe.dist_checkpointing.table_of_contents import METADATA, read_table
 from megatron_samoe.errors import CheckpointError, MegatronSamoeError, nearest, readable
@@ -305,7 +305,7 @@ def test_a_compressed_entry_is_seen_before_anything_is_read(name: str, claims: i
     with pytest.raises(ValueError, match="is compressed"):
         read_saved_tensor(path, 0, path.stat().st_size)
     with open(path, "rb", buffering=0) as file, pytest.raises(ValueError, match="is compressed"):
-        read_saved_tensor_into(torch.empty(3), file, 0, path.stat().st_size)
+        find_saved_bytes(file, 0, path.stat().st_size)
 
 
 @pytest.mark.parametrize("name", ["a\x1b[2J", "b\u202e", "c\n", "d" * 400])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_samoe.dist_checkpointing.saved_tensor import Window, read_saved_tensor, read_saved_tensor_into
+from megatron_samoe.dist_checkpointing.saved_tensor import SavedBytes, Window, find_saved_bytes, read_saved_tensor
 
 TENSORS = {
     "matrix": torch.arange(600.0).view(20, 30),
@@ -43,30 +43,25 @@ def test_every_flipped_bit_is_noticed_or_harmless(name: str, tmp_path: Path) -> 
     assert noticed > 30
 
 
-def test_a_tensor_is_read_to_its_place_where_it_fits(tmp_path: Path) -> None:
-    saved, place = torch.arange(600.0).view(20, 30), torch.zeros(40, 30)
-    path, buffer = tmp_path / "file", io.BytesIO()
-    torch.save(saved, buffer)
-    content = buffer.getvalue()
-    path.write_bytes(b"before" + content + b"after")
+def test_elements_are_found_where_the_file_has_them_in_order(tmp_path: Path) -> None:
+    saved = torch.arange(600.0).view(20, 30)
+    path = tmp_path / "file"
 
-    def read_into(target: torch.Tensor) -> bool:
-        with open(path, "rb", buffering=0) as file:
-            return read_saved_tensor_into(target, file, 6, len(content))
-
-    assert read_into(place[10:30]) and torch.equal(place[10:30], saved)
-    assert not place[:10].any() and not place[30:].any()
-    for other in (torch.zeros(30, 20), torch.zeros(30, 20).t(), torch.zeros(20, 30).double(), torch.zeros(600)):
-        assert not read_into(other) and not other.any()
-    for view in (saved.t(), saved[:10]):  # what is saved is the storage
+    def find(tensor: torch.Tensor, cut: int | None = None) -> SavedBytes | None:
         buffer = io.BytesIO()
-        torch.save(view, buffer)
+        torch.save(tensor, buffer)
         content = buffer.getvalue()
-        path.write_bytes(b"before" + content)
-        assert not read_into(torch.zeros(view.shape))
-    path.write_bytes(b"before" + content[:-1])
+        path.write_bytes(b"before" + content[:cut])
+        with open(path, "rb", buffering=0) as file:
+            return find_saved_bytes(file, 6, len(content))
+
+    found = find(saved)
+    assert found is not None and (found.shape, found.dtype) == ((20, 30), torch.float32)
+    assert path.read_bytes()[found.offset :][: saved.nbytes] == saved.numpy().tobytes()
+    for view in (saved.t(), saved[:10]):  # what is saved is the storage
+        assert find(view) is None
     with pytest.raises(RuntimeError, match="PytorchStreamReader"):
-        read_into(torch.zeros(20, 30))
+        find(saved, -1)
 
 
 def test_a_part_of_a_file_is_a_file(tmp_path: Path) -> None:

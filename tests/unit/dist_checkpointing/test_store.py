@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from megatron_samoe.config import CheckpointConfig
-from megatron_samoe.dist_checkpointing import saving, store
+from megatron_samoe.dist_checkpointing import loading, saving, store
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated, stored_names
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
@@ -50,7 +50,7 @@ def save(root: Path, iteration: int, **options: Any) -> Path:
 
 def loaded(directory: Path) -> dict[str, Tensor]:
     state = tensors(-1.0)
-    store.load_checkpoint(directory, state, STATE)
+    loading.load_checkpoint(directory, state, STATE)
     return {name: part.local for name, (part,) in state.items()}
 
 
@@ -66,7 +66,7 @@ def test_large_tensors_come_back_whole_in_part_and_in_another_precision(tmp_path
         "b": [ShardedTensor(half, tuple(whole.shape), (512, 0), True)],
         "c": replicated(double, STATE),
     }
-    store.load_checkpoint(path, wanted, STATE)
+    loading.load_checkpoint(path, wanted, STATE)
     assert torch.equal(place, whole) and torch.equal(half, whole[512:] + 1) and torch.equal(double, -whole.double())
 
 
@@ -243,13 +243,13 @@ def test_a_folder_above_runs_names_them(tmp_path: Path) -> None:
 def test_missing_and_misshapen_tensors_are_named(shapes: dict[str, Any], message: str, tmp_path: Path) -> None:
     state = tensors() | {name: replicated(torch.zeros(shape), STATE) for name, shape in shapes.items()}
     with pytest.raises(CheckpointError, match=message):
-        store.load_checkpoint(save(tmp_path, 5), state, STATE)
+        loading.load_checkpoint(save(tmp_path, 5), state, STATE)
 
 
 def test_a_part_of_the_tensors_can_be_loaded(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
     part = {"a": tensors(0.0)["a"]}
-    store.load_checkpoint(path, part, STATE)
+    loading.load_checkpoint(path, part, STATE)
     assert torch.equal(part["a"][0].local, torch.full((3, 4), 5.0))
 
 
