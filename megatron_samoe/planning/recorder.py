@@ -94,7 +94,7 @@ class StoragelessGroup(Group):
     def all_reduce(self, tensor: Tensor, op: Any = None) -> Tensor:
         return self._exchange("all_reduce", tensor, tensor.shape)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         return self._exchange("all_gather", tensor, (self.size * len(tensor), *tensor.shape[1:]))
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:

@@ -217,10 +217,7 @@ def _all_reduce_speed(clock: _Clock, group: Group, device: torch.device, scale: 
         rows.append((2 * size * (group.size - 1) / group.size / seconds, 2 * hops / seconds))
         if seconds > MOST_S / 8:  # a larger one would say no more
             break
-    part = torch.zeros(len(x) // group.size, device=device)
-    sharded = clock.exchange_seconds(
-        group, lambda: (group.wait(group.start_reduce_scatter(part, x)), group.all_gather(part, x)), before
-    )
+    sharded = clock.exchange_seconds(group, lambda: group.all_gather(group.reduce_scatter(x), x), before)
     per_byte, latency = _line(rows)
     return 1 / per_byte, latency, sharded / seconds
 

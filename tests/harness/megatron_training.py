@@ -97,6 +97,7 @@ def train(layout: Layout, cases: list[tuple[str | None, dict[str, Any]]], steps:
     results, counted = [], spies()
     for sharing, options in cases:
         training = Training(layout, sharing, options)
+        started = _shared(training.shares)
         losses, norms = zip(*(training.step(step) for step in range(steps)), strict=True)
         for chunk in training.model if layout.zero and layout.overlap else ():
             chunk.start_param_sync(force_sync=True)  # weights that else arrive in the next step
@@ -105,6 +106,7 @@ def train(layout: Layout, cases: list[tuple[str | None, dict[str, Any]]], steps:
                 "losses": losses,
                 "norms": norms,
                 "copies": _copies(training.shares),
+                "unmoved": [name for name, p in _shared(training.shares).items() if torch.equal(p, started[name])],
                 "idle": [part for part, spy in counted.items() if not spy.called],
             }
         )
@@ -113,12 +115,19 @@ def train(layout: Layout, cases: list[tuple[str | None, dict[str, Any]]], steps:
     return results
 
 
+def _shared(shares: Any) -> dict[str, Tensor]:
+    """Returns copies of this rank's shared parameters."""
+    if shares is None or shares._shared is None:
+        return {}
+    return {name: parameter.detach().clone() for name, parameter in shares._shared.named_parameters()}
+
+
 def _copies(shares: Any) -> dict[str, float]:
     """Returns how far this rank's shared parameters are from those of the first rank that holds the same ones."""
     if shares is None or shares._shared is None:
         return {}
+    own = _shared(shares)
     place = (shares.state.ep.rank, shares.state.etp.rank)
-    own = {name: parameter.detach() for name, parameter in shares._shared.named_parameters()}
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, (place, own))
     same = [held for other, held in everywhere if other == place]

@@ -176,6 +176,13 @@ def test_its_loss_and_gradients_are_those_of_megatrons_own_experts(case: str, tm
         for result in (expected, found):
             torch.nn.functional.cross_entropy(result, batch["labels"].flatten()).backward()
         sharing._lender.finish_step()
+        for parameter in shared.values():
+            parameter.data.mul_(0.5)
+        sharing.forget()
+        halved = logits_of(model, batch)
+        for parameter in shared.values():
+            parameter.data.mul_(2.0)
+    assert (halved - found).abs().max() > 1e-3, "what layers use follows from what the optimizer has changed"
     torch.testing.assert_close(found, logits(source), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     theirs = dict(reference.named_parameters())
@@ -221,7 +228,22 @@ def test_a_layout_trains_as_one_process(layout: str, ways: list[str]) -> None:
         for way, result in zip(ways, found, strict=True):
             for name in ("losses", "norms"):
                 assert result[name] == pytest.approx(one_process()[way][name], rel=2e-6), (way, name)
-            assert not any(result["copies"].values()) and not result["idle"], way
+            assert not any(result["copies"].values()) and not result["idle"] and not result["unmoved"], way
+
+
+def test_an_experts_moments_move_with_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = importlib.import_module("megatron_samoe.plugins.megatron_core.candidates")
+    monkeypatch.setattr(candidates.parallel_state, "get_data_parallel_group", lambda: None)
+    p = torch.nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(1)))
+    adam = torch.optim.Adam([p])
+    p.grad = p.detach() ** 3
+    adam.step()
+    p.main_grad = torch.arange(12.0).view(3, 4)  # type: ignore[attr-defined]
+    order = torch.tensor([2, 0, 1])
+    tensors = [p.data, adam.state[p]["exp_avg"], adam.state[p]["exp_avg_sq"], p.main_grad]
+    expected = [tensor[order].clone() for tensor in tensors]
+    candidates.reorder(argparse.Namespace(optimizer=adam), p, 0, order, is_split=False)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
 
 
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
