@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -71,12 +73,12 @@ def digest_of(
 
     Args:
         targets: returns them for the open file, in its order and without overlaps. Each is asked for when the file is read
-            up to the one before. Those beyond the file's end are not filled.
+            up to the one before, all of them before the end. Those beyond the file's end are not filled.
     """
     digest = new_digest(like)
     with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
         # In the file's order the system reads far ahead, in requests as large as the disk takes.
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        advise(file.fileno(), "SEQUENTIAL")
         blocks = _blocks(file.fileno(), targets(file))
         pending = deque(reader.submit(next, blocks, None) for _ in range(BLOCKS_AHEAD))
         while (block := pending.popleft().result()) is not None:
@@ -108,6 +110,8 @@ def _blocks(fd: int, targets: Iterator[Target]) -> Iterator[memoryview]:
             yield block
             position += len(block)
         target.filled()
+    for _ in targets:
+        pass
 
 
 def read_up_to(memory: memoryview, fd: int, offset: int) -> memoryview:
@@ -116,3 +120,15 @@ def read_up_to(memory: memoryview, fd: int, offset: int) -> memoryview:
     while size < len(memory) and (count := os.preadv(fd, [memory[size:]], offset + size)):
         size += count
     return memory[:size]
+
+
+def advise(fd: int, advice: str, offset: int = 0, length: int = 0) -> None:
+    """Tells the system how a part of a file will be read, by a name of posix_fadvise, where it takes such advice (macOS does not)."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, offset, length, getattr(os, f"POSIX_FADV_{advice}"))
+
+
+def is_damage(error: OSError) -> bool:
+    """Whether a file, or its disk, is at fault: all else is of this host, such as too many open files, and may be well later."""
+    return error.errno in (None, 0, errno.EIO)

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from megatron_samoe.dist_checkpointing.digests import Target, digest_of, read_up_to
+from megatron_samoe.dist_checkpointing.digests import Target, advise, digest_of, is_damage, read_up_to
 from megatron_samoe.dist_checkpointing.saved_tensor import (
     SavedBytes,
     find_saved_bytes,
@@ -37,7 +37,13 @@ from megatron_samoe.dist_checkpointing.store import (
     is_tensor_file,
     read_train_state,
 )
-from megatron_samoe.dist_checkpointing.table_of_contents import PartedTensor, StoredPart, TableOfContents, read_table
+from megatron_samoe.dist_checkpointing.table_of_contents import (
+    METADATA,
+    PartedTensor,
+    StoredPart,
+    TableOfContents,
+    read_table,
+)
 from megatron_samoe.errors import CheckpointError, some
 from megatron_samoe.parallel_state.state import ParallelState
 
@@ -222,7 +228,10 @@ class _Plan:
 
 
 def _plan(directory: Path, state: ShardedState) -> _Plan:
-    table = read_table(directory)
+    table, digests = read_table(directory), read_train_state(directory)["digests"]
+    written = digests.get(METADATA, "")
+    if digest_of(directory / METADATA, written) != written:
+        raise CheckpointError(f"{directory} is damaged: {METADATA} differs from what was written.")
     check_tensors(state, table)
     sizes = Counter[str]()
     for stored in (part for parted in table.tensors.values() for part in parted.parts):
@@ -234,7 +243,7 @@ def _plan(directory: Path, state: ShardedState) -> _Plan:
                 wanted[stored.file].append(_WantedPart(name, table.tensors[name], stored, copies))
     for found in wanted.values():
         found.sort(key=lambda part: part.stored.start)
-    return _Plan(dict(wanted), sizes, read_train_state(directory)["digests"])
+    return _Plan(dict(wanted), sizes, digests)
 
 
 def _overlap(part: ShardedTensor, stored: StoredPart) -> tuple[Tensor, tuple[slice, ...]] | None:
@@ -273,15 +282,17 @@ class _FileReading:
 
     def run(self) -> str:
         """Reads the file, and returns what is wrong with all of it, empty where nothing is."""
-        if not self.path.is_file():
-            return f"{self.path.name} is missing"
         try:
+            if not self.path.is_file():
+                return f"{self.path.name} is missing"
             if self.digest is None:
                 self._read_parts()
             elif digest_of(self.path, self.digest, self._targets) != self.digest:
                 return f"{self.path.name} differs from what was written"
         except OSError as error:
-            return f"{self.path.name} cannot be read: {error.strerror or error}"
+            if is_damage(error):
+                return f"{self.path.name} cannot be read: {error.strerror or error}"
+            self.unread.append(f"{self.path} cannot be read: {error.strerror or error}.")
         except Exception as error:  # on one rank only, it must still reach the others
             self.unread.append(f"{self.path} cannot be read: {str(error) or type(error).__name__}.")
         for part in self._others:
@@ -303,7 +314,7 @@ class _FileReading:
             if part.stored.length > SMALL_BYTES:
                 # Its table of contents is its last page: asked for by itself, it would wait behind all that is read ahead.
                 tail = part.stored.start + part.stored.length - mmap.PAGESIZE
-                os.posix_fadvise(file.fileno(), tail, mmap.PAGESIZE, os.POSIX_FADV_WILLNEED)
+                advise(file.fileno(), "WILLNEED", tail, mmap.PAGESIZE)
         for part in self.parts:
             found: list[Target] = []
             with self._noting(part):

@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.saved import upgrade
-from megatron_samoe.dist_checkpointing.digests import digest_of, new_digest
+from megatron_samoe.dist_checkpointing.digests import digest_of, is_damage, new_digest
 from megatron_samoe.dist_checkpointing.table_of_contents import MAX_METADATA_BYTES
 from megatron_samoe.errors import CheckpointError, shown, some
 from megatron_samoe.log import say_once
@@ -370,15 +370,30 @@ def damaged_files(directory: Path, parallel: ParallelState, with_tensors: bool =
         with_tensors: compare the files of tensors too, which loading does anyway; else these must be there.
     """
     digests = read_train_state(directory)["digests"]
-    bad = []
+    bad, unread = [], []
     for name in sorted(digests)[parallel.rank :: parallel.world_size]:
-        path = directory / name
-        if not path.is_file():
-            bad.append(f"{name} is missing")
-        elif is_tensor_file(name) and not with_tensors:
-            continue
-        elif not is_tensor_file(name) and path.stat().st_size > MAX_METADATA_BYTES:
-            bad.append(f"{name} is larger than what was written")
-        elif digest_of(path, digests[name]) != digests[name]:
-            bad.append(f"{name} differs from what was written")
-    return [problem for part in parallel.world.all_gather_object(bad) for problem in part]
+        try:
+            problem = _problem_of(directory / name, digests[name], with_tensors)
+        except OSError as error:
+            problem = f"{name} cannot be read: {error.strerror or error}"
+            if not is_damage(error):
+                unread.append(f"{directory / problem}.")
+        if problem:
+            bad.append(problem)
+    ranks = parallel.world.all_gather_object((bad, unread))
+    for _, sentences in ranks:
+        if sentences:
+            raise CheckpointError(sentences[0], collective=True)
+    return [problem for part, _ in ranks for problem in part]
+
+
+def _problem_of(path: Path, digest: str, with_tensors: bool) -> str:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if is_tensor_file(path.name):
+        differs = with_tensors and digest_of(path, digest) != digest
+    elif path.stat().st_size > MAX_METADATA_BYTES:
+        return f"{path.name} is larger than what was written"
+    else:
+        differs = digest_of(path, digest) != digest
+    return f"{path.name} differs from what was written" if differs else ""

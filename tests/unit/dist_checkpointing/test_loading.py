@@ -200,6 +200,43 @@ def test_a_file_that_changes_or_fails_while_it_is_read(
     check(state, 3)
 
 
+def test_a_host_out_of_files_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older checkpoint would be loaded, and the newer ones be replaced."""
+    saved(tmp_path, 3)
+    saved(tmp_path, 5)
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "preadv", full)
+    with pytest.raises(CheckpointError, match=r"iter_0000005/.* cannot be read: Too many open files") as raised:
+        load_newest(tmp_path, wanted())
+    assert not isinstance(raised.value, DamagedFilesError)
+
+
+@pytest.mark.parametrize("start", [1900, 2500])
+def test_a_part_beyond_the_end_of_its_file_is_refused(
+    start: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path, 3)
+    table = read_table(path)
+    name, parted = max(table.tensors.items(), key=lambda item: item[1].parts[0].start)
+    size = (path / parted.parts[0].file).stat().st_size
+    beyond = replace(parted, parts=(replace(parted.parts[0], start=size + start - 2000),))
+    monkeypatch.setattr(loading, "read_table", lambda _: replace(table, tensors={**table.tensors, name: beyond}))
+    with pytest.raises(CheckpointError, match="the file ends within it"):
+        loading.load_checkpoint(path, wanted(), STATE)
+
+
+def test_a_table_of_contents_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, 3)
+    table = read_table(path)
+    monkeypatch.setattr(loading, "read_table", lambda _: table)
+    (path / ".metadata").write_bytes(b"another")
+    with pytest.raises(CheckpointError, match=r"\.metadata differs from what was written"):
+        loading.load_checkpoint(path, wanted(), STATE)
+
+
 def test_a_file_without_a_digest_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path, 3)
     content = store.read_train_state(path)

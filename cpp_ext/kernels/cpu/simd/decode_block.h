@@ -63,23 +63,27 @@ SAMOE_INLINE void multiply_part(const char* const* x, int64_t num_rows, int64_t 
   }
 }
 
-// Up to kRowBlock packed rows of x with rows first .. last - 1 of w: rows of x that the first cache holds at a time. While
-// the first ones are multiplied, w comes from memory; for the others it is in the second cache.
+// Up to kRowBlock packed rows of x with rows first .. last - 1 of w: rows of x that the first cache holds at a time, if the second
+// one holds these rows of w. While the first rows of x are multiplied, w comes from memory; for the others it is there.
 template <typename W>
 static void multiply_block(const char* const* x, int64_t num_rows, const W* w, int64_t inputs, int64_t first,
                            int64_t last, const DecodeOut& out, Following following, bool by_digits) {
   const int64_t tile_rows = by_digits ? kDigitRows : (sizeof(W) == 2 ? kPairRows : kTileRows);
-  const int64_t num_tiles = (num_rows + tile_rows - 1) / tile_rows, tile_bytes = inputs * (by_digits ? 3 : 4) * tile_rows;
-  const int64_t most = tile_bytes > kPartBytes ? 1 : kPartBytes / tile_bytes, num_parts = (num_tiles + most - 1) / most;
+  const int64_t num_tiles = (num_rows + tile_rows - 1) / tile_rows, x_bytes = inputs * (by_digits ? 3 : 4);
   const int64_t row_bytes = inputs * static_cast<int64_t>(sizeof(W));
+  const bool fits = inputs > 0 && tile_rows * x_bytes <= kPartBytes;
+  int64_t most = fits ? kPartBytes / (tile_rows * x_bytes) : 1;
+  if ((last - first) * row_bytes > kTaskBytes && num_tiles > 0) most = num_tiles;
+  const int64_t num_parts = (num_tiles + most - 1) / most;
   const char* const begin = reinterpret_cast<const char*>(w + first * inputs);
   for (int64_t part = 0; part < num_parts; ++part) {
     const int64_t m = num_rows * (num_tiles * part / num_parts) / num_tiles;
     const int64_t count = num_rows * (num_tiles * (part + 1) / num_parts) / num_tiles - m;
-    const bool streams = part == 0 && count <= stream_rows<W>(by_digits);
+    const bool is_short = count == 1 || sizeof(W) != 2 || count * x_bytes <= kReadAgainBytes;
+    const bool streams = part == 0 && count <= stream_rows<W>(by_digits) && is_short;
     Ahead ahead{nullptr, nullptr, nullptr, 0};
     if (part == 0)
-      ahead = {begin + ahead_bytes(row_bytes, streams), begin + (last - first) * row_bytes,
+      ahead = {begin + ahead_bytes(row_bytes, streams ? stream_side(count) : kTileOuts), begin + (last - first) * row_bytes,
                static_cast<const char*>(following.data), following.bytes};
     DecodeOut some = out;
     some.rows += m;
@@ -108,7 +112,7 @@ SAMOE_INLINE void multiply(const char* const* x, int64_t num_rows, const Matrix&
 // What is asked for ahead from row `row` of a stack of matrices on.
 SAMOE_INLINE Following start_of(const Matrix& w, int64_t row, int64_t inputs) {
   const int64_t row_bytes = inputs * (w.type == WeightType::f32 ? 4 : (w.type == WeightType::bf16 ? 2 : 1));
-  const int64_t by_stream = ahead_bytes(row_bytes, true), by_tiles = ahead_bytes(row_bytes, false);
+  const int64_t by_stream = ahead_bytes(row_bytes, 2), by_tiles = ahead_bytes(row_bytes, kTileOuts);
   return {static_cast<const char*>(w.data) + row * row_bytes, by_stream < by_tiles ? by_tiles : by_stream};
 }
 

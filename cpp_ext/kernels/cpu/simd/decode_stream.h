@@ -17,6 +17,10 @@ constexpr int64_t stream_rows(bool by_digits) {
   return sizeof(W) == 2 ? kStreamRows : 2;
 }
 
+// Rows of w that a stream reads side by side: two hide how long a sum waits for itself. With wide vectors one row of x, or
+// two, needs one: the sums of a row of w begin while those of the row before it end.
+constexpr int64_t stream_side(int64_t num_rows) { return kLanes == 16 && num_rows <= 2 ? 1 : 2; }
+
 // Keeps a value in a register: compilers load or widen it again for each of its products, more than the processor can load.
 SAMOE_ALWAYS void hold([[maybe_unused]] vf& value) {
 #if defined(__AVX512F__)
@@ -143,17 +147,14 @@ SAMOE_VNNI static void digit_stream(const char* x, const int8_t* const* w, int64
 }
 #endif
 
-// Two rows of w side by side hide how long a sum waits for itself. With wide vectors one row of x, or two, needs none: the
-// sums of a row of w begin while those of the row before it end.
 template <typename W>
 static __attribute__((noinline)) void stream_of(int64_t num_rows, const char* const* x, const W* const* w, int64_t inputs,
                                                 Ahead& ahead, v4* sums) {
-  constexpr int kRows = kLanes == 16 ? 1 : 2;
-  if (num_rows == 1) return stream<1, kRows>(x, w, inputs, ahead, sums);
-  if (num_rows == 2) return stream<2, kRows>(x, w, inputs, ahead, sums);
+  if (num_rows == 1) return stream<1, stream_side(1)>(x, w, inputs, ahead, sums);
+  if (num_rows == 2) return stream<2, stream_side(2)>(x, w, inputs, ahead, sums);
   if constexpr (sizeof(W) == 2) {
-    if (num_rows == 3) return stream<3, 2>(x, w, inputs, ahead, sums);
-    stream<4, 2>(x, w, inputs, ahead, sums);
+    if (num_rows == 3) return stream<3, stream_side(3)>(x, w, inputs, ahead, sums);
+    stream<4, stream_side(4)>(x, w, inputs, ahead, sums);
   }
 }
 

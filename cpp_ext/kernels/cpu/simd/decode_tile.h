@@ -31,6 +31,8 @@ constexpr int kMostRows = kTileRows < kStreamRows ? kStreamRows : kTileRows;
 constexpr int kTileOuts = 4;
 constexpr int64_t kRowBlock = 96;  // rows of x that stay in the second-level cache
 constexpr int64_t kPartBytes = 24 << 10;  // of rows of x, half of the first-level cache
+constexpr int64_t kReadAgainBytes = 32 << 10;  // of rows of x that a stream of several reads for each row of w
+constexpr int64_t kTaskBytes = 512 << 10;  // of a task's weights, half of the second-level cache
 constexpr int64_t kTaskOuts = 32;  // rows of w that one task takes
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPieceBytes = 1 << 10;  // of a row, for which a stream finds out once what to ask for
@@ -109,11 +111,14 @@ struct Ahead {
   }
 };
 
-// How far ahead of their use weights are asked for: by tiles a tile at least, by streams pairs of rows, so that what they ask
-// for ends with their last row and goes on with the first one that follows.
-SAMOE_INLINE int64_t ahead_bytes(int64_t row_bytes, bool streams) {
-  if (!streams) return kTileOuts * row_bytes < kAheadBytes ? kAheadBytes : kTileOuts * row_bytes;
-  return (kAheadBytes + 2 * row_bytes - 1) / (2 * row_bytes) * (2 * row_bytes);
+// How far ahead of their use weights are asked for where `side` rows of w are read side by side: by tiles a tile at least, by
+// streams of pairs a number of pairs, so that what they ask for ends with their last row and continues with the first one that
+// follows.
+SAMOE_INLINE int64_t ahead_bytes(int64_t row_bytes, int64_t side) {
+  const int64_t bytes = side * (row_bytes > 0 ? row_bytes : 1);
+  if (side == 1) return kAheadBytes;
+  if (side == kTileOuts) return bytes < kAheadBytes ? kAheadBytes : bytes;
+  return (kAheadBytes + bytes - 1) / bytes * bytes;
 }
 
 // sums[m] = x[m] . w[n], n = 0 .. 3, for M rows of x and 4 rows of w, of which the last ones may be repeated.
