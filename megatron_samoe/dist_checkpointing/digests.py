@@ -123,7 +123,7 @@ def read_up_to(memory: memoryview, fd: int, offset: int) -> memoryview:
 
 
 def advise(fd: int, advice: str, offset: int = 0, length: int = 0) -> None:
-    """Tells the system how a part of a file will be read, by a name of posix_fadvise, where it takes such advice (macOS does not)."""
+    """Says how a part of a file will be read, by a name of posix_fadvise, to a system that takes such advice (macOS does not)."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
             os.posix_fadvise(fd, offset, length, getattr(os, f"POSIX_FADV_{advice}"))
