@@ -203,12 +203,15 @@ def test_a_file_that_changes_or_fails_while_it_is_read(
 def test_a_host_out_of_files_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An older checkpoint would be loaded, and the newer ones be replaced."""
     saved(tmp_path, 3)
-    saved(tmp_path, 5)
+    (file,) = saved(tmp_path, 5).glob("*.distcp")
+    digest_of = loading.digest_of
 
-    def full(*_: Any) -> int:
-        raise OSError(errno.EMFILE, "Too many open files")
+    def full(path: Path, *others: Any) -> str:
+        if path == file:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return digest_of(path, *others)
 
-    monkeypatch.setattr(os, "preadv", full)
+    monkeypatch.setattr(loading, "digest_of", full)
     with pytest.raises(CheckpointError, match=r"iter_0000005/.* cannot be read: Too many open files") as raised:
         load_newest(tmp_path, wanted())
     assert not isinstance(raised.value, DamagedFilesError)
@@ -220,10 +223,10 @@ def test_a_part_beyond_the_end_of_its_file_is_refused(
 ) -> None:
     path = saved(tmp_path, 3)
     table = read_table(path)
-    name, parted = max(table.tensors.items(), key=lambda item: item[1].parts[0].start)
-    size = (path / parted.parts[0].file).stat().st_size
-    beyond = replace(parted, parts=(replace(parted.parts[0], start=size + start - 2000),))
-    monkeypatch.setattr(loading, "read_table", lambda _: replace(table, tensors={**table.tensors, name: beyond}))
+    (part,) = table.tensors["scalar"].parts
+    moved = replace(part, start=(path / part.file).stat().st_size + start - 2000)
+    tensors = {**table.tensors, "scalar": replace(table.tensors["scalar"], parts=(moved,))}
+    monkeypatch.setattr(loading, "read_table", lambda _: replace(table, tensors=tensors))
     with pytest.raises(CheckpointError, match="the file ends within it"):
         loading.load_checkpoint(path, wanted(), STATE)
 
