@@ -30,6 +30,7 @@ from megatron_samoe.convert.megatron import MegatronReader
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.convert.output_folder import require_new
+from megatron_samoe.convert.read_ahead import ReadAhead
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.errors import CheckpointError, ConfigError
 from tests.harness.megatron_files import write_rank_files
@@ -335,3 +336,20 @@ def test_impossible_targets_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         choose_target(model(layout, **options), wanted, fold)
+
+
+def test_a_source_read_ahead_gives_each_tensor_in_any_order() -> None:
+    names = ["a", "b", "c"]
+    read: list[str] = []
+
+    def of_source(name: str) -> Any:
+        read.append(name)
+        return torch.tensor(float(ord(name)))
+
+    tensors = dict.fromkeys(names, SimpleNamespace(num_bytes=4))
+    source: Any = SimpleNamespace(config={}, train_state={}, attachments={}, tensors=tensors, read=of_source)
+    for order in ("abc", "cab", "acb", "aab"):
+        read.clear()
+        with ReadAhead(source, names) as ahead:
+            assert [float(ahead.read(name)) for name in order] == [ord(name) for name in order]
+        assert order != "abc" or read == names, "none twice"
