@@ -117,22 +117,26 @@ class _Clock:
             times.append(max(self.parallel.world.all_gather_object(self._now() - began)))
         return statistics.median(times)
 
-    def exchange_seconds(self, group: Group, exchange: Callable[[], object], before: Callable[[], object]) -> float:
-        """Returns the mean seconds of a group's exchange after other work, as in a step, from when its last rank begins it, in
-        the slowest of the groups that exchange at once.
+    def exchange_seconds(
+        self, group: Group, exchanges: Sequence[Callable[[], object]], before: Callable[[], object]
+    ) -> list[float]:
+        """Returns the mean seconds of each of a group's exchanges after other work, as in a step, from when its last rank begins it,
+        in the slowest of the groups that exchange at once. They take turns: a link that lets bursts through slows down.
 
         Where threads of messages and of products take turns on processors, an exchange after products takes several times as
         long as one after a pause, and few take most of the time: a step has the sum of them.
         """
-        exchange()
-        times: list[float] = []
-        while len(times) < _EXCHANGES * self.rounds and sum(times) < MOST_S:
-            before()
-            began = self._now()
+        times: list[list[float]] = [[] for _ in exchanges]
+        for exchange in exchanges:
             exchange()
-            own = min(group.all_gather_object(self._now() - began))
-            times.append(max(self.parallel.world.all_gather_object(own)))
-        return statistics.mean(times)
+        while len(times[0]) < _EXCHANGES * self.rounds and sum(map(sum, times)) < MOST_S * len(exchanges):
+            for exchange, found in zip(exchanges, times, strict=True):
+                before()
+                began = self._now()
+                exchange()
+                own = min(group.all_gather_object(self._now() - began))
+                found.append(max(self.parallel.world.all_gather_object(own)))
+        return list(map(statistics.mean, times))
 
     def _now(self) -> float:
         if self.parallel.device.type == "cuda":
@@ -189,9 +193,8 @@ def _links(clock: _Clock, parallel: ParallelState, scale: float) -> dict[str, An
     found: dict[str, Any] = {}
     for field, group in (("inter_bandwidth", parallel.dp), ("intra_bandwidth", parallel.tp)):
         if group.size > 1:
-            found[field], found["latency_s"], found["sharded_exchange"] = _all_reduce_speed(
-                clock, group, parallel.device, scale
-            )
+            found[field], found["latency_s"], sharded = _exchange_speed(clock, group, parallel.device, scale)
+            found.setdefault("sharded_exchange", sharded)  # of the link between hosts, where there is one
     for field, other in (("inter_bandwidth", "intra_bandwidth"), ("intra_bandwidth", "inter_bandwidth")):
         if other in found:
             found.setdefault(field, found[other])
@@ -205,21 +208,25 @@ def _products_between(device: torch.device, scale: float) -> Callable[[], None]:
     return partial(_multiply, weights[0], weights)
 
 
-def _all_reduce_speed(clock: _Clock, group: Group, device: torch.device, scale: float) -> tuple[float, float, float]:
+def _exchange_speed(clock: _Clock, group: Group, device: torch.device, scale: float) -> tuple[float, float, float]:
     """Returns (bytes per second, seconds of a hop): the line that fits a group's all-reduces of several sizes best; and
-    how many times as long the last one takes as a reduce-scatter and an all-gather.
+    how many times as long a reduce-scatter and an all-gather take, for the largest size.
     """
     rows, hops = [], (group.size - 1).bit_length()  # a row: bytes sent and hops, both over the seconds taken
     before = _products_between(device, scale)
     for size in _MESSAGES:
         x = torch.zeros(size // 4 // group.size * group.size, device=device)
-        seconds = clock.exchange_seconds(group, partial(group.all_reduce, x), before)
+        ways = (partial(group.all_reduce, x), partial(_reduce_and_gather, group, x))
+        seconds, sharded = clock.exchange_seconds(group, ways, before)
         rows.append((2 * size * (group.size - 1) / group.size / seconds, 2 * hops / seconds))
         if seconds > MOST_S / 8:  # a larger one would say no more
             break
-    sharded = clock.exchange_seconds(group, lambda: group.all_gather(group.reduce_scatter(x), x), before)
     per_byte, latency = _line(rows)
     return 1 / per_byte, latency, sharded / seconds
+
+
+def _reduce_and_gather(group: Group, x: torch.Tensor) -> None:
+    group.all_gather(group.reduce_scatter(x), x)
 
 
 def _rows_exchange(clock: _Clock, parallel: ParallelState, found: dict[str, Any], scale: float) -> float:
@@ -229,9 +236,8 @@ def _rows_exchange(clock: _Clock, parallel: ParallelState, found: dict[str, Any]
     rows = max(1, int(_ROWS[device.type] * scale) // 1024 // size)
     x = torch.zeros(rows * size, 256, device=device)
     splits = [rows] * size
-    seconds = clock.exchange_seconds(
-        group, lambda: all_to_all_rows(x, splits, splits, group), _products_between(device, scale)
-    )
+    exchange = partial(all_to_all_rows, x, splits, splits, group)
+    (seconds,) = clock.exchange_seconds(group, [exchange], _products_between(device, scale))
     links = Links(RankGrid(size, ep=size), Cluster(**{"world_size": size, "flops": 1.0, **found}))
     return seconds / links.all_to_all("ep", float(x.nbytes))[0]
 

@@ -14,8 +14,11 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from megatron_samoe.config import ParallelConfig, PretrainConfig
+from megatron_samoe.moe.router import Router
+from megatron_samoe.ops.topk_gate import GateResult
 from megatron_samoe.pipeline_parallel.schedule_plan import bubble_fraction, make_plan
 from megatron_samoe.planning.gpus import measured_cluster
 from megatron_samoe.planning.layout_cost import step_cost
@@ -129,11 +132,13 @@ STEP_LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
 class StepTime(ModelSizes, TableBenchmark):
     """steps in layouts of 1, 2 and 4 ranks against the planner's, which is calibrated for each number in the same run
 
-    The same global batch of 8 micro-batches in each layout. Needs as many idle cores as ranks.
+    The same global batch of 8 micro-batches in each layout. Needs as many idle cores as ranks. Plans assume
+    routers that spread tokens evenly, as trained ones nearly do; those measured do so, unless they are `untrained`.
     """
 
     name = "step-time"
 
+    routers: Literal["even", "untrained"] = "even"
     layouts: tuple[str, ...] = tuple(STEP_LAYOUTS)
     models: tuple[str, ...] = ("dense", *MODELS, *WAYS)
 
@@ -162,9 +167,25 @@ class StepTime(ModelSizes, TableBenchmark):
     def _seconds(self, configs: dict[str, PretrainConfig]) -> dict[str, float]:
         seconds = {}
         for model, config in configs.items():
-            seconds[model] = medians_of(together({"step": _step(make_setup(config))}, self.rounds))["step"]
+            setup = make_setup(config)
+            if self.routers == "even":
+                _spread_evenly(setup.model)
+            seconds[model] = medians_of(together({"step": _step(setup)}, self.rounds))["step"]
             gc.collect()
         return seconds
+
+
+def _spread_evenly(model: nn.Module) -> None:
+    """Makes routers choose all experts in turn."""
+    for router in model.modules():
+        if isinstance(router, Router):
+            router.select = partial(_in_turn, router.select, router.score.topk)  # type: ignore[method-assign]
+
+
+def _in_turn(select: Callable[..., GateResult], topk: int, logits_TE: Tensor, num_sequences: int) -> GateResult:
+    tokens, experts = logits_TE.shape
+    turn_TK = torch.arange(tokens * topk, device=logits_TE.device).view(tokens, topk) % experts
+    return select(logits_TE.scatter(1, turn_TK, 100.0), num_sequences)
 
 
 def _calibrate(ranks: int) -> dict[str, Any]:
