@@ -86,6 +86,7 @@ class Compress(CompressOptions):
         for stage, count in zip(STAGES, iters, strict=True):
             if count:
                 healed[stage.name] = start = heal(own, stage, start, count)
+        made = {"fitted": fitted, **healed}
         if sum(iters) and not self.no_heal_others:
             others = own if self.heal_others_lr is None else replace(own, lr=self.heal_others_lr)
             for name in ("original", *compression.others()):
@@ -105,7 +106,10 @@ class Compress(CompressOptions):
         (root / VERDICTS_FILE).write_text(json.dumps(report, indent=1) + "\n")
         healing = {name: [r for r in read_records(root / name / "metrics.jsonl") if "lm_loss" in r] for name in healed}
         write_compression_report(root / "report.html", Compressed(verdicts, *compression.errors(), healing, beside))
-        logger.info(f"\nIn {root}: {VERDICTS_FILE}, report.html; the model is in {start}")
+        best = min((verdict for verdict in verdicts if verdict.model in made), key=lambda verdict: verdict.loss).model
+        logger.info(
+            f"\nIn {root}: {VERDICTS_FILE}, report.html; the model of the lowest loss, {best}, is in {made[best]}"
+        )
 
     def _heal_iters(self) -> tuple[int, ...]:
         iters = (*self.heal_iters, *(0 for _ in STAGES))

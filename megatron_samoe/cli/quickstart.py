@@ -236,7 +236,10 @@ def report(out: Path, samples: Mapping[str, str]) -> None:
     page = out / "report.html"
     data, title = ReportData(notes=notes, samples=samples), "Quickstart: dense, MoE and SaMoE on two novels"
     write_group_report(page, title, group_runs(list(runs.values())), data)
-    print(f"\nreport: {page}")
+    print(
+        f"\nreport: {page}\nnext: megatron-samoe generate --load {out / 'samoe'} --prompt 'Emma was', or serve --load {out / 'samoe'};"
+    )
+    print("      megatron-samoe init NAME --text FILE for a text of your own")
 
 
 main = program(Quickstart)

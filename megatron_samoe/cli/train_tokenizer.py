@@ -55,6 +55,7 @@ class TrainTokenizer:
             on_bad_input=self.on_bad_input,
             chunk_bytes=1 << 20,
         )
+        os.makedirs(options.folder, exist_ok=True)
         texts = corpus_texts(options, self.sample_mb << 20, self.seed)
         first = next(texts, None)
         if first is None:

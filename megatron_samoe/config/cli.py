@@ -146,8 +146,9 @@ def stated_in_mapping(mapping: Mapping[str, Any]) -> frozenset[str]:
 
 def _refuse_unknown_names(args: Sequence[str]) -> None:
     """Raises ConfigErrors that say of flags that are not known which one is near, or what those of other programs are here."""
-    ours = {flag(name) for _, name, *_ in all_options(PretrainConfig())}
-    known = ours | {f"--no-{name[2:]}" for name in ours} | {"--config", "--help"}
+    ours = {flag(name): value for _, name, value, *_ in all_options(PretrainConfig())}
+    switches = {f"--no-{name[2:]}" for name, value in ours.items() if value is None or isinstance(value, bool)}
+    known = {*ours, *switches, "--config", "--help"}
     names = [arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
     problems: list[ConfigError] = [
         UnknownFlagError(name, what_it_is_here(name) or f"is not known.{nearest(name, known)}")

@@ -92,6 +92,8 @@ def plan_hf(
     lines = (*plan.target.why, *(tokenizer.notes if tokenizer else ("The folder has no tokenizer.",)))
     trust = ", trust_remote_code=True" if family.name == "samoe" else ""
     hint = f'\n  AutoModelForCausalLM.from_pretrained("{save_dir}", dtype="auto"{trust})'
+    if tokenizer is not None:
+        hint += f'\n  AutoTokenizer.from_pretrained("{save_dir}"{trust})'
     described = f"the Hugging Face class {family.architecture} in {save_dir}"
     return Conversion(described, lines, plan.shards, partial(write_export, plan, save_dir), hint)
 

@@ -97,8 +97,9 @@ def vocabulary_of(config: PretrainConfig) -> Vocabulary:
     directory = None if config.checkpoint.load is None else store.find_checkpoint(config.checkpoint)
     if directory is not None:
         data = with_carried(data, directory, only_missing=True)
-        if data != config.data:
-            logger.info(f"the tokenizer is the one that {directory} carries")
+        gone = [getattr(config.data, name) for name in FIELDS if getattr(data, name) != getattr(config.data, name)]
+        if gone:
+            logger.info(f"the tokenizer is the one that {directory} carries, instead of {' and '.join(gone)}")
     tokenizer = tokenizer_of(data)
     size = data.vocab_size or tokenizer.vocab_size
     if size < tokenizer.vocab_size:

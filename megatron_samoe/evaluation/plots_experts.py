@@ -131,7 +131,7 @@ def combination_evolution(groups: Groups) -> bytes | None:
         row[0].set_ylabel(group.name, fontsize=9)
     figure.supxlabel("training tokens", fontsize=9)
     banks = max(a_NL2P.shape[3] for _, _, a_NL2P in shown)
-    lines = [Line2D([], [], color=colour(bank), label=f"bank {bank + 1}") for bank in range(banks)]
+    lines = [Line2D([], [], color=colour(bank), label=f"bank {bank}") for bank in range(banks)]
     lines += [
         Line2D([], [], color="#7f7f7f", linestyle=style, label=which) for style, which in (("-", "w1"), ("--", "w2"))
     ]

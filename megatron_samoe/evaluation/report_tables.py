@@ -31,8 +31,9 @@ def glance_text(groups: Groups, margin: float) -> str:
     small = min(near, key=lambda group: group.first.parameters.total)
     behind = small.loss.mean - best.loss.mean
     sizes = {group.name: millions_text(group.first.parameters.total) for group in (best, small)}
+    larger = ", ".join(group.name for group in near if group is not best)
     also = (
-        f"No smaller model comes within {margin} of it."
+        f"No smaller model comes within {margin} of it{f'; larger ones do: {larger}' if larger else ''}."
         if small is best
         else f"The smallest within {margin} of it: {small.name}, +{behind:.4f} with {sizes[small.name]}."
     )

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 from megatron_samoe.datasets.bin_readers import filesystem, is_remote
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.errors import DataError, nearest_file, optional_import
+from megatron_samoe.log import say_once
 
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 FORMATS = {
@@ -97,8 +98,14 @@ def _expand(word: str) -> list[str]:
         fs, key = filesystem(word)
         found = sorted(fs.unstrip_protocol(name) for name in fs.glob(key))
     elif os.path.isdir(word):
-        walked = (os.path.join(folder, name) for folder, _, names in os.walk(word) for name in names)
+        walked = [os.path.join(folder, name) for folder, _, names in os.walk(word) for name in names]
         found = sorted(path for path in walked if _format_of(path)[0] is not None)
+        if len(found) < len(walked):
+            all_of_it = os.path.join(word, "**")
+            said = f"{word!r} has {len(walked):,} files, {len(found):,} of them named {', '.join(FORMATS)}"
+            if not found:
+                raise DataError(f"--input {said}. {all_of_it!r} takes all, as text.")
+            say_once(f"{said}, which are read; {all_of_it!r} takes all")
     elif os.path.exists(word):
         return [word]
     else:
@@ -348,7 +355,7 @@ def _refuse_other_columns(path: str, schema: Any, keys: Iterable[str]) -> None:
 
 def _cut_parquet(file: InputFile, options: PreprocessOptions, plain: bool) -> Iterator[dict[str, Any]]:
     pyarrow_parquet = optional_import("pyarrow.parquet", "data", file.path)
-    with tempfile.TemporaryFile(dir=os.path.dirname(options.output_prefix) or ".") as spool:
+    with tempfile.TemporaryFile(dir=options.folder) as spool:
         if plain:
             source: Any = file.path
         else:  # Parquet is read from its end: a stream goes to disk first

@@ -116,9 +116,10 @@ class PreprocessOptions:
             raise DataError(
                 f"--max-chars {self.max_chars} is below --min-chars {self.min_chars}: nothing would be kept."
             )
-        folder = os.path.dirname(self.output_prefix) or "."
-        if not os.path.isdir(folder):
-            raise DataError(f"The folder {folder!r} of --output-prefix does not exist.")
+        if "://" in self.output_prefix:
+            raise DataError(
+                f"--output-prefix {self.output_prefix!r} must lie on this machine, not in a store of objects."
+            )
         self.shard()
         self.separator()
 
@@ -140,6 +141,11 @@ class PreprocessOptions:
         if not match or int(match[1]) >= int(match[2]):
             raise DataError(f"--input-shard {self.input_shard!r} must be i/n with i from 0 to n - 1.")
         return int(match[1]), int(match[2])
+
+    @property
+    def folder(self) -> str:
+        """Of the output."""
+        return os.path.dirname(self.output_prefix) or "."
 
     def dataset_prefix(self, key: str) -> str:
         """Returns the prefix of the dataset made from a JSON key."""

@@ -51,15 +51,15 @@ def preprocess(options: PreprocessOptions) -> finish.Report:
     if options.chunk_bytes == DEFAULT_CHUNK_BYTES and sum(file.num_bytes for file in files) > LARGE_CORPUS_BYTES:
         # The journal has a line per chunk: a terabyte should not make a million.
         options = replace(options, chunk_bytes=8 * DEFAULT_CHUNK_BYTES)
+    os.makedirs(options.folder, exist_ok=True)
     try:
         return _journaled(options, files)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        folder = os.path.dirname(options.output_prefix) or "."
         again = "start again" if _reads_stdin(files) else "give the same command with --resume, which resumes from here"
         raise DataError(
-            f"The output cannot be written to {folder}: {error.strerror}. Make room, and {again}."
+            f"The output cannot be written to {options.folder}: {error.strerror}. Make room, and {again}."
         ) from error
 
 
