@@ -69,10 +69,10 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []
         for rank in range(world_size):
-            here, there = _context.Pipe(duplex=False)
+            here, there = _context.Pipe()
             process = _context.Process(
                 target=_rank_main,
-                args=(function, rank, world_size, os.path.join(folder, "store"), there, timeout_s, args),
+                args=(function, rank, world_size, os.path.join(folder, "store"), there, timeout_s, not may_die, args),
             )
             with mock.patch.object(forkserver, "connect_to_new_process", connect):
                 process.start()
@@ -84,6 +84,7 @@ def run_ranks(
         finally:
             for process in processes:
                 process.kill()
+            for process in processes:
                 process.join()
 
 
@@ -121,7 +122,14 @@ def told(error: BaseException) -> str:
 
 
 def _rank_main(
-    function: Callable[..., Any], rank: int, world_size: int, store: str, pipe: Connection, timeout_s: float, args: Any
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    store: str,
+    pipe: Connection,
+    timeout_s: float,
+    stay: bool,
+    args: Any,
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -139,10 +147,14 @@ def _rank_main(
                 timeout=timedelta(seconds=timeout_s),
             )
         # Plain pickle copies tensors; multiprocessing's own would share memory that dies with this process.
-        pipe.send_bytes(pickle.dumps((True, function(*args))))
+        end = pickle.dumps((True, function(*args)))
     except BaseException as error:
-        pipe.send_bytes(pickle.dumps((False, told(error))))
-    finally:
-        pipe.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        end = pickle.dumps((False, told(error)))
+    pipe.send_bytes(end)
+    if stay:
+        # Other ranks would take this one for dead: those that just failed with it, and a slow one that gloo has connected
+        # but that has not seen it yet.
+        pipe.poll(timeout_s)
+    pipe.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
