@@ -24,38 +24,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--resume", type=Path, metavar="FILE", help="leave out the tests that a file says have passed, and add to it"
     )
-
     parser.addoption(
         "--shuffle", type=int, metavar="SEED", help="run the files, and the tests of each file, in a random order"
     )
-
-
-def _file_of(item: pytest.Item) -> str:
-    return item.nodeid.partition("::")[0]
-
-
-def _part_of(item: pytest.Item) -> str:
-    """Returns what must stay together: tests of one file, of one layout where processes train for all tests of a layout."""
-    parameters = getattr(item, "callspec", None)
-    layout = parameters.params.get("layout", "") if parameters else ""
-    return f"{_file_of(item)} {layout}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     index, _, count = config.getoption("--shard").partition("/")
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
         raise pytest.UsageError(f"--shard {index}/{count}: must be I/N with I from 1 to N, such as 2/4")
-    passed = passed_before(config)
-    mine = [
-        i for i in items if zlib.crc32(_part_of(i).encode()) % int(count) == int(index) - 1 and i.nodeid not in passed
-    ]
-    chosen = set(mine)
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    seed = config.getoption("--shuffle")
+    passed, seed = passed_before(config), config.getoption("--shuffle")
+
+    def is_mine(item: pytest.Item) -> bool:
+        """Tests of one file stay together, or of one layout where processes train for all tests of a layout."""
+        parameters = getattr(item, "callspec", None)
+        part = f"{item.nodeid.partition('::')[0]} {parameters.params.get('layout', '') if parameters else ''}"
+        return zlib.crc32(part.encode()) % int(count) == int(index) - 1 and item.nodeid not in passed
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_mine(item)])
+    items[:] = filter(is_mine, items)
     if seed is not None:
-        drawn = {name: random.Random(f"{seed} {name}").random() for i in mine for name in (_file_of(i), i.nodeid)}
-        mine.sort(key=lambda i: (drawn[_file_of(i)], drawn[i.nodeid]))
-    items[:] = mine
+        items.sort(
+            key=lambda i: [random.Random(f"{seed} {n}").random() for n in (i.nodeid.partition("::")[0], i.nodeid)]
+        )
 
 
 class Passed:

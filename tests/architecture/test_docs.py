@@ -37,7 +37,7 @@ def test_what_is_exact_is_what_is_tested() -> None:
     ranks = max(count for count, _ in LAYOUTS.values())
     for said in (
         f"agree to a relative {single} in fp32 and {double} in fp64",
-        f"trains {len(MODELS)} models, each in those of {len(LAYOUTS) - 1} layouts (up to {ranks} ranks)",
+        f"trains {len(MODELS)} models in all of {len(LAYOUTS) - 1} layouts (up to {ranks} ranks)",
     ):
         assert said in " ".join(README.split())
 

@@ -21,43 +21,13 @@ import megatron_samoe
 ROOT = Path(megatron_samoe.__file__).parent
 REPOSITORY = ROOT.parent
 
-#: Bottom first; packages of one floor do not know each other.
-FLOORS: tuple[tuple[str, ...], ...] = (
-    ("children", "installation"),
-    ("errors", "log", "parsing", "plain_help", "start", "moved"),
-    ("__init__",),
-    ("config",),
-    ("parallel_state",),
-    ("ops",),
-    ("row_exchange",),
-    ("tensor_parallel",),
-    ("moe",),
-    ("models",),
-    ("pipeline_parallel",),
-    ("distributed",),
-    ("optimizer",),
-    ("dist_checkpointing",),
-    ("datasets",),
-    ("planning", "runtime"),
-    ("training", "inference", "convert", "evaluation"),
-    ("language_model", "fit", "plugins", "interop", "compress"),
-    ("cli",),
-    ("gpu_check",),
-    ("__main__",),
-)
-FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+#: Of each package, or module that is in none, how many floors are below it.
+FLOOR_OF: dict[str, int] = {
+    name: floor
+    for floor, names in enumerate(yaml.safe_load(Path(__file__).with_name("floors.yaml").read_text()))
+    for name in names.split()
+}
 MAX_LINES = 400
-#: Files that have outgrown a page, by path in the repository; a name leaves the list when its file has shrunk.
-LONG_FILES: frozenset[str] = frozenset()
-#: Files that nothing here imports but the plug-in: they are copied beside exported weights, for transformers to load.
-REMOTE_CODE = tuple(
-    f"convert/hf/remote_code/{name}_samoe.py" for name in ("configuration", "modeling", "attention", "moe")
-)
-#: The plug-ins', which vLLM imports, or a program of Megatron-Core's.
-PLUG_IN = (
-    *(f"plugins/vllm/{name}.py" for name in ("__init__", "model", "plain_experts")),
-    *(f"plugins/megatron_core/{name}.py" for name in ("__init__", "candidates", "experts", "rank_layout", "sharing")),
-)
 
 
 def sources() -> list[Path]:
@@ -149,14 +119,14 @@ def test_the_package_imports_nothing_of_tools() -> None:
 def test_files_stay_small() -> None:
     files = [*sources(), *(REPOSITORY / "tools").rglob("*.py"), *(REPOSITORY / "cpp_ext").rglob("*.cpp")]
     lengths = {str(p.relative_to(REPOSITORY)): len(p.read_text().splitlines()) for p in files}
-    long = {name: n for name, n in lengths.items() if n > MAX_LINES}
-    assert set(long) <= LONG_FILES, f"files of more than {MAX_LINES} lines: {long}; listed: {sorted(LONG_FILES)}"
+    assert not {name: n for name, n in lengths.items() if n > MAX_LINES}
 
 
-def test_remote_code_is_imported_by_the_plug_in_alone_and_imports_nothing_of_ours() -> None:
-    for path in (p for p in sources() if str(p.relative_to(ROOT)) not in PLUG_IN):
+def test_remote_code_is_imported_by_the_plug_ins_alone_and_imports_nothing_of_ours() -> None:
+    """It is copied beside exported weights, for transformers to load."""
+    for path in (p for p in sources() if package_of(p) != "plugins"):
         names = [name for _, name in imports_of(path)]
-        if str(path.relative_to(ROOT)) in REMOTE_CODE:
+        if path.parent.name == "remote_code" and path.stem.endswith("_samoe"):
             strange = [n for n in names if n.startswith("megatron_samoe") and "_samoe." not in n.partition(".")[2]]
         else:
             strange = [n for n in names if "hf.remote_code." in n and "_samoe" in n.partition(".")[2]]
@@ -215,12 +185,9 @@ def test_a_way_of_sharing_is_known_by_name_and_class_in_its_own_rooms_alone() ->
 
 
 def test_the_exchanges_know_nothing_of_the_library_of_the_tests() -> None:
-    folders = (
-        REPOSITORY / "cpp_ext" / "comm",
-        REPOSITORY / "cpp_ext" / "bindings" / "row_exchange",
-        REPOSITORY / "megatron_samoe" / "row_exchange",
-    )
-    files = [path for folder in folders for path in folder.iterdir() if path.suffix in (".cpp", ".h", ".py")]
+    folders = ("cpp_ext/comm", "cpp_ext/bindings/row_exchange", "megatron_samoe/row_exchange")
+    paths = (path for folder in folders for path in (REPOSITORY / folder).iterdir())
+    files = [path for path in paths if path.suffix in (".cpp", ".h", ".py")]
     assert len(files) > 20
     for path in files:
         text = path.read_text().lower()

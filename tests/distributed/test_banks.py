@@ -29,9 +29,11 @@ from megatron_samoe.training.train_step import train_step
 from tests.harness.kept_bytes import lent_tensors
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout, with_options
 
 pytestmark = pytest.mark.distributed
+TABLE = table(__file__)
 
 
 def _both_transports() -> list[tuple[bool, torch.Tensor, torch.Tensor]]:
@@ -114,21 +116,7 @@ def folded_bytes(config: PretrainConfig) -> int:
     return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in own)
 
 
-@pytest.mark.parametrize(
-    ("model", "sizes"),
-    first_by_day(
-        [
-            ({"bf16": True}, {"pp": 2, "ep": 2}),
-            ({"samoe_combine": "layer", "moe_layer_freq": "2"}, {"pp": 2, "ep": 2, "zero": True}),
-            ({"untied_ends": 1, "bf16": True}, {"pp": 2}),
-            ({"layout": "moe", "expert_sharing": "scaled", "num_expert_sets": 2}, {"pp": 2, "zero": True}),
-            ({}, {"pp": 2, "vpp": 1, "zero": True}),
-            ({"samoe_pool_placement": "replicated"}, {"pp": 2, "zero": True}),
-            ({}, {"cp": 2, "comm": "a2a", "pp": 2, "zero": True}),
-        ],
-        3,
-    ),
-)
+@pytest.mark.parametrize(("model", "sizes"), first_by_day(TABLE["measured"], 3))
 def test_a_rank_holds_the_combined_experts_that_were_planned(model: dict[str, Any], sizes: dict[str, Any]) -> None:
     """tests/unit/planning/test_memory.py compares all else that a rank holds between steps."""
     config = with_layout(tiny_config(**model), **sizes)
@@ -137,17 +125,8 @@ def test_a_rank_holds_the_combined_experts_that_were_planned(model: dict[str, An
         assert held == planned.folded_weights + planned.folded_gradients, rank
 
 
-LOCKED: dict[str, Any] = {"layout": "moe", "expert_sharing": "pool", "num_experts": 16, "moe_router_topk": 2}
-LOCKED |= {"moe_router_score_function": "norm", "moe_router_init_method_std": 0.3, "pool_lock_anneal_steps": 2}
-LOCKED |= {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01, "pool_lock_step": 2}
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "pp2 ep2": (4, {"pp": 2, "ep": 2}),
-    "ep2 edp2 zero": (4, {"ep": 2, "zero": True}),
-}
-
-
 def locked(layout: dict[str, Any], **options: Any) -> PretrainConfig:
-    return with_layout(with_options(tiny_config(**LOCKED), **options), **layout)
+    return with_layout(with_options(tiny_config(**TABLE["locked"]), **options), **layout)
 
 
 def moved_by_hand(config: PretrainConfig) -> dict[str, Any]:
@@ -170,20 +149,8 @@ def moved_by_hand(config: PretrainConfig) -> dict[str, Any]:
     return {"kept": kept, "order": order_E, "nexts": nexts}
 
 
-#: Experts of the pool, and routers, of which w1 and the weights do not learn.
-FROZEN = {"lr_mult_patterns": (r"^expert_pool\..*\.w1$=0", r"router\.weight$=0")}
-
-
-@pytest.mark.parametrize(
-    ("layout", "options"),
-    first_by_day(
-        [("ep2 edp2 zero", {"bf16": True}), ("pp2 ep2", {}), ("ep2 edp2 zero", FROZEN), ("pp2 ep2", FROZEN)]
-        + [("one process", {}), ("one process", FROZEN)],
-        3,
-    ),
-)
-def test_a_new_order_is_only_a_new_order(layout: str, options: dict[str, Any]) -> None:
-    world_size, sizes = LAYOUTS.get(layout, (1, {}))
+@pytest.mark.parametrize(("world_size", "sizes", "options"), first_by_day(TABLE["moved"], 3))
+def test_a_new_order_is_only_a_new_order(world_size: int, sizes: dict[str, Any], options: dict[str, Any]) -> None:
     got = run_ranks(moved_by_hand, world_size, locked(sizes, pool_lock_step=9, **options))[0]
     (before, after), order_E = got["kept"], got["order"]
     assert not torch.equal(order_E, torch.arange(16)), "nothing was moved"
@@ -195,7 +162,7 @@ def test_a_new_order_is_only_a_new_order(layout: str, options: dict[str, Any]) -
         wanted = whole.index_select(1 if of_pool else 0, order_E) if moves else whole
         assert torch.equal(after[name], wanted), name
     # Four tensors of the pool, and of four routers three; with two moments of each tensor, and of each router's weight.
-    assert num_moved >= (4 + 3 * 2 + 4 * 3 if options == FROZEN else 4 * 3 + 4 * 5)
+    assert num_moved >= (4 + 3 * 2 + 4 * 3 if "lr_mult_patterns" in options else 4 * 3 + 4 * 5)
     for unmoved, moved in zip(*got["nexts"], strict=True):
         assert moved == pytest.approx(unmoved, rel=5e-3 if "bf16" in options else 1e-5)
 

@@ -11,26 +11,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_samoe.config import ParallelConfig, PretrainConfig
+from megatron_samoe.config import ParallelConfig
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.attention import AttentionInputs
 from megatron_samoe.models.blueprint import ModelParts
-from megatron_samoe.models.layer_layout import all_layers
-from megatron_samoe.models.rank_model import RankModel, build_model
+from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops import reference
 from megatron_samoe.ops.attention import ScoreRule
 from megatron_samoe.parallel_state import RankGrid, initialize_model_parallel
 from megatron_samoe.parallel_state.state import planned_state
 from megatron_samoe.parallel_state.token_share import whole_sequences
-from megatron_samoe.planning.description import PlannedModel
 from megatron_samoe.tensor_parallel.ring_attention import ring_attention
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
-from tests.harness.kept_bytes import kept_by_autograd
-from tests.harness.largest_tensor import LargestTensor
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout
@@ -98,32 +94,6 @@ def test_documents_positions_and_masks_are_split_with_sequences(layout: str) -> 
         for name, gradient in expected["gradients"].items():
             scale = gradient.abs().max().item()
             torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-9, atol=1e-11 * max(scale, 1e-3))
-
-
-ROTARY, GROUPED = {"position_embedding_type": "rope"}, {"group_query_attention": True, "num_query_groups": 2}
-KEPT: list[dict[str, Any]] = [
-    {},
-    {"layout": "moe"},
-    ROTARY,
-    GROUPED,
-    {**ROTARY, **GROUPED, "clip_qkv": 0.1},
-]
-
-
-def kept(configs: list[PretrainConfig]) -> list[int]:
-    models = [build_model(config, VOCAB_SIZE, initialize_model_parallel(config.parallel)) for config in configs]
-    return [kept_by_autograd(model, config) for model, config in zip(models, configs, strict=True)]
-
-
-@pytest.mark.parametrize("comm", ["p2p", "a2a"])
-def test_a_layer_keeps_what_it_says(comm: str) -> None:
-    common = {"layout": "dense", "hidden_size": 64, "seq_length": 64, "ffn_hidden_size": 192}
-    configs = [with_layout(tiny_config(**{**common, **options}), cp=2, comm=comm) for options in KEPT]
-    for of_rank in run_ranks(kept, 2, configs):
-        for config, found in zip(configs, of_rank, strict=True):
-            planned = PlannedModel(config, VOCAB_SIZE, 2).description
-            expected = planned.trace(all_layers(config)[0], config.training.micro_batch_size).kept_bytes
-            assert found == pytest.approx(expected, rel=0.05), config.model
 
 
 class OtherAttention(torch.nn.Module):
@@ -196,16 +166,3 @@ def test_the_ring_is_the_twin_with_all_gradients(size: int) -> None:
         for got, right in zip(found, (expected, *torch.autograd.grad(expected, wanted, dy)), strict=True):
             assert got.dtype == dtype
             torch.testing.assert_close(got.double(), right, rtol=rtol, atol=rtol, msg=lambda m, c=case: f"{c}: {m}")
-
-
-def largest_of(length: int) -> int:
-    state = initialize_model_parallel(ParallelConfig(context_parallel_size=2))
-    q, k, v = (torch.randn(1, 1, length // 2, 8, requires_grad=True) for _ in range(3))
-    with LargestTensor() as largest:
-        ring_attention(q, k, v, state.cp).sum().backward()
-    return largest.elements
-
-
-def test_no_tensor_is_as_large_as_a_sequence_squared() -> None:
-    length = 1024
-    assert max(run_ranks(largest_of, 2, length)) <= 16 * length < length**2 / 32

@@ -1,17 +1,14 @@
-"""What pages say is so: the commands of README and of the tutorial, run in their order as they stand, on less text and for fewer
-steps; every message of docs/troubleshooting.md; names, defaults and two published scripts of docs/from_megatron.md.
+"""What pages say is so: the commands of README and of the tutorial are those that `init` prints, which lead to a served model; every
+message of docs/troubleshooting.md; names, defaults and two published scripts of docs/from_megatron.md.
 
 Commands of other pages are parsed (tests/unit/cli/test_documented_commands.py); `PARSED` says why they are not run.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
-import signal
 import socket
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,21 +25,17 @@ from megatron_samoe.config.validate import validate
 from megatron_samoe.dist_checkpointing.folder_lock import folder_lock
 from megatron_samoe.errors import MegatronSamoeError, optional_import
 from megatron_samoe.parsing import parse_yaml
-from tests.harness.program import REPOSITORY, ProgramRun, arguments, call, losses, start, write_corpus
+from tests.harness.program import REPOSITORY, arguments, call, losses, start, write_corpus
 from tests.harness.tables import table
 from tests.unit.cli.test_documented_commands import PAGES, shown_commands
 
 pytestmark = pytest.mark.distributed
 
+TABLE = table(__file__)
+#: Pages whose commands are those of `init`.
 PAGES_RUN = ("README.md", "docs/tutorial.md")
 #: Pages whose commands are not run as they stand, and why.
-PARSED: dict[str, str] = {page: why for why, pages in table(__file__)["parsed"].items() for page in pages}
-#: What makes runs short; what a page says of the same options comes first, and the last one counts.
-SHORT = {
-    "pretrain": "--train-iters 4 --num-layers 2 --eval-iters 1 --eval-interval 2 --save-interval 2",
-    "generate": "--max-new-tokens 4",
-    "serve": "--port 0",
-}
+PARSED: dict[str, str] = {page: why for why, pages in TABLE["parsed"].items() for page in pages}
 
 
 def blocks(page: str) -> list[str]:
@@ -51,48 +44,23 @@ def blocks(page: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if re.match(r"    (megatron-samoe|torchrun) [a-z-]", line)]
 
 
-def ask(server: ProgramRun) -> None:
-    """Asks the served model for text, and ends the server."""
-    found: list[str] = []
-
-    def is_up() -> bool:
-        found[:] = re.findall(r"serving first at (\S+)", server.output())
-        return bool(found)
-
-    try:
-        assert server.wait_until(is_up), server.output()
-        body = json.dumps({"prompt": "It was", "max_tokens": 4}).encode()
-        request = urllib.request.Request(f"{found[0]}/v1/completions", body, {"Content-Type": "application/json"})
-        assert json.load(urllib.request.urlopen(request))["choices"][0]["text"]
-    finally:
-        server.signal(signal.SIGTERM)
-
-
-@pytest.mark.night
 @pytest.mark.parametrize("page", PAGES_RUN)
-def test_the_commands_of_a_page_run_in_their_order(page: str, tmp_path: Path) -> None:
-    text = NOVELS.read_text(encoding="utf-8")
-    for name in ("novel.txt", "text.txt"):
-        (tmp_path / name).write_text(text[:400_000])
-    ran = []
-    for number, line in enumerate(blocks(page)):
-        words = shlex.split(line.partition(" && ")[0], comments=True)
-        ranks = 1
-        if words[0] == "torchrun":
-            ranks, words = int(words[2]), words[words.index("megatron_samoe") :]
-        _, command, *rest = words
-        if command == "quickstart":  # tests/unit/cli/test_quickstart.py
-            continue
-        here = tmp_path if command == "init" else tmp_path / "first"
-        (tmp_path / "first").exists() and (here / "other.txt").write_text(text[-2_000:])
-        more = SHORT.get(command, "").replace("--train-iters 4", f"--train-iters {4 + 2 * (ranks > 1)}").split()
-        done = start([*rest, *more], tmp_path / f"out-{number}", ranks, cwd=here, program=module_of(command))
-        if command == "serve":
-            ask(done)
-        done.succeed(300)
-        ran.append(command)
-    assert {"init", "train-tokenizer", "preprocess", "pretrain", "generate", "serve"} <= set(ran), ran
-    assert ran.count("pretrain") == 2, "on one rank, and on two"
+def test_a_page_shows_what_init_prints_and_trainings_that_are_legal(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/unit/cli/test_init.py runs what `init` prints of a text, from the tokenizer to the server."""
+    monkeypatch.chdir(tmp_path)
+    Path("novel.txt").write_bytes(NOVELS.read_bytes())
+    (_, _, *init), *shown = [shlex.split(line.partition(" && ")[0], comments=True) for line in blocks(page)]
+    said = call(module_of("init"), *init).stdout.replace("\\\n", "")
+    printed = [shlex.split(line) for line in said.splitlines() if line.startswith("megatron-samoe")]
+    assert all(words in shown for words in printed) and len(printed) == (5 if "--text" in init else 0)
+    monkeypatch.chdir(init[0])
+    ranks = []
+    for words in (words for words in shown if "pretrain" in words):
+        ranks.append(int(words[2]) if words[0] == "torchrun" else 1)
+        validate(parse_pretrain_args(words[words.index("pretrain") + 1 :]), ranks[-1])
+    assert ranks == [1, 2]
 
 
 def test_every_page_with_commands_is_run_or_says_why_not() -> None:
@@ -234,17 +202,8 @@ def test_every_cause_is_on_the_page() -> None:
 FACTS = parse_yaml((REPOSITORY / "docs/megatron.yaml").read_text())
 PAGE = (REPOSITORY / "docs/from_megatron.md").read_text()
 OURS = {flag(name): (group, name) for group, name, *_ in all_options(PretrainConfig())}
-#: Ranks of a script's own layout; sizes that two processor cores train, and the layout's kind at that size.
-RANKS = {"mixtral_8x7b": 32, "deepseek_v3": 512}
-SMALL = "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 16 --moe-ffn-hidden-size 16"
-LAYOUT = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --global-batch-size 4 --num-threads 1"
-RUN = "--mock-data --tokenizer-type ByteTokenizer --make-vocab-size-divisible-by 8 --eval-iters 1 --lr-warmup-iters 1"
-SMALLER = {
-    "mixtral_8x7b": "--num-query-groups 2 --train-iters 2 --lr-decay-iters 2",
-    "deepseek_v3": "--q-lora-rank 16 --kv-lora-rank 8 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 8 --num-experts 16 "
-    "--moe-layer-freq ([0]*1+[1]*3) --moe-shared-expert-intermediate-size 16 --pipeline-model-parallel-layout Ett|ttL "
-    "--rope-original-max-positions 16 --train-samples 8 --lr-decay-samples 8 --lr-warmup-samples 4",
-}
+#: Ranks of a script's own layout, and what makes it a run of four ranks that two processor cores train.
+SCRIPTS: dict[str, tuple[int, str]] = TABLE["scripts"]
 
 
 def option(config: PretrainConfig, name: str) -> Any:
@@ -283,7 +242,7 @@ def test_the_table_of_defaults_is_true() -> None:
 @pytest.mark.parametrize("script", FACTS["scripts"])
 def test_each_flag_of_a_script_is_kept_renamed_or_refused(script: str) -> None:
     config = translated(script, "--tokenizer-model", "x", "--data-path", "x", "--save", "x")
-    validate(config, RANKS[script])
+    validate(config, SCRIPTS[script][0])
     asked = {"--no-load-optim", "--no-load-rng"}  # of a run that begins from a checkpoint
     flags, changed = FACTS["scripts"][script], FACTS["changed"][script]
     for name in changed:
@@ -300,8 +259,6 @@ def test_each_flag_of_a_script_is_kept_renamed_or_refused(script: str) -> None:
 
 @pytest.mark.parametrize("script", FACTS["scripts"])
 def test_a_translated_script_trains(script: str, tmp_path: Path) -> None:
-    own = SMALLER[script]
-    words = f"{SMALL} {LAYOUT} {RUN.replace('--lr-warmup-iters 1', '') if 'samples' in own else RUN} {own}".split()
     config = ["--config", str(REPOSITORY / f"examples/from_megatron/{script}.yaml"), "--run-dir", str(tmp_path / "run")]
-    start([*config, *words], tmp_path / "out", num_ranks=4).succeed()
+    start([*config, *SCRIPTS[script][1].split()], tmp_path / "out", num_ranks=4).succeed()
     assert len(losses(tmp_path / "run/metrics.jsonl")) == 2

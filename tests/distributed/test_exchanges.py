@@ -16,11 +16,13 @@ import torch.distributed as dist
 
 from megatron_samoe.errors import CommunicationError
 from tests.harness import nccl_library
-from tests.harness.exchanges import Transport, error_of, through_gloo
+from tests.harness.exchanges import Transport, error_of, through_torch
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
+from tests.harness.tables import table
 
 pytestmark = pytest.mark.distributed
+TABLE = table(__file__)
 DTYPES = (torch.float32, torch.int64, torch.bfloat16, torch.uint8, torch.float64)
 
 
@@ -56,7 +58,7 @@ def _random_exchanges(transport: Transport, num_exchanges: int) -> str:
                 got = communicator.exchange_gathered(x, index, topk, send, receive)
             else:
                 got = communicator.exchange(rows, send, receive)
-            assert got.dtype == x.dtype and torch.equal(got, through_gloo(rows, send, receive)), exchange
+            assert got.dtype == x.dtype and torch.equal(got, through_torch(rows, send, receive)), exchange
         if transport.kind == "nodes" and len(set(transport.hosts)) > 1:
             # Where the memory between hops has grown, what it was before is registered no more.
             registered = nccl_library.count(transport.library, "ncclCommRegister")
@@ -65,21 +67,7 @@ def _random_exchanges(transport: Transport, num_exchanges: int) -> str:
         return type(communicator).__name__
 
 
-@pytest.mark.parametrize(
-    ("transport", "name"),
-    [
-        *((f"shm {'0' * world}", "ShmCommunicator") for world in (2, 4, 8)),
-        *((f"shm {hosts}", "HostwiseCommunicator") for hosts in ("001", "0101", "0011")),
-        *((f"nccl {'0' * world}", "NcclCommunicator") for world in (2, 4)),
-        *((f"nodes {hosts}", "HierarchicalCommunicator") for hosts in ("0011", "001122", "000111")),
-        ("nodes 001", "NcclCommunicator"),  # whose nodes are not even, as the next ones' are not
-        *(
-            pytest.param(f"nodes {hosts}", "NcclCommunicator", marks=pytest.mark.night)
-            for hosts in ("000", "0101", "012")
-        ),
-    ],
-    indirect=["transport"],
-)
+@pytest.mark.parametrize(("transport", "name"), first_by_day(TABLE["equal"], 12), indirect=["transport"])
 def test_exchanges_equal_gloo(transport: Transport, name: str) -> None:
     assert on_ranks(_random_exchanges, transport, 40) == [name] * transport.world_size
 
@@ -90,7 +78,7 @@ def _odd_shapes_and_wrong_arguments(transport: Transport) -> None:
             rows = [shape[0] // 2] * 2
             assert communicator.exchange(torch.randn(shape), rows, rows).shape == shape
         strided = torch.randn(6, 4).t()
-        assert torch.equal(communicator.exchange(strided, [2, 2], [2, 2]), through_gloo(strided, [2, 2], [2, 2]))
+        assert torch.equal(communicator.exchange(strided, [2, 2], [2, 2]), through_torch(strided, [2, 2], [2, 2]))
         x, index = torch.ones(4, 2), torch.arange(4)
         for wrong, send, receive, said in (
             (x[:3], [1, 1], [1, 1], "3 rows in 2 ranks"),
@@ -127,7 +115,7 @@ def _in_the_background(transport: Transport) -> int:
         ]
         between = communicator.exchange(tensors[0], splits[0], splits[0])  # after those that were started
         for i in (3, 0, 1, 4, 2, 2):  # in any order, and again
-            assert torch.equal(pending[i].wait(), through_gloo(tensors[i], splits[i], splits[i]))
+            assert torch.equal(pending[i].wait(), through_torch(tensors[i], splits[i], splits[i]))
         assert pending[3].wait().data_ptr() == out.data_ptr()
         assert torch.equal(between, pending[0].wait())
         if transport.kind == "nccl":
@@ -321,16 +309,7 @@ def _interrupted(transport: Transport, where: str, fault: str) -> tuple[str, flo
     return found
 
 
-@pytest.mark.parametrize(
-    ("transport", "where", "fault"),
-    [
-        ("shm 000", "wait", ""),
-        ("shm 000", "exchange", ""),
-        ("nccl 00", "exchange", ""),
-        ("nccl 0000", "start", "0:1:connect"),
-    ],
-    indirect=["transport"],
-)
+@pytest.mark.parametrize(("transport", "where", "fault"), TABLE["interrupted"], indirect=["transport"])
 def test_an_interrupt_ends_the_wait_for_a_rank_that_does_not_come(transport: Transport, where: str, fault: str) -> None:
     first, _absent, *others = on_ranks(_interrupted, transport, where, fault)
     assert 0.4 < first[1] < 2

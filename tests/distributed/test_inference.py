@@ -38,12 +38,6 @@ pytestmark = pytest.mark.distributed
 TABLE = table(__file__)
 
 PROMPT = [5, 17, 200, 3, 88]
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tp2": (2, {"tp": 2}),
-    "ep2": (2, {"ep": 2}),
-    "pp2": (2, {"pp": 2}),
-    "tp2 etp1 ep2 pp2": (4, {"tp": 2, "etp": 1, "ep": 2, "pp": 2}),
-}
 
 
 def save(config: PretrainConfig) -> None:
@@ -82,7 +76,7 @@ def test_every_layout_generates_the_same(tmp_path: Path, model: str) -> None:
     )
     run_ranks(save, 2, with_layout(base, ep=2))
     expected = run_ranks(run, 1, str(tmp_path), with_layout(base))[0]
-    for world_size, sizes in LAYOUTS.values():
+    for world_size, sizes in TABLE["layouts"]:
         for logits_V, greedy, sampled in run_ranks(run, world_size, str(tmp_path), with_layout(base, **sizes)):
             torch.testing.assert_close(logits_V, expected[0], rtol=1e-4, atol=1e-6)
             assert (greedy, sampled) == expected[1:]
@@ -91,11 +85,6 @@ def test_every_layout_generates_the_same(tmp_path: Path, model: str) -> None:
 
 
 PROGRAM = "megatron_samoe.cli.serve"
-SERVED_LAYOUTS = {
-    "tp2": (2, ["--tensor-model-parallel-size", "2"]),
-    "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
-    "ep2": (2, ["--expert-model-parallel-size", "2"]),
-}
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +133,9 @@ def test_a_second_signal_ends_at_once(checkpoints: Path, tmp_path: Path) -> None
         held.close()
 
 
-@pytest.mark.parametrize("layout", first_by_day(SERVED_LAYOUTS))
-def test_every_layout_answers_alike(checkpoints: Path, tmp_path: Path, layout: str) -> None:
-    num_ranks, flags = SERVED_LAYOUTS[layout]
-    with serve(checkpoints, tmp_path, *flags, num_ranks=num_ranks) as (run, client):
+@pytest.mark.parametrize("kind", first_by_day(["tensor", "pipeline", "expert"]))
+def test_every_layout_answers_alike(checkpoints: Path, tmp_path: Path, kind: str) -> None:
+    with serve(checkpoints, tmp_path, f"--{kind}-model-parallel-size", "2", num_ranks=2) as (run, client):
         prompts = ["Hello", "Another prompt", "x"]
         loaded = load_tiny(checkpoints)
         assert texts(client.complete(prompts, max_tokens=20, temperature=0)) == [
@@ -184,19 +172,8 @@ def test_the_other_ranks_leave_when_the_first_dies(checkpoints: Path, tmp_path: 
         assert "error: rank 1 cannot reach the rank that serves" in run.output() and "Traceback" not in run.output()
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("", r"--host = '198\.51\.100\.1': lets others use the server"),
-        ("--no-api-key --beside FOLDER", "--served-model-name = 'tiny': would name two models"),
-        ("--no-api-key --beside FOLDER --served-model-name a", r"gives 1 name\(s\) to 2 model\(s\)"),
-        ("--no-api-key --beside FOLDER --served-model-name a b --ckpt-step 1", "is for one model"),
-        ("--no-api-key --beside nowhere/none", "none"),
-        ("--no-api-key", "cannot be listened at"),
-    ],
-)
+@pytest.mark.parametrize(("words", "said"), TABLE["refused"])
 def test_what_cannot_be_served_is_said_in_a_sentence(words: str, said: str, checkpoints: Path) -> None:
-    """At an address of another machine, so that what is not refused ends as well."""
     given = ["--load", str(checkpoints), "--host", "198.51.100.1", *words.replace("FOLDER", str(checkpoints)).split()]
     done = call(PROGRAM, *given)
     assert done.returncode in (1, 2) and re.search(said, done.stderr) and "Traceback" not in done.stderr, done

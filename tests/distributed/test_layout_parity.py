@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_samoe.tensor_parallel import cross_entropy
-from tests.harness.covering import COVERING, FACTORS, Cell, kept_cells, options_of
+from tests.harness.covering import AXES, Cell, all_pairs, is_legal_cell, kept_cells, options_of, pairs_of, simple_cells
 from tests.harness.layout_training import LAYOUTS, MODELS, assert_same, is_legal, options_in, train, train_each
 from tests.harness.ranks import RankFailure, run_ranks
 from tests.harness.tiny import tiny_config
@@ -124,17 +124,11 @@ def test_every_model_in_every_layout(layout: str, model: str, dtype: torch.dtype
 
 
 def test_every_axis_meets_every_value_by_day() -> None:
-    met = {pair for cell in BY_DAY for pair in COVERING.pairs_of(cell)}
-    missing = COVERING.all_pairs() - met
-    # What no layout can train is missing with every other choice left plain.
-    for axis, factor, value in missing:
-        sharing = COVERING.values["sharing"] if factor != "sharing" else [value]
-        place = FACTORS.index(factor)
-        for layout in (name for name, axes in COVERING.axes.items() if axis in axes):
-            for one in sharing:
-                values = [one, *COVERING.plain[1:]]
-                values[place] = value
-                assert not COVERING.is_legal(Cell(layout, tuple(values))), (
-                    f"no training of the day has {axis} with {factor} {value}: run python -m tests.harness.covering"
-                )
-    assert all(COVERING.is_legal(cell) for cell in BY_DAY)
+    """What no layout can train is missing with every other choice left plain."""
+    missing = all_pairs().difference(*map(pairs_of, BY_DAY))
+    for cell in (cell for layout in AXES for cell in simple_cells(layout)):
+        found = pairs_of(cell) & missing
+        assert not found or not is_legal_cell(cell), (
+            f"no training of the day has {found}: run python -m tests.harness.covering"
+        )
+    assert all(map(is_legal_cell, BY_DAY))

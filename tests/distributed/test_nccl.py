@@ -32,8 +32,10 @@ from tests.harness.exchanges import Transport, error_of
 from tests.harness.host_waits import as_if_asynchronous
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
+from tests.harness.tables import table
 
 pytestmark = pytest.mark.distributed
+TABLE = table(__file__)
 
 
 def _even(*libraries: str) -> tuple[int, int]:
@@ -88,16 +90,7 @@ def _with_fault(transport: Transport, fault: str, timeout_s: float) -> tuple[str
     return "no error", 0.0
 
 
-@pytest.mark.parametrize(
-    ("transport", "fault", "timeout_s"),
-    # Of nodes a first hop, and two second ones.
-    first_by_day(
-        [("nccl 000", "1:2:error", 10.0), ("nccl 00", "1:1:hang", 0.7), ("nodes 0011", "2:5:error", 1.5)]
-        + [("nodes 0011", "3:4:exit", 1.5), ("nodes 0011", "1:3:hang", 1.5)],
-        3,
-    ),
-    indirect=["transport"],
-)
+@pytest.mark.parametrize(("transport", "fault", "timeout_s"), first_by_day(TABLE["faults"], 3), indirect=["transport"])
 def test_a_fault_of_one_rank_is_an_error_on_every_rank(transport: Transport, fault: str, timeout_s: float) -> None:
     victim, group, kind = fault.split(":")
     results = run_ranks(_with_fault, transport.world_size, transport, fault, timeout_s, may_die=True)
@@ -120,15 +113,7 @@ def _refused(path: str, version: str) -> str:
     return nccl_problem()
 
 
-@pytest.mark.parametrize(
-    ("name", "version", "said"),
-    [
-        ("libnowhere.so", "21801", "no usable NCCL library"),
-        ("libempty.so", "21801", "lacks a function of NCCL 2.18"),
-        ("", "21706", "it is NCCL 2.17.6, and 2.18 or a later NCCL 2 is needed"),
-        ("", "30001", "it is NCCL 3.0.1, and 2.18 or a later NCCL 2 is needed"),
-    ],
-)
+@pytest.mark.parametrize(("name", "version", "said"), TABLE["refused"])
 def test_without_a_library_that_is_usable_all_fall_back(library, tmp_path, name, version, said):
     source = tmp_path / "empty.cpp"
     source.write_text("")

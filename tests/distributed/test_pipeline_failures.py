@@ -79,20 +79,9 @@ def troubled(layout: str, world: dict[str, Any]) -> PretrainConfig:
     )
 
 
-CASES = {
-    "last stage dies in its first pass": ("dense", 2, {"pp": 2}, "kill", 1, 1),
-    "first stage leaves in its third pass": ("dense", 2, {"pp": 2}, "exit", 0, 3),
-    "middle stage hangs": ("dense", 3, {"pp": 3, "stages": "Et|tt|tL"}, "hang", 1, 2),
-    "interleaved stage dies": ("samoe", 2, {"pp": 2, "vpp": 1}, "kill", 1, 3),
-    "one of two pipelines hangs": ("samoe", 4, {"pp": 2}, "hang", 2, 2),
-    "an expert-parallel peer dies": ("moe", 2, {"ep": 2}, "kill", 1, 2),
-    "an expert-parallel peer hangs": ("samoe", 4, {"ep": 2}, "hang", 0, 2),
-}
-
-
-@pytest.mark.parametrize("case", first_by_day(CASES, 3))
+@pytest.mark.parametrize("case", first_by_day(TABLE["troubles"], 3))
 def test_the_others_end_in_time_and_say_why(case: str) -> None:
-    layout, world_size, sizes, kind, victim, at_pass = CASES[case]
+    layout, world_size, sizes, kind, victim, at_pass = TABLE["troubles"][case]
     config = troubled(layout, sizes)
     results = run_ranks(train_with_trouble, world_size, config, kind, victim, at_pass, may_die=True)
     if kind != "hang":
@@ -114,15 +103,12 @@ def test_the_others_end_in_time_and_say_why(case: str) -> None:
         assert all("while computing iteration" in r["message"] for i, r in enumerate(results) if i != victim)
 
 
-BAD_LAYOUTS = TABLE["bad layouts"]
-
-
-@pytest.mark.parametrize("case", BAD_LAYOUTS)
+@pytest.mark.parametrize("case", TABLE["bad layouts"])
 def test_a_bad_layout_is_refused_by_a_rank_that_is_alone(
     case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The other seven ranks do not exist: whoever waited for them would never answer."""
-    words, field, nearest = BAD_LAYOUTS[case]
+    words, field, nearest = TABLE["bad layouts"][case]
     for name, value in {"WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
     status = main(["--mock-data", "--micro-batch-size", "1", *words])

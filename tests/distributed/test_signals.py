@@ -1,4 +1,4 @@
-"""Leaving early: signals, --exit-interval, --exit-duration-in-mins, which save first; and a launcher, a rank or data that are lost."""
+"""Leaving early: signals, --exit-duration-in-mins, which save first; and a launcher, a rank or data that are lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training import trainer
 from megatron_samoe.training.hook import Hook, Training
 from megatron_samoe.training.setup import build_setup
-from tests.harness.program import ProgramRun, arguments, iterations, records, start, start_command, write_corpus
+from tests.harness.program import ProgramRun, arguments, iterations, start, start_command, write_corpus
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, RandomBatches, tiny_config, with_options
 
@@ -72,17 +72,6 @@ def test_signal_before_training_ends_at_once(corpus: Path, tmp_path: Path) -> No
     run.signal(signal.SIGTERM)
     assert run.wait(20) == (-signal.SIGTERM,)
     assert not (tmp_path / "save").exists()
-
-
-def test_exit_interval_stops_where_it_divides(corpus: Path, tmp_path: Path) -> None:
-    args = arguments(data_path=corpus, run_dir=tmp_path / "run", exit_interval=4, train_iters=10, eval_iters=0)
-    for stop in (4, 8):
-        run = start(args, tmp_path / "out")
-        assert assert_left_with_checkpoint(run, tmp_path / "run/checkpoints", "--exit-interval 4") == stop
-    output = start(args, tmp_path / "out").succeed()
-    assert "exiting" not in output
-    assert iterations(tmp_path / "run/checkpoints") == [4, 8, 10]
-    assert [r["iteration"] for r in records(tmp_path / "run/metrics.jsonl")] == list(range(1, 11))
 
 
 class _EnoughHook(Hook):

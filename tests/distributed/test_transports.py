@@ -3,13 +3,10 @@ them; and which transport is chosen."""
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import logging
 import os
-import platform
+import re
 import resource
-import struct
 import time
 from functools import partial
 
@@ -35,73 +32,50 @@ pytestmark = [
 SHM = Transport("shm", (0,) * 8, "")  # for any number of ranks up to eight
 
 
-#: Numbers on x86-64.
-MEMFD_CREATE, PIDFD_OPEN = 319, 434
-_SET_NO_NEW_PRIVS, _SET_SECCOMP, _FILTER = 38, 22, 2
-_LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
-_ALLOW, _ERROR = 0x7FFF0000, 0x00050000
-
-
-class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
-
-
-def forbid(*numbers: int) -> None:
-    """Makes these system calls fail with EPERM in this thread and those that it starts, for the rest of its life, as in a sandbox:
-    through a filter of the kernel (seccomp).
-    """
-    instructions = [struct.pack("HBBI", _LOAD, 0, 0, 0)]
-    for number in numbers:
-        instructions += [
-            struct.pack("HBBI", _JUMP_IF_EQUAL, 0, 1, number),
-            struct.pack("HBBI", _RETURN, 0, 0, _ERROR | errno.EPERM),
-        ]
-    instructions.append(struct.pack("HBBI", _RETURN, 0, 0, _ALLOW))
-    program = _Program(len(instructions), b"".join(instructions))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(_SET_SECCOMP, _FILTER, ctypes.byref(program)):
-        raise OSError(ctypes.get_errno(), "prctl")
-
-
-def _forbidden(number: int) -> tuple[list[bool], list[str]]:
+def _out_of_files(more: int) -> tuple[list[bool], list[str]]:
+    """Rank 1 may open few files more while it connects, as where the system forbids a call."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logger.addHandler(handler)
+    claim_host((0, 0))
+    assert extension.load()
     dist.barrier()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     if dist.get_rank() == 1:
-        forbid(number)
+        free = [os.dup(0) for _ in range(more + 1)]  # the lowest that are
+        for file in free:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1], limits[1]))
     fallen = [create_shm_communicator(world_group()) is None for _ in range(3)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert exchange_counts(torch.arange(2)[:, None], world_group()).flatten().tolist() == [dist.get_rank()] * 2
     return fallen, said
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the filter has x86-64's numbers")
-@pytest.mark.parametrize("number, name", [(MEMFD_CREATE, "memfd_create"), (PIDFD_OPEN, "pidfd_open")])
-def test_a_forbidden_system_call_makes_all_fall_back_and_is_told_once(number, name):
-    for fallen, said in run_ranks(_forbidden, 2, number):
+@pytest.mark.parametrize(
+    ("more", "name"), [(0, "memfd_create"), (3, "(pidfd_open|open /proc/.*)")], ids=["own", "peer's"]
+)
+def test_a_call_that_the_system_refuses_makes_all_fall_back_and_is_told_once(more, name):
+    for fallen, said in run_ranks(_out_of_files, 2, more):
         assert fallen == [True] * 3
-        assert len(said) == 1 and f"{name}: Operation not permitted" in said[0] and "through torch" in said[0]
+        assert len(said) == 1 and re.search(f"{name}: Too many open files", said[0]) and "through torch" in said[0], (
+            said
+        )
 
 
-def _other_host() -> tuple[bool, bool]:
-    claim_host((0, 1))
-    return create_shm_communicator(world_group()) is None, extension.available()
-
-
-def test_ranks_that_are_alone_on_their_hosts_fall_back_together():
-    assert run_ranks(_other_host, 2) == [(True, True)] * 2
-
-
-def _one_without_extension() -> bool:
-    if dist.get_rank() == 1:
+def _falls_back(why: str) -> bool:
+    if why == "another host":
+        claim_host((0, 1))
+    elif dist.get_rank() == 1:
         extension.load.cache_clear()
         os.environ[extension.ENVIRONMENT_VARIABLE] = "off"
     return create_shm_communicator(world_group()) is None
 
 
-def test_one_rank_without_the_extension_makes_all_fall_back():
-    assert run_ranks(_one_without_extension, 2) == [True, True]
+@pytest.mark.parametrize("why", ["another host", "no extension"])
+def test_one_rank_that_cannot_share_memory_makes_all_fall_back(why):
+    assert run_ranks(_falls_back, 2, why) == [True, True]
 
 
 def _wrong_mark() -> str:
@@ -162,23 +136,6 @@ def test_a_machine_without_shared_memory_falls_back():
     assert run_ranks(_without_memory, 2, 1 << 20) == [("torch", True)] * 2  # no segment: torch for all
     # A segment, no window: this rank's rows go through the rings.
     assert run_ranks(_without_memory, 2, 4 << 20) == [("ShmCommunicator", True)] * 2
-
-
-def _a_gigabyte() -> tuple[bool, bool]:
-    world, rank = dist.get_world_size(), dist.get_rank()
-    rows = [(1 << 28) // 1024 // world] * world
-    x = torch.arange(sum(rows) * 1024, dtype=torch.float32).view(-1, 1024) + rank
-    index = torch.arange(x.shape[0])
-    with SHM.open() as communicator:
-        expected = torch.cat([x[rank * rows[0] : (rank + 1) * rows[0]] - rank + r for r in range(world)])
-        plain = torch.equal(communicator.exchange(x, rows, rows), expected)
-        return plain, torch.equal(communicator.exchange_gathered(x, index, 1, rows, rows), expected)
-
-
-@pytest.mark.night  # a gigabyte a rank
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_a_gigabyte(world_size):
-    assert run_ranks(_a_gigabyte, world_size, timeout_s=300) == [(True, True)] * world_size
 
 
 def _trouble_in_a_node(transport: Transport) -> tuple[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,19 +9,14 @@ import pytest
 import torch
 
 from megatron_samoe.convert.hf import families
-from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.language_model import LanguageModel
-from megatron_samoe.moe.types import ForwardContext
-from megatron_samoe.parallel_state.state import single_process_state
-from megatron_samoe.runtime.load import load_model
 from tests.extending.starcoder2 import ENTRIES, FAMILY
 from tests.harness.near_package import install
 from tests.harness.pairs import first_by_day
-from tests.harness.program import call
+from tests.parity.hf_models import converted, our_logits, run, their_logits, theirs, transformers
 from tests.unit.inference.tiny_models import loaded_tiny
 
-transformers = pytest.importorskip("transformers", minversion="4.56")
 VOCABULARY = 100
 
 
@@ -38,10 +32,6 @@ def prepended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None
     families.families.cache_clear()
 
 
-def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return call("megatron_samoe.cli.convert", *map(str, arguments))
-
-
 @pytest.mark.parametrize("tied", first_by_day([True, False]))
 def test_a_family_of_another_package_goes_in_and_out(
     tmp_path: Path, tied: bool, prepended: Callable[[Path], None]
@@ -55,26 +45,17 @@ def test_a_family_of_another_package_goes_in_and_out(
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path / "theirs")
-    unknown = convert("--load-dir", tmp_path / "theirs", "--save-dir", tmp_path / "no")
-    assert unknown.returncode == 2 and "starcoder2" in unknown.stderr and "is not a family" in unknown.stderr
+    status, _, error = run("--load-dir", tmp_path / "theirs", "--save-dir", tmp_path / "no")
+    assert status == 2 and "starcoder2" in error and "is not a family" in error
     prepended(install(tmp_path / "installed", families.GROUP, "starcoder2", "tests.extending.starcoder2:FAMILY"))
-    for source, target, way in (("theirs", "ours", "native"), ("ours", "back", "hf")):
-        done = convert("--load-dir", tmp_path / source, "--save-dir", tmp_path / target, "--to", way)
-        assert done.returncode == 0, done.stderr
-    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    ours = converted(tmp_path / "theirs", tmp_path / "ours")
+    back = theirs(converted(ours, tmp_path / "back", "--to", "hf"))
     assert type(back) is type(model)
     for name, weight in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], weight), name
     text = torch.randint(VOCABULARY, (2, 40))
-    torch.testing.assert_close(logits(tmp_path / "ours", text), model(text).logits, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(back(text).logits, model(text).logits)
-
-
-@torch.no_grad()
-def logits(checkpoint: Path, ids_BS: torch.Tensor) -> torch.Tensor:
-    loaded = load_model(open_folder(checkpoint), single_process_state())
-    found, _ = loaded.model(ids_BS, ForwardContext(batch_size=len(ids_BS), training=False))
-    return found.view(*ids_BS.shape, -1)[..., :VOCABULARY]
+    torch.testing.assert_close(our_logits(ours, text), their_logits(model, text), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(their_logits(back, text), their_logits(model, text))
 
 
 def test_a_task_of_another_folder_is_scored() -> None:
@@ -103,8 +84,8 @@ def test_a_wrong_entry_point_is_named(
     with pytest.raises(ConfigError, match=problem) as caught:
         families.families()
     assert caught.value.field == "megatron_samoe.hf_families: starcoder2 of outside"
-    done = convert("--load-dir", tmp_path, "--save-dir", tmp_path / "new")
-    assert done.returncode == 2 and problem in done.stderr and "Traceback" not in done.stderr
+    status, _, error = run("--load-dir", tmp_path, "--save-dir", tmp_path / "new")
+    assert status == 2 and problem in error and "Traceback" not in error
 
 
 def test_a_family_of_functions_says_that_it_must_be_tables() -> None:

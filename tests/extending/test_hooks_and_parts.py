@@ -20,7 +20,6 @@ from megatron_samoe.moe.types import MoEStats, StatisticsLayout
 from megatron_samoe.ops.topk_gate import described
 from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
 from megatron_samoe.runtime.load import load_model
-from megatron_samoe.training import hook
 from megatron_samoe.training.hook import Hook, Record, Training
 from megatron_samoe.training.hooks.loggers import ConsoleLog
 from megatron_samoe.training.setup import Extensions, build_setup
@@ -30,9 +29,11 @@ from tests.extending.even_scores import EvenScores
 from tests.extending.expert_choice import ExpertChoiceRouter
 from tests.extending.sliding_window import SlidingWindowAttention
 from tests.harness.ranks import run_ranks
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, RandomBatches, tiny_config, with_layout, with_options
 
 pytestmark = pytest.mark.distributed
+TABLE = table(__file__, tuples=False)
 
 
 def noted(point: str) -> Callable[..., None]:
@@ -208,38 +209,15 @@ def test_state_that_checkpoints_would_forget_is_refused() -> None:
     build_setup(tiny_config("moe"), VOCAB_SIZE, single_process_state(), extensions=Extensions(ModelParts(CountingAnew)))
 
 
-@pytest.mark.parametrize(
-    ("ids", "probs", "problem"),
-    [
-        ([[0], [4]], [[1.0], [1.0]], "allowed are -1 to 3"),
-        ([[0], [-2]], [[1.0], [1.0]], "allowed are -1 to 3"),
-        ([[0]], [[1.0]], r"must be int64 \[2, K\]"),
-        ([[0], [1]], [[1.0, 0.0], [1.0, 0.0]], "probs_TK must be"),
-        ([[0.0], [1.0]], [[1.0], [1.0]], "must be int64"),
-    ],
-)
+@pytest.mark.parametrize(("ids", "probs", "problem"), TABLE["choices"])
 def test_choices_that_do_not_fit_are_named(ids: list, probs: list, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         described(torch.zeros(2, 4), torch.tensor(ids), torch.tensor(probs), 1)
 
 
-@pytest.mark.parametrize(
-    ("sums", "problem"),
-    [
-        ({"counts": 4}, "were declared"),
-        ({"counts": 4, "mine": 1, "yours": 1}, "were declared"),
-        ({"counts": 4, "mine": 2}, "statistic mine has 2 numbers; 1 were declared"),
-        ({"counts": 5, "mine": 1}, "statistic counts has 5 numbers; 4 were declared"),
-    ],
-)
+@pytest.mark.parametrize(("sums", "problem"), TABLE["statistics"])
 def test_statistics_that_were_not_declared_are_named(sums: dict[str, int], problem: str) -> None:
     layout = StatisticsLayout({"counts": 4, "mine": 1})
     told = MoEStats(0, {name: torch.ones(size) for name, size in sums.items()})
     with pytest.raises(ValueError, match=problem):
         layout.add(layout.zeros(1, torch.device("cpu")), told)
-
-
-def test_the_former_name_of_a_run_under_way_warns() -> None:
-    with pytest.warns(FutureWarning, match="training.hook.Run is now Training"):
-        former = hook.Run
-    assert former is Training

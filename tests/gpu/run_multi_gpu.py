@@ -1,4 +1,4 @@
-"""What several GPUs can show: exchanges equal to torch's bit for bit, layouts equal to one process, and speed.
+"""What several GPUs can show: exchanges equal to torch's bit for bit, their speed, and layouts equal to one process.
 
     torchrun --nproc-per-node 8 tests/gpu/run_multi_gpu.py
 
@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -27,6 +26,7 @@ from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state import backend
 from megatron_samoe.parallel_state.state import Group
 from megatron_samoe.row_exchange.exchange import with_exchange
+from tests.harness.exchanges import through_torch, world_group
 from tests.harness.layout_training import LAYOUTS, MODELS, assert_same, layout_config, train
 
 WIDTH = 1024
@@ -35,16 +35,7 @@ RTOL = {"cpu": 1e-5, "cuda": 1e-4}  # a GPU adds matrix products in an order tha
 
 def exchanging_group(device: torch.device) -> Group:
     """Returns the group of all ranks with the extension's exchange; ConfigError where it cannot be had."""
-    world = dist.get_world_size()
-    group = Group("ep", tuple(range(world)), dist.get_rank(), dist.group.WORLD)
-    return with_exchange(group, device, timeout_s=60.0, backend="extension")
-
-
-def torchs_exchange(x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
-    """Returns the rows that torch's all-to-all brings."""
-    received = x.new_empty((sum(receive), *x.shape[1:]))
-    dist.all_to_all_single(received.view(torch.uint8), x.view(torch.uint8), list(receive), list(send))
-    return received
+    return with_exchange(world_group(), device, timeout_s=60.0, backend="extension")
 
 
 def check_exchanges(group: Group, device: torch.device, num_exchanges: int, max_rows: int) -> None:
@@ -57,7 +48,7 @@ def check_exchanges(group: Group, device: torch.device, num_exchanges: int, max_
         send, receive = rows_WW[group.rank].tolist(), rows_WW[:, group.rank].tolist()
         dtype = (torch.float32, torch.bfloat16, torch.int64)[number % 3]
         x = torch.randint(0, 255, (sum(send), (1, 64, 1024)[number % 3])).to(device, dtype)
-        got, expected = group.exchange.exchange(x, send, receive), torchs_exchange(x, send, receive)
+        got, expected = group.exchange.exchange(x, send, receive), through_torch(x, send, receive)
         assert torch.equal(got, expected), f"exchange {number} of rank {group.rank} differs from torch's"
         pending = group.exchange.start(x, send, receive)
         assert torch.equal(pending.wait(), expected), f"exchange {number}, in the background"
@@ -83,23 +74,8 @@ def check_layouts(expected: dict[str, Any] | None, models: Sequence[str], device
     return done
 
 
-def median_s(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Returns the slowest rank's median time of a call that all ranks make."""
-    module, times = torch.get_device_module(device), []
-    for _ in range(repeats):
-        dist.barrier()
-        module.synchronize()
-        start = time.perf_counter()
-        run()
-        module.synchronize()
-        times.append(time.perf_counter() - start)
-    slowest = torch.tensor(statistics.median(times), device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return float(slowest)
-
-
 def measure(group: Group, device: torch.device, megabytes: float, repeats: int) -> str:
-    """Returns a line with the speed of even exchanges of some megabytes a rank, ours and torch's in turn."""
+    """Returns a line with the speed of even exchanges of some megabytes a rank, ours and torch's."""
     exchange = group.exchange
     assert exchange is not None
     rows = [max(int(megabytes * 2**20) // (4 * WIDTH * group.size), 1)] * group.size
@@ -107,13 +83,12 @@ def measure(group: Group, device: torch.device, megabytes: float, repeats: int) 
     ways = {
         "ours": lambda: exchange.exchange(x, rows, rows),
         "ours, even": lambda: exchange.exchange_evenly(x),
-        "torch": lambda: torchs_exchange(x, rows, rows),
+        "torch": lambda: through_torch(x, rows, rows),
     }
-    for way in ways.values():
-        way()
+    seconds = {name: Timer("way()", globals={"way": way}).timeit(repeats).mean for name, way in ways.items()}
     sent = x.nbytes * (group.size - 1) / group.size
-    speeds = {name: sent / median_s(way, device, repeats) / 1e9 for name, way in ways.items()}
-    return f"{megabytes:g} MB a rank, GB/s sent by each: " + ", ".join(f"{name} {v:.2f}" for name, v in speeds.items())
+    speeds = ", ".join(f"{name} {sent / each / 1e9:.2f}" for name, each in seconds.items())
+    return f"{megabytes:g} MB a rank, GB/s sent by each: {speeds}"
 
 
 def main() -> None:

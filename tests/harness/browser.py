@@ -88,11 +88,6 @@ class Browser:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": metrics})
 
-    def prefer(self, scheme: str) -> None:
-        """Asks for light or dark colours."""
-        features = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        self._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": features})
-
     def complaints(self) -> list[str]:
         """Returns what the browser has logged since the last call: script errors, refused loads, failed requests."""
         return [entry["message"] for entry in self._call("POST", "/se/log", {"type": "browser"})]

@@ -6,42 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.harness.program import REPOSITORY
+from tests.harness.tables import table
 
 CORPUS = REPOSITORY / "megatron_samoe/cli/quickstart_data/austen_emma_mansfield.txt"
 CONTEXT = 256
-CHATML = """{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-#: What templates do: a default system prompt, turns that must alternate, dates, namespaces, JSON, thoughts cut off, loop controls.
-TEMPLATES = {
-    "chatml": CHATML,
-    "alternating": """{{ bos_token }}{% if messages[0]['role'] == 'system' %}
-{% set told = messages[0]['content'] | trim + '\\n\\n' %}{% set messages = messages[1:] %}{% else %}{% set told = '' %}{% endif %}
-{% for message in messages %}
-{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate: user, assistant.') }}{% endif %}
-{% if loop.first %}{% set text = told + message['content'] %}{% else %}{% set text = message['content'] %}{% endif %}
-{{ '<|im_start|>' + message['role'] + '\\n' + text | trim + '<|im_end|>' }}
-{% endfor %}
-{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}""",
-    "thinking": """{%- set ns = namespace(last=0) %}
-{%- for message in messages %}{%- if message.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
-{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\\nYou answer. ' ~ strftime_now('%Y') ~ '<|im_end|>\\n' }}{%- endif %}
-{%- for message in messages %}
-{%- set content = message.content %}
-{%- if '</think>' in content and loop.index0 < ns.last %}{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}
-{{- '<|im_start|>' + message.role }}
-{% generation %}{{ content }}{{- '<|im_end|>' }}{% endgeneration %}
-
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>' }}{%- endif %}""",
-    "odd": """{% for message in messages if message.content %}{% if loop.index > 3 %}{% break %}{% endif %}
-{{ message | tojson }}{{ eos_token }}
-{% endfor %}{{ documents is none and tools is none }}{{ messages | map(attribute='role') | join('<') }}{{ pad_token }}""",
-}
+TEMPLATES: dict[str, str] = table(__file__)
+CHATML = TEMPLATES["chatml"]
 
 
 def chat_tokenizer(template: str | None = CHATML) -> Any:

@@ -62,10 +62,10 @@ def claim_host(hosts: Sequence[int]) -> None:
     shm_communicator._host_identity = lambda: identity
 
 
-def through_gloo(x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-    """Returns the rows that gloo brings; as bytes, since not every release of it knows bf16."""
+def through_torch(x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    """Returns the rows that torch's all-to-all brings; as bytes, since not every release of gloo knows bf16."""
     received = x.new_empty((sum(receive), *x.shape[1:]))
-    dist.all_to_all_single(received.view(torch.uint8), x.contiguous().view(torch.uint8), receive, send)
+    dist.all_to_all_single(received.view(torch.uint8), x.contiguous().view(torch.uint8), list(receive), list(send))
     return received
 
 

@@ -1,4 +1,4 @@
-"""The memory of tensors without storage: what a device would hold at the peak of a computation."""
+"""The memory of tensors, with storage or without: what a device would hold at the peak of a computation, and its largest tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """Sums the storages of one type of device that are alive inside this context, in `peak` bytes.
+    """Sums the storages of one type of device that are alive inside this context, in `peak` bytes, and notes how many elements the
+    largest holds.
 
     Temporaries inside torch's own ops are not seen.
 
@@ -23,7 +24,7 @@ class LiveMemory(TorchDispatchMode):
         super().__init__()
         self._device_type = device_type
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._bytes = self.peak = 0
+        self._bytes = self.peak = self.largest_elements = 0
         for t in held or []:
             self._note(t)
 
@@ -38,6 +39,7 @@ class LiveMemory(TorchDispatchMode):
         if t.device.type != self._device_type:
             return
         storage = t.untyped_storage()
+        self.largest_elements = max(self.largest_elements, storage.nbytes() // t.element_size())
         known = self._alive.get(storage._cdata)
         if known is not None and not known[0].expired():
             return

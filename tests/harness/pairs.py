@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Set
 from itertools import combinations, product
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+
+T = TypeVar("T")
+
+
+def cover(
+    candidates: Iterable[T], parts: Callable[[T], Set[Any]], cost: Callable[[T], float] = lambda _: 1.0
+) -> list[T]:
+    """Returns few candidates that have every part that any has: again and again the one with the most missing parts for its cost."""
+    left, chosen = list(candidates), list[T]()
+    missing = set().union(*map(parts, left))
+    while missing:
+        chosen.append(max(left, key=lambda candidate: len(parts(candidate) & missing) / cost(candidate)))
+        missing -= parts(chosen[-1])
+    return chosen
 
 
 def by_pairs(*axes: Iterable[Any]) -> list[Any]:
@@ -17,12 +31,7 @@ def by_pairs(*axes: Iterable[Any]) -> list[Any]:
     values = [list(axis) for axis in axes]
     # Values need not be hashable: places stand for them.
     cases = list(product(*(range(len(axis)) for axis in values)))
-    missing = {pair for case in cases for pair in _pairs(case)}
-    by_day = set[tuple[int, ...]]()
-    while missing:
-        best = max(cases, key=lambda case: len(_pairs(case) & missing))
-        by_day.add(best)
-        missing -= _pairs(best)
+    by_day = set(cover(cases, _pairs))
     return [
         pytest.param(
             *(axis[i] for axis, i in zip(values, case, strict=True)),

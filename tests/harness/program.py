@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -173,32 +172,23 @@ class _Command(subprocess.Popen):
 
 @dataclass(frozen=True)
 class Sabotage:
-    """What goes wrong in a run's first rank.
+    """The end of a run's first rank: it is killed just before its n-th change to a folder."""
 
-    Attributes:
-        die_at_file_event: kill the process just before its n-th change to the folder `in_folder`.
-        file_limit_bytes: no file can grow beyond this.
-    """
-
-    die_at_file_event: int | None = None
-    in_folder: str = ""
-    file_limit_bytes: int | None = None
+    at_file_event: int
+    in_folder: str
 
     def begin(self) -> None:
         """Takes effect in the calling process."""
-        if self.file_limit_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_limit_bytes, self.file_limit_bytes))
-        if self.die_at_file_event is not None:
-            seen = 0
+        seen = 0
 
-            def watch(event: str, args: tuple[Any, ...]) -> None:
-                nonlocal seen
-                if is_change(event, args) and self.in_folder in str(args[0]):
-                    seen += 1
-                    if seen == self.die_at_file_event:
-                        os.kill(os.getpid(), signal.SIGKILL)
+        def watch(event: str, args: tuple[Any, ...]) -> None:
+            nonlocal seen
+            if is_change(event, args) and self.in_folder in str(args[0]):
+                seen += 1
+                if seen == self.at_file_event:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-            sys.addaudithook(watch)
+        sys.addaudithook(watch)
 
 
 def is_change(event: str, args: tuple[Any, ...]) -> bool:
@@ -338,6 +328,13 @@ def assert_same_checkpoint(actual: Path, expected: Path) -> None:
     for state in states:
         del state["digests"], state["digest"]  # of files, in which equal tensors may stand in another order
     assert states[0] == states[1]
+
+
+def flip_bit(path: Path, at: int | None = None) -> None:
+    """Changes one bit of a file, in its middle or in the byte at a place."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 1
+    path.write_bytes(content)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

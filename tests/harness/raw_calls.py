@@ -63,7 +63,7 @@ def _wrong_tensors(good: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"repeated to {huge} in dim {dim}", lambda sizes=sizes: good.new_zeros(()).expand(sizes)
         for other in {*range(len(shape))} - {dim}:
             swapped = good.transpose(dim, other)
-            yield f"transposed in {dim} and {other}", lambda t=swapped, d=dim, o=other: t.clone().transpose(d, o)
+            yield f"transposed in {dim} and {other}", lambda t=swapped, d=dim, o=other: t.contiguous().transpose(d, o)
             for huge in HUGE:
                 sizes = [0 if d == dim else huge if d == other else n for d, n in enumerate(shape)]
                 yield f"of {sizes}", partial(good.new_empty, sizes)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
@@ -19,10 +21,9 @@ from megatron_samoe.ops.asynchronous import taken_for_gpu
 from megatron_samoe.optimizer import mixed_precision
 from megatron_samoe.optimizer.mixed_precision import LossScale, MixedPrecisionOptimizer
 from megatron_samoe.parallel_state import RankGrid
-from megatron_samoe.parallel_state.state import Group, PendingShift, planned_state
+from megatron_samoe.parallel_state.state import Group, PendingShift, initialize_model_parallel
 from megatron_samoe.pipeline_parallel.schedules import Pipeline
 from megatron_samoe.planning.memory import rank_memory
-from megatron_samoe.row_exchange import all_to_all
 from megatron_samoe.tensor_parallel import ring_attention
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import TrainState
@@ -59,10 +60,6 @@ class _RMSNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _exchange(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], group: Group) -> Tensor:
-    return x.new_empty((sum(receive_rows), *x.shape[1:]))
-
-
 def _piece(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     """What flash attention leaves of a piece."""
     return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -72,17 +69,10 @@ def _piece_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tup
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _shift(group: Group, x: Tensor) -> PendingShift:
-    return PendingShift(group, torch.empty_like(x), x, ())
-
-
-def _reduce_scatter(group: Group, x: Tensor) -> Tensor:
-    return x if group.size == 1 else x[: len(x) // group.size].clone()
-
-
 @contextlib.contextmanager
-def device_without_storage(rows_for_each_rank_and_expert: int) -> Iterator[None]:
-    """`meta` as an H100 of a world that does not exist, where the other ranks send as many rows as this one."""
+def device_without_storage(rows_for_each_rank_and_expert: int, world: int) -> Iterator[None]:
+    """`meta` as an H100 of a world that does not exist, whose collectives torch's fake process group answers; the other ranks send
+    as many rows as this one."""
 
     def table(dispatcher: AllToAllDispatcher, _copy: object) -> Tensor:
         size = dispatcher.group.size
@@ -91,29 +81,23 @@ def device_without_storage(rows_for_each_rank_and_expert: int) -> Iterator[None]
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         return _Attention.apply(query, key, value)
 
-    with (
-        taken_for_gpu("meta"),
-        mock.patch.object(AllToAllDispatcher, "awaited", table),
-        mock.patch.object(all_to_all, "_exchange", _exchange),
-        mock.patch.object(Group, "all_reduce", lambda group, x, *_: x),
-        mock.patch.object(
-            Group,
-            "all_gather",
-            lambda group, x, out=None: x if group.size == 1 else torch.cat([x] * group.size) if out is None else out,
-        ),
-        mock.patch.object(Group, "reduce_scatter", _reduce_scatter),
-        mock.patch.object(Group, "start_reduce_scatter", lambda group, part, x: None),
-        mock.patch.object(Group, "all_gather_object", lambda group, value: [value] * group.size),
-        mock.patch.object(torch.nn.functional, "rms_norm", lambda x, shape, weight, eps: _RMSNorm.apply(x, weight)),
-        mock.patch.object(Group, "start_all_reduce", lambda group, x: None),
-        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
-        mock.patch.object(ring_attention, "attention_piece", _piece),
-        mock.patch.object(ring_attention, "attention_piece_backward", _piece_backward),
-        mock.patch.object(Group, "start_shift", _shift),
-        mock.patch.object(Group, "all_to_all", lambda group, x: torch.empty_like(x)),
-        mock.patch.object(mixed_precision, "_make_adam", lambda *_: SimpleNamespace(state={}, param_groups=[])),
-    ):
-        yield
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        with (
+            taken_for_gpu("meta"),
+            mock.patch.object(AllToAllDispatcher, "awaited", table),
+            mock.patch.object(Group, "all_gather_object", lambda group, value: [value] * group.size),
+            mock.patch.object(torch.nn.functional, "rms_norm", lambda x, shape, weight, eps: _RMSNorm.apply(x, weight)),
+            mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
+            # torch's exchanges between two ranks know no backend of tensors without storage.
+            mock.patch.object(Group, "start_shift", lambda group, x: PendingShift(group, torch.empty_like(x), x, ())),
+            mock.patch.object(ring_attention, "attention_piece", _piece),
+            mock.patch.object(ring_attention, "attention_piece_backward", _piece_backward),
+            mock.patch.object(mixed_precision, "_make_adam", lambda *_: SimpleNamespace(state={}, param_groups=[])),
+        ):
+            yield
+    finally:
+        dist.destroy_process_group()
 
 
 def step_peak(config: PretrainConfig, vocab_size: int, world: int) -> tuple[int, int, int]:
@@ -123,12 +107,13 @@ def step_peak(config: PretrainConfig, vocab_size: int, world: int) -> tuple[int,
     gather the weights.
     """
     layout = config.parallel
-    state = planned_state(RankGrid.of(layout, world), 0, layout.sequence_parallel, layout.cp_comm_type)
+    grid = RankGrid.of(layout, world)
     tokens = config.training.micro_batch_size * config.model.seq_length // layout.context_parallel_size
-    if state.etp.size < state.tp.size:  # whole experts: each of these ranks sends its share of the tokens
-        tokens //= state.tp.size
+    if grid.etp < grid.tp:  # whole experts: each of these ranks sends its share of the tokens
+        tokens //= grid.tp
     num_experts = config.moe.num_experts if config.moe.expert_layout != "dense" else 1
-    with device_without_storage(tokens * config.moe.moe_router_topk // num_experts):
+    with device_without_storage(tokens * config.moe.moe_router_topk // num_experts, world):
+        state = initialize_model_parallel(layout, "meta")
         model = RankModel(config, vocab_size, state, compute_dtype(config))
         buffers = GradBuffers(
             model.global_parameters(), state, layout.use_distributed_optimizer, bucket_size=layout.ddp_bucket_size

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from megatron_samoe.config import ModelConfig, MoEConfig, ParallelConfig, PretrainConfig, TrainingConfig
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor
-from megatron_samoe.parallel_state import Group, ParallelState, RankGrid
+from megatron_samoe.parallel_state import Group, ParallelState, RankGrid, single_process_state
 from megatron_samoe.parallel_state.rank_grid import GROUPS
-from megatron_samoe.training.setup import TrainSetup
+from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
+from megatron_samoe.training.state import TrainState
+from megatron_samoe.training.train_step import StepResult, train_step
 from tests.harness.tables import table
 
 TABLE = table(__file__)
@@ -86,6 +88,21 @@ def micro_batches(setup: TrainSetup, step: int, batch_size: int | None = None) -
     size, dp = setup.config.training.micro_batch_size, setup.parallel.dp
     starts = range(dp.rank * size, batch_size, size * dp.size)
     return [{name: t[start : start + size] for name, t in whole.items()} for start in starts]
+
+
+def started(
+    config: PretrainConfig, dtype: torch.dtype | None = None, parallel: ParallelState | None = None
+) -> tuple[TrainSetup, TrainState]:
+    """Returns a run before its first step, in one process or on the ranks of a state."""
+    setup = build_setup(config, VOCAB_SIZE, parallel or single_process_state(), dtype)
+    return setup, initial_state(setup)
+
+
+def steps(setup: TrainSetup, state: TrainState, count: int) -> Iterator[tuple[StepResult, TrainState]]:
+    """Takes optimizer steps from where a run is, and yields what each gave and the state after it."""
+    for _ in range(count):
+        result, state = train_step(setup, state, micro_batches(setup, state.iteration))
+        yield result, state
 
 
 class RandomBatches:

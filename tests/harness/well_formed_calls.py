@@ -1,6 +1,6 @@
 """Well-formed calls of every op of ops/schemas.txt, which raw_calls.py makes as they are and with one thing wrong.
 
-Most are rows of well_formed_calls.yaml; what is made by a call of an op, or says how a product is taken, stands here.
+Most are rows of well_formed_calls.yaml; what is made by a call of an op, or of arguments that depend on each other, stands here.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _TENSORS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _expert_stack(E: int, H: int, F: int, kind: torch.dtype = torch.float32) -> Arguments:
+def _expert_stack(kind: str, E: int, H: int, F: int) -> Arguments:
     """Index1 to gated, of gated experts with all that is optional."""
-    scales = (floats(E, 2, F), floats(E, H)) if kind == torch.int8 else (None, None)
-    w1, w2 = floats(E, 2, F, H, dtype=kind), floats(E, H, F, dtype=kind)
+    scales = (floats(E, 2, F), floats(E, H)) if kind == "q" else (None, None)
+    w1, w2 = _TENSORS[kind](E, 2, F, H), _TENSORS[kind](E, H, F)
     return _i(E), _i(E), w1, scales[0], floats(E, 2, F), w2, scales[1], floats(E, H), floats(E), floats(E), True
 
 
@@ -91,6 +91,12 @@ def _communicator(world: int) -> Arguments:
     return (handle,)
 
 
+def _products(tokens: int) -> Arguments:
+    """Has decoding take whole products from a number of tokens on."""
+    ops.set_products("fp32", tokens, tokens)
+    return ()
+
+
 def _rows(kind: str, E: int, H: int, R: int) -> Arguments:
     return _TENSORS[kind](E * R, H), [R] * E
 
@@ -110,6 +116,7 @@ _SEVERAL: dict[str, Callable[..., Arguments]] = {
     "plan_with_attention": _plan_with_attention,
     "plan_with_layer": _plan_with_layer,
     "ranks": _communicator,
+    "products": _products,
     "rows": _rows,
     "rows_backward": _rows_backward,
     "lengths": lambda D: (_i(D) + 8,),
@@ -171,33 +178,15 @@ def _of(make: Callable[..., Arguments], **sizes: int) -> Call:
     return Call(sizes, lambda given: make(**given))
 
 
-def _decode_linear(kind: torch.dtype, tokens: int, T: int, K: int, N: int) -> Arguments:
-    """By whole products from a number of tokens on."""
-    ops.set_products("fp32", tokens, tokens)
-    scale = floats(N) if kind == torch.int8 else None
-    return floats(T, K), floats(N, K, dtype=kind), scale, floats(N), floats(T, N), False
-
-
-def _decode_experts(kind: torch.dtype, tokens: int, T: int, K: int, H: int, F: int, E: int) -> Arguments:
-    """By whole products from a number of tokens on."""
-    ops.set_products("fp32", tokens, tokens)
-    stack = _expert_stack(E, H, F, kind)
-    return floats(T, H), _i(T, K), floats(T, K), *stack, floats(T, K, H), True, floats(T, H), floats(4096)
-
-
 def _gather_samples(D: int, N: int, S: int, W: int) -> Arguments:
     starts = torch.zeros(N + 1, 2, dtype=torch.int64)
     starts[1:, 1] = torch.arange(1, N + 1) * (W - 1) if W * N < 1 << 20 else 0
     return _i(4096, dtype=torch.uint8), _i(D), _int32(D) + 64, _int32(S), starts, [0] * N, 4, _i(N, W)
 
 
-#: Types of weights, and the tokens from which whole products are taken.
-_WAYS_OF_PRODUCTS = ((torch.float32, 1 << 62), (torch.bfloat16, 0), (torch.int8, 1 << 62))
 #: Well-formed calls, by their op; those of one op differ in their way through it.
 CALLS: dict[str, tuple[Call, ...]] = {
     **{op: tuple(_by_description(*row) for row in rows) for op, rows in table(__file__, tuples=False).items()},
-    "decode_linear": tuple(_of(partial(_decode_linear, *way), T=3, K=8, N=5) for way in _WAYS_OF_PRODUCTS),
-    "decode_experts": tuple(_of(partial(_decode_experts, *way), T=3, K=2, H=8, F=6, E=2) for way in _WAYS_OF_PRODUCTS),
     "build_sample_index": (_of(lambda D, S, N: (_int32(D) + 9, _int32(S), 4, _i(N + 1, 2)), D=2, S=3, N=2),),
     "gather_samples": (_of(_gather_samples, D=2, N=1, S=3, W=4),),
 }

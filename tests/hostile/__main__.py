@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", choices=MAKERS, action="append", help="only files of this kind")
     parser.add_argument("--replay", metavar="SEED:NUMBER", help="try this case alone, as a failure prints it")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder, Trials(Path(folder)) as trials:
+    with tempfile.TemporaryDirectory() as folder:
+        trials = Trials(Path(folder))
         if args.replay is None:
             formats = args.format or MAKERS
             return int(bool(search(trials, args.minutes, args.seed, lambda case: case.drawn[0].format in formats)))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 Change = Callable[[Path, random.Random], object]
@@ -228,8 +229,6 @@ class Bomb:
 
 def bomb(rng: random.Random) -> Bomb:
     """Returns a call that creates CANARY where the program runs, itself or through a loader that may seem harmless."""
-    import torch
-
     touch, box = Bomb(exec, "open('CANARY', 'w')"), io.BytesIO()
     torch.save(touch, box)
     hidden = Bomb(torch.storage._load_from_bytes, box.getvalue()), Bomb(pickle.loads, pickle.dumps(touch))
@@ -262,8 +261,6 @@ def _saved(change: Callable[[Any, random.Random], Any], **options: Any) -> Chang
     """Returns a change to what a file of torch.save holds."""
 
     def new(path: Path, rng: random.Random) -> None:
-        import torch
-
         torch.save(change(torch.load(path, weights_only=False), rng), path, **options)
 
     return new
@@ -280,8 +277,6 @@ def _packed(path: Path, rng: random.Random) -> None:
 
 
 def _odd_tensor(value: Any, rng: random.Random) -> Any:
-    import torch
-
     strange = torch.eye(3).to_sparse(), torch.zeros(1).expand(1 << 40), torch.empty(3, device="meta")
     wrong = torch.ones(2, dtype=torch.complex64), torch.full((3,), float("nan")), torch.ones(0)
     held = value.get("model", value)

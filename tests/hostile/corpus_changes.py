@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.harness.tables import table
 from tests.hostile.changes import ODD, RAW, Change, changed, dumped, of_bytes
 
 
@@ -21,28 +22,8 @@ def _spec(**parts: Any) -> Change:
     return of_bytes(new)
 
 
-def _split(expression: str) -> dict[str, Any]:
-    return {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": expression}}
-
-
-_ADDED = {"id": 0, "content": "", "special": True} | dict.fromkeys(
-    ("single_word", "lstrip", "rstrip", "normalized"), False
-)
-_PADDING = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None}
-#: What multiplies a text, never ends or lies of its size is in tests/unit/datasets/test_tokenizer.py.
-TOKENIZER: dict[str, Change] = {
-    "a large expression": _spec(pre_tokenizer=_split("((a{1,999}){1,999}){1,999}")),
-    "an id far away": _spec(added_tokens=[{**_ADDED, "content": "<|endoftext|>", "id": 2**32 - 1}]),
-    "a token without letters": _spec(added_tokens=[_ADDED]),
-    "no vocabulary": _spec(model={"vocab": {}, "merges": []}),
-    "ids of one value": _spec(model={"vocab": {"a": 0, "b": 0, "<|endoftext|>": 0}, "merges": []}),
-    "merges of no tokens": _spec(model={"merges": [["q", "zzz"], ["", ""]]}),
-    "a million merges": _spec(model={"merges": [["a", "a"]] * 1_000_000}),
-    "dropout": _spec(model={"dropout": 1.0}),
-    "another kind of model": _spec(model={"type": "WordLevel"}),
-    "an unknown token that is none": _spec(model={"unk_token": "<none>", "byte_fallback": True}),
-    "a padding of a billion": _spec(padding={**_PADDING, "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}),
-}
+TOKENIZER: dict[str, Change] = {name: _spec(**parts) for name, parts in table(__file__, tuples=False).items()}
+TOKENIZER |= {"a million merges": _spec(model={"merges": [["a", "a"]] * 1_000_000})}
 
 
 def _row(line: Callable[[random.Random], bytes]) -> Change:

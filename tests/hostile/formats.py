@@ -6,32 +6,41 @@ import bz2
 import gzip
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
+import safetensors.torch
+import tokenizers
+import torch
 import yaml
 
+from megatron_samoe.convert.hf.export import plan_export, write_export
+from megatron_samoe.convert.megatron import plan_dist_export, write_dist_export
+from megatron_samoe.datasets.train_tokenizer import train_byte_bpe, train_sentencepiece
+from tests.harness.megatron_files import write_rank_files
+from tests.harness.program import TINY_MODEL, TINY_RUN, write_corpus
+from tests.harness.serving import save_tiny
+from tests.harness.tables import table
+from tests.harness.tiny import tiny_config
 from tests.hostile import changes, corpus_changes
 from tests.hostile.changes import ANY, JSON, TEXT, YAML, Change
+from tests.unit.convert.memory_source import new_source
 
 TEXTS = [f"document {n} {'a' * 40} " + "words and words! " * (n % 3) for n in range(16)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 
 
 def _native(folder: Path) -> None:
-    from tests.harness.serving import save_tiny
-
     save_tiny(folder / "run")
 
 
 def _hugging_face(folder: Path, most_bytes: int = 1 << 30) -> None:
-    from megatron_samoe.convert.hf.export import plan_export, write_export
-    from tests.harness.tiny import tiny_config
-    from tests.unit.convert.memory_source import new_source
-
     source = new_source(tiny_config("moe", num_layers=2, style="llama", moe_router_topk=2))
     write_export(plan_export(source, max_shard_bytes=most_bytes), folder / "hf", lambda _: None)
     _tokenizers(folder / "hf")
@@ -43,9 +52,6 @@ def _hugging_face(folder: Path, most_bytes: int = 1 << 30) -> None:
 
 
 def _pickled(folder: Path) -> None:
-    import safetensors.torch
-    import torch
-
     _hugging_face(folder)
     weights = folder / "hf/model.safetensors"
     torch.save(safetensors.torch.load_file(weights), weights.with_name("pytorch_model.bin"))
@@ -53,34 +59,21 @@ def _pickled(folder: Path) -> None:
 
 
 def _megatron(folder: Path) -> None:
-    from tests.harness.megatron_files import write_rank_files
-    from tests.harness.tiny import tiny_config
-    from tests.unit.convert.memory_source import new_source
-
     source = new_source(tiny_config("moe", num_layers=2, style="llama"))
     write_rank_files(source, folder / "megatron")
 
 
 def _torch_dist(folder: Path) -> None:
-    from megatron_samoe.convert.megatron import plan_dist_export, write_dist_export
-    from tests.harness.tiny import tiny_config
-    from tests.unit.convert.memory_source import new_source
-
     write_dist_export(plan_dist_export(new_source(tiny_config("moe", num_layers=2))), folder / "torch_dist", 7)
 
 
 def _tokenizers(folder: Path) -> None:
-    from megatron_samoe.datasets.train_tokenizer import train_byte_bpe, train_sentencepiece
-
     train_byte_bpe(iter(TEXTS), 300, str(folder / "tokenizer"))
     train_sentencepiece(iter(TEXTS), "bpe", 290, str(folder / "pieces"))
     (folder / "texts.jsonl").write_bytes(LINES)
 
 
 def _parquet(folder: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), folder / "texts.parquet", row_group_size=8)
 
 
@@ -93,14 +86,10 @@ def _jsonl(folder: Path) -> None:
 
 
 def _yaml(folder: Path) -> None:
-    from tests.harness.program import TINY_MODEL, TINY_RUN
-
     (folder / "run.yaml").write_text(yaml.safe_dump({**TINY_MODEL, **TINY_RUN, "mock_data": True, "lr": 1e-3}))
 
 
 def _dataset(folder: Path) -> None:
-    from tests.harness.program import write_corpus
-
     write_corpus(folder / "corpus")
 
 
@@ -118,26 +107,6 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "yaml": _yaml,
     "dataset": _dataset,
 }
-#: Sizes that a file does not choose, since work may be as large as they say.
-PINNED = (
-    "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --train-iters 1 --eval-iters 0 "
-    "--global-batch-size 2 --micro-batch-size 2"
-)
-MODEL = "--train-iters 1 --global-batch-size 2 --micro-batch-size 2 --mock-data --use-checkpoint-args --load {in}/run"
-PREPROCESS = "preprocess --output-prefix {out}/made --executor inline --tokenizer-type "
-BYTES = PREPROCESS + "ByteTokenizer --input {file}"
-GENERATE = "generate --max-new-tokens 2 --num-threads 1 --load {in}/run "
-
-
-def _of_model(folder: str, *targets: str) -> tuple[str, ...]:
-    """Returns the commands that look at a model, and that convert it."""
-    looks = ("list", "list --raw", "verify", "stat", "check", "sharing")
-    convert = f"convert --load-dir {{in}}/{folder} --save-dir {{out}}/made --to "
-    return (*(f"inspect {look} {{in}}/{folder}" for look in looks), *(convert + target for target in targets))
-
-
-def _tokenized(kind: str, options: str) -> tuple[str, ...]:
-    return (f"{PREPROCESS}{kind} --input {{in}}/texts.jsonl {options}",)
 
 
 @dataclass(frozen=True)
@@ -160,72 +129,45 @@ class Victim:
 
 
 def _safetensors(path: Path) -> None:
-    import safetensors
-
     safetensors.safe_open(path, "pt")
 
 
 def _read_table(path: Path) -> None:
-    import pyarrow.parquet
-
     pyarrow.parquet.read_table(path)
 
 
 def _tokenizer(path: Path) -> None:
-    import tokenizers
-
     tokenizers.Tokenizer.from_file(str(path))
 
 
-_OURS = (*_of_model("run", "hf", "torch_dist"), GENERATE + "--prompt Emma", "load {in}/run", f"pretrain {MODEL}")
-_DIST = _of_model("torch_dist", "hf", "native")
-_MEGATRON, _HF = _of_model("megatron", "hf", "native"), _of_model("hf", "native", "torch_dist", "gguf", "hf")
-_TRAIN = "train-tokenizer --type byte-bpe --vocab-size 300 --output-prefix {out}/made --input {file}"
-_TABLES = (BYTES, f"{BYTES} --on-bad-input skip", f"{BYTES} --executor process --workers 1", _TRAIN)
-_LONG, _EQUAL = "--max-document-mb 1 --on-bad-input skip", "--split-sentences --deduplicate exact"
-_ROWS = (*_TABLES, f"{BYTES} {_LONG}", f"{BYTES} {_EQUAL}", f"{BYTES} --input-format text --document-kb 64")
-_GPT2 = _tokenized("GPT2BPETokenizer", "--vocab-file {in}/tokenizer-vocab.json --merge-file {in}/tokenizer-merges.txt")
-_CONFIG = f"--config {{file}} {PINNED} --mock-data"
-_NO_HOLES = {name: change for name, change in ANY.items() if name != changes.HOLES}
-_LOOKS = tuple(f"inspect-dataset {look} {{in}}/corpus" for look in ("verify", "stats", "decode"))
-_CORPUS = (*_LOOKS, f"pretrain --data-path {{in}}/corpus --split 100,0,0 {PINNED}")
-_TOKENIZER = _tokenized("HuggingFaceTokenizer", "--tokenizer-model {file}")
-_PIECES = _tokenized("SentencePieceTokenizer", "--tokenizer-model {file}")
-_SPEC = ANY | TEXT | JSON | corpus_changes.TOKENIZER
-VICTIMS = (
-    Victim("native", "run/iter_*/train_state.json", ANY | TEXT | JSON | changes.DIGESTS, _OURS),
-    Victim("native", "run/iter_*/config.yaml", ANY | TEXT | YAML, _OURS),
-    Victim("native", "run/iter_*/.metadata", ANY | changes.PICKLE, _OURS),
-    Victim("native", "run/iter_*/*.distcp", _NO_HOLES, _OURS),
-    Victim("native", "run/latest*", ANY | TEXT, _OURS),
-    Victim("megatron", "megatron/iter_*/*/*.pt", ANY | changes.TORCH, _MEGATRON),
-    Victim("megatron", "megatron/latest*", ANY | TEXT, _MEGATRON),
-    Victim("torch_dist", "torch_dist/iter_*/common.pt", ANY | changes.PICKLE | changes.TORCH, _DIST),
-    Victim("torch_dist", "torch_dist/iter_*/.metadata", ANY | changes.PICKLE, _DIST),
-    Victim("torch_dist", "torch_dist/iter_*/metadata.json", ANY | TEXT | JSON, _DIST),
-    Victim("torch_dist", "torch_dist/iter_*/*.distcp", _NO_HOLES, _DIST),
-    Victim("safetensors", "hf/model.safetensors", ANY | changes.SAFETENSORS, _HF, _safetensors),
-    Victim("hf", "hf/config.json", ANY | TEXT | JSON, _HF),
-    Victim("hf", "hf/*.index.json", ANY | TEXT | JSON, _HF),
-    Victim("hf", "hf/generation_config.json", ANY | JSON, _HF),
-    Victim("hf", "hf/tokenizer_config.json", ANY | TEXT | JSON, _HF),
-    Victim("hf", "hf/tokenizer.json", ANY | JSON | corpus_changes.TOKENIZER, _HF),
-    Victim("hf", "hf/megatron_samoe.json", ANY | JSON, _HF),
-    Victim("hf", "hf/model-*1-of*.safetensors", ANY, _HF, _safetensors),
-    Victim("pickled", "hf/pytorch_model.bin", ANY | changes.PICKLE | changes.TORCH, _HF),
-    Victim("tokenizers", "tokenizer.json", _SPEC, _TOKENIZER, _tokenizer),
-    Victim("tokenizers", "tokenizer-vocab.json", ANY | TEXT | JSON, _GPT2),
-    Victim("tokenizers", "tokenizer-merges.txt", ANY | TEXT, _GPT2),
-    Victim("tokenizers", "pieces.model", ANY, _PIECES),
-    Victim("parquet", "texts.parquet", ANY | corpus_changes.PARQUET, _TABLES, _read_table),
-    Victim("jsonl", "texts.jsonl", _NO_HOLES | TEXT | corpus_changes.JSONL, _ROWS),
-    Victim("jsonl", "packed.jsonl.gz", _NO_HOLES | corpus_changes.packed(gzip.compress), _ROWS),
-    Victim("jsonl", "packed.jsonl.bz2", _NO_HOLES | corpus_changes.packed(bz2.compress), _ROWS),
-    Victim("jsonl", "prompts.jsonl", _NO_HOLES | TEXT | corpus_changes.JSONL, (GENERATE + "--prompts-file {file}",)),
-    Victim("yaml", "run.yaml", ANY | TEXT | YAML, (f"pretrain {_CONFIG}", f"plan --world-size 2 {_CONFIG}")),
-    Victim("dataset", "corpus.idx", ANY, _CORPUS),
-    Victim("dataset", "corpus.bin", _NO_HOLES, _CORPUS),
-)
+TABLE = table(__file__)
+#: Kinds of changes, by the names that the table gives them.
+CHANGES: dict[str, Mapping[str, Change]] = {
+    "any": ANY,
+    "any_but_holes": {name: change for name, change in ANY.items() if name != changes.HOLES},
+    "text": TEXT,
+    "json": JSON,
+    "yaml": YAML,
+    "digests": changes.DIGESTS,
+    "pickle": changes.PICKLE,
+    "torch": changes.TORCH,
+    "safetensors": changes.SAFETENSORS,
+    "tokenizer": corpus_changes.TOKENIZER,
+    "parquet": corpus_changes.PARQUET,
+    "jsonl": corpus_changes.JSONL,
+    "gz": corpus_changes.packed(gzip.compress),
+    "bz2": corpus_changes.packed(bz2.compress),
+}
+REFUSING = {"safetensors": _safetensors, "parquet": _read_table, "tokenizer": _tokenizer}
+
+
+def _victim(format: str, glob: str, kinds: str, commands: tuple[str, ...], refusing: str = "") -> Victim:
+    changed = {name: change for kind in kinds.split() for name, change in CHANGES[kind].items()}
+    full = tuple(re.sub(r"{(\w+)}", lambda word: TABLE["words"].get(word[1], word[0]), line) for line in commands)
+    return Victim(format, glob, changed, full, REFUSING.get(refusing))
+
+
+VICTIMS = [_victim(*row) for row in TABLE["victims"]]
 PAIRS = [(victim, change) for victim in VICTIMS for change in victim.changes]
 
 

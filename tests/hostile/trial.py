@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import importlib
 import os
@@ -15,17 +14,17 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tqdm import tqdm
 
 from megatron_samoe.cli.command import module_of
 from megatron_samoe.errors import MegatronSamoeError
-from tests.harness import ranks
 from tests.harness.program import is_change
+from tests.harness.ranks import run_ranks
 from tests.hostile.formats import MAKERS, Case
 
 #: Of one command: processor time, time on a busy machine, and memory beyond what its imports take.
@@ -35,14 +34,18 @@ MOST_GROWTH_MB = 1500
 #: What Python tells of before it starts a program or talks to a host.
 RUNS = ("os.exec", "os.posix_spawn", "os.system", "socket.connect", "socket.getaddrinfo", "subprocess.Popen")
 REACHED = "REACHED OUTSIDE: "
+#: File of what a process prints, in its folder.
+OUTPUT = "output.txt"
 #: Loaded before any process is forked.
 _COMMANDS = ("pretrain", "preprocess", "train-tokenizer", "inspect-dataset", "convert", "inspect", "generate", "plan")
 _LIBRARIES = ("pandas", "pyarrow.parquet", "tokenizers", "sentencepiece", "safetensors.torch", "tests.harness.serving")
-MODULES = (*map(module_of, _COMMANDS), "megatron_samoe.language_model", *_LIBRARIES)
+MODULES = (*map(module_of, _COMMANDS), "megatron_samoe.language_model", *_LIBRARIES, __name__)
 #: With what a command ends: an error, a wrong flag, damage that `inspect verify` found.
 PARAGRAPH = re.compile(
     r"^(?:error[^:\n]*: |megatron-samoe [^:\n]*: |.*: DAMAGED \(.*\n  )(.*(?:\n  .*)*)", re.MULTILINE
 )
+
+tqdm.get_lock()  # made once, by the fork server: else each process would make one, and its tracker would tell of it
 
 
 @dataclass(frozen=True)
@@ -59,64 +62,36 @@ class End:
     growth_mb: float = 0.0
 
 
-class Worker:
-    """A process that has loaded everything and computed nothing, so that it may fork one for each command."""
-
-    def __init__(self) -> None:
-        self._pipe, there = ranks._context.Pipe()
-        self._process = ranks._context.Process(target=_serve, args=(there,))
-        self._process.start()
-        there.close()
-
-    def run(self, folder: Path, function: Callable[..., int | None], *args: Any) -> End:
-        """Returns how a function ends in a process of its own, which may write into a folder."""
-        self._pipe.send((folder, function, args))
-        return self._pipe.recv()  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._pipe.close()
-        self._process.join()
+def run(folder: Path, function: Callable[..., int | None], *args: Any) -> End:
+    """Returns how a function ends in a process of its own, which has everything loaded and may write into a folder."""
+    (end,) = run_ranks(_confined, 1, folder, function, *args, timeout_s=WALL_S + 30.0, more=MODULES, may_die=True)
+    return end if isinstance(end, End) else End(end, (folder / OUTPUT).read_text(errors="replace"))
 
 
-def _serve(pipe: Connection) -> None:
-    for module in MODULES:
-        importlib.import_module(module)
-    tqdm.get_lock()  # else each process would make one, and its tracker would tell of it
-    with tempfile.TemporaryDirectory() as folder:
-        base_mb = _run(Path(folder), os.getpid).growth_mb
-    with contextlib.suppress(EOFError):
-        while True:
-            folder, function, args = pipe.recv()
-            pipe.send(_run(folder, function, *args, base_mb=base_mb))
-
-
-def _run(folder: Path, function: Callable[..., int | None], *args: Any, base_mb: float = 0.0) -> End:
-    output = folder / "output.txt"
-    pid = os.fork()
-    if pid == 0:
+def _confined(folder: Path, function: Callable[..., int | None], *args: Any) -> End:
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _confine(folder)
+    try:
+        status = function(*args) or 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
         status = 99
-        try:
-            _confine(folder, output)
-            status = function(*args) or 0
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status & 127)
-    _, ended, used = os.wait4(pid, 0)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)  # what it started
-    return End(os.waitstatus_to_exitcode(ended), output.read_text(errors="replace"), used.ru_maxrss / 1024 - base_mb)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for process in psutil.Process().children(recursive=True):
+        process.kill()
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
+    return End(status & 127, (folder / OUTPUT).read_text(errors="replace"), growth / 1024)
 
 
-def _confine(folder: Path, output: Path) -> None:
+def _confine(folder: Path) -> None:
     """Bounds this process, and makes it say what it does outside of a folder."""
-    os.setsid()
-    for target, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):
+    for target, path, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, folder / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+    ):
         os.dup2(os.open(path, flags, 0o644), target)
     os.dup2(1, 2)
     sys.stdin = open(0, closefd=False)
@@ -162,27 +137,22 @@ class Trials:
     """Tries cases, one after the other, in a folder."""
 
     def __init__(self, root: Path):
-        self.worker, self.root = Worker(), root
-
-    def __enter__(self) -> Trials:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.worker.close()
+        self.root = root
 
     def sound(self, kind: str) -> Path:
         """Returns the folder of a format's sound files, which are made once."""
         folder = self.root / kind
         if not folder.exists():
             folder.mkdir()
-            made = self.worker.run(folder, MAKERS[kind], folder)
+            made = run(folder, MAKERS[kind], folder)
             assert made.status == 0, made.output
         return folder
 
-    def run(self, words: str, folder: Path, file: Path) -> End:
+    @staticmethod
+    def try_command(words: str, folder: Path, file: Path) -> End:
         """Returns how a command ends for the files of a folder."""
         places = {"in": folder / "in", "out": folder / "out", "file": file}
-        return self.worker.run(folder, command, [word.format_map(places) for word in words.split()])
+        return run(folder, command, [word.format_map(places) for word in words.split()])
 
     def __call__(self, case: Case) -> tuple[str, End]:
         """Returns what is wrong with the end of a case, nothing where all is well, and the end."""
@@ -190,15 +160,15 @@ class Trials:
         sound, folder = self.sound(victim.format), self.root / "case"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        made = self.worker.run(folder, case.prepare, sound, folder)
+        made = run(folder, case.prepare, sound, folder)
         assert made.status == 0, f"{case}\n{made.output}"
         path = next(sound.glob(victim.glob)).relative_to(sound)
-        end = self.run(words, folder, folder / "in" / path)
+        end = self.try_command(words, folder, folder / "in" / path)
         # Of a configuration an error may name the option, as it does of a flag.
         named = (path.stem, str(folder / "in"), *(("--",) if "--config" in words else ()))
         fault = fault_of(end, named, folder / "CANARY")
         if not fault and end.status == 0 and "skip" not in words:
-            judged = self.worker.run(folder, case.refuse, folder / "in" / path)
+            judged = run(folder, case.refuse, folder / "in" / path)
             if judged.status != 0 and "emory" not in judged.output:
                 fault = f"accepts what another program refuses: {judged.output.strip().splitlines()[-1]}"
             elif victim.format == "native" and "verify" in words:

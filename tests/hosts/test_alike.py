@@ -8,47 +8,31 @@ import os
 import re
 import signal
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 
 from tests.harness.program import REPOSITORY, write_corpus
+from tests.harness.tables import table
 from tests.hosts.cluster import SHARED, Cluster, Host
 from tests.hosts.job import QUICK, STEPS, Job
 
 pytestmark = pytest.mark.distributed
 night = pytest.mark.night
 
-PACKAGE, DATA = REPOSITORY / "megatron_samoe", SHARED / "data"
 #: What is other on a host: files that lie over others, flags, environment, and what the error says of it and the first host.
-DIFFERENCES: dict[str, tuple[Mapping[Path, Path], str, Mapping[str, str], str]] = {
-    "configuration": ({}, "--lr 3e-4", {}, r"--lr = '0.0003 on HOST \(rank \d\)': must be equal .* is 0.0001 on FIRST"),
-    "layout": ({}, "--pipeline-model-parallel-size 2", {}, r"--pipeline-model-parallel-size = '2 on HOST"),
-    "flag": ({}, "--no-such-flag", {}, r"--no-such-flag is not known"),
-    "illegal": ({}, "--hidden-size 15", {}, r"--num-attention-heads"),
-    "version": ({PACKAGE / "moved.py": PACKAGE / "log.py"}, "", {}, r"megatron_samoe = '.*, files \w+ on HOST"),
-    "build": ({}, "", {"MEGATRON_SAMOE_ISA": "avx2"}, r"MEGATRON_SAMOE_ISA = 'avx2 on HOST .* is missing on FIRST"),
-    "data": ({DATA / "corpus.bin": DATA / "other.bin"}, "", {}, r"corpus.bin = '[\d,]+ bytes, \w+ on HOST"),
-    "no data": ({DATA: SHARED / "empty"}, "", {}, r"corpus.bin = 'No such file or directory on HOST"),
-    "cores": ({}, "--num-threads 2", {}, r"threads of a rank .* = '2 on HOST"),
-    "folder": (
-        {SHARED / "run/checkpoints": SHARED / "empty"},
-        "",
-        {},
-        r"must be a folder that all hosts share: .* HOST",
-    ),
-}
+DIFFERENCES: dict[str, tuple[dict[str, str], str, dict[str, str], str]] = table(__file__)
 #: Hosts that are left wait twenty seconds for others: a spare on a busy machine comes in time.
 CONF = QUICK.replace("last_call_timeout=60", "last_call_timeout=20")
 BY_DAY = ("configuration", "folder")
 
 
-def make_different(host: Host, covered: Mapping[Path, Path], cluster: Cluster) -> None:
+def make_different(host: Host, covered: Mapping[str, str], cluster: Cluster) -> None:
     write_corpus(cluster.shared / "data" / "other", num_documents=41)
     (cluster.shared / "run" / "checkpoints").mkdir(parents=True)
     (cluster.shared / "empty").mkdir()
+    places = {"package": REPOSITORY / "megatron_samoe", "shared": SHARED}
     for path, other in covered.items():
-        host.run("mount", "--bind", other, path)
+        host.run("mount", "--bind", other.format(**places), path.format(**places))
 
 
 @pytest.mark.parametrize("what", [name if name in BY_DAY else pytest.param(name, marks=night) for name in DIFFERENCES])

@@ -10,27 +10,14 @@ from typing import Any
 import pytest
 
 from tests.harness.program import arguments, losses, start
+from tests.harness.tables import table
 from tests.hosts.cluster import Cluster
 from tests.hosts.job import OPTIONS, QUICK, Job
 
 pytestmark = pytest.mark.distributed
 night = pytest.mark.night
 
-#: Twenty steps of four samples and twenty of eight.
-RAMP: dict[str, Any] = {
-    "rampup_batch_size": (4, 4, 80),
-    "train_samples": 240,
-    "train_iters": None,
-    "lr_decay_iters": None,
-    "lr_decay_samples": 240,
-}
-POOL: dict[str, Any] = {"expert_layout": "moe", "expert_sharing": "pool", "num_experts": 8, "moe_router_topk": 2}
-POOL |= {"moe_router_score_function": "norm", "moe_router_enable_expert_bias": True}
-MODELS: dict[str, dict[str, Any]] = {
-    "pool": {**RAMP},
-    "muon": {**RAMP, "optimizer": "muon", "lr": 3e-3},
-    "lock": {**RAMP, **POOL, "num_expert_banks": None, "pool_lock_step": 10, "pool_lock_anneal_steps": 10},
-}
+MODELS: dict[str, dict[str, Any]] = table(__file__)
 #: Hosts that are left wait ten seconds for others.
 CONF = QUICK.replace("last_call_timeout=60", "last_call_timeout=10")
 

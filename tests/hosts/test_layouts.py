@@ -19,21 +19,16 @@ from megatron_samoe.planning.layout_cost import Cluster as Planned
 from megatron_samoe.planning.layout_cost import step_cost
 from tests.harness.pairs import first_by_day
 from tests.harness.program import arguments, write_corpus
+from tests.harness.tables import table
 from tests.hosts.cluster import SHARED, Cluster
 from tests.hosts.job import OPTIONS, STEPS, Job
 
 pytestmark = pytest.mark.distributed
 
 night = pytest.mark.night
-#: Tensor parallelism lies inside a host; what else is there crosses.
-EXPERTS = {"expert_model_parallel_size": 4}
-STAGES = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
-ALL = {**STAGES, "expert_model_parallel_size": 2, "use_distributed_optimizer": True}
-LAYOUTS = {
-    "2 hosts, experts across": (2, EXPERTS, "shared memory and torch"),
-    "2 hosts, stages across": (2, STAGES, "gloo"),
-    "4 hosts, all across": (4, ALL, "gloo"),
-}
+TABLE = table(__file__)
+#: Hosts of two ranks each, options, and what tokens travel through.
+LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = TABLE["layouts"]
 
 
 def mapped_windows(pids: list[int]) -> set[str]:
@@ -60,23 +55,12 @@ def test_losses_are_those_of_one_process(layout: str, cluster: Cluster, undistur
         assert all(windows) and len(set.union(*windows)) == sum(map(len, windows)), "hosts share no memory"
 
 
-#: A model whose gradients and rows outweigh headers; its tensor parallelism stays inside hosts. What a layout sends between
-#: hosts and gloo sends more often: it makes a reduce-scatter of an all-reduce, which sends twice as much.
-SIZES = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 64, "num_experts": 8}
-COUNTED = {
-    "dp": ({}, {"pool": 4 / 3}),
-    "dp zero": ({"use_distributed_optimizer": True}, {"pool": 4 / 3, "gradients": 3 / 2}),
-    "pp": ({"pipeline_model_parallel_size": 2}, {"pool": 4 / 3}),
-    "ep": ({"expert_model_parallel_size": 2}, {"pool": 4 / 3}),
-}
-
-
 @night
-@pytest.mark.parametrize("layout", COUNTED)
+@pytest.mark.parametrize("layout", TABLE["counted"])
 def test_the_planner_counts_what_goes_over_the_cables(layout: str, cluster: Cluster) -> None:
     """Headers, acknowledgements and small exchanges add at most three in a hundred; experts are loaded unevenly."""
-    options, more = COUNTED[layout]
-    options = {**SIZES, "tensor_model_parallel_size": 2, **options}
+    options, more = TABLE["counted"][layout]
+    options = {**TABLE["counted model"], **options}
     write_corpus(cluster.shared / "data" / "corpus", num_documents=400)
     hosts = [cluster.add(), cluster.add()]
     flags = arguments(data_path=cluster.shared / "data" / "corpus", **{**OPTIONS, **options})
@@ -94,29 +78,10 @@ def test_the_planner_counts_what_goes_over_the_cables(layout: str, cluster: Clus
         assert 0.97 * expected < counted < (1.15 if layout == "ep" else 1.03) * expected
 
 
-FEW_STEPS, VOCABULARY = 12, 257
+VOCABULARY = 257
 #: What one rank of each host sends, and two.
 RATE, WIDER = "50mbit", "200mbit"
-MODEL: dict[str, Any] = {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "seq_length": 64}
-MODEL |= {"expert_layout": "moe", "num_expert_banks": None, "num_experts": 4}
-MODEL |= {"micro_batch_size": 2, "train_iters": FEW_STEPS, "lr_decay_iters": FEW_STEPS}
-#: gloo makes a reduce-scatter of an all-reduce, which sends twice as much: by kind, how much more than planned goes out.
-OVER_A_LINK: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
-    "dp": ({}, {}),
-    "dp, zero": ({"use_distributed_optimizer": True}, {"gradients": 3 / 2}),
-    "ep": ({"expert_model_parallel_size": 2}, {}),
-    "tp": ({"tensor_model_parallel_size": 2}, {}),
-    "pp": ({"pipeline_model_parallel_size": 2}, {}),
-    "cp": ({"context_parallel_size": 2, "cp_comm_type": "a2a"}, {}),
-}
-#: Two ranks of each host: tensor parallelism stays inside, the others' exchanges go over the link. With both, steps of four ranks
-#: on two cores differ by half from run to run.
-ACROSS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
-    "dp 4, zero": OVER_A_LINK["dp, zero"],
-    "ep 4": ({"expert_model_parallel_size": 4}, {}),
-    "tp 2, dp 2": ({"tensor_model_parallel_size": 2}, {}),
-    "pp 2, dp 2": ({"pipeline_model_parallel_size": 2}, {}),
-}
+MODEL: dict[str, Any] = TABLE["model"]
 
 
 def measured(job_folder: Any) -> tuple[float, float]:
@@ -134,14 +99,8 @@ def run(cluster: Cluster, num_ranks: int, name: str, options: Mapping[str, Any])
 
 def torchrun(cluster: Cluster, num_ranks: int, *words: object) -> str:
     """Runs a module on all hosts, and returns what they print."""
-    agent = [
-        "torchrun",
-        "--nnodes=2",
-        f"--nproc-per-node={num_ranks}",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=host0:29500",
-    ]
-    runs = [host.start([*agent, "-m", *map(str, words)]) for host in cluster.hosts]
+    agent = f"torchrun --nnodes=2 --nproc-per-node={num_ranks} --rdzv-backend=c10d --rdzv-endpoint=host0:29500 -m"
+    runs = [host.start([*agent.split(), *map(str, words)]) for host in cluster.hosts]
     return "".join(run.succeed(500) for run in runs)
 
 
@@ -163,17 +122,13 @@ def compare(cluster: Cluster, num_ranks: int, rate: str, layouts: Mapping[str, A
     known = measured_cluster(read_measured(cluster.shared / "machine.json"), 2 * num_ranks)
     print(f"{rate}: {known}")
     found: dict[str, tuple[float, ...]] = {}
-    for name, (options, more) in layouts.items():
+    for name, options in layouts.items():
         cost = step_cost(config_of(cluster, options), VOCABULARY, known)
-        exchanges_s = sum(cost.seconds[kind] * more.get(kind, 1.0) for kind in cost.sent_bytes)
-        local_s = sum(seconds for kind, seconds in cost.seconds.items() if kind not in cost.sent_bytes)
+        exchanges_s = sum(cost.seconds[kind] for kind in cost.sent_bytes)
         step_s, waited_s = run(cluster, num_ranks, name.replace(", ", "-").replace(" ", ""), options)
-        found[name] = exchanges_s, waited_s, local_s + exchanges_s, step_s
-        print(
-            "{}: exchanges {:.2f} s planned, {:.2f} s waited; step {:.2f} s planned, {:.2f} s".format(
-                name, *found[name]
-            )
-        )
+        found[name] = exchanges_s, waited_s, cost.step_s, step_s
+        exchanges = f"exchanges {exchanges_s:.2f} s planned, {waited_s:.2f} s waited"
+        print(f"{name}: {exchanges}; step {cost.step_s:.2f} s planned, {step_s:.2f} s")
     for one, other in combinations(found.values(), 2):
         near = abs(one[2] - other[2]) < 0.2 * max(one[2], other[2])
         assert near or (one[2] < other[2]) == (one[3] < other[3]), found
@@ -182,7 +137,7 @@ def compare(cluster: Cluster, num_ranks: int, rate: str, layouts: Mapping[str, A
 
 @night
 def test_six_layouts(cluster: Cluster) -> None:
-    found = compare(cluster, 1, RATE, OVER_A_LINK)
+    found = compare(cluster, 1, RATE, TABLE["over a link"])
     for name in ("dp", "dp, zero", "ep", "cp"):  # the link that was measured lets bursts through
         assert found[name][1] == pytest.approx(found[name][0], rel=0.25), name
     assert 0.85 < found["tp"][1] / found["tp"][0] < 2.0, (
@@ -192,4 +147,4 @@ def test_six_layouts(cluster: Cluster) -> None:
 
 @night
 def test_four_layouts_of_four_ranks(cluster: Cluster) -> None:
-    compare(cluster, 2, WIDER, ACROSS)
+    compare(cluster, 2, WIDER, TABLE["across"])

@@ -1,4 +1,4 @@
-"""What a copy of the project runs at the end of `megatron_samoe/config/__init__.py`: the program reads one option as its default.
+"""What every interpreter of a trial imports first (`table.ended`): the program reads one option as its default.
 
 Validation, files of options and tests read what was given. So a test that fails saw what the option does, not the option.
 """
@@ -9,6 +9,8 @@ import os
 import sys
 from dataclasses import fields
 from typing import Any
+
+from megatron_samoe.config import PretrainConfig
 
 #: The option; and a file that gets the values in whose place the program read the default.
 IGNORED, LOG = "SAMOE_IGNORED_OPTION", "SAMOE_IGNORED_VALUES"
@@ -32,15 +34,11 @@ def is_used(option: str, frame: Any) -> bool:
     return True
 
 
-def plant(config: Any) -> None:
-    """Changes how the group of the ignored option is read, in this process.
-
-    Args:
-        config: the class `PretrainConfig`.
-    """
+def plant() -> None:
+    """Changes how the group of the ignored option is read, in this process."""
     ignored = os.environ.get(IGNORED)
-    for group in fields(config):
-        cls: Any = type(getattr(config(), group.name))
+    for group in fields(PretrainConfig):
+        cls: Any = type(getattr(PretrainConfig(), group.name))
         for field in fields(cls):
             if field.name == ignored:
                 cls.__getattribute__ = _reader(ignored, field.default, os.environ[LOG])
@@ -60,3 +58,7 @@ def _reader(ignored: str, default: Any, log: str) -> Any:
         return default
 
     return read
+
+
+if IGNORED in os.environ:
+    plant()

@@ -1,18 +1,20 @@
-"""The table of what each option does and the test that sees it, and a copy of the project in which an option is ignored."""
+"""The table of what each option does and the test that sees it, and the trial of that test with the option ignored."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from subprocess import PIPE, Popen
 from typing import Any, NamedTuple
 
 from tests.harness.tables import table
+from tests.options.plant import IGNORED, LOG
 
 PROJECT = Path(__file__).resolve().parents[2]
+LIMIT_S = 240
 
 
 class Row(NamedTuple):
@@ -35,40 +37,42 @@ LEFT: dict[str, str] = _TABLE.pop("left")
 ROWS = {name: Row(*row) for name, row in _TABLE.items()}
 
 
-class Copy:
-    """A copy of the project whose program reads the default of one option, and a process that runs tests in it."""
+def unlike(thing: Any, shows: dict[str, Any]) -> dict[str, Any]:
+    """Returns those attributes of a thing that are not as a table says: equal, or with the text or the entries that it names."""
 
-    def __init__(self, folder: Path) -> None:
-        ignored = shutil.ignore_patterns(".*", "build", "runs", "_build", "__pycache__")
-        project = Path(shutil.copytree(PROJECT, folder / "project", ignore=ignored))
-        with open(project / "megatron_samoe/config/__init__.py", "a", encoding="utf-8") as file:
-            file.write("\nfrom tests.options.plant import plant\n\nplant(PretrainConfig)\n")
-        environment, command = os.environ | {"PYTHONPATH": str(project)}, [sys.executable, "-m", "tests.options.runner"]
-        self._process = Popen(command, cwd=project, env=environment, stdin=PIPE, stdout=PIPE, text=True)
+    def is_as_said(found: Any, said: Any) -> bool:
+        if isinstance(found, dict):
+            return bool(said.items() <= found.items())
+        return bool(said in found if isinstance(found, str) else said == found)
 
-    def __enter__(self) -> Copy:
-        return self
+    found = {name: getattr(thing, name) for name in shows}
+    return {name: value for name, value in found.items() if not is_as_said(value, shows[name])}
 
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
 
-    def ask(self, option: str, test: str) -> dict[str, Any]:
-        """Returns how a test ends with an option ignored; see `runner.ended`."""
-        process = self._process
-        assert process.stdin and process.stdout
-        process.stdin.write(json.dumps([option, test]) + "\n")
-        process.stdin.flush()
-        answer: dict[str, Any] = json.loads(process.stdout.readline())
-        return answer
+def ended(option: str, test: str) -> tuple[str, str, list[str]]:
+    """Returns how a test ends where the program reads the option's default, what was printed, and the values that were ignored."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Every interpreter of the test, those of its ranks too, begins with it.
+        Path(folder, "sitecustomize.py").write_text("import tests.options.plant\n")
+        log = Path(folder, "values")
+        paths = os.pathsep.join((folder, str(PROJECT)))
+        environment = {**os.environ, "PYTHONPATH": paths, IGNORED: option, LOG: str(log)}
+        pytest = [sys.executable, "-m", "pytest", "-q", "-n0", "-pno:cacheprovider", "-p", "tests.options.judge", test]
+        # The limit ends all processes of the group.
+        limited = ["timeout", "-sKILL", str(LIMIT_S), *pytest]
+        done = subprocess.run(limited, cwd=PROJECT, env=environment, capture_output=True, text=True)
+        values = sorted(set(log.read_text().splitlines())) if log.exists() else []
+    said = re.findall("^@@(.*)$", done.stdout, re.MULTILINE) or ["hangs"]
+    return said[-1], done.stdout[-2000:] + done.stderr[-1000:], values
 
-    def problem_of(self, option: str) -> str:
-        """Returns why an option's row shows nothing, or an empty text."""
-        row = ROWS[option]
-        found = self.ask(option, f"tests/{row.test}")
-        # Without its path a program cannot go on.
-        if found["outcome"] not in (("failed", "broke") if row.value is None else ("failed", "hangs")):
-            return f"{row.test} {found['outcome']} although the program reads the default. {found['said']}"
-        if row.value is not None and repr(row.value) not in found["values"]:
-            return f"{row.test} gives it {', '.join(found['values'])}, not {row.value!r}"
-        return ""
+
+def problem_of(option: str) -> str:
+    """Returns why an option's row shows nothing, or an empty text."""
+    row = ROWS[option]
+    outcome, said, values = ended(option, f"tests/{row.test}")
+    # Without its path a program cannot go on.
+    if outcome not in (("failed", "broke") if row.value is None else ("failed", "hangs")):
+        return f"{row.test} {outcome} although the program reads the default. {said}"
+    if row.value is not None and repr(row.value) not in values:
+        return f"{row.test} gives it {', '.join(values)}, not {row.value!r}"
+    return ""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 import pytest
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.option import all_options
-from tests.options.table import LEFT, PROJECT, ROWS, Copy
+from tests.options.table import LEFT, PROJECT, ROWS, problem_of
 
 OPTIONS = {name: (default, facts) for _, name, _, default, facts in all_options(PretrainConfig())}
 
@@ -38,14 +36,8 @@ def test_a_row_has_a_value_to_see_and_a_test_that_is_there(option: str) -> None:
             assert number < facts.largest and (number or option == "profile_ranks")
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copy]:
-    with Copy(Path(tmp_path_factory.mktemp("options"))) as made:
-        yield made
-
-
 @pytest.mark.night
 @pytest.mark.parametrize("option", ROWS)
-def test_its_test_fails_where_the_option_is_ignored(option: str, copy: Copy) -> None:
-    problem = copy.problem_of(option)
+def test_its_test_fails_where_the_option_is_ignored(option: str) -> None:
+    problem = problem_of(option)
     assert not problem, problem

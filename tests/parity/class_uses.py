@@ -1,4 +1,5 @@
-"""What people do with an exported class in transformers, each held against plain forwards of one text without a cache.
+"""What people do with an exported class in transformers, each held against plain forwards of one text without a cache; how it trains
+is in `finetune_uses`.
 
 It is a program of torch and transformers, so that it can run under any version of these:
 
@@ -215,44 +216,6 @@ def continued_from_its_cache(model: Any) -> tuple[Any, Any]:
     further = torch.cat((first.sequences, torch.tensor([[5, 6, 7]])), 1)
     out = model.generate(further, past_key_values=first.past_key_values, **options)
     return out[0, further.shape[1] :].tolist(), plain_greedy(model, further[0].tolist())
-
-
-def _gradients(model: Any, **options: Any) -> list[Tensor]:
-    model = copy.deepcopy(model).train()
-    if options:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    given = batch("right")
-    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
-    model(input_ids=given["input_ids"], attention_mask=given["attention_mask"], labels=labels).loss.backward()
-    return [p.grad for p in model.parameters() if p.grad is not None]
-
-
-@use
-def the_gradient_of_a_padded_batch(model: Any) -> tuple[Any, Any]:
-    """It is that of both texts' losses, each by itself, weighted by their tokens."""
-    plain = copy.deepcopy(model).train()
-    loss = sum(
-        torch.nn.functional.cross_entropy(
-            plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1], torch.tensor(ids[1:]), reduction="sum"
-        )
-        for ids in (SHORT, LONG)
-    )
-    (loss / (len(SHORT) + len(LONG) - 2)).backward()
-    return _gradients(model), [p.grad for p in plain.parameters() if p.grad is not None]
-
-
-for reentrant in (False, True):
-    USES[f"gradient_checkpointing_{'' if reentrant else 'not_'}reentrant"] = lambda model, reentrant=reentrant: (
-        _gradients(model, use_reentrant=reentrant),
-        _gradients(model),
-    )
-
-
-@use
-def saved_and_loaded(model: Any) -> tuple[Any, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return plain_logits(load(folder), LONG), plain_logits(model, LONG)
 
 
 @use

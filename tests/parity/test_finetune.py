@@ -17,6 +17,7 @@ import torch
 
 from megatron_samoe.convert.opener import open_folder
 from tests.harness.other_programs import with_packages
+from tests.harness.pairs import first_by_day
 from tests.harness.program import REPOSITORY
 from tests.harness.tables import table
 from tests.parity import class_uses
@@ -57,27 +58,17 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return functools.cache(lambda name: export(root / name, name)[1])
 
 
-def held(folder: Path, name: str, uses: Any) -> None:
-    model = class_uses.load(folder)
-    wrong = {which: class_uses.outcome(check, model) for which, check in uses.items() if (name, which) not in THEIRS}
-    assert not {which: fault for which, fault in wrong.items() if fault is not None}
-
-
-@pytest.mark.parametrize("name", BY_DAY)
-def test_some_uses(name: str, folder_of: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("name", "uses"), first_by_day([*BY_DAY.items(), *((name, None) for name in MODELS)], len(BY_DAY))
+)
+def test_uses(name: str, uses: tuple[str, ...] | None, folder_of: Callable[[str], Path]) -> None:
+    """Some by day, and every one at night."""
     pytest.importorskip("trl", reason=NEEDS_TRL)
     from tests.parity.finetune_uses import USES
 
-    held(folder_of(name), name, {use: USES[use] for use in BY_DAY[name]})
-
-
-@pytest.mark.night
-@pytest.mark.parametrize("name", MODELS)
-def test_every_use(name: str, folder_of: Callable[[str], Path]) -> None:
-    pytest.importorskip("trl", reason=NEEDS_TRL)
-    from tests.parity.finetune_uses import USES
-
-    held(folder_of(name), name, USES)
+    model = class_uses.load(folder_of(name))
+    wrong = {use: class_uses.outcome(USES[use], model) for use in uses or USES if (name, use) not in THEIRS}
+    assert not {use: fault for use, fault in wrong.items() if fault is not None}
 
 
 @pytest.mark.night

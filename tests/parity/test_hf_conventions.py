@@ -116,11 +116,6 @@ def test_packed_experts_can_be_replaced_and_sets_are_there_once(case: str, folde
     assert sum(stand_in.num_calls for stand_in in made) == 4
 
 
-@pytest.mark.parametrize("case", UNLIKE)
-def test_experts_that_would_be_computed_wrongly_have_another_name(case: str, folders: dict[str, Path]) -> None:
-    assert not replace_packed(theirs(folders[case]))
-
-
 @pytest.mark.parametrize("case", ["own", "combined", "biases"])
 def test_experts_under_a_compiler_compute_the_same(
     case: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -181,14 +176,7 @@ def test_its_defaults_are_ours() -> None:
     assert {name: DEFAULTS[name] for name in _RARE_MODEL_ENTRIES} == ours
 
 
-@pytest.mark.parametrize(
-    ("options", "is_whole"),
-    [
-        ({"sliding_window": 3}, False),
-        ({"qk_layernorm": True, "qk_layernorm_scope": "all"}, True),
-        ({"multi_latent_attention": True, "head_dim": 192}, True),
-    ],
-)
+@pytest.mark.parametrize(("options", "is_whole"), TABLE["attention in plans"])
 def test_plans_leave_out_attention_that_no_rank_can_have_a_part_of(options: dict[str, Any], is_whole: bool) -> None:
     config = SamoeConfig(**options)
     names = {name.split(".")[2] for name in config.base_model_tp_plan}

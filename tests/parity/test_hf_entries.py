@@ -6,9 +6,10 @@ At night more values are tried, and all configurations that are read are compute
 
 from __future__ import annotations
 
+import functools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,16 +183,16 @@ def test_every_other_name_of_transformers_is_known() -> None:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of models, filled as tests ask for them."""
-    return {"": tmp_path_factory.mktemp("entries")}
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns what gives the folder of a model, saved once for all tests."""
 
+    @functools.cache
+    def saved(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        made(NAMES[name]).save_pretrained(folder)
+        return folder
 
-def folder_of(saved: dict[str, Path], name: str) -> Path:
-    if name not in saved:
-        saved[name] = saved[""] / name
-        made(NAMES[name]).save_pretrained(saved[name])
-    return saved[name]
+    return saved
 
 
 @torch.no_grad()
@@ -218,9 +219,9 @@ def compared(folder: Path, config: dict[str, Any]) -> str:
     "name", first_by_day(sorted(FAMILY, key=("deepseek_v3", "qwen3_moe", "llama").__contains__, reverse=True), 3)
 )
 def test_the_logits_of_changed_configurations_are_those_of_transformers(
-    name: str, saved: dict[str, Path], in_full: bool
+    name: str, folder_of: Callable[[str], Path], in_full: bool
 ) -> None:
-    family, folder, base = FAMILY[name], folder_of(saved, name), base_of(name)
+    family, folder, base = FAMILY[name], folder_of(name), base_of(name)
     unread: dict[str, Any] = {}
     for key in (
         *_UNREAD - {"model_type", "architectures", "auto_map", "return_dict", "dtype", "torch_dtype"},

@@ -13,24 +13,16 @@ from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import Request
 from megatron_samoe.inference.sampling import SamplingOptions
 from tests.harness.sampling import assert_drawn_from, their_probabilities
+from tests.harness.tables import table
 from tests.unit.inference.tiny_models import VOCAB, loaded_tiny
 
 pytestmark = pytest.mark.parity
 
-CASES: list[dict[str, Any]] = [
-    *({"temperature": temperature} for temperature in (0.6, 2.5)),
-    *({"top_p": share} for share in (0.8, 0.35)),
-    *({"repetition_penalty": penalty} for penalty in (2.5, 0.6)),
-    {"top_k": 7},
-    {"top_k": 60, "temperature": 3.0},
-    {"repetition_penalty": 1.8, "temperature": 0},
-    {"temperature": 1.4, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.7},
-]
 #: Distributions of a case, and requests for each, whose seeds follow each other as those of one request's choices do.
 ROWS, REQUESTS = 4, 300
 
 
-@pytest.mark.parametrize("options", CASES, ids=str)
+@pytest.mark.parametrize("options", table(__file__)["cases"], ids=str)
 def test_tokens_are_drawn_as_transformers_says(options: dict[str, Any]) -> None:
     engine, draws = Engine(loaded_tiny("moe"), max_batch=REQUESTS, max_step_tokens=9 * REQUESTS), []
     for row in range(ROWS):

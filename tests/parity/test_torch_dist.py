@@ -37,11 +37,7 @@ CASES: dict[str, tuple[int, Layout, Model]] = {
     name: (ranks, Layout(**sizes), Model(**model))
     for name, (ranks, sizes, model) in table(__file__, tuples=False)["models"].items()
 }
-BY_DAY = ("dense layers, groups, biases, a shared expert", "latent attention with YaRN", "a pool")
-
-
-def by_day(*names: str) -> list[Any]:
-    return [pytest.param(name, marks=() if name in BY_DAY else pytest.mark.night) for name in names]
+BY_DAY = list(CASES)[:3]
 
 
 def asked(step: int) -> tuple[Tensor, Tensor]:
@@ -65,7 +61,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return run
 
 
-@pytest.mark.parametrize("case", by_day(*CASES))
+@pytest.mark.parametrize("case", first_by_day(CASES, 3))
 def test_what_megatron_core_trained_computes_the_same_here(case: str, trained: Trained) -> None:
     (folder, theirs), kind = trained(case), CASES[case][2]
     reader = MegatronReader(folder)
@@ -88,7 +84,7 @@ def ours_like(folder: Path) -> MemorySource:
 
 
 @pytest.mark.parametrize(
-    "case", by_day("MoE, EP 2 x PP 2", *BY_DAY[:2], "dense, tied", "latent attention, dense layers")
+    "case", first_by_day([*BY_DAY[:2], "MoE, EP 2 x PP 2", "dense, tied", "latent attention, dense layers"], 2)
 )
 def test_megatron_core_trains_on_from_one_of_ours(case: str, trained: Trained, tmp_path: Path) -> None:
     """All of its weights are loaded, and its loss of the first step is ours."""

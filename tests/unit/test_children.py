@@ -58,9 +58,7 @@ def test_it_is_as_if_the_program_were_started_itself(tmp_path: Path) -> None:
     said, _ = program.communicate()
     assert said.split() == [str(program.pid), "19"]
     done = children.run(["no-such-program"], capture_output=True, text=True)
-    assert (
-        done.returncode == 1 and done.stderr == "error: no-such-program cannot be started: No such file or directory\n"
-    )
+    assert done.returncode == 1 and "error: no-such-program cannot be started" in done.stderr
 
 
 @linux

@@ -19,6 +19,9 @@ from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.language_model import Sampling
 from tests.harness.program import REPOSITORY
 from tests.harness.serving import CONTEXT, save_tiny
+from tests.harness.tables import table
+
+TABLE = table(__file__)
 
 TEXT = "Emma was very much surprised"
 
@@ -84,11 +87,7 @@ def test_options_are_named_for_readers_and_by_sentences(model: megatron_samoe.La
         assert shown["temperature"].default == 1.0 and "options" not in shown
     defaults = {f.name: f.type for f in dataclasses.fields(SamplingOptions)}
     assert {"max_new_tokens", *Sampling.__annotations__} == set(defaults)
-    for name, said in (
-        ("max_tokens", "is called max_new_tokens here"),
-        ("do_sample", "temperature=0 takes"),
-        ("temprature", "Did you mean 'temperature'"),
-    ):
+    for name, said in TABLE["options"]:
         for use in (model.generate, model.stream, model.chat):
             with pytest.raises(ConfigError, match=f"{name} = 5: .*{said}"):
                 use("Emma", **{name: 5})  # type: ignore[operator]

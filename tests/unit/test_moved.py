@@ -8,17 +8,12 @@ import sys
 
 import pytest
 
+from tests.harness.tables import table
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("interop.vllm", "plugins.vllm"),
-        ("interop.hf.families.base", "convert.hf.families.base"),
-        ("interop.hf.native", "convert.native"),
-        ("interop.pool_surgery", "fit.surgery.pool"),
-        ("compress.pipeline", "fit.compress.pipeline"),
-    ],
-)
+TABLE = table(__file__)
+
+
+@pytest.mark.parametrize(("old", "new"), TABLE["modules"])
 def test_a_former_name_gives_the_module_and_warns_of_the_new_one(
     old: str, new: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,14 +38,7 @@ def test_every_former_name_is_of_a_module_that_is_there(monkeypatch: pytest.Monk
         importlib.import_module(f"megatron_samoe.{name}")
 
 
-@pytest.mark.parametrize(
-    ("module", "old", "new"),
-    [
-        ("config.sharing_map", "Source", "ExpertSource"),
-        ("models.layer_layout", "LayerPlace", "LayerSpec"),
-        ("moe.types", "MoEPlace", "MoELayerSpec"),
-    ],
-)
+@pytest.mark.parametrize(("module", "old", "new"), TABLE["names"])
 def test_a_former_name_in_a_module_warns_of_the_new_one(module: str, old: str, new: str) -> None:
     module_now = importlib.import_module(f"megatron_samoe.{module}")
     with pytest.warns(FutureWarning, match=rf"megatron_samoe\.{module}\.{old} is now {new};"):

@@ -73,14 +73,7 @@ def test_a_teacher_must_fit_the_layout_too() -> None:
         fit_layout(taught, 8, few_heads)
 
 
-@pytest.mark.parametrize(
-    ("given", "field"),
-    [
-        (config(expert_model_parallel_size=3), "--num-experts"),
-        (config(batch=None), "--elastic"),
-        (config(micro_batch=3), "--global-batch-size"),
-    ],
-)
-def test_what_no_number_of_ranks_makes_legal_is_refused(given: PretrainConfig, field: str) -> None:
+@pytest.mark.parametrize(("options", "field"), TABLE["refused"])
+def test_what_no_number_of_ranks_makes_legal_is_refused(options: dict[str, Any], field: str) -> None:
     with pytest.raises(ConfigError, match=f"{field} = "):
-        fit_layout(given, 4)
+        fit_layout(config(**options), 4)

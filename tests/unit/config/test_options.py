@@ -18,6 +18,7 @@ from megatron_samoe.config.option import READERS, Facts, all_options, flag
 from megatron_samoe.config.validate import refuse_unknown
 from megatron_samoe.errors import ConfigErrors
 from megatron_samoe.parsing import parse_yaml
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_options
 
 GROUPS = {f.name: type(getattr(PretrainConfig(), f.name)) for f in dataclasses.fields(PretrainConfig)}
@@ -30,17 +31,7 @@ NEEDY = [
 ]
 LISTED = frozenset(parse_yaml((Path(__file__).resolve().parents[3] / "docs/megatron.yaml").read_text())["same"])
 #: Those that Megatron-LM's own parser stores as true or false: a value after them is an error there.
-WITHOUT_VALUE = frozenset(
-    f"--{name}"
-    for name in (
-        "add-qkv-bias async-save bf16 deterministic-mode disable-bias-linear eod-mask-loss exit-on-missing-checkpoint finetune "
-        "fp16 full-validation group-query-attention log-progress mock-data moe-per-layer-logging moe-router-enable-expert-bias "
-        "moe-router-pre-softmax moe-shared-expert-gate moe-shared-expert-overlap multi-latent-attention muon-use-nesterov "
-        "no-load-optim no-load-rng no-mmap-bin-files no-save-optim overlap-grad-reduce profile qk-layernorm "
-        "reset-attention-mask reset-position-ids sequence-parallel skip-train swiglu untie-embeddings-and-output-weights "
-        "use-checkpoint-args use-distributed-optimizer"
-    ).split()
-)
+WITHOUT_VALUE = {f"--{name}" for name in table(__file__)["without value"]}
 
 
 def test_every_option_has_facts() -> None:
@@ -97,11 +88,8 @@ def write(folder: Path, content: Any, name: str = "config") -> list[str]:
     return ["--config", str(folder / f"{name}.yaml")]
 
 
-def test_many_options_need_another() -> None:
-    assert len(NEEDY) > 90 and {"moe_router_topk", "num_experts", "muon_momentum", "keep_last"} <= set(NEEDY)
-
-
 def test_every_idle_option_is_an_error_wherever_it_stands(tmp_path: Path) -> None:
+    assert len(NEEDY) > 90 and {"moe_router_topk", "num_experts", "muon_momentum", "keep_last"} <= set(NEEDY)
     left = {name for name in NEEDY if name != "num_experts"}
     while left:  # those that met another's need among the others stand without it the next time
         stated = {name: stated_value(name) for name in sorted(left)}

@@ -157,9 +157,7 @@ def test_moe_layer_freq(text: str, num_layers: int, expected: str) -> None:
     assert "".join(str(int(b)) for b in derived.parse_moe_layer_freq(text, num_layers)) == expected
 
 
-@pytest.mark.parametrize(
-    "text", ["", "0", "-1", "5", "abc", "[0,2]*2", "01012", "[0,1]*0", "1.0", "([0]+[1])*2", "[0]*2+", "([0]*2+[1]"]
-)
+@pytest.mark.parametrize("text", TABLE["wrong layer patterns"])
 def test_wrong_moe_layer_freq_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--moe-layer-freq"):
         derived.parse_moe_layer_freq(text, 4)
@@ -170,9 +168,7 @@ def test_stage_layout(text: str, expected: tuple[int, ...]) -> None:
     assert derived.parse_stage_layout(text) == expected
 
 
-@pytest.mark.parametrize(
-    "text", ["", "tt", "Ett", "ttL", "EtEL", "EtLt", "Et*|L", "Et-L", "E(t|L", "Et*12345L", "E((t)*9999)*9999L"]
-)
+@pytest.mark.parametrize("text", TABLE["wrong stage layouts"])
 def test_wrong_stage_layout_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--pipeline-model-parallel-layout"):
         derived.parse_stage_layout(text)

@@ -177,15 +177,7 @@ def test_known_ways_to_cut_a_text_have_their_names() -> None:
         assert found.pre == name and found.merges == ["T h"] and found.tokens[257] == "Th"
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(r"\w+"), LAST]}}, r"cuts by '\\\\w\+'"),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenizer Whitespace"),
-        ({"pre_tokenizer": LAST}, "pre-tokenizer ByteLevel"),
-        ({"normalizer": {"type": "NFC"}}, "normalizer NFC"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "named"), TABLE["cuts"])
 def test_unknown_ways_to_cut_a_text_are_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         _byte_level(byte_level(**changes), 256)

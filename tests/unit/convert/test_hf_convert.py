@@ -35,7 +35,7 @@ from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.errors import CheckpointError, ConfigError
 from tests.harness.megatron_files import write_rank_files
 from tests.harness.pairs import first_by_day
-from tests.harness.program import REPOSITORY, call, flags
+from tests.harness.program import REPOSITORY, call, flags, flip_bit
 from tests.harness.ranks import run_ranks
 from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
@@ -72,11 +72,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     options: list[str], shown: str, made: SimpleNamespace, tmp_path: Path
 ) -> None:
     result = run("--load-dir", made.native, "--save-dir", tmp_path / "new", "--dry-run", *options)
-    assert (
-        result.returncode == 0
-        and shown in result.stdout
-        and result.stdout.endswith("Nothing is written (--dry-run).\n")
-    )
+    assert result.returncode == 0 and shown in result.stdout and "Nothing is written" in result.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -170,16 +166,9 @@ def edited_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def flipped(path: Path, at: float = 0.5) -> None:
-    """Changes one bit of a file."""
-    content = bytearray(path.read_bytes())
-    content[int(len(content) * at)] ^= 1
-    path.write_bytes(content)
-
-
 def test_damaged_sources_leave_nothing_behind(made: SimpleNamespace, tmp_path: Path) -> None:
     folder = copied(made, "native", tmp_path / "native")
-    flipped(next(folder.rglob("*.distcp")))
+    flip_bit(next(folder.rglob("*.distcp")))
     for options in (["--to", "hf"], ["--to", "torch_dist"]):
         result = run("--load-dir", folder, "--save-dir", tmp_path / "new", *options)
         assert result.returncode == 1 and "is damaged" in result.stderr, result.stderr
@@ -213,11 +202,10 @@ def test_what_an_export_remembers_counts_only_for_its_own_model(made: SimpleName
     assert "megatron_samoe.json describes another model than config.json, which is followed." in result.stdout
     reader = open_folder(tmp_path / "a").tensors
     assert reader.config["model"]["rotary_base"] == 500.0 and reader.train_state["iteration"] == 0
-    for content in ("{}", json.dumps({"version": 1, "config": {"modell": {}}, "train_state": {"vocab_size": 9}})):
-        (folder / "megatron_samoe.json").write_text(content)
-        assert (
-            run("--load-dir", folder, "--save-dir", tmp_path / content[:9].strip("{").replace('"', "x")).returncode == 0
-        )
+    other = {"version": 1, "config": {"modell": {}}, "train_state": {"vocab_size": 9}}
+    for name, content in (("b", {}), ("c", other)):
+        (folder / "megatron_samoe.json").write_text(json.dumps(content))
+        assert run("--load-dir", folder, "--save-dir", tmp_path / name).returncode == 0
 
 
 def test_small_things_are_refused_in_words(tmp_path: Path) -> None:
@@ -253,13 +241,7 @@ def test_other_precisions_keep_what_training_keeps(made: SimpleNamespace, tmp_pa
 
 
 #: Conversions of many tensors: from, to, and how.
-STREAMED = {
-    "native to hf": ("moe", "hf", "--to", "hf", "--max-shard-size", "50MB"),
-    "hf to native": ("hf", "back"),
-    "native to torch_dist": ("moe", "megatron", "--to", "torch_dist"),
-    "samoe to hf": ("samoe", "samoe-hf", "--to", "hf"),
-    "samoe folded to hf": ("samoe", "folded", "--fold"),
-}
+STREAMED = TABLE["streamed"]
 
 
 def rises(root: Path, out: Path) -> dict[str, int]:

@@ -31,6 +31,8 @@ from tests.harness.tiny import VOCAB_SIZE, tiny_config
 from tests.hostile.changes import Bomb
 from tests.unit.convert.memory_source import assert_equal, new_source
 
+TABLE = table(__file__)
+
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4),
     "empty": torch.zeros(0, 5),
@@ -148,20 +150,7 @@ def folder_with(tmp_path: Path, **files: bytes | str) -> Path:
 INDEX = "model.safetensors.index.json"
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({}, "has a config.json and no weights"),
-        ({"config.json": "{"}, r"config\.json is not JSON"),
-        ({"config.json": "[]"}, "holds list in place of a mapping"),
-        ({INDEX: "{}"}, "has no weight_map"),
-        ({INDEX: json.dumps({"weight_map": {"a": "../../x.safetensors"}})}, "not a file of its folder"),
-        (
-            {INDEX: json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}})},
-            r"names 1\.safetensors, .*2 of 2",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("files", "message"), TABLE["incomplete"])
 def test_folders_that_are_incomplete_are_refused(files: dict[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         HFFolder(folder_with(tmp_path, **files))
@@ -219,14 +208,7 @@ def to_bf16(tensors: dict[str, torch.Tensor], keep: str = "nothing") -> None:
             tensors[name] = tensors[name].bfloat16()
 
 
-@pytest.mark.parametrize(
-    ("wide", "native"),
-    [
-        ("norm.weight", "final_norm.weight"),
-        ("mlp", "layers.0.mlp.fc1.weight"),
-        ("o_proj", "layers.1.attention.output.weight"),
-    ],
-)
+@pytest.mark.parametrize(("wide", "native"), TABLE["wider"])
 def test_a_bf16_embedding_does_not_round_wider_weights(wide: str, native: str, tmp_path: Path) -> None:
     source = HFSource(hf_folder(tmp_path, lambda tensors: to_bf16(tensors, keep=wide)))
     original = open_folder(tmp_path / "native").tensors

@@ -19,13 +19,11 @@ from megatron_samoe.convert.inspect.health import InitialValues, check_health
 from megatron_samoe.convert.inspect.numbers import difference, statistics
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
-from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.training.checkpointing import save_run
-from megatron_samoe.training.setup import build_setup, initial_state
-from megatron_samoe.training.train_step import train_step
 from tests.harness.megatron_files import write_rank_files
-from tests.harness.program import call
-from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_options
+from tests.harness.program import call, flip_bit
+from tests.harness.tables import table
+from tests.harness.tiny import started, steps, tiny_config, with_options
 from tests.unit.convert.memory_source import MemorySource, new_source
 
 
@@ -41,12 +39,6 @@ def look_json(*words: object) -> tuple[int, dict[str, Any]]:
 
 def write(source: MemorySource, root: Path, iteration: int = 7) -> Path:
     return write_checkpoint(root, iteration, source)
-
-
-def flip_a_bit(path: Path, place: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
 
 
 def test_numbers_over_runs_are_those_of_the_whole() -> None:
@@ -154,7 +146,7 @@ def test_verify_finds_every_damage(tmp_path: Path) -> None:
     status, text = look("verify", tmp_path / "native")
     assert status == 0 and text.count(": whole (digests of 3 files, names and shapes)") == 2
     (file,) = second.glob("*.distcp")
-    flip_a_bit(file, file.stat().st_size // 2)
+    flip_bit(file)
     status, values = look_json("verify", tmp_path / "native")
     assert status == 1
     assert [c["problems"] for c in values["checkpoints"]] == [[], [f"{file.name} differs from what was written"]]
@@ -166,7 +158,7 @@ def test_verify_finds_every_damage(tmp_path: Path) -> None:
 
     path = write_rank_files(source, tmp_path / "megatron", 2) / "mp_rank_01"
     (file,) = path.iterdir()
-    flip_a_bit(file, file.stat().st_size // 2)
+    flip_bit(file)
     status, text = look("verify", tmp_path / "megatron")
     assert status == 1 and "mp_rank_01/model_optim_rng.pt differs from what was written" in text
     shutil.rmtree(path)
@@ -233,16 +225,14 @@ def test_verify_knows_what_a_model_is_made_of(tmp_path: Path) -> None:
     ]
 
 
-def trained(config: PretrainConfig, root: Path, steps: int) -> tuple[Path, Path]:
+def trained(config: PretrainConfig, root: Path, count: int) -> tuple[Path, Path]:
     """Trains a few steps; returns the checkpoints before and after."""
     config = with_options(config, save=str(root))
-    setup = build_setup(config, VOCAB_SIZE, single_process_state())
-    state = initial_state(setup)
+    setup, state = started(config)
     save_run(setup, state)
-    for _ in range(steps):
-        _, state = train_step(setup, state, micro_batches(setup, state.iteration))
+    *_, (_, state) = steps(setup, state, count)
     save_run(setup, state)
-    return root / "iter_0000000", root / f"iter_{steps:07d}"
+    return root / "iter_0000000", root / f"iter_{count:07d}"
 
 
 class Without:
@@ -303,32 +293,15 @@ def test_a_trained_pool_is_sound_and_a_bank_without_use_is_found(tmp_path: Path)
 
 
 def test_bad_input_is_one_paragraph(tmp_path: Path) -> None:
-    good = tmp_path / "good"
-    write(new_source(tiny_config("dense")), good)
+    write(new_source(tiny_config("dense")), tmp_path / "good")
     write_hf(plan_hf(new_source(tiny_config("dense", style="llama"))), tmp_path / "hf")
     write(new_source(tiny_config("moe")), tmp_path / "moe")
     write(new_source(tiny_config("moe")), tmp_path / "run" / "checkpoints")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").write_text("x")
-    cases = [
-        (("list", tmp_path / "nowhere"), "is not there; it must be"),
-        (("list", tmp_path / "foreign"), "holds notes.txt; it must be"),
-        (("list", good, "--ckpt-step", 9), "has iterations [7]"),
-        (("list", good / "iter_0000007", "--ckpt-step", 7), "give its parent to choose another"),
-        (("list", tmp_path / "hf", "--ckpt-step", 7), "holds one model only"),
-        (("list", good, "--match", "("), "is not a regular expression"),
-        (("check", good, "--dead-below", 2), "must be a share between 0 and 1"),
-        (("check", good, "--start-step", 2), "needs --start"),
-        (("diff", "a", "b", "--atol", "nan"), "error: --atol = nan"),
-        (("diff", "a", "b", "--rtol", "-1"), "error: --rtol = -1"),
-        (("diff", "a", "b", "--limit", "-1"), "error: --limit = -1"),
-        (("check", tmp_path / "moe", "--start", good), "has no layers.0.moe.experts.w1 of the same shape"),
-    ]
-    for words, message in cases:
-        status, output = look(*words)
+    for words, message in table(__file__)["refused"]:
+        status, output = look(*(word.format(root=tmp_path) for word in words.split()))
         assert status == 2 and message in output and output.count("\n") == 1, output
-    status, output = look("list", good, "--mach", "x")
-    assert status == 2 and "Did you mean '--match'" in output
 
 
 def test_sharing_tells_the_map_its_users_and_sizes(tmp_path: Path) -> None:
@@ -376,6 +349,6 @@ def test_a_model_with_parts_from_outside_is_verified_by_digests(tmp_path: Path) 
     folder = write(source, tmp_path)
     status, text = look("verify", tmp_path)
     assert status == 0 and "whole (digests of 3 files; names and shapes cannot be checked" in text
-    flip_a_bit(next(folder.glob("*.distcp")), 500)
+    flip_bit(next(folder.glob("*.distcp")), 500)
     status, text = look("verify", tmp_path)
     assert status == 1 and "DAMAGED" in text and "differs from what was written" in text

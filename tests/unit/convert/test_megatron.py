@@ -21,17 +21,14 @@ from megatron_samoe.convert.megatron import MegatronReader, plan_dist_export, wr
 from megatron_samoe.convert.megatron.rank_files import FILE_NAME
 from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
 from tests.harness.megatron_files import write_rank_files
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config
 from tests.hostile.changes import Bomb
 from tests.unit.convert.memory_source import assert_equal, logits, new_source, tensors_of
 
-MODELS = [
-    ("dense", {"style": "gpt3"}),
-    ("dense", {"style": "llama", "qk_layernorm": True}),
-    ("moe", {"style": "gpt3", "moe_layer_freq": "0101", "moe_router_topk": 2}),
-    ("moe", {"style": "llama", "moe_shared_expert_intermediate_size": 24, "moe_ffn_hidden_size": 16}),
-    ("samoe", {"style": "llama"}),
-]
+TABLE = table(__file__)
+
+MODELS = TABLE["models"]
 SIZES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)]
 #: Models, sizes of layouts, and other ways to write a rank's file: names, chunks of layers, complete experts on tensor-parallel ranks.
 CASES: list[Any] = [(*model, sizes, {}) for model in MODELS for sizes in SIZES]
@@ -120,23 +117,7 @@ def test_files_of_another_kind_are_refused(change: Any, message: str, tmp_path: 
     assert "\n" not in str(error.value) and not Path("exploded").exists()
 
 
-@pytest.mark.parametrize(
-    ("sizes", "name", "value", "message"),
-    [
-        ((4, 1, 1), "num_attention_heads", 6, "its arguments say"),
-        ((1, 1, 4), "num_experts", 2, "2 experts on 4"),
-        *(
-            ((1, 1, 1), name, value, "mp_rank_00")
-            for name, value in (
-                ("num_layers", 10**9),
-                ("num_query_groups", 3),
-                ("moe_router_topk", 99),
-                ("num_experts", 0),
-                ("hidden_size", "x"),
-            )
-        ),
-    ],
-)
+@pytest.mark.parametrize(("sizes", "name", "value", "message"), TABLE["misfits"])
 def test_arguments_that_the_ranks_tensors_do_not_fit_are_refused(
     sizes: tuple[int, ...], name: str, value: object, message: str, tmp_path: Path
 ) -> None:
@@ -170,15 +151,7 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
 
 
 def test_what_megatron_cannot_hold_is_refused() -> None:
-    sigmoid = {"moe_router_score_function": "sigmoid", "moe_router_topk": 2, "moe_router_pre_softmax": True}
-    linear = {"rope_scaling_type": "linear", "rope_scaling_factor": 2.0}
-    for options, message in (
-        ({"moe_shared_expert_intermediate_size": 8}, "shared experts have no bias"),
-        (sigmoid, "always normalises"),
-        ({"style": "llama", **linear}, "Megatron has yarn only"),
-        ({"style": "llama", "attention_multiplier": 0.5}, "none but YaRN's"),
-        ({"style": "llama", "sliding_window": 4}, "not known to Megatron's checkpoints"),
-    ):
+    for options, message in TABLE["not held"]:
         with pytest.raises(ConfigError, match=message):
             plan_dist_export(new_source(tiny_config("moe", **options)))
 
@@ -187,9 +160,7 @@ def test_files_of_other_ranks_and_iterations_are_named(tmp_path: Path) -> None:
     source = new_source(tiny_config("dense", num_layers=2))
     folder = write_rank_files(source, tmp_path, 2, 2, 1)
     shutil.copytree(folder / "mp_rank_01_001", folder / "mp_rank_02_001")
-    with pytest.raises(
-        CheckpointError, match=r"files of other ranks than it should: mp_rank_02_001 \(its arguments say"
-    ):
+    with pytest.raises(CheckpointError, match=r"files of other ranks than it should: mp_rank_02_001"):
         MegatronReader(tmp_path)
     shutil.rmtree(folder / "mp_rank_02_001")
     rewrite(folder / "mp_rank_01_000", lambda c: c.update(iteration=9))

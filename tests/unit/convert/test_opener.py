@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.parallel_state.state import single_process_state
 from tests.harness.megatron_files import write_rank_files
-from tests.harness.program import call, flags, write_corpus
+from tests.harness.program import call, write_corpus
 from tests.harness.serving import save_tiny
 
 TARGETS = {"Hugging Face": "hf", "torch_dist": "torch_dist"}
@@ -34,7 +34,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {"run": root / "run", "checkpoint": next(saved.glob("iter_*")), "text": root / "text"}
     for kind, target in TARGETS.items():
         found[kind] = root / target
-        done = call(f"{CLI}.convert", "--load-dir", str(saved), "--save-dir", str(found[kind]), "--to", target)
+        done = call(
+            "megatron_samoe.cli.convert", "--load-dir", str(saved), "--save-dir", str(found[kind]), "--to", target
+        )
         assert done.returncode == 0, done.stderr
     found["per-rank files"] = write_rank_files(open_folder(saved).tensors, root / "megatron").parent
     write_corpus(root / "text", vocab_size=256)
@@ -42,74 +44,52 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-CLI = "megatron_samoe.cli"
+#: Commands' words, with the folder of a model, one to write, and a text; and what Python does.
+COMMANDS = {
+    "convert": "--load-dir {folder} --save-dir {out} --to hf",
+    "edit": "tie --load-dir {folder} --save-dir {out} --expert-sharing tied",
+    "compress": "--load-dir {folder} --save-dir {out} --data-path {text} --budget 0.5 --calibration-tokens 512 "
+    "--judge-tokens 128 --num-samples 16",
+    "inspect_checkpoint": "list {folder}",
+    "generate": "--load {folder} --prompt one --max-new-tokens 2",
+    "evaluate": "--load {folder} --corpus {text}.txt",
+    "serve": "--load {folder}",
+    "load": "path",
+}
 
 
-def _called(name: str, *words: object) -> str:
-    """Runs a command; returns what it printed, or raises its error."""
-    done = call(f"{CLI}.{name}", *map(str, words))
+def opened(command: str, folder: Path, out: Path, text: Path) -> str:
+    """Opens a folder by a command; returns what is said of it, or raises its error."""
+    if command == "load":
+        return megatron_samoe.load(folder).generate("one", 2)
+    words = COMMANDS[command].format(folder=folder, out=out, text=text).split()
+    if command == "serve":  # which would not end
+        server = read(Serve, words)
+        assert len(server._names()) == 1
+        return server._loaded_engine(single_process_state(), str(folder))[0].summary
+    done = call(f"megatron_samoe.cli.{command}", *words)
     assert "Traceback" not in done.stderr
     if done.returncode:
         raise CheckpointError(done.stderr)
+    assert command != "compress" or (out / "verdicts.json").is_file()
     return done.stdout
-
-
-def _serve(folder: Path, out: Path, text: Path) -> str:
-    command = read(Serve, ["--load", str(folder)])
-    assert len(command._names()) == 1
-    return command._loaded_engine(single_process_state(), str(folder))[0].summary
-
-
-def _load(folder: Path, out: Path, text: Path) -> str:
-    return megatron_samoe.load(folder).generate("one", 2)
-
-
-def _compress(folder: Path, out: Path, text: Path) -> str:
-    sizes = flags(budget=0.5, calibration_tokens=512, judge_tokens=128, num_samples=16)
-    done = _called("compress", *flags(load_dir=folder, save_dir=out, data_path=text), *sizes)
-    assert (out / "verdicts.json").is_file()
-    return done
-
-
-def _edit(folder: Path, out: Path, text: Path) -> str:
-    return _called("edit", "tie", "--load-dir", folder, "--save-dir", out, "--expert-sharing", "tied")
-
-
-def _convert(folder: Path, out: Path, text: Path) -> str:
-    return _called("convert", "--load-dir", folder, "--save-dir", out, "--to", "hf")
-
-
-def _generate(folder: Path, out: Path, text: Path) -> str:
-    return _called("generate", *flags(load=folder, prompt="one", max_new_tokens=2))
-
-
-COMMANDS: dict[str, tuple[Callable[[Path, Path, Path], str], str]] = {
-    "convert": (_convert, "--load-dir"),
-    "edit": (_edit, "--load-dir"),
-    "compress": (_compress, "--load-dir"),
-    "inspect": (lambda folder, out, text: _called("inspect_checkpoint", "list", folder), ""),
-    "generate": (_generate, "--load"),
-    "evaluate": (lambda folder, out, text: _called("evaluate", "--load", folder, "--corpus", f"{text}.txt"), "--load"),
-    "serve": (_serve, "--load"),
-    "load": (_load, "path"),
-}
 
 
 @pytest.mark.parametrize(("command", "kind"), list(product(COMMANDS, KINDS)))
 def test_a_command_opens_a_kind_of_folder(command: str, kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    assert COMMANDS[command][0](folders[kind], tmp_path / "out", folders["text"])
+    assert opened(command, folders[kind], tmp_path / "out", folders["text"])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_is_no_model_is_refused_in_the_commands_words(
     command: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    run, word = COMMANDS[command]
+    (word,) = re.findall(r"--load\S*|^path", COMMANDS[command]) or [""]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()
     for folder, said in ((tmp_path / "nope", "is not there"), (tmp_path / "other", "holds notes.txt")):
         with pytest.raises(CheckpointError) as error:
-            run(folder, tmp_path / "out", folders["text"])
+            opened(command, folder, tmp_path / "out", folders["text"])
         message = str(error.value).removeprefix("error: ").strip()
         assert message.startswith(f"{word} {folder} {said}".strip()) and "torch_dist" in message, message
         assert "\n" not in message and ("--" in message) == word.startswith("--")
@@ -151,9 +131,9 @@ def test_a_format_from_outside_is_opened_by_all(
     formats.formats.cache_clear()
     try:
         (tmp_path / "pointer.txt").write_text(str(folders["Hugging Face"]))
-        opened = open_folder(tmp_path)
-        assert opened.kind == "pointer" and opened.notes == ("By way of a pointer.",)
-        assert "pointer" in _called("inspect_checkpoint", "list", tmp_path)
-        assert _generate(tmp_path, tmp_path, tmp_path)
+        found = open_folder(tmp_path)
+        assert found.kind == "pointer" and found.notes == ("By way of a pointer.",)
+        assert "pointer" in opened("inspect_checkpoint", tmp_path, tmp_path, tmp_path)
+        assert opened("generate", tmp_path, tmp_path, tmp_path)
     finally:
         formats.formats.cache_clear()

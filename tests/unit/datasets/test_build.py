@@ -28,6 +28,8 @@ from tests.harness.datasets import preprocessed, random_dataset, write_dataset
 from tests.harness.extension_off import without_extension
 from tests.harness.tables import table
 
+TABLE = table(__file__)
+
 BYTES = ByteTokenizer()
 
 
@@ -118,14 +120,7 @@ def test_blend_files(prefix: str, tmp_path: Path) -> None:
     path.write_text(f"train: [{name}]\nvalid: [{name}, {prefix}]\n")
     train, valid, _ = build(DataConfig(data_path=(str(path),)), (10, None, 0))
     assert len(valid) == 2 * 124
-    for text, message in (
-        ("train: 5", "must be a list"),
-        ("tain: [a]", "allowed are train, valid, test"),
-        ("- {path: a, weigth: 1}", "an entry is a path"),
-        ("- {path: a, weight: x}", "is not a number"),
-        ("- a\n- {path: b, weight: 1}", "to all or to none"),
-        ("[", "is not YAML"),
-    ):
+    for text, message in TABLE["wrong blends"]:
         path.write_text(text)
         with pytest.raises(DataError, match=message):
             blends.parse_blend([str(path)])

@@ -64,16 +64,13 @@ def test_the_process_of_templates_may_die_between_two_of_them() -> None:
     assert Chat("b").render(HELLO) == "b"
 
 
-@pytest.mark.parametrize("messages", ["Hello", [], None])
-def test_what_is_no_list_of_messages_is_named(messages: object) -> None:
-    with pytest.raises(ConfigError, match="must be a list"):
-        chat_prompt(ByteTokenizer(), messages)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("message", "part"), TABLE["messages"])
-def test_messages_that_are_none_are_named(message: Any, part: str) -> None:
+@pytest.mark.parametrize(
+    ("messages", "part"),
+    [*((none, "must be a list") for none in ("Hello", [], None)), *(([one], part) for one, part in TABLE["messages"])],
+)
+def test_messages_that_are_none_are_named(messages: Any, part: str) -> None:
     with pytest.raises(ConfigError, match=part):
-        chat_prompt(ByteTokenizer(), [message])
+        chat_prompt(ByteTokenizer(), messages)
 
 
 def test_bytes_know_their_control_token_from_its_text() -> None:

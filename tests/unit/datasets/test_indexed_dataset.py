@@ -141,9 +141,7 @@ def test_samples_of_a_file_that_was_cut(
     data.get_batch(range(4))
     (path,) = tmp_path.glob(victim)
     os.truncate(path, 4096)
-    with pytest.raises(
-        DataError, match=rf"{path.name} was cut short while it was in use: it had \d+ bytes .* has 4096"
-    ):
+    with pytest.raises(DataError, match=rf"{path.name} was cut short .* has 4096"):
         data.get_batch(range(2000))
 
 

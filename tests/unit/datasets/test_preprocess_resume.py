@@ -20,6 +20,7 @@ from megatron_samoe.datasets.preprocess import journal, run
 from megatron_samoe.datasets.preprocess.executors import InlineExecutor
 from megatron_samoe.errors import DataError
 from tests.harness.datasets import content, jsonl, kill_9, options, seconds_of
+from tests.harness.program import flip_bit
 from tests.unit.datasets.test_preprocess import TEXTS
 
 #: Kills of the preprocessor by signal.
@@ -74,10 +75,7 @@ def test_resume_detects_lost_bytes_and_other_options(tmp_path: Path, monkeypatch
         _StopAfter.left = 15
         with pytest.raises(KeyboardInterrupt):
             run.preprocess(options(tmp_path, "in.jsonl"))
-    partial = tmp_path / "out_text_document.bin.partial"
-    data = bytearray(partial.read_bytes())
-    data[len(data) // 2] ^= 1
-    partial.write_bytes(bytes(data))
+    flip_bit(tmp_path / "out_text_document.bin.partial")
     with pytest.raises(DataError, match="other options"):
         run.preprocess(options(tmp_path, "in.jsonl", resume=True, append_eod=True))
     with open(tmp_path / "out.preprocess.journal", "a") as file:

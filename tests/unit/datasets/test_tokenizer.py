@@ -18,6 +18,9 @@ from megatron_samoe.cli.train_tokenizer import main
 from megatron_samoe.datasets.byte_bpe import tiktoken_encoding
 from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
 from megatron_samoe.errors import DataError
+from tests.harness.tables import table
+
+TABLE = table(__file__)
 
 CORPUS = Path(__file__).resolve().parents[3] / "megatron_samoe/cli/quickstart_data/austen_emma_mansfield.txt"
 RELAXED = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -182,17 +185,26 @@ def test_gpt2_files_that_do_not_fit(tmp_path: Path) -> None:
 def test_training_refuses_what_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("hello world\n")
     words = ["--input", str(tmp_path / "a.txt"), "--output-prefix", str(tmp_path / "t")]
-    for kind, size, message in (
-        ("byte-bpe", "200", "need 257"),
-        ("sentencepiece-bpe", "5000", "--vocab-size 5000 does not fit"),
-        ("sentencepiece-unigram", "100", "--vocab-size 100 does not fit"),
-    ):
+    for kind, size, message in TABLE["sizes"]:
         assert main(["--type", kind, "--vocab-size", size, *words]) == 1
         assert message in capsys.readouterr().err
     (tmp_path / "a.txt").write_text("")
     assert main(["--type", "byte-bpe", "--vocab-size", "300", *words]) == 1
     assert "empty" in capsys.readouterr().err
     assert not list(tmp_path.glob("t*.json"))
+
+
+def test_fewer_entries_than_asked_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("It was a fine day, and a finer night was to come of it.\n" * 40)
+    for kind, size in (("byte-bpe", 260), ("sentencepiece-bpe", 300), ("byte-bpe", 5000)):
+        words = f"--type {kind} --input {tmp_path}/text.txt --vocab-size {size} --output-prefix {tmp_path}/tok"
+        assert main([*words.split(), "--num-threads", "1", "--overwrite"]) == 0
+        said = capsys.readouterr().out
+        if size < 5000:
+            assert f": {size} entries" in said and "note" not in said
+    made = len(json.loads((tmp_path / "tok-vocab.json").read_text()))
+    assert 260 < made < 5000 and f"tok.json: {made:,} entries" in said
+    assert "note: 5,000 were asked for" in said and "more text gives more" in said
 
 
 def test_a_file_for_another_type_of_tokenizer_is_recognised(trained: Path) -> None:

@@ -81,8 +81,14 @@ def test_newer_formats_and_unreadable_descriptions_are_refused(tmp_path: Path) -
         store.read_config(options.parent)
 
 
-@pytest.mark.parametrize("value", [None, "1.0", "much", float("inf"), [1.0]])
-def test_a_scale_of_losses_that_is_no_number_is_damage(value: Any) -> None:
-    with pytest.raises(CheckpointError, match="loss_scale is"):
-        store.refuse_wrong_values({"loss_scale": {"value": value}}, "train_state.json")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("loss_scale", {"value": value}) for value in (None, "1.0", "much", float("inf"), [1.0])),
+        *(("vocab_size", value) for value in (10**12, 2**31)),
+    ],
+)
+def test_values_that_no_run_has_are_damage(name: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"{name} is"):
+        store.refuse_wrong_values({name: value}, "train_state.json")
     store.refuse_wrong_values({"loss_scale": {"value": 2.0**16, "good": 3, "is_dynamic": True}}, "train_state.json")

@@ -1,8 +1,10 @@
-"""A whole model read and written tensor by tensor, in one process."""
+"""A whole model read and written tensor by tensor, in one process; a damaged byte of one is noticed, or is none of the tensor's."""
 
 from __future__ import annotations
 
+import io
 import pickle
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, StoredTensor, write_checkpoint
+from megatron_samoe.dist_checkpointing.saved_tensor import SavedBytes, find_saved_bytes, read_saved_tensor
 from megatron_samoe.dist_checkpointing.table_of_contents import METADATA
 from megatron_samoe.errors import CheckpointError
 
@@ -61,9 +63,7 @@ def test_a_table_of_contents_that_tells_another_type_is_damaged(tmp_path: Path) 
     table = pickle.loads((path / METADATA).read_bytes())
     table.state_dict_metadata["b.weight"].properties.dtype = torch.bfloat16
     (path / METADATA).write_bytes(pickle.dumps(table))
-    with pytest.raises(
-        CheckpointError, match=r"b.weight is \[3, 5\] torch.float32 in place of \[3, 5\] torch.bfloat16"
-    ):
+    with pytest.raises(CheckpointError, match=r"b.weight is .*float32 in place of .*bfloat16"):
         CheckpointReader(path).read("b.weight")
 
 
@@ -76,12 +76,6 @@ def test_a_table_of_files_whose_place_has_no_path_is_malformed(tmp_path: Path) -
         CheckpointReader(path)
 
 
-def test_an_iteration_that_exists_is_not_replaced(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, 3, Source(TENSORS))
-    with pytest.raises(CheckpointError, match=r"iter_0000003 exists; give another folder"):
-        write_checkpoint(tmp_path, 3, Source(TENSORS))
-
-
 def test_a_source_that_fails_leaves_nothing(tmp_path: Path) -> None:
     class Failing(Source):
         def read(self, name: str) -> Tensor:
@@ -92,21 +86,53 @@ def test_a_source_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damage_is_named(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path, 3, Source(TENSORS))
-    reader = CheckpointReader(path)
-    (file,) = path.glob("*.distcp")
-    file.write_bytes(file.read_bytes()[:100])
-    assert reader.verify() == [f"{file.name} differs from what was written"]
-    with pytest.raises(CheckpointError, match=r"__0_0\.distcp is damaged: \S+ cannot be read"):
-        reader.read("a.weight")
+SAVED = {
+    "matrix": torch.arange(600.0).view(20, 30),
+    "transposed": torch.arange(12.0).view(3, 4).t(),
+    "scalar": torch.tensor(3),
+    "empty": torch.zeros(0, 3),
+    "bf16": torch.rand(50).bfloat16(),
+}
 
 
-def test_folders_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"train_state\.json cannot be read"):
-        CheckpointReader(tmp_path)
-    path = write_checkpoint(tmp_path, 3, Source(TENSORS))
-    (path / ".metadata").unlink()
-    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read"):
-        CheckpointReader(path)
-    assert store.whole_iterations(tmp_path) == [3]
+@pytest.mark.parametrize("name", SAVED)
+def test_every_flipped_bit_is_noticed_or_harmless(name: str, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(SAVED[name], buffer)
+    content, path = buffer.getvalue(), tmp_path / "file"
+    path.write_bytes(b"before" + content + b"after")
+    read = read_saved_tensor(path, 6, len(content))
+    assert torch.equal(read, SAVED[name]) and read.dtype == SAVED[name].dtype
+    chance, noticed = random.Random(0), 0
+    for _ in range(150):
+        damaged = bytearray(content)
+        damaged[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(b"before" + damaged + b"after")
+        try:
+            assert torch.equal(read_saved_tensor(path, 6, len(content)), SAVED[name])
+        except AssertionError:
+            raise
+        except Exception:
+            noticed += 1
+    assert noticed > 30
+
+
+def test_elements_are_found_where_the_file_has_them_in_order(tmp_path: Path) -> None:
+    saved = torch.arange(600.0).view(20, 30)
+    path = tmp_path / "file"
+
+    def find(tensor: torch.Tensor, cut: int | None = None) -> SavedBytes | None:
+        buffer = io.BytesIO()
+        torch.save(tensor, buffer)
+        content = buffer.getvalue()
+        path.write_bytes(b"before" + content[:cut])
+        with open(path, "rb", buffering=0) as file:
+            return find_saved_bytes(file, 6, len(content))
+
+    found = find(saved)
+    assert found is not None and (found.shape, found.dtype) == ((20, 30), torch.float32)
+    assert path.read_bytes()[found.offset :][: saved.nbytes] == saved.numpy().tobytes()
+    for view in (saved.t(), saved[:10]):  # what is saved is the storage
+        assert find(view) is None
+    with pytest.raises(RuntimeError, match="PytorchStreamReader"):
+        find(saved, -1)

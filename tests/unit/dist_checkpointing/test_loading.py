@@ -22,6 +22,7 @@ from megatron_samoe.dist_checkpointing.table_of_contents import read_table
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
+from tests.harness.program import flip_bit
 from tests.harness.ranks import run_ranks
 
 STATE = single_process_state()
@@ -122,13 +123,7 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 200_000)
 
 
-def flip(path: Path) -> None:
-    """Changes a bit of a large tensor near the end of the file."""
-    with open(path, "r+b") as file:
-        file.seek(-300_000, os.SEEK_END)
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 1]))
+flip = partial(flip_bit, at=-300_000)  # of a large tensor near the end of the file
 
 
 def pipe(path: Path) -> None:
@@ -297,6 +292,4 @@ def test_ranks_read_each_file_once_between_them(tmp_path: Path) -> None:
     first, second = run_ranks(partial(load_and_count, str(tmp_path)), 2)
     assert (first[0], second[0]) == ([2.0], [1.0])
     assert 1 < first[1] < 1.1 and 1 < second[1] < 1.1
-    assert (
-        first[2] == second[2] == f"{tmp_path / 'iter_0000001'} is damaged: __1_0.distcp differs from what was written."
-    )
+    assert first[2] == second[2] and "iter_0000001 is damaged: __1_0.distcp differs" in first[2]

@@ -21,7 +21,10 @@ from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, repli
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
 from tests.harness.ranks import run_ranks
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_layout
+
+TABLE = table(__file__)
 
 STATE = single_process_state()
 
@@ -117,14 +120,7 @@ def fail_on_rank_1(place: str, folder: str) -> str:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("place", "said"),
-    [
-        ("save", "No space left on device"),
-        ("verify", "is damaged: __1_0.distcp differs"),
-        ("load", "nothing/.metadata cannot be read"),
-    ],
-)
+@pytest.mark.parametrize(("place", "said"), TABLE["troubles"])
 def test_trouble_of_one_rank_stops_all_with_the_same_words(place: str, said: str, tmp_path: Path) -> None:
     first, second = run_ranks(partial(fail_on_rank_1, place, str(tmp_path)), 2)
     assert first == second and said in first

@@ -30,6 +30,9 @@ from megatron_samoe.evaluation.report_tables import (
 from megatron_samoe.evaluation.run_groups import RunGroup, group_runs, mean_sd
 from megatron_samoe.evaluation.run_summary import RunSummary, perplexity_text, read_run
 from tests.harness.serving import save_tiny
+from tests.harness.tables import table
+
+TABLE = table(__file__)
 
 
 def write_metrics(folder: Path, loss: float, experts: bool, banks: bool) -> None:
@@ -168,16 +171,7 @@ def test_different_numbers_of_training_tokens_are_noted(runs_dir: Path, tmp_path
 
 
 #: Ways of sharing, how a report names them for four layers, and the sets of experts that are stored.
-WAYS = {
-    "own": ("own", 4),
-    "tied": ("tied 0*4", 1),
-    "0,1,1,0": ("tied 0,1*2,0", 2),
-    "0*2,1*2": ("tied 0*2,1*2", 2),
-    "scaled:0*2,1*2": ("scaled 0*2,1*2", 2),
-    "pool": ("pool", 1),
-    "combined": ("combined (2 banks)", 2),
-    "own,combined*2,own": ("own,combined*2,own (2 banks)", 4),
-}
+WAYS = TABLE["ways"]
 
 
 def test_every_way_of_sharing_is_named_and_its_parameters_counted_once(tmp_path: Path) -> None:
@@ -229,7 +223,12 @@ def test_speed_of_a_machine_that_something_else_used_is_left_out(runs_dir: Path,
 def test_the_first_screen_names_the_best_and_the_smallest_as_good(groups: list[RunGroup]) -> None:
     (edited,) = (group for group in groups if group.name == "samoe one bank")  # worse, and no smaller
     assert glance_table(groups)[1][:3] == ["dense", groups[0].loss.text(4), "+0.0000"]
-    assert glance_text(groups, 1.0).startswith("Best: dense, ") and "No smaller model" in glance_text(groups, 1.0)
+    said = glance_text(groups, 1.0)
+    assert (
+        said.startswith("Best: dense, ")
+        and "No smaller model" in said
+        and said.endswith(f"larger ones do: {', '.join(group.name for group in groups[1:])}.")
+    )
     records = [{"iteration": 4, "validation_loss": 2.0}]
     better = replace(groups[1], runs=tuple(replace(run, records=records) for run in groups[1].runs))
     said = glance_text([groups[0], better, edited], margin=0.6)
@@ -295,17 +294,9 @@ def test_files_of_another_kind_are_named(tmp_path: Path, content: str) -> None:
 
 
 def test_the_command_refuses_what_does_not_belong(runs_dir: Path, tmp_path: Path, capsys: Any) -> None:
-    moe = str(runs_dir / "moe/seed-1")
     (tmp_path / "decode.json").write_text(json.dumps(decode_rows(tmp_path)))
-    for args, status, part in (
-        ([], 2, "give run folders, or --study"),
-        ([str(tmp_path)], 1, "is not the folder of a run"),
-        ([moe, "--decode", str(tmp_path / "decode.json")], 2, "in none of the runs' folders"),
-        ([moe, "--study", "x.json"], 2, "not both"),
-        ([moe, moe], 2, "given twice"),
-        ([moe, "--output", str(tmp_path)], 2, "is a folder"),
-        ([moe, "--output", str(tmp_path / "decode.json" / "r.html")], 1, "cannot be written"),
-    ):
+    for words, status, part in TABLE["refused"]:
+        args = [word.format(moe=runs_dir / "moe/seed-1", root=tmp_path) for word in words.split()]
         assert report_command.main(["--output", str(tmp_path / "r.html"), *args]) == status
         assert part in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()

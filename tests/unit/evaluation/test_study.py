@@ -56,13 +56,6 @@ def test_a_wrong_study_is_refused_by_its_key(tmp_path: Path, changes: dict, fiel
     assert caught.value.field == field
 
 
-def test_a_study_without_runs_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"runs = None: missing in .*study.yaml; needed are title, config, seeds, runs"
-    ):
-        read_study(write_study(tmp_path, runs=None))
-
-
 def test_results_name_what_layers_share(tmp_path: Path) -> None:
     runs = {"own": {"expert-layout": "moe"}, "tied": {"expert-layout": "moe", "expert-sharing": "tied"}}
     study = read_study(write_study(tmp_path, runs=runs, derived=None, baseline="own", seeds=[1]))
@@ -123,9 +116,7 @@ def test_a_run_leaves_out_what_its_variants_own_options_make_useless(tmp_path: P
 
 def test_an_option_that_is_not_known_is_refused_by_its_run(tmp_path: Path) -> None:
     study = read_study(write_study(tmp_path, runs={"a": {"num-layer": 3}}, derived=None, baseline=None))
-    with pytest.raises(
-        ConfigError, match=r"num-layer = 3: unknown option in run 'a' of the study\. Did you mean 'num_layers'"
-    ):
+    with pytest.raises(ConfigError, match=r"num-layer = 3: .*run 'a'.* 'num_layers'"):
         StudyPlan(study, tmp_path, ()).check()
 
 

@@ -22,6 +22,9 @@ from megatron_samoe.evaluation.study.statistics import (
     seeds_needed,
 )
 from megatron_samoe.evaluation.study.sweeps import extended, optimum
+from tests.harness.tables import table
+
+TABLE = table(__file__)
 
 
 def test_differences_are_taken_within_seeds() -> None:
@@ -59,17 +62,7 @@ def test_a_sweep_finds_the_vertex_between_what_was_tried() -> None:
     assert optimum(losses, between=False).value == 3e-3
 
 
-@pytest.mark.parametrize(
-    ("losses", "value", "edge"),
-    [
-        ({1: 3.0, 2: 3.1, 4: 3.2}, 1, "low"),
-        ({1: 3.2, 2: 3.1, 4: 3.0}, 4, "high"),
-        ({1: 3.2, 2: 3.1, 4: math.nan}, 2, None),  # what is above diverges: nothing lies beyond
-        ({1: math.inf, 2: 3.0, 4: 3.1}, 2, None),
-        ({1: 3.0, 2: math.nan, 4: math.inf}, 1, "low"),
-        ({1: math.nan, 2: math.nan, 4: math.nan}, 1, "low"),
-    ],
-)
+@pytest.mark.parametrize(("losses", "value", "edge"), TABLE["edges"])
 def test_a_sweep_says_where_the_best_lies_at_an_edge(
     losses: dict[float, float], value: float, edge: str | None
 ) -> None:

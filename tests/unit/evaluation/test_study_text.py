@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_samoe.config import CheckpointConfig, PretrainConfig
 from megatron_samoe.config.data import DataConfig
-from megatron_samoe.datasets.carried_tokenizer import FOLDER
+from megatron_samoe.datasets.carried_tokenizer import FOLDER, vocabulary_of
 from megatron_samoe.datasets.train_tokenizer import train_byte_bpe
 from megatron_samoe.dist_checkpointing.store import iteration_dir
 from megatron_samoe.errors import DataError
 from megatron_samoe.evaluation.study import text_folder, text_size
 from megatron_samoe.evaluation.study.text_size import bits_per_byte
+from megatron_samoe.log import logger
 from tests.harness.datasets import write_dataset
 from tests.harness.serving import save_tiny
 
@@ -43,7 +45,9 @@ def test_a_part_of_a_corpus_and_a_blend_have_bits_per_byte(tmp_path: Path) -> No
     assert bits_per_byte(nats, replace(BYTES, mock_data=True)) is None
 
 
-def test_the_tokenizer_that_a_checkpoint_carries_counts(tmp_path: Path) -> None:
+def test_the_tokenizer_that_a_checkpoint_carries_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = "It was a fine day, and a fine night. " * 20
     model, _ = train_byte_bpe(iter([text]), 270, str(tmp_path / "tok"))
     folder = tmp_path / "run"
@@ -58,6 +62,11 @@ def test_the_tokenizer_that_a_checkpoint_carries_counts(tmp_path: Path) -> None:
     text_size._text_of.cache_clear()
     assert bits_per_byte(2.0, data) is None
     assert bits_per_byte(2.0, data, folder) == expected
+    monkeypatch.setattr(logger, "propagate", True)
+    with caplog.at_level("INFO", logger.name):
+        run = PretrainConfig(data=data, checkpoint=CheckpointConfig(load=str(folder / "checkpoints")))
+        assert vocabulary_of(run).tokenizer.vocab_size == 270
+    assert f"carries, instead of {model}" in caplog.text, "who misspelt a path reads it"
 
 
 def test_of_a_large_set_documents_at_even_distances_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

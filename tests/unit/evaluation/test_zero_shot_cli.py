@@ -176,19 +176,10 @@ def test_without_the_harness(checkpoints: tuple[Path, Path], data: Path, monkeyp
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.setitem(sys.modules, name, None)
     error = run("--load", checkpoints[0], "--data-dir", data, "--tasks", "boolq", status=1)
-    assert (
-        error.startswith("error: a task needs the package lm_eval: ") and "[eval]" in error and error.count("\n") == 1
-    )
+    assert "needs the package lm_eval: " in error and "[eval]" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--taks boolq", "--taks is not known. Did you mean '--tasks'?"),
-        ("--predictor oracle", "--predictor: has gone: the column `best constant`"),
-        ("--load x --harness", "--harness: leave it out"),
-    ],
-)
+@pytest.mark.parametrize(("words", "message"), TABLE["flags"])
 def test_misspelt_and_former_flags_are_told(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(words.split())

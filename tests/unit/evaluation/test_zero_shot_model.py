@@ -6,14 +6,11 @@ import math
 import random
 import string
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_samoe.config import PretrainConfig
-from megatron_samoe.convert.opener import open_folder
 from megatron_samoe.datasets.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from megatron_samoe.datasets.train_tokenizer import train_byte_bpe
 from megatron_samoe.errors import DataError
@@ -22,20 +19,13 @@ from megatron_samoe.evaluation.zero_shot.encode import encode_pair, encode_promp
 from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor
 from megatron_samoe.evaluation.zero_shot.results import evaluate_corpus
 from megatron_samoe.moe.types import ForwardContext
-from megatron_samoe.parallel_state import initialize_model_parallel
-from megatron_samoe.runtime.load import LoadedModel, load_model
-from megatron_samoe.training.checkpointing import save_run
-from megatron_samoe.training.setup import build_setup, initial_state
-from tests.harness.pairs import first_by_day
-from tests.harness.ranks import run_ranks
+from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.tables import table
-from tests.harness.tiny import tiny_config, with_layout
 from tests.unit.inference.tiny_models import forward_logits, loaded_tiny
 
 SEQ_LENGTH = 16
 TABLE = table(__file__)
 PAIRS: list[tuple[str, str]] = list(TABLE["pairs"])
-LAYOUTS: tuple[tuple[int, dict[str, Any], int | None], ...] = TABLE["layouts"]
 
 
 @cache
@@ -145,38 +135,3 @@ def test_what_does_not_fit() -> None:
     assert encode_prompt(tokenizer, "", 5, 4) == ([256], 0)
     with pytest.raises(DataError, match="answers of up to 5 tokens leave no room for a prompt: the model reads 5"):
         encode_prompt(tokenizer, "0", 5, 5)
-
-
-def save(config: PretrainConfig) -> None:
-    setup = build_setup(config, 257, initialize_model_parallel(config.parallel))
-    with torch.no_grad():
-        for name, parameter in setup.model.global_parameters().items():
-            if "norm" not in name:
-                parameter.mul_(6)
-    save_run(setup, initial_state(setup))
-
-
-def answers(folder: str, config: PretrainConfig, batch_size: int | None) -> tuple[list[Any], list[Any], list[Any]]:
-    parallel = initialize_model_parallel(config.parallel)
-    predictor = ModelPredictor(load_model(open_folder(folder), parallel, config.parallel), batch_size)
-    scores = predictor.score_pairs(PAIRS)
-    found = predictor.generate([context for context, _ in PAIRS], ("e",), 4)
-    return [s.loglikelihood for s in scores], [(s.is_greedy, s.cut_tokens, s.num_windows) for s in scores], found
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("experts", "layouts"), first_by_day([("samoe", LAYOUTS[-3:]), ("samoe", LAYOUTS[:-3]), ("moe", LAYOUTS)])
-)
-def test_every_layout_gives_every_rank_the_same_answers(
-    tmp_path: Path, experts: str, layouts: tuple[tuple[int, dict[str, Any], int | None], ...]
-) -> None:
-    options = {"mock_data": True, "tokenizer_type": "ByteTokenizer", "save": str(tmp_path)}
-    config = tiny_config(experts, style="llama", moe_expert_capacity_factor=0.5, **options)
-    run_ranks(save, 2, with_layout(config, ep=2))
-    expected = run_ranks(answers, 1, str(tmp_path), with_layout(config), None)[0]
-    assert len(set(expected[0])) == len(PAIRS) - 1 and max(expected[0]) - min(expected[0]) > 10
-    for world_size, sizes, batch_size in layouts:
-        for found in run_ranks(answers, world_size, str(tmp_path), with_layout(config, **sizes), batch_size):
-            assert found[0] == pytest.approx(expected[0], rel=1e-5), sizes
-            assert found[1:] == expected[1:], sizes

@@ -193,24 +193,12 @@ def test_texts_to_measure(tmp_path: Path) -> None:
     assert [d.text for d in read_documents(tmp_path / "b.jsonl")] == ["one", "two\n\nthree "]
     (tmp_path / "c.jsonl").write_text(lines({"txt": "one"}))
     (tmp_path / "d.txt").write_text("")
-    for name, message in (
-        ("c.jsonl", 'no field "text"; it has txt'),
-        ("e.txt", "not there"),
-        ("d.txt", "holds no text"),
-    ):
+    for name, message in TABLE["no texts"]:
         with pytest.raises(DataError, match=message):
             read_documents(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    ("task", "row", "answers"),
-    [
-        ("triviaqa", {"question": "Who?", "answer": "Emma"}, {"aliases": ["Emma"]}),
-        ("triviaqa", {"question": "Who?", "answers": ["Emma", "E."]}, {"aliases": ["Emma", "E."]}),
-        ("webqs", {"question": "Who?", "answer": ["Emma"]}, ["Emma"]),
-        ("webqs", {"question": "Who?", "target": "Emma"}, ["Emma"]),
-    ],
-)
+@pytest.mark.parametrize(("task", "row", "answers"), TABLE["mirrors"])
 def test_mirrors_of_question_sets_are_read(task: str, row: dict[str, Any], answers: Any) -> None:
     fields = local_data()[task].fields
     assert [found[fields[1]] for found in hub_rows(task, [("a:1", row)], fields)] == [answers]

@@ -99,9 +99,7 @@ def test_an_expert_without_tokens_keeps_its_weights() -> None:
 
 @pytest.mark.parametrize("num_banks", [0, 5])
 def test_no_more_banks_than_layers_can_be_fitted(num_banks: int) -> None:
-    with pytest.raises(
-        ConfigError, match=r"--num-expert-banks = .*from 1 to the number of MoE layers that combine them, 4"
-    ):
+    with pytest.raises(ConfigError, match=r"--num-expert-banks = .*from 1 to .* 4"):
         fit_banks(torch.eye(4)[None], num_banks)
 
 

@@ -37,8 +37,11 @@ from megatron_samoe.fit.compress.options import CompressOptions, Texts, texts
 from megatron_samoe.fit.compress.report import Compressed, _hold_small_and_large, write_compression_report
 from tests.harness.datasets import write_dataset
 from tests.harness.program import write_corpus
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config
 from tests.unit.convert.memory_source import new_source
+
+TABLE = table(__file__)
 
 PLAIN = HealOptions()
 RUN = replace(
@@ -75,16 +78,7 @@ def test_the_optimizer_is_the_originals() -> None:
     assert kept.items() <= found.items()
 
 
-@pytest.mark.parametrize(
-    ("training", "trained", "options", "batch"),
-    [
-        ({"global_batch_size": 32}, {}, {}, (4, 32)),
-        ({}, {"iteration": 50, "consumed_samples": 50 * 16}, {}, (4, 16)),  # of four ranks
-        ({}, {}, {}, (4, 4)),
-        ({"global_batch_size": 32}, {}, {"batch_size": 6}, (3, 6)),
-        ({}, {}, {"batch_size": 2}, (2, 2)),
-    ],
-)
+@pytest.mark.parametrize(("training", "trained", "options", "batch"), TABLE["batches"])
 def test_the_batch_is_the_originals_over_all_its_ranks(
     training: dict, trained: dict, options: dict, batch: tuple[int, int]
 ) -> None:
@@ -124,14 +118,8 @@ def test_it_is_asked_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 ORIGINAL = Verdict("original", 1000, 5.0, 0.0)
-LOST = {"matched": 0.0, "fitted": 0.02, "blind": 4.0, "pruned": 1.5, "merged": 2.0}
-LEFT = {
-    "healed-banks": 0.01,
-    "healed-routers": -0.01,
-    "original-longer": -0.06,
-    "blind-healed": 0.03,
-    "pruned-healed": 0.2,
-}
+LOST = TABLE["made"]
+LEFT = TABLE["healed"]
 MADE = [Verdict(name, 500, 5.0 + ce, ce) for name, ce in LOST.items()]
 HEALED = [Verdict(name, 500, 5.0 + ce, 0.1) for name, ce in LEFT.items()]
 

@@ -24,13 +24,13 @@ from megatron_samoe.fit.numbering import Numbering
 from megatron_samoe.fit.shared_model import renumbered_model
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.moe.types import ForwardContext
+from tests.harness.tables import table
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 from tests.unit.convert.memory_source import MemorySource, load, logits, new_source
 
-STYLES: dict[str, dict[str, Any]] = {
-    "gpt3": {"moe_router_topk": 2},
-    "llama": {"style": "llama", "moe_router_topk": 2, "moe_router_score_function": "sigmoid"},
-}
+TABLE = table(__file__)
+
+STYLES: dict[str, dict[str, Any]] = TABLE["styles"]
 
 
 def passes_of(count: int, seed: int = 3) -> list[Tensor]:
@@ -147,14 +147,7 @@ def test_output_sums_are_those_of_a_plain_loop(style: str) -> None:
                 assert float(sums.power_E[e]) == pytest.approx(float(ys.square().sum()), rel=1e-4)
 
 
-CASES: dict[str, dict[str, Any]] = {
-    "gpt3": {"moe_router_topk": 2},
-    "llama": {"style": "llama", "moe_router_topk": 2},
-    "biased": {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "moe_router_topk": 2},
-    "norm": {"moe_router_score_function": "norm", "moe_layer_freq": "0110", "moe_router_topk": 2},
-    "relu": {"moe_router_score_function": "relu", "style": "llama"},
-    "shared expert": {"moe_shared_expert_intermediate_size": 16, "moe_router_topk": 2},
-}
+CASES: dict[str, dict[str, Any]] = TABLE["models"]
 
 
 def made(**options: Any) -> MemorySource:

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from megatron_samoe.cli.compress import main as compress_main
+from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.derived import sharing_map
 from megatron_samoe.convert.edited_model import FRACTIONS
@@ -55,24 +55,15 @@ def options(folder: Path, save: str, **more: Any) -> CompressOptions:
     return CompressOptions(str(folder / "moe"), str(folder / save), str(folder / "text"), **given)
 
 
-@pytest.mark.parametrize(
-    ("name", "more", "ways"),
-    [
-        ("combined", {}, {"combined"}),
-        ("tied", {"sharing": "tied"}, {"tied"}),
-        ("sets", {"sharing": "scaled", "num_sets": 2, "budget": None}, {"scaled"}),
-        ("scaled", {"sharing": "scaled", "choose_map": True}, {"scaled", "own"}),
-        ("map", {"sharing": "own,combined*2,own", "budget": None}, {"own", "combined"}),
-    ],
-)
-def test_a_compression_shares_and_is_judged(folder: Path, name: str, more: dict, ways: set[str]) -> None:
+@pytest.mark.parametrize(("name", "more", "ways"), TABLE["compressions"])
+def test_a_compression_shares_and_is_judged(folder: Path, name: str, more: dict, ways: list[str]) -> None:
     compression = Compression(options(folder, name, **more))
     verdicts = {v.model: v for v in compression.judge({})}
     assert set(verdicts) == {"original", "matched", "fitted", "blind", "pruned", "merged"}
     original, fitted = verdicts["original"], verdicts["fitted"]
     assert original.divergence == 0 and verdicts["matched"].divergence < 1e-6
     assert verdicts["matched"].loss == pytest.approx(original.loss, abs=1e-5)
-    assert {s.way.name for s in sharing_map(from_mapping(compression.fitted().model.config, ""))} <= ways
+    assert {s.way.name for s in sharing_map(from_mapping(compression.fitted().model.config, ""))} <= set(ways)
     if name != "map":
         assert 0.49 < fitted.expert_bytes / original.expert_bytes < 0.51
     for other in ("blind", "pruned", "merged"):
@@ -145,18 +136,10 @@ def test_other_options_than_those_of_a_stage_are_refused(folder: Path) -> None:
     assert [p.name for p in (folder / "foreign").iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize(
-    ("config", "what"),
-    [
-        (lambda: tiny_config("dense"), "dense model"),
-        (lambda: tiny_config("samoe"), "edit fold"),
-        (lambda: tiny_config("moe", num_experts=(2, 4, 4, 4)), "the same number in each"),
-        (lambda: tiny_config("moe", moe_layer_freq="0100"), "two MoE layers"),
-    ],
-)
-def test_models_that_cannot_be_compressed_are_named(config: Callable[[], Any], what: str) -> None:
+@pytest.mark.parametrize(("layout", "more", "what"), TABLE["models"])
+def test_models_that_cannot_be_compressed_are_named(layout: str, more: dict, what: str) -> None:
     with pytest.raises(ConfigError, match=what):
-        require_compressible(new_source(config()))
+        require_compressible(new_source(tiny_config(layout, **more)))
 
 
 @pytest.mark.parametrize(("more", "what"), TABLE["refused"])
@@ -165,26 +148,6 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(folder: Path,
     with pytest.raises(MegatronSamoeError, match=what):
         Compression(CompressOptions(**given))
     assert not (folder / "never").exists()
-
-
-def test_pruning_keeps_the_most_salient(folder: Path) -> None:
-    source = new_source(tiny_config("moe", moe_router_topk=2))
-    calibrations = [layer.calibration for layer in layers_of(source)]
-    loads_LE = torch.tensor([0.1, 0.2, 0.3, 0.4]).repeat(len(calibrations), 1)
-    source.weights[FRACTIONS] = loads_LE
-    pruned = baselines.pruned_model(source, calibrations, 3)
-    assert logits(pruned).isfinite().all()
-    for layer, calibration in enumerate(calibrations):
-        least = int(calibration.mean_saliency_E.argmin())
-        kept = [e for e in range(4) if e != least]
-        for name in ("router.weight", "experts.w1", "experts.b2"):
-            whole = source.weights[f"layers.{layer}.moe.{name}"]
-            assert torch.equal(pruned.read(f"layers.{layer}.moe.{name}"), whole[kept])
-        # With them a run goes on from it.
-        loads_E = loads_LE[layer, kept]
-        torch.testing.assert_close(pruned.read(FRACTIONS)[layer], loads_E / loads_E.sum())
-    with pytest.raises(ConfigError, match="leaves 1 experts"):
-        baselines.experts_in_budget(source, expert_bytes(source) // 4)
 
 
 def test_equal_experts_merge_without_loss() -> None:
@@ -273,6 +236,11 @@ def test_the_command_heals_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
     all_healed = open_folder(tmp_path / "out" / "healed-all/checkpoints").tensors
     changed = [n for n in routers.tensors if "." in n and not n.startswith(("optimizer.", "training."))]
     assert not any(torch.equal(routers.read(n), all_healed.read(n)) for n in changed)
+    losses = {v["model"]: v["loss"] for v in first["verdicts"]}
+    assert losses["fitted"] < losses["healed-banks"]
+    capsys.readouterr()
+    assert compress_main([*words, "--heal-iters", "4", "--no-heal-others"]) == 0
+    assert "the model of the lowest loss, fitted, is in" in capsys.readouterr().out
     for more, what in (
         (["--teacher", "nowhere"], "nowhere"),
         (["--heal-lr", "0.5"], "differs from"),
@@ -337,19 +305,33 @@ def test_a_grouped_moe_is_compressed_and_what_is_alike_is_found(sharing: str, tm
     assert ("blind" in verdicts) == (sharing == "tied")  # edit pool keeps no groups
 
 
-def test_pruning_keeps_as_many_of_each_group() -> None:
-    source = new_source(GROUPED)
+@pytest.mark.parametrize(("config", "count"), [(tiny_config("moe", moe_router_topk=2), 3), (GROUPED, 4)])
+def test_pruning_keeps_the_most_salient_of_each_group(config: PretrainConfig, count: int) -> None:
+    source, groups = new_source(config), config.moe.moe_router_num_groups or 1
     calibrations = [layer.calibration for layer in layers_of(source)]
-    pruned = pruned_model(source, calibrations, 4)
-    for layer, calibration in enumerate(calibrations):
-        kept = torch.cat(
-            [4 * g + s.topk(2).indices.sort().values for g, s in enumerate(calibration.mean_saliency_E.view(2, 4))]
-        )
-        name = f"layers.{layer}.moe.router.weight"
-        assert torch.equal(pruned.read(name), source.weights[name][kept])
+    loads_LE = torch.arange(1.0, 1 + config.moe.num_experts).repeat(len(calibrations), 1)
+    source.weights[FRACTIONS] = loads_LE
+    pruned = pruned_model(source, calibrations, count)
     assert logits(pruned).isfinite().all()
-    assert experts_in_budget(source, expert_bytes(source) * 5 // 8) == 4
+    for layer, calibration in enumerate(calibrations):
+        saliency_GE = calibration.mean_saliency_E.view(groups, -1)
+        best_GK = saliency_GE.topk(count // groups).indices.sort().values
+        kept = (best_GK + saliency_GE.shape[1] * torch.arange(groups)[:, None]).flatten()
+        for name in ("router.weight", "experts.w1", "experts.b2"):
+            whole = source.weights[f"layers.{layer}.moe.{name}"]
+            assert torch.equal(pruned.read(f"layers.{layer}.moe.{name}"), whole[kept])
+        loads_E = loads_LE[layer, kept]  # with which a run goes on from it
+        torch.testing.assert_close(pruned.read(FRACTIONS)[layer], loads_E / loads_E.sum())
+
+
+def test_a_budget_leaves_as_many_experts_as_a_token_chooses() -> None:
+    whole, grouped, plain = (
+        new_source(config)
+        for config in (tiny_config("moe", moe_router_topk=2), GROUPED, tiny_config("moe", num_experts=8, **PLAIN))
+    )
+    assert experts_in_budget(grouped, expert_bytes(grouped) * 5 // 8) == 4
+    assert experts_in_budget(plain, expert_bytes(grouped) * 3 // 8) == 3
+    with pytest.raises(ConfigError, match="leaves 1 experts"):
+        experts_in_budget(whole, expert_bytes(whole) // 4)
     with pytest.raises(ConfigError, match="leaves 1 experts a group; a token chooses 2"):
-        experts_in_budget(source, expert_bytes(source) * 3 // 8)
-    plain = new_source(tiny_config("moe", num_experts=8, **PLAIN))
-    assert experts_in_budget(plain, expert_bytes(source) * 3 // 8) == 3
+        experts_in_budget(grouped, expert_bytes(grouped) * 3 // 8)

@@ -27,13 +27,8 @@ def test_a_dry_run_leaves_a_report_and_goes_on_where_it_stopped(tmp_path: Path, 
     flags = [*DRY, "--output-dir", str(tmp_path), "--pieces", "machine", "waits", "ops-torch", "steps-torch", "profile"]
     assert main(flags) == 0
     found = results(tmp_path)
-    assert {name: content["state"] for name, content in found.items()} == {
-        "machine": "ok",
-        "waits": "not here",
-        "ops-torch": "ok",
-        "steps-torch": "ok",
-        "profile": "ok",
-    }
+    others = [name for name in found if found[name]["state"] != "ok"]
+    assert len(found) == 5 and others == ["waits"] and found["waits"]["state"] == "not here"
     assert [row["what"] for row in found["steps-torch"]["rows"]] == ["step, dense", "step, moe", "step, samoe"]
     assert all(row["tokens/s"] > 0 for row in found["steps-torch"]["rows"])
     shares = [row["share of a copy's speed"] for row in found["ops-torch"]["rows"] if "predicted" in row]
@@ -56,12 +51,9 @@ def test_a_piece_that_fails_says_why_and_fails_the_check(
 
     monkeypatch.setitem(PIECES, "waits", (piece, 10))
     measure("waits", tmp_path / "waits.json", "cpu", "tiny")
-    rows = [{"what": "half", "measured": 1}]
-    assert results(tmp_path)["waits"] == {
-        "state": "failed",
-        "why": "ValueError: the other half is missing",
-        "rows": rows,
-    }
+    found = results(tmp_path)["waits"]
+    assert (found["state"], found["why"]) == ("failed", "ValueError: the other half is missing")
+    assert found["rows"] == [{"what": "half", "measured": 1}]
     assert write_report(tmp_path) == 1 and "## waits: failed" in capsys.readouterr().out
 
 
@@ -101,9 +93,7 @@ def test_without_the_repository_other_benchmarks_say_where_they_are(
     with pytest.raises(SystemExit) as ended:
         main(["moe-layer"])
     told = capsys.readouterr().err
-    assert (
-        ended.value.code == 2 and "in a checkout of the repository (tools/benchmarks)" in told and told.count("\n") == 1
-    )
+    assert ended.value.code == 2 and "(tools/benchmarks)" in told and told.count("\n") == 1
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "gpu-check" in capsys.readouterr().out

@@ -11,8 +11,11 @@ from megatron_samoe.inference.decode_bytes import expected_distinct_experts, ste
 from megatron_samoe.inference.decode_layers import make_decode_model
 from megatron_samoe.inference.kv_cache import PAGE
 from megatron_samoe.inference.serving import Precision
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config
 from tests.unit.inference.tiny_models import VOCAB, loaded_tiny
+
+TABLE = table(__file__)
 
 
 @pytest.mark.parametrize(("experts", "topk", "tokens"), [(32, 2, 1), (32, 2, 8), (32, 2, 32), (64, 1, 40), (6, 6, 3)])
@@ -29,19 +32,7 @@ def test_expected_experts_are_those_of_even_routing(experts: int, topk: int, tok
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize(
-    ("layout", "options"),
-    [
-        *((layout, {}) for layout in ("dense", "moe", "samoe")),
-        ("samoe", {"untied_ends": 1}),
-        ("moe", {"expert_sharing": "tied", "untied_ends": 1}),
-        ("moe", {"expert_sharing": "scaled"}),
-        ("moe", {"expert_sharing": "pool", "moe_router_score_function": "norm"}),
-        ("moe", {"moe_residual_mlp": True}),
-        ("moe", {"moe_shared_expert_intermediate_size": 64, "moe_shared_expert_gate": True}),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("layout", "options"), TABLE["models"], ids=str)
 def test_a_step_that_hits_every_expert_reads_what_there_is(
     layout: str, options: dict[str, Any], dtype: Precision
 ) -> None:

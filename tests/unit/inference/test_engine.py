@@ -11,31 +11,24 @@ import torch
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.engine import Engine, check_cuda_limits, takes_single_runner
-from megatron_samoe.inference.kv_cache import PAGE, PageTable, StepBatch, pages_for, window_pages
+from megatron_samoe.inference.kv_cache import StepBatch, pages_for, window_pages
 from megatron_samoe.inference.request import Request
 from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.inference.serving import Serving
 from megatron_samoe.language_model import LanguageModel
 from megatron_samoe.ops import extension
 from tests.harness.pairs import first_by_day
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config
 from tests.unit.inference.test_runners import MODELS, make
 from tests.unit.inference.tiny_models import VOCAB, forward_logits, generated, loaded_tiny
 
+TABLE = table(__file__)
+
 IDS = [int(i) for i in torch.randint(0, VOCAB, (96,), generator=torch.Generator().manual_seed(0))]
 
 
-@pytest.mark.parametrize(
-    ("device", "ranks", "dtype", "kernels", "expected"),
-    [
-        ("cpu", 1, "fp32", False, True),
-        ("cpu", 2, "fp32", False, False),
-        ("cuda", 1, "bf16", False, False),
-        ("cuda", 1, "int8", False, True),
-        ("cuda", 1, "bf16", True, True),
-        ("cuda", 2, "bf16", True, False),
-    ],
-)
+@pytest.mark.parametrize(("device", "ranks", "dtype", "kernels", "expected"), TABLE["runners"])
 def test_who_runs_the_model(device: str, ranks: int, dtype: str, kernels: bool, expected: bool) -> None:
     with extension.trusting(["decoding"] if kernels else []):
         assert takes_single_runner(device, ranks, dtype) is expected  # type: ignore[arg-type]
@@ -171,14 +164,3 @@ def test_the_training_model_decodes_what_the_ops_lack(tmp_path: Path) -> None:
         Engine(loaded, dtype="int8")
     with pytest.raises(ConfigError, match="without --exact-gelu, --use-parallel-residual"):
         Engine(loaded, weights_folder=tmp_path)
-
-
-def test_pages_go_round() -> None:
-    pages = PageTable(2, 7, 10, most_pages=3)
-    assert pages.fits(10 * PAGE)
-    slot = pages.reserve(9 * PAGE + 1)
-    row = pages.table[slot].tolist()
-    assert row[:3] == row[3:6] == row[6:9] and row[9] == row[0] and len(set(row)) == 3
-    assert pages.num_free_pages == 4
-    pages.release(slot)
-    assert pages.num_free_pages == 7

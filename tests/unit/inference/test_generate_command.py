@@ -139,12 +139,6 @@ def test_a_wrong_prompt_does_not_end_a_conversation(run: Run, capsys: pytest.Cap
     assert out == run("--prompt", "Emma was", *GREEDY)
 
 
-def test_ways_that_a_checkpoint_lacks_are_refused(tmp_path: Path, run: Run) -> None:
-    run.folder = save_tiny(tmp_path, "moe")
-    said = run("--prompt", "x", "--serving", "on-the-fly", status=2)
-    assert "a moe model without a shared pool of experts; its only way is folded" in said
-
-
 def test_prompts_one_by_one_have_the_seeds_of_prompts_together(run: Run) -> None:
     hot = ("--temperature", 100, "--top-k", 0, "--max-new-tokens", 16, "--ignore-eod", "--seed", 7)
     lines = "Emma was\nx\nEmma was\n"

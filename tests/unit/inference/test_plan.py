@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -15,6 +11,7 @@ from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.decode_parts import Places
 from megatron_samoe.runtime.load import LoadedModel
+from tests.harness.op_checks import threads_of_torch
 from tests.unit.inference.test_runners import IDS, TABLE, make, tables
 from tests.unit.inference.tiny_models import VOCAB, loaded_tiny, step_logits
 
@@ -24,16 +21,6 @@ PLANNED = [name for name in TABLE["models"] if name != "gate"]
 WAYS = [*((name, "folded") for name in PLANNED), ("samoe gpt3", "selected"), ("samoe llama", "selected")]
 #: (slot, first position, tokens) of steps: a prompt, single tokens, both.
 STEPS = [[(0, 0, 20)], [(1, 0, 3), (2, 0, 18)], [(2, 18, 1), (0, 20, 1), (1, 3, 1)], [(0, 21, 15), (1, 4, 1)]]
-
-
-@contextmanager
-def threads(num: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def run(loaded: LoadedModel, serving: str, dtype: str, blocks: bool = False, steps: list = STEPS) -> torch.Tensor:
@@ -60,9 +47,9 @@ def test_a_plan_has_the_bits_of_the_blocks(name: str, serving: str, dtype: str) 
 def test_a_shared_expert_waits_for_the_routed_ones_of_other_threads() -> None:
     loaded = loaded_tiny("moe", hidden_size=256, moe_shared_expert_intermediate_size=1024)
     steps = [[(0, first, 13)] for first in (0, 13)] * 12
-    with threads(1):
+    with threads_of_torch(1):
         alone = run(loaded, "folded", "fp32", steps=steps)
-    with threads(3):
+    with threads_of_torch(3):
         assert torch.equal(run(loaded, "folded", "fp32", steps=steps), alone)
 
 
@@ -70,9 +57,9 @@ def test_a_shared_expert_waits_for_the_routed_ones_of_other_threads() -> None:
 def test_bits_depend_neither_on_threads_nor_on_the_batch(dtype: str) -> None:
     # Large enough that a step takes all threads.
     loaded = loaded_tiny("moe", hidden_size=256, style="llama", moe_router_topk=2, ffn_hidden_size=256)
-    with threads(1):
+    with threads_of_torch(1):
         alone = run(loaded, "folded", dtype)
-    with threads(3):
+    with threads_of_torch(3):
         assert torch.equal(run(loaded, "folded", dtype), alone)
         assert torch.equal(run(loaded, "folded", dtype, blocks=True), alone)
     single = [[(slot, i, 1)] for slot, count in ((0, 36), (1, 5), (2, 19)) for i in range(count)]
@@ -82,29 +69,15 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(dtype: str) -> None:
     assert torch.equal(one_by_one[[place[token] for token in order]], alone)
 
 
-def test_wrong_tokens_are_refused_before_anything_is_computed() -> None:
-    loaded = make("moe", "folded")
+def test_more_tokens_than_a_plan_is_for_are_refused() -> None:
     pages = tables([40])
-    runner = SingleRunner(make_decode_model(loaded.model, "folded", "fp32", pages.num_pages), 8, 2, 0)
-    plan = runner._plan
+    model = make_decode_model(make("moe", "folded").model, "folded", "fp32", pages.num_pages)
+    plan = SingleRunner(model, 8, 2, 0)._plan
     assert plan is not None
-    good = make_batch([Span(0, 3, 2)], [5, 6], pages.table, [1], runner.device)
-    places = Places(good.positions_T, good.slots_T, good.pages)
-    rows_N, logits_NV = torch.tensor([1]), torch.empty(1, VOCAB)
-
-    def refused(match: str, tokens: list[int], places: Places, **changes: torch.Tensor) -> None:
-        with pytest.raises(RuntimeError, match=match):
-            plan.step(torch.tensor(tokens), places, changes.get("rows", rows_N), changes.get("logits", logits_NV))
-
-    plan.step(good.tokens_T, places, rows_N, logits_NV)
-    refused(f"tokens has an entry outside 0 to {VOCAB - 1}", [5, VOCAB], places)
-    refused("rows has an entry outside 0 to 1", [5, 6], places, rows=torch.tensor([2]))
-    refused(r"positions is \[2\], not \[3\]", [5, 6, 7], places)
-    refused("9 tokens and 1 logits; the plan is for 8 and 2", [5] * 9, places)
-    refused("logits is", [5, 6], places, logits=torch.empty(1, VOCAB + 1))
-    refused("slot 1 of 1", [5, 6], replace(places, slots_T=torch.tensor([0, 1], dtype=torch.int32)))
-    refused("position 48 of 48", [5, 6], replace(places, positions_T=torch.tensor([0, 48], dtype=torch.int32)))
-    refused("pages hold a page outside 0 to 2", [5, 6], replace(places, pages=good.pages + 1))
+    step = make_batch([Span(0, 0, 9)], IDS[0][:9], pages.table, [8], torch.device("cpu"))
+    places = Places(step.positions_T, step.slots_T, step.pages)
+    with pytest.raises(RuntimeError, match="9 tokens and 1 logits; the plan is for 8 and 2"):
+        plan.step(step.tokens_T, places, torch.tensor([8]), torch.empty(1, VOCAB))
 
 
 def test_a_plan_ends_with_its_object() -> None:

@@ -109,13 +109,6 @@ def test_seeds_repeat_and_choices_differ(client: Client) -> None:
     assert texts(client.complete(prompts, seed=5, n=2, **ask)) == alone and len(set(alone)) == 6
 
 
-def test_stop_texts_end_an_answer_without_them(client: Client, loaded: LoadedModel) -> None:
-    whole = greedy_text(loaded, "Hello", 20)
-    stop = whole[4:6]
-    choice = client.complete("Hello", max_tokens=20, temperature=0, stop=stop).json["choices"][0]
-    assert choice["text"] == whole[: whole.index(stop)] and choice["finish_reason"] == "stop"
-
-
 def test_models_health_and_metrics(client: Client) -> None:
     (model,) = client.ask("GET", "/v1/models").json["data"]
     assert model["id"] == "tiny" and model["object"] == "model" and model["max_model_len"] == CONTEXT
@@ -208,7 +201,8 @@ def test_values_that_are_right_in_no_field(loaded: LoadedModel, caplog: pytest.L
 
 def test_names_of_other_sites_are_refused(client: Client) -> None:
     check_error(client.ask("GET", "/v1/models", Host="evil.example"), 403, "'evil.example'", code="host_not_allowed")
-    assert client.ask("GET", "/v1/models", Host=f"localhost:{client.port}").status == 200
+    for own in (f"localhost:{client.port}", "LocalHost", "127.0.0.1", "[::1]:80"):
+        assert client.ask("GET", "/v1/models", Host=own).status == 200, own
 
 
 def test_a_full_queue_is_429_with_the_time_to_wait(loaded: LoadedModel) -> None:

@@ -12,8 +12,8 @@ from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import TokenEvent
 from megatron_samoe.inference.server.models import check_names
-from megatron_samoe.inference.server.worker import ThreadShares
 from megatron_samoe.runtime.load import LoadedModel
+from tests.harness.op_checks import threads_of_torch
 from tests.harness.serving import (
     CONTEXT,
     SlowEngine,
@@ -145,9 +145,7 @@ class CountingEngine(Engine):
 
 
 def test_engines_of_several_models_divide_the_threads(loaded: LoadedModel, dense: LoadedModel) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
+    with threads_of_torch(4):
         first, second = CountingEngine(loaded), CountingEngine(dense)
         with serving(loaded, engine=first, beside={"other": second}) as running, ThreadPoolExecutor(2) as pool:
             ask = {"max_tokens": 10, "ignore_eos": True}
@@ -158,17 +156,3 @@ def test_engines_of_several_models_divide_the_threads(loaded: LoadedModel, dense
             list(pool.map(lambda name: running.client.complete("x", model=name, **ask), ("tiny", "other")))
         # Who comes first has all of them for one step, while the other's request is on its way.
         assert first.threads[1:] == second.threads[1:] == [2] * 9
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_shares_are_as_even_as_they_can_be() -> None:
-    before = torch.get_num_threads()
-    try:
-        shares = ThreadShares(5)
-        assert [shares.take(name) for name in "abcabc"] == [5, 2, 1, 2, 2, 1]
-        shares.leave("a")
-        assert [shares.take(name) for name in "bc"] == [3, 2]
-        assert [ThreadShares(1).take(name) for name in "a"] == [1]
-    finally:
-        torch.set_num_threads(before)

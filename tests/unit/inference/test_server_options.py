@@ -85,10 +85,8 @@ def test_pages_of_other_sites_are_refused(client: Client, origin: str) -> None:
         client.ask("GET", "/v1/models", Origin=origin),
         client.ask("OPTIONS", "/v1/completions", Origin=origin, **ASKED),
     ):
-        assert answer.status == 403 and answer.json["error"]["code"] == "origin_not_allowed"
-        assert (
-            repr(origin) in answer.json["error"]["message"] and "--allowed-origins" in answer.json["error"]["message"]
-        )
+        error = answer.json["error"]
+        assert answer.status == 403 and error["code"] == "origin_not_allowed" and repr(origin) in error["message"]
         assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
@@ -121,15 +119,9 @@ def test_all_origins(loaded: LoadedModel) -> None:
 
 
 def test_what_is_the_servers_own() -> None:
-    for origin, host in (
-        ("http://x:80", "x"),
-        ("https://x", "x:443"),
-        ("http://[::1]:8000", "[::1]:8000"),
-        ("HTTP://X", "x"),
-    ):
-        assert is_own(origin, host), origin
-    for origin, host in (("http://x:8000", "x"), ("http://x.evil", "x"), ("null", "x"), ("x", "x"), ("file://", "")):
-        assert not is_own(origin, host), origin
+    own = ["http://x:80 x", "https://x x:443", "http://[::1]:8000 [::1]:8000", "HTTP://X x"]
+    for words in (*own, "http://x:8000 x", "http://x.evil x", "null x", "x x", "file:// "):
+        assert is_own(*words.split(" ")) == (words in own), words
 
 
 @pytest.mark.parametrize(

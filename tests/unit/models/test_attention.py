@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_samoe.config import ModelConfig
@@ -41,64 +42,40 @@ def normalize(x: Tensor, norm: Norm | None, config: ModelConfig) -> Tensor:
     if norm is None:
         return x
     if config.normalization == "RMSNorm":
-        return x / (x.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt() * norm.weight
-    centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / (centred.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt()
-    assert norm.bias is not None
-    return scaled * norm.weight + norm.bias
+        return F.rms_norm(x, x.shape[-1:], norm.weight, config.norm_epsilon)
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, config.norm_epsilon)
 
 
-def rotate(x_SD: Tensor, positions: Tensor, config: ModelConfig) -> Tensor:
+def rotate(x_BASD: Tensor, positions_BS: Tensor, config: ModelConfig) -> Tensor:
     """Turns channel pairs (i, i + R/2) as complex numbers by exp(i * position * base^(-2i/R))."""
     R = round(D * config.rotary_percent)
-    z = torch.complex(x_SD[:, : R // 2], x_SD[:, R // 2 : R])
-    angles = positions.double()[:, None] * torch.tensor([config.rotary_base ** (-2 * i / R) for i in range(R // 2)])
+    z = torch.complex(x_BASD[..., : R // 2], x_BASD[..., R // 2 : R])
+    angles = positions_BS.double()[:, None, :, None] * config.rotary_base ** (-torch.arange(0, R, 2).double() / R)
     z = z * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat((z.real, z.imag, x_SD[:, R:]), 1)
+    return torch.cat((z.real, z.imag, x_BASD[..., R:]), -1)
 
 
 def naive(
-    attention: SelfAttention,
-    x_TH: Tensor,
-    config: ModelConfig,
-    positions_BS: Tensor | None = None,
-    documents_BS: Tensor | None = None,
+    attention: SelfAttention, x_TH: Tensor, config: ModelConfig, positions_BS: Tensor, documents_BS: Tensor
 ) -> Tensor:
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    per_group = A // config.num_kv_heads
-    outputs = []
-    for b, x_SH in enumerate(x_TH.split(S)):
-        heads = []
-        for a in range(A):
-            group, place = divmod(a, per_group)
-
-            def project(row: int, x: Tensor = x_SH, group: int = group) -> Tensor:
-                y = x @ weight[group, row].T
-                return y if bias is None else y + bias[group, row]
-
-            def cut(x: Tensor) -> Tensor:
-                return x if config.clip_qkv is None else x.clamp(-config.clip_qkv, config.clip_qkv)
-
-            q = cut(normalize(project(place), attention.q_norm, config))
-            k = cut(normalize(project(per_group), attention.k_norm, config))
-            v = cut(project(per_group + 1))
-            if config.position_embedding_type == "rope":
-                positions = torch.arange(S) if positions_BS is None else positions_BS[b]
-                q, k = rotate(q, positions, config), rotate(k, positions, config)
-            rows = []
-            for i in range(S):
-                first = 0 if config.sliding_window is None else max(0, i + 1 - config.sliding_window)
-                seen = [
-                    j for j in range(first, i + 1) if documents_BS is None or documents_BS[b, j] == documents_BS[b, i]
-                ]
-                scores = torch.stack([(q[i] * k[j]).sum() for j in seen]) * (config.attention_multiplier or D**-0.5)
-                if config.attn_logit_softcapping is not None:
-                    scores = config.attn_logit_softcapping * (scores / config.attn_logit_softcapping).tanh()
-                rows.append(scores.softmax(0) @ v[seen])
-            heads.append(torch.stack(rows))
-        outputs.append(torch.cat(heads, 1))
-    y = torch.cat(outputs) @ attention.output.weight.T
-    return y if attention.output.bias is None else y + attention.output.bias
+    """Returns the layer's output in torch's own operations, with all scores at once."""
+    per_group, clip, cap = A // config.num_kv_heads, config.clip_qkv, config.attn_logit_softcapping
+    projected = torch.einsum("bsh,grdh->bsgrd", x_TH.view(B, S, H), attention.qkv.weight)
+    if attention.qkv.bias is not None:
+        projected = projected + attention.qkv.bias
+    q, k, v = (t.flatten(2, 3).transpose(1, 2) for t in projected.split((per_group, 1, 1), 3))
+    q, k = normalize(q, attention.q_norm, config), normalize(k, attention.k_norm, config)
+    if clip is not None:
+        q, k, v = (t.clamp(-clip, clip) for t in (q, k, v))
+    if config.position_embedding_type == "rope":
+        q, k = rotate(q, positions_BS, config), rotate(k, positions_BS, config)
+    k, v = (t.repeat_interleave(per_group, 1) for t in (k, v))
+    scores = q @ k.mT * (config.attention_multiplier or D**-0.5)
+    scores = scores if cap is None else cap * (scores / cap).tanh()
+    back = torch.arange(S)[:, None] - torch.arange(S)
+    seen = (back >= 0) & (back < (config.sliding_window or S)) & (documents_BS[:, :, None] == documents_BS[:, None])
+    y = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ v
+    return F.linear(y.transpose(1, 2).flatten(2).flatten(0, 1), attention.output.weight, attention.output.bias)
 
 
 STYLES: dict[str, dict[str, Any]] = TABLE["styles"]
@@ -109,13 +86,12 @@ STYLES: dict[str, dict[str, Any]] = TABLE["styles"]
 def test_output_and_gradients_equal_the_naive_ones(style: str, documents: bool) -> None:
     config = replace(MODEL, **STYLES[style])
     attention = make(config)
-    positions = documents_BS = None
+    positions, documents_BS = torch.arange(S).expand(B, -1), torch.zeros(B, S, dtype=torch.long)
     if documents:
         documents_BS = torch.tensor([[0, 0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1, 1]])
         positions = torch.tensor([[0, 1, 2, 0, 1, 2, 0], [0, 0, 1, 2, 3, 4, 5]])
-    shown = torch.arange(S).expand(B, -1) if positions is None else positions
-    rotary = rotary_tables(config, shown, torch.float64) if config.position_embedding_type == "rope" else None
-    inputs = AttentionInputs(rotary, None if documents_BS is None else Documents(documents_BS))
+    rotary = rotary_tables(config, positions, torch.float64) if config.position_embedding_type == "rope" else None
+    inputs = AttentionInputs(rotary, Documents(documents_BS) if documents else None)
     x = [hidden().requires_grad_(), hidden().requires_grad_()]
     ys = [attention(x[0], inputs, ForwardContext(B)), naive(attention, x[1], config, positions, documents_BS)]
     torch.testing.assert_close(ys[0], ys[1], rtol=1e-6, atol=1e-6)  # rotary tables are made in fp32

@@ -13,10 +13,12 @@ from megatron_samoe.config import PretrainConfig
 from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.parallel_state import ParallelState, single_process_state
-from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients, micro_batch_context
 from tests.harness.layout_training import MODELS, train
-from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config
+from tests.harness.tables import table
+from tests.harness.tiny import VOCAB_SIZE, micro_batches, started, tiny_config
+
+TABLE = table(__file__)
 
 
 def weights(config: PretrainConfig, state: ParallelState) -> dict[str, Tensor]:
@@ -63,35 +65,14 @@ def test_pool_and_coefficients_stay_in_single_precision() -> None:
         assert p.dtype == (torch.float32 if fp32 else torch.bfloat16), name
 
 
-STATE = single_process_state()
-NOISE = {"hidden_dropout": 0.2, "moe_input_jitter_eps": 0.1, "attention_dropout": 0.2}
-
-
 def gradients(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[float, dict[str, Tensor]]:
-    setup = build_setup(tiny_config(**options), VOCAB_SIZE, STATE, dtype)
-    loss, *_ = compute_gradients(setup, initial_state(setup), micro_batches(setup, 0))
+    setup, state = started(tiny_config(**options), dtype)
+    loss, *_ = compute_gradients(setup, state, micro_batches(setup, 0))
     return loss, {n: p.main_grad.clone() for n, p in setup.buffers.parameters.items()}
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        {"layout": "dense", **{k: v for k, v in NOISE.items() if "moe" not in k}},
-        {"layout": "moe", "style": "llama", "moe_router_topk": 2, **NOISE},
-        {"layout": "samoe", "samoe_combine": "step", "moe_expert_capacity_factor": 1.0, **NOISE},
-        {"layout": "samoe", "samoe_combine": "layer", **NOISE},
-    ],
-    ids=["dense", "moe", "samoe step", "samoe layer"],
-)
-@pytest.mark.parametrize(
-    "recompute",
-    [
-        {"recompute_granularity": "full"},
-        {"recompute_granularity": "full", "recompute_num_layers": 2},
-        {"recompute_granularity": "selective"},
-    ],
-    ids=["full", "full 2", "selective"],
-)
+@pytest.mark.parametrize("model", TABLE["recomputed"], ids=["dense", "moe", "samoe step", "samoe layer"])
+@pytest.mark.parametrize("recompute", TABLE["ways"], ids=["full", "full 2", "selective"])
 def test_recomputation_gives_the_same_gradients_bit_for_bit(model: dict[str, Any], recompute: dict[str, Any]) -> None:
     loss, plain = gradients(**model)
     again, recomputed = gradients(**model, **recompute)
@@ -104,7 +85,7 @@ def test_recomputation_gives_the_same_gradients_bit_for_bit(model: dict[str, Any
 def test_full_recomputation_keeps_less() -> None:
     kept = []
     for options in ({}, {"recompute_granularity": "full"}):
-        setup = build_setup(tiny_config("moe", hidden_dropout=0.1, **options), VOCAB_SIZE, STATE)
+        setup, state = started(tiny_config("moe", hidden_dropout=0.1, **options))
         setup.model.begin_step()
         total = 0
 
@@ -115,7 +96,7 @@ def test_full_recomputation_keeps_less() -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             batch = micro_batches(setup, 0)[0]
-            setup.model(batch["tokens"], micro_batch_context(setup, initial_state(setup), 0))
+            setup.model(batch["tokens"], micro_batch_context(setup, state, 0))
         kept.append(total)
     assert kept[1] < kept[0] / 4
 

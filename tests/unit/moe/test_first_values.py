@@ -36,10 +36,6 @@ def branch_rms(layout: str, **options: Any) -> float:
     return (sum(squares) / len(squares)) ** 0.5
 
 
-def dense_rms(**options: Any) -> float:
-    return branch_rms("dense", ffn_hidden_size=256, **options)
-
-
 @pytest.mark.parametrize("layout", ["moe", "samoe"])
 @pytest.mark.parametrize("function", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("topk", [1, 2, 8])
@@ -47,7 +43,7 @@ def dense_rms(**options: Any) -> float:
 def test_an_moe_layer_begins_as_strong_as_the_dense_mlp(experts: int, topk: int, function: str, layout: str) -> None:
     routing = {"num_experts": experts, "moe_router_topk": topk, "moe_router_score_function": function}
     options = {"ffn_hidden_size": 256, **routing}
-    dense = dense_rms()
+    dense = branch_rms("dense", ffn_hidden_size=256)
     assert branch_rms(layout, **options) == pytest.approx(dense, rel=0.1)
     without = branch_rms(layout, **options, moe_scale_output_init=False)
     assert without < 0.92 * dense, "the MLP's own spread begins too weak"
@@ -56,7 +52,8 @@ def test_an_moe_layer_begins_as_strong_as_the_dense_mlp(experts: int, topk: int,
 @pytest.mark.parametrize("options", TABLE["models"])
 def test_shared_experts_widths_and_routers_of_all_kinds(options: dict[str, Any]) -> None:
     style = {"style": options["style"]} if "style" in options else {}
-    assert branch_rms("moe", ffn_hidden_size=256, **options) == pytest.approx(dense_rms(**style), rel=0.1)
+    dense = branch_rms("dense", ffn_hidden_size=256, **style)
+    assert branch_rms("moe", ffn_hidden_size=256, **options) == pytest.approx(dense, rel=0.1)
 
 
 def test_a_switch_turns_it_off() -> None:
@@ -69,22 +66,9 @@ def start(normalization: str, **options: Any) -> list[list[float]]:
     return [[round(v, 6) for v in normalize_coefficients(row, normalization).tolist()] for row in rows]
 
 
-@pytest.mark.parametrize("normalization", ["none", "l2"])
-def test_one_hot_starts(normalization: str) -> None:
-    one, two, three = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]
-    assert start(normalization, num_expert_banks=3) == [one, two, three, one, two, three]
-    assert start(normalization, num_expert_banks=3, samoe_init="block") == [one, one, two, two, three, three]
-
-
-def test_softmax_starts_nearly_one_hot() -> None:
-    rows = start("softmax", num_expert_banks=3)
-    assert rows[1] == [0.05, 0.9, 0.05] and rows[3] == [0.9, 0.05, 0.05]
-    assert start("softmax", num_expert_banks=1) == [[1.0]] * 6
-
-
-@pytest.mark.parametrize(("normalization", "value"), [("none", 0.5), ("l2", 0.5), ("softmax", 0.25)])
-def test_uniform_start(normalization: str, value: float) -> None:
-    assert start(normalization, num_expert_banks=4, samoe_init="uniform") == [[value] * 4] * 6
+@pytest.mark.parametrize(("normalization", "options", "rows"), TABLE["starts"])
+def test_starts(normalization: str, options: dict[str, Any], rows: list[tuple[float, ...]]) -> None:
+    assert start(normalization, **options) == [list(row) for row in rows]
 
 
 def test_uniform_start_has_noise_that_differs_by_layer() -> None:

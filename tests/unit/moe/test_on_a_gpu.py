@@ -14,18 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_samoe.moe.alltoall_dispatcher import AllToAllDispatcher
 from megatron_samoe.ops import extension
-from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.parallel_state.state import Group, PendingRows
-from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import micro_batch_context
 from tests.harness.host_waits import as_if_asynchronous
 from tests.harness.pairs import by_pairs
-from tests.harness.tiny import VOCAB_SIZE, tiny_config
+from tests.harness.tables import table
+from tests.harness.tiny import started, tiny_config
 from tests.harness.wait_figures import STYLES, WAYS, figures
 from tools.benchmarks.gpu_budget import GpuBudget, LaunchCounter, as_on_a_gpu
 from tools.benchmarks.layer import Activation
 
-BIASES = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+TABLE = table(__file__)
+
 CAPACITY: dict[str, Any] = {"moe_expert_capacity_factor": 1.0}
 
 
@@ -40,29 +40,13 @@ def test_a_layer_waits_for_nothing_and_a_step_once(
     assert found.totals == (0, 0, 1), found
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {**BIASES, "moe_router_num_groups": 2, "moe_router_group_topk": 1},
-        {"moe_shared_expert_intermediate_size": 16, "moe_z_loss_coeff": 0.01, "moe_input_jitter_eps": 0.05},
-        {"eod_mask_loss": True, "recompute_granularity": "full"},
-        {"moe_router_load_balancing_type": "seq_aux_loss", "hidden_dropout": 0.1},
-    ],
-    ids=["biases", "shared expert", "masked tokens", "dropout"],
-)
+@pytest.mark.parametrize("options", TABLE["no wait"], ids=["biases", "shared expert", "masked tokens", "dropout"])
 def test_options_add_no_wait(options: dict[str, Any]) -> None:
     found = figures("moe", "gelu", **options)
     assert found.totals == (0, 0, 1), found
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"moe_router_score_function": "relu"},
-        {"moe_router_expert_choice": True, "moe_router_load_balancing_type": "none"},
-    ],
-    ids=["relu", "expert choice"],
-)
+@pytest.mark.parametrize("options", TABLE["few choices"], ids=["relu", "expert choice"])
 def test_routers_with_few_choices_wait_for_their_number(options: dict[str, Any]) -> None:
     """Rows for all that a token might have chosen would be as many as all experts together have."""
     found = figures("moe", "gelu", **options)
@@ -108,9 +92,9 @@ def gradients(way: str, backend: str | None) -> dict[str, Tensor]:
     """The layer's output, and the gradients of its input and of all weights."""
     config = tiny_config(style="llama", bf16=True, moe_router_topk=2, **WAYS[way])
     with as_on_a_gpu("cpu", by_kernels=True):
-        setup = build_setup(config, VOCAB_SIZE, single_process_state())
+        setup, state = started(config)
         setup.model.begin_step()
-        context = micro_batch_context(setup, initial_state(setup), 0)
+        context = micro_batch_context(setup, state, 0)
         tokens = context.batch_size * config.model.seq_length
         x_TH = torch.randn(tokens, config.model.hidden_size, generator=torch.Generator().manual_seed(3)).bfloat16()
         x_TH.requires_grad_()

@@ -23,9 +23,8 @@ from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops.topk_gate import ChoiceRule, gate_by_rule, limited, topk_gate
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.checkpointing import find_run, load_run, save_run
-from megatron_samoe.training.setup import build_setup, initial_state
-from megatron_samoe.training.train_step import compute_gradients, train_step
-from tests.harness.tiny import VOCAB_SIZE, global_batch, micro_batches, tiny_config
+from megatron_samoe.training.train_step import compute_gradients
+from tests.harness.tiny import VOCAB_SIZE, global_batch, micro_batches, started, steps, tiny_config
 
 POOL: dict[str, Any] = {"layout": "moe", "expert_sharing": "pool", "num_experts": 8, "moe_aux_loss_coeff": 0.3}
 POOL |= {"moe_router_topk": 2, "moe_router_score_function": "norm", "moe_router_init_method_std": 0.3}
@@ -78,9 +77,8 @@ def test_a_pool_has_the_gradients_of_a_plain_model(
     lock = {"pool_lock_step": 4, "pool_lock_anneal_steps": 4}
     lock |= {"pool_lock_entropy_coeff": 0.7, "pool_lock_entropy_group_size": group}
     config = tiny_config(**POOL, **lock, recompute_granularity=recompute, micro_batch_size=4)
-    setup = build_setup(config, VOCAB_SIZE, single_process_state(), torch.float64)
-    state = replace(initial_state(setup), iteration=steps_done)
-    compute_gradients(setup, state, micro_batches(setup, 0))
+    setup, state = started(config, torch.float64)
+    compute_gradients(setup, replace(state, iteration=steps_done), micro_batches(setup, 0))
     actual = {p.name: p.grad.clone() for p in setup.buffers.pieces}
     batch = global_batch(config, 0)
     model = setup.model
@@ -98,20 +96,19 @@ def test_a_pool_has_the_gradients_of_a_plain_model(
 def test_balance_of_a_pool_lets_layers_prefer_experts() -> None:
     """What is even over all layers needs no push, however uneven each layer is."""
     config = tiny_config(**{**POOL, "moe_aux_loss_coeff": 1.0, "moe_router_topk": 1, "num_experts": 4})
-    setup = build_setup(config, VOCAB_SIZE, single_process_state(), torch.float64)
+    setup, _ = started(config, torch.float64)
     counts_LE = torch.eye(4) * 100
     balanced = setup.model.balanced_counts(counts_LE)
     assert all(counts_E.tolist() == [25.0] * 4 for counts_E in balanced)
-    layered = build_setup(tiny_config("moe"), VOCAB_SIZE, single_process_state()).model.balanced_counts(counts_LE)
+    layered = started(tiny_config("moe"))[0].model.balanced_counts(counts_LE)
     assert [counts_E.tolist() for counts_E in layered] == counts_LE.tolist()
 
 
 def test_biases_follow_the_loads_of_a_step_and_do_not_weigh() -> None:
     biases = {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.25}
     config = tiny_config("moe", moe_router_topk=2, moe_router_score_function="sigmoid", **biases)
-    setup = build_setup(config, VOCAB_SIZE, single_process_state(), torch.float64)
-    state = initial_state(setup)
-    result, state = train_step(setup, state, micro_batches(setup, 0))
+    setup, state = started(config, torch.float64)
+    ((result, _),) = steps(setup, state, 1)
     assert result.routing is not None
     for layer, counts_E in zip(setup.model.moe_layers(), result.routing.counts_LE, strict=True):
         expected = 0.25 * (counts_E.mean() - counts_E).sign()
@@ -128,20 +125,11 @@ def test_biases_follow_the_loads_of_a_step_and_do_not_weigh() -> None:
 
 
 def test_the_loss_of_positive_logits_grows_until_experts_are_few() -> None:
-    config = tiny_config(
-        "moe",
-        moe_router_topk=1,
-        num_experts=8,
-        moe_router_score_function="relu",
-        moe_aux_loss_coeff=1e-3,
-        lr=5e-3,
-        train_iters=60,
-    )
-    setup = build_setup(config, VOCAB_SIZE, single_process_state())
-    state, weight = initial_state(setup), 1.0
-    visited = []
-    for step in range(40):
-        result, state = train_step(setup, state, micro_batches(setup, step))
+    routing = {"moe_router_topk": 1, "moe_router_score_function": "relu", "moe_aux_loss_coeff": 1e-3}
+    config = tiny_config("moe", num_experts=8, lr=5e-3, train_iters=60, **routing)
+    setup, state = started(config)
+    visited, weight = [], 1.0
+    for result, _ in steps(setup, state, 40):
         assert result.routing is not None
         visited.append(result.routing.counts_LE.sum().item() / (4 * setup.tokens_after(0)))
         weight *= 1.2 if visited[-1] > 1 else 1 / 1.2
@@ -203,12 +191,9 @@ def test_owners_keep_as_many_choices_as_can_be_kept() -> None:
 
 @pytest.mark.parametrize("score_function", ["softmax", "norm"])
 def test_a_lock_is_decided_once_and_annealed(score_function: Any) -> None:
-    setup = build_setup(
-        tiny_config(**LOCKED, moe_router_score_function=score_function), VOCAB_SIZE, single_process_state()
-    )
-    state, seen, counts = initial_state(setup), [], []
-    for step in range(5):
-        result, state = train_step(setup, state, micro_batches(setup, step))
+    setup, state = started(tiny_config(**LOCKED, moe_router_score_function=score_function))
+    seen, counts = [], []
+    for result, _ in steps(setup, state, 5):
         assert result.routing is not None
         counts.append(result.routing.counts_LE)
         seen.append(torch.stack([layer.moe.router.candidates for layer in setup.model.moe_layers()]).clone())
@@ -226,26 +211,22 @@ def test_steps_vote_for_owners_also_across_a_checkpoint(tmp_path: Path) -> None:
     """Three steps vote, of which a run that is interrupted has saved two."""
     voted = {**LOCKED, "pool_lock_step": 4, "pool_lock_vote_steps": 3, "pool_lock_entropy_coeff": 0.1}
     config = tiny_config(**voted, lr=0.03, save=str(tmp_path), load=str(tmp_path))
-    whole = build_setup(config, VOCAB_SIZE, single_process_state())
-    state, counts = initial_state(whole), []
-    for step in range(6):
-        result, state = train_step(whole, state, micro_batches(whole, step))
+    (whole, state), counts = started(config), []
+    for step, (result, after) in enumerate(steps(whole, state, 6)):
         assert result.routing is not None
         counts.append(result.routing.counts_LE.double())
         if step == 2:
-            save_run(whole, state)
+            save_run(whole, after)
         if step == 3:
             mean_LE = sum(c / c.sum(1, keepdim=True) for c in counts[1:]) / 3
             order_E = spread(owners(mean_LE))
             assert not torch.equal(order_E, spread(owners(counts[3]))), "the last step alone would decide otherwise"
-            assert state.expert_fractions_LE is not None
-            torch.testing.assert_close(state.expert_fractions_LE, mean_LE[:, order_E].float())
-    resumed = build_setup(config, VOCAB_SIZE, single_process_state())
+            assert after.expert_fractions_LE is not None
+            torch.testing.assert_close(after.expert_fractions_LE, mean_LE[:, order_E].float())
+    resumed, state = started(config)
     found = find_run(resumed)
     assert found is not None
-    state = load_run(resumed, initial_state(resumed), found)
-    for step in range(3, 6):
-        _, state = train_step(resumed, state, micro_batches(resumed, step))
+    list(steps(resumed, load_run(resumed, state, found), 3))
     for name, weight in whole.model.global_parameters().items():
         assert torch.equal(resumed.model.global_parameters()[name], weight), name
 
@@ -294,7 +275,7 @@ def test_biases_of_closed_experts_wait() -> None:
     neighbours = {"expert_sharing": "neighbours", "num_experts": 2, "neighbour_unmask_steps": 10}
     biases = {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.5}
     config = tiny_config("moe", moe_router_topk=1, **neighbours, **biases)
-    setup = build_setup(config, VOCAB_SIZE, single_process_state())
+    setup, _ = started(config)
     router = setup.model.moe_layers()[0].moe.router
     router.after_step(torch.tensor([30.0, 10.0, 0.0, 0.0]), torch.tensor(1.0))
     assert router.expert_bias.tolist() == [-0.5, 0.5, 0.0, 0.0]

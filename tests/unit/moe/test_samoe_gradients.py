@@ -17,11 +17,11 @@ from megatron_samoe.moe.sharing.coefficients import Coefficients
 from megatron_samoe.moe.sharing.combined import LayerLender, StepLender
 from megatron_samoe.moe.sharing.expert_pool import ExpertPool
 from megatron_samoe.moe.sharing.way import SharingContext
+from megatron_samoe.ops.grouped_mlp import ExpertWeights
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.evaluate import evaluate
-from megatron_samoe.training.setup import build_setup, initial_state
-from megatron_samoe.training.train_step import train_step
-from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config
+from tests.harness.op_checks import grouped_mlp_reference
+from tests.harness.tiny import micro_batches, started, steps, tiny_config
 
 L, P, E, H, FFN, STEPS = 3, 2, 4, 6, 10, 4
 STATE = single_process_state()
@@ -32,22 +32,6 @@ def normalized(raw: Tensor, kind: str) -> Tensor:
     if kind == "softmax":
         return raw.exp() / raw.exp().sum(-1, keepdim=True)
     return raw / raw.square().sum(-1, keepdim=True).sqrt() if kind == "l2" else raw
-
-
-def twin_experts(weights: dict[str, Tensor], layer: int, x_RH: Tensor, rows: Sequence[int], activation: str) -> Tensor:
-    """Returns what a layer's experts make of their rows, in operations that autograd knows."""
-    results = []
-    for e, x in enumerate(x_RH.split(list(rows))):
-        bias = weights.get("b1")
-        if activation == SWIGLU:
-            gate, up = (x @ weights["w1"][layer, e, i].T + (0 if bias is None else bias[layer, e, i]) for i in (0, 1))
-            a = gate * torch.sigmoid(gate) * up
-        else:
-            h = x @ weights["w1"][layer, e].T + (0 if bias is None else bias[layer, e])
-            a = 0.5 * h * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3)))
-        y = a @ weights["w2"][layer, e].T
-        results.append(y if bias is None else y + weights["b2"][layer, e])
-    return torch.cat(results)
 
 
 def combined(banks: dict[str, Tensor], raw: Sequence[Tensor], kind: str) -> dict[str, Tensor]:
@@ -96,7 +80,8 @@ def test_gradients_equal_autograds_over_four_micro_batches(
         weights = combined(twin_banks, twin_raw, normalization)
         for layer in range(L):
             y = y + lender.experts(layer)(y, rows)
-            twin_y = twin_y + twin_experts(weights, layer, twin_y, rows, activation)
+            twin = ExpertWeights(**{name: w[layer] for name, w in weights.items()})
+            twin_y = twin_y + grouped_mlp_reference(twin_y, rows, twin, activation)
         torch.testing.assert_close(y, twin_y, rtol=1e-11, atol=1e-11)
         dy = torch.randn_like(y)
         y.backward(dy)
@@ -119,16 +104,12 @@ def test_gradients_equal_autograds_over_four_micro_batches(
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("combine", ["step", "layer"])
 def test_frozen_coefficients_never_change_and_others_do(combine: str, frozen: bool) -> None:
-    setup = build_setup(
-        tiny_config("samoe", samoe_combine=combine, samoe_freeze_coefficients=frozen, lr=1e-2), VOCAB_SIZE, STATE
-    )
+    setup, state = started(tiny_config("samoe", samoe_combine=combine, samoe_freeze_coefficients=frozen, lr=1e-2))
     coefficients = {n: p for n, p in setup.model.global_parameters().items() if n.endswith("moe.combination")}
     banks = {n: p for n, p in setup.model.global_parameters().items() if n.startswith("expert_pool.")}
     assert len(coefficients) == 4 and len(banks) == 4
     before = {n: p.detach().clone() for n, p in (coefficients | banks).items()}
-    state = initial_state(setup)
-    for step in range(3):
-        _, state = train_step(setup, state, micro_batches(setup, step))
+    list(steps(setup, state, 3))
     for name, p in coefficients.items():
         assert torch.equal(p, before[name]) == frozen
         assert (name in setup.buffers.parameters) != frozen
@@ -137,15 +118,14 @@ def test_frozen_coefficients_never_change_and_others_do(combine: str, frozen: bo
 
 
 def test_evaluation_between_steps_sees_the_updated_pool() -> None:
-    setup = build_setup(tiny_config("samoe", lr=0.05), VOCAB_SIZE, STATE)
-    state = initial_state(setup)
+    setup, state = started(tiny_config("samoe", lr=0.05))
     (batch, *_) = micro_batches(setup, 0)
 
     def loss() -> float:
         return evaluate(setup, [batch]).mean
 
     before = loss()
-    _, state = train_step(setup, state, micro_batches(setup, 0))
+    list(steps(setup, state, 1))
     after = loss()
     assert after < before - 0.01
     # A forward pass whose combined weights were stale would still give the loss before the step.

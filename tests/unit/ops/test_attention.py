@@ -14,7 +14,7 @@ from megatron_samoe.ops import reference
 from megatron_samoe.ops.attention import ScoreRule, attention, band
 from megatron_samoe.ops.attention_pieces import attention_piece, attention_piece_backward, merge
 from megatron_samoe.ops.document_attention import Documents, document_attention
-from tests.harness.largest_tensor import LargestTensor
+from tests.harness.live_memory import LiveMemory
 
 B, A, D = 2, 4, 6
 SINKS = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64)
@@ -84,19 +84,19 @@ def test_no_tensor_is_a_sequence_squared(rule: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(blocks, "BLOCK", 64)
     q, k, v = (torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(3))
     chosen = RULES[rule] if RULES[rule].sinks_A is None else ScoreRule(RULES[rule].window, 2.0, torch.zeros(1))
-    with LargestTensor() as largest:
+    with LiveMemory("cpu") as memory:
         attention(q, k, v, chosen).sum().backward()
-    assert largest.elements < length * length / 8
+    assert memory.largest_elements < length * length / 8
 
 
 @pytest.mark.parametrize("rule", [ScoreRule(), ScoreRule(window=300)])
 def test_no_tensor_of_documents_is_a_sequence_squared(rule: str) -> None:
     q, k, v = (torch.randn(1, 1, 6144, 4, requires_grad=True) for _ in range(3))
     documents = Documents(ids_of([[4000, *[16] * 100, 144, 400]]))
-    with LargestTensor() as seen:
+    with LiveMemory("cpu") as seen:
         document_attention(q, k, v, rule, documents).sum().backward()
     # Of a block of queries with the keys of its window at most; the square has 37 million.
-    assert seen.elements <= 2 * document_blocks.BLOCK * (document_blocks.BLOCK + 300)
+    assert seen.largest_elements <= 2 * document_blocks.BLOCK * (document_blocks.BLOCK + 300)
 
 
 def test_half_precision_scores_are_computed_in_fp32() -> None:

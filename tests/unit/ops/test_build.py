@@ -32,21 +32,7 @@ compiled_with_cxx11_abi = lambda: True
 TOO_NEW = (
     "crt/host_config.h:137:2: error: #error -- unsupported GNU version! gcc versions later than 15 are not supported!"
 )
-NVCC = f"""#!/bin/sh
-[ -z "$TEST_NVCC_ERROR" ] || case "$*" in *-c*) echo "$TEST_NVCC_ERROR" >&2; exit 2 ;; esac
-case "$*" in
-    --version) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
-    --list-gpu-arch) printf 'compute_80\\ncompute_90\\ncompute_103\\n' ;;
-    *)  source= target=
-        while [ $# -gt 0 ]; do
-            case $1 in -c) source=$2 ;; -o) target=$2 ;; -MF) depend=$2 ;; esac
-            shift
-        done
-        [ -z "$depend" ] || echo "$target: $source" > "$depend"
-        [ -z "$TEST_NVCC_BAD_KERNEL" ] || case $source in *probe.cu) ;; *) echo "error: bad kernel" >&2; exit 1 ;; esac
-        {COMPILER} -x c++ -D__global__= -fPIC -c "$source" -o "$target" ;;
-esac
-"""
+NVCC = Path(__file__).with_name("nvcc.sh").read_text()
 KERNEL = """
 extern "C" int libcudart();
 __global__ void kernel() {}
@@ -110,6 +96,7 @@ def build(tree: Path, *words: str, **environment: str) -> subprocess.CompletedPr
         "CUDA_HOME": str(tree / "toolkit"),
         "TEST_TORCH_CUDA": "13.0",
         "CXX": COMPILER,
+        "TEST_CXX": COMPILER,
     }
     cleared = ("TORCH_CUDA_ARCH_LIST", "CUDA_PATH", "CUDAHOSTCXX", "NVCC_CCBIN", "MEGATRON_SAMOE_BUILD")
     inherited = {name: value for name, value in os.environ.items() if name not in cleared}

@@ -103,17 +103,3 @@ def test_the_result_does_not_depend_on_threads():
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-6, atol=1e-4)
         assert torch.equal(result[0], results[0][0])
-
-
-def test_bad_shapes_are_named():
-    coefficients_LGP, banks_PGN, dW_LGN = combine_inputs(3, 2, 4, 5)
-    short, wide = dW_LGN[:2], torch.empty(3, 2, 6)
-    for said, call in (
-        (r"\[4, 2, N\] fits", lambda: combine_banks(coefficients_LGP, banks_PGN[:3])),
-        ("out_LGN", lambda: combine_banks(coefficients_LGP, banks_PGN, out_LGN=wide)),
-        ("out_dtype", lambda: combine_banks(coefficients_LGP, banks_PGN, out_LGN=dW_LGN, out_dtype=torch.bfloat16)),
-        ("dW_LGN", lambda: combine_banks_backward(coefficients_LGP, banks_PGN, short, torch.zeros_like(banks_PGN))),
-        ("dbanks_PGN", lambda: combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN, torch.zeros(4, 2, 6))),
-    ):
-        with pytest.raises(ValueError, match=said):
-            call()

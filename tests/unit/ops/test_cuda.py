@@ -14,18 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.log import _said
-from megatron_samoe.ops import extension
+from megatron_samoe.ops import extension, schemas
 from megatron_samoe.ops.combine import combine_banks
 from megatron_samoe.ops.permute import Permutation, gather_rows, permute, unpermute
 from megatron_samoe.ops.topk_gate import topk_gate
 from megatron_samoe.parallel_state import initialize_model_parallel
-from megatron_samoe.training.setup import build_setup, initial_state
-from megatron_samoe.training.train_step import train_step
 from tests.harness import emulated_cuda
 from tests.harness.host_waits import as_if_asynchronous
 from tests.harness.raw_calls import wrong_values
-from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config
+from tests.harness.tiny import started, steps, tiny_config
 from tests.harness.well_formed_calls import CALLS
+from tools.benchmarks.gpu_budget import LaunchCounter
 
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 
@@ -33,11 +32,8 @@ needs_library = pytest.mark.skipif(not extension.available(), reason="the compil
 def _train(num_steps: int, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
     """Returns the losses of a tiny model's first steps, and its weights after them."""
     config = tiny_config("samoe", **options)
-    setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
-    state, losses = initial_state(setup), []
-    for step in range(num_steps):
-        result, state = train_step(setup, state, micro_batches(setup, step))
-        losses.append(result.lm_loss)
+    setup, state = started(config, parallel=initialize_model_parallel(config.parallel))
+    losses = [result.lm_loss for result, _ in steps(setup, state, num_steps)]
     return losses, {name: p.detach().clone() for name, p in setup.model.global_parameters().items()}
 
 
@@ -154,19 +150,12 @@ def test_which_tensors_are_served(used: bool) -> None:
 @needs_library
 def test_cuda_tensors_reach_the_ops() -> None:
     """Each op is called as the compiled one; results have its shapes, on the device."""
-    called = []
-
-    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            called.append(func._schema.name)
-            return func(*args, **(kwargs or {}))
-
     trusted = extension.trusting(extension.TRAINING_KERNELS)
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), trusted:
         x_TH, index_R = torch.empty(6, 4), torch.empty(12, dtype=torch.int64)
         counts_E, ends_E = (torch.empty(3, dtype=dtype) for dtype in (torch.int64, torch.int32))
         permutation = Permutation(index_R, index_R.view(6, 2), counts_E, ends_E)
-        with Recorder():
+        with LaunchCounter() as counter:
             gate = topk_gate(torch.empty(6, 3), 2)
             rows_NH = permute(x_TH, permutation)
             y_NH = gather_rows(rows_NH, index_R, index_R)
@@ -177,5 +166,5 @@ def test_cuda_tensors_reach_the_ops() -> None:
             ]
     assert all(t.device.type == "cuda" for t in results)
     assert results[4].shape == (6, 4)
-    ops = [name.split("::")[1] for name in called if name.startswith("megatron_samoe::")]
+    ops = [row["op"] for row in counter.rows if row["op"] in schemas.SCHEMAS]
     assert ops == ["topk_gate", "permute", "permute", "unpermute", "combine_banks"]

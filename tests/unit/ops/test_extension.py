@@ -44,20 +44,10 @@ print("available", extension.available(), bool(extension.build_info().get("instr
 
 
 def _run(code: str, package_parent: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={
-            **os.environ,
-            extension.ENVIRONMENT_VARIABLE: "auto",
-            "PYTHONPATH": str(package_parent),
-            "OMP_NUM_THREADS": "1",
-            **environment,
-        },
-        cwd=package_parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    usual = {extension.ENVIRONMENT_VARIABLE: "auto", "PYTHONPATH": str(package_parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **usual, **environment}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, cwd=package_parent, capture_output=True, text=True, timeout=120)
 
 
 def test_off_uses_the_twins_silently():

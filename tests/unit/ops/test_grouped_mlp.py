@@ -170,17 +170,13 @@ def assert_same_bits(dtype: torch.dtype, rows: list[int], activation: Any, threa
 
 
 @needs_library
-def test_repeated_calls_give_the_same_bits() -> None:
-    assert_same_bits(torch.float32, [400, 3, 0, 90, 41], "swiglu", [2] * 4)
-
-
-@needs_library
 @pytest.mark.parametrize("bf16_products", ["native"], indirect=True)
 @pytest.mark.usefixtures("bf16_products")
 @pytest.mark.parametrize("rows", [[400, 3, 0, 90, 41], [700, 2], [130, 120, 140, 125]], ids=str)
 def test_the_number_of_threads_changes_no_bit_of_bf16(rows: list[int]) -> None:
-    """However many threads share an expert, each sum is made in one order."""
+    """However many threads share an expert, each sum is made in one order; in fp32 on one number of them."""
     assert_same_bits(torch.bfloat16, rows, "gelu", (1, 2, 3))
+    assert_same_bits(torch.float32, rows, "swiglu", [2] * 4)
 
 
 @needs_library
@@ -203,34 +199,3 @@ def test_bf16_activations_are_exact_to_their_rounding(activation: str) -> None:
     torch.testing.assert_close(y.double(), exact.detach(), rtol=half, atol=1e-14)
     tail = 1e-5 if activation == "gelu" else 1e-3
     torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=2 * half, atol=tail)
-
-
-@needs_library
-def test_wrong_tensors_are_refused_before_anything_runs() -> None:
-    op = torch.ops.megatron_samoe.grouped_mlp
-    x, w1, w2 = torch.randn(5, 3), torch.randn(2, 4, 3), torch.randn(2, 3, 4)
-
-    def call(x: Tensor = x, rows: Any = (2, 3), w1: Tensor = w1, w2: Tensor = w2, b1: Any = None) -> None:
-        op(x, rows, w1, w2, b1, None, False, True)
-
-    call()
-    wrong: dict[str, dict[str, Any]] = {
-        "sums to 4, x has 5 rows": {"rows": (2, 2)},
-        "-1 rows": {"rows": (6, -1)},
-        "w1 is BFloat16": {"w1": w1.bfloat16()},
-        "x is Double": {"x": x.double()},
-        "for rows of 3": {"w2": torch.randn(2, 3, 5)},
-        "need a width": {"w1": torch.randn(2, 0, 3), "w2": torch.randn(2, 3, 0), "b1": torch.randn(2, 0)},
-        "w2 is not contiguous": {"w2": w2.transpose(1, 2).contiguous().transpose(1, 2)},
-        "b1 is": {"b1": torch.randn(2, 3)},
-    }
-    for said, arguments in wrong.items():
-        with pytest.raises(RuntimeError, match=said):
-            call(**arguments)
-    backward, hidden = torch.ops.megatron_samoe.grouped_mlp_backward, torch.randn(5, 4)
-    for said, h, dw1 in (
-        ("dw1 is BFloat16, not Float", hidden, w1.bfloat16()),
-        ("hidden is", hidden[:, :3].contiguous(), w1),
-    ):
-        with pytest.raises(RuntimeError, match=said):
-            backward(x, x, h, (2, 3), w1, w2, None, False, dw1, w2, None, None)

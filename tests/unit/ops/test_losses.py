@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-import torch.nn.functional as functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -42,16 +41,9 @@ def test_extreme_and_not_a_number_logits():
     labels_T = torch.tensor([0, 1, 1, 0])
     peak_T, sum_T, target_T = cross_entropy_parts(logits_TV, labels_T)
     loss_T = sum_T.log() + peak_T - target_T
-    expected = functional.cross_entropy(logits_TV, labels_T, reduction="none")
+    expected = F.cross_entropy(logits_TV, labels_T, reduction="none")
     assert loss_T[2].isnan() and expected[2].isnan()
     torch.testing.assert_close(loss_T[[0, 1, 3]], expected[[0, 1, 3]])
-
-
-def test_bad_labels_are_refused():
-    with pytest.raises(ValueError, match="one int64 a token"):
-        cross_entropy_parts(torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="one int64 a token"):
-        cross_entropy_parts(torch.zeros(3, 4), torch.zeros(3))
 
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 8e-3}
@@ -113,8 +105,3 @@ def test_tokens_that_the_teacher_excludes() -> None:
     assert kl_T[1] == torch.inf
     got = kl_divergence_backward(student_TV, teacher_TV, *lses, 1.0, torch.ones(2, dtype=torch.float64))
     torch.testing.assert_close(got, student_TV.softmax(1) - teacher_TV.softmax(1))
-
-
-def test_logits_of_different_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(3, 4\) and \(3, 5\)"):
-        kl_divergence_terms(torch.zeros(3, 4), torch.zeros(3, 5), torch.zeros(3), torch.zeros(3), 1.0)

@@ -12,25 +12,16 @@ from megatron_samoe.ops.topk_gate import expert_choice, threshold_gate, topk_gat
 from megatron_samoe.runtime.reference_checks import check_gate
 from tests.harness.devices import CPU, EMULATED, GPU, on
 from tests.harness.op_checks import threads_of_torch
+from tests.harness.tables import table
+
+TABLE = table(__file__)
 
 FLAVOURS = list(itertools.product(("softmax", "sigmoid"), (False, True)))
 
 
 @on(CPU, EMULATED, GPU)
 @pytest.mark.parametrize("score_function, pre_softmax", FLAVOURS)
-@pytest.mark.parametrize(
-    "num_tokens, topk, num_experts, num_sequences",
-    [
-        (0, 2, 8, 1),
-        (1, 1, 1, 1),
-        (1, 1, 5, 1),
-        (7, 8, 33, 7),
-        (7, 40, 300, 1),
-        (66, 2, 64, 3),
-        (513, 3, 3, 1),
-        (513, 8, 33, 1),
-    ],
-)
+@pytest.mark.parametrize("num_tokens, topk, num_experts, num_sequences", TABLE["sizes"])
 def test_equals_the_reference(device, num_tokens, topk, num_experts, num_sequences, score_function, pre_softmax):
     logits_TE = torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(num_tokens + topk)) * 3
     for logits in (logits_TE, logits_TE.round()):  # of which many are equal
@@ -146,15 +137,7 @@ def test_the_result_does_not_depend_on_threads():
         assert torch.equal(result.probs_TK, results[0].probs_TK)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"topk": 0}, "topk = 0"),
-        ({"topk": 9}, "from 1 to the number of experts, 8"),
-        ({"topk": 2, "num_sequences": 3}, "a divisor of the number of tokens, 4"),
-        ({"topk": 2, "score_function": "tanh"}, "softmax, sigmoid"),
-    ],
-)
+@pytest.mark.parametrize("arguments, message", TABLE["refused"])
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         topk_gate(torch.zeros(4, 8), **arguments)

@@ -7,8 +7,11 @@ device. Other arguments are refused before anything runs.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,16 @@ from torch import Tensor
 
 from megatron_samoe.ops import extension, schemas
 from megatron_samoe.ops.asynchronous import taken_for_gpu
+from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
+from megatron_samoe.ops.cross_entropy import cross_entropy_parts
 from megatron_samoe.ops.grouped_mlp import grouped_mlp
-from megatron_samoe.ops.permute import gather_rows, make_permutation
+from megatron_samoe.ops.kl_divergence import kl_divergence_terms
+from megatron_samoe.ops.permute import gather_rows, make_permutation, permute, unpermute
 from megatron_samoe.ops.topk_gate import described
 from megatron_samoe.parallel_state.state import Group
 from megatron_samoe.row_exchange import all_to_all
 from megatron_samoe.row_exchange.all_to_all import all_to_all_rows
+from megatron_samoe.runtime.reference_checks import combine_inputs
 from tests.harness import emulated_cuda
 from tests.harness.op_checks import expert_weights
 from tests.harness.tables import table
@@ -41,6 +48,12 @@ TABLE = table(__file__)
 #: Least index and the end of indices, by op and argument; least and most of integers.
 INDICES: dict[str, tuple[int, int]] = TABLE["indices"]
 TAKEN: dict[str, tuple[int, int]] = TABLE["integers"]
+#: What may be changed of single arguments, by op and number of the well-formed call; and what a line of raw calls changes of one.
+ACCEPTED: dict[str, dict[str, tuple[str, ...]]] = TABLE["accepted"]
+CHANGED = re.compile(
+    r"way (?P<way>\d+): (?P<argument>\w+) (?:last )?(?:as (?:torch\.)?(?P<type>\w+)|of \d+ in (?P<dim>dim \d)|"
+    r"(?P<gaps>of every second element|transposed in .*)|(?P<none>None)|(?P<empty>without elements))"
+)
 
 
 def _check(name: str, ops: Any, said: str) -> None:
@@ -108,6 +121,35 @@ def test_rows_of_experts_are_all_rows(rows: list[int]) -> None:
             grouped_mlp(torch.ones(5, 16, dtype=dtype), rows, weights, "gelu")
 
 
+_ids, _zeros = partial(torch.zeros, dtype=torch.int64), torch.zeros
+_three = make_permutation(_ids(3, 1), 2)
+_banks = combine_inputs(3, 2, 4, 5)
+#: What functions say of arguments that do not fit, with or without a compiled op behind them.
+MISFITS: list[tuple[str, Callable[..., object], tuple[Any, ...]]] = [
+    ("allowed are -1 to 1", make_permutation, (_i(2)[None], 2)),
+    ("allowed are -1 to 1", make_permutation, (_i(-2)[None], 2)),
+    ("int64 matrix", make_permutation, (_zeros(3, 1), 2)),
+    ("3 tokens", permute, (_zeros(4, 2), _three)),
+    ("3 rows", unpermute, (_zeros(4, 2), _zeros(3, 1), _three)),
+    ("probs_TK", unpermute, (_zeros(3, 2), _zeros(3, 2), _three)),
+    ("one int64 a row", gather_rows, (_zeros(3, 2), _ids(2))),
+    ("one int64 a token", cross_entropy_parts, (_zeros(3, 4), _ids(2))),
+    ("one int64 a token", cross_entropy_parts, (_zeros(3, 4), _zeros(3))),
+    (r"\(3, 4\) and \(3, 5\)", kl_divergence_terms, (_zeros(3, 4), _zeros(3, 5), _zeros(3), _zeros(3), 1.0)),
+    (r"\[4, 2, N\] fits", combine_banks, (_banks[0], _banks[1][:3])),
+    ("out_LGN", combine_banks, (*_banks[:2], _zeros(3, 2, 6))),
+    ("out_dtype", combine_banks, (*_banks, torch.bfloat16)),
+    ("dW_LGN", combine_banks_backward, (*_banks[:2], _banks[2][:2], _zeros(4, 2, 5))),
+    ("dbanks_PGN", combine_banks_backward, (*_banks, _zeros(4, 2, 6))),
+]
+
+
+@pytest.mark.parametrize(("said", "function", "arguments"), MISFITS)
+def test_what_does_not_fit_is_named(said: str, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    with pytest.raises((IndexError, ValueError, RuntimeError), match=said):
+        function(*arguments)
+
+
 def _raw_calls(*library: Path) -> list[list[str]]:
     """Makes all calls of tests/harness/raw_calls.py in a process, and in another one those after a call that ended it.
 
@@ -140,6 +182,11 @@ def _check_raw_calls(*library: Path) -> set[str]:
             name, _, value = integer.partition("=")
             low, high = TAKEN.get(f"{op} {name}", (0, -1))
             assert (outcome == "returned") == (low <= int(value) <= high), (op, what, outcome)
+        if op not in refused and outcome == "returned" and (changed := CHANGED.fullmatch(what)):
+            kind = (
+                changed["type"] or changed["dim"] or next(name for name in ("gaps", "none", "empty") if changed[name])
+            )
+            assert kind in ACCEPTED.get(f"{op} {changed['way']}", {}).get(changed["argument"], ()), (op, what)
     return refused
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -58,31 +57,6 @@ def test_half_precision_has_masters_that_small_steps_move(dtype: torch.dtype) ->
     assert not torch.equal(weight, before)
 
 
-def test_step_count_decides_the_bias_correction() -> None:
-    moved = []
-    for steps in (0, 1000):
-        named = parameters()
-        buffers = GradBuffers(named, STATE)
-        optimizer = MixedPrecisionOptimizer(buffers, replace(CONFIG, weight_decay=0.0))
-        optimizer.set_num_steps(steps)
-        weight = named["layers.0.mlp.fc1.weight"]
-        begun = weight.detach().clone()
-        weight.main_grad.fill_(1.0)
-        optimizer.step(0.1)
-        moved.append((begun - weight).mean().item())
-    # m = 0.2 g, v = 0.1 g^2: the first step is corrected to 1, a late one is 0.2 / sqrt(0.1).
-    assert moved == pytest.approx([0.1, 0.1 * 0.2 / math.sqrt(0.1)], rel=1e-4)
-
-
-def test_masters_follow_weights_that_were_loaded_without_them() -> None:
-    named = parameters(torch.bfloat16)
-    optimizer = MixedPrecisionOptimizer(GradBuffers(named, STATE), CONFIG)
-    with torch.no_grad():
-        named["layers.0.mlp.fc1.weight"].fill_(2.0)
-    optimizer.refresh_masters()
-    assert (optimizer.masters["layers.0.mlp.fc1.weight"] == 2.0).all()
-
-
 def test_apex_that_is_demanded_and_absent_is_named() -> None:
     with pytest.raises(ConfigError, match=r"--optimizer-backend = 'apex'.*not importable"):
         MixedPrecisionOptimizer(GradBuffers(parameters(), STATE), replace(CONFIG, optimizer_backend="apex"))
@@ -131,34 +105,6 @@ def test_ranks_with_other_layers_have_groups_in_the_same_order() -> None:
         return [names for group in groups if (names := tuple(n for n in group.names if n in shared))]
 
     assert of_shared(0) == of_shared(1) and len(of_shared(0)) == 2
-
-
-def test_patterns_of_names_multiply_rate_and_decay() -> None:
-    patterns = {"lr_mult_patterns": (r"fc1=0.5", r"layers\.\d+\.mlp=0.2"), "weight_decay_mult_patterns": ("weight$=2",)}
-    groups = build_param_groups(parameters(), replace(CONFIG, samoe_coefficient_lr_mult=3.0, **patterns))
-    assert {g.names[0].rpartition(".")[2]: (g.lr_mult, g.weight_decay) for g in groups} == {
-        "weight": (0.1, 0.6),
-        "bias": (0.1, 0.0),
-        "combination": (3.0, 0.0),
-    }
-
-
-@pytest.mark.parametrize("engine", ["auto", "torch"])
-def test_a_factor_of_0_freezes(engine: Any) -> None:
-    named = parameters(torch.bfloat16)
-    buffers = GradBuffers(named, STATE)
-    config = replace(CONFIG, lr_mult_patterns=("fc1=0",), optimizer_backend=engine)
-    optimizer = MixedPrecisionOptimizer(buffers, config)
-    assert list(optimizer.pieces) == ["layers.0.moe.combination"] and not optimizer.own_masters()
-    before = {name: p.detach().clone() for name, p in named.items()}
-    buffers.buffers[0].flat.fill_(1e6)
-    for buffer in buffers.buffers:
-        buffer.flat.fill_(1.0)
-    assert global_grad_norm(optimizer.pieces.values(), STATE).item() == pytest.approx(math.sqrt(6)), (
-        "frozen gradients do not count"
-    )
-    optimizer.step(0.1)
-    assert [name for name, p in named.items() if not torch.equal(p, before[name])] == ["layers.0.moe.combination"]
 
 
 def test_a_pattern_that_matches_nothing_is_named() -> None:
@@ -247,12 +193,6 @@ def test_it_says_what_is_not_finite() -> None:
 def rates(train_iters: int, iterations: list[int], **options: Any) -> list[float]:
     config = OptimizerConfig(lr=1.0, min_lr=0.2, **options)
     return [learning_rate(config, train_iters, i) for i in iterations]
-
-
-def test_warm_up_is_linear_and_ends_at_the_highest_rate() -> None:
-    assert rates(100, [0, 1, 3], lr_warmup_iters=4) == pytest.approx([0.25, 0.5, 1.0])
-    assert rates(100, [4], lr_warmup_iters=4) == pytest.approx([1.0])
-    assert rates(100, [0, 9, 10], lr_warmup_fraction=0.1, lr_decay_style="constant") == pytest.approx([0.1, 1.0, 1.0])
 
 
 def test_lengths_that_are_not_given() -> None:

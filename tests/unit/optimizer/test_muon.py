@@ -18,7 +18,8 @@ from megatron_samoe.ops import extension
 from megatron_samoe.optimizer.mixed_precision import MixedPrecisionOptimizer
 from megatron_samoe.optimizer.muon import Muon, newton_schulz, update_scale
 from megatron_samoe.optimizer.param_groups import ParamRule, build_param_groups
-from megatron_samoe.parallel_state import ParameterTag, set_tag, single_process_state
+from megatron_samoe.optimizer.whole_tensors import _share, even_sizes
+from megatron_samoe.parallel_state import Group, ParameterTag, set_tag, single_process_state
 from megatron_samoe.parallel_state.parameter_tag import Init
 from tests.harness.op_checks import threads_of_torch
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
@@ -196,3 +197,15 @@ def test_muon_on_a_vector_is_refused_by_name() -> None:
     stack = {"w": set_tag(nn.Parameter(torch.ones(3, 4)), ParameterTag(init=Init(num_indexed_dims=1)))}
     with pytest.raises(ConfigError, match=r"w \[3, 4\] is not a matrix"):
         MixedPrecisionOptimizer(GradBuffers(stack, STATE), CONFIG, rules=(ParamRule("w", update=Muon()),))
+
+
+def test_turns_go_round() -> None:
+    """Ranks own as many matrices as others; layouts' answers show that directions come to them and go back."""
+    assert even_sizes(5, 3, 0) == [2, 2, 1]
+    assert even_sizes(5, 3, 2) == [2, 1, 2]
+    assert even_sizes(1, 4, 3) == [0, 0, 0, 1]
+    assert even_sizes(0, 2, 1) == [0, 0]
+    turns: dict[str, int] = {}
+    shares = [_share(count, Group("edp", (0, 1, 2), 0), "edp", turns) for count in (12, 7, 4)]
+    owned = [sum(of_rank) for of_rank in zip(*shares, strict=True)]
+    assert sum(owned) == 23 and max(owned) - min(owned) <= 1, "over all kinds of tensors"

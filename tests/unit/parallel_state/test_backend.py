@@ -22,14 +22,22 @@ from megatron_samoe.errors import CommunicationError, ConfigError
 from megatron_samoe.parallel_state import backend, initialize_model_parallel, launcher
 from megatron_samoe.parallel_state.meeting import Meeting
 from megatron_samoe.parallel_state.rank_store import join_store, serve_store
-from megatron_samoe.training.setup import build_setup, initial_state
-from megatron_samoe.training.train_step import train_step
+from tests.harness.op_checks import threads_of_torch
 from tests.harness.ranks import run_ranks
-from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_layout
+from tests.harness.tables import table
+from tests.harness.tiny import started, steps, tiny_config, with_layout
+
+TABLE = table(__file__)
 
 
 def join() -> None:
     backend.initialize_distributed(ParallelConfig(distributed_timeout_minutes=0.05), torch.device("cpu"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -61,9 +69,7 @@ def test_a_rank_that_is_lost_before_gloo_connects_is_named_and_not_waited_for(
     lives: bool, first_of_two: pytest.MonkeyPatch
 ) -> None:
     """Another rank meets this one and is never heard of again, as after a loss of power; or it lives, and gloo has no way to it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     first_of_two.setenv("MASTER_PORT", str(port))
     first_of_two.setattr(backend, "connecting_time", lambda size, timeout: timedelta(seconds=1))
     first_of_two.setattr(backend, "TELLING_S", 0.5)
@@ -101,21 +107,7 @@ def test_ranks_of_another_launcher_do_not_train_alone(name: str, monkeypatch: py
     assert launcher.world_size() == 4
 
 
-@pytest.mark.parametrize(
-    ("environment", "asked", "threads"),
-    [
-        ({}, None, 6),
-        ({"OMP_NUM_THREADS": "4"}, None, 4),
-        ({"OMP_NUM_THREADS": "1"}, None, 1),
-        ({"OMP_NUM_THREADS": "4,2"}, None, 4),
-        ({"OMP_NUM_THREADS": "many"}, None, 6),
-        ({"OMP_NUM_THREADS": "4"}, 3, 3),
-        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, None, 3),
-        ({"OMP_NUM_THREADS": "2", "LOCAL_WORLD_SIZE": "2"}, None, 2),
-        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 1, 1),
-        ({"LOCAL_WORLD_SIZE": "12"}, None, 1),
-    ],
-)
+@pytest.mark.parametrize(("environment", "asked", "threads"), TABLE["threads"])
 def test_threads_are_those_that_somebody_chose(
     environment: dict[str, str], asked: int | None, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,11 +116,8 @@ def test_threads_are_those_that_somebody_chose(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(backend.os, "sched_getaffinity", lambda _: set(range(6)))
-    before = torch.get_num_threads()
-    try:
+    with threads_of_torch(2):  # what it sets is undone
         assert backend.set_num_threads(asked) == threads == torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_torchrun_that_is_process_1_of_a_container_is_told_not_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,9 +160,7 @@ def test_a_host_is_a_member_once_its_torchrun_has_trained(tmp_path: Path, monkey
 
 
 def test_the_ranks_store_listens_at_its_address_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
     store, rank = join_store(timedelta(seconds=10))
@@ -190,8 +177,7 @@ def test_the_ranks_store_listens_at_its_address_alone(monkeypatch: pytest.Monkey
 
 def train_a_step() -> None:
     config = with_layout(tiny_config("dense"), zero=True)
-    setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
-    train_step(setup, initial_state(setup), micro_batches(setup, 0))
+    list(steps(*started(config, parallel=initialize_model_parallel(config.parallel)), 1))
 
 
 def threads_at_the_end() -> list[str]:

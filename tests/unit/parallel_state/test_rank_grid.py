@@ -131,13 +131,6 @@ def test_the_queries_of_every_rank_meet_as_many_keys(cp: int, tokens: int) -> No
     assert len(scores) == 1
 
 
-def test_chunks_by_hand() -> None:
-    assert [TokenShare((rank, 3)).chunks for rank in range(3)] == [(0, 5), (1, 4), (2, 3)]
-    assert TokenShare((1, 2)).of_sequences(torch.arange(8), 0).tolist() == [2, 3, 4, 5]
-
-
 def test_a_sequence_that_cannot_be_cut_is_refused() -> None:
-    with pytest.raises(
-        DataError, match="A sequence of 10 tokens cannot be cut into 2 x --context-parallel-size 2 chunks"
-    ):
+    with pytest.raises(DataError, match=r"10 tokens cannot be cut .*--context-parallel-size 2"):
         TokenShare((0, 2)).of_sequences(torch.zeros(1, 10))

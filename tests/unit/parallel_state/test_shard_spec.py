@@ -15,7 +15,7 @@ from megatron_samoe.parallel_state import (
     RankGrid,
     ShardSpec,
 )
-from megatron_samoe.parallel_state.shard_spec import FlatSlice, gradient_group_name, is_counted_here
+from megatron_samoe.parallel_state.shard_spec import FlatSlice, is_counted_here
 from tests.harness.tiny import state_of
 
 GRIDS = [
@@ -60,28 +60,6 @@ def test_parts_rebuild_the_whole_and_have_one_owner_each(grid: RankGrid, spec: S
             owners[key] = owners.get(key, 0) + is_counted_here(spec, state, is_sliced=False)
         assert torch.equal(rebuilt, whole)
     assert set(owners.values()) == {1}, "each part is written, and counted in norms, exactly once"
-
-
-@pytest.mark.parametrize(
-    ("spec", "group"),
-    [
-        (ShardSpec(), "dp_cp"),
-        (ShardSpec(partial=("tp",)), "tp_dp_cp"),
-        (ShardSpec("embedding", ((0, "tp"),)), "embed_dp"),
-        (ShardSpec("expert", ((0, "ep"), (1, "etp"))), "edp"),
-        (ShardSpec("expert", ((0, "ep"),), partial=("etp",)), "etp_edp"),
-        (ShardSpec("expert", partial=("ep", "etp")), "stage"),
-        (ShardSpec("pool", ((1, "ep"), (2, "etp"))), "pool_dp"),
-        (ShardSpec("pool", ((1, "ep"),), partial=("etp",)), "etp_pool_dp"),
-    ],
-)
-def test_gradient_groups_by_name(spec: ShardSpec, group: str) -> None:
-    assert gradient_group_name(spec) == group
-
-
-def test_a_spec_without_a_group_is_an_error_of_ours() -> None:
-    with pytest.raises(AssertionError, match="no process group"):
-        gradient_group_name(ShardSpec("expert", partial=("ep",)))
 
 
 @settings(deadline=None, max_examples=300)

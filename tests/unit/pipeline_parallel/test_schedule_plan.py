@@ -8,8 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_samoe.config.derived import parse_stage_layout
-from megatron_samoe.errors import ConfigError
 from megatron_samoe.pipeline_parallel.schedule_plan import (
     Action,
     Plan,
@@ -156,24 +154,3 @@ def test_a_pass_without_gradients_finishes_too(pp: int, chunks: int, micro_batch
     plan = forward_plan(chunks, micro_batches)
     assert Counter(plan) == Counter(Action("F", c, m) for c in range(chunks) for m in range(micro_batches))
     finish_times([plan] * pp, chunks)
-
-
-@pytest.mark.parametrize(
-    ("text", "counts"),
-    [
-        ("Et*3|t*4|t*4|t*3L", (3, 4, 4, 3)),
-        ("E,t,t|t L", (2, 1)),
-        ("E(tt|)*2tL", (2, 2, 1)),
-        ("E|tt|t*5|tL", (0, 2, 5, 1)),
-        ("Et|(t|)*6L", (1, 1, 1, 1, 1, 1, 1, 0)),
-        ("E((t|)*2t|)*2tL", (1, 1, 1, 1, 1, 1, 1)),
-    ],
-)
-def test_repetitions_in_stage_layouts(text: str, counts: tuple[int, ...]) -> None:
-    assert parse_stage_layout(text) == counts
-
-
-@pytest.mark.parametrize("text", ["", "tt|tL", "Ett|t", "EtLt", "EtL|L", "Ex|tL", "E(t|*2L", "Et*|tL", "LtE", "EEt|tL"])
-def test_other_texts_are_no_stage_layouts(text: str) -> None:
-    with pytest.raises(ConfigError, match="--pipeline-model-parallel-layout"):
-        parse_stage_layout(text)

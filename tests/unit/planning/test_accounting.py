@@ -12,47 +12,26 @@ from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.planning.accounting import count_parameters, forward_flops_per_token
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config
+
+TABLE = table(__file__)
 
 
 @st.composite
 def configurations(draw: st.DrawFn) -> dict[str, Any]:
     layout = draw(st.sampled_from(["dense", "moe", "samoe"]))
-    options: dict[str, Any] = {
-        "layout": layout,
-        "style": draw(st.sampled_from(["gpt3", "llama"])),
-        "num_layers": draw(st.integers(1, 5)),
-        "ffn_hidden_size": draw(st.none() | st.integers(1, 50)),
-        "hidden_size": draw(st.sampled_from([16, 32, 48])),
-        "kv_channels": draw(st.none() | st.sampled_from([2, 10])),
-        "normalization": draw(st.sampled_from(["LayerNorm", "RMSNorm"])),
-        "swiglu": draw(st.booleans()),
-        "disable_bias_linear": draw(st.booleans()),
-        "qk_layernorm": draw(st.booleans()),
-        "untie_embeddings_and_output_weights": draw(st.booleans()),
-        "position_embedding_type": draw(st.sampled_from(["learned_absolute", "rope", "none"])),
-        "max_position_embeddings": draw(st.none() | st.integers(16, 40)),
-        "make_vocab_size_divisible_by": draw(st.sampled_from([1, 8, 128])),
-    }
-    if options["disable_bias_linear"]:
-        options["add_qkv_bias"] = draw(st.booleans())
+    kinds = {"dense": ["all"], "moe": ["all", "experts"], "samoe": ["all", "experts", "banks"]}[layout]
+    options = {name: draw(st.sampled_from(values)) for kind in kinds for name, values in TABLE[kind].items()}
+    if not options["disable_bias_linear"]:
+        del options["add_qkv_bias"]
     if layout != "dense":
-        num_experts = draw(st.integers(1, 5))
-        topk = draw(st.integers(1, num_experts))
-        options |= {
-            "num_experts": num_experts,
-            "moe_router_topk": topk,
-            "moe_ffn_hidden_size": draw(st.integers(1, 20) if topk > 1 else st.none() | st.integers(1, 20)),
-            "moe_shared_expert_intermediate_size": draw(st.none() | st.integers(1, 20)),
-            "moe_layer_freq": draw(st.sampled_from(["1", "2"])) if options["num_layers"] > 1 else "1",
-        }
-    if layout == "samoe":
-        options |= {
-            "num_expert_banks": draw(st.integers(1, 4)),
-            "samoe_granularity": draw(st.sampled_from(["layer", "expert"])),
-            "samoe_freeze_coefficients": draw(st.booleans()),
-        }
-    return options
+        options["moe_router_topk"] = topk = draw(st.integers(1, options["num_experts"]))
+        if topk > 1 and options["moe_ffn_hidden_size"] is None:
+            options["moe_ffn_hidden_size"] = 20
+        if options["num_layers"] == 1:
+            options["moe_layer_freq"] = "1"
+    return {"layout": layout, **options}
 
 
 @settings(deadline=None, max_examples=80)

@@ -7,25 +7,22 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.planning.accounting import train_flops_per_token
 from tests.harness.program import call
+from tools.benchmarks.gpu_budget import LaunchCounter
 from tools.planner.rows import (
     BIAS_BF16,
     BIAS_FP32,
     CLAMP,
     CLAMP_FORWARDS,
     HERE,
-    Row,
     config_of,
     families,
     models,
@@ -94,25 +91,6 @@ def test_a_row_without_a_column_is_refused_in_a_sentence(column: str, value: str
         read_rows(path)
 
 
-def test_every_row_is_a_row() -> None:
-    assert all(isinstance(row, Row) and row.tokens_per_s > 0 for row in ROWS)
-
-
-class Traffic(TorchDispatchMode):
-    """Counts the bytes of all operands and results of torch's operations, but not of views."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        read, made = ([t for t in tree_leaves(part) if isinstance(t, Tensor)] for part in ((args, kwargs), result))
-        known = {t.untyped_storage().data_ptr() for t in read}
-        is_view = any(t.untyped_storage().data_ptr() in known for t in made)
-        if func._schema.is_mutable or not is_view:
-            self.total += sum(t.numel() * t.element_size() for t in (*read, *made))
-        return result
-
-
 def clamped(x: Tensor) -> Tensor:
     """Returns an activation's two halves, the first below 7 and the second within 7."""
     gate, linear = x.chunk(2, -1)
@@ -144,9 +122,9 @@ def test_bytes_of_experts_biases_and_clamps_are_those_of_torchs_operations(
 ) -> None:
     """512 rows of 1,024 elements, the clamp's of twice as many."""
     x = torch.ones(512, width, dtype=torch.bfloat16, requires_grad=True)
-    with Traffic() as traffic:
+    with LaunchCounter() as traffic:
         y = operations(x)
-        assert traffic.total == pytest.approx(512 * 1024 * forwards, rel=0.01)
+        assert traffic.num_bytes == pytest.approx(512 * 1024 * forwards, rel=0.01)
         y.backward(torch.ones_like(x))
     made = 2 * 512 * width  # the gradient that the test makes, beside x that it is made like
-    assert traffic.total - 2 * made == pytest.approx(512 * 1024 * both, rel=0.01)
+    assert traffic.num_bytes - 2 * made == pytest.approx(512 * 1024 * both, rel=0.01)

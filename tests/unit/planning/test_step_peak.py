@@ -12,7 +12,6 @@ from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.cli import from_mapping, read_yaml
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.planning.memory import rank_memory
-from tests.harness.largest_tensor import LargestTensor
 from tests.harness.live_memory import LiveMemory
 from tests.harness.pairs import first_by_day
 from tests.harness.storageless import step_peak
@@ -115,9 +114,9 @@ def test_the_formula_holds_over_context_parallel_ranks(model: str, comm_type: st
 
 @pytest.mark.parametrize("model", MODELS)
 def test_no_tensor_of_a_step_has_a_number_for_each_pair_of_tokens(model: str) -> None:
-    with LargestTensor() as largest:
+    with LiveMemory() as memory:
         long_peak(1, model)
-    assert LENGTH * HIDDEN <= largest.elements < LENGTH * LENGTH // 8
+    assert LENGTH * HIDDEN <= memory.largest_elements < LENGTH * LENGTH // 8
 
 
 def test_combining_holds_no_copy_of_the_weights() -> None:

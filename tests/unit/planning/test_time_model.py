@@ -1,4 +1,5 @@
-"""The model of time: worked by hand, held against published runs of families that it was not fitted to, and measured anew."""
+"""The model of time: worked by hand, also what Muon's matrices take, held against published runs of families that it was not fitted to,
+and measured anew."""
 
 from __future__ import annotations
 
@@ -11,15 +12,21 @@ import pytest
 
 from megatron_samoe.config.derived import num_micro_batches
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.optimizer.muon import newton_schulz_flops
 from megatron_samoe.parallel_state import RankGrid, single_process_state
 from megatron_samoe.planning.cluster import Cluster, Links
+from megatron_samoe.planning.description import PlannedModel
 from megatron_samoe.planning.gpus import FITTED, GPUS, gpu_cluster
 from megatron_samoe.planning.layer_work import Product
 from megatron_samoe.planning.layout_cost import step_cost
+from megatron_samoe.planning.muon import flops_of_rank, matrices_of
 from megatron_samoe.training.machine_speed import _line, measure
 from tests.harness.program import call
-from tests.harness.tiny import tiny_config
+from tests.harness.tables import table
+from tests.harness.tiny import VOCAB_SIZE, tiny_config, with_layout, with_options
 from tools.planner.fit import errors, one_mfu, planned, sides
+
+TABLE = table(__file__)
 
 #: What held-out families gave when the constants were fitted, and a little more.
 HELD_OUT_MEDIAN, HELD_OUT_NINE_OF_TEN = 0.14, 0.37
@@ -94,10 +101,8 @@ def test_stages_that_wait_leave_their_processors_to_others() -> None:
     own, shared = (replace(SLOW, world_size=2, ranks_per_processor=share) for share in (1.0, 2.0))
     first, second = (step_cost(config, 103, cluster) for cluster in (own, shared))
     batches = sum(first.seconds[part] for part in ("products", "attention", "memory", "host"))
-    assert (
-        first.seconds["bubble"] == pytest.approx(batches / num_micro_batches(config, 2))
-        and second.seconds["bubble"] == 0
-    )
+    assert first.seconds["bubble"] == pytest.approx(batches / num_micro_batches(config, 2))
+    assert second.seconds["bubble"] == 0
 
 
 def test_gradients_in_16_bits_and_weights_that_are_gathered_ahead() -> None:
@@ -121,12 +126,7 @@ def test_gradients_in_16_bits_and_weights_that_are_gathered_ahead() -> None:
 
 def test_only_sharded_exchanges_take_longer_where_they_were_measured_so() -> None:
     slow = replace(SLOW, world_size=2, gpus_per_node=1, inter_bandwidth=1e3)
-    for part, options, factor in (
-        ("gradients", {"use_distributed_optimizer": True}, 2.5),
-        ("gradients", {}, 1.0),
-        ("tensor", {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 2.5),
-        ("tensor", {"tensor_model_parallel_size": 2}, 1.0),
-    ):
+    for part, options, factor in TABLE["exchanges"]:
         ring, gloo = (
             step_cost(tiny_config("dense", **options), 103, replace(slow, sharded_exchange=times))
             for times in (1.0, 2.5)
@@ -140,11 +140,7 @@ def test_an_unknown_gpu_is_refused_in_a_sentence() -> None:
     with pytest.raises(ConfigError, match=r"--gpu = 'V100': must be one of H100"):
         gpu_cluster("V100", 8)
     result = call("megatron_samoe.cli.plan", "--world-size", "8", "--gpu", "V100", "--vocab-size", "100")
-    assert (
-        result.returncode == 2
-        and result.stderr.startswith("error: --gpu = 'V100'")
-        and "Traceback" not in result.stderr
-    )
+    assert result.returncode == 2 and result.stderr.startswith("error: --gpu = 'V100'")
 
 
 def test_choose_all_varies_micro_batches_and_offers_data_parallelism() -> None:
@@ -169,7 +165,7 @@ def test_plan_says_what_dominates_and_what_one_change_buys() -> None:
 def test_a_machine_is_measured_and_planned_for(tmp_path: Path) -> None:
     found = measure(single_process_state(), rounds=1, scale=1 / 16)
     assert (
-        found["flops"] > 1e7 and found["memory_bandwidth"] > 1e7 and found["layer_launch_s"] > 0 < found["moe_launch_s"]
+        min(found["flops"], found["memory_bandwidth"]) > 1e7 and min(found["layer_launch_s"], found["moe_launch_s"]) > 0
     )
     path = tmp_path / "machine.json"
     path.write_text(json.dumps(found))
@@ -177,20 +173,13 @@ def test_a_machine_is_measured_and_planned_for(tmp_path: Path) -> None:
     result = call("megatron_samoe.cli.plan", "--world-size", "1", "--calibration", str(path), *words)
     layout = json.loads(result.stdout)[0]
     assert layout["seconds"]["host"] == pytest.approx(2 * 2 * found["layer_launch_s"] + found["step_s"])
-    for damage, said in (
-        ('{"flop": 1}', "'flop': 1"),
-        ("{", "cannot be read"),
-        ('{"flops": 1}', "'memory_bandwidth, memory_bytes': is missing"),
-    ):
+    for damage, said in TABLE["calibrations"]:
         path.write_text(damage)
         result = call("megatron_samoe.cli.plan", "--world-size", "1", "--calibration", str(path), *words)
         assert result.returncode == 2 and said in result.stderr and "Traceback" not in result.stderr, result.stderr
     path.write_text(json.dumps(found))
     result = call("megatron_samoe.cli.plan", "--world-size", "2", "--calibration", str(path), *words)
-    assert (
-        result.returncode == 2
-        and "'inter_bandwidth': is missing in the file: start plan --calibrate by torchrun" in result.stderr
-    )
+    assert result.returncode == 2 and "'inter_bandwidth': is missing in the file" in result.stderr
 
 
 def test_a_line_through_shapes() -> None:
@@ -198,3 +187,59 @@ def test_a_line_through_shapes() -> None:
     rows = [(f / (2 * f + 3 * b), b / (2 * f + 3 * b)) for f, b in ((1, 1), (5, 1), (1, 7), (100, 3))]
     assert _line(rows) == pytest.approx((2.0, 3.0))
     assert _line([(0.5, 0.01), (0.5, 0.1), (0.2, 0.0)])[1] == 0.0
+
+
+CLUSTER = Cluster(4, 4, 1e11, 1e15, 4e11, 5e10)
+
+
+def test_a_newton_schulz_step_is_three_products() -> None:
+    # X X^T of [a, b], its square, and its product with X.
+    assert newton_schulz_flops(3, 5, 2) == newton_schulz_flops(5, 3, 2) == 2 * 2 * (3 * 3 * 5 + 3**3 + 3 * 3 * 5)
+
+
+def test_flops_of_a_dense_model() -> None:
+    config = tiny_config("dense", optimizer="muon")
+    planned = PlannedModel(config, VOCAB_SIZE, 1)
+    # qkv is planned as one matrix [96, 32]; output [32, 32]; two of the MLP, 128 wide.
+    layer = sum(newton_schulz_flops(*s, 5) for s in ((96, 32), (32, 32), (128, 32), (32, 128)))
+    assert flops_of_rank(matrices_of(planned, 0), config.optimizer, planned.grid, 0) == pytest.approx(4 * layer)
+
+
+@pytest.mark.parametrize("model", ["dense", "moe", "samoe"])
+def test_ranks_share_the_work(model: str) -> None:
+    config = tiny_config(model, optimizer="muon")
+    alone = PlannedModel(config, VOCAB_SIZE, 1)
+    whole = flops_of_rank(matrices_of(alone, 0), config.optimizer, alone.grid, 0)
+    for layout in ({"zero": True}, {"tp": 2}, {"tp": 2, "sp": True, "zero": True}):
+        spread = PlannedModel(with_layout(config, **layout), VOCAB_SIZE, 4)
+        shares = [flops_of_rank(matrices_of(spread, rank), config.optimizer, spread.grid, rank) for rank in range(4)]
+        assert sum(shares) == pytest.approx(whole), layout
+
+
+def test_owners_beyond_the_number_of_matrices_do_nothing() -> None:
+    config = tiny_config("dense", optimizer="muon")
+    few = [PlannedModel(with_layout(config, zero=True), VOCAB_SIZE, ranks) for ranks in (4, 8)]
+    # Each of the four layers has one matrix of a kind.
+    one_each, too_many = (flops_of_rank(matrices_of(p, 0), config.optimizer, p.grid, 0) for p in few)
+    assert too_many == one_each
+
+
+def test_a_step_takes_longer_and_bf16_products_less() -> None:
+    config = with_layout(tiny_config("samoe"), tp=2, zero=True)
+    costs = [
+        step_cost(with_options(config, **o), VOCAB_SIZE, CLUSTER).seconds.get("muon", 0.0)
+        for o in ({}, {"optimizer": "muon"}, {"optimizer": "muon", "muon_ns_dtype": "bf16"})
+    ]
+    assert costs[0] == 0.0 < costs[2] < costs[1]
+    measured_in_fp32 = replace(CLUSTER, fp32_share=1.0)
+    fp32 = step_cost(with_options(config, optimizer="muon"), VOCAB_SIZE, measured_in_fp32).seconds["muon"]
+    assert fp32 == pytest.approx(costs[2])
+
+
+def test_directions_travel_in_fp32() -> None:
+    """Of two ranks each makes half of them and gets the other half; with slices a quarter of all goes to its owner, and a quarter back."""
+    config = tiny_config("dense", optimizer="muon")
+    whole_bytes = 4 * sum(m.numel for m in matrices_of(PlannedModel(config, VOCAB_SIZE, 1), 0))
+    for zero in (False, True):
+        cost = step_cost(with_layout(config, zero=zero), VOCAB_SIZE, Cluster(2, 2, 1e11, 1e15, 4e11, 5e10))
+        assert cost.sent_bytes["muon"] == pytest.approx(whole_bytes / 2)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 import torch
 from safetensors import safe_open
 
@@ -187,10 +188,8 @@ def test_attention_is_found_by_the_lines_that_vllm_looks_for() -> None:
 
 
 def test_the_entry_point_is_declared() -> None:
-    text = (Path(megatron_samoe.__file__).parent.parent / "pyproject.toml").read_text()
-    assert (
-        '[project.entry-points."vllm.general_plugins"]\nmegatron_samoe = "megatron_samoe.plugins.vllm:register"' in text
-    )
+    project = tomllib.loads((Path(megatron_samoe.__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["vllm.general_plugins"] == {"megatron_samoe": "megatron_samoe.plugins.vllm:register"}
     for point in entry_points(group="vllm.general_plugins"):
         # An installation from before a module moved has its former name.
         assert point.name != "megatron_samoe" or point.load() is vllm.register

@@ -14,8 +14,11 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state import backend
 from megatron_samoe.runtime.ranks import check_gpu, has_code
+from tests.harness.tables import table
 
-T4, A100, H100 = (7, 5), (8, 0), (9, 0)
+TABLE = table(__file__)
+
+T4, H100 = (7, 5), (9, 0)
 GPU = torch.device("cuda", 0)
 
 
@@ -36,22 +39,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
     extension._asked_for.cache_clear()
 
 
-@pytest.mark.parametrize(
-    ("archs", "capability", "runs"),
-    [
-        (["sm_80"], A100, True),
-        (["sm_80"], (8, 6), True),
-        (["sm_86"], A100, False),
-        (["sm_80"], H100, False),
-        (["sm_80", "compute_80"], H100, True),
-        (["compute_90"], A100, False),
-        (["sm_90a"], H100, True),
-        (["sm_100a"], (10, 3), False),
-        (["sm_100"], (10, 3), True),
-        (["sm_75", "sm_120"], (12, 0), True),
-        ([], A100, False),
-    ],
-)
+@pytest.mark.parametrize(("archs", "capability", "runs"), TABLE["code"])
 def test_code_runs_where_nvidia_says(archs: list[str], capability: tuple[int, int], runs: bool) -> None:
     assert has_code(archs, capability) == runs
 
@@ -67,18 +55,14 @@ def test_a_gpu_that_fits_is_taken(gpu) -> None:
 def test_bf16_needs_a_gpu_that_has_it(gpu) -> None:
     gpu(T4, ["sm_75"])
     check_gpu(GPU)
-    with pytest.raises(
-        ConfigError, match=r"--bf16 = True: needs .* 8.0 .*Example \(cuda:0, .* 7.5\); use --fp16"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"--bf16.*needs .* 8.0 .* 7.5.*--fp16") as caught:
         check_gpu(GPU, bf16=True)
     assert not caught.value.collective  # other ranks may have other GPUs, so each says it
 
 
 def test_a_torch_without_code_for_the_gpu_is_refused(gpu) -> None:
     gpu(T4, ["sm_80", "sm_90"])
-    with pytest.raises(
-        ConfigError, match=r"torch = .*no code for NVIDIA Example .* 7.5\), only for sm_80, sm_90; install"
-    ):
+    with pytest.raises(ConfigError, match=r"no code for NVIDIA Example .* 7.5.*sm_80, sm_90"):
         check_gpu(GPU)
 
 
@@ -107,9 +91,7 @@ def _choose(monkeypatch: pytest.MonkeyPatch, wanted: str, num_gpus: int, problem
 
 def test_fewer_gpus_than_ranks_are_an_error_of_the_ranks_without(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _choose(monkeypatch, "auto", 4, local_rank=3) == torch.device("cuda", 3)
-    with pytest.raises(
-        ConfigError, match=r"--nproc-per-node = '5': must be at most the 4 CUDA devices .*gloo"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"--nproc-per-node = '5'.* 4 CUDA devices .*gloo") as caught:
         _choose(monkeypatch, "auto", 4, local_rank=4)
     assert not caught.value.collective
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")

@@ -20,7 +20,7 @@ from megatron_samoe.datasets.preprocess.run import preprocess
 from megatron_samoe.errors import DataError
 from tests.harness.datasets import content, jsonl, kill_9, options, preprocessed, seconds_of, write_dataset
 from tests.harness.pairs import first_by_day
-from tests.harness.program import call
+from tests.harness.program import call, flip_bit
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_KILLS = 8
@@ -146,9 +146,7 @@ def test_decode(tmp_path: Path) -> None:
 def test_verify_finds_a_flipped_bit(tmp_path: Path, suffix: str, at: int) -> None:
     prefix = text_dataset(tmp_path, "d", ["one", "two", "three"])
     look("verify", prefix)
-    data = bytearray(Path(prefix + suffix).read_bytes())
-    data[at] ^= 4
-    Path(prefix + suffix).write_bytes(bytes(data))
+    flip_bit(Path(prefix + suffix), at)
     look("verify", prefix, fault=prefix)
 
 
@@ -197,9 +195,7 @@ def test_the_slurm_array_and_a_merge_give_the_bytes_of_one_run(tmp_path: Path) -
         slurm = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2"}
         command = ["sh", str(ROOT / "examples/preprocess_slurm.sh"), *arguments]
         subprocess.run(command, check=True, env=environment | slurm, cwd=ROOT, stdout=subprocess.DEVNULL)
-    assert (
-        merge_command.main(["--input", str(tmp_path / "web_parts"), "--output-prefix", str(tmp_path / "merged")]) == 0
-    )
+    assert merge_command.main(f"--input {tmp_path}/web_parts --output-prefix {tmp_path}/merged".split()) == 0
     with_tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": f"{tokenizer}.json"}
     preprocess(options(tmp_path, "corpus", append_eod=True, **with_tokenizer))
     assert content(tmp_path / "merged") == content(tmp_path / "out_text_document")

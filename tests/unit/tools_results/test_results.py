@@ -148,28 +148,7 @@ MODELS: Models = {
     "dense": {1: run_of(3.80, train=(5.0, 4.5))},
     "moe of 8": {1: run_of(3.60)},
 }
-PAGE = """# Losses
-
-The pool is 0.095 ± 0.064 behind, `--lr 0.001` and [a picture](x-0.5678.png) aside, and 3.7100.
-
-<!-- figures: pool - moe, 8; ± pool - moe, 8; pool -->
-
-| model | |
-|---|---|
-| dense | 3.8000, -0.100, 1.235 |
-| by step | 5.000 4.500 |
-
-<!-- figures: dense; pool - dense #1; total dense;
-train dense at 300..400/100 -->
-
-Entropy 0.70; idle 0.50; step 0.40; 0.10.
-
-<!-- figures: lowest entropy pool; idle pool; = 0.40; pool - moe of 8 -->
-
-Others have 1.234.
-
-<!-- figures from others.json -->
-"""
+PAGE: str = TABLE["page"]
 
 
 @pytest.mark.parametrize(("right", "wrong", "said"), TABLE["differences"])
@@ -188,24 +167,17 @@ def test_a_page_may_leave_figures_of_its_sentences_unsaid_but_not_those_of_its_t
     assert wrong_figures(table.replace("1.25", ""), MODELS, told="tables") == []
 
 
-SPEEDS = """# Speeds
-
-| experts, top-k | tokens/s | of dense, range |
-|---|---|---|
-| 8, 1 | 1,144 | 0.86x (0.8-0.9) |
-| 8, 2 | 980 | 93 % (92-94) |
-"""
-
-
 @pytest.mark.parametrize(("right", "wrong", "said"), TABLE["speeds"])
 def test_a_table_of_speeds_is_compared_with_what_a_benchmark_wrote(right: str, wrong: str, said: str) -> None:
+    speeds = TABLE["speed page"]
+
     def figures() -> Iterator[list[float]]:
         yield [1144.4, 0.856, 0.80, 0.90]
         yield [979.9, 92.6, 92.1, 93.7]
 
-    found = wrong_tables("speeds.md", SPEEDS.replace(right, wrong), {("speeds.md", "| experts, top-k"): figures})
+    found = wrong_tables("speeds.md", speeds.replace(right, wrong), {("speeds.md", "| experts, top-k"): figures})
     assert (said in found[0] and len(found) == 1) if said else not found
-    assert wrong_tables("other.md", SPEEDS, {("speeds.md", "| experts, top-k"): figures}) == []
+    assert wrong_tables("other.md", speeds, {("speeds.md", "| experts, top-k"): figures}) == []
 
 
 def test_a_page_is_rewritten_with_the_runs_figures_and_nothing_else() -> None:
@@ -266,20 +238,7 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-@pytest.mark.parametrize(
-    ("changes", "machine", "said"),
-    [
-        ({}, {}, None),
-        ({"lr": 0.0016}, {}, "2 banks of 32, seed 1, at 0.0015 it differs in --lr 0.0016 (registered: 0.0015)"),
-        ({"lr": 0.0015, "weight_decay": 0.3}, {}, "--weight-decay 0.3 (registered: None)"),
-        ({"test_data_path": ("other",)}, {}, "--test-data-path ['other']"),
-        ({}, {"forced": {}}, "MKL_CBWR=None, registered is AVX2"),
-        ({}, {"threads_per_rank": 2}, "2 threads, registered are 1"),
-        ({}, {"commit": "b" * 40}, f"has the commit '{'b' * 40}', registered is '{'a' * 40}'"),
-        ({}, {"patch": "diff"}, "has the patch 'diff', registered is ''"),
-        ({}, {"commit": None}, "has the commit None"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "machine", "said"), TABLE["deviations"])
 def test_runs_that_are_not_as_registered_are_named_with_what_differs(
     tmp_path: Path, store: Path, registration: Registration, changes: dict, machine: dict, said: str | None
 ) -> None:

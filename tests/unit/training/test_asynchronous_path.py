@@ -11,22 +11,11 @@ import torch
 from tests.harness.host_waits import as_if_asynchronous
 from tests.harness.layout_training import train
 from tests.harness.ranks import run_ranks
+from tests.harness.tables import table
 from tests.harness.tiny import tiny_config, with_layout, with_options
 from tests.harness.wait_figures import WAYS
 
-CASES: dict[str, dict[str, Any]] = {
-    **WAYS,
-    "capacity": {"layout": "samoe", "moe_expert_capacity_factor": 1.0, "moe_router_topk": 2},
-    "shared expert": {"style": "llama", "moe_shared_expert_intermediate_size": 16, "moe_router_topk": 3},
-    "biases": {
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-        "moe_router_bias_update_rate": 0.05,
-        "moe_router_topk": 2,
-    },
-    "relu": {"moe_router_score_function": "relu", "moe_router_topk": 2, "moe_aux_loss_coeff": 0.1},
-    "expert choice": {"moe_router_expert_choice": True, "moe_router_load_balancing_type": "none"},
-}
+CASES: dict[str, dict[str, Any]] = WAYS | table(__file__)["cases"]
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:

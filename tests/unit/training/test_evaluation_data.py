@@ -60,11 +60,8 @@ def test_validation_and_test_samples_do_not_depend_on_the_seed(corpora: tuple[st
 def test_what_a_run_reads_is_said(corpora: tuple[str, str]) -> None:
     """Of 40 documents of 50 tokens 24, 8 and 8; two steps of 4 sequences of 16 tokens are 8 of (24 * 50 - 1) // 16 samples."""
     one = run_data(configured(data_path=corpora[:1], eval_iters=1, global_batch_size=4)).summary()
-    assert (
-        one
-        == "data: 1,200 tokens to train on (0.108 passes by the last step), 400 for validation (64 read each time), "
-        "400 for test (64 read each time)"
-    )
+    assert "1,200 tokens to train on (0.108 passes by the last step)" in one
+    assert "400 for validation (64 read each time), 400 for test (64 read each time)" in one
     both = run_data(configured(data_path=corpora, split="100,0,0", skip_train=False, eval_iters=0)).summary()
     assert both == f"data: {40 * 50 + 30 * 33:,} tokens to train on"
     assert "mock" in run_data(configured(mock_data=True)).summary()

@@ -10,15 +10,13 @@ import pytest
 
 from megatron_samoe.config import ParallelConfig, PretrainConfig
 from megatron_samoe.config.cli import from_mapping, read_yaml
-from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.planning.layout_cost import Cluster
 from megatron_samoe.planning.layout_planner import plan_layouts
 from megatron_samoe.training.checkpointing import save_run
-from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.teacher import load_teacher
 from megatron_samoe.training.train_step import train_step
 from tests.harness.pairs import first_by_day
-from tests.harness.tiny import VOCAB_SIZE, micro_batches, with_options
+from tests.harness.tiny import micro_batches, started, with_options
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "examples/configs").glob("*_*.yaml"))
 STEPS = 20
@@ -59,13 +57,12 @@ def test_an_example_trains_at_reduced_width(path: Path, tmp_path: Path) -> None:
     if config.distillation.teacher is not None:
         teacher = reduced(example(path.with_name(f"{Path(config.distillation.teacher).name}.yaml")))
         teacher = with_options(teacher, save=str(tmp_path / "teacher"))
-        taught = build_setup(teacher, VOCAB_SIZE, single_process_state())
-        save_run(taught, initial_state(taught))
+        save_run(*started(teacher))
         config = with_options(config, teacher=str(tmp_path / "teacher"), teacher_until=STEPS // 2)
-    setup = build_setup(config, VOCAB_SIZE, single_process_state())
+    setup, state = started(config)
     if config.distillation.teacher is not None:
         setup = replace(setup, teacher=load_teacher(config, setup.model))
-    state, losses = initial_state(setup), []
+    losses = []
     for _ in range(STEPS):
         result, state = train_step(setup, state, micro_batches(setup, 0))
         losses.append(result.lm_loss)

@@ -14,16 +14,18 @@ from megatron_samoe.errors import NonFiniteLossError
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.checkpointing import load_run, save_run
 from megatron_samoe.training.non_finite import raise_non_finite
-from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
+from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import TrainState
 from megatron_samoe.training.train_step import train_step
 from tests.harness.ranks import run_ranks
-from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_layout, with_options
+from tests.harness.tables import table
+from tests.harness.tiny import micro_batches, started, tiny_config, with_layout, with_options
+
+TABLE = table(__file__)
 
 
 def start(config: PretrainConfig) -> tuple[TrainSetup, TrainState]:
-    setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
-    return setup, initial_state(setup)
+    return started(config, parallel=initialize_model_parallel(config.parallel))
 
 
 def failing_step(setup: TrainSetup, state: TrainState) -> str:
@@ -44,16 +46,7 @@ def poison(setup: TrainSetup, name: str) -> None:
         setup.model.global_parameters()[name].fill_(float("nan"))
 
 
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("embedding.word.weight", "the embedding"),
-        ("layers.0.attention.qkv.weight", "layer 0"),
-        ("layers.2.attention_norm.weight", "layer 2"),
-        ("layers.3.moe.router.weight", "layer 3"),
-        ("final_norm.weight", "the output layer"),
-    ],
-)
+@pytest.mark.parametrize(("name", "place"), TABLE["places"])
 @pytest.mark.parametrize("layout", ["moe", "samoe"])
 def test_the_place_is_named(layout: str, name: str, place: str) -> None:
     setup, state = start(tiny_config(layout))

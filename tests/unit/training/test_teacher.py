@@ -37,9 +37,18 @@ from megatron_samoe.training.hook import Hook, Record, Training
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.teacher import load_teacher
-from megatron_samoe.training.train_step import StepTime, compute_gradients, train_step
+from megatron_samoe.training.train_step import StepTime, compute_gradients
 from megatron_samoe.training.trainer import Trainer
-from tests.harness.tiny import VOCAB_SIZE, RandomBatches, micro_batches, tiny_config, with_layout, with_options
+from tests.harness.tiny import (
+    VOCAB_SIZE,
+    RandomBatches,
+    micro_batches,
+    started,
+    steps,
+    tiny_config,
+    with_layout,
+    with_options,
+)
 
 STATE = single_process_state()
 NOISE: dict[str, Any] = {"hidden_dropout": 0.3, "moe_input_jitter_eps": 0.1, "moe_expert_capacity_factor": 0.5}
@@ -49,8 +58,7 @@ TEACHER = tiny_config("moe", num_layers=3, hidden_size=40, num_experts=6, init_m
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
-    setup = build_setup(with_options(TEACHER, save=str(folder)), VOCAB_SIZE, STATE)
-    save_run(setup, initial_state(setup))
+    save_run(*started(with_options(TEACHER, save=str(folder))))
     return folder
 
 
@@ -180,8 +188,7 @@ def test_a_run_without_an_end_of_teaching_is_taught_to_its_last_step(teacher: Pa
 def test_mfu_counts_forward_passes_of_the_teacher(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "peak_flops", lambda _device: 1e9)
     taught = taught_setup(student(teacher))
-    state = initial_state(taught)
-    result, state = train_step(taught, state, micro_batches(taught, 0))
+    ((result, state),) = steps(taught, initial_state(taught), 1)
     timed = StepTime(2.0, 2.0, taught.tokens_after(0) / 2.0)
     saved = find_teacher(str(teacher)).trained
     more = train_flops_per_token(with_options(saved, seq_length=16), VOCAB_SIZE) / 3

@@ -16,21 +16,17 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.optimizer.mixed_precision import LossScale
-from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training import resume as starting
 from megatron_samoe.training.checkpointing import load_run, save_run
 from megatron_samoe.training.evaluate import evaluate
-from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
+from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import TrainState
 from megatron_samoe.training.train_step import compute_gradients, train_step
-from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_options
-
-STATE = single_process_state()
+from tests.harness.tiny import micro_batches, started, steps, tiny_config, with_options
 
 
 def start(dtype: torch.dtype | None = None, **options: Any) -> tuple[TrainSetup, TrainState]:
-    setup = build_setup(tiny_config(**options), VOCAB_SIZE, STATE, dtype)
-    return setup, initial_state(setup)
+    return started(tiny_config(**options), dtype)
 
 
 def test_a_batch_without_predicted_tokens_changes_nothing_but_decay() -> None:
@@ -111,8 +107,7 @@ def test_evaluation_is_the_mean_loss_without_noise_or_dropped_tokens() -> None:
 
 def saved(folder: Path, **options: Any) -> tuple[TrainSetup, TrainState]:
     setup, state = start(save=str(folder), load=str(folder), **options)
-    for _ in range(2):
-        _, state = train_step(setup, state, micro_batches(setup, state.iteration))
+    *_, (_, state) = steps(setup, state, 2)
     save_run(setup, state)
     return setup, state
 
@@ -120,21 +115,6 @@ def saved(folder: Path, **options: Any) -> tuple[TrainSetup, TrainState]:
 def resume(folder: Path, **options: Any) -> tuple[TrainSetup, TrainState]:
     setup, state = start(save=str(folder), load=str(folder), **options)
     return setup, load_run(setup, state, store.iteration_dir(folder, 2))
-
-
-def test_a_resumed_run_in_bf16_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    options = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "layout": "dense", "bf16": True}
-    pairs = [saved(tmp_path, **options), resume(tmp_path, **options)]
-    ends = []
-    for setup, state in pairs:
-        assert state.iteration == 2 and setup.optimizer.num_steps == 2
-        results = []
-        for _ in range(3):
-            result, state = train_step(setup, state, micro_batches(setup, state.iteration))
-            results.append((result.lm_loss, result.grad_norm))
-        ends.append((results, state.plain(), {n: p.detach() for n, p in setup.model.global_parameters().items()}))
-    assert ends[0][:2] == ends[1][:2]
-    assert all(torch.equal(p, ends[1][2][n]) for n, p in ends[0][2].items())
 
 
 def test_finetuning_takes_weights_only(tmp_path: Path) -> None:
@@ -161,9 +141,9 @@ def test_a_run_may_go_on_without_its_optimizer_state(tmp_path: Path) -> None:
 def test_a_folder_of_another_model_is_not_saved_to(tmp_path: Path) -> None:
     saved(tmp_path)
     for options, is_refused in (({"num_layers": 2}, True), ({"lr": 0.1}, False)):
-        setup = build_setup(with_options(tiny_config(**options), save=str(tmp_path)), VOCAB_SIZE, STATE)
+        run = start(save=str(tmp_path), **options)
         with pytest.raises(CheckpointError, match="another --save") if is_refused else nullcontext():
-            starting.resume(setup, initial_state(setup))
+            starting.resume(*run)
 
 
 def test_options_that_make_the_model_may_not_change_and_others_may(tmp_path: Path) -> None:

@@ -44,18 +44,13 @@ def health(*rows: list[float]) -> RouterHealth:
     return RouterHealth.of([torch.tensor(row, dtype=torch.float64) for row in rows], num_tokens=100, num_dropped=0)
 
 
-def test_entropy_is_one_for_even_loads_and_zero_for_one_expert() -> None:
-    found = [load_entropy(torch.tensor(row)) for row in (EVEN, ONE, [50.0, 50.0, 0.0, 0.0])]
-    assert found == pytest.approx([1.0, 0.0, 0.5])
-    assert load_entropy(torch.tensor([7.0])) == 1.0, "a single expert is evenly loaded"
-
-
 def test_shares_are_of_tokens_and_idle_experts_of_all_layers() -> None:
     # 100 tokens of 2 choices each.
     counts = [torch.tensor(row) for row in ([50.0] * 4, [90.0, 110.0, 0.0, 0.0], [50.0, 50.0])]
     found = RouterHealth.of(counts, num_tokens=110, num_dropped=30)
     assert found.largest_expert_share == 1.0 and found.idle_experts == 2
     assert found.dropped_fraction == pytest.approx(30 / 500)
+    assert load_entropy(torch.tensor([7.0])) == 1.0, "a single expert is evenly loaded"
 
 
 def test_a_layer_that_stays_collapsed_after_warm_up_is_warned_of_once(told: Told) -> None:
