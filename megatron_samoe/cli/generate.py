@@ -16,8 +16,10 @@ import tyro
 
 from megatron_samoe.cli.model_arguments import EngineOptions, ModelOptions, rank_program
 from megatron_samoe.cli.program import Count
+from megatron_samoe.convert.opener import format_of
 from megatron_samoe.datasets.chat_prompt import chat_prompt
 from megatron_samoe.datasets.tokenizer import Tokenizer
+from megatron_samoe.dist_checkpointing.store import LoadWords
 from megatron_samoe.errors import ConfigError, DataError, MegatronSamoeError
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import FinishReason, Request
@@ -201,6 +203,7 @@ class Generate:
         prompts, problem = None, None
         if parallel.rank == 0:
             try:
+                format_of(self.model.load, LoadWords())  # before a prompt is waited for
                 prompts = self._given_prompts()
             except MegatronSamoeError as error:
                 problem = str(error)

@@ -43,6 +43,12 @@ def examples() -> dict[str, Path]:
     return {path.stem: path for kind in ("configs", "studies") for path in sorted((folder / kind).glob("*.yaml"))}
 
 
+def _shown_examples() -> str:
+    registered = ("second_", "third_")
+    others = ", ".join(name for name in examples() if not name.startswith(registered))
+    return f"{others}, or a registered study of docs/results ({', '.join(f'{prefix}*' for prefix in registered)})"
+
+
 def _template(name: str) -> str:
     return (TEMPLATES / name).read_text(encoding="utf-8")
 
@@ -115,7 +121,7 @@ class Init:
     expert_layout: Literal["moe", "samoe", "dense"] | None = None
     """kind of model that the configuration is for; moe if not given"""
     example: Annotated[
-        str | None, tyro.conf.arg(metavar="EXAMPLE", help=f"copy an example instead: {', '.join(examples())}")
+        str | None, tyro.conf.arg(metavar="EXAMPLE", help=f"copy an example instead: {_shown_examples()}")
     ] = None
 
     def run(self) -> None:

@@ -17,7 +17,7 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.loading import Loaded, load_newest
 from megatron_samoe.dist_checkpointing.opened import Opened, ReadTensors
 from megatron_samoe.dist_checkpointing.store import LoadWords, Problems
-from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError, nearest, readable
+from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError, nearest, nearest_file, readable
 from megatron_samoe.parallel_state.state import ParallelState
 
 #: What a command calls its arguments that says --load-dir, and what Python says.
@@ -97,7 +97,7 @@ def format_of(path: str | Path, words: LoadWords = LOAD_DIR) -> Format:
     known = "; ".join(one.described for one in sorted(formats(), key=lambda one: one.name != NATIVE))
     if not path.is_dir():
         raise CheckpointError(
-            f"{words.path}{path} is {'a file' if path.exists() else 'not there'}; it must be {known}."
+            f"{words.path}{path} is {'a file' if path.exists() else 'not there'}; it must be {known}.{nearest_file(str(path))}"
         )
     if (path / ADAPTER).exists():
         raise CheckpointError(

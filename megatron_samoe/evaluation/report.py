@@ -132,6 +132,10 @@ def _have_experts(groups: Groups) -> bool:
     return any(group.expert_layout != "dense" for group in groups)
 
 
+def _differ_in_experts(groups: Groups) -> bool:
+    return len({group.first.config.moe.expert_counts for group in groups if group.expert_layout != "dense"}) > 1
+
+
 def _have_coefficients(groups: Groups) -> bool:
     return any(group.expert_layout != "dense" and group.first.config.moe.has_coefficients for group in groups)
 
@@ -144,7 +148,7 @@ _PLOTS: tuple[tuple[str, str, str, Callable[[Groups], bytes | None], Callable[[G
         "A dot is a MoE layer (first layer left), the bar is the mean over layers: gradient norm of one expert before "
         "clipping, mean over the second half of training and over experts. For a SaMoE it is that of the combined expert.",
         plots_experts.gradients_against_experts,
-        _have_experts,
+        _differ_in_experts,
     ),
     (
         "gradient_norms",
