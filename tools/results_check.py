@@ -21,7 +21,7 @@ from megatron_samoe.evaluation.study.results_store import read_store  # noqa: E4
 from tools.results.frontier import frontier  # noqa: E402
 from tools.results.measured import measured_heads, rows_of, wrong_tables  # noqa: E402
 from tools.results.model_table import OPTIMIZERS, losses_table, rates_table  # noqa: E402
-from tools.results.page_figures import Told, models_of, rewritten, with_table, wrong_figures  # noqa: E402
+from tools.results.page_figures import Models, Told, models_of, rewritten, with_table, wrong_figures  # noqa: E402
 from tools.results.registration import deviations, kept_plan, read_registrations  # noqa: E402
 from tools.results.result_plots import plots_of  # noqa: E402
 from tools.results.scaling import scaling  # noqa: E402
@@ -49,17 +49,25 @@ def main(write: bool) -> int:
     """Returns 1 where a figure, a run or a folder of the store is not as it should be, having said which."""
     folder = ROOT / "docs/results"
     registrations = read_registrations(folder / "registration.md", ROOT / "examples/studies")
-    runs, problems = read_store(folder / "store")
     trained_on = {split: content for split, content in registrations[-1].data.items() if split != "test"}
     with tempfile.TemporaryDirectory() as place:
         first = kept_plan(folder / "first_edition.yaml", trained_on, folder / "store", Path(place) / "first")
         plans = {
-            s.stem: kept_plan(s, registration.data, folder / "store", Path(place) / s.stem)
+            s.stem: kept_plan(s, registration.data, folder / registration.store, Path(place) / s.stem)
             for registration in registrations[::-1]  # the page has the newest first
             for s in registration.studies
         }
-        problems += deviations(registrations, plans, runs)
-        models, compressed = models_of({"": first, **plans}, runs), compressed_losses(folder / "compression")
+        models: Models = {}
+        problems, num_runs = list[str](), 0
+        for store in sorted({registration.store for registration in registrations}):
+            runs, damaged = read_store(folder / store)
+            own = [registration for registration in registrations if registration.store == store]
+            own_plans = {s.stem: plans[s.stem] for registration in own for s in registration.studies}
+            problems += damaged + deviations(own, own_plans, runs)
+            # A run's key is that of the first store that has it.
+            models = {**models_of({"": first, **own_plans} if store == "store" else own_plans, runs), **models}
+            num_runs += len(runs)
+        compressed = compressed_losses(folder / "compression")
         held_out = losses_on_test(plans, models, compressed)
         problems += foreign_originals(held_out)
         verdicts = list(judge(held_out))
@@ -100,10 +108,7 @@ def main(write: bool) -> int:
         problems += [f"{name}, {problem}" for problem in found]
         heads = [head for head in heads if f"\n{head}\n" not in text]
     problems += [f"no page has the table {head[:20]!r}" for head in heads]
-    print(
-        "\n".join(problems)
-        or f"Every figure is that of the {len(runs)} runs in {folder / 'store'}, or of a benchmark's file."
-    )
+    print("\n".join(problems) or f"Every figure is that of the {num_runs} runs in {folder}, or of a benchmark's file.")
     return bool(problems)
 
 

@@ -33,6 +33,7 @@ class Registration:
         forced: environment variables of every run.
         tag: of the commit where runs did not record it.
         commit: of the code, which every run's machine.json must name, with no changed files.
+        store: folder of its runs beside the page; another one for models that were trained again on later code.
     """
 
     studies: tuple[Path, ...]
@@ -41,6 +42,7 @@ class Registration:
     threads_per_rank: int
     tag: str | None = None
     commit: str | None = None
+    store: str = "store"
 
 
 def read_registrations(page: Path, studies: Path) -> list[Registration]:

@@ -98,7 +98,7 @@ def test_further_seeds_of_a_baseline_count_once_all_of_their_experiment_is_there
 
     studies = {"second_regime": "moe of 8", "third_own": "moe of 8", "third_lock": "pool, locked, softmax"}
     studies |= {"third_norm": "moe of 8, norm", "third_unipool": "pool, locked as UniPool"}
-    studies["second_sharing"] = "pool, locked"
+    studies |= {"second_sharing": "pool, locked", "third_later": "moe of 8, later"}
     models = {f"{study}/{name}": {1: run_of(3.5)} for study, name in studies.items()}
     models["third_own/moe of 8"] = {4: run_of(3.6)}
     models["third_lock/pool, locked, softmax"] = {1: run_of(3.4), 4: run_of(3.4)}
