@@ -160,9 +160,8 @@ def _compared(name: str, value: float, table: Cluster) -> list[str]:
 
 def layouts_table(layouts: Sequence[PlannedLayout], cluster: Cluster) -> str:
     """Returns one line per layout: memory by part in GB, bytes sent per rank and step by kind in GB, time with the part that
-    takes most of it, and speed with the interval that holds nine of ten known runs."""
-    kinds = ["tensor", "expert", "pipeline", "gradients", "pool"]
-    kinds += ["context"] if any("context" in layout.cost.sent_bytes for layout in layouts) else []
+    takes most of it, and speed with the interval that holds nine of ten known runs. What no layout has gets no column."""
+    kinds = ["tensor", "expert", "pipeline", "gradients", "pool", "context"]
     head = ["layout", "options", "weights", "grads", "optim", "folded", "banks", "activ", "peak GB"]
     rows = [[*head, *(f"{kind} GB" for kind in kinds), "step s", "most of it", "tokens/s", "9 of 10 within"]]
     for layout in layouts:
@@ -188,7 +187,8 @@ def layouts_table(layouts: Sequence[PlannedLayout], cluster: Cluster) -> str:
                 " to ".join(f"{float(f'{speed:.1e}'):,.0f}" for speed in _interval(layout, cluster)),
             ]
         )
-    return format_table(rows)
+    columns = [column for column in zip(*rows, strict=True) if set(column[1:]) - {"", "0"}]
+    return format_table([list(row) for row in zip(*columns, strict=True)])
 
 
 def _gigabytes(num_bytes: float) -> str:
