@@ -75,13 +75,9 @@ def main(write: bool) -> int:
         of_one_size = {name: plan for name, plan in plans.items() if name != "second_scaling"}
         tables = [verdict_table(verdicts), losses_table(models, held_out)]
         tables += [rates_table(of_one_size, models, optimizer) for optimizer in OPTIMIZERS]
-        repeat = rows_of("repeat")[-1][
-            "validation_loss"
-        ]  # as the norm's control on later code than the store's MoE of 8
-        norm = models["second_control/moe of 8, norm"][1].validation["validation_loss"]
         tables = [table for table in (*tables, by_size, frontier(models, held_out)) if table]
         known = (
-            {"the repeat": repeat, "norm - the repeat": norm - repeat}
+            {"the repeat": rows_of("repeat")[-1]["validation_loss"]}
             | lengthened
             | known_figures(held_out, verdicts)
             | compressed_figures(compressed)
