@@ -125,7 +125,9 @@ def _prompts() -> Figures:
 
 def _layers_worth() -> Figures:
     """What `megatron-samoe diagnose` wrote of the second edition's models."""
-    models = "moe-of-8 moe-of-32 8-banks-of-8-seed-2 2-banks-of-32 tied-middle pool-locked neighbours"
+    models = (
+        "moe-of-8 moe-of-32 8-banks-of-8-seed-2 2-banks-of-32 tied-middle pool-locked-as-unipool pool-locked neighbours"
+    )
     for model in models.split():
         yield json.loads((RESULTS / f"diagnoses/{model}.json").read_text(encoding="utf-8"))[0]["worth_L"]
 
