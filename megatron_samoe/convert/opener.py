@@ -96,9 +96,8 @@ def format_of(path: str | Path, words: LoadWords = LOAD_DIR) -> Format:
         return found
     known = "; ".join(one.described for one in sorted(formats(), key=lambda one: one.name != NATIVE))
     if not path.is_dir():
-        raise CheckpointError(
-            f"{words.path}{path} is {'a file' if path.exists() else 'not there'}; it must be {known}.{nearest_file(str(path))}"
-        )
+        what, near = ("a file", "") if path.exists() else ("not there", nearest_file(str(path)))
+        raise CheckpointError(f"{words.path}{path} is {what}; it must be {known}.{near}")
     if (path / ADAPTER).exists():
         raise CheckpointError(
             f"{words.path}{path} holds an adapter of peft and no model: merge it into the model that it was trained for "

@@ -34,9 +34,7 @@ def code_of(folder: Path) -> dict[str, str]:
 def forced_variables(code: dict[str, str]) -> dict[str, str]:
     """Returns the environment that the registration forces on runs of a commit; the program ends where it has no such commit."""
     pages = re.findall(r"^```yaml\n(.*?)^```", REGISTRATION.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    first, *others = map(yaml.safe_load, pages)
-    blocks = [first, *({"forced": first["forced"], **other} for other in others)]
-    registered = {str(block["commit"]): block["forced"] for block in blocks if "commit" in block}
+    registered = {str(block["commit"]): block["forced"] for block in map(yaml.safe_load, pages) if "commit" in block}
     if code["commit"] not in registered:
         sys.exit(f"error: {os.getcwd()} has commit {code['commit']}; registered are {', '.join(registered)}")
     if code["patch"]:

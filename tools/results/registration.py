@@ -46,8 +46,7 @@ class Registration:
 
 
 def read_registrations(page: Path, studies: Path) -> list[Registration]:
-    """Returns what the blocks of a page register, in their order; data, environment and threads that one does not say it has from the
-    first.
+    """Returns what the blocks of a page register, in their order.
 
     Args:
         studies: folder of the studies' files.
@@ -56,9 +55,7 @@ def read_registrations(page: Path, studies: Path) -> list[Registration]:
         ConfigError: the page registers nothing, or something is missing.
     """
     blocks = re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    first, *others = [yaml.safe_load(block) for block in blocks or [""]]
-    common = {name: value for name, value in (first or {}).items() if name in ("data", "forced", "threads_per_rank")}
-    return [_registration(block, page, studies) for block in (first, *({**common, **other} for other in others))]
+    return [_registration(yaml.safe_load(block), page, studies) for block in blocks or [""]]
 
 
 def _registration(block: Any, page: Path, studies: Path) -> Registration:

@@ -366,3 +366,5 @@ def test_a_page_of_all_that_was_measured(runs_dir: Path, tmp_path: Path, capsys:
     targets = re.findall(r'href="#([^"]+)"', page[page.index("<nav") : page.index("</nav")])
     assert page.count("<img ") == 8 and len(targets) == 11 and all(f'id="{name}"' in page for name in targets)
     assert "gradients_against_experts" not in targets, "all have as many experts"
+    runs = [run(tmp_path / f"of {count}", "moe", num_experts=count) for count in (2, 4)]
+    assert "Gradient norm per expert against" in page_of(tmp_path, runs), "these have not"
