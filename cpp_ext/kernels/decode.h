@@ -12,6 +12,15 @@ enum class WeightType { f32, bf16, i8 };
 
 namespace cpu {
 
+// What this processor has to read weights through.
+struct Caches {
+  int64_t first_bytes;  // of data, of one core
+  // Whether one stream comes fastest if it is asked for into the first cache: so on a Zen 5. On a Zen 4, whose first cache waits
+  // for fewer lines at a time, it comes up to twice as fast into the second.
+  bool takes_streams_first;
+};
+const Caches& caches();
+
 // Positions of one page of the key-value cache. Keys of a page are [D][kPage], values [kPage][D].
 constexpr int64_t kPage = 16;
 

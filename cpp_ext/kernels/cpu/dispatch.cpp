@@ -1,6 +1,12 @@
-// Chooses the kernels' instruction set once, from what this CPU has.
+// Chooses the kernels' instruction set once, and how they read, from what this CPU has.
+#include <unistd.h>
+
 #include <cstdlib>
 #include <cstring>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "../kernels.h"
 
@@ -37,7 +43,33 @@ const Kernels* choose() {
   return &portable::table;
 }
 
+int64_t first_cache_bytes() {
+  long bytes = 0;
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+  return bytes > 0 ? bytes : 32 << 10;
+}
+
+// Whether this is a Zen 5 or later: AMD's families from 26 on.
+bool is_zen5() {
+#if defined(__x86_64__)
+  unsigned a = 0, vendor[3] = {}, unused = 0;
+  if (__get_cpuid(0, &a, &vendor[0], &vendor[2], &vendor[1]) == 0 || std::memcmp(vendor, "AuthenticAMD", 12) != 0) return false;
+  if (__get_cpuid(1, &a, &unused, &unused, &unused) == 0) return false;
+  const unsigned family = a >> 8 & 0xf, extended = a >> 20 & 0xff;
+  return family == 0xf && family + extended >= 26;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
+
+const Caches& caches() {
+  static const Caches known = {first_cache_bytes(), is_zen5()};
+  return known;
+}
 
 const Kernels& kernels() {
   static const Kernels* const chosen = choose();

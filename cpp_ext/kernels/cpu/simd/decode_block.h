@@ -44,7 +44,7 @@ struct Following {
 // Rows of x by rows first .. last - 1 of w, in tiles of up to `tile_rows`, of which the first one asks for weights ahead.
 template <typename W>
 SAMOE_INLINE void multiply_part(const char* const* x, int64_t num_rows, int64_t tile_rows, const W* w, int64_t inputs,
-                                int64_t first, int64_t last, const DecodeOut& out, Ahead& ahead, bool streams,
+                                int64_t first, int64_t last, const DecodeOut& out, Ahead& ahead, Reading reading,
                                 bool by_digits) {
   v4 sums[kMostRows] = {};
   Ahead nothing{nullptr, nullptr, nullptr, 0};
@@ -57,37 +57,42 @@ SAMOE_INLINE void multiply_part(const char* const* x, int64_t num_rows, int64_t 
     for (int64_t i = 0; i < num_tiles; ++i) {
       const int64_t m = num_rows * i / num_tiles, count = num_rows * (i + 1) / num_tiles - m;
       Ahead& wanted = i == 0 ? ahead : nothing;
-      multiply_rows(count, x + m, rows, inputs, wanted, streams, by_digits, sums);
+      multiply_rows(count, x + m, rows, inputs, wanted, reading, by_digits, sums);
       for (int64_t j = 0; j < count; ++j) put(out, m + j, n, num_outs, sums[j]);
     }
   }
 }
 
-// Up to kRowBlock packed rows of x with rows first .. last - 1 of w: rows of x that the first cache holds at a time, if the second
-// one holds these rows of w. While the first rows of x are multiplied, w comes from memory; for the others it is there.
+// Up to kRowBlock packed rows of x with rows first .. last - 1 of w: rows of x that half of the first cache holds at a time, if the
+// second one holds these rows of w. While the first rows of x are multiplied, w comes from memory; for the others it is there.
+// A stream reads its rows of x again for each row of w: two thirds of the first cache hold them.
 template <typename W>
 static void multiply_block(const char* const* x, int64_t num_rows, const W* w, int64_t inputs, int64_t first,
                            int64_t last, const DecodeOut& out, Following following, bool by_digits) {
   const int64_t tile_rows = by_digits ? kDigitRows : (sizeof(W) == 2 ? kPairRows : kTileRows);
   const int64_t num_tiles = (num_rows + tile_rows - 1) / tile_rows, x_bytes = inputs * (by_digits ? 3 : 4);
   const int64_t row_bytes = inputs * static_cast<int64_t>(sizeof(W));
-  const bool fits = inputs > 0 && tile_rows * x_bytes <= kPartBytes;
-  int64_t most = fits ? kPartBytes / (tile_rows * x_bytes) : 1;
+  const Caches& here = caches();
+  const int64_t part_bytes = here.first_bytes / 2;
+  const bool fits = inputs > 0 && tile_rows * x_bytes <= part_bytes;
+  int64_t most = fits ? part_bytes / (tile_rows * x_bytes) : 1;
   if ((last - first) * row_bytes > kTaskBytes && num_tiles > 0) most = num_tiles;
   const int64_t num_parts = (num_tiles + most - 1) / most;
   const char* const begin = reinterpret_cast<const char*>(w + first * inputs);
   for (int64_t part = 0; part < num_parts; ++part) {
     const int64_t m = num_rows * (num_tiles * part / num_parts) / num_tiles;
     const int64_t count = num_rows * (num_tiles * (part + 1) / num_parts) / num_tiles - m;
-    const bool is_short = count == 1 || sizeof(W) != 2 || count * x_bytes <= kReadAgainBytes;
+    const bool is_short = count == 1 || sizeof(W) != 2 || 3 * count * x_bytes <= 2 * here.first_bytes;
     const bool streams = part == 0 && count <= stream_rows<W>(by_digits) && is_short;
+    const Reading stream = here.takes_streams_first ? Reading::first_cache : Reading::second_cache;
     Ahead ahead{nullptr, nullptr, nullptr, 0};
     if (part == 0)
       ahead = {begin + ahead_bytes(row_bytes, streams ? stream_side(count) : kTileOuts), begin + (last - first) * row_bytes,
                static_cast<const char*>(following.data), following.bytes};
     DecodeOut some = out;
     some.rows += m;
-    multiply_part(x + m, count, streams ? count : tile_rows, w, inputs, first, last, some, ahead, streams, by_digits);
+    multiply_part(x + m, count, streams ? count : tile_rows, w, inputs, first, last, some, ahead,
+                  streams ? stream : Reading::tiles, by_digits);
   }
 }
 
@@ -120,7 +125,7 @@ SAMOE_INLINE Following start_of(const Matrix& w, int64_t row, int64_t inputs) {
 SAMOE_INLINE void ask_for(const Following& following) {
   const char* data = static_cast<const char*>(following.data);
   const int64_t bytes = following.bytes < 2 * kAheadBytes ? following.bytes : 2 * kAheadBytes;
-  for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(data + i, 0, 3);
+  for (int64_t i = 0; i < bytes; i += kLineBytes) ask_for_line<2>(data + i);
 }
 
 // One row normalised, times weight, plus bias. The mean square is taken around the mean unless rms.

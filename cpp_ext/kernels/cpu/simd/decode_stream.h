@@ -1,7 +1,8 @@
 // Products of few rows of x with rows of weights that are read one after another, or two side by side, as one stream.
 //
 // A step of one or a few sequences waits for its weights. Measured on a Zen 5, a thread that reads four rows side by side gets
-// 0.5 to 0.8 of what it gets from one, and a check per line of what to ask for costs a tenth: a stream asks piece by piece.
+// 0.5 to 0.8 of what it gets from one, and a check per line of what to ask for costs a tenth: a stream asks piece by piece, into
+// the cache that `caches` says.
 #pragma once
 
 #include "decode_tile.h"
@@ -81,7 +82,7 @@ SAMOE_ALWAYS void add_products(const float* const* rows, const uint16_t* const* 
 }
 
 // sums[m] = x[m] . w[n], n = 0 .. 3, for few rows of x and 4 rows of w, of which R are read side by side.
-template <int M, int R, typename W>
+template <int kCache, int M, int R, typename W>
 SAMOE_INLINE void stream(const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
   constexpr int64_t kSize = sizeof(W), kStep = kSize == 2 ? 2 * kLanes : kLanes, kPiece = kPieceBytes / kSize;
   vf folded[M][kTileOuts];
@@ -98,7 +99,7 @@ SAMOE_INLINE void stream(const char* const* x, const W* const* w, int64_t inputs
       for (; k < full; k += kStep) {
         if (kStep * kSize >= kLineBytes || (k - begin) * kSize % kLineBytes == 0) {
 #pragma GCC unroll 2
-          for (int r = 0; r < R; ++r) __builtin_prefetch(asked + r * kLineBytes, 0, 3);
+          for (int r = 0; r < R; ++r) ask_for_line<kCache>(asked + r * kLineBytes);
           asked += R * kLineBytes;
         }
         add_products<M, R>(rows, w + n, k, kStep, acc);
@@ -117,6 +118,7 @@ SAMOE_INLINE void stream(const char* const* x, const W* const* w, int64_t inputs
 
 #if defined(__AVX512F__)
 // The same for int8 weights by one row of digits, row after row of w.
+template <int kCache>
 SAMOE_VNNI static void digit_stream(const char* x, const int8_t* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
   const __m512i offset = _mm512_set1_epi8(-128);
   vf whole[kTileOuts];
@@ -129,7 +131,7 @@ SAMOE_VNNI static void digit_stream(const char* x, const int8_t* const* w, int64
     for (int64_t k = 0; k < inputs; k += kLineBytes) {
       const int64_t left = inputs - k;
       if (k % kPieceBytes == 0) asked = wanted.take(left < kPieceBytes ? left : kPieceBytes, w[n] + k);
-      __builtin_prefetch(asked, 0, 3);
+      ask_for_line<kCache>(asked);
       asked += kLineBytes;
       const __m512i bytes = left >= kLineBytes ? _mm512_loadu_si512(w[n] + k)
                                                : _mm512_maskz_loadu_epi8((1ull << left) - 1, w[n] + k);
@@ -147,29 +149,34 @@ SAMOE_VNNI static void digit_stream(const char* x, const int8_t* const* w, int64
 }
 #endif
 
-template <typename W>
+template <int kCache, typename W>
 static __attribute__((noinline)) void stream_of(int64_t num_rows, const char* const* x, const W* const* w, int64_t inputs,
                                                 Ahead& ahead, v4* sums) {
-  if (num_rows == 1) return stream<1, stream_side(1)>(x, w, inputs, ahead, sums);
-  if (num_rows == 2) return stream<2, stream_side(2)>(x, w, inputs, ahead, sums);
+  if (num_rows == 1) return stream<kCache, 1, stream_side(1)>(x, w, inputs, ahead, sums);
+  if (num_rows == 2) return stream<kCache, 2, stream_side(2)>(x, w, inputs, ahead, sums);
   if constexpr (sizeof(W) == 2) {
-    if (num_rows == 3) return stream<3, stream_side(3)>(x, w, inputs, ahead, sums);
-    stream<4, stream_side(4)>(x, w, inputs, ahead, sums);
+    if (num_rows == 3) return stream<kCache, 3, stream_side(3)>(x, w, inputs, ahead, sums);
+    stream<kCache, 4, stream_side(4)>(x, w, inputs, ahead, sums);
   }
 }
 
-// Up to kTileRows rows of x by 4 rows of w, as a stream or as a tile.
+// How rows of w are read: four at a time, or as a stream through the first or the second cache.
+enum class Reading { tiles, first_cache, second_cache };
+
+// Up to kTileRows rows of x by 4 rows of w.
 template <typename W>
 SAMOE_INLINE void multiply_rows(int64_t num_rows, const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead,
-                                bool streams, bool, v4* sums) {
-  if (!streams) return tile_of(num_rows, x, w, inputs, ahead, sums);
-  stream_of(num_rows, x, w, inputs, ahead, sums);
+                                Reading reading, bool, v4* sums) {
+  if (reading == Reading::tiles) return tile_of(num_rows, x, w, inputs, ahead, sums);
+  if (reading == Reading::first_cache) return stream_of<1>(num_rows, x, w, inputs, ahead, sums);
+  stream_of<2>(num_rows, x, w, inputs, ahead, sums);
 }
 #if defined(__AVX512F__)
 SAMOE_INLINE void multiply_rows(int64_t num_rows, const char* const* x, const int8_t* const* w, int64_t inputs,
-                                Ahead& ahead, bool streams, bool by_digits, v4* sums) {
-  if (!by_digits) return multiply_rows<int8_t>(num_rows, x, w, inputs, ahead, streams, by_digits, sums);
-  if (streams) return digit_stream(x[0], w, inputs, ahead, sums);
+                                Ahead& ahead, Reading reading, bool by_digits, v4* sums) {
+  if (!by_digits) return multiply_rows<int8_t>(num_rows, x, w, inputs, ahead, reading, by_digits, sums);
+  if (reading == Reading::first_cache) return digit_stream<1>(x[0], w, inputs, ahead, sums);
+  if (reading == Reading::second_cache) return digit_stream<2>(x[0], w, inputs, ahead, sums);
   if (num_rows == 1) return digit_tile<1>(x, w, inputs, ahead, sums);
   digit_tile<2>(x, w, inputs, ahead, sums);
 }

@@ -30,8 +30,6 @@ constexpr int kStreamRows = 4;                             // of x that a stream
 constexpr int kMostRows = kTileRows < kStreamRows ? kStreamRows : kTileRows;
 constexpr int kTileOuts = 4;
 constexpr int64_t kRowBlock = 96;  // rows of x that stay in the second-level cache
-constexpr int64_t kPartBytes = 24 << 10;  // of rows of x, half of the first-level cache
-constexpr int64_t kReadAgainBytes = 32 << 10;  // of rows of x that a stream of several reads for each row of w
 constexpr int64_t kTaskBytes = 512 << 10;  // of a task's weights, half of the second-level cache
 constexpr int64_t kTaskOuts = 32;  // rows of w that one task takes
 constexpr int64_t kLineBytes = 64;
@@ -76,9 +74,15 @@ SAMOE_INLINE v4 sum_of_four(vf a, vf b, vf c, vf d) {
 #endif
 }
 
+// Asks for a line of what a stream reads, into the first or the second cache.
+template <int kCache>
+SAMOE_ALWAYS void ask_for_line(const char* line) {
+  __builtin_prefetch(line, 0, kCache == 1 ? 3 : 2);
+}
+
 // Weights are asked for before they are used: by tiles into the second-level cache, a tile or kAheadBytes before, since accesses
-// to several rows at a time are not the single stream that the processor foresees; by a stream into the first, line by line.
-// After a matrix comes the next one.
+// to several rows at a time are not the single stream that the processor foresees; by a stream line by line,
+// into the cache that takes streams. After a matrix comes the next one.
 struct Ahead {
   const char* next;
   const char* end;
