@@ -68,8 +68,8 @@ void decode_norm(const DecodeNorm& a) {
 
 namespace {
 
-// Stores a row, which it scales, so that its largest magnitude becomes 127.
-void store_i8(float* row, int64_t num_cols, int8_t* out, float* scale) {
+// Stores a row, scaled so that its largest magnitude becomes 127.
+void store_i8(const float* row, int64_t num_cols, int8_t* out, float* scale) {
   vf peaks = vf{};
   for (int64_t k = 0; k < num_cols; k += kLanes) {
     const vf x = load_part(row + k, num_cols - k);
@@ -78,19 +78,16 @@ void store_i8(float* row, int64_t num_cols, int8_t* out, float* scale) {
   const float peak = max_lanes(peaks);
   *scale = peak / 127.0f;
   const float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
-  for (int64_t k = 0; k < num_cols; ++k) row[k] *= inverse;
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const auto rounded = [&](int64_t k) {
-    return __builtin_convertvector((vi)(load_part(row + k, num_cols - k) + magic) - (vi)magic, vb);
-  };
-  int64_t k = 0;
-  for (; k + kLanes <= num_cols; k += kLanes) {
-    const vb bytes = rounded(k);
-    memcpy(out + k, &bytes, sizeof bytes);
-  }
-  if (k < num_cols) {
-    const vb bytes = rounded(k);
-    memcpy(out + k, &bytes, static_cast<size_t>(num_cols - k));
+  for (int64_t k = 0; k < num_cols; k += kLanes) {
+    vf scaled = load_part(row + k, num_cols - k) * inverse;
+    hold(scaled);  // rounded before it is added
+    const vb bytes = __builtin_convertvector((vi)(scaled + magic) - (vi)magic, vb);
+    if (num_cols - k >= kLanes) {
+      memcpy(out + k, &bytes, sizeof bytes);
+    } else {
+      memcpy(out + k, &bytes, static_cast<size_t>(num_cols - k));
+    }
   }
 }
 

@@ -22,12 +22,15 @@ constexpr int64_t stream_rows(bool by_digits) {
 // two, needs one: the sums of a row of w begin while those of the row before it end.
 constexpr int64_t stream_side(int64_t num_rows) { return kLanes == 16 && num_rows <= 2 ? 1 : 2; }
 
-// Keeps a value in a register: compilers load or widen it again for each of its products, more than the processor can load.
+// Keeps a value in a register: compilers load or widen it again for each of its products, more than the processor can load, and
+// contract a product with the sum that follows.
 SAMOE_ALWAYS void hold([[maybe_unused]] vf& value) {
 #if defined(__AVX512F__)
   asm("" : "+v"(value));
 #elif defined(__AVX2__)
   asm("" : "+x"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
 #endif
 }
 
