@@ -51,8 +51,9 @@ $(VENV)/.installed-tests: $(VENV)/.installed
 quickstart: install
 	$(BIN)/megatron-samoe quickstart
 
-# A process for each processor; each takes a file of tests after the other, the long ones between ranks among the first.
-SPREAD := -n logical --dist loadfile --no-loadscope-reorder
+# A process for each processor, and one for what others leave while their ranks wait; each takes a file of tests after the other,
+# the long ones between ranks among the first.
+SPREAD = -n $(shell $(BIN)/python -c 'import os; print((os.cpu_count() or 1) + 1)') --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed-tests
 	@$(MAKE) --no-print-directory -j2 lint results-check
