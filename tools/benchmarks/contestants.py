@@ -34,18 +34,25 @@ from megatron_samoe.training.state import TrainState
 from tools.benchmarks.harness import Row, Rows, TableBenchmark
 from tools.benchmarks.peers import LineWorker
 
-WORKERS = Path(__file__).with_name("serving_workers.py")
+ROOT = Path(__file__).parents[2]
+
+
+def workers_of(checkout: Path) -> Path:
+    """Returns the program that a checkout of this project starts for each contestant."""
+    return checkout / "tools/benchmarks/serving_workers.py"
+
 
 #: A batch, and the length of its prompts.
 Pair = tuple[int, int]
 
 
 class Contestant(NamedTuple):
-    """A program over a model: how it is called, its interpreter, and what serving_workers.py is told."""
+    """A program over a model: how it is called, its interpreter, what serving_workers.py is told, and whose serving_workers.py."""
 
     name: str
     python: str
     spec: Row
+    checkout: Path = ROOT
 
 
 class Worker(LineWorker):
@@ -54,7 +61,7 @@ class Worker(LineWorker):
     def __init__(self, one: Contestant):
         self.spec = one.spec
         environment = {"OMP_NUM_THREADS": str(one.spec["threads"]), "TOKENIZERS_PARALLELISM": "false"}
-        super().__init__(one.name, [one.python, str(WORKERS), json.dumps(one.spec)], environment)
+        super().__init__(one.name, [one.python, str(workers_of(one.checkout)), json.dumps(one.spec)], environment)
 
     @property
     def is_ours(self) -> bool:

@@ -18,7 +18,7 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.decode_bytes import expected_distinct_experts, step_bytes
 from megatron_samoe.inference.engine import Precision, Serving
 from tools.benchmarks.contestants import (
-    WORKERS,
+    ROOT,
     Contestant,
     Pair,
     ServingBenchmark,
@@ -28,6 +28,7 @@ from tools.benchmarks.contestants import (
     export_hf,
     label,
     started,
+    workers_of,
 )
 from tools.benchmarks.harness import DTYPES, Row, Rows
 from tools.benchmarks.memory import Memory
@@ -49,12 +50,14 @@ class Decode(ServingBenchmark):
     """
 
     name = "decode"
-    not_told: ClassVar[tuple[str, ...]] = ("load", "llama_python")
+    not_told: ClassVar[tuple[str, ...]] = ("load", "llama_python", "checkouts")
 
     dtypes: tuple[Precision, ...] = ("fp32",)
     servings: tuple[Serving, ...] = ("auto",)
     rounds: int = 5
     """counted rounds; medians are reported"""
+    checkouts: tuple[Path, ...] = ()
+    """other versions of this project, each a folder in which it is built, that decode in turn with this one"""
     peers: tuple[Literal["transformers", "llama.cpp"], ...] = ()
     llama_python: str | None = None
     """interpreter with llama-cpp-python"""
@@ -70,6 +73,9 @@ class Decode(ServingBenchmark):
     def rows(self) -> Rows:
         if "llama.cpp" in self.peers and not self.llama_python:
             raise ConfigError("--peers", "llama.cpp", "needs --llama-python, an interpreter with llama-cpp-python")
+        for folder in self.checkouts:
+            if not workers_of(folder).is_file():
+                raise ConfigError("--checkouts", str(folder), "must be a folder with this project's files, built there")
         if self.memory_limit and not self.weights_folder:
             raise ConfigError(
                 "--memory-limit", self.memory_limit, "needs --weights-folder: other weights cannot leave memory"
@@ -93,6 +99,8 @@ class Decode(ServingBenchmark):
             spec = {**common, "program": "ours", "checkpoint": str(checkpoint), "serving": serving}
             limits = {"weights_folder": self.weights_folder, "memory_limit": int(1e9 * self.memory_limit)}
             yield Contestant(f"{label(checkpoint)} {serving}", sys.executable, {**spec, **limits})
+            for folder in self.checkouts:
+                yield Contestant(f"{folder} {serving}", sys.executable, {**spec, **limits}, folder)
         exports = self.export_folder(checkpoints[0])
         if "transformers" in self.peers and dtype != "int8":
             spec = {**common, "program": "transformers", "folder": str(export_hf(checkpoints[0], exports))}
@@ -103,7 +111,7 @@ class Decode(ServingBenchmark):
             file = export_gguf(checkpoints[0], exports, DTYPES.get(dtype, torch.float32))
             if dtype == "int8" and not (exports / "int8.gguf").exists():
                 words = ["quantize", str(file), str(exports / "int8.gguf")]
-                children.run([self.llama_python, str(WORKERS), *words], check=True)
+                children.run([self.llama_python, str(workers_of(ROOT)), *words], check=True)
             spec = {**common, "program": "llama.cpp", "file": str(exports / "int8.gguf" if dtype == "int8" else file)}
             yield Contestant("llama.cpp", self.llama_python, spec)
 
