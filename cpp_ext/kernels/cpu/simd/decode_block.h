@@ -63,8 +63,8 @@ SAMOE_INLINE void multiply_part(const char* const* x, int64_t num_rows, int64_t 
   }
 }
 
-// Up to kRowBlock packed rows of x with rows first .. last - 1 of w: rows of x that half of the first cache holds at a time, if the
-// second one holds these rows of w. While the first rows of x are multiplied, w comes from memory; for the others it is there.
+// Up to kRowBlock packed rows of x with rows first .. last - 1 of w: rows of x that the first cache holds at a time, if the second
+// one holds these rows of w. While the first rows of x are multiplied, w comes from memory; for the others it is there.
 // A stream reads its rows of x again for each row of w: two thirds of the first cache hold them.
 template <typename W>
 static void multiply_block(const char* const* x, int64_t num_rows, const W* w, int64_t inputs, int64_t first,
@@ -73,9 +73,8 @@ static void multiply_block(const char* const* x, int64_t num_rows, const W* w, i
   const int64_t num_tiles = (num_rows + tile_rows - 1) / tile_rows, x_bytes = inputs * (by_digits ? 3 : 4);
   const int64_t row_bytes = inputs * static_cast<int64_t>(sizeof(W));
   const Caches& here = caches();
-  const int64_t part_bytes = here.first_bytes / 2;
-  const bool fits = inputs > 0 && tile_rows * x_bytes <= part_bytes;
-  int64_t most = fits ? part_bytes / (tile_rows * x_bytes) : 1;
+  const bool fits = inputs > 0 && tile_rows * x_bytes <= kPartBytes;
+  int64_t most = fits ? kPartBytes / (tile_rows * x_bytes) : 1;
   if ((last - first) * row_bytes > kTaskBytes && num_tiles > 0) most = num_tiles;
   const int64_t num_parts = (num_tiles + most - 1) / most;
   const char* const begin = reinterpret_cast<const char*>(w + first * inputs);

@@ -30,6 +30,7 @@ constexpr int kStreamRows = 4;                             // of x that a stream
 constexpr int kMostRows = kTileRows < kStreamRows ? kStreamRows : kTileRows;
 constexpr int kTileOuts = 4;
 constexpr int64_t kRowBlock = 96;  // rows of x that stay in the second-level cache
+constexpr int64_t kPartBytes = 24 << 10;  // of rows of x, most of a small first-level cache
 constexpr int64_t kTaskBytes = 512 << 10;  // of a task's weights, half of the second-level cache
 constexpr int64_t kTaskOuts = 32;  // rows of w that one task takes
 constexpr int64_t kLineBytes = 64;
