@@ -41,7 +41,7 @@ from megatron_samoe.inference.serving import (
 )
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.inference.text_stream import TextStream
-from megatron_samoe.inference.weight_memory import ask_for_huge_pages, keep_in_file
+from megatron_samoe.inference.weight_memory import keep_in_file
 from megatron_samoe.ops.extension import uses_cuda_kernel
 from megatron_samoe.runtime.free_memory import free_memory_bytes
 from megatron_samoe.runtime.load import LoadedModel
@@ -144,9 +144,7 @@ class Engine:
         if state.device.type == "cuda" and uses_cuda_kernel("decoding"):
             check_cuda_limits(loaded.config, self.serving)
         model = make_decode_model(loaded.model, self.serving, self.dtype, num_pages)
-        if self._weights_folder is None:
-            ask_for_huge_pages(model.weights())
-        else:
+        if self._weights_folder is not None:
             keep_in_file(model.weights(), Path(self._weights_folder))
         return SingleRunner(model, max_step_tokens, self.max_batch + SCORED_ROWS, cache_experts)
 

@@ -1,15 +1,13 @@
-"""Memory of weights, whose contents and addresses stay: on huge pages, or in a file that Linux may read again.
+"""Memory of weights in a file, that Linux may drop and read again; contents and addresses stay.
 
-In a file, a model decodes whose weights are larger than the memory that it may use, if slower: what a step reads and does not
-find in memory comes from the disk. On huge pages, reading weights in order costs no look-ups of addresses on the way.
+A model decodes whose weights are larger than the memory that it may use, if slower: what a step reads and does not find in
+memory comes from the disk.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
-import itertools
 import mmap
 import os
 import sys
@@ -22,45 +20,6 @@ from torch import Tensor
 from megatron_samoe.errors import DataError
 
 _MAP_FIXED = 0x10
-_HUGE_PAGE_BYTES = 2 << 20
-_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # the second since Linux 6.1
-#: Pages in a row that may fail before no more is asked for: each failure costs a search for free memory.
-_MOST_FAILURES = 64
-
-
-def ask_for_huge_pages(tensors: Iterable[Tensor]) -> int:
-    """Asks Linux to put tensors' memory on huge pages now; returns the bytes for which it did.
-
-    Contents and addresses stay. Without such a kernel, or without free huge pages, nothing changes.
-    """
-    madvise = _madvise()
-    if madvise is None:
-        return 0
-    pages: list[range] = []
-    for start, size in _places(tensors):
-        first = -(-start // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-        length = (start + size - first) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
-        if length > 0:
-            pages.append(range(first, first + length, _HUGE_PAGE_BYTES))
-            # What cannot be collapsed now, Linux may merge later.
-            madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_HUGEPAGE)
-    done = failures = 0
-    # Page by page: the first that fails ends a call, and the next one may find memory that was freed meanwhile.
-    for page in itertools.chain.from_iterable(pages):
-        if madvise(ctypes.c_void_p(page), ctypes.c_size_t(_HUGE_PAGE_BYTES), _MADV_COLLAPSE) == 0:
-            done, failures = done + _HUGE_PAGE_BYTES, 0
-        else:
-            failures += 1
-            if failures == _MOST_FAILURES:
-                break
-    return done
-
-
-@functools.cache
-def _madvise() -> ctypes._CFuncPtr | None:  # type: ignore[name-defined]
-    if sys.platform != "linux":
-        return None
-    return getattr(ctypes.CDLL(None, use_errno=True), "madvise", None)
 
 
 def keep_in_file(tensors: Iterable[Tensor], folder: Path) -> int:

@@ -16,7 +16,6 @@ from megatron_samoe.inference.kv_cache import PageTable, pages_for
 from megatron_samoe.inference.rank_runner import RankRunner, convert_weights
 from megatron_samoe.inference.serving import Serving, choose_serving, needed_bytes
 from megatron_samoe.inference.single_runner import SingleRunner
-from megatron_samoe.inference.weight_memory import ask_for_huge_pages
 from megatron_samoe.ops.decode_parts import ExpertStack
 from megatron_samoe.runtime.free_memory import free_in_control_groups
 from megatron_samoe.runtime.load import LoadedModel
@@ -264,9 +263,3 @@ def test_missing_ways_are_refused() -> None:
     for loaded, options, said in asked:
         with pytest.raises(ConfigError, match=said):
             Engine(loaded, **options)
-
-
-def test_huge_pages_keep_what_tensors_hold() -> None:
-    whole = torch.arange(3 << 20, dtype=torch.int32)
-    ask_for_huge_pages([whole, whole[5:9], torch.ones(3)])
-    assert torch.equal(whole, torch.arange(3 << 20, dtype=torch.int32))

@@ -1,15 +1,14 @@
-"""Weights in a file: contents, addresses and text stay; what cannot be is refused. And huge pages are given up."""
+"""Weights in a file: contents, addresses and text stay; what cannot be is refused."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_samoe.errors import DataError
-from megatron_samoe.inference import Engine, weight_memory
+from megatron_samoe.inference import Engine
 from megatron_samoe.inference.weight_memory import keep_in_file
 from tests.unit.inference.tiny_models import generated, loaded_tiny
 
@@ -44,16 +43,3 @@ def test_text_is_the_same(tmp_path: Path, serving: str) -> None:
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         keep_in_file([torch.randn(4096)], tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize(("failures", "given"), [((40, 63), 3), ((40, 64), 2)])
-def test_huge_pages_are_given_up_after_64_failures_in_a_row(
-    failures: tuple[int, int], given: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A kernel gives a page, fails, gives one, fails, and gives the rest; the memory is never touched."""
-    answers = iter([0] + [-1] * failures[0] + [0] + [-1] * failures[1] + [0])
-    collapse, page = 25, 2 << 20
-    monkeypatch.setattr(weight_memory, "_madvise", lambda: lambda *call: next(answers) if call[2] == collapse else 0)
-    storage = SimpleNamespace(data_ptr=lambda: 1 << 40, nbytes=lambda: (3 + sum(failures)) * page)
-    tensor = SimpleNamespace(device=torch.device("cpu"), untyped_storage=lambda: storage)
-    assert weight_memory.ask_for_huge_pages([tensor]) == given * page  # type: ignore[list-item]
