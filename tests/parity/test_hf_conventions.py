@@ -162,6 +162,8 @@ def test_results_that_are_asked_for_and_what_the_class_does_not_do(folders: dict
         model(ids_BS, output_attentions=True)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
+    with pytest.raises(ValueError, match=r"has learned \d+ positions; the sequence needs 401"):
+        theirs(folders["banks_with_biases"])(ids_BS.repeat(1, 11)[:, :401])
     states = model(ids_BS, output_hidden_states=True).hidden_states
     assert len(states) == 5 and states[0].shape == (2, 40, 32)
     last_BSV = model(ids_BS, logits_to_keep=1).logits

@@ -180,6 +180,9 @@ class SamoeModel(SamoePreTrainedModel):
         masks = self.causal_masks(x, attention_mask, cache, position_ids, cache_position)
         x = x * self.config.embedding_multiplier
         if self.embed_positions is not None:
+            allowed = self.embed_positions.num_embeddings
+            if not torch.compiler.is_compiling() and (last := int(position_ids.max())) >= allowed:
+                raise ValueError(f"the model has learned {allowed} positions; the sequence needs {last + 1}")
             x = x + self.embed_positions(position_ids)
         x = F.dropout(x, self.config.hidden_dropout, self.training)
         uses_rotary = self.config.position_embedding_type == "rope"
