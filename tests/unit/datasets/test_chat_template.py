@@ -26,7 +26,7 @@ HARMFUL: dict[str, str] = TABLE["harmful"]
 @pytest.mark.parametrize("template", HARMFUL)
 def test_a_template_that_fails_is_one_sentence(template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(chat_template, "RENDER_S", 60.0)  # a busy machine may need seconds to run out
+    monkeypatch.setattr(chat_template, "RENDER_S", 60.0)  # a busy machine may need seconds to use all memory
     with pytest.raises(ConfigError, match="the model's chat template fails: ") as caught:
         Chat(template).render(HELLO)
     assert HARMFUL[template] in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 1000
