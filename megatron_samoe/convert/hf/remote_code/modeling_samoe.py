@@ -181,9 +181,8 @@ class SamoeModel(SamoePreTrainedModel):
         x = x * self.config.embedding_multiplier
         if self.embed_positions is not None:
             allowed = self.embed_positions.num_embeddings
-            readable = (
-                position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-            )  # a GPU would wait for it
+            # Not on a GPU, which each step would wait for.
+            readable = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
             if readable and (last := int(position_ids.max())) >= allowed:
                 raise ValueError(f"the model has learned {allowed} positions; the sequence needs {last + 1}")
             x = x + self.embed_positions(position_ids)
