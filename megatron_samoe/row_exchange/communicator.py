@@ -211,10 +211,13 @@ class Communicator:
             torch.ops.megatron_samoe.all_to_all_abort(self._handle, reason)
 
     def close(self) -> None:
-        """Frees what the communicator holds. A peer that still needs this rank gets a CommunicationError."""
+        """Frees what the communicator holds. A peer that still needs this rank gets a CommunicationError.
+
+        What was started is exchanged before, since peers that have begun it wait for this rank's rows.
+        """
         worker, self._worker = self._worker, None
         if worker is not None:
-            worker.shutdown(wait=True, cancel_futures=True)
+            worker.shutdown(wait=True)
         handle, self._handle = self._handle, None
         if handle is not None:
             torch.ops.megatron_samoe.all_to_all_close(handle)
