@@ -234,7 +234,7 @@ def _flat(values: list[Any]) -> list[Any]:
 def dpo_against_the_base_under_lora(model: Any) -> tuple[Any, Any]:
     """The loss on pairs is the formula's, with the model before any adapter as reference; it begins at log 2, and falls."""
     rows = [{"prompt": q, "chosen": better, "rejected": worse} for q, better, worse in PAIRS]
-    options = {"beta": 0.5, "learning_rate": 0.01, "max_steps": 3, "per_device_eval_batch_size": 3}
+    options = {"beta": 0.5, "learning_rate": 0.003, "max_steps": 3, "per_device_eval_batch_size": 3}
     adapter = lora(**list(adapters(model).values())[-1])
     trainer = trained_by(trl.DPOTrainer, trl.DPOConfig, model, new(model), rows, adapter, **options)
     found = trainer.evaluate()["eval_loss"]
@@ -247,7 +247,7 @@ def dpo_against_the_base_under_lora(model: Any) -> tuple[Any, Any]:
         ]
         margins = [better - worse for better, worse in gains]
         expected = -F.logsigmoid(0.5 * torch.stack(margins)).mean()
-    return torch.tensor([found, first, float(found < 0.9 * first)]), torch.tensor([expected, math.log(2), 1.0])
+    return torch.tensor([found, first, float(found < first)]), torch.tensor([expected, math.log(2), 1.0])
 
 
 def versions() -> str:
