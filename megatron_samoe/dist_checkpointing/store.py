@@ -166,8 +166,10 @@ def find_checkpoint(
                 say_once(f"{line} It is passed over; loading iteration {iteration}.")
             return directory
         damaged.append(said)
-    hint = f"Choose another with {words.step}." if config.ckpt_step is not None and len(iterations) > 1 else ""
-    raise CheckpointError(" ".join([*damaged[:3], hint]).strip(), collective=True)
+    hint = f"Choose another with {words.step}."
+    if len(damaged) == len(iterations):
+        hint = f"{config.load} has no other: bring one back from a copy, or move the folder away."
+    raise CheckpointError(" ".join([*damaged[:3], hint]), collective=True)
 
 
 def _in_order_of_choice(config: CheckpointConfig, iterations: list[int]) -> list[int]:
