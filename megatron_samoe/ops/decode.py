@@ -30,9 +30,15 @@ from megatron_samoe.ops.decode_parts import (
 
 def stored(weight: Tensor, kind: WeightType) -> Weight:
     """Returns a weight of the given kind for inference; the tensor itself where nothing changes."""
-    if kind == "int8":
-        return decode_reference.quantize(weight)
-    return Weight(weight.detach().to(WEIGHT_DTYPES[kind]).contiguous())
+    if kind != "int8":
+        return Weight(weight.detach().to(WEIGHT_DTYPES[kind]).contiguous())
+    source = weight.detach().contiguous()
+    if source.dtype == torch.float16:
+        source = source.float()
+    made = Weight(torch.empty_like(source, dtype=torch.int8), source.new_empty(source.shape[:-1], dtype=torch.float32))
+    # Torch's ops would need several tensors of fp32 in between, whose fresh memory costs more than the arithmetic.
+    combine_rows([Weight(source)], torch.ones(1, device=source.device), made)
+    return made
 
 
 def linear(x_TK: Tensor, weight: Weight, bias: Tensor | None, out_TN: Tensor, accumulate: bool = False) -> Tensor:

@@ -16,7 +16,8 @@ def quantize(weight: Tensor) -> Weight:
     """Returns int8 data [.., outputs, inputs] and fp32 scales [.., outputs]; a row's largest magnitude becomes 127."""
     weight = weight.detach().float()
     peak = weight.abs().amax(-1)
-    inverse = torch.where(peak > 0, 127.0 / peak, torch.zeros_like(peak))
+    # A number over a tensor is the tensor's reciprocal times the number, rounded twice.
+    inverse = torch.where(peak > 0, torch.full_like(peak, 127.0) / peak, torch.zeros_like(peak))
     return Weight((weight * inverse[..., None]).round_().to(torch.int8), peak / 127.0)
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -266,6 +267,18 @@ def test_combine_rows(device, kind, coefficients, rows, cols):
     else:
         rtol = 1e-6 if kind == "fp32" else 8e-3
         torch.testing.assert_close(out.data.cpu(), exact.to(out.data.dtype), rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bytes_of_weights(dtype):
+    weight = normal(1, 3, 5, 77).to(dtype)
+    weight[1, 2] = 0
+    x = weight.float().numpy()
+    largest = np.abs(x).max(-1, keepdims=True)
+    factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    made = stored(weight, "int8")
+    np.testing.assert_array_equal(made.data, np.rint(x * factor))
+    np.testing.assert_array_equal(made.scale, largest[..., 0] / np.float32(127))
 
 
 @pytest.mark.parametrize(
