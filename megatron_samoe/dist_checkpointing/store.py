@@ -166,9 +166,7 @@ def find_checkpoint(
                 say_once(f"{line} It is passed over; loading iteration {iteration}.")
             return directory
         damaged.append(said)
-    hint = f"Choose another with {words.step}."
-    if len(damaged) == len(iterations):
-        hint = f"{config.load} has no other: bring one back from a copy, or move the folder away."
+    hint = f"Choose another with {words.step}." if len(damaged) < len(iterations) else "Bring one back from a copy."
     raise CheckpointError(" ".join([*damaged[:3], hint]), collective=True)
 
 

@@ -164,7 +164,7 @@ def test_an_older_checkpoint_is_loaded_where_files_are_damaged(
     assert caught.value.collective
     (file,) = older.glob("*.distcp")
     damage(file)
-    with pytest.raises(CheckpointError, match=r"iter_0000005 is damaged.*iter_0000003 is damaged.* has no other"):
+    with pytest.raises(CheckpointError, match=r"iter_0000005 is damaged.*iter_0000003 is damaged.* from a copy"):
         load_newest(tmp_path, wanted())
 
 
