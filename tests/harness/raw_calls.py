@@ -36,7 +36,7 @@ DTYPES = [
 #: the last ones are 0 in 64 bits.
 HUGE = ((1 << 31) - 1, 1 << 32, 1 << 62)
 #: What a call may take of addresses besides what is taken before, and how long it may run.
-ROOM_BYTES, SECONDS = 1 << 30, 5
+ROOM_BYTES, SECONDS = 1 << 30, 30
 
 
 def _wrong_tensors(good: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
