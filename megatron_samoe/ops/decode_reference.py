@@ -13,12 +13,15 @@ from megatron_samoe.ops.topk_gate import limited, relu_gate
 
 
 def quantize(weight: Tensor) -> Weight:
-    """Returns int8 data [.., outputs, inputs] and fp32 scales [.., outputs]; a row's largest magnitude becomes 127."""
+    """Returns int8 data [.., outputs, inputs] and fp32 scales [.., outputs]; a row's largest magnitude becomes 127.
+
+    The scale of a row with a number that is not finite is NaN.
+    """
     weight = weight.detach().float()
     peak = weight.abs().amax(-1)
-    # A number over a tensor is the tensor's reciprocal times the number, rounded twice.
+    # torch computes 127.0 / peak by peak's reciprocal, which rounds twice.
     inverse = torch.where(peak > 0, torch.full_like(peak, 127.0) / peak, torch.zeros_like(peak))
-    return Weight((weight * inverse[..., None]).round_().to(torch.int8), peak / 127.0)
+    return Weight((weight * inverse[..., None]).round_().to(torch.int8), peak / 127.0 + peak * 0.0)
 
 
 def linear(x_TK: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:

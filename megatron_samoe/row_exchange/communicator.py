@@ -213,11 +213,11 @@ class Communicator:
     def close(self) -> None:
         """Frees what the communicator holds. A peer that still needs this rank gets a CommunicationError.
 
-        What was started is exchanged before, since peers that have begun it wait for this rank's rows.
+        Exchanges that were started end first: peers that have begun them wait for this rank's rows.
         """
         worker, self._worker = self._worker, None
         if worker is not None:
-            worker.shutdown(wait=True)
+            worker.shutdown()
         handle, self._handle = self._handle, None
         if handle is not None:
             torch.ops.megatron_samoe.all_to_all_close(handle)

@@ -101,15 +101,19 @@ __global__ void combine_rows_kernel(cpu::CombineRows a, Banks banks) {
   if (row >= a.num_rows) return;
   float inverse = 0.0f;
   if (a.out_type == WeightType::i8) {
-    float peak = 0.0f;
+    float peak = 0.0f, zeros = 0.0f;  // zeros: NaN where a number is not finite
     for (int64_t c = lane_of_thread() * V; c < a.num_cols; c += kWarp * V) {
       float sum[V] = {};
       add_banks<V>(a, banks, row, c, sum);
-      for (int v = 0; v < V; ++v) peak = fabsf(sum[v]) > peak ? fabsf(sum[v]) : peak;
+      for (int v = 0; v < V; ++v) {
+        peak = fabsf(sum[v]) > peak ? fabsf(sum[v]) : peak;
+        zeros += sum[v] * 0.0f;
+      }
     }
     peak = warp_max(peak);
+    zeros = warp_sum(zeros);
     inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
-    if (lane_of_thread() == 0) a.out_scale[row] = peak / 127.0f;
+    if (lane_of_thread() == 0) a.out_scale[row] = peak / 127.0f + zeros;
   }
   for (int64_t c = lane_of_thread() * V; c < a.num_cols; c += kWarp * V) {
     const int64_t offset = row * a.num_cols + c;

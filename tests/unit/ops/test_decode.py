@@ -269,16 +269,21 @@ def test_combine_rows(device, kind, coefficients, rows, cols):
         torch.testing.assert_close(out.data.cpu(), exact.to(out.data.dtype), rtol=rtol, atol=1e-6)
 
 
+@on(CPU, EMULATED, GPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_bytes_of_weights(dtype):
+def test_bytes_of_weights(device, dtype):
     weight = normal(1, 3, 5, 77).to(dtype)
-    weight[1, 2] = 0
+    weight[1, 2], weight[2, 3, 70], weight[2, 4, 3] = 0, torch.nan, torch.inf
     x = weight.float().numpy()
     largest = np.abs(x).max(-1, keepdims=True)
     factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
-    made = stored(weight, "int8")
-    np.testing.assert_array_equal(made.data, np.rint(x * factor))
-    np.testing.assert_array_equal(made.scale, largest[..., 0] / np.float32(127))
+    made = stored(weight.to(device), "int8")
+    for row in np.ndindex(3, 5):
+        if np.isfinite(largest[row]):
+            np.testing.assert_array_equal(made.data[row].cpu(), np.rint(x[row] * factor[row]))
+            assert made.scale[row].item() == largest[row] / np.float32(127)
+        else:
+            assert made.scale[row].isnan()
 
 
 @pytest.mark.parametrize(

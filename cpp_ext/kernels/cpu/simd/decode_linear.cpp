@@ -68,15 +68,16 @@ void decode_norm(const DecodeNorm& a) {
 
 namespace {
 
-// Stores a row, scaled so that its largest magnitude becomes 127.
+// Stores a row, scaled so that its largest magnitude becomes 127. A number that is not finite makes the scale NaN.
 void store_i8(const float* row, int64_t num_cols, int8_t* out, float* scale) {
-  vf peaks = vf{};
+  vf peaks = vf{}, zeros = vf{};
   for (int64_t k = 0; k < num_cols; k += kLanes) {
     const vf x = load_part(row + k, num_cols - k);
     peaks = larger((vf)((vi)x & 0x7fffffff), peaks);
+    zeros += x * 0.0f;
   }
   const float peak = max_lanes(peaks);
-  *scale = peak / 127.0f;
+  *scale = peak / 127.0f + sum_lanes(zeros);
   const float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   for (int64_t k = 0; k < num_cols; k += kLanes) {
