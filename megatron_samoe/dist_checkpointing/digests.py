@@ -9,9 +9,9 @@ import io
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from blake3 import blake3
 
 #: Of a file that is digested: a block is still in the processor's cache when it is digested.
 BLOCK_BYTES = 4 << 20
-BLOCKS_AHEAD = 2
+BLOCKS_AHEAD = 4
+#: Threads that read a file.
+READERS = 2
 
 
 def new_digest(like: str = "") -> Any:
@@ -69,49 +71,43 @@ def digest_of(
 ) -> str:
     """Returns a file's digest, of the same kind as `like`, and fills targets with the bytes that were digested.
 
-    Each byte is read once, by one thread, while another digests the block before it.
+    Each byte is read once. Threads read ahead, since to take pages from the system costs more than to digest them.
 
     Args:
-        targets: returns them for the open file, in its order and without overlaps. Each is asked for when the file is read
-            up to the one before, all of them before the end. Those beyond the file's end are not filled.
+        targets: returns them for the open file, in its order and without overlaps. Each is asked for some blocks before its
+            bytes are read, all of them before the end. Those beyond the file's end are not filled.
     """
     digest = new_digest(like)
-    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
+    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(READERS) as readers:
+        fd = file.fileno()
         # In the file's order the system reads far ahead, in requests as large as the disk takes.
-        advise(file.fileno(), "SEQUENTIAL")
-        blocks = _blocks(file.fileno(), targets(file))
-        pending = deque(reader.submit(next, blocks, None) for _ in range(BLOCKS_AHEAD))
-        while (block := pending.popleft().result()) is not None:
-            pending.append(reader.submit(next, blocks, None))
-            digest.update(block)
+        advise(fd, "SEQUENTIAL")
+        blocks = _blocks(os.fstat(fd).st_size, targets(file))
+        pending = deque[tuple[Target, Future[memoryview]]]()
+        while True:
+            for block in islice(blocks, BLOCKS_AHEAD - len(pending)):
+                pending.append((block, readers.submit(read_up_to, block.memory, fd, block.offset)))
+            if not pending:
+                break
+            block, reading = pending.popleft()
+            digest.update(read := reading.result())
+            if len(read) < len(block.memory):
+                break  # the file became shorter
+            block.filled()
     return digest.hexdigest()
 
 
-def _blocks(fd: int, targets: Iterator[Target]) -> Iterator[memoryview]:
-    """Reads a file and yields its bytes in order: those of targets in their memory, all else in memory that is used again."""
-    size, position = os.fstat(fd).st_size, 0
+def _blocks(size: int, targets: Iterator[Target]) -> Iterator[Target]:
+    """Yields a file's bytes in order as blocks: those of targets in their memory, all else in memory that is used again."""
+    position = 0
     spare = cycle([memoryview(bytearray(min(size, BLOCK_BYTES))) for _ in range(BLOCKS_AHEAD + 1)])
-    while position < size:
-        target = next(targets, None)
-        start = size if target is None else target.offset
-        while position < start:
-            block = read_up_to(next(spare)[: start - position], fd, position)
-            if not block:
-                return
-            yield block
-            position += len(block)
-        if target is None:
-            return
-        end = start + len(target.memory)
-        while position < end:
-            block = read_up_to(target.memory[position - start :][:BLOCK_BYTES], fd, position)
-            if not block:
-                return
-            yield block
-            position += len(block)
-        target.filled()
-    for _ in targets:
-        pass
+    for target in chain(targets, [Target(size, memoryview(b""))]):
+        for start in range(position, target.offset, BLOCK_BYTES):
+            yield Target(start, next(spare)[: target.offset - start])
+        for start in range(0, len(target.memory), BLOCK_BYTES):
+            yield Target(target.offset + start, target.memory[start : start + BLOCK_BYTES])
+        position = target.offset + len(target.memory)
+        yield Target(position, memoryview(b""), target.filled)
 
 
 def read_up_to(memory: memoryview, fd: int, offset: int) -> memoryview:

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from megatron_samoe.dist_checkpointing.digests import Target, advise, digest_of, is_damage, read_up_to
+from megatron_samoe.dist_checkpointing.digests import BLOCK_BYTES, Target, advise, digest_of, is_damage, read_up_to
 from megatron_samoe.dist_checkpointing.saved_tensor import (
     SavedBytes,
     find_saved_bytes,
@@ -175,15 +175,14 @@ class _WantedPart:
         return sum(target.numel() for target, _ in self.copies) * self.parted.dtype.itemsize
 
     def runs(self) -> list[tuple[int, Tensor]]:
-        """Returns each overlap with the number of its first element, in order, if all are runs of the stored elements that can be
-        read to where they belong; else nothing."""
+        """Returns each overlap with the number of its first element, in order, if all are runs of the stored elements; else
+        nothing."""
         runs, end = [], 0
         steps = torch.empty(self.stored.sizes, device="meta").stride()
         for target, box in self.copies:
             first = sum(axis.start * step for axis, step in zip(box, steps, strict=True))
             last = sum((axis.stop - 1) * step for axis, step in zip(box, steps, strict=True))
-            fits = target.dtype == self.parted.dtype and target.is_contiguous() and target.device.type == "cpu"
-            if not fits or last - first + 1 != target.numel():
+            if not target.is_contiguous() or last - first + 1 != target.numel():
                 return []
             runs.append((first, target))
         runs.sort(key=lambda run: run[0])
@@ -193,19 +192,10 @@ class _WantedPart:
             end = first + target.numel()
         return runs
 
-    def memory(self) -> Tensor:
-        """Returns memory for the stored part: this rank's own if it fits, since a copy between needs its size once more."""
-        for target, _ in self.copies:
-            fits = target.shape == self.stored.sizes and target.dtype == self.parted.dtype
-            if fits and target.is_contiguous() and target.device.type == "cpu":
-                return target
-        return torch.empty(self.stored.sizes, dtype=self.parted.dtype)
-
     def take(self, saved: Tensor) -> None:
-        """Copies the overlaps from the stored part, which may be one of them."""
+        """Copies the overlaps from the stored part."""
         for target, box in self.copies:
-            if target is not saved:
-                target.copy_(saved[box])
+            target.copy_(saved[box])
 
 
 @dataclass(frozen=True)
@@ -316,32 +306,44 @@ class _FileReading:
                 tail = part.stored.start + part.stored.length - mmap.PAGESIZE
                 advise(file.fileno(), "WILLNEED", tail, mmap.PAGESIZE)
         for part in self.parts:
-            found: list[Target] = []
             with self._noting(part):
                 if part.stored.start + part.stored.length > size:
                     raise EOFError("the file ends within it")
                 if part.stored.start < end:
                     raise ValueError("it begins within another part")
-                found = self._targets_of(file, part)
-            for target in found:
-                yield target
-                end = target.offset + target.memory.nbytes
+                for target in self._targets_of(file, part):
+                    yield target
+                    end = target.offset + target.memory.nbytes
 
-    def _targets_of(self, file: io.FileIO, part: _WantedPart) -> list[Target]:
-        """Returns the memory that a part goes to; none for one that is to be read later."""
+    def _targets_of(self, file: io.FileIO, part: _WantedPart) -> Iterator[Target]:
+        """Yields the memory that a part goes to; none for one that is to be read later."""
         stored = part.stored
         if stored.length <= SMALL_BYTES:
             content = bytearray(stored.length)
-            return [Target(stored.start, memoryview(content), partial(self._take_small, part, content))]
+            yield Target(stored.start, memoryview(content), partial(self._take_small, part, content))
+            return
         saved = find_saved_bytes(file, stored.start, stored.length)
         if saved is None:
             self._others.append(part)
-            return []
+            return
         _refuse_other(self.path, part.name, saved, part.parted, stored)
         if runs := part.runs():
-            return [Target(saved.offset + first * saved.dtype.itemsize, _bytes_of(run)) for first, run in runs]
-        memory = part.memory()
-        return [Target(saved.offset, _bytes_of(memory), partial(self._take, part, memory))]
+            for first, run in runs:
+                yield from self._targets_of_run(part, saved.offset + first * saved.dtype.itemsize, run.view(-1))
+        else:
+            memory = torch.empty(stored.sizes, dtype=saved.dtype)
+            yield Target(saved.offset, _bytes_of(memory), partial(self._take, part, memory))
+
+    def _targets_of_run(self, part: _WantedPart, offset: int, run: Tensor) -> Iterator[Target]:
+        """Yields a run's own memory, or where it is of another dtype or device, blocks from which it is copied."""
+        dtype = part.parted.dtype
+        if run.dtype == dtype and run.device.type == "cpu":
+            yield Target(offset, _bytes_of(run))
+            return
+        for piece in run.split(BLOCK_BYTES // dtype.itemsize):
+            block = torch.empty(piece.shape, dtype=dtype)
+            yield Target(offset, _bytes_of(block), partial(piece.copy_, block))
+            offset += block.nbytes
 
     def _take(self, part: _WantedPart, saved: Tensor) -> None:
         with self._noting(part):

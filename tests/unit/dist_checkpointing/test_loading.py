@@ -45,6 +45,7 @@ def saved(root: Path, iteration: int) -> Path:
 @pytest.fixture(name="small_blocks")
 def blocks_smaller_than_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digests, "BLOCK_BYTES", 100_000)
+    monkeypatch.setattr(loading, "BLOCK_BYTES", 70_000)
     monkeypatch.setattr(loading, "SMALL_BYTES", 10_000)
 
 
@@ -59,7 +60,7 @@ def wanted() -> dict[str, list[ShardedTensor]]:
     return {
         "large.0": [part(every)],
         "large.1": [part(slice(100, 300)), part(slice(0, 7), slice(5, 9)), part(every)],
-        "large.2": [part(every, dtype=torch.float64), part(slice(0, 100), dtype=torch.bfloat16)],
+        "large.2": [part(slice(100, ROWS), dtype=torch.float64), part(slice(0, 100), dtype=torch.bfloat16)],
         "transposed": [ShardedTensor(torch.zeros(COLUMNS, ROWS), (COLUMNS, ROWS), (0, 0), True)],
         "large.3": [ShardedTensor(torch.zeros(COLUMNS, ROWS).t(), (ROWS, COLUMNS), (0, 0), True)],
         "small.1": [ShardedTensor(torch.zeros(2, dtype=torch.bfloat16), (3,), (1,), True)],
