@@ -242,8 +242,8 @@ def foreign_originals(held_out: HeldOut) -> list[str]:
     """Returns which originals of compressions are not the store's models."""
     return [
         f"docs/results/compression: the original of {budget}, seed {seed}, has another loss than the store's MoE of 32"
-        for budget in ("half", "quarter")
-        for seed, loss in held_out.derived[f"{budget}/original"].items()
+        for budget in ("half", "quarter", "whole_half", "whole_quarter")
+        for seed, loss in held_out.derived.get(f"{budget}/original", {}).items()
         if abs(loss - held_out.trained[MANY].get(seed, math.nan)) > 1e-5
     ]
 
