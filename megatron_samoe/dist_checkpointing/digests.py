@@ -18,8 +18,8 @@ from typing import Any
 from blake3 import blake3
 
 #: Of a file that is digested: a block is still in the processor's cache when it is digested.
-BLOCK_BYTES = 4 << 20
-BLOCKS_AHEAD = 4
+BLOCK_BYTES = 1 << 20
+BLOCKS_AHEAD = 6
 #: Threads that read a file.
 READERS = 2
 

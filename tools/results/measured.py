@@ -134,13 +134,15 @@ def _layers_worth() -> Figures:
 
 def _compressed() -> Figures:
     """Losses on the test split over the original's, which `second_compression.py` wrote, by budget and seed."""
-    for model in ("fitted", "healed-routers", "blind-healed", "pruned-healed", "original-longer"):
+    others = ("blind-healed", "pruned-healed", "original-longer")
+    for kind, models in (("", ("fitted", "healed-routers", *others)), ("whole_", ("healed-all", *others))):
         kept = [
             json.loads(path.read_text(encoding="utf-8"))
             for budget in ("half", "quarter")
-            for path in sorted((RESULTS / "compression").glob(f"seed-*-{budget}.json"))
+            for path in sorted((RESULTS / "compression").glob(f"seed-*-{kind}{budget}.json"))
         ]
-        yield [models[model]["test_loss"] - models["original"]["test_loss"] for models in kept]
+        for model in models:
+            yield [found[model]["test_loss"] - found["original"]["test_loss"] for found in kept]
 
 
 def _quickstart() -> Figures:

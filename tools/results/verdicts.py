@@ -25,6 +25,9 @@ HEAD = "| claim | model | from | seeds | difference | own interval | p | support
 #: The models that others are compared with.
 FEW, MANY = "second_regime/moe of 8", "second_regime/moe of 32"
 
+#: Claims that the table of verdicts leaves to the text and to docs/compression.md.
+UNTABLED = ("G2", "own experts", "E5, others")
+
 #: FEW's further seeds, which count as FEW's from when all that E1 waits for is there.
 MORE = "third_own/moe of 8"
 
@@ -207,8 +210,8 @@ def short(model: str) -> str:
 
 
 def verdict_table(verdicts: Iterable[Verdict]) -> str:
-    """Returns the table of Markdown; without G2, whose ten rows say the same, and what docs/compression.md tells."""
-    return table_of(HEAD, (verdict.cells for verdict in verdicts if verdict.claim.name not in ("G2", "own experts")))
+    """Returns the table of Markdown, without the claims of `UNTABLED`."""
+    return table_of(HEAD, (verdict.cells for verdict in verdicts if verdict.claim.name not in UNTABLED))
 
 
 def table_of(head: str, rows: Iterable[Iterable[str]]) -> str:
@@ -242,8 +245,9 @@ def foreign_originals(held_out: HeldOut) -> list[str]:
     """Returns which originals of compressions are not the store's models."""
     return [
         f"docs/results/compression: the original of {budget}, seed {seed}, has another loss than the store's MoE of 32"
-        for budget in ("half", "quarter", "whole_half", "whole_quarter")
-        for seed, loss in held_out.derived.get(f"{budget}/original", {}).items()
+        for budget, _, model in (name.partition("/") for name in held_out.derived)
+        if model == "original"
+        for seed, loss in held_out.derived[f"{budget}/original"].items()
         if abs(loss - held_out.trained[MANY].get(seed, math.nan)) > 1e-5
     ]
 
