@@ -178,7 +178,7 @@ class Quickstart:
 
     output_dir: Path = Path("runs/quickstart")
     """where everything goes"""
-    train_iters: int = 160
+    train_iters: int = 220
     """steps of each model"""
 
     def run(self) -> None:
@@ -203,7 +203,7 @@ class Quickstart:
 
         train_side_by_side(commands, out, ended)
         two = argv("--standalone --nproc-per-node 2 -m megatron_samoe pretrain")
-        split = argv("--expert-model-parallel-size 2 --micro-batch-size 8 --run-dir", str(out / FINISHED_BY_TWO))
+        split = argv("--expert-model-parallel-size 2 --micro-batch-size 4 --run-dir", str(out / FINISHED_BY_TWO))
         run(
             [*TORCHRUN, *two, *config, *MODELS[FINISHED_BY_TWO], *common, *split],
             f"4/5 continue {FINISHED_BY_TWO} on two ranks, half of the experts on each, for its last {PARALLEL_STEPS} steps",
