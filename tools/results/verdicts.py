@@ -31,6 +31,9 @@ UNTABLED = ("G2", "own experts", "E5, others")
 #: FEW's further seeds, which count as FEW's from when all that E1 waits for is there.
 MORE = "third_own/moe of 8"
 
+#: Models of another depth, which are judged by the others' spread and add nothing to it.
+DEEPER = "third_deep/"
+
 #: Losses by model and seed.
 Losses = Mapping[str, Mapping[int, float]]
 
@@ -43,21 +46,25 @@ class Claim:
         pairs: models, each with its baseline.
         waits_for: models whose runs must be there too.
         test: of the mean difference; docs/results/claims.yaml says which there are.
+        than: for the test `less`, by model: another, and its baseline.
     """
 
     name: str
     pairs: tuple[tuple[str, str], ...]
-    test: Literal["mean", "below", "within", "none"]
+    test: Literal["mean", "below", "within", "less", "none"]
     bound: float = 0.0
     waits_for: tuple[str, ...] = ()
+    than: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
         """All that it compares, baselines first."""
         return list(dict.fromkeys(name for pair in self.pairs for name in reversed(pair)))
 
-    def p_value(self, spread: Spread, found: np.ndarray) -> float:
-        """Returns the p of one pair's differences; nan without a test."""
+    def p_value(self, spread: Spread, found: np.ndarray, others: np.ndarray) -> float:
+        """Returns the p of one pair's differences, with those of the pair that they are to be less than; nan without a test."""
+        if self.test == "less":
+            return spread.p_less(found, others)
         if self.test == "below":
             return spread.p_below(found, self.bound)
         return spread.p_within(found, self.bound) if self.test == "within" else math.nan
@@ -67,7 +74,12 @@ def read_claims(path: Path) -> list[Claim]:
     """Returns the registered claims."""
     return [
         Claim(
-            row["claim"], tuple(row["pairs"].items()), row["test"], row.get("bound", 0), tuple(row.get("waits_for", ()))
+            row["claim"],
+            tuple(row["pairs"].items()),
+            row["test"],
+            row.get("bound", 0),
+            tuple(row.get("waits_for", ())),
+            row.get("than", {}),
         )
         for row in yaml.safe_load(path.read_text(encoding="utf-8"))
     ]
@@ -106,8 +118,8 @@ class HeldOut:
 
     @property
     def opened(self) -> Losses:
-        """Losses of those of them that were trained."""
-        return {name: self.trained[name] for name in self.judged if name in self.trained}
+        """Losses of those of them that were trained, and are as deep as most."""
+        return {name: self.trained[name] for name in self.judged if name in self.trained and DEEPER not in name}
 
     @property
     def spread(self) -> Spread:
@@ -193,11 +205,19 @@ def judge(held_out: HeldOut) -> Iterator[Verdict]:
     """Yields a verdict for each pair of each claim that can be judged."""
     spread = held_out.spread
     rows = {name: np.array(row) for name, row in by_seed({**held_out.trained, **held_out.derived}).items()}
+
+    def differences(model: str, base: str) -> np.ndarray:
+        d: np.ndarray = rows[model] - rows[base]
+        return d[np.isfinite(d)]
+
     for claim in held_out.ready:
-        found = {(model, base): rows[model] - rows[base] for model, base in claim.pairs}
-        found = {pair: d[np.isfinite(d)] for pair, d in found.items()}
+        found = {pair: differences(*pair) for pair in claim.pairs}
+        others = {pair: differences(*claim.than.get(pair[0], pair)) for pair in found}
         p_values = holm(
-            {pair: 1.0 if pair[0] in held_out.given_up else claim.p_value(spread, d) for pair, d in found.items()}
+            {
+                pair: 1.0 if pair[0] in held_out.given_up else claim.p_value(spread, d, others[pair])
+                for pair, d in found.items()
+            }
         )
         for pair, d in found.items():
             yield Verdict(claim, *pair, d, spread.half_width(d), p_values[pair])

@@ -72,6 +72,12 @@ class Spread:
             return 0.5 + 0.5 * float(np.sign(beyond))
         return float(stats.t.cdf(beyond / error, freedom))
 
+    def p_less(self, differences: np.ndarray, others: np.ndarray) -> float:
+        """Returns the probability of a mean of differences so far below that of other models' if both true ones are equal."""
+        (error, freedom), (of_others, others_freedom) = self.of_mean(differences), self.of_mean(others)
+        beyond = float(differences.mean() - others.mean())
+        return float(stats.t.cdf(beyond / math.hypot(error, of_others), min(freedom, others_freedom)))
+
     def p_value(self, differences: np.ndarray) -> float:
         """Returns the probability of so large a mean, on either side, of differences between two equal models."""
         return 2 * float(np.minimum(self.p_below(differences), self.p_below(-differences)))

@@ -77,6 +77,20 @@ def test_claims_are_judged_with_one_spread_and_a_model_that_was_given_up_is_not_
     assert with_table(page.replace("| G9 | same", "| G9 | other"), verdict_table([good, same, lost])) == page
 
 
+def test_a_difference_at_another_depth_is_compared_with_one_by_the_spread_of_the_first_depth() -> None:
+    shallow = {"second_s/moe": [3.50, 3.52, 3.51], "second_s/pool": [3.54, 3.55, 3.56]}
+    deep = {"third_deep/moe": [3.40, 3.50], "third_deep/pool": [3.41, 3.515]}
+    rows = [(name, seed, loss) for name, row in shallow.items() for seed, loss in enumerate(row)]
+    fit = smf.ols("y ~ C(m) + C(s)", pandas.DataFrame(rows, columns=["m", "s", "y"])).fit()
+    than = {"third_deep/pool": ("second_s/pool", "second_s/moe")}
+    less = Claim("G9", (("third_deep/pool", "third_deep/moe"),), "less", than=than)
+    by_model = {name: dict(enumerate(row)) for name, row in (shallow | deep).items()}
+    same = Claim("G8", (("second_s/pool", "second_s/moe"),), "below")
+    _, found = judge(held_out(by_model, less, claims=[same, less]))
+    t = (0.0125 - 0.04) / (fit.mse_resid * (2 / 2 + 2 / 3)) ** 0.5
+    assert found.p == pytest.approx(stats.t.cdf(t, fit.df_resid)) and found.mean == pytest.approx(0.0125)
+
+
 def test_a_loss_on_the_test_split_is_not_looked_at_before_all_of_a_claim_is_there() -> None:
     trained = {f"second_s/{name}": {1: 3.5, 2: 3.6} for name in ("moe", "good", "same", "lost")}
     found = held_out(trained, SMALL, whole=frozenset(trained) - {"second_s/same"})
