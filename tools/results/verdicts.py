@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,7 @@ HEAD = "| claim | model | from | seeds | difference | own interval | p | support
 FEW, MANY = "second_regime/moe of 8", "second_regime/moe of 32"
 
 #: Claims that the table of verdicts leaves to the text and to docs/compression.md.
-UNTABLED = ("G2", "own experts", "E5, others")
+UNTABLED = ("G2", "own experts", "E2a, rate", "E5, others")
 
 #: FEW's further seeds, which count as FEW's from when all that E1 waits for is there.
 MORE = "third_own/moe of 8"
@@ -61,10 +61,16 @@ class Claim:
         """All that it compares, baselines first."""
         return list(dict.fromkeys(name for pair in self.pairs for name in reversed(pair)))
 
-    def p_value(self, spread: Spread, found: np.ndarray, others: np.ndarray) -> float:
-        """Returns the p of one pair's differences, with those of the pair that they are to be less than; nan without a test."""
+    @property
+    def needs(self) -> list[str]:
+        """All whose runs must be there."""
+        return [*self.models, *self.waits_for, *(name for pair in self.than.values() for name in pair)]
+
+    def p_value(self, spread: Spread, pair: tuple[str, str], differences: Callable[[str, str], np.ndarray]) -> float:
+        """Returns the p of one pair; nan without a test."""
+        found = differences(*pair)
         if self.test == "less":
-            return spread.p_less(found, others)
+            return spread.p_less(found, differences(*self.than[pair[0]]))
         if self.test == "below":
             return spread.p_below(found, self.bound)
         return spread.p_within(found, self.bound) if self.test == "within" else math.nan
@@ -109,7 +115,7 @@ class HeldOut:
     @property
     def ready(self) -> list[Claim]:
         """The claims that can be judged."""
-        return [claim for claim in self.claims if self.whole.issuperset((*claim.models, *claim.waits_for))]
+        return [claim for claim in self.claims if self.whole.issuperset(claim.needs)]
 
     @property
     def judged(self) -> list[str]:
@@ -119,7 +125,9 @@ class HeldOut:
     @property
     def opened(self) -> Losses:
         """Losses of those of them that were trained, and are as deep as most."""
-        return {name: self.trained[name] for name in self.judged if name in self.trained and DEEPER not in name}
+        return {
+            name: self.trained[name] for name in self.judged if name in self.trained and not name.startswith(DEEPER)
+        }
 
     @property
     def spread(self) -> Spread:
@@ -211,16 +219,15 @@ def judge(held_out: HeldOut) -> Iterator[Verdict]:
         return d[np.isfinite(d)]
 
     for claim in held_out.ready:
-        found = {pair: differences(*pair) for pair in claim.pairs}
-        others = {pair: differences(*claim.than.get(pair[0], pair)) for pair in found}
         p_values = holm(
             {
-                pair: 1.0 if pair[0] in held_out.given_up else claim.p_value(spread, d, others[pair])
-                for pair, d in found.items()
+                pair: 1.0 if pair[0] in held_out.given_up else claim.p_value(spread, pair, differences)
+                for pair in claim.pairs
             }
         )
-        for pair, d in found.items():
-            yield Verdict(claim, *pair, d, spread.half_width(d), p_values[pair])
+        for pair, p in p_values.items():
+            d = differences(*pair)
+            yield Verdict(claim, *pair, d, spread.half_width(d), p)
 
 
 def short(model: str) -> str:

@@ -64,19 +64,12 @@ class Spread:
 
     def p_below(self, differences: np.ndarray, bound: float = 0.0) -> float:
         """Returns the probability of so small a mean of differences between two models whose true one is a bound."""
-        error, freedom = self.of_mean(differences)
-        if freedom <= 0:
-            return math.nan
-        beyond = float(differences.mean()) - bound
-        if error == 0:  # which has no t
-            return 0.5 + 0.5 * float(np.sign(beyond))
-        return float(stats.t.cdf(beyond / error, freedom))
+        return _p_so_low(float(differences.mean()) - bound, *self.of_mean(differences))
 
     def p_less(self, differences: np.ndarray, others: np.ndarray) -> float:
         """Returns the probability of a mean of differences so far below that of other models' if both true ones are equal."""
-        (error, freedom), (of_others, others_freedom) = self.of_mean(differences), self.of_mean(others)
-        beyond = float(differences.mean() - others.mean())
-        return float(stats.t.cdf(beyond / math.hypot(error, of_others), min(freedom, others_freedom)))
+        errors, freedoms = zip(self.of_mean(differences), self.of_mean(others), strict=True)
+        return _p_so_low(float(differences.mean() - others.mean()), math.hypot(*errors), min(freedoms))
 
     def p_value(self, differences: np.ndarray) -> float:
         """Returns the probability of so large a mean, on either side, of differences between two equal models."""
@@ -85,6 +78,14 @@ class Spread:
     def p_within(self, differences: np.ndarray, margin: float) -> float:
         """Returns the larger p of two one-sided tests: that the true mean is not above -margin, and not below margin."""
         return float(np.maximum(self.p_below(differences, margin), self.p_below(-differences, margin)))
+
+
+def _p_so_low(beyond: float, error: float, freedom: float) -> float:
+    if freedom <= 0:
+        return math.nan
+    if error == 0:  # which has no t
+        return 0.5 + 0.5 * float(np.sign(beyond))
+    return float(stats.t.cdf(beyond / error, freedom))
 
 
 def common_spread(losses: Mapping[str, Sequence[float]]) -> Spread:
