@@ -112,7 +112,7 @@ SAMOE_INLINE float softmax(float* scores, int64_t length, int64_t padded) {
   return 1.0f / exponentials(scores, padded, scores, &peak);
 }
 
-// Adds a page's values, weighted, to V vectors of M queries' channels.
+// Adds a page's values, weighted, to V vectors of M queries' channels; one may be a part.
 template <int M, int V, typename C>
 SAMOE_INLINE void value_tile(const C* values, const float* const* weights, int64_t first, int64_t count, int64_t D, int64_t d,
                              float* const* out) {
@@ -121,11 +121,12 @@ SAMOE_INLINE void value_tile(const C* values, const float* const* weights, int64
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sums[m][v] = load_part(out[m] + d + v * kLanes, left - v * kLanes);
+    for (int v = 0; v < V; ++v) sums[m][v] = V == 1 ? load_part(out[m] + d, left) : load(out[m] + d + v * kLanes);
   for (int64_t p = 0; p < count; ++p) {
+    const C* row = values + p * D + d;
     vf value[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) value[v] = load_part(values + p * D + d + v * kLanes, left - v * kLanes);
+    for (int v = 0; v < V; ++v) value[v] = V == 1 ? load_part(row, left) : load(row + v * kLanes);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
       const vf w = splat(weights[m][first + p]);
@@ -136,7 +137,7 @@ SAMOE_INLINE void value_tile(const C* values, const float* const* weights, int64
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store_part(out[m] + d + v * kLanes, sums[m][v], left - v * kLanes);
+    for (int v = 0; v < V; ++v) store_part(out[m] + d + v * kLanes, sums[m][v], V == 1 ? left : kLanes);
 }
 
 template <int M, typename C>

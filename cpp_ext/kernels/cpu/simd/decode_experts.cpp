@@ -7,6 +7,9 @@ namespace cpu {
 namespace SAMOE_ISA {
 namespace {
 
+constexpr int64_t kPieceOuts = 128;
+static_assert(kTileRows * kPieceOuts <= kRowBlock * kTaskOuts);  // both fit into a thread's memory
+
 // Slots (t, k) sorted by expert: those of hit expert u are slots[starts[u]] .. slots[starts[u + 1] - 1].
 struct Hits {
   explicit Hits(const DecodeExperts& a) {
@@ -59,24 +62,33 @@ void activate(float* h, const float* up, int64_t size) {
   }
 }
 
+// Rows of w that a task takes, a multiple of kTaskOuts. Memory gives long pieces sooner (a gated expert's lie in two places), by 4 to
+// 10 % on a Zen 5; there are still eight tasks a member. Results of many tokens stay in the cache only if pieces are short.
+int64_t piece_outs(const Hits& hits, bool is_few, int64_t outputs, int num_members) {
+  const int64_t fair = hits.num * outputs / (8 * num_members) / kTaskOuts * kTaskOuts;
+  return !is_few || fair < kTaskOuts ? kTaskOuts : (fair < kPieceOuts ? fair : kPieceOuts);
+}
+
 // The experts' two products as one order of tasks: first every hit expert's columns of h, then those of y.
 struct Work {
-  Work(const DecodeExperts& a, const Hits& hits)
-      : a(a), hits(hits), tasks1((a.ffn + kTaskOuts - 1) / kTaskOuts), tasks2((a.hidden + kTaskOuts - 1) / kTaskOuts),
-        num1(hits.num * tasks1), num(num1 + hits.num * tasks2), width(a.gated ? 2 * a.ffn : a.ffn) {}
+  Work(const DecodeExperts& a, const Hits& hits, int num_members)
+      : a(a), hits(hits), is_few(hits.most_rows() <= kTileRows), outs1(piece_outs(hits, is_few, a.ffn, num_members)),
+        outs2(piece_outs(hits, is_few, a.hidden, num_members)), tasks1((a.ffn + outs1 - 1) / outs1),
+        tasks2((a.hidden + outs2 - 1) / outs2), num1(hits.num * tasks1), num(num1 + hits.num * tasks2),
+        width(a.gated ? 2 * a.ffn : a.ffn) {}
 
   // The first weights that a task reads.
   Following start(int64_t task) const {
     if (task < num1)
-      return start_of(a.w1, a.index1_E[hits.experts[task / tasks1]] * width + task % tasks1 * kTaskOuts, a.hidden);
+      return start_of(a.w1, a.index1_E[hits.experts[task / tasks1]] * width + task % tasks1 * outs1, a.hidden);
     task -= num1;
     if (task >= num - num1) return {};
-    return start_of(a.w2, a.index2_E[hits.experts[task / tasks2]] * a.hidden + task % tasks2 * kTaskOuts, a.ffn);
+    return start_of(a.w2, a.index2_E[hits.experts[task / tasks2]] * a.hidden + task % tasks2 * outs2, a.ffn);
   }
 
   void first_product(int64_t task, const PackedRows& tokens, const PackedRows& packed, Following following, float* up) const {
     const int64_t u = task / tasks1, expert = hits.experts[u], row = a.index1_E[expert] * width;
-    const int64_t first = task % tasks1 * kTaskOuts, last = first + kTaskOuts < a.ffn ? first + kTaskOuts : a.ffn;
+    const int64_t first = task % tasks1 * outs1, last = first + outs1 < a.ffn ? first + outs1 : a.ffn;
     const float factor = a.factor1_E == nullptr ? 1.0f : a.factor1_E[expert];
     const float* bias = a.b1 == nullptr ? nullptr : a.b1 + row;
     const char* x[kRowBlock];
@@ -88,7 +100,7 @@ struct Work {
         const int64_t slot = hits.slots[begin + m];
         x[m] = tokens.row(slot / a.topk);
         h[m] = a.h_NF + slot * a.ffn;
-        ups[m] = up + m * kTaskOuts;
+        ups[m] = up + m * outs1;
       }
       const Following ups_start = a.gated ? start_of(a.w1, row + a.ffn + first, a.hidden) : following;
       multiply(x, rows, a.w1, row, a.hidden, first, last, {h, 0, nullptr, bias, false, factor}, ups_start);
@@ -106,8 +118,7 @@ struct Work {
 
   void second_product(int64_t task, const PackedRows& slots, Following following) const {
     const int64_t u = (task - num1) / tasks2, expert = hits.experts[u], row = a.index2_E[expert] * a.hidden;
-    const int64_t first = (task - num1) % tasks2 * kTaskOuts;
-    const int64_t last = first + kTaskOuts < a.hidden ? first + kTaskOuts : a.hidden;
+    const int64_t first = (task - num1) % tasks2 * outs2, last = first + outs2 < a.hidden ? first + outs2 : a.hidden;
     const float factor = a.factor2_E == nullptr ? 1.0f : a.factor2_E[expert];
     const float* bias = a.b2 == nullptr ? nullptr : a.b2 + row;
     const char* h[kRowBlock];
@@ -125,7 +136,8 @@ struct Work {
 
   const DecodeExperts& a;
   const Hits& hits;
-  const int64_t tasks1, tasks2, num1, num, width;
+  const bool is_few;  // tokens of each expert
+  const int64_t outs1, outs2, tasks1, tasks2, num1, num, width;
 };
 
 void combine_token(const DecodeExperts& a, int64_t t) {
@@ -146,12 +158,12 @@ int64_t expert_memory_bytes(const DecodeExperts& a) {
 
 void experts_tasks(Member& member, const DecodeExperts& a, const PackedRows& tokens, void* memory) {
   const Hits hits(a);
-  const Work work(a, hits);
+  const Work work(a, hits, member.size());
   const PackedRows slots(a.h_NF, a.ffn, a.w2.type, memory);
   float* up = thread_floats(kRowBlock * kTaskOuts);
   const auto first = [&](int64_t task, int64_t after) { work.first_product(task, tokens, slots, work.start(after), up); };
   // Experts of many rows are bound by their products, so that one can take several times as long as another.
-  const int64_t most = hits.most_rows() > kTileRows ? 1 : Member::kAnyNumber;
+  const int64_t most = work.is_few ? Member::kAnyNumber : 1;
   member.tasks(work.num1, first, work.num - work.num1, most);
   member.wait();
   if (slots.packed != nullptr && !slots.takes_parts(kTaskOuts)) {
