@@ -122,10 +122,11 @@ class Decode(ServingBenchmark):
         with started(contestants) as workers:
             ours = [worker for worker in workers if worker.is_ours]
             counted = {(w.name, pair): w.measure(*pair, self.new_tokens, 1) for w in ours for pair in self.pairs}
-            for i, (pair, worker, result) in enumerate(self.measure(workers)):
-                if i % len(workers) == 0:
-                    bandwidth = memory.read()
-                results.setdefault((worker.name, pair), []).append({**result, "bandwidth": bandwidth})
+            before = memory.read()
+            for pair, worker, result in self.measure(workers):
+                after = memory.read()
+                results.setdefault((worker.name, pair), []).append({**result, "bandwidth": (before + after) / 2})
+                before = after
         rows = []
         for pair, worker in itertools.product(self.pairs, workers):
             of_first = results[ours[0].name, pair]
@@ -165,7 +166,7 @@ class Decode(ServingBenchmark):
             "read_mb_expected": step_bytes(*model).total / 1e6,
             "bandwidth_gb_s": bandwidth / 1e9,
             "floor_ms": num_bytes / bandwidth * 1e3,
-            # Round by round: memory that others use too changes its speed within a run.
+            # Round by round, by what was read before and after: memory that others use too changes its speed within a run.
             "share_of_floor": statistics.median(
                 num_bytes / speed / seconds for speed, seconds in zip(bandwidths, samples_s, strict=True)
             ),
