@@ -24,9 +24,9 @@ _LATE = {"late/moe-of-16": 2, "late/4-banks-of-16": 1, "late/pruned-to-8": 1}
 
 
 def shown_losses(held_out: HeldOut) -> Losses:
-    """Returns the losses that may be looked at of models that the study trained, those of the late cure among them."""
-    known = {**held_out.trained, **held_out.derived}
-    return {name: known[name] for name in held_out.judged if name in held_out.trained or name in _LATE}
+    """Returns the losses that may be looked at of models that are as deep as the MoE of 8, those of the late cure among them."""
+    known = {**held_out.opened, **held_out.derived}
+    return {name: known[name] for name in held_out.judged if name in held_out.opened or name in _LATE}
 
 
 def losses_table(models: Models, held_out: HeldOut) -> str:
