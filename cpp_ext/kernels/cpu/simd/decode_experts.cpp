@@ -63,7 +63,7 @@ void activate(float* h, const float* up, int64_t size) {
 }
 
 // Rows of w that a task takes, a multiple of kTaskOuts. Memory gives long pieces sooner (a gated expert's lie in two places), by 4 to
-// 10 % on a Zen 5; there are still eight tasks a member. Results of many tokens stay in the cache only if pieces are short.
+// 10 % on a Zen 5; there are still eight tasks a member. Experts of many tokens wait for their products, not for memory.
 int64_t piece_outs(const Hits& hits, bool is_few, int64_t outputs, int num_members) {
   const int64_t fair = hits.num * outputs / (8 * num_members) / kTaskOuts * kTaskOuts;
   return !is_few || fair < kTaskOuts ? kTaskOuts : (fair < kPieceOuts ? fair : kPieceOuts);
