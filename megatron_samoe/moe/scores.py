@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.ops import reference
 from megatron_samoe.ops.topk_gate import GateResult, expert_choice, gate_by_rule, threshold_gate
 from megatron_samoe.parallel_state.parameter_tag import ONES, Init, ParameterTag
 from megatron_samoe.tensor_parallel.layers import new_parameter, token_wise_spec
@@ -138,7 +137,13 @@ def score_of(config: MoEConfig) -> TopkScore:
 
 @lru_cache(maxsize=256)
 def _topk_squares(num_experts: int, topk: int, is_sigmoid: bool, pre_softmax: bool, logit_std: float) -> float:
-    probs_TK, *_ = reference.topk_gate(_normal(num_experts).mul_(logit_std), topk, is_sigmoid, pre_softmax, 1)
+    logits_TE = _normal(num_experts).mul_(logit_std)
+    if is_sigmoid:
+        logits_TE = F.logsigmoid(logits_TE)
+    if pre_softmax:
+        probs_TK = (logits_TE.exp() if is_sigmoid else logits_TE.softmax(1)).topk(topk).values
+    else:
+        probs_TK = logits_TE.topk(topk).values.softmax(1)
     return float(probs_TK.double().square().sum(1).mean())
 
 

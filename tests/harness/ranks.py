@@ -26,9 +26,9 @@ from unittest import mock
 
 _context = multiprocessing.get_context("forkserver")
 # What ranks and programs would import each for itself, which would be most of a short one's time: the first optimizer of a
-# process imports torch._dynamo, and a test's module the tools of tests.
+# process imports torch._dynamo, a pool's lock scipy.optimize, and a test's module the tools of tests.
 _LOADED = (
-    "torch torch._dynamo torch.distributed.checkpoint torch.utils.tensorboard torch.distributed.run "
+    "torch torch._dynamo torch.distributed.checkpoint torch.utils.tensorboard torch.distributed.run scipy.optimize "
     "megatron_samoe.cli.pretrain pytest hypothesis tests.harness.layout_training"
 ).split()
 _context.set_forkserver_preload([*_LOADED, "tests.harness.frozen"])
