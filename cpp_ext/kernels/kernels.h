@@ -137,7 +137,8 @@ struct NewtonSchulz {
 };
 
 // The kernels, each compiled once for every instruction set: X(result, name, arguments). copy_streamed writes past the
-// cache. has_bf16_product: whether this CPU runs it, which none but AVX-512's set may; bf16_product_work: bytes.
+// cache. has_bf16_product: whether this CPU runs it, which none but AVX-512's set may; bf16_product_workspace_bytes: of its
+// second argument.
 #define SAMOE_KERNELS(X) \
   X(void, gate_forward, (const GateForward&))                             \
   X(void, gate_backward, (const GateBackward&))                           \
@@ -155,7 +156,7 @@ struct NewtonSchulz {
   X(void, convert, (const Convert&))                                      \
   X(void, add_bias, (const AddBias&))                                     \
   X(bool, has_bf16_product, ())                                           \
-  X(int64_t, bf16_product_work, (const Bf16Product&))                     \
+  X(int64_t, bf16_product_workspace_bytes, (const Bf16Product&))          \
   X(void, bf16_product, (const Bf16Product&, void* work))                 \
   X(void, adamw, (const AdamW&))                                          \
   X(void, newton_schulz, (const NewtonSchulz&))                           \

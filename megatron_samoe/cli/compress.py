@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -50,66 +50,69 @@ class Compress(CompressOptions):
     sharing: Annotated[str, tyro.conf.arg(name="expert-sharing", metavar="MAP")] = "combined"
     """combined, tied, scaled, or a map such as own,0*3,own"""
     num_banks: Annotated[int, tyro.conf.arg(name="num-expert-banks", metavar="P")] = 1
-    """of layers that combine"""
+    """banks of experts that layers combine, for --expert-sharing combined"""
     num_sets: Annotated[int, tyro.conf.arg(name="num-expert-sets", metavar="N")] = 1
-    """of tied or scaled"""
+    """sets of experts that layers share, for --expert-sharing tied or scaled"""
     heal_iters: tuple[int, ...] = ()
     """steps of training: of banks only, then of banks, coefficients and routers, then of all weights"""
     heal_lr: float | None = None
-    """peak rate; that of the original's training if not given"""
+    """peak learning rate of healing; that of the original's training if not given"""
     teacher: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """model to learn from; the original if not given"""
     teacher_weight: float = 1.0
-    """of the divergence from the teacher, added to the cross-entropy"""
+    """weight of the KL divergence from the teacher in the loss"""
     heal_global_batch_size: Count = None
     """sequences of a step; those of the original's training if not given"""
     no_heal_others: bool = False
     """leave out the baselines' healing, and the original's training for the same steps"""
     heal_others_lr: float | None = None
-    """peak rate of the healed pruned and blind models; --heal-lr if not given"""
+    """peak learning rate of healing the baselines; --heal-lr if not given"""
     beside: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR [DIR ...]")] = ()
     """folders of other compressions of the same model, for the picture of loss against bytes"""
 
     def run(self) -> None:
+        """Fits the shared experts, heals them and the baselines, judges all on text, and writes the report."""
         configure_logging()
         iters = self._heal_iters()
         compression = Compression(self)
-        beside = _beside(self.beside, compression)
-        own = HealOptions(self.heal_lr, self.heal_global_batch_size, self.teacher_weight)
+        earlier = _verdicts_of(self.beside, compression)
+        options = HealOptions(self.heal_lr, self.heal_global_batch_size, self.teacher_weight)
         if sum(iters):
-            require_rate_and_batch(compression.config, own)
+            require_rate_and_batch(compression.config, options)
         teacher = self.teacher or str(compression.directory)
         compression.require_teacher(teacher)
-        fitted = compression.fitted().directory
         heal = partial(_heal, compression, teacher)
-        start, healed = fitted, {}
+        start = compression.fitted().directory
+        compressed = {"fitted": start}
         for stage, count in zip(STAGES, iters, strict=True):
             if count:
-                healed[stage.name] = start = heal(own, stage, start, count)
-        made = {"fitted": fitted, **healed}
+                compressed[stage.name] = start = heal(options, stage, start, count)
+        healed = {name: folder for name, folder in compressed.items() if name != "fitted"}
         if sum(iters) and not self.no_heal_others:
-            others = own if self.heal_others_lr is None else replace(own, lr=self.heal_others_lr)
-            for name in ("original", *compression.others()):
-                if name in OTHERS:
-                    its = own if name == "original" else others
-                    healed[OTHERS[name].name] = heal(
-                        its, other_stage(name, iters), compression.folder_of(name), sum(iters)
-                    )
+            healed |= self._heal_baselines(compression, heal, options, iters)
         verdicts = compression.judge(healed)
         logger.info(f"\n{format_table(verdict_table(verdicts))}")
-        report = {
-            "sharing": compression.plan.sharing,
-            "num_expert_banks": compression.plan.num_banks,
-            "verdicts": [asdict(verdict) for verdict in verdicts],
-        }
-        root = compression.folder.root
-        (root / VERDICTS_FILE).write_text(json.dumps(report, indent=1) + "\n")
-        healing = {name: [r for r in read_records(root / name / "metrics.jsonl") if "lm_loss" in r] for name in healed}
-        write_compression_report(root / "report.html", Compressed(verdicts, *compression.errors(), healing, beside))
-        best = min((verdict for verdict in verdicts if verdict.model in made), key=lambda verdict: verdict.loss).model
+        _write_results(compression, verdicts, [*healed], earlier)
+        best = min((v for v in verdicts if v.model in compressed), key=lambda verdict: verdict.loss).model
         logger.info(
-            f"\nIn {root}: {VERDICTS_FILE}, report.html; the model of the lowest loss, {best}, is in {made[best]}"
+            f"\nIn {self.save_dir}: {VERDICTS_FILE}, report.html; the model of the lowest loss, {best}, is in {compressed[best]}"
         )
+
+    def _heal_baselines(
+        self, compression: Compression, heal: Callable[..., Path], options: HealOptions, iters: Sequence[int]
+    ) -> dict[str, Path]:
+        """Returns the folders of the original and of the models that were made by other means, trained as long."""
+        rate = options.lr if self.heal_others_lr is None else self.heal_others_lr
+        return {
+            OTHERS[name].name: heal(
+                options if name == "original" else replace(options, lr=rate),
+                other_stage(name, iters),
+                compression.folder_of(name),
+                sum(iters),
+            )
+            for name in ("original", *compression.others())
+            if name in OTHERS
+        }
 
     def _heal_iters(self) -> tuple[int, ...]:
         iters = (*self.heal_iters, *(0 for _ in STAGES))
@@ -126,7 +129,7 @@ class Compress(CompressOptions):
         return iters[: len(STAGES)]
 
 
-def _beside(folders: Sequence[str], compression: Compression) -> list[list[Verdict]]:
+def _verdicts_of(folders: Sequence[str], compression: Compression) -> list[list[Verdict]]:
     """Returns the verdicts of other compressions; ConfigError for one of another model."""
     found = []
     for folder in folders:
@@ -137,6 +140,21 @@ def _beside(folders: Sequence[str], compression: Compression) -> list[list[Verdi
             )
         found.append(verdicts)
     return found
+
+
+def _write_results(
+    compression: Compression, verdicts: list[Verdict], healed: Sequence[str], earlier: list[list[Verdict]]
+) -> None:
+    """Writes the verdicts as JSON, and the report with the courses of healing and earlier compressions' verdicts."""
+    root, plan = compression.folder.root, compression.plan
+    found = {
+        "sharing": plan.sharing,
+        "num_expert_banks": plan.num_banks,
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+    }
+    (root / VERDICTS_FILE).write_text(json.dumps(found, indent=1) + "\n")
+    courses = {name: [r for r in read_records(root / name / "metrics.jsonl") if "lm_loss" in r] for name in healed}
+    write_compression_report(root / "report.html", Compressed(verdicts, *compression.errors(), courses, earlier))
 
 
 def _heal(
@@ -165,8 +183,17 @@ def _heal(
         raise ConfigError(
             "--heal-iters",
             iters,
-            f"or another option of healing differs from {path}; give the same, or remove it and {run_dir}",
+            f"this or another option of healing differs from {path}; use the same, or delete it and {run_dir} to train again",
         )
+    if not path.is_file():
+        later = STAGES[STAGES.index(stage) + 1 :] if stage in STAGES else ()
+        if stale := [str(root / s.name) for s in later if (root / f"{s.name}.yaml").is_file()]:
+            raise ConfigError(
+                "--heal-iters",
+                iters,
+                f"{stage.name} would be trained, and {stale[0]} began with another; delete {stale[0]} and {stale[0]}.yaml",
+            )
+        compression.folder.forget(f"judged-{stage.name}")  # of a run that was deleted
     path.write_text(text)
     logger.info(f"{stage.name}: megatron-samoe pretrain --config {shlex.quote(str(path))}")
     # A process of its own: the trainer keeps freed memory, and the stages before may have taken much.

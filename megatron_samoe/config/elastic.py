@@ -70,7 +70,8 @@ def fit_layout(
 
 
 def smallest_world(config: PretrainConfig) -> int:
-    """Returns the smallest number of ranks of the configured layout."""
+    """Returns the smallest number of ranks that the layout allows, lcm(tp * cp, etp * ep) * pp; illegal sizes, which `validate`
+    refuses later, count as 1."""
     layout = config.parallel
     dense = layout.tensor_model_parallel_size * layout.context_parallel_size
     expert = layout.expert_tp * layout.expert_model_parallel_size

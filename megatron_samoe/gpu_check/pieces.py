@@ -185,15 +185,15 @@ def _kernels() -> Row:
 
 
 def ops(task: Task) -> Iterator[Row]:
-    """Time of the ops that no library has, against the time of a copy of the same bytes: by our kernels and by torch."""
+    """Times our own ops, each against the time in which a copy would move its bytes: by our kernels and by torch."""
     source = torch.empty((1 << 30) if task.is_full else (1 << 20), dtype=torch.uint8, device=task.device)
     target = torch.empty_like(source)
     bytes_per_s = 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
     yield {"what": "copy", "measured": f"{bytes_per_s / 1e12:.3f} TB/s", **_kernels()}
-    for name, (least, call) in op_cases(task).items():
-        took, limit = seconds_of(call), least / bytes_per_s
-        row = {"what": name, "predicted": f"{limit * 1e3:.4f} ms", "measured": f"{took * 1e3:.4f} ms"}
-        yield {**row, "share of a copy's speed": round(limit / took, 3)}
+    for name, (num_bytes, call) in op_cases(task).items():
+        took, bound = seconds_of(call), num_bytes / bytes_per_s
+        row = {"what": name, "predicted": f"{bound * 1e3:.4f} ms", "measured": f"{took * 1e3:.4f} ms"}
+        yield {**row, "share of a copy's speed": round(bound / took, 3)}
 
 
 def step_times(task: Task) -> Iterator[Row]:

@@ -156,19 +156,19 @@ def _attention(attention: SelfAttention, norm: NormLayer, dtype: Precision, num_
     head_norms = None
     if attention.q_norm is not None and attention.k_norm is not None:
         head_norms = (_norm(attention.q_norm), _norm(attention.k_norm))
-    cache = torch.float32 if dtype == "fp32" else torch.bfloat16
+    cache_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
     device, rule = qkv.data.device, attention.rule()
     return AttentionLayer(
-        _norm(norm),
-        qkv,
-        _maybe_fp32(attention.qkv.bias),
-        head_norms,
-        output,
-        _maybe_fp32(attention.output.bias),
-        torch.zeros(num_pages, groups, head_dim, PAGE, dtype=cache, device=device),
-        torch.zeros(num_pages, groups, PAGE, head_dim, dtype=cache, device=device),
-        replace(rule, sinks_A=_maybe_fp32(rule.sinks_A)),
-        attention.config.clip_qkv,
+        norm=_norm(norm),
+        qkv=qkv,
+        qkv_bias=_maybe_fp32(attention.qkv.bias),
+        head_norms=head_norms,
+        output=output,
+        output_bias=_maybe_fp32(attention.output.bias),
+        keys=torch.zeros(num_pages, groups, head_dim, PAGE, dtype=cache_dtype, device=device),
+        values=torch.zeros(num_pages, groups, PAGE, head_dim, dtype=cache_dtype, device=device),
+        rule=replace(rule, sinks_A=_maybe_fp32(rule.sinks_A)),
+        clip=attention.config.clip_qkv,
     )
 
 

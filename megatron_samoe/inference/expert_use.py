@@ -45,7 +45,7 @@ def expert_use(model: RankModel, ids: Sequence[int]) -> list[LayerUse]:
         ConfigError: the model is split over ranks, or the text is empty or longer than the context.
     """
     if model.state.world.size > 1:
-        raise ConfigError("expert use", f"{model.state.world.size} ranks", "is reported of a model in one process")
+        raise ConfigError("ranks", model.state.world.size, "must be 1 to show which experts are used")
     most = model.config.model.max_positions
     if not 0 < len(ids) <= most:
         raise ConfigError("the text", f"{len(ids)} tokens", f"must have 1 to {most} tokens")

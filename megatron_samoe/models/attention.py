@@ -50,7 +50,7 @@ class AttentionCore(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, state: ParallelState, dtype: torch.dtype, recompute_core: bool):
         super().__init__()
         self.config, self.layer, self.tensor_rank = config, layer, state.tp.rank
-        self.cp, self.goes_round = state.cp, state.cp.size > 1 and state.cp_comm_type == "p2p"
+        self.cp, self.uses_ring = state.cp, state.cp.size > 1 and state.cp_comm_type == "p2p"
         self.window, self.softcap = config.window_of(layer), config.attn_logit_softcapping
         self.sinks: nn.Parameter | None = None
         self.has_sinks, self.num_local_heads = (
@@ -82,31 +82,38 @@ class AttentionCore(nn.Module):
     ) -> Tensor:
         """Returns attention's output [T, A * D] before its projection, from rotated queries and keys."""
         if self.cp.size > 1:
-            return self._over_ranks(q_BSAD, k_BSGD, v_BSGD, inputs, context)
-        return self._in_rank(q_BSAD, k_BSGD, v_BSGD, inputs, context, self.rule(q_BSAD.device)).flatten(2).flatten(0, 1)
+            return self._context_parallel(q_BSAD, k_BSGD, v_BSGD, inputs, context)
+        return (
+            self._full_sequences(q_BSAD, k_BSGD, v_BSGD, inputs, context, self.rule(q_BSAD.device))
+            .flatten(2)
+            .flatten(0, 1)
+        )
 
-    def _over_ranks(
+    def _context_parallel(
         self, q_BSAD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, inputs: AttentionInputs, context: ForwardContext
     ) -> Tensor:
-        """As `core`, of queries, keys and values of this rank's part of sequences."""
+        """As `core` under context parallelism: inputs are this rank's part of each sequence.
+
+        With ring attention (p2p) keys and values travel; else an all-to-all gives each rank complete sequences of some heads.
+        """
         rule, cp = self.rule(q_BSAD.device), self.cp
         if inputs.mask_B1SS is not None:
             raise ConfigError(
-                "--context-parallel-size", cp.size, "must be 1 with attention that brings a mask of its own"
+                "--context-parallel-size", cp.size, "must be 1 with an attention class that sets a mask of its own"
             )
-        if self.goes_round:
+        if self.uses_ring:
             assert rule.is_plain and inputs.documents is None  # config/rules/layout.py
             query, key, value = (t.transpose(1, 2) for t in (q_BSAD, k_BSGD, v_BSGD))
-            # Keys and values are copied to be sent, so only queries that are a view would keep the projection.
+            # A query that is a view keeps the fused projection alive until the backward pass; keys and values are copied to be sent.
             if query.untyped_storage().nbytes() > query.numel() * query.element_size():
                 query = query.clone()
             return ring_attention(query, key, value, cp, rule.scale).transpose(1, 2).flatten(2).flatten(0, 1)
         if rule.sinks_A is not None:
             rule = replace(rule, sinks_A=rule.sinks_A.chunk(cp.size)[cp.rank])
         query, key, value = (to_heads(t, cp) for t in (q_BSAD, k_BSGD, v_BSGD))
-        return to_sequences(self._in_rank(query, key, value, inputs, context, rule), cp).flatten(2).flatten(0, 1)
+        return to_sequences(self._full_sequences(query, key, value, inputs, context, rule), cp).flatten(2).flatten(0, 1)
 
-    def _in_rank(
+    def _full_sequences(
         self,
         q_BSAD: Tensor,
         k_BSGD: Tensor,

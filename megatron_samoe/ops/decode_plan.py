@@ -12,6 +12,9 @@ from torch import Tensor
 
 from megatron_samoe.ops.decode_parts import AttentionLayer, ExpertStack, Norm, Places, Routing, Weight
 
+#: `Routing.arguments()` and top-k of a layer without a router: six tensors, and what no choice depends on.
+_NO_ROUTER = (*[None] * 6, False, False, 0, 0, 1.0, 1)
+
 
 class DecodePlan:
     """A plan of a model's steps: layers are added in order, then every step is one call, which allocates nothing.
@@ -61,7 +64,7 @@ class DecodePlan:
         ops, a = torch.ops.megatron_samoe, attention
         before = (*a.norm.arguments(), *a.qkv.arguments(), a.qkv_bias, a.head_norm_tensors())
         ops.decode_plan_attention(self._number, *before, a.keys, a.values, *a.output.arguments(), a.output_bias)
-        router = (*[None] * 6, False, False, 0, 0, 1.0, 1) if routing is None else (*routing.arguments(), routing.topk)
+        router = _NO_ROUTER if routing is None else (*routing.arguments(), routing.topk)
         ops.decode_plan_mlp(self._number, *mlp_norm.arguments(), *router, *experts.arguments())
         if shared is not None:
             ops.decode_plan_shared(self._number, *shared.arguments())

@@ -38,13 +38,14 @@ def silent_hosts(hosts: Mapping[str, str]) -> str:
 
 
 def unanswered(table: str) -> set[str]:
-    """Returns the addresses of Linux's table of TCP sockets that do not acknowledge what they were sent."""
+    """Returns the remote addresses in the text of /proc/net/tcp or tcp6 that do not acknowledge what they were sent, though it
+    was sent again at least _TRIES times."""
     found = set()
     for line in table.splitlines()[1:]:
-        _, _, remote, _, queues, _, tries, *_ = line.split()
-        if int(tries, 16) >= _TRIES and int(queues.partition(":")[0], 16) > 0:
+        _, _, remote, _, queues, _, retransmits, *_ = line.split()
+        if int(retransmits, 16) >= _TRIES and int(queues.partition(":")[0], 16) > 0:
             words = bytes.fromhex(remote.partition(":")[0])
-            # Each word of four bytes is written the other way round.
+            # Each word of four bytes is a number in the host's byte order, little-endian.
             address = ipaddress.ip_address(b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4)))
             found.add(str(getattr(address, "ipv4_mapped", None) or address))
     return found

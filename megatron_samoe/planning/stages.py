@@ -1,4 +1,4 @@
-"""The layers of all pipeline ranks, as far as they differ: what a plan has to look at."""
+"""The layers of pipeline ranks, one rank for all that hold equal layers, so that a plan computes each only once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Stages:
 
     Attributes:
         chunks_of_stage: chunks of every pipeline rank.
-        distinct: the first pipeline rank of each kind; ranks of a kind hold equally many layers of the same kinds, and the
+        distinct: the lowest pipeline rank of each kind; ranks of a kind hold equally many layers of the same kinds, and the
             same ends.
         contents: of every pipeline rank.
     """
@@ -71,32 +71,32 @@ class Users:
 
 @lru_cache(maxsize=1024)
 def stages_of(config: PretrainConfig) -> Stages:
-    """Returns the layers of the pipeline ranks that a configuration has."""
+    """Returns the layers of a configuration's pipeline ranks, and which ranks are equal. Equal contents are one object."""
     plans, pp = stage_plans(config), config.parallel.pipeline_model_parallel_size
     by_rank = tuple(plans[rank::pp] for rank in range(pp))
     specs = [spec for plan in plans for spec in plan.layers]
     first_of_kind = {kind_of(spec): spec for spec in reversed(specs)}
-    contents, used_by_rank = [], []
+    contents, uses_of_rank = [], []
     for chunks in by_rank:
         kinds = Counter(kind_of(spec) for plan in chunks for spec in plan.layers)
         ends = tuple((plan.has_embedding, plan.has_head) for plan in chunks)
         contents.append(_content(ends, tuple((first_of_kind[kind], n) for kind, n in kinds.items())))
         sources = (spec.source for plan in chunks for spec in plan.layers)
-        used_by_rank.append(Counter(source for source in sources if source is not None and source.way.is_shared))
-    everywhere = sum(used_by_rank, Counter[ExpertSource]())
-    size_of = {spec.source: spec.num_experts for spec in specs}
-    seen: dict[tuple, int] = {}
-    for rank, (chunks, used) in enumerate(zip(by_rank, used_by_rank, strict=True)):
-        kind = tuple((c.has_embedding, c.has_head, *map(kind_of, c.layers)) for c in chunks)
+        uses_of_rank.append(Counter(source for source in sources if source is not None and source.way.is_shared))
+    uses_of_all = sum(uses_of_rank, Counter[ExpertSource]())
+    num_experts = {spec.source: spec.num_experts for spec in specs}
+    first_rank: dict[tuple, int] = {}
+    for rank, (chunks, uses) in enumerate(zip(by_rank, uses_of_rank, strict=True)):
+        layers = tuple((c.has_embedding, c.has_head, *map(kind_of, c.layers)) for c in chunks)
         # Sets that differ only in their number are used by equally many layers here, and only here or elsewhere as well.
         sets = sorted(
-            (count, count == everywhere[source], size_of[source])
-            for source, count in used.items()
+            (count, count == uses_of_all[source], num_experts[source])
+            for source, count in uses.items()
             if source.way.in_sets
         )
-        seen.setdefault((kind, tuple(sets)), rank)
-    users = _users(tuple(tuple(sorted(used.items(), key=str)) for used in used_by_rank))
-    return Stages(by_rank, tuple(seen.values()), tuple(contents), users)
+        first_rank.setdefault((layers, tuple(sets)), rank)
+    users = _users(tuple(tuple(sorted(uses.items(), key=str)) for uses in uses_of_rank))
+    return Stages(by_rank, tuple(first_rank.values()), tuple(contents), users)
 
 
 @lru_cache(maxsize=1 << 14)

@@ -254,7 +254,8 @@ def check_splits(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int
         raise ValueError(f"an exchange takes dense rows, not {x.layout} {tuple(x.shape)}")
     if not len(send_rows) == len(receive_rows) == size or sum(send_rows) != x.shape[0]:
         raise ValueError(
-            f"{x.shape[0]} rows in {size} ranks: send_rows = {list(send_rows)}, receive_rows = {list(receive_rows)}"
+            f"{x.shape[0]} rows in {size} ranks: send_rows = {list(send_rows)}, receive_rows = {list(receive_rows)}; both "
+            "must have a number for each rank, and send_rows must add up to the rows"
         )
     if min(*send_rows, *receive_rows) < 0:
         raise ValueError(f"send_rows = {list(send_rows)}, receive_rows = {list(receive_rows)}: none may be negative")

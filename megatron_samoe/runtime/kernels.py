@@ -103,10 +103,10 @@ def choose_products(parallel: ParallelState, recorded: str | None) -> str | None
 
 
 def agreement(found: Sequence[Verdicts], recorded: Sequence[str] | None) -> tuple[list[CudaKernel], str]:
-    """Returns the kernels that a run uses, and a line that says so.
+    """Returns the CUDA kernels that a run uses, those that agree with their references on all hosts, and a line that says so.
 
     Args:
-        found: verdicts of the hosts.
+        found: what `compare` said on each host.
         recorded: as for `choose_kernels`.
     """
     problems = {k: next((v[k] for v in found if v[k]), "") for k in TRAINING_KERNELS}

@@ -16,7 +16,7 @@ using samoe::cpu::DecodeLayer;
 struct Plan {
   samoe::cpu::DecodeStep step = {};
   std::vector<DecodeLayer> layers;
-  Tensor x, scratch, last, ones, zeros, mixed;
+  Tensor x, scratch, last, ones, zeros, shared_weights;
   MaybeTensor cos, sin;
   int64_t max_tokens = 0, max_logits = 0, num_pages = -1, weight_bytes = 0;
   std::optional<int64_t> num_positions;  // of the tables by position
@@ -67,7 +67,7 @@ int64_t decode_plan(const Tensor& words, const MaybeTensor& words_scale, const M
   plan->last = uninitialized({2, max_logits, H}, x);
   plan->ones = torch::stable::full({T}, 1.0, kFloat);
   plan->zeros = torch::stable::full({T}, 0.0, kLong);
-  plan->mixed = torch::stable::full({T}, 1.0, kFloat);
+  plan->shared_weights = torch::stable::full({T}, 1.0, kFloat);
   plan->max_tokens = T;
   plan->max_logits = max_logits;
   plan->keep({words, words_scale, positions, output, output_scale, norm_weight, norm_bias});
@@ -137,6 +137,8 @@ samoe::cpu::DecodeExperts planned_experts(Plan& plan, const float* normed, const
   return e;
 }
 
+// Sets the MLP of the layer that was added last. The arguments are those of Norm, of Routing with topk, and of ExpertStack in
+// ops/decode_parts.py. Without a router each token visits expert 0, with weight 1.
 void decode_plan_mlp(int64_t number, const Tensor& norm_weight, const MaybeTensor& norm_bias, double epsilon, bool rms,
                      const MaybeTensor& router, const MaybeTensor& norm_scale, const MaybeTensor& router_bias,
                      const MaybeTensor& candidates, const MaybeTensor& mixing, const MaybeTensor& mixing_bias, bool sigmoid, bool pre_softmax,
@@ -164,10 +166,10 @@ void decode_plan_mlp(int64_t number, const Tensor& norm_weight, const MaybeTenso
     layer.choice.probs_TK = probs;
     layer.choice.ids_TK = ids;
     if (mixing.has_value()) {
-      float* mixed = pieces.floats({T, 2});
-      layer.mixing = linear_of(normed, 0, H, *mixing, {}, mixing_bias, 2, mixed, false, "mixing");
-      layer.choice.mixing_T2 = mixed;
-      layer.choice.shared_T = plan->mixed.mutable_data_ptr<float>();
+      float* mixing_logits = pieces.floats({T, 2});
+      layer.mixing = linear_of(normed, 0, H, *mixing, {}, mixing_bias, 2, mixing_logits, false, "mixing");
+      layer.choice.mixing_T2 = mixing_logits;
+      layer.choice.shared_T = plan->shared_weights.mutable_data_ptr<float>();
     }
   }
   layer.experts = planned_experts(
@@ -184,6 +186,7 @@ void decode_plan_shared(int64_t number, const Tensor& index1, const Tensor& inde
   DecodeLayer& layer = plan->last_layer();
   SAMOE_CHECK(layer.experts.w1.type == matrix_of(w1, scale1, "w1").type, "the layer's experts are of another type");
   Scratch pieces(plan->scratch);
+  // The first piece of scratch is where decode_plan_mlp's norm writes.
   const float* normed = pieces.floats({plan->max_tokens, plan->step.hidden});
   layer.shared = planned_experts(*plan, normed, nullptr, layer.choice.shared_T, 1,
                                  {index1, index2, w1, scale1, b1, w2, scale2, b2, factor1, factor2, gated}, pieces);

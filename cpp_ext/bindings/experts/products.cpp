@@ -72,7 +72,7 @@ void multiply(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transp
                                adds ? nullptr : static_cast<uint16_t*>(c.data),
                                adds ? static_cast<float*>(c.data) : nullptr, c.stride};
   const cpu::Kernels& kernels = cpu::kernels();
-  kernels.bf16_product(product, memory.take(static_cast<size_t>(kernels.bf16_product_work(product))));
+  kernels.bf16_product(product, memory.take(static_cast<size_t>(kernels.bf16_product_workspace_bytes(product))));
 }
 
 // The BLAS makes code for every new number of rows in bf16, and the routing changes that number every step: at most 16

@@ -193,7 +193,7 @@ void check_bf16_product(int64_t m, int64_t n, int64_t k, bool a_transposed, bool
   const samoe::cpu::Bf16Product product = {
       a.data(), a_transposed ? m : k, a_transposed, b.data(), b_transposed ? k : n, b_transposed, m, n, k,
       adds ? nullptr : bias.data(), adds ? nullptr : out.data(), adds ? sum.data() : nullptr, n};
-  std::vector<char> work(static_cast<size_t>(kernels().bf16_product_work(product)));
+  std::vector<char> work(static_cast<size_t>(kernels().bf16_product_workspace_bytes(product)));
   kernels().bf16_product(product, work.data());
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {

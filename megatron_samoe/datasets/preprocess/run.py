@@ -47,7 +47,7 @@ def preprocess(options: PreprocessOptions) -> finish.Report:
     if any(file.format == "text" for file in files) and len(options.json_keys) > 1:
         raise DataError("Text files have one column: give one name to --json-keys.")
     if options.resume and _reads_stdin(files):
-        raise DataError("--resume cannot be used with standard input, which is gone when it was read.")
+        raise DataError("--resume cannot be used with standard input: it cannot be read a second time.")
     if options.chunk_bytes == DEFAULT_CHUNK_BYTES and sum(file.num_bytes for file in files) > LARGE_CORPUS_BYTES:
         # The journal has a line per chunk: a terabyte should not make a million.
         options = replace(options, chunk_bytes=8 * DEFAULT_CHUNK_BYTES)

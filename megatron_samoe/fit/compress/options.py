@@ -31,31 +31,31 @@ class CompressOptions:
     data_path: str
     """indexed dataset to calibrate on, and to heal on"""
     calibration_tokens: int = 262_144
-    """its first tokens that are read"""
+    """tokens to read from the start of --data-path for calibration"""
     valid_data_path: str | None = None
     """indexed dataset to judge on; the last documents of --data-path, held out, if not given"""
     judge_tokens: int = 65_536
     """tokens to judge on"""
     ckpt_step: int | None = None
-    """iteration; the newest if not given"""
+    """iteration to load; the newest if not given"""
     num_samples: int = 64
-    """tokens kept of each expert, to match outputs on"""
+    """tokens to keep for each expert, on which outputs of experts are matched"""
     seed: int = 1234
-    """of the lot that keeps them"""
+    """random seed of the choice of these tokens"""
     sharing: str = COMBINED.name
     """combined, tied, scaled, or a map such as own,0*3,own"""
     num_banks: int = 1
-    """of layers that combine"""
+    """banks of experts that layers combine, for --expert-sharing combined"""
     num_sets: int = 1
-    """of tied or scaled"""
+    """sets of experts that layers share, for --expert-sharing tied or scaled"""
     budget: float | None = None
-    """share of all expert bytes below 1, or bytes, in place of these numbers"""
+    """size of all experts after compression, a share below 1 or bytes, in place of these two numbers"""
     choose_map: bool = False
-    """choose the neighbouring layers that share a set by what pairs of layers lose"""
+    """choose which neighbouring layers share a set by the measured error of each pair of layers"""
     match: Matching = "neurons"
-    """what gets a common numbering: experts and their neurons, experts only"""
-    refit: bool = True
-    """fit w2 to the outputs from what the fitted w1 gives, over the text once more; else to the weights"""
+    """what is permuted so that layers match: experts and their neurons, experts only, or nothing"""
+    no_refit: bool = False
+    """fit w2 to the original weights, not to the experts' outputs with the fitted w1, which takes a second pass over the text"""
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ class Compression:
         return {**self._calibration_settings(), **asdict(self.plan), "match": self.options.match}
 
     def _fit_settings(self) -> JsonObject:
-        return {**self._plan_settings(), "no_refit": not self.options.refit}
+        return {**self._plan_settings(), "no_refit": self.options.no_refit}
 
     def _match(self) -> JsonObject:
         layers, activation = self._layers(), self._activation
@@ -246,7 +246,7 @@ class Compression:
         ]
         inputs = [fit_inputs([layers[i] for i in g.layers], g.source.way, g.num_banks) for g in groups]
         sums = None
-        if self.options.refit:
+        if not self.options.no_refit:
             new = [layer.weights for layer in layers]
             for group, fit in zip(groups, inputs, strict=True):
                 for number, index in enumerate(group.layers):

@@ -41,31 +41,31 @@ class StageFolder:
         except OSError as error:
             raise CheckpointError(f"--save-dir {root} cannot be written: {error.strerror or error}.") from None
         if is_foreign:
-            raise CheckpointError(f"--save-dir {root} holds something that is no compression. Give a new folder.")
+            raise CheckpointError(f"--save-dir {root} is not empty, and was not made by compress. Give a new folder.")
 
     def stage(self, name: str, settings: JsonObject, work: Callable[[], JsonObject]) -> JsonObject:
-        """Returns a stage's result: the one that is there, or that of the work, which is kept.
+        """Returns a stage's result from its file, or else calls `work` and keeps what it returns.
 
         Args:
-            settings: what the result hangs on, as plain values.
+            settings: options that the result depends on, as plain values.
 
         Raises:
-            ConfigError: it was done with other settings.
+            ConfigError: it was run with other settings.
         """
-        settings = json.loads(json.dumps(settings))
+        settings = json.loads(json.dumps(settings))  # as the file has them: tuples are lists
         if self._file(name).is_file():
             kept = self._read(name)
-            for field in sorted(set(settings) | set(kept["settings"])):
+            for field in {**settings, **kept["settings"]}:
                 before, now = kept["settings"].get(field), settings.get(field)
                 if before != now:
                     raise ConfigError(
                         f"--{field.replace('_', '-')}",
                         now,
-                        f"is {before} in {self.root}, whose stage {name} is done; give that, or another --save-dir",
+                        f"stage {name} in {self.root} was run with {before}; use that, or another --save-dir",
                     )
             if name not in self._told:
                 self._told.add(name)
-                logger.info(f"{name}: done before")
+                logger.info(f"{name}: already done, reused")
             result: JsonObject = kept["result"]
             return result
         result = json.loads(json.dumps(work()))
@@ -77,6 +77,10 @@ class StageFolder:
         """Returns the result of a stage that is done."""
         result: JsonObject = self._read(name)["result"]
         return result
+
+    def forget(self, name: str) -> None:
+        """Removes a stage's result, so that the stage is run again."""
+        self._file(name).unlink(missing_ok=True)
 
     def write_tensors(self, name: str, value: Any) -> None:
         """Writes tensors in plain containers as `NAME.pt`."""

@@ -1,6 +1,6 @@
-"""A model whose layers combine banks made one whose layers each name a bank: they share storage, and nothing is combined.
+"""`edit select`: each layer takes one bank in place of a combination, so that layers share storage and nothing is combined.
 
-The weights change, and by how much is said. What is selected is kept as one-hot coefficients of the pool, or becomes tied sets,
+The weights change, and the report says by how much. What is selected is kept as one-hot coefficients of the pool, or becomes tied sets,
 of which w1 is used as it is; a factor on w2 goes into the weights of routing, where the router has one: the scale of
 --moe-router-score-function norm, the weights of relu, or --moe-router-topk-scaling-factor if all layers want the same.
 """
@@ -100,13 +100,16 @@ def select_samoe(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
 
 
 def _grams(experts: LayerExperts, place: LayerSpec) -> list[Tensor]:
-    """Returns the inner products [G, P, P] of the banks that a layer uses, for w1 and b1 and for w2 and b2."""
+    """Returns two Gram matrices [G, P, P] in fp64 of the banks that a layer uses: of w1 and b1, and of w2 and b2.
+
+    G is 1, or E where each expert has coefficients of its own.
+    """
     groups = experts.coefficients(place).shape[1]
     grams: dict[int, Tensor] = {}
     for kind in experts.kinds:
-        bank, row = experts.whole(place, kind), ROW_OF_WEIGHT[kind]
+        bank, projection = experts.whole(place, kind), ROW_OF_WEIGHT[kind]
         gram = bank_inner_products(bank.reshape(bank.shape[0], groups, -1))
-        grams[row] = grams[row] + gram if row in grams else gram
+        grams[projection] = grams[projection] + gram if projection in grams else gram
     return [grams[0], grams[1]]
 
 
@@ -206,7 +209,9 @@ def _with_factors(config: PretrainConfig, factors: Mapping[int, float]) -> tuple
     advice = "--scale one drops the factors"
     if values[0] <= 0:
         raise ConfigError(
-            "--scale", "keep", f"w2's factors are {smallest}, and weights of routing are positive; {advice}"
+            "--scale",
+            "keep",
+            f"w2's factors are {smallest}, and weights of routing are positive, so cannot have them; {advice}",
         )
     if moe.moe_router_score_function == "norm":
         # Its scores are weights as they are; the thresholds grow equally, so the choice stays.

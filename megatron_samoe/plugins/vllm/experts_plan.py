@@ -1,4 +1,4 @@
-"""The experts of layers that combined a pool, where nothing is combined any more: read from the coefficients.
+"""Turns layers that combine banks into ordinary MoE layers while vLLM loads their weights.
 
 A layer whose every expert is one bank's, at most times two factors of the layer, selects: its experts are entries of one
 set that all such layers share. Other layers get their own, combined while the weights are loaded.
@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +29,20 @@ class Selection:
     """Which entries of the shared set a layer's experts are.
 
     Attributes:
-        places: indices of expert e.
+        places: the entry of each expert, by its index.
         factors: on the first matrices (and biases), and on the second.
     """
 
     places: tuple[int, ...]
     factors: tuple[float, float]
+
+
+class Entry(NamedTuple):
+    """An expert of the set that all selecting layers share: one bank's first matrices and one bank's second."""
+
+    bank_of_first: int
+    bank_of_second: int
+    expert: int
 
 
 @dataclass(frozen=True)
@@ -44,29 +52,30 @@ class ExpertsPlan:
     Attributes:
         coefficients: by layer, [2, E, P]: weights of banks for the first and the second matrices.
         selections: by layer that selects.
-        entries: of the shared set: the bank of the first matrix, that of the second, and the expert.
+        entries: of the shared set.
     """
 
     coefficients: Mapping[int, Tensor]
     selections: Mapping[int, Selection]
-    entries: tuple[tuple[int, int, int], ...]
+    entries: tuple[Entry, ...]
 
     def weights(self, kind: str, bank: Tensor, experts: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yields the tensors that one of the bank's [P E, ...] (earlier versions' [P, E, ...]) becomes, under their names.
+        """Yields names and tensors of ordinary experts that a tensor of the banks becomes: the shared set, then other layers' own.
 
         Args:
-            kind: its last name, such as gate_up_proj.
+            kind: last part of its name, such as gate_up_proj.
+            bank: [P * E, ...], or [P, E, ...] as earlier versions wrote it.
             experts: name of packed experts.
         """
-        row, own_dims = int(kind.startswith("down")), 1 if kind.endswith("bias") else 2
+        is_second, own_dims = kind.startswith("down"), 1 if kind.endswith("bias") else 2
         num_experts = next(iter(self.coefficients.values())).shape[1]
         bank = bank.reshape(-1, num_experts, *bank.shape[-own_dims:])
         if self.entries:
-            chosen = torch.tensor([(entry[row], entry[2]) for entry in self.entries], device=bank.device)
-            yield f"{SELECTED}{experts}.{kind}", bank[chosen[:, 0], chosen[:, 1]].to(dtype)
+            banks = [entry.bank_of_second if is_second else entry.bank_of_first for entry in self.entries]
+            yield f"{SELECTED}{experts}.{kind}", bank[banks, [entry.expert for entry in self.entries]].to(dtype)
         for layer, a_2EP in self.coefficients.items():
             if layer not in self.selections:
-                a_EP = a_2EP[row].to(bank.device, bank.dtype)
+                a_EP = a_2EP[int(is_second)].to(bank.device, bank.dtype)
                 w = torch.stack([torch.tensordot(a_P, bank[:, e], dims=1) for e, a_P in enumerate(a_EP)])
                 yield f"model.layers.{layer}.mlp.{experts}.{kind}", w.to(dtype)
 
@@ -89,7 +98,7 @@ def plan_experts(config: Any, read: Callable[[str], Tensor]) -> ExpertsPlan:
     if len(pools) > 1:
         raise CheckpointError(f"vLLM serves a model with one pool, and this one has {', '.join(sorted(pools))}.")
     coefficients, selections = {}, {}
-    entries: dict[tuple[int, int, int], int] = {}
+    entries: dict[Entry, int] = {}
     for layer, source in enumerate(config.expert_sources()):
         if source is None or not source.combines:
             continue
@@ -99,7 +108,7 @@ def plan_experts(config: Any, read: Callable[[str], Tensor]) -> ExpertsPlan:
         )
         if (factors := _factors(a_2EP)) is not None:
             first_E, second_E = a_2EP.abs().argmax(-1).tolist()
-            keys = list(zip(first_E, second_E, range(source.num_experts), strict=True))
+            keys = map(Entry, first_E, second_E, range(source.num_experts))
             selections[layer] = Selection(tuple(entries.setdefault(key, len(entries)) for key in keys), factors)
     return ExpertsPlan(coefficients, selections, tuple(entries))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,8 +79,8 @@ def test_a_planted_pool_comes_back_whole(folder: Path, tmp_path: Path) -> None:
     pool = fold_shared(new_source(tiny_config("samoe", num_expert_banks=2, moe_router_topk=2, mock_data=True)))
     write_checkpoint(tmp_path / "moe", 0, pool)
     write_corpus(tmp_path / "text", vocab_size=VOCAB)
-    for refit in (True, False):
-        compression = Compression(options(tmp_path, f"out-{refit}", refit=refit))
+    for no_refit in (False, True):
+        compression = Compression(options(tmp_path, f"out-{no_refit}", no_refit=no_refit))
         again = compression.fitted().model
         assert expert_bytes(again) < 0.51 * expert_bytes(compression.source)
         torch.testing.assert_close(logits(again), logits(pool), rtol=1e-3, atol=1e-3)
@@ -125,13 +126,13 @@ def test_other_options_than_those_of_a_stage_are_refused(folder: Path) -> None:
     for more, flag in (
         ({"num_samples": 3}, "--num-samples"),
         ({"budget": 0.25}, "--budget"),
-        ({"refit": False}, "--no-refit"),
+        ({"no_refit": True}, "--no-refit"),
     ):
         with pytest.raises(ConfigError, match=f"{flag}.*another --save-dir"):
             Compression(options(folder, "kept", **more)).fitted()
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.tex").write_text("mine")
-    with pytest.raises(CheckpointError, match="no compression"):
+    with pytest.raises(CheckpointError, match="not made by compress"):
         Compression(options(folder, "foreign"))
     assert [p.name for p in (folder / "foreign").iterdir()] == ["thesis.tex"]
 
@@ -249,6 +250,15 @@ def test_the_command_heals_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
     ):
         assert compress_main([*words, *more]) != 0
         assert re.search(what, capsys.readouterr().err)
+    # Trained again with another rate, a stage has a verdict of its own, and no later one that began with the former.
+    again = [*words, "--heal-iters", "4", "--heal-lr", "0.5", "--no-heal-others"]
+    for name, later in (("healed-banks", "healed-routers"), ("healed-routers", "healed-all"), ("healed-all", "")):
+        (tmp_path / "out" / f"{name}.yaml").unlink()
+        shutil.rmtree(tmp_path / "out" / name)
+        assert (compress_main(again) != 0) == bool(later), capsys.readouterr().err
+        assert f"delete {tmp_path / 'out' / later}" in capsys.readouterr().err or not later
+    verdicts = json.loads((tmp_path / "out" / "verdicts.json").read_text())["verdicts"]
+    assert next(v["loss"] for v in verdicts if v["model"] == "healed-banks") != losses["healed-banks"]
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(folder: Path) -> None:

@@ -67,8 +67,8 @@ SAMOE_BF16 inline RowPair row_pair(const uint16_t* x, int64_t stride, int64_t ro
   return {first, 2 * pair + 1 < rows ? first + stride : nullptr};
 }
 
-// panel[pair][48] of columns of B [K, N].
-SAMOE_BF16 void pack_columns(const uint16_t* b, int64_t stride, int64_t k, int64_t columns, uint32_t* panel) {
+// Packs up to 48 columns of B [K, N] as panel[pair][48], filled with zeros; a pair is two elements along K.
+SAMOE_BF16 void pack_panel(const uint16_t* b, int64_t stride, int64_t k, int64_t columns, uint32_t* panel) {
   for (int64_t pair = 0; 2 * pair < k; ++pair, panel += kPanel) {
     const RowPair rows = row_pair(b, stride, k, pair);
     for (int v = 0; v < kTileVectors; ++v) {
@@ -78,8 +78,8 @@ SAMOE_BF16 void pack_columns(const uint16_t* b, int64_t stride, int64_t k, int64
   }
 }
 
-// The same panel of columns that are rows of B's transpose, [N, K].
-SAMOE_BF16 void pack_rows(const uint16_t* b, int64_t stride, int64_t k, int64_t columns, uint32_t* panel) {
+// The same where B is given as its transpose [N, K], whose rows are the columns.
+SAMOE_BF16 void pack_panel_of_transposed(const uint16_t* b, int64_t stride, int64_t k, int64_t columns, uint32_t* panel) {
   for (int64_t at = 0; at < k; at += 32) {
     const __mmask32 mask = k - at >= 32 ? ~__mmask32{0} : (__mmask32{1} << (k - at)) - 1;
     const int64_t pairs = at_most(16, (k - at + 1) / 2);
@@ -234,12 +234,12 @@ Ahead panel_ahead(const Bf16Product& p, const uint16_t* b, int64_t k, int64_t co
   return {first, first + row_bytes, row_bytes, stride, rows, (lines + strides - 1) / strides};
 }
 
-void pack_panel(const Bf16Product& p, const uint16_t* b, int64_t k, int64_t column, uint32_t* panel) {
+void pack_panel_of(const Bf16Product& p, const uint16_t* b, int64_t k, int64_t column, uint32_t* panel) {
   const int64_t columns = at_most(kPanel, p.n - column);
   if (p.b_transposed) {
-    pack_rows(b + column * p.b_stride, p.b_stride, k, columns, panel);
+    pack_panel_of_transposed(b + column * p.b_stride, p.b_stride, k, columns, panel);
   } else {
-    pack_columns(b + column, p.b_stride, k, columns, panel);
+    pack_panel(b + column, p.b_stride, k, columns, panel);
   }
 }
 
@@ -250,13 +250,13 @@ bool goes_by_tiles(const Bf16Product& p) {
 }
 
 // Elements of K from `from` on, k of them; no more than one run where the result is rounded.
-void multiply_run(const Bf16Product& p, int64_t from, int64_t k, uint32_t* work) {
+void multiply_pass(const Bf16Product& p, int64_t from, int64_t k, uint32_t* work) {
   const int64_t pairs = (k + 1) / 2;
   const uint16_t* b = p.b + from * (p.b_transposed ? 1 : p.b_stride);
   if (goes_by_tiles(p)) {
     uint32_t* panels = work + 2 * kTileRows * pairs;
     Ahead nothing{};
-    for (int64_t column = 0; column < p.n; column += kPanel) pack_panel(p, b, k, column, panels + column * pairs);
+    for (int64_t column = 0; column < p.n; column += kPanel) pack_panel_of(p, b, k, column, panels + column * pairs);
     const uint16_t* a = p.a + from * p.a_stride;
     for (int64_t row = 0; row < p.m; row += 2 * kTileRows) {
       pack_tiles(a + row, p.a_stride, k, at_most(2 * kTileRows, p.m - row), work);
@@ -271,36 +271,36 @@ void multiply_run(const Bf16Product& p, int64_t from, int64_t k, uint32_t* work)
   const Tiles a = tiles_of(p, from, k, work + kPanel * pairs);
   const int64_t num_tiles = (p.m + kTileRows - 1) / kTileRows;
   for (int64_t column = 0; column < p.n; column += kPanel) {
-    pack_panel(p, b, k, column, work);
+    pack_panel_of(p, b, k, column, work);
     Ahead ahead = panel_ahead(p, b, k, column + kPanel, num_tiles);
     for (int64_t t = 0; t < num_tiles; ++t) multiply(p, a, t, work, pairs, t * kTileRows, column, ahead);
   }
 }
 
 // Elements of K that are multiplied at a time: all, but that a sum may be added to in several turns.
-int64_t run_of(const Bf16Product& p) { return p.sum == nullptr ? p.k : at_most(p.k, 2 * kPairs); }
+int64_t k_per_pass(const Bf16Product& p) { return p.sum == nullptr ? p.k : at_most(p.k, 2 * kPairs); }
 
 }  // namespace
 
 bool has_bf16_product() { return __builtin_cpu_supports("avx512bf16"); }
 
-int64_t bf16_product_work(const Bf16Product& p) {
-  const int64_t pairs = (run_of(p) + 1) / 2;
+int64_t bf16_product_workspace_bytes(const Bf16Product& p) {
+  const int64_t pairs = (k_per_pass(p) + 1) / 2;
   if (goes_by_tiles(p)) return 4 * pairs * (2 * kTileRows + (p.n + kPanel - 1) / kPanel * kPanel);
   const bool repacked = p.a_transposed || p.k % 2 != 0;
   return 4 * pairs * (kPanel + (repacked ? (p.m + kTileRows - 1) / kTileRows * kTileRows : 0));
 }
 
 void bf16_product(const Bf16Product& p, void* work) {
-  const int64_t step = run_of(p);
+  const int64_t step = k_per_pass(p);
   for (int64_t from = 0; from < p.k; from += step)
-    multiply_run(p, from, at_most(step, p.k - from), static_cast<uint32_t*>(work));
+    multiply_pass(p, from, at_most(step, p.k - from), static_cast<uint32_t*>(work));
 }
 
 #else
 
 bool has_bf16_product() { return false; }
-int64_t bf16_product_work(const Bf16Product&) { return 0; }
+int64_t bf16_product_workspace_bytes(const Bf16Product&) { return 0; }
 void bf16_product(const Bf16Product&, void*) {}
 
 #endif

@@ -289,7 +289,7 @@ class MoE(nn.Module):
     def forward(self, hidden_states, lent=None):
         """Returns y of x's shape [..., H] and the router's logits [T, E]; `lent` is what layers share."""
         x_TH = hidden_states.flatten(0, -2)
-        logits_TE = self.router(x_TH)
+        logits_TE = self.router(x_TH)  # called twice: for logits, then for the choice; see Router
         probs_TK, ids_TK = self.router(x_TH, logits_TE)
         y_TH = self.mixed(x_TH, self.routed(x_TH, ids_TK, probs_TK, lent and lent.pool))
         return y_TH.view(hidden_states.shape), logits_TE
