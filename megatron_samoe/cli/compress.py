@@ -41,10 +41,10 @@ from megatron_samoe.log import configure_logging, logger
 class Compress(CompressOptions):
     """Makes a trained MoE smaller: its layers come to share experts, which are matched, fitted on text, and healed by training.
 
-        megatron-samoe compress --load-dir runs/moe --save-dir runs/half --data-path runs/corpus --budget 0.5
+        megatron-samoe compress --load-dir runs/moe --save-dir runs/half --data-path runs/corpus_text_document --budget 0.5
 
     Stages leave their results in --save-dir, so that the same command resumes: calibration, plan, matched,
-    fitted, others, healed-banks, healed-routers, healed-all, judged. One process. docs/compression.md explains them.
+    fitted, others, healed-banks, healed-routers, healed-all, judged. One process, except for healing. docs/compression.md explains them.
     """
 
     sharing: Annotated[str, tyro.conf.arg(name="expert-sharing", metavar="MAP")] = "combined"

@@ -1,4 +1,4 @@
-"""`edit select`: each layer takes one bank in place of a combination, so that layers share storage and nothing is combined.
+"""`edit select`: each layer takes one bank instead of a combination, so that layers share storage and nothing is combined.
 
 The weights change, and the report says by how much. What is selected is kept as one-hot coefficients of the pool, or becomes tied sets,
 of which w1 is used as it is; a factor on w2 goes into the weights of routing, where the router has one: the scale of
