@@ -34,14 +34,22 @@ def losses_table(models: Models, held_out: HeldOut) -> str:
     losses = shown_losses(held_out)
     rows = list[list[str]]()
     for name, row in losses.items():
-        run = next(iter(models[FEW if name in _LATE else name].values()))
-        experts = run.parameters.expert * _LATE.get(name, 1)
         d = from_baseline(losses, name)
         difference = f"{d.mean():+.4f} ± {held_out.spread.half_width(d):.4f}" if len(d) else ""
-        cells = [str(len(row)), f"{run.config.training.train_iters:,}", f"{mean(row.values()):.4f}", difference]
-        rows.append([short(name), f"{experts / 1e6:.2f} M", *cells])
+        steps = _trained_as(models, name).config.training.train_iters
+        cells = [str(len(row)), f"{steps:,}", f"{mean(row.values()):.4f}", difference]
+        rows.append([short(name), expert_parameters(models, name), *cells])
     rows.sort(key=lambda row: (float(row[1].split()[0]), row[4]))
     return table_of(LOSSES, rows)
+
+
+def expert_parameters(models: Models, name: str) -> str:
+    """Returns the number of parameters in a model's experts, such as "1.06 M"."""
+    return f"{_trained_as(models, name).parameters.expert * _LATE.get(name, 1) / 1e6:.2f} M"
+
+
+def _trained_as(models: Models, name: str) -> RunSummary:
+    return next(iter(models[FEW if name in _LATE else name].values()))
 
 
 def rates_table(plans: Mapping[str, StudyPlan], models: Models, optimizer: str) -> str:

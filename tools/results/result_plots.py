@@ -18,7 +18,7 @@ from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.statistics import own_half_width
 from megatron_samoe.parsing import JsonObject
-from tools.results.model_table import from_baseline, shown_losses
+from tools.results.model_table import expert_parameters, from_baseline, shown_losses
 from tools.results.page_figures import Models
 from tools.results.verdicts import FEW, HeldOut, by_seed, short
 
@@ -73,13 +73,17 @@ def compared(models: Models, held_out: HeldOut) -> JsonObject:
             if len(d)
             else None
         )
-        variants.append({"name": short(name), "losses": row, "difference": found})
+        variants.append({"name": _with_experts(models, name), "losses": row, "difference": found})
     return {
-        "baseline": short(FEW),
+        "baseline": _with_experts(models, FEW),
         "loss": "test loss",
         "margin": 0.0,
         "variants": json.loads(json.dumps(variants), parse_float=lambda text: round(float(text), 5)),
     }
+
+
+def _with_experts(models: Models, name: str) -> str:
+    return f"{short(name)}, {expert_parameters(models, name)}"
 
 
 def course(names: Sequence[str], models: Models) -> JsonObject:
