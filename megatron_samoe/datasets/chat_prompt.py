@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.errors import ConfigError
 
 ROLES = ("system", "user", "assistant")
-#: Signs that no text has a use for, around a text of a control token that a user has written.
-_OPEN, _CLOSE = "\U000f0000", "\U000f0001"
+#: Unicode's private characters; two that no message has go around a user's text of a control token.
+_PRIVATE = range(0xF0000, 0x110000)
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -27,14 +28,15 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> 
             of a control token, which the tokenizer cannot read otherwise.
     """
     _check(messages)
+    opening, closing = _unused(text for message in messages for text in message.values())
     control = "|".join(map(re.escape, sorted(tokenizer.control_tokens, key=len, reverse=True))) or "(?!)"
 
     def marked(text: str) -> str:
-        return re.sub(control, f"{_OPEN}\\g<0>{_CLOSE}", text.replace(_OPEN, "").replace(_CLOSE, ""))
+        return re.sub(control, f"{opening}\\g<0>{closing}", text)
 
     given = [{name: text if name == "role" else marked(text) for name, text in m.items()} for m in messages]
     # A template may take a message to pieces, and a sign away from its other.
-    parts = re.split(f"{_OPEN}({control}){_CLOSE}|[{_OPEN}{_CLOSE}]", tokenizer.chat.render(given))
+    parts = re.split(f"{opening}({control}){closing}|[{opening}{closing}]", tokenizer.chat.render(given))
     ids = tokenizer.encode_rendered(parts[0])
     for written, after in zip(parts[1::2], parts[2::2], strict=True):
         if written is not None:
@@ -45,6 +47,16 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> 
             ids += literal
         ids += _continued(tokenizer.encode_rendered, after)
     return ids
+
+
+def _unused(texts: Iterable[str]) -> list[str]:
+    used = set().union(*texts)
+    unused = list(islice((sign for sign in map(chr, _PRIVATE) if sign not in used), 2))
+    if len(unused) < 2:
+        raise ConfigError(
+            "messages", f"{len(used):,} different characters", "must leave two of Unicode's private ones unused"
+        )
+    return unused
 
 
 def _continued(encode: Any, text: str) -> list[int]:

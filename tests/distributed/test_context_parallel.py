@@ -116,7 +116,9 @@ def test_a_mask_from_outside_is_refused() -> None:
     attention = RankModel(config, VOCAB_SIZE, state, torch.float32).chunks[0].layers["0"].attention
     q = torch.zeros(1, 8, 4, 8, device="meta")
     inputs = AttentionInputs(mask_B1SS=torch.ones(1, 1, 8, 8, dtype=torch.bool, device="meta"))
-    with pytest.raises(ConfigError, match="--context-parallel-size = 2: must be 1 with attention that brings a mask"):
+    with pytest.raises(
+        ConfigError, match="--context-parallel-size = 2: must be 1 with an attention class that sets a mask"
+    ):
         attention.core(q, q, q, inputs, ForwardContext(1))
 
 

@@ -45,7 +45,9 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return both_of(tmp_path_factory.mktemp("tokenizer"), TEMPLATES[request.param])
 
 
-TEXT = st.text(st.sampled_from("\n\n  ab1é中🚀.\t<>|'\"&") | st.characters(codec="utf-8"), max_size=30)
+TEXT = st.text(
+    st.sampled_from("\n\n  ab1é中🚀.\t<>|'\"&\U000f0000\U000f0001") | st.characters(codec="utf-8"), max_size=30
+)
 CHATS = st.lists(st.sampled_from(["system", "user", "assistant"]), min_size=1, max_size=5)
 
 
