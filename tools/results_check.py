@@ -72,7 +72,7 @@ def main(write: bool) -> int:
         problems += foreign_originals(held_out)
         verdicts = list(judge(held_out))
         by_size, lengthened = scaling(held_out)
-        of_one_size = {name: plan for name, plan in plans.items() if name != "second_scaling"}
+        of_one_size = {name: plan for name, plan in plans.items() if len(plan.study.sizes) == 1}
         tables = [verdict_table(verdicts), losses_table(models, held_out)]
         tables += [rates_table(of_one_size, models, optimizer) for optimizer in OPTIMIZERS]
         tables = [table for table in (*tables, by_size, frontier(models, held_out)) if table]
