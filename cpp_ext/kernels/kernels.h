@@ -137,8 +137,8 @@ struct NewtonSchulz {
 };
 
 // The kernels, each compiled once for every instruction set: X(result, name, arguments). copy_streamed writes past the
-// cache. has_bf16_product: whether this CPU runs it, which none but AVX-512's set may; bf16_product_workspace_bytes: of its
-// second argument.
+// cache. has_bf16_product: whether this CPU runs it, which none but AVX-512's set may; bf16_product_workspace_bytes: of
+// bf16_product's work.
 #define SAMOE_KERNELS(X) \
   X(void, gate_forward, (const GateForward&))                             \
   X(void, gate_backward, (const GateBackward&))                           \

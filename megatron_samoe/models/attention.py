@@ -83,11 +83,8 @@ class AttentionCore(nn.Module):
         """Returns attention's output [T, A * D] before its projection, from rotated queries and keys."""
         if self.cp.size > 1:
             return self._context_parallel(q_BSAD, k_BSGD, v_BSGD, inputs, context)
-        return (
-            self._full_sequences(q_BSAD, k_BSGD, v_BSGD, inputs, context, self.rule(q_BSAD.device))
-            .flatten(2)
-            .flatten(0, 1)
-        )
+        rule = self.rule(q_BSAD.device)
+        return self._full_sequences(q_BSAD, k_BSGD, v_BSGD, inputs, context, rule).flatten(2).flatten(0, 1)
 
     def _context_parallel(
         self, q_BSAD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, inputs: AttentionInputs, context: ForwardContext

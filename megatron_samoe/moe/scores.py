@@ -137,6 +137,7 @@ def score_of(config: MoEConfig) -> TopkScore:
 
 @lru_cache(maxsize=256)
 def _topk_squares(num_experts: int, topk: int, is_sigmoid: bool, pre_softmax: bool, logit_std: float) -> float:
+    # The weights of ops/topk_gate.py; its counts and losses would take as long again.
     logits_TE = _normal(num_experts).mul_(logit_std)
     if is_sigmoid:
         logits_TE = F.logsigmoid(logits_TE)

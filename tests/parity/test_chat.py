@@ -22,7 +22,7 @@ from megatron_samoe.datasets.chat_prompt import chat_prompt
 from megatron_samoe.datasets.chat_template import chat_files
 from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
 from megatron_samoe.datasets.train_tokenizer import train_sentencepiece
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.chat import CHATML, CONTEXT, CORPUS, TEMPLATES, chat_folder, chat_tokenizer
 from tests.harness.serving import load_tiny, save_tiny, serving
@@ -90,6 +90,12 @@ def test_prompts_are_those_of_transformers(
     messages = [{"role": role, "content": data.draw(content)} for role in roles]
     ours, theirs = answers(*both, messages, **options)
     assert ours == theirs
+
+
+def test_a_message_of_all_private_characters_is_refused(tmp_path: Path) -> None:
+    ours, _ = both_of(tmp_path, CHATML)
+    with pytest.raises(ConfigError, match="two of Unicode's private ones"):
+        chat_prompt(ours, [{"role": "user", "content": "".join(map(chr, range(0xF0000, 0x110000)))}])
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])

@@ -234,7 +234,7 @@ Ahead panel_ahead(const Bf16Product& p, const uint16_t* b, int64_t k, int64_t co
   return {first, first + row_bytes, row_bytes, stride, rows, (lines + strides - 1) / strides};
 }
 
-void pack_panel_of(const Bf16Product& p, const uint16_t* b, int64_t k, int64_t column, uint32_t* panel) {
+void pack_panel_of_b(const Bf16Product& p, const uint16_t* b, int64_t k, int64_t column, uint32_t* panel) {
   const int64_t columns = at_most(kPanel, p.n - column);
   if (p.b_transposed) {
     pack_panel_of_transposed(b + column * p.b_stride, p.b_stride, k, columns, panel);
@@ -249,14 +249,14 @@ bool goes_by_tiles(const Bf16Product& p) {
   return p.a_transposed && (p.m > p.n || p.k * p.n <= kKeptPanels);
 }
 
-// Elements of K from `from` on, k of them; no more than one run where the result is rounded.
+// Elements of K from `from` on, k of them; no more than one pass where the result is rounded.
 void multiply_pass(const Bf16Product& p, int64_t from, int64_t k, uint32_t* work) {
   const int64_t pairs = (k + 1) / 2;
   const uint16_t* b = p.b + from * (p.b_transposed ? 1 : p.b_stride);
   if (goes_by_tiles(p)) {
     uint32_t* panels = work + 2 * kTileRows * pairs;
     Ahead nothing{};
-    for (int64_t column = 0; column < p.n; column += kPanel) pack_panel_of(p, b, k, column, panels + column * pairs);
+    for (int64_t column = 0; column < p.n; column += kPanel) pack_panel_of_b(p, b, k, column, panels + column * pairs);
     const uint16_t* a = p.a + from * p.a_stride;
     for (int64_t row = 0; row < p.m; row += 2 * kTileRows) {
       pack_tiles(a + row, p.a_stride, k, at_most(2 * kTileRows, p.m - row), work);
@@ -271,7 +271,7 @@ void multiply_pass(const Bf16Product& p, int64_t from, int64_t k, uint32_t* work
   const Tiles a = tiles_of(p, from, k, work + kPanel * pairs);
   const int64_t num_tiles = (p.m + kTileRows - 1) / kTileRows;
   for (int64_t column = 0; column < p.n; column += kPanel) {
-    pack_panel_of(p, b, k, column, work);
+    pack_panel_of_b(p, b, k, column, work);
     Ahead ahead = panel_ahead(p, b, k, column + kPanel, num_tiles);
     for (int64_t t = 0; t < num_tiles; ++t) multiply(p, a, t, work, pairs, t * kTileRows, column, ahead);
   }
