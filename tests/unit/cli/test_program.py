@@ -26,7 +26,8 @@ class Size:
 class Cook:
     """cooks a meal
 
-    With what is given.
+    With what is given
+    (or else with what a walk to the market brings).
     """
 
     meal: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MEAL")]
@@ -40,7 +41,8 @@ class Cook:
     pan: Path | None = None
     hurry: bool = False
     spices: tuple[str, ...] = ()
-    """those that are at hand, of which there may be none at all"""
+    """those that are at hand, of
+    which there may be none at all"""
     size: Size = Size()
 
     def run(self) -> int:
@@ -77,13 +79,24 @@ def test_what_is_wrong_is_said_in_one_line(words: str, said: str, capsys: pytest
 def test_help_shows_commands_and_flags(capsys: pytest.CaptureFixture) -> None:
     for words, shown in (
         (["-h"], ["About food.", "  cook  cooks a meal\n", "  more  more of it\n"]),
-        (["cook", "--help"], ["With what is given.", "--salt FLOAT", "grams", "{low,high}", "--width INT"]),
+        (["cook", "--help"], ["With what is given", "--salt FLOAT", "grams", "{low,high}", "--width INT"]),
     ):
         with pytest.raises(SystemExit) as ended:
             read(COMMANDS, words, "food")
         said = capsys.readouterr().out
         assert not ended.value.code and all(part in said for part in shown), said
         assert "(default: )" not in said and "None" not in said
+
+
+def test_help_fills_its_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Also where a text's source breaks before a bracket or a space."""
+    monkeypatch.setenv("COLUMNS", "50")
+    with pytest.raises(SystemExit):
+        read(COMMANDS, ["cook", "--help"], "food")
+    said = capsys.readouterr().out
+    assert "\n\nWith what is given (or else with what a walk to\nthe market brings).\n\n" in said
+    texts = ["those that are at", "hand, of which there", "may be none at all"]
+    assert "--spices [STR [STR ...]]  " + f"\n{' ' * 28}".join(texts) + "\n" in said
 
 
 def test_a_program_gives_the_status_and_says_errors(capsys: pytest.CaptureFixture) -> None:
