@@ -39,6 +39,5 @@ def _filled(lines: Sequence[str], width: int) -> Iterator[str]:
         else:
             paragraphs.append((before, words))
     for before, text in paragraphs:
-        rest = " " * len(before)
-        whole = {"break_long_words": False, "break_on_hyphens": False}
-        yield from textwrap.wrap(text, width, initial_indent=before, subsequent_indent=rest, **whole) or [before.rstrip()]
+        wrapper = textwrap.TextWrapper(width, before, " " * len(before), break_long_words=False, break_on_hyphens=False)
+        yield from wrapper.wrap(text) or [before.rstrip()]
