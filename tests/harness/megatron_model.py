@@ -125,12 +125,13 @@ def built(layout: Layout, kind: Model) -> tuple[Any, list[Any], Any]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_config import MLATransformerConfig
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     from megatron_samoe.plugins.megatron_core import ExpertSharing
 
     config = model_config(layout, MLATransformerConfig if kind.latent else None)
     is_moe = [config.num_moe_experts is not None] * config.num_layers
-    if isinstance(config.moe_layer_freq, list):
+    if not isinstance(config.moe_layer_freq, int):
         is_moe = [bool(one) for one in config.moe_layer_freq]
     shares = None if kind.sharing is None else ExpertSharing(config, kind.sharing, **kind.sharing_options)
 
@@ -154,9 +155,8 @@ def built(layout: Layout, kind: Model) -> tuple[Any, list[Any], Any]:
     chunks = []
     for number in range(layout.chunks):
         stage = number if layout.chunks > 1 else None
+        first = get_transformer_layer_offset(config, vp_stage=stage)
         count = get_num_layers_to_build(config, vp_stage=stage)
-        # Of chunks all layers are alike.
-        first = parallel_state.get_pipeline_model_parallel_rank() * count if stage is None else 0
         ends = {"ignore_virtual": False, "vp_stage": stage}
         model = GPTModel(
             config,

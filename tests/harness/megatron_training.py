@@ -98,6 +98,9 @@ def train(layout: Layout, cases: list[tuple[str | None, dict[str, Any]]], steps:
     for sharing, options in cases:
         training = Training(layout, sharing, options)
         started = _shared(training.shares)
+        has_experts = any(
+            name.endswith("router.weight") for chunk in training.model for name, _ in chunk.named_parameters()
+        )
         losses, norms = zip(*(training.step(step) for step in range(steps)), strict=True)
         for chunk in training.model if layout.zero and layout.overlap else ():
             chunk.start_param_sync(force_sync=True)  # weights that else arrive in the next step
@@ -107,7 +110,11 @@ def train(layout: Layout, cases: list[tuple[str | None, dict[str, Any]]], steps:
                 "norms": norms,
                 "copies": _copies(training.shares),
                 "unmoved": [name for name, p in _shared(training.shares).items() if torch.equal(p, started[name])],
-                "idle": [part for part, spy in counted.items() if not spy.called],
+                "idle": [
+                    part
+                    for part, spy in counted.items()
+                    if not spy.called and (has_experts or part == "DistributedDataParallel.finish_grad_sync")
+                ],
             }
         )
         for spy in counted.values():
@@ -124,7 +131,7 @@ def _shared(shares: Any) -> dict[str, Tensor]:
 
 def _copies(shares: Any) -> dict[str, float]:
     """Returns how far this rank's shared parameters are from those of the first rank that holds the same ones."""
-    if shares is None or shares._shared is None:
+    if shares is None:
         return {}
     own = _shared(shares)
     place = (shares.state.ep.rank, shares.state.etp.rank)

@@ -203,17 +203,23 @@ def test_its_loss_and_gradients_are_those_of_megatrons_own_experts(case: str, tm
 
 
 @functools.cache
-def one_process() -> dict[str, Any]:
-    """Returns the results of each way in one process."""
-    (found,) = run_megatron(train, 1, Layout(), [WAYS[case] for case in TRAINED])
-    return dict(zip(TRAINED, found, strict=True))
+def one_process(is_moe: tuple[int, ...] = (1, 1, 1, 1)) -> dict[str, Any]:
+    """Returns the results of each way in one process, of a model some of whose layers have experts."""
+    ways = [*TRAINED, BY_EXPERT] if all(is_moe) else FEW
+    (found,) = run_megatron(train, 1, Layout(options={"moe_layer_freq": list(is_moe)}), [WAYS[case] for case in ways])
+    return dict(zip(ways, found, strict=True))
 
 
+BY_EXPERT = "8 banks of each expert"
+#: A map names a source for each of four layers.
+FEW = [way for way in TRAINED if way != "map"]
 #: By day each axis, and each way of sharing in two layouts.
 BY_DAY = (
-    ("EP 2 x PP 2, ZeRO-1, overlap", TRAINED),
+    ("EP 2 x uneven PP 2, ZeRO-1, overlap", TRAINED),
     ("TP 2 + SP, ETP 2", TRAINED[::2]),
     ("interleaved PP 2, recomputed", TRAINED[1::2]),
+    ("TP 2 + SP, ZeRO-1", ["locked pool", BY_EXPERT]),
+    ("TP 2 + SP, EP 2", [BY_EXPERT]),
 )
 
 
@@ -224,16 +230,17 @@ def test_a_layout_trains_as_one_process(layout: str, ways: list[str]) -> None:
     """Four steps with clipping, each way: by Megatron-Core's data parallelism, optimizer and schedule, which the harness calls by
     name. Losses, norms and copies of what is shared are those of one process."""
     sizes, ranks = LAYOUTS[layout]
+    expected = one_process(tuple(sizes.options.get("moe_layer_freq", (1, 1, 1, 1))))
+    ways = [way for way in ways if way in expected]
     for found in run_megatron(train, ranks, sizes, [WAYS[way] for way in ways]):
         for way, result in zip(ways, found, strict=True):
             for name in ("losses", "norms"):
-                assert result[name] == pytest.approx(one_process()[way][name], rel=2e-6), (way, name)
+                assert result[name] == pytest.approx(expected[way][name], rel=2e-6), (way, name)
             assert not any(result["copies"].values()) and not result["idle"] and not result["unmoved"], way
 
 
-def test_an_experts_moments_move_with_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_experts_moments_move_with_its_weights() -> None:
     candidates = importlib.import_module("megatron_samoe.plugins.megatron_core.candidates")
-    monkeypatch.setattr(candidates.parallel_state, "get_data_parallel_group", lambda: None)
     p = torch.nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(1)))
     adam = torch.optim.Adam([p])
     p.grad = p.detach() ** 3
@@ -286,9 +293,12 @@ REFUSED: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
 
 
 def _all_refusals() -> list[str]:
-    """Returns what is said of each, of a spec without experts, of a model that was built by another spec, and of early gradients."""
+    """Returns what is said of each, of a model that was built by another spec, of one that is not wrapped, and of one of another
+    ExpertSharing."""
     start(Layout())
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    from megatron_samoe.plugins.megatron_core import ExpertSharing
 
     def said(use: Callable[..., object], *words: object) -> str:
         try:
@@ -301,16 +311,22 @@ def _all_refusals() -> list[str]:
         said(built, Layout(options=options), Model(sharing=sharing, sharing_options=words))
         for options, sharing, words, _ in REFUSED
     ]
-    _, (model,), sharing = built(Layout(), Model(sharing="tied"))
+    config, (model,), sharing = built(Layout(), Model(sharing="tied"))
     _, (other,), _ = built(Layout(), Model())
-    found += [said(sharing.spec, get_gpt_layer_local_spec()), said(sharing.attach, other)]
-    return [*found, said(sharing.finalize_model_grads, [model])]
+    _, (fewer,), _ = built(Layout(options={"moe_layer_freq": [0, 1, 1, 1]}), Model(sharing="tied"))
+    found += [said(sharing.attach, other), said(sharing.attach, fewer), said(sharing.finalize_model_grads, [model])]
+    wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
+    return [*found, said(ExpertSharing(config, "tied").finalize_model_grads, [wrapped])]
 
 
 def test_wrong_use_is_one_sentence() -> None:
-    later = ("has no MoE layer: give num_experts", "build it by ExpertSharing.spec")
-    wrapped = "model = 'GPTModel': must be wrapped in Megatron-Core's DistributedDataParallel"
-    expected = [*(said for *_, said in REFUSED), *later, wrapped]
+    later = (
+        "build it by ExpertSharing.spec",
+        "spec = 'layer 0': must have experts where the config's",
+        "model = 'GPTModel': must be wrapped in Megatron-Core's DistributedDataParallel",
+        "model = '1 chunks': must be attached to one ExpertSharing",
+    )
+    expected = [*(said for *_, said in REFUSED), *later]
     for part, message in zip(expected, run_megatron(_all_refusals, 1)[0], strict=True):
         assert part in message and "\n" not in message, message
 

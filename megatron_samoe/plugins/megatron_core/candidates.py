@@ -14,6 +14,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.ops.topk_gate import limited
 
 #: What Adam keeps of each element.
@@ -90,17 +91,15 @@ def reorder(optimizer: Any, parameter: Any, dim: int, order_E: Tensor, is_split:
         order_E: the expert that each index is to have.
         is_split: whether experts are split over expert-parallel ranks. All ranks call it together.
     """
-    main, moments, start = _kept(optimizer, parameter)
-    is_sharded = start is not None
-    held = slice(start or 0, (start or 0) + (0 if main is None else main.numel()))
-    replicas = parallel_state.get_expert_data_parallel_group() if is_split else parallel_state.get_data_parallel_group()
+    main, moments, start, holders = _kept(optimizer, parameter)
+    held = slice(start, start + (0 if main is None else main.numel()))
     grad = parameter.main_grad.view(-1)[held]
     for tensor in (main, *moments, grad):
         full = torch.zeros_like(parameter.main_grad).view(-1)
         if tensor is not None:
             full[held] = tensor.view(-1).to(full.dtype)
-        if is_sharded:
-            dist.all_reduce(full, group=replicas)
+        if holders is not None:
+            dist.all_reduce(full, group=holders)
         moved = _in_order(full.view(parameter.shape), dim, order_E, is_split)
         if tensor is main:
             parameter.copy_(moved)
@@ -118,23 +117,26 @@ def _in_order(shard: Tensor, dim: int, order_E: Tensor, is_split: bool) -> Tenso
     return torch.cat(shards, dim).index_select(dim, order_E.chunk(group.size())[group.rank()])
 
 
-def _kept(optimizer: Any, parameter: Any) -> tuple[Tensor | None, list[Tensor | None], int | None]:
-    """Returns master weights and Adam's moments, and where they begin in the parameter; None where they are all of it.
+def _kept(optimizer: Any, parameter: Any) -> tuple[Tensor | None, list[Tensor | None], int, Any]:
+    """Returns master weights and Adam's moments, where they begin in the parameter, and the group of ranks that hold it in
+    pieces; None where each holds all of it.
 
     Ranks among which the distributed optimizer shards a parameter hold consecutive elements, and maybe none.
     """
-    start = None
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         main: Any = getattr(parameter, "main_param", None)
+        start, holders = 0, None
         if isinstance(one, DistributedOptimizer):
-            start = 0
-            if parameter not in one.model_param_group_index_map:
+            holders = next((b.data_parallel_group for b in one.buffers if parameter in b.param_index_map), None)
+            if holders is None:
                 continue
+            if parameter not in one.model_param_group_index_map:
+                return None, [None] * len(MOMENTS), start, holders
             group, place = one.model_param_group_index_map[parameter]
             main = one.optimizer.param_groups[group]["params"][place]
             start = one._get_model_param_range_map(parameter)["param"].start
         main = parameter if main is None else main
         state = one.optimizer.state
         if main in state or any(main is p for g in one.optimizer.param_groups for p in g["params"]):
-            return main.detach(), [state.get(main, {}).get(name) for name in MOMENTS], start
-    return None, [None] * len(MOMENTS), 0
+            return main.detach(), [state.get(main, {}).get(name) for name in MOMENTS], start, holders
+    raise ConfigError("optimizer", type(optimizer).__name__, "must be that of the model, with pool_lock_step")

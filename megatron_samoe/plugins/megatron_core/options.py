@@ -37,7 +37,11 @@ OF_MODEL = (
     Refusal("fp8", _is_on, f"{NOT_PARAMETERS}; train in bf16 or fp32"),
     Refusal("fp4", _is_on, f"{NOT_PARAMETERS}; train in bf16 or fp32"),
     Refusal("delay_wgrad_compute", _is_on, NOT_PARAMETERS),
+    Refusal("overlap_dispatch_backward_with_experts_wgrad", _is_on, NOT_PARAMETERS),
     Refusal("cuda_graph_impl", _is_on, NOT_PARAMETERS),
+    Refusal("activation_func_clamp_value", _is_on, "must be None: lent experts do not clamp"),
+    Refusal("glu_linear_offset", _is_on, "must be 0: lent experts have no offset"),
+    Refusal("use_mup", _is_on, "must be False: lent experts are not drawn by it"),
     Refusal("moe_latent_size", _is_on, "must be None: lent experts have the hidden size of the model"),
     Refusal("context_parallel_size", lambda v: v > 1, "must be 1: nobody has run it"),
     Refusal("moe_token_dispatcher_type", lambda v: v == "flex", "must be alltoall or allgather: nobody has run flex"),
@@ -47,7 +51,13 @@ OF_CANDIDATES = (
     Refusal("moe_router_num_groups", lambda v: v is not None, "must be None: a group may have no open expert"),
     Refusal("moe_expert_capacity_factor", lambda v: v is not None, "must be None: capacities count on all experts"),
     Refusal(
-        "moe_router_load_balancing_type", lambda v: v == "sinkhorn", "must not be sinkhorn, which opens closed experts"
+        "moe_router_load_balancing_type",
+        lambda v: not {"sinkhorn", "quantile_balancing"}.isdisjoint([v] if isinstance(v, str) else v),
+        "must not be sinkhorn or quantile_balancing, which open closed experts",
+    ),
+    Refusal("moe_router_enable_expert_bias", _is_on, "must be False: a closed expert's bias grows until it is chosen"),
+    Refusal(
+        "moe_router_score_function", lambda v: v == "sqrtsoftplus", "must be softmax or sigmoid: nobody has run it"
     ),
 )
 #: Of a TransformerConfig that a schedule has used.

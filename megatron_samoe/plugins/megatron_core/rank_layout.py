@@ -60,11 +60,15 @@ def is_moe_layer(config: Any) -> list[bool]:
 def layers_of_stage(config: Any) -> tuple[tuple[int, ...], ...]:
     """Returns the layers, from 0, that each pipeline stage holds, by Megatron-Core's own count."""
     chunks = config.virtual_pipeline_model_parallel_size or 1
+    given = config.pipeline_model_parallel_layout
     stages = []
     for stage in range(config.pipeline_model_parallel_size):
         layers: list[int] = []
         for chunk in range(chunks):
             place = {"vp_stage": chunk if chunks > 1 else None, "pp_rank": stage}
+            if given is not None:  # of which the functions below say this rank's stage only
+                layers += given.get_layer_id_list(**place)
+                continue
             first = get_transformer_layer_offset(config, **place)
             layers += range(first, first + get_num_layers_to_build(config, **place))
         stages.append(tuple(layers))

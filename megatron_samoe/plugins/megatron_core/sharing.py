@@ -21,6 +21,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from megatron_samoe.config.sharing_map import parse_sharing
@@ -48,7 +49,7 @@ class ExpertSharing:
         model = sharing.attach(GPTModel(config, sharing.spec(get_gpt_layer_local_spec(...)), ...))
         config.finalize_model_grads_func = sharing.finalize_model_grads
 
-    Make it after Megatron-Core's groups, before the model. With virtual pipeline stages attach each chunk.
+    Make it after Megatron-Core's groups, before the model. With virtual pipeline stages one is for all chunks: attach each.
 
     Args:
         config: Megatron-Core's TransformerConfig.
@@ -89,7 +90,6 @@ class ExpertSharing:
         self._way = MappedSharing(SharingContext(moe, sources, shapes, stages, self.state, config.params_dtype))
         self._parts: dict[int, nn.Module] = {}
         self._shared: SharedExperts | None = None
-        self._lender: ExpertLender | None = None
         self._is_current = False
         self._chunks: list[Any] = []
         self._schedule = candidate_schedule(moe)
@@ -101,9 +101,9 @@ class ExpertSharing:
         """Returns a copy of a layer's or a block's spec whose MoE layers borrow their experts.
 
         Raises:
-            ConfigError: it has no MoE layer, or a router of its own where candidates change.
+            ConfigError: it has a router of its own where candidates change.
         """
-        spec, found = copy.deepcopy(spec), 0
+        spec = copy.deepcopy(spec)
         for layer in getattr(spec, "layer_specs", None) or [spec]:
             mlp: Any = getattr(layer.submodules, "mlp", None)
             # From 0.17 on a partial of the layer, before that a spec of it.
@@ -117,23 +117,26 @@ class ExpertSharing:
                 if submodules.router not in (TopKRouter, CandidateRouter):
                     raise ConfigError("router", submodules.router, "must be TopKRouter, where candidates change")
                 submodules.router = CandidateRouter
-            found += 1
-        if not found:
-            raise ConfigError(
-                "spec", type(spec).__name__, "has no MoE layer: give num_experts to the function that makes it"
-            )
         return spec
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Gives a model, or one chunk of it, what its layers own and share, before DistributedDataParallel takes it.
 
         Raises:
-            ConfigError: its layers were not built by `spec`.
+            ConfigError: its layers were not built by `spec`, or have experts elsewhere than the config says.
         """
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         if not all(isinstance(layer.experts, LentExperts) for layer in layers):
             raise ConfigError(
                 "model", type(model).__name__, "has MoE layers that do not borrow: build it by ExpertSharing.spec"
+            )
+        held = {m.layer_number - 1 for m in model.modules() if isinstance(m, TransformerLayer)}
+        found = {layer.layer_number - 1 for layer in layers}
+        if wrong := found.symmetric_difference(held.intersection(self._moe_index)):
+            raise ConfigError(
+                "spec",
+                f"layer {min(wrong)}",
+                "must have experts where the config's num_moe_experts and moe_layer_freq say so",
             )
         named: dict[str, nn.Parameter] = {}
         for layer in layers:
@@ -166,8 +169,10 @@ class ExpertSharing:
         # Tensor-parallel ranks have experts of their own, or their own part of each: all count in norms.
         marks.tensor_model_parallel = by_expert
         marks.partition_dim, marks.partition_stride = -1, 1
-        # A coefficient's gradient is a sum over tensor-parallel ranks, which have other experts or other parts of them.
-        marks.sequence_parallel = bool(self.config.sequence_parallel and spec.partial and marks.allreduce)
+        # A coefficient's gradient is a sum over tensor-parallel ranks, which have other experts or other parts of them;
+        # of an expert's own coefficient they are not copies.
+        is_copy = spec.partial and marks.allreduce and not by_expert
+        marks.sequence_parallel = bool(self.config.sequence_parallel and is_copy)
         if spec.family == "pool" and self.state.pp.size > 1:
             marks.shared, marks.shared_embedding = self.state.pp.rank > 0, True
 
@@ -179,10 +184,19 @@ class ExpertSharing:
             )
         self._optimizer = optimizer
 
+    @functools.cached_property
+    def _lender(self) -> ExpertLender:
+        """Made at its first use, when all chunks are attached."""
+        return self._way.lender(self._parts, None if self._shared is None else self._shared.part)
+
     def experts(self, moe_index: int) -> Experts:
-        """Returns the experts of a layer, by the weights that the optimizer has last written."""
-        if self._lender is None:
-            self._lender = self._way.lender(self._parts, None if self._shared is None else self._shared.part)
+        """Returns the experts of a layer, by the weights that the optimizer has last written.
+
+        Raises:
+            ConfigError: its model was not attached.
+        """
+        if moe_index not in self._parts:
+            raise ConfigError("model", "its layers", "must be given to ExpertSharing.attach after they are built")
         if not self._is_current:
             self._wait_for_weights()
             self._lender.begin_step()
@@ -208,9 +222,10 @@ class ExpertSharing:
             raise ConfigError(
                 "pool_lock_step", "given", "moves rows of the optimizer's state: call ExpertSharing.follow(optimizer)"
             )
-        if self._lender is None:
+        lent = [module for chunk in model for module in chunk.modules() if isinstance(module, LentExperts)]
+        if not self._chunks and {one.moe_index for one in lent} != set(self._parts):
             raise ConfigError(
-                "model", type(model[0]).__name__, "has not used its shared experts: call ExpertSharing.attach"
+                "model", f"{len(model)} chunks", "must be attached to one ExpertSharing, which their config calls"
             )
         self._lender.finish_step()
         self._chunks = model
@@ -219,7 +234,7 @@ class ExpertSharing:
             # Overlapped data parallelism sends a bucket once each of its parameters was announced as often as in the first
             # step. Autograd announces some of these, each time that a layer has used them; this is the last time.
             if chunk.ddp_config.overlap_grad_reduce:
-                chunk.param_to_bucket_group[parameter].register_grad_ready(parameter)
+                chunk.param_to_bucket_group[parameter].register_grad_ready(parameter, chunk.force_all_reduce)
         finalize_model_grads(model, *args, **kwargs)
         for parameter in self._on_several_stages():
             stages = parallel_state.get_pipeline_model_parallel_group()
@@ -244,9 +259,7 @@ class ExpertSharing:
             reorder(self._optimizer, parameter, dim, order_E, is_split=self.state.ep.size > 1)
         for router in self._routers.values():
             reorder(self._optimizer, router.weight, 0, order_E, is_split=False)
-            for factors in (router.candidates, router.expert_bias):
-                if factors is not None:
-                    factors.copy_(factors[order_E])
+            router.candidates.copy_(router.candidates[order_E])
 
     def _held(self) -> Iterator[tuple[Any, nn.Parameter]]:
         """Yields what layers own and share, each with the chunk that reduces its gradient."""
