@@ -132,8 +132,8 @@ def _kept(optimizer: Any, parameter: Any) -> tuple[Tensor | None, list[Tensor | 
                 continue
             if parameter not in one.model_param_group_index_map:
                 return None, [None] * len(MOMENTS), start, holders
-            group, place = one.model_param_group_index_map[parameter]
-            main = one.optimizer.param_groups[group]["params"][place]
+            group, index = one.model_param_group_index_map[parameter]
+            main = one.optimizer.param_groups[group]["params"][index]
             start = one._get_model_param_range_map(parameter)["param"].start
         main = parameter if main is None else main
         state = one.optimizer.state
