@@ -5,7 +5,8 @@
         --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --expert-sharing combined --num-expert-banks 2
 
 Model, data set, router, dispatcher, data parallelism, optimizer, schedule and checkpoints are Megatron-Core's. The lines that
-mention `sharing` are what a pretrain_gpt.py would have more; --expert-sharing none leaves them out.
+mention `sharing` are what a pretrain_gpt.py would have more; --expert-sharing none leaves them out. Tensor parallelism is not
+offered: MoE layers then need sequence parallelism, which torch's RMSNorm in this spec refuses. Transformer Engine's spec has it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def parsed() -> argparse.Namespace:
     sizes = {
         "vocab-size": 257, "seq-length": 128, "train-iters": 50, "micro-batch-size": 2, "global-batch-size": 8, "num-layers": 4,
         "hidden-size": 64, "num-attention-heads": 4, "num-experts": 8, "moe-ffn-hidden-size": 128, "moe-router-topk": 2,
-        "tensor-model-parallel-size": 1, "pipeline-model-parallel-size": 1, "expert-model-parallel-size": 1,
+        "pipeline-model-parallel-size": 1, "expert-model-parallel-size": 1,
     }  # fmt: skip
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -68,9 +69,8 @@ def model_config(args: argparse.Namespace, on_gpu: bool) -> TransformerConfig:
         normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
         attention_dropout=0.0, hidden_dropout=0.0, bias_dropout_fusion=False, masked_softmax_fusion=False,
         gradient_accumulation_fusion=False, apply_rope_fusion=False, use_cpu_initialization=not on_gpu,
-        tensor_model_parallel_size=args.tensor_model_parallel_size, sequence_parallel=args.tensor_model_parallel_size > 1,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size, expert_tensor_parallel_size=1,
-        expert_model_parallel_size=args.expert_model_parallel_size, bf16=args.bf16, params_dtype=dtype, pipeline_dtype=dtype,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size, expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=1, bf16=args.bf16, params_dtype=dtype, pipeline_dtype=dtype,
     )  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     parallel_state.initialize_model_parallel(
-        args.tensor_model_parallel_size, args.pipeline_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         expert_model_parallel_size=args.expert_model_parallel_size, expert_tensor_parallel_size=1,
     )  # fmt: skip
     model_parallel_cuda_manual_seed(1234)
