@@ -1,10 +1,15 @@
 """The engine: requests in, tokens out, one step of continuous batching at a time.
 
+    from megatron_samoe.convert.opener import open_folder
+    from megatron_samoe.inference import Engine, Request, SamplingOptions, load_model
+    from megatron_samoe.parallel_state import single_process_state
+
+    loaded = load_model(open_folder("runs/samoe"), single_process_state(), combine=False)
     engine = Engine(loaded, max_batch=8)
-    request_id = engine.submit(Request(prompt_ids, SamplingOptions(max_new_tokens=50, temperature=0.8)))
+    engine.submit(Request(loaded.tokenizer.encode("Emma was"), SamplingOptions(max_new_tokens=20)))
     while engine.has_work:
         for event in engine.step():
-            ...
+            print(event.text, end="")
 
 A step gives every running request its next token, and lets waiting ones in.
 """

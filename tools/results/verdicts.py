@@ -26,13 +26,13 @@ HEAD = "| claim | model | from | seeds | difference | own interval | p | support
 FEW, MANY = "second_regime/moe of 8", "second_regime/moe of 32"
 
 #: Claims that the table of verdicts leaves to the text and to docs/compression.md.
-UNTABLED = ("G2", "own experts", "E2a, rate", "E5, others")
+UNTABLED = ("G2", "own experts", "E2a, rate", "E5, others", "E6, others")
 
 #: FEW's further seeds, which count as FEW's from when all that E1 waits for is there.
 MORE = "third_own/moe of 8"
 
-#: Models of another depth, which are judged by the others' spread and add nothing to it.
-DEEPER = "third_deep/"
+#: Studies of another depth or corpus, whose models are judged by the others' spread and add nothing to it.
+APART = ("third_deep/", "third_small_corpus/")
 
 #: Losses by model and seed.
 Losses = Mapping[str, Mapping[int, float]]
@@ -124,10 +124,8 @@ class HeldOut:
 
     @property
     def opened(self) -> Losses:
-        """Losses of those of them that were trained, and are as deep as most."""
-        return {
-            name: self.trained[name] for name in self.judged if name in self.trained and not name.startswith(DEEPER)
-        }
+        """Losses of those of them that were trained, as deep as most and on the same corpus."""
+        return {name: self.trained[name] for name in self.judged if name in self.trained and not name.startswith(APART)}
 
     @property
     def spread(self) -> Spread:
