@@ -39,7 +39,6 @@ import numpy as np
 
 from megatron_samoe.errors import DataError
 from megatron_samoe.evaluation.run_summary import RunSummary
-from megatron_samoe.evaluation.study.definition import Run
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.statistics import common_spread, own_half_width
 
@@ -92,8 +91,8 @@ def blocks_of(page: str) -> list[Block]:
 
 
 def models_of(plans: Mapping[str, StudyPlan], runs: Mapping[str, RunSummary]) -> Models:
-    """Returns the runs of studies by their models' names: `MODEL`, of a named study `STUDY/MODEL`, of a sweep `MODEL@VALUE`; and
-    each run by its key.
+    """Returns the runs of studies by their models' names: `MODEL`, of a named study `STUDY/MODEL`, of a size `MODEL, SIZE`, of a
+    sweep `MODEL@VALUE`; and each run by its key.
 
     Args:
         plans: by the studies' names.
@@ -102,15 +101,17 @@ def models_of(plans: Mapping[str, StudyPlan], runs: Mapping[str, RunSummary]) ->
     models: dict[str, dict[int, RunSummary]] = {key: {run.config.training.seed: run} for key, run in runs.items()}
     for study, plan in plans.items():
         for run in plan.all_runs():
-            found = models.setdefault(_name(study, run), {})
+            name = model_name(study, run.variant.name, run.size)
+            found = models.setdefault(name if run.swept is None else f"{name}@{run.swept:g}", {})
             if plan.is_settled(run) and plan.key_of(run) in runs:
                 found[run.seed] = runs[plan.key_of(run)]
     return models
 
 
-def _name(study: str, run: Run) -> str:
-    name = f"{study}/{run.variant.name}" if study else run.variant.name
-    return name if run.swept is None else f"{name}@{run.swept:g}"
+def model_name(study: str, variant: str, size: str) -> str:
+    """Returns what pages and claims call a study's model; its study and its size may have no name."""
+    model = f"{variant}, {size}" if size else variant
+    return f"{study}/{model}" if study else model
 
 
 def wrong_figures(

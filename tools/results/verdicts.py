@@ -18,7 +18,7 @@ import yaml
 
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.statistics import Spread, common_spread, holm, own_half_width
-from tools.results.page_figures import Models
+from tools.results.page_figures import Models, model_name
 
 #: How the table of verdicts begins.
 HEAD = "| claim | model | from | seeds | difference | own interval | p | supported |"
@@ -141,17 +141,15 @@ def losses_on_test(plans: Mapping[str, StudyPlan], models: Models, derived: Loss
         models: runs by model and seed.
         derived: losses of models that were made of others.
     """
-    trained, whole, given_up = dict[str, dict[int, float]](), set[str](), set[str]()
+    is_finished, given_up = dict[str, list[bool]](), set[str]()
     for study, plan in plans.items():
-        given_up |= {f"{study}/{name}" for name, _ in plan.given_up()}
-        runs = plan.all_runs()
-        for variant in plan.study.variants:
-            name = f"{study}/{variant.name}"
-            trained[name] = {seed: run.validation["test_loss"] for seed, run in models[name].items()}
-            if all(plan.is_finished(run) for run in runs if run.variant == variant):
-                whole.add(name)
+        given_up |= {model_name(study, *model) for model in plan.given_up()}
+        for run in plan.all_runs():
+            is_finished.setdefault(model_name(study, run.variant.name, run.size), []).append(plan.is_finished(run))
+    trained = {name: {seed: run.validation["test_loss"] for seed, run in models[name].items()} for name in is_finished}
     seeds = {seed for name, row in trained.items() if name.startswith("second_") for seed in row}
     first = next(claim for claim in CLAIMS if MORE in claim.waits_for)
+    whole = {name for name, runs in is_finished.items() if all(runs)}
     if whole.issuperset(first.waits_for):
         trained[FEW] |= trained[MORE]
     whole |= {name for name, row in derived.items() if row.keys() >= seeds}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
@@ -26,7 +26,7 @@ from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.planning.accounting import ParameterCount
 from tests.harness.tables import table
 from tools.results.measured import wrong_tables
-from tools.results.page_figures import Models, rewritten, with_table, wrong_figures
+from tools.results.page_figures import Models, models_of, rewritten, with_table, wrong_figures
 from tools.results.registration import Registration, deviations, kept_plan, read_registrations
 from tools.results.result_plots import Plot, course
 from tools.results.scaling import scaling
@@ -101,22 +101,33 @@ def test_a_loss_on_the_test_split_is_not_looked_at_before_all_of_a_claim_is_ther
     assert waiting.opened == {}, "an experiment's models are looked at together"
 
 
+def plan_of(name: str, sizes: Collection[str] = ("",), missing: str = "nothing") -> StudyPlan:
+    runs = [SimpleNamespace(variant=SimpleNamespace(name=name), size=size, seed=1, swept=None) for size in sizes]
+    plan = SimpleNamespace(given_up=list, all_runs=lambda: runs, is_settled=bool, key_of=lambda run: f"key {run.size}")
+    plan.is_finished = lambda run: missing not in f"{run.variant.name}, {run.size}"
+    return cast(StudyPlan, plan)
+
+
+def test_sizes_of_a_model_are_told_apart() -> None:
+    plans = {"third_small_corpus": plan_of("moe", ["1 reading", "8 readings"], missing="8 readings")}
+    runs = {"key 1 reading": run_of(3.9), "key 8 readings": run_of(3.5)}
+    found = losses_on_test(plans, models_of(plans, runs), {})
+    assert found.trained == {
+        f"third_small_corpus/moe, {n}": {1: x} for n, x in (("1 reading", 4.9), ("8 readings", 4.5))
+    }
+    assert found.whole == {"third_small_corpus/moe, 1 reading"}
+
+
 @pytest.mark.parametrize("is_whole", [False, True])
 def test_further_seeds_of_a_baseline_count_once_all_of_their_experiment_is_there(is_whole: bool) -> None:
-    def plan_of(*names: str) -> StudyPlan:
-        variants = [SimpleNamespace(name=name) for name in names]
-        runs = [SimpleNamespace(variant=variant) for variant in variants]
-        plan = SimpleNamespace(study=SimpleNamespace(variants=variants), given_up=list, all_runs=lambda: runs)
-        plan.is_finished = lambda run: is_whole or "UniPool" not in run.variant.name
-        return cast(StudyPlan, plan)
-
     studies = {"second_regime": "moe of 8", "third_own": "moe of 8", "third_lock": "pool, locked, softmax"}
     studies |= {"third_norm": "moe of 8, norm", "third_unipool": "pool, locked as UniPool"}
     studies |= {"second_sharing": "pool, locked", "third_later": "moe of 8, later"}
     models = {f"{study}/{name}": {1: run_of(3.5)} for study, name in studies.items()}
     models["third_own/moe of 8"] = {4: run_of(3.6)}
     models["third_lock/pool, locked, softmax"] = {1: run_of(3.4), 4: run_of(3.4)}
-    found = losses_on_test({study: plan_of(name) for study, name in studies.items()}, models, {})
+    plans = {study: plan_of(name, missing="nothing" if is_whole else "UniPool") for study, name in studies.items()}
+    found = losses_on_test(plans, models, {})
     assert found.trained["second_regime/moe of 8"] == ({1: 4.5, 4: 4.6} if is_whole else {1: 4.5})
     lock = [v for v in judge(found) if v.claim.name == "E1, free"]
     assert [list(v.differences) for v in lock] == ([pytest.approx([-0.1, -0.2])] if is_whole else [])
