@@ -267,7 +267,7 @@ void run(Member& member, const DecodeAttention& a, const PackedRows* packed) {
     if (item < num_tasks) ask_for_pages<C>(a, blocks[item / a.kv_heads], item % a.kv_heads);
   };
   const int64_t num_chunks = (num_tasks + chunk - 1) / chunk;
-  ask_for(member.next_task(num_chunks, 1) * chunk);
+  ask_for(member.next_task(num_chunks) * chunk);
   const bool is_alone = each_is_alone(a), packs = packed != nullptr && packed->takes_parts(attention_part(a));
   if (!is_alone) {
     member.own(a.num_tokens * a.kv_heads, [&](int64_t i) { prepare<C>(a, i / a.kv_heads, i % a.kv_heads); });
@@ -285,7 +285,7 @@ void run(Member& member, const DecodeAttention& a, const PackedRows* packed) {
       for (int64_t t = block.first; t < block.first + block.count; ++t) packed->pack_part(t, i % a.kv_heads * size, size);
     }
   };
-  member.tasks(num_chunks, attend_chunk, 0, 1);  // sequences are of different lengths
+  member.tasks(num_chunks, attend_chunk);
 }
 
 }  // namespace

@@ -162,9 +162,7 @@ void experts_tasks(Member& member, const DecodeExperts& a, const PackedRows& tok
   const PackedRows slots(a.h_NF, a.ffn, a.w2.type, memory);
   float* up = thread_floats(kRowBlock * kTaskOuts);
   const auto first = [&](int64_t task, int64_t after) { work.first_product(task, tokens, slots, work.start(after), up); };
-  // Experts of many rows are bound by their products, so that one can take several times as long as another.
-  const int64_t most = work.is_few ? Member::kAnyNumber : 1;
-  member.tasks(work.num1, first, work.num - work.num1, most);
+  member.tasks(work.num1, first, work.num - work.num1);
   member.wait();
   if (slots.packed != nullptr && !slots.takes_parts(kTaskOuts)) {
     member.own(hits.starts[hits.num], [&](int64_t i) { slots.pack(hits.slots[i]); });
@@ -173,7 +171,7 @@ void experts_tasks(Member& member, const DecodeExperts& a, const PackedRows& tok
   const auto second = [&](int64_t task, int64_t after) {
     work.second_product(work.num1 + task, slots, work.start(work.num1 + after));
   };
-  member.tasks(work.num - work.num1, second, 0, most);
+  member.tasks(work.num - work.num1, second);
 }
 
 void combine_own(const Member& member, const DecodeExperts& a) {

@@ -42,7 +42,7 @@ void linear_tasks(Member& member, const DecodeLinear& a, const PackedRows& rows)
 
 void ask_for_linear(const Member& member, const DecodeLinear& a) {
   const int64_t step = task_outs(a.outputs, member.size()), num_tasks = (a.outputs + step - 1) / step;
-  const int64_t task = member.next_task(num_tasks, Member::kAnyNumber);
+  const int64_t task = member.next_task(num_tasks);
   if (task < num_tasks) ask_for(start_of(a.w_NK, task * step, a.inputs));
 }
 

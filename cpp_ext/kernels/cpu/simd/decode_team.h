@@ -21,46 +21,28 @@ namespace samoe {
 namespace cpu {
 namespace SAMOE_ISA {
 
-struct Team {
-  alignas(64) int arrived = 0;
-  alignas(64) int turn = 0;
-  alignas(64) int64_t next_ticket = 0;
+// A member's share of a call's tasks, by what is taken of it. The member takes from the front, so that it reads one stretch of
+// memory and its counter stays in its cache; those that have nothing left of their own take from the back. A counter that all
+// share costs 0.3 us a time where cores lie on different dies, and its tasks lie apart: 5 to 8 % of a step in int8, 2 % in bf16.
+struct alignas(64) Share {
+  uint64_t taken = 0;  // 16 bits: by which call; 24: from the front; 24: from the back
 };
 
-// Tasks that follow each other and that one member takes: many at first, so that it reads long stretches of memory, then
-// ever fewer, so that all members end together; never more than `most`. At the end there is none, and the index is the number
-// of stretches.
-struct Stretch {
-  Stretch(int64_t num_tasks, int num_members, int64_t most_tasks) : num(num_tasks), size(num_members), most(most_tasks) {
-    measure();
-  }
-
-  void advance(int64_t to) {
-    while (index < to && count > 0) {
-      first += count;
-      ++index;
-      measure();
-    }
-  }
-  void measure() {
-    const int64_t left = num - first, share = size == 1 ? left : left / (2 * size);
-    count = left > 0 && share < 1 ? 1 : (share < most ? share : most);
-  }
-
-  int64_t num, size, most, index = 0, first = 0, count = 0;
+struct Team {
+  explicit Team(Share* shares) : shares(shares) {}
+  alignas(64) int arrived = 0;
+  alignas(64) int turn = 0;
+  Share* const shares;  // a member's each
 };
 
 // One thread of a team. All members make the same calls of wait and tasks, in the same order.
 class Member {
  public:
-  static constexpr int64_t kAnyNumber = INT64_MAX;
-
   explicit Member(Team& team) : team_(team) {
 #if defined(_OPENMP)
     number_ = omp_get_thread_num();
     size_ = omp_get_num_threads();
 #endif
-    ticket_ = take();
   }
 
   int number() const { return number_; }
@@ -91,42 +73,46 @@ class Member {
     for (int64_t i = number_; i < num; i += size_) work(i);
   }
 
-  // The first task that this member takes of the next call, if it takes any.
-  int64_t next_task(int64_t num, int64_t most) const {
-    Stretch mine(num, size_, most);
-    mine.advance(ticket_ - done_);
-    return mine.first;
-  }
+  // The first task that this member takes of the next call; num if it has none of its own.
+  int64_t next_task(int64_t num) const { return begin_of(num, number_) < begin_of(num, number_ + 1) ? begin_of(num, number_) : num; }
 
-  // Calls work(task, after) for those of num tasks that this member takes; `after` is the task that it will take next,
-  // so that it can ask for that one's weights in time. From num on these are tasks of the next call, which has `then`.
-  // It takes at most `most` at a time: 1 where tasks are of different sizes, so that one member does not get all the large ones.
+  // Calls work(task, after) for those of num tasks that this member takes; `after` is the task that it will most likely take
+  // next, so that it can ask for that one's weights in time. From num on these are tasks of the next call, which has `then`.
   template <typename Work>
-  void tasks(int64_t num, Work work, int64_t then = 0, int64_t most = kAnyNumber) {
-    Stretch mine(num, size_, most);
-    mine.advance(ticket_ - done_);
-    while (mine.count > 0) {
-      ticket_ = take();
-      Stretch following = mine;
-      following.advance(ticket_ - done_);
-      int64_t after = following.first;
-      if (following.count == 0) {
-        Stretch later(then, size_, most);
-        later.advance(ticket_ - done_ - following.index);
-        after += later.first;
+  void tasks(int64_t num, Work work, int64_t then = 0) {
+    ++call_;
+    const int64_t later = num + begin_of(then, number_);
+    for (int i = 0; i < size_; ++i) {
+      const int owner = (number_ + i) % size_;
+      const int64_t begin = begin_of(num, owner), end = begin_of(num, owner + 1);
+      for (int64_t taken = 0; begin < end && (taken = take(team_.shares[owner], end - begin, i == 0)) >= 0;) {
+        const int64_t task = i == 0 ? begin + taken : end - 1 - taken;
+        work(task, i == 0 && task + 1 < end ? task + 1 : later);
       }
-      const int64_t last = mine.first + mine.count - 1;
-      for (int64_t task = mine.first; task < last; ++task) work(task, task + 1);
-      work(last, after);
-      mine = following;
     }
-    done_ += mine.index;
   }
 
  private:
   static constexpr int kSpins = 1 << 12;  // about 0.1 ms
 
-  int64_t take() { return __atomic_fetch_add(&team_.next_ticket, 1, __ATOMIC_RELAXED); }
+  int64_t begin_of(int64_t num, int member) const { return num * member / size_; }
+
+  // Takes a task of a share of num; returns how many were taken from that end before, or -1 if none is left. A member leaves a
+  // call when all shares are empty; so if a share is of a later call, none of its tasks of this one is left, and if of an earlier
+  // one, none is taken.
+  int64_t take(Share& share, int64_t num, bool from_front) const {
+    constexpr uint64_t kMask = (1 << 24) - 1;
+    uint64_t seen = __atomic_load_n(&share.taken, __ATOMIC_RELAXED), now;
+    int64_t front, back;
+    do {
+      if (seen >> 48 > call_) return -1;
+      const uint64_t known = seen >> 48 == call_ ? seen : call_ << 48;
+      front = static_cast<int64_t>(known >> 24 & kMask), back = static_cast<int64_t>(known & kMask);
+      if (front + back >= num) return -1;
+      now = known + (from_front ? 1 << 24 : 1);
+    } while (!__atomic_compare_exchange_n(&share.taken, &seen, now, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    return from_front ? front : back;
+  }
 
   static void pause() {
 #if defined(__x86_64__)
@@ -136,14 +122,15 @@ class Member {
 
   Team& team_;
   int number_ = 0, size_ = 1;
-  // Every ticket is a stretch of tasks: of the calls so far, `done_` of them, or of those to come.
-  int64_t ticket_ = 0, done_ = 0;
+  uint64_t call_ = 0;
 };
 
 // Runs work(member) on every thread of a team.
 template <typename Work>
 SAMOE_INLINE void run_team(int num_threads, Work work) {
-  Team team;
+  static thread_local ThreadMemory memory;
+  const size_t bytes = static_cast<size_t>(num_threads) * sizeof(Share);
+  Team team(static_cast<Share*>(memset(memory.bytes(static_cast<int64_t>(bytes)), 0, bytes)));
 #pragma omp parallel num_threads(num_threads)
   {
     Member member(team);
