@@ -12,12 +12,16 @@ enum class WeightType { f32, bf16, i8 };
 
 namespace cpu {
 
+// How rows of weights are read: four at a time; or as a stream, asked for ahead into the first or the second cache, or into the
+// first one from several pages in turn.
+enum class Reading { tiles, first_cache, second_cache, pages_in_turn };
+
 // What this processor has to read weights through.
 struct Caches {
   int64_t first_bytes;  // of data, of one core
-  // Whether one stream comes fastest if it is asked for into the first cache: so on a Zen 5. On a Zen 4, whose first cache waits
-  // for fewer lines at a time, it comes up to twice as fast into the second.
-  bool takes_streams_first;
+  // By which a stream comes fastest. On a Zen 4, whose first cache waits for fewer lines at a time than a Zen 5's, it comes up to
+  // twice as fast into the second. An Intel core foresees a page at a time: asked for eight at once, an Ice Lake gives a fifth more.
+  Reading of_streams;
 };
 const Caches& caches();
 

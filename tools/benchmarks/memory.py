@@ -48,6 +48,7 @@ class Memory:
         self._reads: Variants = {
             "streams": partial(read, x.data_ptr(), x.nbytes, num_threads, 0),
             "one stream": partial(read, x.data_ptr(), x.nbytes, num_threads, 1),
+            "pages in turn": partial(read, x.data_ptr(), x.nbytes, num_threads, 2),
             "sum": x.sum,
             "max": x.max,
             "matrix-vector": partial(torch.mv, x, vector),

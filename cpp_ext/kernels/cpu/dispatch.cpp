@@ -51,23 +51,25 @@ int64_t first_cache_bytes() {
   return bytes > 0 ? bytes : 32 << 10;
 }
 
-// Whether this is a Zen 5 or later: AMD's families from 26 on.
-bool is_zen5() {
+// Zen 5 and later are AMD's families from 26 on. Pages in turn need a first cache that holds them beside what is multiplied.
+Reading reading_of_streams() {
 #if defined(__x86_64__)
   unsigned a = 0, vendor[3] = {}, unused = 0;
-  if (__get_cpuid(0, &a, &vendor[0], &vendor[2], &vendor[1]) == 0 || std::memcmp(vendor, "AuthenticAMD", 12) != 0) return false;
-  if (__get_cpuid(1, &a, &unused, &unused, &unused) == 0) return false;
+  if (__get_cpuid(0, &a, &vendor[0], &vendor[2], &vendor[1]) == 0) return Reading::second_cache;
+  if (std::memcmp(vendor, "GenuineIntel", 12) == 0)
+    return first_cache_bytes() >= 48 << 10 ? Reading::pages_in_turn : Reading::second_cache;
+  if (std::memcmp(vendor, "AuthenticAMD", 12) != 0) return Reading::second_cache;
+  if (__get_cpuid(1, &a, &unused, &unused, &unused) == 0) return Reading::second_cache;
   const unsigned family = a >> 8 & 0xf, extended = a >> 20 & 0xff;
-  return family == 0xf && family + extended >= 26;
-#else
-  return false;
+  if (family == 0xf && family + extended >= 26) return Reading::first_cache;
 #endif
+  return Reading::second_cache;
 }
 
 }  // namespace
 
 const Caches& caches() {
-  static const Caches known = {first_cache_bytes(), is_zen5()};
+  static const Caches known = {first_cache_bytes(), reading_of_streams()};
   return known;
 }
 

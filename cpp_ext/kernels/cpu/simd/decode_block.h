@@ -83,15 +83,14 @@ static void multiply_block(const char* const* x, int64_t num_rows, const W* w, i
     const int64_t count = num_rows * (num_tiles * (part + 1) / num_parts) / num_tiles - m;
     const bool is_short = count == 1 || sizeof(W) != 2 || 3 * count * x_bytes <= 2 * here.first_bytes;
     const bool streams = part == 0 && count <= stream_rows<W>(by_digits) && is_short;
-    const Reading stream = here.takes_streams_first ? Reading::first_cache : Reading::second_cache;
+    const Reading reading = streams ? here.of_streams : Reading::tiles;
     Ahead ahead{nullptr, nullptr, nullptr, 0};
     if (part == 0)
-      ahead = {begin + ahead_bytes(row_bytes, streams ? stream_side(count) : kTileOuts), begin + (last - first) * row_bytes,
-               static_cast<const char*>(following.data), following.bytes};
+      ahead = {begin + ahead_bytes(row_bytes, streams ? stream_side(count) : kTileOuts, reading),
+               begin + (last - first) * row_bytes, static_cast<const char*>(following.data), following.bytes};
     DecodeOut some = out;
     some.rows += m;
-    multiply_part(x + m, count, streams ? count : tile_rows, w, inputs, first, last, some, ahead,
-                  streams ? stream : Reading::tiles, by_digits);
+    multiply_part(x + m, count, streams ? count : tile_rows, w, inputs, first, last, some, ahead, reading, by_digits);
   }
 }
 
@@ -116,7 +115,8 @@ SAMOE_INLINE void multiply(const char* const* x, int64_t num_rows, const Matrix&
 // What is asked for ahead from row `row` of a stack of matrices on.
 SAMOE_INLINE Following start_of(const Matrix& w, int64_t row, int64_t inputs) {
   const int64_t row_bytes = inputs * (w.type == WeightType::f32 ? 4 : (w.type == WeightType::bf16 ? 2 : 1));
-  const int64_t by_stream = ahead_bytes(row_bytes, 2), by_tiles = ahead_bytes(row_bytes, kTileOuts);
+  const int64_t by_stream = ahead_bytes(row_bytes, 2, caches().of_streams);
+  const int64_t by_tiles = ahead_bytes(row_bytes, kTileOuts, Reading::tiles);
   return {static_cast<const char*>(w.data) + row * row_bytes, by_stream < by_tiles ? by_tiles : by_stream};
 }
 
@@ -124,7 +124,7 @@ SAMOE_INLINE Following start_of(const Matrix& w, int64_t row, int64_t inputs) {
 SAMOE_INLINE void ask_for(const Following& following) {
   const char* data = static_cast<const char*>(following.data);
   const int64_t bytes = following.bytes < 2 * kAheadBytes ? following.bytes : 2 * kAheadBytes;
-  for (int64_t i = 0; i < bytes; i += kLineBytes) ask_for_line<2>(data + i);
+  for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(data + i, 0, 2);
 }
 
 // One row normalised, times weight, plus bias. The mean square is taken around the mean unless rms.

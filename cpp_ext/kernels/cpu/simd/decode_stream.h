@@ -85,7 +85,7 @@ SAMOE_ALWAYS void add_products(const float* const* rows, const uint16_t* const* 
 }
 
 // sums[m] = x[m] . w[n], n = 0 .. 3, for few rows of x and 4 rows of w, of which R are read side by side.
-template <int kCache, int M, int R, typename W>
+template <Reading kReading, int M, int R, typename W>
 SAMOE_INLINE void stream(const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
   constexpr int64_t kSize = sizeof(W), kStep = kSize == 2 ? 2 * kLanes : kLanes, kPiece = kPieceBytes / kSize;
   vf folded[M][kTileOuts];
@@ -97,13 +97,12 @@ SAMOE_INLINE void stream(const char* const* x, const W* const* w, int64_t inputs
     vf acc[M][R] = {};
     for (int64_t begin = 0; begin < inputs; begin += kPiece) {
       const int64_t end = inputs - begin < kPiece ? inputs : begin + kPiece, full = end - (end - begin) % kStep;
-      const char* asked = wanted.take(R * (end - begin) * kSize, w[n] + begin);
+      Asked asked = wanted.take<kReading>(R * (end - begin) * kSize, w[n] + begin);
       int64_t k = begin;
       for (; k < full; k += kStep) {
         if (kStep * kSize >= kLineBytes || (k - begin) * kSize % kLineBytes == 0) {
 #pragma GCC unroll 2
-          for (int r = 0; r < R; ++r) ask_for_line<kCache>(asked + r * kLineBytes);
-          asked += R * kLineBytes;
+          for (int r = 0; r < R; ++r) ask_for_line<kReading>(asked);
         }
         add_products<M, R>(rows, w + n, k, kStep, acc);
       }
@@ -121,7 +120,7 @@ SAMOE_INLINE void stream(const char* const* x, const W* const* w, int64_t inputs
 
 #if defined(__AVX512F__)
 // The same for int8 weights by one row of digits, row after row of w.
-template <int kCache>
+template <Reading kReading>
 SAMOE_VNNI static void digit_stream(const char* x, const int8_t* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
   const __m512i offset = _mm512_set1_epi8(-128);
   vf whole[kTileOuts];
@@ -130,12 +129,11 @@ SAMOE_VNNI static void digit_stream(const char* x, const int8_t* const* w, int64
     __m512i sum[3];
 #pragma GCC unroll 3
     for (int d = 0; d < 3; ++d) sum[d] = _mm512_loadu_si512(x + 64 * (d + 1));
-    const char* asked = nullptr;
+    Asked asked{nullptr, nullptr};
     for (int64_t k = 0; k < inputs; k += kLineBytes) {
       const int64_t left = inputs - k;
-      if (k % kPieceBytes == 0) asked = wanted.take(left < kPieceBytes ? left : kPieceBytes, w[n] + k);
-      ask_for_line<kCache>(asked);
-      asked += kLineBytes;
+      if (k % kPieceBytes == 0) asked = wanted.take<kReading>(left < kPieceBytes ? left : kPieceBytes, w[n] + k);
+      ask_for_line<kReading>(asked);
       const __m512i bytes = left >= kLineBytes ? _mm512_loadu_si512(w[n] + k)
                                                : _mm512_maskz_loadu_epi8((1ull << left) - 1, w[n] + k);
       const __m512i weight = _mm512_xor_si512(bytes, offset);
@@ -152,34 +150,35 @@ SAMOE_VNNI static void digit_stream(const char* x, const int8_t* const* w, int64
 }
 #endif
 
-template <int kCache, typename W>
+template <Reading kReading, typename W>
 static __attribute__((noinline)) void stream_of(int64_t num_rows, const char* const* x, const W* const* w, int64_t inputs,
                                                 Ahead& ahead, v4* sums) {
-  if (num_rows == 1) return stream<kCache, 1, stream_side(1)>(x, w, inputs, ahead, sums);
-  if (num_rows == 2) return stream<kCache, 2, stream_side(2)>(x, w, inputs, ahead, sums);
+  if (num_rows == 1) return stream<kReading, 1, stream_side(1)>(x, w, inputs, ahead, sums);
+  if (num_rows == 2) return stream<kReading, 2, stream_side(2)>(x, w, inputs, ahead, sums);
   if constexpr (sizeof(W) == 2) {
-    if (num_rows == 3) return stream<kCache, 3, stream_side(3)>(x, w, inputs, ahead, sums);
-    stream<kCache, 4, stream_side(4)>(x, w, inputs, ahead, sums);
+    if (num_rows == 3) return stream<kReading, 3, stream_side(3)>(x, w, inputs, ahead, sums);
+    stream<kReading, 4, stream_side(4)>(x, w, inputs, ahead, sums);
   }
 }
-
-// How rows of w are read: four at a time, or as a stream through the first or the second cache.
-enum class Reading { tiles, first_cache, second_cache };
 
 // Up to kTileRows rows of x by 4 rows of w.
 template <typename W>
 SAMOE_INLINE void multiply_rows(int64_t num_rows, const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead,
                                 Reading reading, bool, v4* sums) {
-  if (reading == Reading::tiles) return tile_of(num_rows, x, w, inputs, ahead, sums);
-  if (reading == Reading::first_cache) return stream_of<1>(num_rows, x, w, inputs, ahead, sums);
-  stream_of<2>(num_rows, x, w, inputs, ahead, sums);
+  switch (reading) {
+    case Reading::tiles: return tile_of(num_rows, x, w, inputs, ahead, sums);
+    case Reading::first_cache: return stream_of<Reading::first_cache>(num_rows, x, w, inputs, ahead, sums);
+    case Reading::second_cache: return stream_of<Reading::second_cache>(num_rows, x, w, inputs, ahead, sums);
+    case Reading::pages_in_turn: return stream_of<Reading::pages_in_turn>(num_rows, x, w, inputs, ahead, sums);
+  }
 }
 #if defined(__AVX512F__)
 SAMOE_INLINE void multiply_rows(int64_t num_rows, const char* const* x, const int8_t* const* w, int64_t inputs,
                                 Ahead& ahead, Reading reading, bool by_digits, v4* sums) {
   if (!by_digits) return multiply_rows<int8_t>(num_rows, x, w, inputs, ahead, reading, by_digits, sums);
-  if (reading == Reading::first_cache) return digit_stream<1>(x[0], w, inputs, ahead, sums);
-  if (reading == Reading::second_cache) return digit_stream<2>(x[0], w, inputs, ahead, sums);
+  if (reading == Reading::first_cache) return digit_stream<Reading::first_cache>(x[0], w, inputs, ahead, sums);
+  if (reading == Reading::second_cache) return digit_stream<Reading::second_cache>(x[0], w, inputs, ahead, sums);
+  if (reading == Reading::pages_in_turn) return digit_stream<Reading::pages_in_turn>(x[0], w, inputs, ahead, sums);
   if (num_rows == 1) return digit_tile<1>(x, w, inputs, ahead, sums);
   digit_tile<2>(x, w, inputs, ahead, sums);
 }

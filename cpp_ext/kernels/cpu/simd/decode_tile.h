@@ -35,6 +35,8 @@ constexpr int64_t kTaskBytes = 512 << 10;  // of a task's weights, half of the s
 constexpr int64_t kTaskOuts = 32;  // rows of w that one task takes
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPieceBytes = 1 << 10;  // of a row, for which a stream finds out once what to ask for
+constexpr int64_t kPageBytes = 4 << 10;   // of memory
+constexpr int64_t kPages = 8;              // that are asked for in turn
 constexpr int64_t kAheadBytes = 8 << 10;  // at 40 GB/s a thread: what comes in 0.2 us, memory's latency under load
 
 // a * b + c, always contracted or never: left to the compiler, the last bit would depend on the code around it.
@@ -75,20 +77,42 @@ SAMOE_INLINE v4 sum_of_four(vf a, vf b, vf c, vf d) {
 #endif
 }
 
-// Asks for a line of what a stream reads, into the first or the second cache.
-template <int kCache>
-SAMOE_ALWAYS void ask_for_line(const char* line) {
-  __builtin_prefetch(line, 0, kCache == 1 ? 3 : 2);
+// Where lines lie that are asked for one after another: as they come, or from kPages pages in turn. A table, because a stream has
+// no time to compute it. A piece may begin with the last line of the pages: what it asks for then is there.
+struct LineOrder {
+  constexpr explicit LineOrder(int64_t num_pages) : places() {
+    for (int64_t i = 0; i < kPageBytes / kLineBytes * kPages; ++i)
+      places[i] = static_cast<int32_t>(i % num_pages * kPageBytes + i / num_pages * kLineBytes);
+  }
+  int32_t places[kPageBytes / kLineBytes * kPages + kPieceBytes / kLineBytes * 2];
+};
+constexpr LineOrder kInOrder(1), kInTurn(kPages);
+
+// What a stream asks for, line by line.
+struct Asked {
+  const char* data;
+  const int32_t* places;  // from data on
+};
+
+template <Reading kReading>
+SAMOE_ALWAYS void ask_for_line(Asked& asked) {
+  if (kReading == Reading::pages_in_turn) {
+    __builtin_prefetch(asked.data + *asked.places++, 0, 3);
+  } else {
+    __builtin_prefetch(asked.data, 0, kReading == Reading::first_cache ? 3 : 2);
+    asked.data += kLineBytes;
+  }
 }
 
 // Weights are asked for before they are used: by tiles into the second-level cache, a tile or kAheadBytes before, since accesses
 // to several rows at a time are not the single stream that the processor foresees; by a stream line by line,
-// into the cache that takes streams. After a matrix comes the next one.
+// as `Reading` says. After a matrix comes the next one.
 struct Ahead {
   const char* next;
   const char* end;
   const char* then;  // null: nothing follows
   int64_t then_bytes;
+  const char* group = next;  // of pages that are asked for in turn
 
   // Asks for as many bytes as a step over k consumes.
   SAMOE_ALWAYS void step(int64_t bytes) {
@@ -104,26 +128,32 @@ struct Ahead {
   }
 
   // The next `bytes`, for a stream to ask for line by line; where nothing follows, what it reads itself.
-  SAMOE_ALWAYS const char* take(int64_t bytes, const void* reads) {
+  template <Reading kReading>
+  SAMOE_ALWAYS Asked take(int64_t bytes, const void* reads) {
     if (next >= end) {
-      if (then == nullptr) return static_cast<const char*>(reads);
-      next = then;
+      if (then == nullptr) return {static_cast<const char*>(reads), kInOrder.places};
+      group = next = then;
       end = then + then_bytes;
       then = nullptr;
     }
+    const char* const begin = next;
     next += bytes;
-    return next - bytes;
+    if (kReading != Reading::pages_in_turn) return {begin, nullptr};
+    if (begin - group >= kPages * kPageBytes) group += kPages * kPageBytes;
+    if (end - group < kPages * kPageBytes) return {begin, kInOrder.places};
+    return {group, kInTurn.places + (begin - group) / kLineBytes};
   }
 };
 
 // How far ahead of their use weights are asked for where `side` rows of w are read side by side: by tiles a tile at least, by
 // streams of pairs a number of pairs, so that what they ask for ends with their last row and continues with the first one that
 // follows.
-SAMOE_INLINE int64_t ahead_bytes(int64_t row_bytes, int64_t side) {
+SAMOE_INLINE int64_t ahead_bytes(int64_t row_bytes, int64_t side, Reading reading) {
   const int64_t bytes = side * (row_bytes > 0 ? row_bytes : 1);
-  if (side == 1) return kAheadBytes;
+  const int64_t least = reading == Reading::pages_in_turn ? kPages * kPageBytes : kAheadBytes;
+  if (side == 1) return least;
   if (side == kTileOuts) return bytes < kAheadBytes ? kAheadBytes : bytes;
-  return (kAheadBytes + bytes - 1) / bytes * bytes;
+  return (least + bytes - 1) / bytes * bytes;
 }
 
 // sums[m] = x[m] . w[n], n = 0 .. 3, for M rows of x and 4 rows of w, of which the last ones may be repeated.
