@@ -51,7 +51,8 @@ int64_t first_cache_bytes() {
   return bytes > 0 ? bytes : 32 << 10;
 }
 
-// Zen 5 and later are AMD's families from 26 on. Pages in turn need a first cache that holds them beside what is multiplied.
+// Zen 5 and later are AMD's families from 26 on. Pages in turn need a first cache that holds them beside what is multiplied; of
+// Intel's processors only an Ice Lake was measured.
 Reading reading_of_streams() {
 #if defined(__x86_64__)
   unsigned a = 0, vendor[3] = {}, unused = 0;

@@ -78,7 +78,7 @@ SAMOE_INLINE v4 sum_of_four(vf a, vf b, vf c, vf d) {
 }
 
 // Where lines lie that are asked for one after another: as they come, or from kPages pages in turn. A table, because a stream has
-// no time to compute it. A piece may begin with the last line of the pages: what it asks for then is there.
+// no time to compute it. A piece may begin with the last line of the pages: the places after it are 0, a line already there.
 struct LineOrder {
   constexpr explicit LineOrder(int64_t num_pages) : places() {
     for (int64_t i = 0; i < kPageBytes / kLineBytes * kPages; ++i)
